@@ -1,0 +1,166 @@
+"""One tensor against the rule of fastode.testing, and the table of the results."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Tensors = dict[str, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compared tensor: its error, what the rule allows, and the ratio of the two in the largest entry."""
+
+    name: str
+    err: float
+    allowed: float
+    pointwise: float | None = None  # None where a kink is within rounding
+    note: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the tensor passes. A NaN error does not."""
+        return not self.note and self.err <= self.allowed and (self.pointwise is None or self.pointwise <= 1.0)
+
+    @property
+    def ratio(self) -> float:
+        """The error in units of what is allowed, the worse of the two norms."""
+        if self.note:
+            return math.inf
+        ratio = self.err / self.allowed if self.allowed > 0.0 else (0.0 if self.err == 0.0 else math.inf)
+        return max(ratio, self.pointwise or 0.0)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The outcome of one comparison, a row per tensor."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every tensor passes."""
+        return all(row.ok for row in self.rows)
+
+    @property
+    def worst(self) -> Row:
+        """The row nearest to, or furthest over, what the rule allows."""
+        return max(self.rows, key=lambda row: row.ratio)
+
+    def describe(self) -> str:
+        """The rows as a table, the failing ones first."""
+        lines = []
+        for row in sorted(self.rows, key=lambda row: (row.ok, -row.ratio)):
+            pointwise = "" if row.pointwise is None else f"  pointwise {row.pointwise:.2f} of allowed"
+            verdict = "ok  " if row.ok else "FAIL"
+            lines.append(
+                f"{verdict} {row.name}: err {row.err:.3e}, allowed {row.allowed:.3e}{pointwise}  {row.note}".rstrip()
+            )
+        return "\n".join(lines)
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _classes(t: Tensor) -> Tensor:
+    """0 where finite, else which kind of not finite."""
+    return torch.isnan(t) * 1 + torch.isposinf(t) * 2 + torch.isneginf(t) * 3
+
+
+def _two_norm(t: Tensor) -> float:
+    return float(torch.linalg.vector_norm(t)) if t.numel() else 0.0
+
+
+def _max_norm(t: Tensor) -> float:
+    return float(t.abs().max()) if t.numel() else 0.0
+
+
+def _relative(difference: float, scale: float) -> float:
+    if difference == 0.0:
+        return 0.0
+    return difference / scale if scale > 0.0 else math.inf
+
+
+def _kind(name: str) -> str:
+    return name.split(" ", 1)[0].split("[", 1)[0]
+
+
+class Rule:
+    """The rule for one set of tensors: what they are compared with and how much they may differ."""
+
+    def __init__(
+        self,
+        truths: Tensors,
+        references: Sequence[Tensors],
+        longest: int,
+        dtype: torch.dtype | None,
+        pointwise: bool,
+        zero: Callable[[str], bool],
+    ) -> None:
+        self.truths, self.references, self.longest, self.dtype = truths, references, longest, dtype
+        self.pointwise, self.zero = pointwise, zero
+
+    def _scale(self, name: str, norm: Callable[[Tensor], float]) -> float:
+        """The truth's own size or, for what is zero in exact arithmetic, that of the largest tensor of its kind."""
+        own = norm(_finite(self.truths[name]))
+        if own > 0.0 and not self.zero(name):
+            return own
+        same_kind = (t for key, t in self.truths.items() if t is not None and _kind(key) == _kind(name))
+        return max(norm(_finite(t)) for t in same_kind)
+
+    def row(self, name: str, found: Tensor | None) -> Row:
+        truth, runs = self.truths[name], [run[name] for run in self.references]
+        if found is None or truth is None:
+            note = "" if found is None and truth is None else f"found {_what(found)}, the reference has {_what(truth)}"
+            return Row(name, 0.0, 0.0, None, note)
+        expected = runs[0] if runs else truth
+        if found.shape != truth.shape or (runs and found.dtype != expected.dtype):
+            return Row(name, math.inf, 0.0, None, f"found {_what(found)}, the reference has {_what(expected)}")
+        if not found.is_floating_point():
+            return Row(name, float((found != expected).sum()), 0.0)
+        classes = _classes(found)
+        finite = (classes == 0) & torch.isfinite(truth)
+        for run in runs:
+            finite &= torch.isfinite(run)
+        if not any(torch.equal(classes, _classes(run)) for run in (*runs, truth)):
+            return Row(name, math.inf, 0.0, None, "NaN or inf where the reference has none, or the other way round")
+        dtype = self.dtype or found.dtype
+        slack = 2.0 * torch.finfo(dtype).eps
+        slack += 8.0 * torch.finfo(_accumulator(dtype)).eps * math.sqrt(self.longest)
+        exact = truth.double()[finite]
+        ratios = []
+        for norm in (_two_norm, _max_norm):
+            scale = self._scale(name, norm)
+            worst = max((_relative(norm(run.double()[finite] - exact), scale) for run in runs), default=0.0)
+            ratios.append((_relative(norm(found.double()[finite] - exact), scale), 2.0 * worst + slack))
+        (err, allowed), (largest, largest_allowed) = ratios
+        return Row(name, err, allowed, largest / largest_allowed if self.pointwise else None)
+
+
+def _finite(t: Tensor | None) -> Tensor:
+    assert t is not None
+    return torch.where(torch.isfinite(t), t, 0).double() if t.is_floating_point() else t.double()
+
+
+def _what(t: Tensor | None) -> str:
+    return "nothing" if t is None else f"{t.dtype} {tuple(t.shape)}"
+
+
+def is_rounding(name: str, truths: Tensors, again: Callable[[], Tensors]) -> bool:
+    """Whether the truth is zero in exact arithmetic: tiny beside its kind, and other digits in a second float64 run."""
+    truth = truths[name]
+    if truth is None or not truth.is_floating_point():
+        return False
+    digits = math.sqrt(torch.finfo(torch.float64).eps)
+    own = _two_norm(_finite(truth))
+    largest = max(_two_norm(_finite(t)) for key, t in truths.items() if t is not None and _kind(key) == _kind(name))
+    if own > digits * largest:
+        return False
+    second = again()[name]
+    return second is None or _two_norm(_finite(second) - _finite(truth)) > digits * own

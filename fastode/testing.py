@@ -1,0 +1,292 @@
+"""The one rule by which a fused block equals its reference; tests and benchmarks both use it and know no other.
+
+Truth is the reference in float64. R is the worst of four runs of the reference in the working precision: NCHW and
+channels_last, each on the input and on the input moved by one unit in the last place at random. A tensor t passes when
+
+    err(t) <= 2 err(R) + 2 eps(dtype) + 8 eps(accumulator) sqrt(longest reduction),    err(t) = |t - truth| / |truth|
+
+in the Euclidean norm, and in the largest entry as well where no pre-activation is within rounding of a kink.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastode._testing_record import Recorder, clear_of_kinks, warm_up
+from fastode._testing_rule import Comparison, Row, Rule, Tensors, is_rounding
+
+Mode = Literal["train", "input_grad", "forward"]
+Layout = Literal["contiguous", "channels_last", "sliced"]
+Inputs = Tensor | tuple[Tensor, ...]
+
+MODES: tuple[Mode, ...] = ("train", "input_grad", "forward")
+
+
+def sample_input(
+    batch: int,
+    channels: int,
+    height: int,
+    width: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    layout: Layout = "contiguous",
+    seed: int = 0,
+) -> Tensor:
+    """A normally distributed feature map in one of the three memory layouts that a block meets.
+
+    Args:
+        batch: N, may be 0.
+        channels: C.
+        height: H.
+        width: W.
+        dtype: the map's dtype; the values are drawn in float64 and rounded.
+        device: where it lives.
+        layout: "contiguous", "channels_last", or "sliced" (every second column of a wider map: dense in neither).
+        seed: of the generator; the values do not depend on the layout.
+
+    Returns:
+        A tensor [N, C, H, W].
+
+    Example:
+        >>> sample_input(2, 3, 4, 5, layout="channels_last").stride()
+        (60, 1, 15, 3)
+    """
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(batch, channels, height, width, generator=generator, dtype=torch.float64).to(device, dtype)
+    if layout == "channels_last":
+        return values.to(memory_format=torch.channels_last)
+    if layout == "sliced":
+        wide = torch.zeros(batch, channels, height, 2 * width, dtype=dtype, device=device)
+        wide[..., ::2] = values
+        return wide[..., ::2]
+    return values
+
+
+def moved(x: Tensor, seed: int) -> Tensor:
+    """The tensor with every entry moved up or down by one unit in the last place, at random.
+
+    Args:
+        x: any floating-point tensor.
+        seed: of the generator.
+
+    Returns:
+        A tensor of the same shape, dtype and strides; entries that are not finite stay as they are.
+
+    Example:
+        >>> bool((moved(torch.ones(8), 0) != 1).all())
+        True
+    """
+    generator = torch.Generator().manual_seed(seed)
+    up = (torch.rand(x.shape, generator=generator) < 0.5).to(x.device)
+    toward = torch.where(up, torch.full_like(x, math.inf), torch.full_like(x, -math.inf))
+    return torch.where(torch.isfinite(x), torch.nextafter(x, toward), x)
+
+
+def _tuple(value: Inputs) -> tuple[Tensor, ...]:
+    return (value,) if isinstance(value, Tensor) else tuple(value)
+
+
+def _layout(x: Tensor, channels_last: bool) -> Tensor:
+    if channels_last and x.dim() == 4:
+        return x.contiguous(memory_format=torch.channels_last)
+    return x.contiguous()
+
+
+def _names(kind: str, count: int) -> list[str]:
+    return [kind] if count == 1 else [f"{kind}[{i}]" for i in range(count)]
+
+
+def _run(
+    block: nn.Module,
+    inputs: tuple[Tensor, ...],
+    cotangents: tuple[Tensor, ...] | None,
+    mode: Mode,
+    autocast: torch.dtype | None,
+    recorder: Recorder | None = None,
+) -> Tensors:
+    """Everything one call of a copy of the block yields: outputs, gradients and buffers, by name."""
+    block = copy.deepcopy(block)
+    block.zero_grad(set_to_none=True)
+    if mode == "input_grad":
+        block.requires_grad_(False)
+    leaves = tuple(x.detach().requires_grad_(mode != "forward") for x in inputs)
+    kept = [x.detach().clone() for x in inputs]
+    with contextlib.ExitStack() as stack:
+        if recorder is not None:
+            stack.enter_context(recorder)
+        if autocast is not None:
+            stack.enter_context(torch.autocast(inputs[0].device.type, autocast))
+        if mode == "forward":
+            stack.enter_context(torch.no_grad())
+        outputs = _tuple(block(*leaves))
+    found: Tensors = dict(zip(_names("output", len(outputs)), (y.detach() for y in outputs), strict=True))
+    if mode != "forward":
+        given = cotangents or _cotangents(outputs)
+        pairs = [(y, g.to(y.dtype)) for y, g in zip(outputs, given, strict=True) if y.requires_grad]
+        torch.autograd.backward([y for y, _ in pairs], [g for _, g in pairs])
+        for name, leaf in zip(_names("gradient of input", len(leaves)), leaves, strict=True):
+            found[name] = leaf.grad
+    if mode == "train":
+        found.update({f"gradient of {name}": p.grad for name, p in block.named_parameters()})
+    found.update({f"buffer {name}": buffer.detach() for name, buffer in block.named_buffers()})
+    for name, leaf, before in zip(_names("input afterwards", len(leaves)), leaves, kept, strict=True):
+        # Zero where untouched, so that any change at all is an error.
+        found[name] = (leaf.detach() != before).logical_and(before == before).to(torch.int64)
+    return found
+
+
+def _cotangents(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """One fixed normal cotangent per output, the same for every dtype up to rounding."""
+    generator = torch.Generator().manual_seed(20)
+    return tuple(
+        torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.device, torch.bfloat16).to(y.dtype)
+        for y in outputs
+    )
+
+
+def compare_blocks(
+    reference: nn.Module,
+    fused: nn.Module,
+    x: Inputs,
+    *,
+    cotangent: Inputs | None = None,
+    mode: Mode = "train",
+    autocast: torch.dtype | None = None,
+) -> Comparison:
+    """Compare a block with its reference by the one rule: outputs, gradients, buffers, and the input left untouched.
+
+    Both modules are deep-copied for every run, so nothing that a call changes outlives it.
+
+    Args:
+        reference: the reference block, in the working precision.
+        fused: the block to judge; same parameter and buffer names.
+        x: the input [N, C, H, W], or a tuple of inputs for a block of several.
+        cotangent: the gradient of the output(s); by default a fixed random one.
+        mode: "train" compares every gradient; "input_grad" freezes the parameters; "forward" runs under no_grad.
+        autocast: the dtype of an autocast region around the forward, or None.
+
+    Returns:
+        The comparison, one row per tensor.
+
+    Raises:
+        ValueError: the mode is not one of the three.
+
+    Example:
+        >>> block = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.Tanh())
+        >>> compare_blocks(block, block, sample_input(2, 3, 4, 4)).ok
+        True
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    _warm_once()
+    inputs = _tuple(x)
+    cotangents = None if cotangent is None else _tuple(cotangent)
+    exact_block = copy.deepcopy(reference).double()
+
+    def exact(values: tuple[Tensor, ...], recorder: Recorder | None) -> Tensors:
+        doubled = tuple(t.detach().double() for t in values)
+        wide = None if cotangents is None else tuple(g.double() for g in cotangents)
+        return _run(exact_block, doubled, wide, mode, None, recorder)
+
+    truth_record = Recorder()
+    truths = exact(tuple(_layout(t, False) for t in inputs), truth_record)
+    runs, records = [], []
+    for channels_last in (False, True):
+        for shift in (False, True):
+            values = tuple(moved(t.detach(), i) if shift else t.detach() for i, t in enumerate(inputs))
+            records.append(Recorder())
+            laid_out = tuple(_layout(t, channels_last) for t in values)
+            runs.append(_run(reference, laid_out, cotangents, mode, autocast, records[-1]))
+    found = _run(fused, inputs, cotangents, mode, autocast)
+
+    dtype = autocast or inputs[0].dtype
+    longest = max(truth_record.longest, *(_longest_of(exact_block, t) for t in inputs))
+    smooth = clear_of_kinks(truth_record, records, torch.finfo(dtype).eps)
+    again = functools.cache(lambda: exact(tuple(_layout(moved(t.detach().double(), 7), True) for t in inputs), None))
+    rule = Rule(truths, runs, longest, dtype, smooth, lambda name: is_rounding(name, truths, again))
+    rows = [
+        rule.row(name, found[name]) if name in found else Row(name, math.inf, 0.0, None, "missing") for name in truths
+    ]
+    rows += [Row(name, math.inf, 0.0, None, "not in the reference") for name in found if name not in truths]
+    return Comparison(tuple(rows))
+
+
+def _longest_of(block: nn.Module, x: Tensor) -> int:
+    """A parameter of one entry (Ark's coefficients) has a gradient summed over the whole map."""
+    return x.numel() if any(p.numel() == 1 for p in block.parameters()) else 1
+
+
+@functools.cache
+def _warm_once() -> None:
+    warm_up()
+
+
+def assert_blocks_equal(
+    reference: nn.Module,
+    fused: nn.Module,
+    x: Inputs,
+    *,
+    cotangent: Inputs | None = None,
+    mode: Mode = "train",
+    autocast: torch.dtype | None = None,
+) -> None:
+    """Raise where compare_blocks finds a difference.
+
+    Args:
+        reference: as in compare_blocks.
+        fused: as in compare_blocks.
+        x: as in compare_blocks.
+        cotangent: as in compare_blocks.
+        mode: as in compare_blocks.
+        autocast: as in compare_blocks.
+
+    Raises:
+        AssertionError: a tensor fails the rule; the message is the table of all of them.
+
+    Example:
+        >>> assert_blocks_equal(nn.Tanh(), nn.Tanh(), sample_input(1, 2, 3, 3))
+    """
+    comparison = compare_blocks(reference, fused, x, cotangent=cotangent, mode=mode, autocast=autocast)
+    if not comparison.ok:
+        raise AssertionError(comparison.describe())
+
+
+def compare_tensors(
+    outputs: Mapping[str, Tensor],
+    truths: Mapping[str, Tensor],
+    references: Sequence[Mapping[str, Tensor]],
+    longest_reduction: int,
+    *,
+    dtype: torch.dtype | None = None,
+    pointwise: bool = False,
+) -> Comparison:
+    """Compare a raw operator's tensors by the same rule.
+
+    Args:
+        outputs: what the operator returned, by name.
+        truths: the same in float64.
+        references: runs of plain PyTorch in the working precision (R is the worst of them); may be empty.
+        longest_reduction: the longest sum behind any of the tensors.
+        dtype: the working precision; by default each tensor's own.
+        pointwise: judge the largest entry as well.
+
+    Returns:
+        The comparison, one row per tensor.
+
+    Example:
+        >>> x = torch.ones(3)
+        >>> compare_tensors({"sum": x.sum()}, {"sum": x.double().sum()}, [], 3).ok
+        True
+    """
+    runs: list[Tensors] = [dict(run) for run in references]
+    rule = Rule(dict(truths), runs, longest_reduction, dtype, pointwise, lambda name: False)
+    return Comparison(tuple(rule.row(name, outputs[name]) for name in truths))
