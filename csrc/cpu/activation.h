@@ -1,0 +1,97 @@
+// The activations: value, first and second derivative, agreeing with PyTorch at every kink and threshold.
+#pragma once
+
+#include <utility>
+
+#include "simd.h"
+
+namespace fastode {
+
+enum Activation : int64_t { kIdentity = 0, kRelu, kLeakyRelu, kTanh, kSoftplus, kElu, kSilu, kActivationCount };
+
+template <class A>
+struct ActivationArguments {
+  A p, q;  // leaky_relu: p = slope; softplus: p = beta, q = threshold; elu: p = alpha
+};
+
+template <int64_t kind, class V>
+inline V activate(V x, const ActivationArguments<ScalarOf<V>>& k) {
+  using A = ScalarOf<V>;
+  if constexpr (kind == kRelu) {
+    return x <= 0 ? V{} : x;  // NaN passes, as it does in PyTorch
+  } else if constexpr (kind == kLeakyRelu) {
+    return x > 0 ? x : x * k.p;
+  } else if constexpr (kind == kTanh) {
+    return tanh<V>(x);
+  } else if constexpr (kind == kSoftplus) {
+    const V z = x * k.p;
+    const V soft = ((z > 0 ? z : V{}) + log1p_unit<V>(exp_nonpositive<V>(-absolute(z)))) / k.p;
+    return z > k.q ? x : z == z ? soft : z;
+  } else if constexpr (kind == kElu) {
+    return x > 0 ? x : k.p * expm1_nonpositive<V>(x > 0 ? V{} : x);
+  } else if constexpr (kind == kSilu) {
+    return x * sigmoid<V>(x);
+  } else {
+    static_cast<void>(A{});
+    return x;
+  }
+}
+
+template <int64_t kind, class V>
+inline V activate_first(V x, const ActivationArguments<ScalarOf<V>>& k) {
+  using A = ScalarOf<V>;
+  const V one = splat<V>(1);
+  if constexpr (kind == kRelu) {
+    return x <= 0 ? V{} : one;
+  } else if constexpr (kind == kLeakyRelu) {
+    return x > 0 ? one : splat<V>(k.p);
+  } else if constexpr (kind == kTanh) {
+    const V t = tanh<V>(x);
+    return one - t * t;
+  } else if constexpr (kind == kSoftplus) {
+    const V z = x * k.p;
+    return z > k.q ? one : sigmoid<V>(z);
+  } else if constexpr (kind == kElu) {
+    return x > 0 ? one : k.p * exp_nonpositive<V>(x > 0 ? V{} : x);
+  } else if constexpr (kind == kSilu) {
+    const V s = sigmoid<V>(x);
+    return s * (A(1) + x * (A(1) - s));
+  } else {
+    return one;
+  }
+}
+
+template <int64_t kind, class V>
+inline V activate_second(V x, const ActivationArguments<ScalarOf<V>>& k) {
+  using A = ScalarOf<V>;
+  if constexpr (kind == kTanh) {
+    const V t = tanh<V>(x);
+    return A(-2) * t * (A(1) - t * t);
+  } else if constexpr (kind == kSoftplus) {
+    const V z = x * k.p, s = sigmoid<V>(z);
+    return z > k.q ? V{} : k.p * s * (A(1) - s);
+  } else if constexpr (kind == kElu) {
+    return x > 0 ? V{} : k.p * exp_nonpositive<V>(x > 0 ? V{} : x);
+  } else if constexpr (kind == kSilu) {
+    const V s = sigmoid<V>(x);
+    return s * (A(1) - s) * (A(2) + x * (A(1) - A(2) * s));
+  } else {
+    return V{};
+  }
+}
+
+template <int64_t kind>
+inline constexpr bool kHasSecond = kind == kTanh || kind == kSoftplus || kind == kElu || kind == kSilu;
+
+// Calls f with the activation as a compile-time constant.
+template <class F, int64_t... kinds>
+inline void with_activation(int64_t kind, F&& f, std::integer_sequence<int64_t, kinds...>) {
+  static_cast<void>(((kind == kinds && (f(std::integral_constant<int64_t, kinds>{}), true)) || ...));
+}
+
+template <class F>
+inline void with_activation(int64_t kind, F&& f) {
+  with_activation(kind, std::forward<F>(f), std::make_integer_sequence<int64_t, kActivationCount>{});
+}
+
+}  // namespace fastode

@@ -1,0 +1,190 @@
+// Portable vectors from the compiler's vector extensions: one source for AVX-512, AVX2, SSE2 and NEON.
+// Every function is a template over V, which is a vector of lanes or a plain float / double (the tails).
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+namespace fastode {
+
+#if defined(__AVX512F__)
+inline constexpr int kVectorBytes = 64;
+#elif defined(__AVX__)
+inline constexpr int kVectorBytes = 32;
+#else
+inline constexpr int kVectorBytes = 16;
+#endif
+
+template <class A, int bytes>
+struct VectorOf {
+  typedef A type __attribute__((vector_size(bytes)));
+};
+
+// The native vector of A (float or double), and its number of lanes.
+template <class A>
+using Vec = typename VectorOf<A, kVectorBytes>::type;
+template <class A>
+inline constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(A));
+
+template <class V>
+struct Lane {
+  using Scalar = decltype(V{}[0] + 0);
+  static constexpr int count = sizeof(V) / sizeof(Scalar);
+  using Int = typename VectorOf<std::conditional_t<sizeof(Scalar) == 4, int32_t, int64_t>, sizeof(V)>::type;
+};
+template <>
+struct Lane<float> {
+  using Scalar = float;
+  static constexpr int count = 1;
+  using Int = int32_t;
+};
+template <>
+struct Lane<double> {
+  using Scalar = double;
+  static constexpr int count = 1;
+  using Int = int64_t;
+};
+
+template <class V>
+using ScalarOf = typename Lane<V>::Scalar;
+
+template <class V>
+inline V load(const ScalarOf<V>* from) {
+  V value;
+  std::memcpy(&value, from, sizeof(V));
+  return value;
+}
+
+template <class V>
+inline void store(ScalarOf<V>* to, V value) {
+  std::memcpy(to, &value, sizeof(V));
+}
+
+template <class V>
+inline V splat(ScalarOf<V> value) {
+  return value - V{};  // minus, so that -0 stays -0
+}
+
+template <class V>
+inline V absolute(V x) {
+  return x < 0 ? -x : x;
+}
+
+namespace detail {
+
+template <class A>
+struct ExpConstants;
+template <>
+struct ExpConstants<float> {
+  static constexpr float log2e = 1.44269504f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+  static constexpr float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves the rounded integer in the low mantissa bits
+  static constexpr float lowest = -87.0f;      // below, the result is no longer a normal number: zero
+  static constexpr int mantissa = 23, degree = 7, log_terms = 10;
+  static constexpr int32_t one = 0x3f800000;
+};
+template <>
+struct ExpConstants<double> {
+  static constexpr double log2e = 1.4426950408889634, ln2_high = 6.93147180369123816490e-01,
+                          ln2_low = 1.90821492927058770002e-10;
+  static constexpr double round = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double lowest = -708.0;
+  static constexpr int mantissa = 52, degree = 13, log_terms = 18;
+  static constexpr int64_t one = 0x3ff0000000000000;
+};
+
+// Splits exp(x) = s (1 + q), s a power of two, for lowest <= x <= 0.
+template <class V>
+inline void split_exp(V x, V& s, V& q) {
+  using A = ScalarOf<V>;
+  using K = ExpConstants<A>;
+  using I = typename Lane<V>::Int;
+  const V shifted = x * K::log2e + K::round;
+  const V n = shifted - K::round;
+  const V r = (x - n * K::ln2_high) - n * K::ln2_low;
+  I bits;
+  std::memcpy(&bits, &shifted, sizeof(V));
+  bits = (bits << K::mantissa) + K::one;
+  std::memcpy(&s, &bits, sizeof(V));
+  // Taylor series of exp(r) - 1 on |r| <= ln(2) / 2, which is below rounding at these degrees.
+  V series = splat<V>(A(1) / A(K::degree));
+  for (int k = K::degree - 1; k >= 2; --k) series = (series * r + A(1)) * (A(1) / A(k));
+  q = (series * r + A(1)) * r;
+}
+
+}  // namespace detail
+
+// exp(x) for x <= 0.
+template <class V>
+inline V exp_nonpositive(V x) {
+  constexpr auto lowest = detail::ExpConstants<ScalarOf<V>>::lowest;
+  V s, q;
+  detail::split_exp<V>(x < lowest ? splat<V>(lowest) : x, s, q);
+  return x < lowest ? V{} : s * q + s;
+}
+
+// exp(x) - 1 for x <= 0, without cancellation near 0.
+template <class V>
+inline V expm1_nonpositive(V x) {
+  constexpr auto lowest = detail::ExpConstants<ScalarOf<V>>::lowest;
+  V s, q;
+  detail::split_exp<V>(x < lowest ? splat<V>(lowest) : x, s, q);
+  return s * q + (s - 1);
+}
+
+// log(1 + u) for 0 <= u <= 1, by 2 artanh(u / (2 + u)).
+template <class V>
+inline V log1p_unit(V u) {
+  using A = ScalarOf<V>;
+  const V s = u / (u + A(2)), s2 = s * s;
+  constexpr int terms = detail::ExpConstants<A>::log_terms;
+  V series = splat<V>(A(1) / A(2 * terms - 1));
+  for (int k = terms - 2; k >= 0; --k) series = series * s2 + A(1) / A(2 * k + 1);
+  return A(2) * s * series;
+}
+
+template <class V>
+inline V tanh(V x) {
+  const V t = expm1_nonpositive<V>(ScalarOf<V>(-2) * absolute(x));
+  const V magnitude = -t / (t + ScalarOf<V>(2));
+  return x < 0 ? -magnitude : magnitude;
+}
+
+// 1 / (1 + exp(-x)), both tails without overflow.
+template <class V>
+inline V sigmoid(V x) {
+  const V e = exp_nonpositive<V>(-absolute(x));
+  return (x < 0 ? e : splat<V>(1)) / (e + ScalarOf<V>(1));
+}
+
+// bfloat16 is storage only: read as float32, written with round to nearest even.
+struct bfloat16 {
+  uint16_t bits;
+};
+
+inline float widen(bfloat16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, 4);
+  return result;
+}
+
+inline bfloat16 narrow(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const uint32_t quiet_nan = (bits >> 16) | 0x40u;
+  return {static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded)};
+}
+
+// The accumulator of a storage type.
+template <class T>
+struct AccumulatorOf {
+  using type = T;
+};
+template <>
+struct AccumulatorOf<bfloat16> {
+  using type = float;
+};
+
+}  // namespace fastode
