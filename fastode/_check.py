@@ -122,26 +122,36 @@ def keeps_shape(reading: Reading, x: Tensor) -> None:
     """
     if reading.fault:
         raise ValueError(f"branch must be a map that keeps the shape of x, got {reading.fault}")
+    height, width = x.shape[2:]
+    for sides in reading.geometry:
+        height, width = (
+            (side + total - dilation * (kernel - 1) - 1) // stride + 1
+            for side, (kernel, stride, total, dilation) in zip((height, width), sides, strict=True)
+        )
+    if (height, width) != tuple(x.shape[2:]):
+        got = f"one that takes {x.shape[2]}x{x.shape[3]} to {height}x{width}"
+        raise ValueError(f"branch must be a map that keeps the shape of x, got {got}")
 
 
 def enough_values(reading: Reading, x: Tensor) -> None:
     """Refuse an `x` of one value per normalised set, where PyTorch's norms do, and as the same type."""
     if reading.units is None:
         return
-    batch, _, height, width = x.shape
+    batch, channels, height, width = x.shape
     for unit in reading.units:
-        if unit.norm is None or unit.norm.mode == "fixed":
-            continue
-        if unit.norm.instance:
-            single = height * width == 1
-        elif unit.norm.mode == "batch":
-            single = batch * height * width == 1
-        else:
-            continue
-        if single:
-            raise ValueError(
-                f"x must be a feature map with more than one value for each normalised channel, got shape {list(x.shape)}"
-            )
+        norm = unit.norm
+        if norm is not None and norm.mode != "fixed":
+            if norm.instance:
+                values = height * width
+            elif norm.mode == "batch":
+                values = batch * height * width
+            else:
+                # Not the size of a group: PyTorch's own count, which only a batch of one can bring down to one.
+                values = batch * channels // norm.groups * height * width
+            if values == 1:
+                raise ValueError(f"x must be larger than one value for each normalised set, got shape {list(x.shape)}")
+        if unit.conv is not None:
+            channels = unit.conv.out_channels
 
 
 def skew_pair(y: Any, z: Any, weight: Any, stride: int, padding: int) -> None:

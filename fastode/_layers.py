@@ -1,0 +1,188 @@
+"""The layers a branch may be made of, each as a part of a unit: primitives, and the tensors beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+TENSORS_PER_UNIT = 6
+# For the two sides of a feature map: (kernel, stride, padding before and after together, dilation).
+Sides = tuple[tuple[int, int, int, int], tuple[int, int, int, int]]
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A normalisation of `channels` channels: over groups of each sample, over the batch, or by fixed statistics.
+
+    Instance norm on the input's own statistics is "group" with one channel a group; `instance` tells it apart only
+    because PyTorch refuses other inputs for it.
+    """
+
+    mode: Literal["group", "batch", "fixed"]
+    groups: int
+    eps: float
+    channels: int | None = None
+    instance: bool = False
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A pointwise map; leaky_relu: p = slope; softplus: p = beta, q = threshold; elu: p = alpha."""
+
+    kind: Literal["relu", "leaky_relu", "tanh", "softplus", "elu", "silu"]
+    p: float = 0.0
+    q: float = 0.0
+
+
+@dataclass(frozen=True)
+class Conv:
+    """A convolution of stride 1 whose padding keeps the size."""
+
+    in_channels: int
+    out_channels: int
+    kernel: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+
+NORM, ACTIVATION, CONV = 0, 1, 2
+
+# A reader gets the layer and its unit's row of tensors, which it fills. It returns the part of the unit it read, and with
+# it the norm module to update or the sides of the convolution; or None and what is wrong.
+Reader = Callable[[Any, list[Tensor | None]], tuple[Any, Any]]
+
+
+def _take(layer: nn.Module, row: list[Tensor | None], at: int) -> str:
+    """Put weight and bias of a layer into the row; returns what is wrong with them."""
+    parameters = layer._parameters
+    if "weight" not in parameters or "bias" not in parameters:
+        return "has a weight or bias that is not a parameter of its own"
+    weight, bias = parameters["weight"], parameters["bias"]
+    if not (_is_plain(weight) and _is_plain(bias)):
+        return "has a weight or bias of a tensor subclass"
+    row[at], row[at + 1] = weight, bias
+    return ""
+
+
+def _is_plain(tensor: Tensor | None) -> bool:
+    return tensor is None or type(tensor) is nn.Parameter or type(tensor) is Tensor
+
+
+def _read_group_norm(layer: nn.GroupNorm, row: list[Tensor | None]) -> tuple[Norm | None, Any]:
+    wrong = _take(layer, row, 0)
+    if wrong:
+        return None, wrong
+    return Norm("group", layer.num_groups, float(layer.eps), _norm_channels(row, layer.num_channels)), None
+
+
+def _read_batch_norm(layer: nn.BatchNorm2d, row: list[Tensor | None]) -> tuple[Norm | None, Any]:
+    wrong = _take(layer, row, 0)
+    mean, var = layer._buffers["running_mean"], layer._buffers["running_var"]
+    if wrong or not (_is_plain(mean) and _is_plain(var)) or (mean is None) != (var is None):
+        return None, wrong or "has only one of the running statistics, or has them as a tensor subclass"
+    count = _norm_channels(row, layer.num_features)
+    if layer.training or mean is None:
+        update = layer if layer.training and layer.track_running_stats and mean is not None else None
+        return Norm("batch", 1, float(layer.eps), count), update
+    row[2], row[3] = mean, var
+    return Norm("fixed", 1, float(layer.eps), count), None
+
+
+def _read_instance_norm(layer: nn.InstanceNorm2d, row: list[Tensor | None]) -> tuple[Norm | None, Any]:
+    wrong = _take(layer, row, 0)
+    mean, var = layer._buffers["running_mean"], layer._buffers["running_var"]
+    if wrong or not (_is_plain(mean) and _is_plain(var)) or (mean is None) != (var is None):
+        return None, wrong or "has only one of the running statistics, or has them as a tensor subclass"
+    count = _norm_channels(row, layer.num_features)
+    if layer.training or not layer.track_running_stats:
+        # PyTorch updates the running statistics whenever the input's own are used, in eval mode too.
+        return Norm("group", count, float(layer.eps), count, True), None if mean is None else layer
+    if mean is None:
+        return None, "has no running statistics, which it uses in eval mode"
+    row[2], row[3] = mean, var
+    return Norm("fixed", 1, float(layer.eps), count), None
+
+
+def _norm_channels(row: list[Tensor | None], declared: int) -> int:
+    return declared if row[0] is None else row[0].shape[0]
+
+
+def _read_conv(layer: nn.Conv2d, row: list[Tensor | None]) -> tuple[Conv | None, Any]:
+    wrong = _take(layer, row, 4)
+    weight = row[4]
+    if wrong or weight is None or weight.dim() != 4:
+        return None, wrong or "has no weight of four dimensions"
+    if layer.padding_mode != "zeros":
+        return None, f"has padding_mode {layer.padding_mode!r}, where the reader knows only 'zeros'"
+    out_channels, in_channels, height, width = weight.shape
+    stride, dilation = layer.stride, layer.dilation
+    if not (_is_pair(stride) and _is_pair(dilation) and (isinstance(layer.padding, str) or _is_pair(layer.padding))):
+        return None, "has a stride, padding or dilation that is not a pair"
+    if layer.padding == "same":
+        total = (dilation[0] * (height - 1), dilation[1] * (width - 1))
+    elif layer.padding == "valid":
+        total = (0, 0)
+    else:
+        total = (2 * layer.padding[0], 2 * layer.padding[1])
+    conv = Conv(
+        in_channels * layer.groups,
+        out_channels,
+        (height, width),
+        (total[0] // 2, total[1] // 2),
+        (dilation[0], dilation[1]),
+        layer.groups,
+    )
+    return conv, ((height, stride[0], total[0], dilation[0]), (width, stride[1], total[1], dilation[1]))
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2
+
+
+def _activation(kind: Any, p: Any, q: Any = 0.0) -> tuple[Activation | None, Any]:
+    # A tensor would be a parameter of the activation, with a gradient that the units do not know.
+    if not (isinstance(p, (int, float)) and isinstance(q, (int, float))):
+        return None, "has a parameter that is not a number"
+    return Activation(kind, float(p), float(q)), None
+
+
+def _read_relu(layer: nn.ReLU, row: list[Tensor | None]) -> tuple[Activation | None, Any]:
+    return Activation("relu"), None
+
+
+def _read_leaky_relu(layer: nn.LeakyReLU, row: list[Tensor | None]) -> tuple[Activation | None, Any]:
+    return _activation("leaky_relu", layer.negative_slope)
+
+
+def _read_tanh(layer: nn.Tanh, row: list[Tensor | None]) -> tuple[Activation | None, Any]:
+    return Activation("tanh"), None
+
+
+def _read_softplus(layer: nn.Softplus, row: list[Tensor | None]) -> tuple[Activation | None, Any]:
+    return _activation("softplus", layer.beta, layer.threshold)
+
+
+def _read_elu(layer: nn.ELU, row: list[Tensor | None]) -> tuple[Activation | None, Any]:
+    return _activation("elu", layer.alpha)
+
+
+def _read_silu(layer: nn.SiLU, row: list[Tensor | None]) -> tuple[Activation | None, Any]:
+    return Activation("silu"), None
+
+
+KNOWN: dict[type, tuple[int, Reader]] = {
+    nn.GroupNorm: (NORM, _read_group_norm),
+    nn.BatchNorm2d: (NORM, _read_batch_norm),
+    nn.InstanceNorm2d: (NORM, _read_instance_norm),
+    nn.ReLU: (ACTIVATION, _read_relu),
+    nn.LeakyReLU: (ACTIVATION, _read_leaky_relu),
+    nn.Tanh: (ACTIVATION, _read_tanh),
+    nn.Softplus: (ACTIVATION, _read_softplus),
+    nn.ELU: (ACTIVATION, _read_elu),
+    nn.SiLU: (ACTIVATION, _read_silu),
+    nn.Conv2d: (CONV, _read_conv),
+}
