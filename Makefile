@@ -1,0 +1,78 @@
+# make test | bench [SUITE=all] | lint | gpu [PYTHON=python3] [STEP=check|bench] [RESULTS=folder] | kernels | sanitize | clean
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: test bench lint format gpu kernels sanitize clean setup
+
+PYTHON ?= python3
+SUITE ?= default
+TORCH ?= 2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+# Half the cores' worth of threads would idle in small tests, so the tests run one process per core, one thread each;
+# a test that is about threads sets their number itself.
+PYTEST_FLAGS ?= -n auto --dist worksteal
+SANITIZE_TESTS ?= $(wildcard tests/test_staged.py tests/test_resident.py tests/test_operators.py)
+CXX_SOURCES = $(shell find csrc \( -name '*.cpp' -o -name '*.h' \))
+
+setup: $(STAMP)
+
+# Without an NVIDIA driver the CPU build of torch is installed: from wherever pip finds it, else from PyTorch's own
+# index; and Triton for its interpreter, which CUDA builds bring along.
+$(STAMP): pyproject.toml setup.py Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	extras=test,bench,lint; \
+	if ! nvidia-smi -L >/dev/null 2>&1; then extras=$$extras,triton; fi; \
+	if ! $(BIN)/python -c 'import torch' 2>/dev/null; then \
+	    if [[ $$extras == *triton* && $$(uname) == Linux ]]; then \
+	        $(BIN)/pip install --quiet 'torch==$(TORCH)+cpu' || \
+	        $(BIN)/pip install --quiet 'torch==$(TORCH)+cpu' --extra-index-url $(CPU_INDEX); \
+	    else \
+	        $(BIN)/pip install --quiet 'torch==$(TORCH)'; \
+	    fi; \
+	fi; \
+	$(BIN)/pip install --quiet -e ".[$$extras]"
+	touch $@
+
+test: $(STAMP)
+	$(BIN)/python -m fastode build
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PYTEST_FLAGS)
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.run --suite $(SUITE)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+# No venv and no network: the machine's own Python, torch and Triton.
+gpu:
+	$(PYTHON) -m benchmarks.gpu $(if $(STEP),--step $(STEP)) $(if $(RESULTS),--results $(RESULTS))
+
+kernels: $(STAMP)
+	$(BIN)/python -m benchmarks.kernels
+
+# Everything that compiles or starts processes runs before the sanitizer is preloaded.
+SANITIZER := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined -DFASTODE_DEBUG
+RUNTIMES = $(shell g++ -print-file-name=libasan.so):$(shell g++ -print-file-name=libstdc++.so)
+sanitize: export CXX := g++
+sanitize: export FASTODE_CXXFLAGS := $(SANITIZER)
+sanitize: export OMP_NUM_THREADS := 2
+sanitize: $(STAMP)
+	$(BIN)/python -m fastode build --no-load
+	LD_PRELOAD=$(RUNTIMES) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	    $(BIN)/python -m pytest -q -p no:cacheprovider $(SANITIZE_TESTS)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks fastode/libfastode-*.so
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

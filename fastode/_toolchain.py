@@ -1,0 +1,328 @@
+"""One build of the C++ operators: what it depends on, its key, the compiler runs, the lock, the cache.
+
+Knows nothing of the package around it, so that setup.py can load this file by itself.
+
+Environment: ``CXX`` names the compiler (with arguments if need be, such as ``ccache g++``), ``FASTODE_CXXFLAGS`` adds
+flags, ``FASTODE_CACHE`` names the cache directory, ``FASTODE_LOCK_TIMEOUT`` the seconds to wait for another process
+that is building, ``MAX_JOBS`` how many files are compiled at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+LIBRARY = "libfastode.so"
+# -ffast-math is left out for good: it would break NaN, inf and the order of sums that the equality rule relies on.
+FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wno-unknown-pragmas")
+# The stable ABI of torch 2.10: one binary serves every later torch.
+STABLE_ABI = ("-DTORCH_TARGET_VERSION=0x020a000000000000",)
+NATIVE = ("-march=native",)
+# What a prebuilt library may use on each machine type, and the CPU features that must then be present. x86-64-v3 is
+# AVX2 + FMA: every x86 server since 2015. A machine below it, or whoever wants AVX-512, compiles instead.
+BASELINE = {"x86_64": ("-march=x86-64-v3",), "AMD64": ("-march=x86-64-v3",)}
+BASELINE_FEATURES = {"x86_64": {"avx2", "fma", "f16c", "bmi1", "bmi2", "movbe", "abm"}}
+BUILD_TIMEOUT = 600.0  # seconds; only a hung compiler takes longer
+LOCK_TIMEOUT = 300.0
+
+
+class BuildError(Exception):
+    """The operators cannot be had; the message is the one-sentence reason."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything a build depends on, and so everything that its key is made from."""
+
+    root: Path
+    sources: tuple[Path, ...]
+    compiler: tuple[str, ...]
+    facts: dict[str, str] = field(hash=False)
+    compile_flags: tuple[str, ...]
+    link_flags: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        """The name of this build: equal recipes, and no others, share a library."""
+        return hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()[:20]
+
+
+# ---- what a build depends on
+
+
+def sources(root: Path) -> tuple[Path, ...]:
+    """The translation units under ``root``; device code is built by Triton or nvcc, not here."""
+    return tuple(sorted([*root.glob("*.cpp"), *root.glob("cpu/*.cpp")]))
+
+
+def source_hash(root: Path) -> str:
+    """A hash of every C++ file under ``root``, headers included, by path and content."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in root.rglob("*") if p.suffix in {".cpp", ".h", ".hpp", ".inc"}):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
+
+
+@functools.cache
+def cpu_features() -> tuple[str, ...]:
+    """The feature flags of this machine's CPU, sorted; the processor's name where the kernel lists none."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() in {"flags", "Features"}:
+                return tuple(sorted(value.split()))
+    return (platform.processor() or platform.machine(),)
+
+
+def compiler() -> tuple[tuple[str, ...], str]:
+    """The C++ compiler's command line and what it says its version is.
+
+    Raises:
+        BuildError: there is no C++ compiler, or it does not run.
+    """
+    wanted = os.environ.get("CXX")
+    for command in [shlex.split(wanted)] if wanted else [["g++"], ["clang++"], ["c++"]]:
+        program = shutil.which(command[0])
+        if program:
+            line = (program, *command[1:])
+            try:
+                done = subprocess.run(
+                    [*line, "--version"], capture_output=True, text=True, timeout=60, env=_environment()
+                )
+            except (OSError, subprocess.TimeoutExpired) as error:
+                raise BuildError(f"the C++ compiler {shlex.join(line)} does not run: {error}") from error
+            if done.returncode:
+                raise BuildError(f"the C++ compiler {shlex.join(line)} does not run: {done.stderr.strip()[:200]}")
+            return line, done.stdout
+    where = f"CXX is {wanted!r}, which is not a program" if wanted else "none of g++, clang++, c++ is on PATH"
+    raise BuildError(f"no C++ compiler was found ({where})")
+
+
+def _environment() -> dict[str, str]:
+    """The compiler's environment: ours, less what is preloaded into us (a sanitizer) and the user's language."""
+    kept = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    return {**kept, "LC_ALL": "C"}
+
+
+def recipe(root: Path, machine_flags: tuple[str, ...] = NATIVE) -> Recipe:
+    """Everything needed to build the sources under ``root``.
+
+    Args:
+        root: the directory that holds ``*.cpp`` and ``cpu/*.cpp``.
+        machine_flags: the flags that choose the instruction set.
+
+    Raises:
+        BuildError: there is no compiler, or there are no sources.
+    """
+    units = sources(root)
+    if not units:
+        raise BuildError(f"no C++ sources were found under {root}")
+    command, version = compiler()
+    torch_home = Path(torch.__file__).resolve().parent
+    extra = tuple(shlex.split(os.environ.get("FASTODE_CXXFLAGS", "")))
+    includes = ("-isystem", f"{torch_home}/include", "-isystem", f"{torch_home}/include/torch/csrc/api/include")
+    compile_flags = (*FLAGS, *machine_flags, *STABLE_ABI, f"-I{root}", *includes, *extra)
+    link_flags: tuple[str, ...] = ("-shared", *extra, f"-L{torch_home}/lib", "-ltorch_cpu", "-lc10")
+    if sys.platform == "darwin":
+        link_flags += ("-undefined", "dynamic_lookup")
+    facts = {
+        "sources": source_hash(root),
+        "torch": torch.__version__,
+        "python": f"{platform.python_implementation()} {platform.python_version()} {platform.machine()}",
+        "compiler": f"{shlex.join(command)}\n{version}",
+        # Where torch and the sources lie is no part of the result: a moved checkout finds its build again.
+        "flags": shlex.join((*FLAGS, *machine_flags, *STABLE_ABI, *extra)),
+        "cpu": " ".join(cpu_features()),
+    }
+    return Recipe(root, units, command, facts, compile_flags, link_flags)
+
+
+# ---- building
+
+
+def compile_into(made: Recipe, directory: Path, log: Path) -> Path:
+    """Compile and link ``made`` in ``directory``.
+
+    Returns:
+        The library's path.
+
+    Raises:
+        BuildError: the first line of the compiler's error, and where ``log``, the whole output, lies.
+    """
+    deadline = time.monotonic() + BUILD_TIMEOUT
+    stopped = threading.Event()
+    log.write_text("")
+
+    def run(command: list[str]) -> str | None:
+        if stopped.is_set():
+            return None
+        try:
+            done = subprocess.run(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                env=_environment(),
+                timeout=max(1.0, deadline - time.monotonic()),
+            )
+            output, failed = done.stdout, done.returncode != 0
+        except subprocess.TimeoutExpired:
+            output, failed = f"error: the compiler ran longer than {BUILD_TIMEOUT:.0f} s", True
+        with log.open("a") as file:
+            file.write(f"$ {shlex.join(command)}\n{output}\n")
+        if not failed:
+            return None
+        stopped.set()
+        return output
+
+    objects = [directory / f"{unit.relative_to(made.root).as_posix().replace('/', '_')}.o" for unit in made.sources]
+    commands = [
+        [*made.compiler, *made.compile_flags, "-c", str(unit), "-o", str(object_)]
+        for unit, object_ in zip(made.sources, objects, strict=True)
+    ]
+    with ThreadPoolExecutor(max_workers=_jobs()) as pool:
+        errors = [output for output in pool.map(run, commands) if output is not None]
+    library = directory / LIBRARY
+    if not errors:
+        linked = run([*made.compiler, *map(str, objects), *made.link_flags, "-o", str(library)])
+        errors = [linked] if linked is not None else []
+    if errors:
+        raise BuildError(f"the build failed: {_first_error(errors[0])} (all of it: {log})")
+    for object_ in objects:
+        object_.unlink()
+    return library
+
+
+def _jobs() -> int:
+    """How many files to compile at a time: one per core this process may use, unless MAX_JOBS says otherwise."""
+    wanted = os.environ.get("MAX_JOBS", "")
+    if wanted.isdigit() and int(wanted) > 0:
+        return int(wanted)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def _first_error(output: str) -> str:
+    """The line of a compiler's output that says what is wrong."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    named = [line for line in lines if re.search(r"\b(error|undefined reference)\b", line, re.IGNORECASE)]
+    return (named or lines or ["the compiler said nothing"])[0][:300]
+
+
+@contextlib.contextmanager
+def locked(path: Path, timeout: float) -> Iterator[None]:
+    """Hold the file lock at ``path``; the file names the process and the host that hold it.
+
+    Raises:
+        BuildError: another process held it for all of ``timeout`` seconds; the message says which.
+    """
+    import fcntl  # not on every platform, and import fastode must work on all of them
+
+    with path.open("a+") as file:
+        start, told = time.monotonic(), False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                pass
+            holder = path.read_text().strip() or "a process that has not named itself"
+            if time.monotonic() - start > timeout:
+                raise BuildError(f"{holder} has held the build lock {path} for more than {timeout:g} s")
+            if not told and time.monotonic() - start > 1.0:
+                told = True
+                print(f"fastode: waiting for {holder}, which is building the C++ operators", file=sys.stderr)
+            time.sleep(0.05)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            # The file stays: unlinking a lock that others may have open would let two processes hold it.
+            file.truncate(0)
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def cache_directory() -> Path:
+    """Where built libraries are kept: ``$FASTODE_CACHE``, or ``fastode`` in the user's cache directory."""
+    chosen = os.environ.get("FASTODE_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastode"
+
+
+def build(made: Recipe, cache: Path, *, announce: bool = True) -> Path:
+    """The library of ``made`` in ``cache``, built there first if it is missing.
+
+    The build happens in a directory of its own that is renamed once it is whole, so a build that fails, or is killed,
+    leaves nothing that a later one could take for a library.
+
+    Raises:
+        BuildError: with the reason.
+    """
+    library = cache / made.key / LIBRARY
+    if library.exists():
+        return library
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with locked(cache / f"{made.key}.lock", float(os.environ.get("FASTODE_LOCK_TIMEOUT") or LOCK_TIMEOUT)):
+            if library.exists():
+                return library
+            if announce:
+                count = len(made.sources)
+                print(f"fastode: building the C++ operators ({count} files, once) into {cache}", file=sys.stderr)
+            for left_over in cache.glob(f"{made.key}.*/"):  # of a killed process: the lock is ours, so it is nobody's
+                shutil.rmtree(left_over, ignore_errors=True)
+            work = Path(tempfile.mkdtemp(prefix=f"{made.key}.", dir=cache))
+            try:
+                compile_into(made, work, cache / f"{made.key}.log")
+                (work / "recipe.json").write_text(json.dumps(made.facts, indent=1))
+                if library.parent.exists():  # a directory without its library: someone tidied by hand
+                    shutil.rmtree(library.parent)
+                work.rename(library.parent)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+    except OSError as error:
+        raise BuildError(f"the cache directory {cache} cannot be used: {error}") from error
+    return library
+
+
+# ---- ahead of time
+
+
+def prebuilt_name(root: Path) -> str:
+    """The file name of a prebuilt library: it names its sources, so an outdated one is not found."""
+    return f"libfastode-{source_hash(root)[:16]}.so"
+
+
+def build_ahead(root: Path, package: Path) -> Path:
+    """Build the sources under ``root`` for the baseline CPU into the package directory ``package``; setup.py's part.
+
+    Raises:
+        BuildError: with the reason.
+    """
+    made = recipe(root, BASELINE.get(platform.machine(), ()))
+    with tempfile.TemporaryDirectory() as work:
+        library = compile_into(made, Path(work), package.parent / "fastode-build.log")
+        return Path(shutil.move(library, package / prebuilt_name(root)))
