@@ -1,0 +1,33 @@
+"""The papers' networks, built from the reference blocks.
+
+Every function takes `in_channels`, `num_classes`, `width` and `norm` and returns an `nn.Sequential` of named parts in
+plain PyTorch; `fastode.fuse` swaps its blocks for fused ones.
+
+- Li, He & Lin 2020: `ie_resnet18`, `ie_resnet34`, `ie_resnet50`, `wide_resnet34_10`, the networks they are compared
+  with, `resnet18`, `resnet34`, `resnet50`, and the weight-sharing `sw_resnet58`
+- Kim et al. 2020: `sspnet`, `sspnet_mnist`
+- "Towards Natural Robustness Against Adversarial Examples": `resnet56`
+- Huang et al.: `resnet10`, `sonet`, `soblock_resnet10`
+"""
+
+from .ie_resnet import ie_resnet18, ie_resnet34, ie_resnet50, resnet18, resnet34, resnet50, sw_resnet58
+from .ode import resnet10, resnet56, soblock_resnet10, sonet
+from .sspnet import sspnet, sspnet_mnist
+from .wide_resnet import wide_resnet34_10
+
+__all__ = [
+    "ie_resnet18",
+    "ie_resnet34",
+    "ie_resnet50",
+    "resnet10",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet56",
+    "soblock_resnet10",
+    "sonet",
+    "sspnet",
+    "sspnet_mnist",
+    "sw_resnet58",
+    "wide_resnet34_10",
+]

@@ -1,0 +1,99 @@
+"""What the papers' networks have in common: argument checks, expansive blocks, stages and heads.
+
+A network here is a plain `nn.Sequential` of named parts (`stem`, `stage1`, …, `head`), so that a stage can be taken out
+by name, as the perturbation growth ratio of Kim et al. (2020), eq. 17, needs it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+from torch import nn
+
+from .. import _check
+from ..reference import IESkip, ResBlock
+from ..reference.branches import NORMS, make_norm
+
+# (in_channels, out_channels, stride) -> the residual branch; branch -> the block that keeps the shape
+MakeBranch = Callable[[int, int, int], nn.Sequential]
+MakeBlock = Callable[[nn.Sequential], nn.Module]
+
+
+def check(in_channels: int, num_classes: int, width: int, norm: str | None = None) -> None:
+    """Refuse what no network can be built from; `norm` is left out where another reader checks it."""
+    for name, value in (("in_channels", in_channels), ("num_classes", num_classes), ("width", width)):
+        _check.steps(value, name)
+    if norm is not None:
+        _check.one_of("norm", norm, (*NORMS, "none"))
+
+
+def check_shortcut(kernel: int) -> None:
+    """Refuse a shortcut's kernel that no paper uses."""
+    _check.steps(kernel, "shortcut_kernel")
+    if kernel not in (1, 3):
+        raise ValueError(f"shortcut_kernel must be 1 or 3, got {kernel}")
+
+
+def ie_skip(steps: int, step_size: float, theta: float, detach: bool) -> MakeBlock:
+    """What makes a branch an IE-Skip; a bad argument is refused here, before the first layer is made."""
+    _check.steps(steps)
+    _check.step_size(step_size)
+    _check.theta(theta)
+    _check.flag("detach", detach)
+
+    def make(branch: nn.Sequential) -> nn.Module:
+        return IESkip(branch, steps=steps, step_size=step_size, theta=theta, detach=detach)
+
+    return make
+
+
+def norm_act(norm: str, channels: int) -> list[nn.Module]:
+    """The norm, unless there is none, and the ReLU that follows it."""
+    return [*make_norm(norm, channels), nn.ReLU()]
+
+
+def conv(channels_in: int, channels_out: int, kernel: int, stride: int = 1, bias: bool = False) -> nn.Conv2d:
+    """A convolution whose odd kernel is padded to keep the size at stride 1."""
+    return nn.Conv2d(channels_in, channels_out, kernel, stride, kernel // 2, bias=bias)
+
+
+def expansive(branch: nn.Sequential, shortcut: nn.Module) -> nn.Sequential:
+    """ResBlock-E: the block that changes the shape, with its first norm and activation before the fork.
+
+    The branch's leading norm and activation also feed the shortcut (He et al. 2016b), so they are moved in front of the
+    ResBlock and evaluated once.
+    """
+    fork = next(i for i, layer in enumerate(branch) if isinstance(layer, nn.Conv2d))
+    block = ResBlock(branch[fork:], shortcut=shortcut)
+    return nn.Sequential(OrderedDict(preactivation=branch[:fork], block=block))
+
+
+def stage(
+    channels_in: int,
+    channels_out: int,
+    blocks: int,
+    stride: int,
+    make_branch: MakeBranch,
+    make_block: MakeBlock,
+    shortcut_kernel: int,
+    make_first: MakeBlock | None = None,
+) -> nn.Sequential:
+    """One stage: a first block that may change the shape, then blocks that keep it.
+
+    `make_first` makes the first block where it keeps the shape and is to differ from the others.
+    """
+    first = make_branch(channels_in, channels_out, stride)
+    layers: list[nn.Module] = []
+    if stride != 1 or channels_in != channels_out:
+        layers.append(expansive(first, conv(channels_in, channels_out, shortcut_kernel, stride)))
+    else:
+        layers.append((make_first or make_block)(first))
+    layers += [make_block(make_branch(channels_out, channels_out, 1)) for _ in range(blocks - 1)]
+    return nn.Sequential(*layers)
+
+
+def head(channels: int, num_classes: int, norm: str | None = None) -> nn.Sequential:
+    """Mean over positions and a linear classifier, after a last norm and ReLU where `norm` is given."""
+    before = [] if norm is None else norm_act(norm, channels)
+    return nn.Sequential(*before, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))

@@ -1,0 +1,253 @@
+"""Networks read as ordinary differential equations: ResNet-56 with step h, ResNet10, SONet and SOBlock-ResNet10."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from torch import nn
+
+from .. import _check
+from ..reference import ResBlock, SkewPair, SOBlock, SOClassifier
+from ..reference.branches import make_norm
+from ._stages import check, conv, head, norm_act
+
+_RESNET56_BLOCKS = 9  # in each of three stages: 56 = 6 × 9 + 2
+_STRIDES = (1, 2, 2, 2)  # of the four blocks of ResNet10 and SONet
+
+
+def resnet56(
+    step_size: float = 1.0,
+    *,
+    in_channels: int = 3,
+    num_classes: int = 10,
+    width: int = 16,
+    norm: str = "batch",
+) -> nn.Sequential:
+    """ResNet-56 for CIFAR with step size h: every block is relu(shortcut(x) + h F(x)).
+
+    Three stages of nine blocks with `width` × (1, 2, 4) channels, F = conv, norm, ReLU, conv, norm. Where the shape
+    changes, the shortcut takes every second pixel and fills the new channels with zeros, so it has no parameters.
+
+    Args:
+        step_size: h, dimensionless; the paper takes 10⁰ to 10⁻¹⁰.
+        in_channels: channels of the image [N, in_channels, H, W].
+        num_classes: number of logits.
+        width: channels of the first stage; the paper uses 16.
+        norm: "batch", "group", "layer", "instance" or "none".
+
+    Returns:
+        A network of parts `stem`, `stage1` … `stage3`, `head` that maps [N, in_channels, H, W] to [N, num_classes].
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        ValueError: an argument is outside what is allowed above.
+
+    Source: "Towards Natural Robustness Against Adversarial Examples", eq. 2 and Section 4.1, which takes the network of
+        He et al., "Deep residual learning for image recognition", CVPR 2016, Section 4.2 (shortcut A).
+
+    Example:
+        >>> import torch
+        >>> model = resnet56(step_size=0.1, width=8)
+        >>> model(torch.ones(2, 3, 8, 8)).shape
+        torch.Size([2, 10])
+    """
+    _check.step_size(step_size)
+    check(in_channels, num_classes, width, norm)
+    parts: OrderedDict[str, nn.Module] = OrderedDict(stem=_stem(in_channels, width, norm))
+    channels = width
+    for i in range(3):
+        blocks: list[nn.Module] = []
+        for j in range(_RESNET56_BLOCKS):
+            stride = 2 if i > 0 and j == 0 else 1
+            channels_out = width * 2**i
+            shortcut = _zero_padded(channels, channels_out) if stride == 2 else None
+            blocks.append(_postact(channels, channels_out, stride, norm, shortcut, step_size))
+            channels = channels_out
+        parts[f"stage{i + 1}"] = nn.Sequential(*blocks)
+    parts["head"] = head(channels, num_classes)
+    return nn.Sequential(parts)
+
+
+def resnet10(*, in_channels: int = 3, num_classes: int = 10, width: int = 64, norm: str = "batch") -> nn.Sequential:
+    """ResNet10: a convolution and four residual blocks of two convolutions, each block its own stage.
+
+    The blocks have `width` × (1, 2, 4, 8) channels, the last three halve the size; a shortcut that changes the shape is
+    a 1×1 convolution and a norm.
+
+    Args:
+        in_channels: channels of the image [N, in_channels, H, W].
+        num_classes: number of logits.
+        width: channels of the first stage; the paper uses 32 and 64.
+        norm: "batch", "group", "layer", "instance" or "none".
+
+    Returns:
+        A network of parts `stem`, `block1` … `block4`, `head` that maps [N, in_channels, H, W] to [N, num_classes].
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        ValueError: an argument is outside what is allowed above.
+
+    Source: Huang et al., "Adversarial Robustness of Stabilized NeuralODEs Might be from Obfuscated Gradients",
+        Section 5.1.
+
+    Example:
+        >>> import torch
+        >>> resnet10(width=8)(torch.ones(2, 3, 8, 8)).shape
+        torch.Size([2, 10])
+    """
+    check(in_channels, num_classes, width, norm)
+    return _resnet10(_stem(in_channels, width, norm), num_classes, width, norm)
+
+
+def sonet(
+    *,
+    in_channels: int = 3,
+    num_classes: int = 10,
+    width: int = 64,
+    norm: str = "group",
+    gamma: float = 0.0,
+    solver: str = "dopri5",
+    rtol: float = 0.1,
+    atol: float = 0.1,
+    t1: float = 1.0,
+    steps: int = 1,
+    released: bool = False,
+) -> nn.Sequential:
+    """SONet: five skew-symmetric ODE blocks, average pooling and a skew-symmetric classification block.
+
+    It is ResNet10 with its first convolution, its four residual blocks and its linear layer replaced.
+
+    Args:
+        in_channels: channels of the image [N, in_channels, H, W], with H and W multiples of 8.
+        num_classes: number of logits.
+        width: channels of the first two blocks; the paper uses 32 and 64.
+        norm: the norms before and after each skew pair, as in `SkewPair`.
+        gamma: γ, the damping, at least 0; the paper trains with 0.
+        solver: "euler", "midpoint", "rk4" or one of torchdiffeq's adaptive solvers, as in `SOBlock`.
+        rtol: relative tolerance of an adaptive solver.
+        atol: absolute tolerance of an adaptive solver.
+        t1: the dimensionless time at which each block's solution is read.
+        steps: equal steps of a fixed-step solver.
+        released: True takes the released code's classification block instead of the paper's.
+
+    Returns:
+        A network of parts `block0` … `block4`, `pool`, `flatten`, `head` that maps [N, in_channels, H, W] to
+        [N, num_classes].
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        ValueError: an argument is outside what is allowed above.
+
+    Source: Huang et al., "Adversarial Robustness of Stabilized NeuralODEs Might be from Obfuscated Gradients", eqs. 3
+        and 6, Figure 2 and Section 5.1.
+
+    Example:
+        >>> import torch
+        >>> model = sonet(width=8, solver="rk4")
+        >>> model(torch.ones(2, 3, 8, 8)).shape
+        torch.Size([2, 10])
+    """
+    check(in_channels, num_classes, width)
+    time = {"solver": solver, "rtol": rtol, "atol": atol, "t1": t1, "steps": steps}
+    parts: OrderedDict[str, nn.Module] = OrderedDict()
+    parts["block0"] = SOBlock(SkewPair(in_channels, width, gamma=gamma, norm=norm), **time)
+    channels = width
+    for i, stride in enumerate(_STRIDES):
+        channels_out = width * 2**i
+        field = SkewPair(channels, channels_out, stride=stride, gamma=gamma, norm=norm)
+        parts[f"block{i + 1}"] = SOBlock(field, **time)
+        channels = channels_out
+    parts["pool"] = nn.AdaptiveAvgPool2d(1)
+    parts["flatten"] = nn.Flatten()
+    parts["head"] = SOClassifier(channels, num_classes, gamma=gamma, released=released, **time)
+    return nn.Sequential(parts)
+
+
+def soblock_resnet10(
+    *,
+    in_channels: int = 3,
+    num_classes: int = 10,
+    width: int = 64,
+    norm: str = "batch",
+    skew_norm: str = "group",
+    gamma: float = 0.0,
+    solver: str = "dopri5",
+    rtol: float = 0.1,
+    atol: float = 0.1,
+    t1: float = 1.0,
+    steps: int = 1,
+) -> nn.Sequential:
+    """ResNet10 with a skew-symmetric ODE block in place of its first layer, which the paper calls SOBlock.
+
+    Args:
+        in_channels: channels of the image [N, in_channels, H, W].
+        num_classes: number of logits.
+        width: channels of the first stage; the paper uses 32 and 64.
+        norm: the norms of the residual blocks: "batch", "group", "layer", "instance" or "none".
+        skew_norm: the norms before and after the skew pair, as in `SkewPair`.
+        gamma: γ, the damping, at least 0; the paper trains with 0.
+        solver: "euler", "midpoint", "rk4" or one of torchdiffeq's adaptive solvers, as in `SOBlock`.
+        rtol: relative tolerance of an adaptive solver.
+        atol: absolute tolerance of an adaptive solver.
+        t1: the dimensionless time at which the block's solution is read.
+        steps: equal steps of a fixed-step solver.
+
+    Returns:
+        A network of parts `stem`, `block1` … `block4`, `head` that maps [N, in_channels, H, W] to [N, num_classes].
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        ValueError: an argument is outside what is allowed above.
+
+    Source: Huang et al., "Adversarial Robustness of Stabilized NeuralODEs Might be from Obfuscated Gradients",
+        Section 5.1 and Table 1.
+
+    Example:
+        >>> import torch
+        >>> model = soblock_resnet10(width=8, solver="euler")
+        >>> model(torch.ones(2, 3, 8, 8)).shape
+        torch.Size([2, 10])
+    """
+    check(in_channels, num_classes, width, norm)
+    field = SkewPair(in_channels, width, gamma=gamma, norm=skew_norm)
+    stem = SOBlock(field, solver=solver, rtol=rtol, atol=atol, t1=t1, steps=steps)
+    return _resnet10(stem, num_classes, width, norm)
+
+
+def _resnet10(stem: nn.Module, num_classes: int, width: int, norm: str) -> nn.Sequential:
+    parts: OrderedDict[str, nn.Module] = OrderedDict(stem=stem)
+    channels = width
+    for i, stride in enumerate(_STRIDES):
+        channels_out = width * 2**i
+        shortcut = _projection(channels, channels_out, stride, norm) if stride == 2 else None
+        parts[f"block{i + 1}"] = _postact(channels, channels_out, stride, norm, shortcut)
+        channels = channels_out
+    parts["head"] = head(channels, num_classes)
+    return nn.Sequential(parts)
+
+
+def _stem(in_channels: int, width: int, norm: str) -> nn.Sequential:
+    return nn.Sequential(conv(in_channels, width, 3), *norm_act(norm, width))
+
+
+def _postact(
+    channels_in: int, channels_out: int, stride: int, norm: str, shortcut: nn.Module | None, step_size: float = 1.0
+) -> nn.Sequential:
+    """The original residual block of He et al. (2016a), whose ReLU follows the sum."""
+    branch = nn.Sequential(
+        conv(channels_in, channels_out, 3, stride),
+        *norm_act(norm, channels_out),
+        conv(channels_out, channels_out, 3),
+        *make_norm(norm, channels_out),
+    )
+    return nn.Sequential(ResBlock(branch, step_size=step_size, shortcut=shortcut), nn.ReLU())
+
+
+def _projection(channels_in: int, channels_out: int, stride: int, norm: str) -> nn.Sequential:
+    return nn.Sequential(conv(channels_in, channels_out, 1, stride), *make_norm(norm, channels_out))
+
+
+def _zero_padded(channels_in: int, channels_out: int) -> nn.Sequential:
+    """Shortcut A: every second pixel, and zeros in the new channels."""
+    # A mean over one pixel is the pixel; the padding's last pair is that of the channels.
+    return nn.Sequential(nn.AvgPool2d(1, stride=2), nn.ConstantPad3d((0, 0, 0, 0, 0, channels_out - channels_in), 0.0))

@@ -1,0 +1,398 @@
+"""The papers' networks: their parameters, depths and shapes follow from the papers, and every one of them trains."""
+
+import functools
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastode import nets, reference
+
+BASIC = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
+
+# A small instance of every network, by the function that makes it; each is given width and norm by the tests.
+SMALL = {
+    "ie_resnet18": functools.partial(nets.ie_resnet18, steps=2, step_size=0.05),
+    "ie_resnet34": nets.ie_resnet34,
+    "ie_resnet50": functools.partial(nets.ie_resnet50, theta=0.5),
+    "ie_resnet18 detached": functools.partial(nets.ie_resnet18, detach=True),
+    "resnet18": nets.resnet18,
+    "resnet34": nets.resnet34,
+    "resnet50": nets.resnet50,
+    "sw_resnet58": nets.sw_resnet58,
+    "sspnet res": functools.partial(nets.sspnet, "res", n=2),
+    "sspnet ssp2": functools.partial(nets.sspnet, "ssp2", n=2),
+    "sspnet ssp3": functools.partial(nets.sspnet, "ssp3", n=2),
+    "sspnet midpoint": functools.partial(nets.sspnet, "midpoint", n=2),
+    "sspnet adap": functools.partial(nets.sspnet, "adap", n=2),
+    "sspnet_mnist ssp3": functools.partial(nets.sspnet_mnist, "ssp3", n=2),
+    "sspnet_mnist adap": functools.partial(nets.sspnet_mnist, "adap", n=2),
+    "resnet56": functools.partial(nets.resnet56, step_size=0.1),
+    "wide_resnet34_10 ie": functools.partial(nets.wide_resnet34_10, "ie"),
+    "wide_resnet34_10 res": functools.partial(nets.wide_resnet34_10, "res"),
+    "resnet10": nets.resnet10,
+    "sonet": functools.partial(nets.sonet, solver="rk4"),
+    "soblock_resnet10": functools.partial(nets.soblock_resnet10, solver="midpoint"),
+}
+
+
+def small(name, **keywords):
+    width = 1 if name.startswith("wide") else 8
+    return SMALL[name](**{"width": width, **keywords})
+
+
+def images(name, batch=2, side=16):
+    generator = torch.Generator().manual_seed(0)
+    channels = 1 if "mnist" in name else 3
+    return torch.rand(batch, channels, side, side, generator=generator)
+
+
+def on_meta(make, **keywords):
+    with torch.device("meta"):
+        return make(**keywords)
+
+
+def parameters(make, **keywords):
+    return sum(p.numel() for p in on_meta(make, **keywords).parameters())
+
+
+def affine(*channels):
+    """Weights and biases of norms with these channels."""
+    return 2 * sum(channels)
+
+
+def linear(features, classes):
+    return classes * (features + 1)
+
+
+def basic_stage(c, o, blocks, shortcut):
+    """Norm, 3×3, norm, 3×3 from c to o channels, then blocks - 1 times from o to o; `shortcut` weights to change."""
+    return affine(c, o) + 9 * (c + o) * o + shortcut + (blocks - 1) * (affine(o, o) + 18 * o * o)
+
+
+def preact_resnet(depth, w, kernel, image=3, classes=10):
+    """He et al. 2016b with a 3×3 stem, no convolution bias and `kernel`² shortcuts without a norm."""
+    total, c = 9 * image * w, w
+    for i, blocks in enumerate(BASIC[depth]):
+        m = w * 2**i
+        if depth == 50:
+            o = 4 * m
+            total += affine(c, m, m) + c * m + 9 * m * m + m * o + kernel**2 * c * o
+            total += (blocks - 1) * (affine(o, m, m) + 2 * o * m + 9 * m * m)
+        else:
+            o = m
+            total += basic_stage(c, o, blocks, kernel**2 * c * o if i > 0 else 0)
+        c = o
+    return total + affine(c) + linear(c, classes)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("width", [8, 16, 64])
+@pytest.mark.parametrize("depth", [18, 34, 50])
+def test_an_ie_resnet_has_exactly_the_resnets_parameters(depth, width, kernel):
+    counts = {
+        parameters(getattr(nets, f"{kind}resnet{depth}"), width=width, shortcut_kernel=kernel) for kind in ("ie_", "")
+    }
+    assert counts == {preact_resnet(depth, width, kernel)}
+
+
+def test_sharing_weights_adds_no_parameter_to_resnet34():
+    assert parameters(nets.sw_resnet58, width=16) == preact_resnet(34, 16, 3)
+
+
+def test_images_and_classes_count_in_stem_and_classifier():
+    assert parameters(nets.ie_resnet18, width=8, in_channels=1, num_classes=100) == preact_resnet(18, 8, 3, 1, 100)
+
+
+@pytest.mark.parametrize("skip", ["ie", "res"])
+@pytest.mark.parametrize(("kernel", "count", "millions"), [(3, 48_228_954, 46), (1, 46_160_474, 44)])
+def test_wide_resnet34_10_has_the_papers_parameters(skip, kernel, count, millions):
+    """46M against 44M in Li et al. 2020, Section 5.4, are units of 2²⁰."""
+    widths = (16, 160, 320, 640)
+    total = 9 * 3 * 16 + affine(640) + linear(640, 10)
+    for c, o in itertools.pairwise(widths):
+        total += basic_stage(c, o, 5, kernel**2 * c * o)
+    assert total == count
+    assert round(count / 2**20) == millions
+    assert parameters(nets.wide_resnet34_10, skip=skip, shortcut_kernel=kernel) == count
+
+
+@pytest.mark.parametrize("block", ["res", "ssp2", "ssp3", "midpoint", "adap"])
+@pytest.mark.parametrize("n", [6, 10])
+def test_an_sspnet_has_resnets_parameters_and_adap_one_more_per_ark_block(block, n):
+    """Kim et al. 2020: stages share one F, so only the ArkBlock's learned β₁₀ is new (α₂₁ is fixed)."""
+
+    def keeping(c):
+        return affine(c, c) + 2 * (9 * c * c + c)
+
+    def expanding(c, o):
+        return affine(c, o, o) + 9 * (c + o) * o + 2 * o + c * o
+
+    total = 9 * 3 * 16 + 16 + linear(64, 10)
+    total += n * (keeping(16) + keeping(32) + keeping(64)) + expanding(16, 32) + expanding(32, 64)
+    learned = n if block == "adap" else 0
+    assert parameters(nets.sspnet, block=block, n=n) == total + learned
+
+
+@pytest.mark.parametrize("block", ["res", "ssp2", "ssp3", "midpoint", "adap"])
+def test_sspnet_mnist_has_one_group_of_64_channels(block):
+    stem = (9 + 1) * 64 + 2 * (16 * 64 * 64 + 64) + affine(64, 64)
+    group = 6 * (affine(64, 64) + 2 * (9 * 64 * 64 + 64))
+    learned = 6 if block == "adap" else 0
+    assert parameters(nets.sspnet_mnist, block=block) == stem + group + affine(64) + linear(64, 10) + learned
+
+
+def test_resnet56_has_the_085_million_parameters_of_its_paper():
+    """He et al. 2016a, Table 6; shortcut A has none, and neither has the step size."""
+    total = 27 * 16 + affine(16) + linear(64, 10)
+    c = 16
+    for o in (16, 32, 64):
+        total += 9 * c * o + (2 * 9 - 1) * 9 * o * o + 18 * affine(o)
+        c = o
+    assert round(total / 1e6, 2) == 0.85
+    assert parameters(nets.resnet56, step_size=1.0) == parameters(nets.resnet56, step_size=1e-10) == total
+
+
+def resnet10_body(w, classes=10):
+    """The four residual blocks and the classifier of Huang et al. 2021, Section 5.1."""
+    total, c = 0, w
+    for i in range(4):
+        o = w * 2**i
+        total += 9 * (c + o) * o + affine(o, o) + (c * o + affine(o) if i > 0 else 0)
+        c = o
+    return total + linear(c, classes)
+
+
+@pytest.mark.parametrize("width", [32, 64])
+def test_resnet10_has_four_blocks_of_two_convolutions(width):
+    assert parameters(nets.resnet10, width=width) == 27 * width + affine(width) + resnet10_body(width)
+
+
+@pytest.mark.parametrize("width", [32, 64])
+def test_soblock_resnet10_replaces_the_first_layer_by_a_skew_pair(width):
+    """One kernel serves W and Wᵀ; both halves of the pair have a norm before and a norm after."""
+    pair = 27 * width + 2 * affine(3, width)
+    assert parameters(nets.soblock_resnet10, width=width) == pair + resnet10_body(width)
+
+
+@pytest.mark.parametrize("width", [32, 64])
+def test_sonet_replaces_every_layer_by_a_skew_pair(width):
+    """3×3 kernels at stride 1, 4×4 at stride 2, and a classifier whose matrix has no bias."""
+    channels = [3, width, width, 2 * width, 4 * width, 8 * width]
+    total = 8 * width * 10
+    for i, (c, o) in enumerate(itertools.pairwise(channels)):
+        total += (9 if i < 2 else 16) * c * o + 2 * affine(c, o)
+    assert parameters(nets.sonet, width=width) == total
+
+
+def layers_run(model, x, shortcuts=False):
+    """How many convolutions and linear layers a forward goes through, shortcuts apart."""
+    run = []
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and (shortcuts or "shortcut" not in name):
+            module.register_forward_hook(lambda *_: run.append(1))
+    model(x)
+    return len(run)
+
+
+@pytest.mark.parametrize(
+    ("name", "depth"),
+    [("resnet18", 18), ("resnet34", 34), ("resnet50", 50), ("sw_resnet58", 58), ("resnet56", 56), ("resnet10", 10)],
+)
+def test_a_network_is_as_deep_as_its_name_says(name, depth):
+    assert layers_run(small(name), images(name)) == depth
+
+
+def test_wide_resnet_is_34_convolutions_deep():
+    """6 n + 4 counts the three shortcuts that change the shape, and not the classifier."""
+    name = "wide_resnet34_10 res"
+    assert layers_run(small(name), images(name), shortcuts=True) - 1 == 34
+
+
+def kinds(model):
+    blocks = (reference.ResBlock, reference.IESkip, reference.ShuOsher, reference.Ark, reference.SOBlock)
+    return [type(module).__name__ for module in model.modules() if isinstance(module, blocks)]
+
+
+@pytest.mark.parametrize(
+    ("name", "skips", "expansive"),
+    [("ie_resnet18", 5, 3), ("ie_resnet34", 13, 3), ("ie_resnet50", 12, 4), ("wide_resnet34_10 ie", 12, 3)],
+)
+def test_a_block_is_an_ie_skip_wherever_it_keeps_the_shape(name, skips, expansive):
+    found = kinds(small(name))
+    assert sorted(found) == ["IESkip"] * skips + ["ResBlock"] * expansive
+    assert set(kinds(small(name.removeprefix("ie_").replace(" ie", " res")))) == {"ResBlock"}
+
+
+def test_ie_arguments_reach_every_skip():
+    model = nets.ie_resnet34(3, 0.05, theta=0.25, detach=True, width=8)
+    skips = [module for module in model.modules() if isinstance(module, reference.IESkip)]
+    assert len(skips) == 13
+    assert {(s.steps, s.step_size, s.theta, s.detach) for s in skips} == {(3, 0.05, 0.25, True)}
+
+
+def test_adap_has_groups_ark_res_ssp2():
+    model = small("sspnet adap")
+    assert [kinds(model.get_submodule(f"group{i}")) for i in (1, 2, 3)] == [
+        ["Ark", "Ark"],
+        ["ResBlock", "ResBlock"],
+        ["SSP2", "SSP2"],
+    ]
+
+
+@pytest.mark.parametrize("name", ["sspnet adap", "sspnet_mnist adap"])
+def test_adap_learns_b10_and_keeps_a21(name):
+    model = small(name)
+    learned = [n for n, _ in model.named_parameters() if n.endswith(("a21", "b10"))]
+    assert len(learned) == 2
+    assert all(n.endswith("b10") for n in learned)
+
+
+@pytest.mark.parametrize(("block", "evaluations"), [("res", 1), ("ssp2", 2), ("ssp3", 3), ("midpoint", 2), ("adap", 2)])
+def test_the_shared_norm_of_an_expansive_block_is_evaluated_once(block, evaluations):
+    model = small(f"sspnet {block}")
+    model(images("sspnet"))
+    counts = [m.num_batches_tracked.item() for m in model.expand1.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert counts == [1, 1, 1]
+    counts = [m.num_batches_tracked.item() for m in model.group1.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert counts == [evaluations] * 4
+
+
+@pytest.mark.parametrize("name", ["resnet18", "sspnet res"])
+def test_an_expansive_block_forks_after_its_first_norm_and_activation(name):
+    model = small(name, norm="layer").double()
+    block = model.get_submodule("stage2.0" if name == "resnet18" else "expand1")
+    x = torch.randn(2, 8, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.add_(0.1)
+        norm = next(m for m in block.modules() if isinstance(m, nn.GroupNorm))
+        first, inner, second = (m for m in block.block.branch if not isinstance(m, nn.ReLU))
+        fork = F.relu(norm(x))
+        wanted = block.block.shortcut(fork) + second(F.relu(inner(first(fork))))
+        assert torch.equal(block(x), wanted)
+
+
+def test_a_repeated_block_of_sw_resnet58_is_its_resnet34_block_twice():
+    shared, plain = small("sw_resnet58").double(), small("resnet34").double()
+    plain.load_state_dict(shared.state_dict())
+    x = images("resnet34").double()
+    with torch.no_grad():
+        wanted = x
+        for name, part in plain.named_children():
+            for i, layer in enumerate(part) if name.startswith("stage") else [(0, part)]:
+                wanted = layer(wanted)
+                if i > 0:
+                    wanted = layer(wanted)
+        assert torch.equal(shared(x), wanted)
+
+
+def test_resnet56_takes_steps_of_size_h():
+    model = nets.resnet56(0.25, width=8).double()
+    steps = [module.step_size for module in model.modules() if isinstance(module, reference.ResBlock)]
+    assert steps == [0.25] * 27
+    x = torch.randn(2, 8, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    step = model.get_submodule("stage2.0")
+    with torch.no_grad():
+        # Shortcut A: every second pixel, and as many channels of zeros; h F is exact, as h is a power of two.
+        wanted = F.relu(F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, 8)) + 0.25 * step[0].branch(x))
+        assert torch.equal(step(x), wanted)
+
+
+def test_soblock_resnet10_keeps_all_but_the_first_layer():
+    plain, skewed = small("resnet10"), small("soblock_resnet10")
+    names = [name for name, _ in plain.named_parameters() if not name.startswith("stem")]
+    assert names == [name for name, _ in skewed.named_parameters() if not name.startswith("stem")]
+    assert kinds(skewed) == ["SOBlock"] + ["ResBlock"] * 4
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_network_trains(name):
+    torch.manual_seed(0)
+    model = small(name, num_classes=4)
+    x, labels = images(name, batch=3), torch.tensor([0, 3, 1])
+    logits = model(x)
+    assert logits.shape == (3, 4)
+    loss = F.cross_entropy(logits, labels)
+    loss.backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    torch.optim.SGD(model.parameters(), lr=1e-3).step()
+    assert any(not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    again = F.cross_entropy(model(x), labels)
+    assert loss.isfinite()
+    assert again.isfinite()
+
+
+@pytest.mark.parametrize("norm", ["batch", "group", "layer", "instance", "none"])
+@pytest.mark.parametrize(
+    "name", ["ie_resnet18", "ie_resnet50", "sspnet adap", "sspnet_mnist ssp3", "resnet56", "resnet10"]
+)
+def test_every_norm(name, norm):
+    torch.manual_seed(0)
+    model = small(name, norm=norm)
+    norms = [m for m in model.modules() if isinstance(m, (nn.BatchNorm2d, nn.GroupNorm))]
+    if norm == "none":
+        assert not norms
+    elif norm == "batch":
+        assert {type(m) for m in norms} == {nn.BatchNorm2d}
+    else:
+        groups = {"group": lambda c: min(32, c), "layer": lambda c: 1, "instance": lambda c: c}[norm]
+        assert {m.num_groups == groups(m.num_channels) for m in norms} == {True}
+    assert model(images(name)).isfinite().all()
+
+
+def test_sonet_runs_its_adaptive_solver():
+    torch.manual_seed(0)
+    model = nets.sonet(width=4)
+    model(images("sonet", side=8)).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+EVERY = tuple(getattr(nets, name) for name in nets.__all__)
+NORMS = "'batch', 'group', 'layer', 'instance', 'none'"
+
+
+@pytest.mark.parametrize("make", EVERY, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("argument", ["in_channels", "num_classes", "width"])
+@pytest.mark.parametrize(
+    ("value", "error", "got"), [(0, ValueError, "0"), (2.0, TypeError, "2.0"), (True, TypeError, "True")]
+)
+def test_sizes_are_positive_ints(make, argument, value, error, got):
+    with pytest.raises(error) as raised:
+        make(**{argument: value})
+    assert str(raised.value) == f"{argument} must be an int >= 1, got {got}"
+
+
+REFUSED = [
+    (nets.ie_resnet18, {"steps": 0}, ValueError, "steps must be an int >= 1, got 0"),
+    (nets.ie_resnet34, {"steps": 1.5}, TypeError, "steps must be an int >= 1, got 1.5"),
+    (nets.ie_resnet50, {"step_size": 0.0}, ValueError, "step_size must be a finite number > 0, got 0.0"),
+    (nets.ie_resnet18, {"theta": 1.5}, ValueError, "theta must be a number in [0, 1], got 1.5"),
+    (nets.ie_resnet18, {"detach": 1}, TypeError, "detach must be True or False, got 1"),
+    (nets.resnet18, {"shortcut_kernel": 2}, ValueError, "shortcut_kernel must be 1 or 3, got 2"),
+    (nets.wide_resnet34_10, {"skip": "ssp2"}, ValueError, "skip must be one of 'ie', 'res', got 'ssp2'"),
+    (nets.wide_resnet34_10, {"steps": -1}, ValueError, "steps must be an int >= 1, got -1"),
+    (nets.resnet56, {"step_size": float("nan")}, ValueError, "step_size must be a finite number > 0, got nan"),
+    (nets.sspnet, {"n": 0}, ValueError, "n must be an int >= 1, got 0"),
+    (nets.sspnet_mnist, {"n": "6"}, TypeError, "n must be an int >= 1, got '6'"),
+]
+REFUSED += [
+    (make, {"norm": "spectral"}, ValueError, f"norm must be one of {NORMS}, got 'spectral'")
+    for make in EVERY
+    if make is not nets.sonet
+]
+BLOCKS = "'res', 'ssp2', 'ssp3', 'midpoint', 'adap'"
+REFUSED += [
+    (make, {"block": "rk4"}, ValueError, f"block must be one of {BLOCKS}, got 'rk4'")
+    for make in (nets.sspnet, nets.sspnet_mnist)
+]
+
+
+@pytest.mark.parametrize(("make", "keywords", "error", "message"), REFUSED)
+def test_bad_arguments_are_refused_by_name(make, keywords, error, message):
+    with pytest.raises(error) as raised:
+        make(**keywords)
+    assert str(raised.value) == message
