@@ -1,0 +1,236 @@
+"""Skew-symmetric vector fields on a pair (y, z) in plain PyTorch: the right-hand sides of paper 003's ODE blocks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import _check
+from .branches import make_activation, make_norm
+
+PADDING = 1
+KERNELS = {1: 3, 2: 4}  # side of the kernel for each stride: the transpose then gives back the size of z
+INITIAL = 1.0  # y(0) of the classification block
+INITIAL_RELEASED = 0.1
+
+
+class SkewPair(nn.Module):
+    """The field ẏ = σ(W z − γ y), ż = σ(−Wᵀ y − γ z) with a convolution W, between norms where asked for.
+
+    With norms the field is ẏ = n₃(σ(W n₂(z) − γ n₁(y))), ż = n₄(σ(−Wᵀ n₁(y) − γ n₂(z))): `pre_norm_y`, `pre_norm_z`,
+    `post_norm_y` and `post_norm_z`. It does not depend on time.
+
+    Args:
+        in_channels: channels of z, the block's input [N, in_channels, H, W].
+        channels: channels of y, the block's output [N, channels, H / stride, W / stride].
+        stride: 1 (a 3×3 kernel) or 2 (a 4×4 kernel, for even H and W); the padding is 1.
+        gamma: γ ≥ 0, the damping.
+        activation: "leaky_relu" (slope 0.01), "tanh", "softplus", "elu", "relu", "silu", or a function that makes a module.
+            Theorem 3.1 of the paper needs a strictly increasing one, which ReLU and SiLU are not.
+        norm: "group" (min(8, C) groups), "batch", "layer" (1 group), "instance" (C groups), "none", or a function from
+            the number of channels to a module.
+
+    Raises:
+        TypeError, ValueError: an argument is none of what it may be; at a call, y or z does not fit the convolution.
+
+    Source: Huang et al., "Adversarial Robustness of Stabilized NeuralODEs Might be from Obfuscated Gradients", eq. 3
+        (paper 003); the norms are its released code's.
+
+    Example:
+        >>> field = SkewPair(3, 8, stride=2)
+        >>> y, z = field.initial_state(torch.ones(2, 3, 4, 4))
+        >>> [tuple(slope.shape) for slope in field(y, z)]
+        [(2, 8, 2, 2), (2, 3, 4, 4)]
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        stride: int = 1,
+        gamma: float = 0.0,
+        activation: str | Callable[[], nn.Module] = "leaky_relu",
+        norm: str | Callable[[int], nn.Module] = "group",
+    ) -> None:
+        super().__init__()
+        _check.steps(in_channels, "in_channels")
+        _check.steps(channels, "channels")
+        _check.steps(stride, "stride")
+        if stride not in KERNELS:
+            raise ValueError(f"stride must be 1 or 2, got {stride}")
+        _check_gamma(gamma)
+        self.stride = stride
+        self.gamma = gamma
+        kernel = KERNELS[stride]
+        self.weight = nn.Parameter(torch.empty(channels, in_channels, kernel, kernel))
+        self.activation = make_activation(activation)
+        self.pre_norm_y = _make_norm(norm, channels)
+        self.pre_norm_z = _make_norm(norm, in_channels)
+        self.post_norm_y = _make_norm(norm, channels)
+        self.post_norm_z = _make_norm(norm, in_channels)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw W as nn.Conv2d does."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+
+    def initial_state(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The state the block starts from.
+
+        Args:
+            x: the block's input [N, in_channels, H, W].
+
+        Returns:
+            (y, z): z is x; y [N, channels, H / stride, W / stride] is x, every second pixel of it for stride 2, repeated
+            along the channels, whole as often as it fits and then its first channels.
+
+        Raises:
+            TypeError, ValueError: x is no feature map of these channels, or of odd size with stride 2.
+        """
+        channels, in_channels = self.weight.shape[:2]
+        _check.feature_map("x", x, in_channels)
+        _check.same_kind(x, (self.weight,))
+        if x.shape[2] % self.stride or x.shape[3] % self.stride:
+            shape = list(x.shape)
+            raise ValueError(f"x must be a tensor [N, {in_channels}, H, W] with even H and W, got shape {shape}")
+        small = x[:, :, :: self.stride, :: self.stride]
+        whole, rest = divmod(channels, in_channels)
+        return torch.cat([small] * whole + [small[:, :rest]] * (rest > 0), dim=1), x
+
+    def forward(self, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        _check.skew_pair(y, z, self.weight, self.stride, PADDING)
+        # A norm gives new tensors; what an activation writes over in place is never y or z.
+        y, z = self.pre_norm_y(y), self.pre_norm_z(z)
+        dy = F.conv2d(z, self.weight, stride=self.stride, padding=PADDING)
+        dz = -F.conv_transpose2d(y, self.weight, stride=self.stride, padding=PADDING)
+        dy, dz = self.activation(_damped(dy, y, self.gamma)), self.activation(_damped(dz, z, self.gamma))
+        return self.post_norm_y(dy), self.post_norm_z(dz)
+
+    def extra_repr(self) -> str:
+        channels, in_channels = self.weight.shape[:2]
+        return f"{in_channels}, {channels}, stride={self.stride}, gamma={self.gamma}"
+
+
+class SkewLinear(nn.Module):
+    """The field of the classification block, with a matrix W [classes, features].
+
+    The paper's is ẏ = σ(W z − γ y), ż = σ(−Wᵀ y − γ z). Its released code takes another one, with the activation inside
+    and biases: ẏ = W σ(z) + b_y − γ y, ż = −Wᵀ σ(y) + b_z − γ z.
+
+    Args:
+        in_features: features of z.
+        num_classes: entries of y.
+        gamma: γ ≥ 0, the damping.
+        activation: as in SkewPair.
+        released: True takes the released code's field, with parameters `bias_y` and `bias_z`.
+
+    Raises:
+        TypeError, ValueError: an argument is none of what it may be; at a call, y or z does not fit the matrix.
+
+    Source: Huang et al., "Adversarial Robustness of Stabilized NeuralODEs Might be from Obfuscated Gradients", eq. 3
+        and Section 4 (paper 003).
+
+    Example:
+        >>> field = SkewLinear(8, 3)
+        >>> y, z = field.initial_state(torch.zeros(2, 8))
+        >>> y
+        tensor([[1., 1., 1.],
+                [1., 1., 1.]])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        gamma: float = 0.0,
+        activation: str | Callable[[], nn.Module] = "leaky_relu",
+        released: bool = False,
+    ) -> None:
+        super().__init__()
+        _check.steps(in_features, "in_features")
+        _check.steps(num_classes, "num_classes")
+        _check_gamma(gamma)
+        _check.flag("released", released)
+        self.gamma = gamma
+        self.released = released
+        self.weight = nn.Parameter(torch.empty(num_classes, in_features))
+        self.register_parameter("bias_y", nn.Parameter(torch.empty(num_classes)) if released else None)
+        self.register_parameter("bias_z", nn.Parameter(torch.empty(in_features)) if released else None)
+        self.activation = make_activation(activation)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw W and the biases as nn.Linear does."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        bound = 1 / math.sqrt(self.weight.shape[1])
+        for bias in (self.bias_y, self.bias_z):
+            if bias is not None:
+                nn.init.uniform_(bias, -bound, bound)
+
+    def initial_state(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The state the block starts from.
+
+        Args:
+            x: features [N, in_features].
+
+        Returns:
+            (y, z): z is x, and y [N, num_classes] is 1 everywhere (0.1 in the released code's variation).
+
+        Raises:
+            TypeError, ValueError: x is no such matrix.
+        """
+        classes, features = self.weight.shape
+        _check_matrix("x", x, None, features)
+        _check.same_kind(x, (self.weight,))
+        return x.new_full((x.shape[0], classes), INITIAL_RELEASED if self.released else INITIAL), x
+
+    def forward(self, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        classes, features = self.weight.shape
+        _check_matrix("y", y, None, classes)
+        _check_matrix("z", z, y.shape[0], features)
+        _check.same_kind(y, (self.weight,), "y")
+        _check.same_kind(z, (self.weight,), "z")
+        if self.released:
+            # The activation reads the state itself here, so one that works in place gets copies.
+            inner_y, inner_z = self.activation(y.clone()), self.activation(z.clone())
+            dy = F.linear(inner_z, self.weight, self.bias_y)
+            dz = F.linear(inner_y, -self.weight.t(), self.bias_z)
+            return _damped(dy, y, self.gamma), _damped(dz, z, self.gamma)
+        dy = F.linear(z, self.weight)
+        dz = -F.linear(y, self.weight.t())
+        return self.activation(_damped(dy, y, self.gamma)), self.activation(_damped(dz, z, self.gamma))
+
+    def extra_repr(self) -> str:
+        classes, features = self.weight.shape
+        return f"{features}, {classes}, gamma={self.gamma}, released={self.released}"
+
+
+def _damped(slope: Tensor, state: Tensor, gamma: float) -> Tensor:
+    """slope − γ state, which without damping is the slope."""
+    return torch.sub(slope, state, alpha=gamma) if gamma else slope
+
+
+def _check_gamma(gamma: Any) -> None:
+    _check.finite("gamma", gamma)
+    if gamma < 0:
+        raise ValueError(f"gamma must be a finite number >= 0, got {gamma}")
+
+
+def _check_matrix(name: str, x: Any, rows: int | None, columns: int) -> None:
+    wanted = f"[{'N' if rows is None else rows}, {columns}]"
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor {wanted}, got an object of type {type(x).__name__}")
+    if x.dim() != 2 or x.shape[1] != columns or (rows is not None and x.shape[0] != rows):
+        raise ValueError(f"{name} must be a tensor {wanted}, got shape {list(x.shape)}")
+
+
+def _make_norm(norm: str | Callable[[int], nn.Module], channels: int) -> nn.Module:
+    # Eight groups at most here, where a residual branch has up to 32.
+    if norm == "group":
+        return nn.GroupNorm(min(8, channels), channels)
+    return next(iter(make_norm(norm, channels)), nn.Identity())
