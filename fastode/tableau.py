@@ -1,7 +1,7 @@
 """Explicit one-step schemes as data: frozen tableaus that check themselves when they are made.
 
-A `Tableau` holds a scheme in Shu–Osher form, as paper 004 writes its blocks; a `Butcher` tableau holds the classical form
-that the fixed-step ODE solvers step with. The step Δt is folded into the coefficients of a Shu–Osher scheme.
+A `Tableau` holds a scheme in Shu–Osher form, as paper 004 writes its blocks, with the step Δt folded into its
+coefficients; a `Butcher` tableau holds the classical form that the fixed-step ODE solvers step with.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from . import _check
 
 Rows = tuple[tuple[float, ...], ...]
 
-# Coefficients are float64: a sum that misses its value by less, relative to the magnitudes that went into it, is rounded.
+# Coefficients are float64: a sum that misses its value by less, relative to the magnitudes summed, is only rounded.
 _ROUNDING = 2.0**-44
 
 
@@ -93,8 +93,8 @@ class Butcher:
 
     Raises:
         TypeError: an argument is of the wrong kind.
-        ValueError: rows of the wrong length, coefficients that are not finite, weights that do not sum to one, or an order
-            the coefficients do not have.
+        ValueError: rows of the wrong length, coefficients that are not finite, weights that do not sum to one, or an
+            order the coefficients do not have.
 
     Example:
         >>> Butcher("heun", a=((), (1.0,)), b=(0.5, 0.5), order=2).nodes

@@ -3,6 +3,8 @@
 from .blocks import SSP2, SSP3, Ark, IESkip, Midpoint, ResBlock, ShuOsher
 from .branches import BottleneckBranch, PreActBranch
 from .plain import plain_norms
+from .skew import SkewLinear, SkewPair
+from .solvers import SOBlock, SOClassifier
 
 __all__ = [
     "SSP2",
@@ -13,6 +15,10 @@ __all__ = [
     "Midpoint",
     "PreActBranch",
     "ResBlock",
+    "SOBlock",
+    "SOClassifier",
     "ShuOsher",
+    "SkewLinear",
+    "SkewPair",
     "plain_norms",
 ]

@@ -31,7 +31,7 @@ class _OneStep(nn.Module):
     ) -> Tensor:
         """branch(x), which leaves x as it is and must have the shape of x (or `shape`)."""
         call = self.branch if branch is None else branch
-        out = call(x.clone() if _may_write_input(self.branch) else x)
+        out = call(_unshared(x, self.branch))
         shape = x.shape if shape is None else shape
         if out.shape != shape:
             raise ValueError(f"branch must be a map to the shape {list(shape)}, got an output of {list(out.shape)}")
@@ -47,11 +47,11 @@ class ResBlock(_OneStep):
         shortcut: a module that takes the place of the identity where f changes the shape: y = shortcut(x) + h f(x).
 
     Raises:
-        TypeError, ValueError: step_size is not a finite number above zero, branch or shortcut is no module; at a call, f
-            returns another shape than x (or the shortcut) has.
+        TypeError, ValueError: step_size is not a finite number above zero, branch or shortcut is no module; at a call,
+            f returns another shape than x (or the shortcut's output) has.
 
-    Source: Li et al. 2020, eq. 1 (paper 001), with the step of paper 002 (section 3.2) and the expansive block of Kim et
-        al. 2020 (paper 004).
+    Source: Li et al. 2020, eq. 1 (paper 001), with the step h of paper 002, section 3.2, and the expansive block of
+        Kim et al. 2020 (paper 004).
 
     Example:
         >>> ResBlock(nn.Tanh(), step_size=0.5)(torch.zeros(1, 2, 3, 3)).shape
@@ -67,10 +67,7 @@ class ResBlock(_OneStep):
         self.shortcut = shortcut
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.shortcut is None:
-            skip = x
-        else:
-            skip = self.shortcut(x.clone() if _may_write_input(self.shortcut) else x)
+        skip = x if self.shortcut is None else self.shortcut(_unshared(x, self.shortcut))
         return torch.add(skip, self.evaluate(x, skip.shape), alpha=self.step_size)
 
     def extra_repr(self) -> str:
@@ -129,17 +126,21 @@ class IESkip(_OneStep):
 
     def _gradient(self, goal: Tensor, y: Tensor) -> Tensor:
         """∇_y of the squared norm at fixed goal; differentiable itself unless detached."""
-        if self.detach:
+        # A tracing compiler needs the y of the graph, and can answer neither question below.
+        tracing = torch.compiler.is_compiling()
+        if self.detach and not tracing:
             goal, y = goal.detach(), y.detach()
-        exact = y.requires_grad and torch.is_grad_enabled()
-        if torch.is_inference_mode_enabled():
+        in_graph = y.requires_grad and torch.is_grad_enabled()
+        if not tracing and torch.is_inference_mode_enabled():
             return self._gradient_in_inference_mode(goal, y)
-        if _is_transformed(y, exact):
+        if not tracing and _is_transformed(y, in_graph):
             gradient = torch.func.grad(lambda point: self._squared_norm(goal, point))(y)
-            return gradient.detach() if self.detach else gradient
-        with torch.enable_grad():
-            point = y if exact else y.detach().requires_grad_()
-            return torch.autograd.grad(self._squared_norm(goal, point), point, create_graph=exact)[0]
+        else:
+            with torch.enable_grad():
+                point = y if in_graph else y.detach().requires_grad_()
+                norm = self._squared_norm(goal, point)
+                gradient = torch.autograd.grad(norm, point, create_graph=in_graph and not self.detach)[0]
+        return gradient.detach() if self.detach else gradient
 
     def _gradient_in_inference_mode(self, goal: Tensor, y: Tensor) -> Tensor:
         """The same from copies, as autograd saves no tensor that was made in inference mode."""
@@ -328,15 +329,15 @@ def _combine(terms: Iterable[tuple[float, Tensor | None]]) -> Tensor:
     return total
 
 
-def _may_write_input(module: nn.Module) -> bool:
-    """Whether a module may change its input in place, as an in-place activation does that comes first."""
+def _unshared(x: Tensor, module: nn.Module) -> Tensor:
+    """x, or a copy where the module may change its input in place, as an in-place activation does that comes first."""
     for part in _parts(module):
         if isinstance(part, _FRESH):
-            return False
+            break
         # What is not PyTorch's own is opaque: it may begin with anything.
         if getattr(part, "inplace", False) or not type(part).__module__.startswith("torch.nn.modules."):
-            return True
-    return False
+            return x.clone()
+    return x
 
 
 def _parts(module: nn.Module) -> Iterable[nn.Module]:
@@ -347,6 +348,6 @@ def _parts(module: nn.Module) -> Iterable[nn.Module]:
         yield module
 
 
-def _is_transformed(y: Tensor, exact: bool) -> bool:
+def _is_transformed(y: Tensor, in_graph: bool) -> bool:
     """Whether a transform of torch.func or forward-mode AD is at work that does not see through autograd.grad."""
-    return torch._C._are_functorch_transforms_active() or (not exact and unpack_dual(y).tangent is not None)
+    return torch._C._are_functorch_transforms_active() or (not in_graph and unpack_dual(y).tangent is not None)

@@ -18,9 +18,9 @@ from torch.overrides import TorchFunctionMode
 class plain_norms(TorchFunctionMode):
     """Context manager under which norms on the input's own statistics run as mean-and-variance arithmetic.
 
-    It acts on F.batch_norm (training), F.instance_norm (on input statistics) and F.layer_norm, and so on the modules that
-    call them. Values, errors and running-statistics updates are PyTorch's; group_norm and norms on running statistics are
-    PyTorch's altogether.
+    It acts on F.batch_norm (training), F.instance_norm (on input statistics) and F.layer_norm, and so on the modules
+    that call them. Errors and running-statistics updates are PyTorch's own; group_norm and norms on running statistics
+    are left alone.
 
     Example:
         >>> x = torch.arange(8.0).view(2, 1, 2, 2)
@@ -87,8 +87,8 @@ def _layer_norm(
     return _normalise(x, list(range(-len(normalized_shape), 0)), eps, weight, bias, value.dtype)
 
 
-# PyTorch's own function runs first in each, without a graph: it checks the arguments, updates the running statistics and
-# tells the result's dtype; only its value is not used.
+# PyTorch's own function runs first in each, without a graph: it checks the arguments, updates the running statistics
+# and tells the result's dtype; only its value is not used.
 _PLAIN: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.batch_norm: _batch_norm,
     F.instance_norm: _instance_norm,
