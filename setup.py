@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: csrc/ travels inside the package, and FASTODE_PREBUILD=1 compiles it at install time."""
+"""What pyproject.toml cannot say: csrc/ travels inside the package, and FASTODE_PREBUILD=1 compiles it on install."""
 
 import importlib.util
 import os
@@ -35,7 +35,8 @@ def prebuild(package: Path) -> None:
         sys.exit("FASTODE_PREBUILD=1 compiles against the installed torch: add --no-build-isolation")
     # By path: importing fastode itself would run more of the package than a build should.
     spec = importlib.util.spec_from_file_location("fastode_toolchain", HERE / "fastode" / "_toolchain.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     toolchain = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = toolchain
     spec.loader.exec_module(toolchain)

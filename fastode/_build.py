@@ -82,12 +82,21 @@ def load(announce: bool = True) -> str | None:
         if loaded() or _state.reason is not None:
             return _state.reason
         try:
-            _state.path = _open(prebuilt() or build(_here(), cache_directory(), announce=announce))
+            _state.path = _open(find_or_build(announce))
         except (BuildError, OSError) as error:
             _state.reason = str(error)
             message = f"fastode runs its reference blocks on the CPU, which are slower: {error}"
             warnings.warn(message, RuntimeWarning, stacklevel=2)
         return _state.reason
+
+
+def find_or_build(announce: bool = True) -> Path:
+    """The library's path, built first if need be; nothing is loaded.
+
+    Raises:
+        BuildError: with the reason.
+    """
+    return prebuilt() or build(_here(), cache_directory(), announce=announce)
 
 
 def _open(library: Path) -> Path:

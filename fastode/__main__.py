@@ -1,0 +1,105 @@
+"""``python -m fastode info`` says what this machine can run and why; ``python -m fastode build`` compiles now."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+import fastode
+
+from . import _build, _dispatch, _toolchain
+
+# The CPU features that a kernel of this project can make use of, by the names the Linux kernel gives them.
+_TELLING = (
+    "sse4_2",
+    "avx2",
+    "fma",
+    "avx512f",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_tile",
+    "amx_bf16",
+    "asimd",
+    "bf16",
+    "sve",
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; the result is the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m fastode", description=__doc__.replace("``", "`"))
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,build}")
+    commands.add_parser("info", help="print versions, engines, and why each is or is not available")
+    build = commands.add_parser("build", help="build the C++ operators now, if they are not built yet")
+    build.add_argument("--no-load", action="store_true", help="only build: do not open the library")
+    chosen = parser.parse_args(arguments)
+    return _info() if chosen.command == "info" else _build_now(load=not chosen.no_load)
+
+
+def _info() -> int:
+    for name, value in _machine():
+        print(f"{name:<10}{value}")
+    print("\nengines")
+    for engine, usable, reason in _dispatch.describe():
+        print(f"  {engine:<12}{'yes' if usable else 'no':<5}{reason}")
+    return 0
+
+
+def _machine() -> list[tuple[str, str]]:
+    try:
+        command, version = _toolchain.compiler()
+        compiler = f"{version.splitlines()[0]} ({' '.join(command)})"
+    except _toolchain.BuildError as error:
+        compiler = f"none: {error}"
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = "none: it is not installed"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none: torch sees no CUDA device"
+    ready, where = _build.available()
+    return [
+        ("fastode", f"{fastode.__version__} ({Path(fastode.__file__).parent})"),
+        (
+            "torch",
+            f"{torch.__version__}, built for {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'the CPU'}",
+        ),
+        ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        ("compiler", compiler),
+        ("triton", triton),
+        ("GPU", device),
+        (
+            "CPU",
+            f"{_cpu_name()}: {', '.join(f for f in _TELLING if f in _toolchain.cpu_features()) or 'no known features'}",
+        ),
+        ("threads", str(torch.get_num_threads())),
+        ("operators", f"{'ready' if ready else 'not ready'}: {where}"),
+        ("cache", str(_toolchain.cache_directory())),
+    ]
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _build_now(*, load: bool) -> int:
+    """Exit status 1, with the reason, when the operators cannot be had."""
+    reason: str | None = None
+    try:
+        where = _build.find_or_build()
+        reason = _build.load() if load else None
+    except _toolchain.BuildError as error:
+        reason = str(error)
+    print(reason or f"the C++ operators are built: {where}", file=sys.stderr if reason else sys.stdout)
+    return int(reason is not None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""What every test shares: seeds, the reproducible hypothesis profile, and the rule for tests that need a GPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Iterator
+
+import hypothesis
+import pytest
+import torch
+
+NEEDS_GPU = "needs a CUDA device"
+
+# Derandomised, so that a red run is red again; HYPOTHESIS_PROFILE=explore looks for new cases.
+hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, database=None)
+hypothesis.settings.register_profile("explore", deadline=None, print_blob=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason=NEEDS_GPU))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # outermost, so that this line comes last
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Generator[None, None, None]:
+    yield
+    skipped = terminalreporter.stats.get("skipped", [])
+    count = sum(NEEDS_GPU in str(report.longrepr) for report in skipped)
+    terminalreporter.write_line(f"{count} tests were left out because they need a GPU")
+
+
+@pytest.fixture(autouse=True)
+def _same_start() -> Iterator[None]:
+    """The same random numbers for a test whatever ran before it, and no test's thread count for the next."""
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    yield
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)

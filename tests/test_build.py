@@ -1,0 +1,290 @@
+"""Building the operators: keys, cache, lock, failures, and what happens without a compiler."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastode import _build, _toolchain
+from fastode._toolchain import BuildError
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+STUB = 'extern "C" __attribute__((visibility("default"))) int answer() { return ANSWER; }\n'
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Sources that compile in a fraction of a second, laid out as csrc/ is."""
+    root = tmp_path / "package" / "csrc"
+    (root / "cpu").mkdir(parents=True)
+    (root / "ops.cpp").write_text('#include "cpu/answer.h"\n' + STUB)
+    (root / "cpu" / "answer.h").write_text("#define ANSWER 42\n")
+    (root / "cpu" / "other.cpp").write_text("int other() { return 0; }\n")
+    return root
+
+
+@pytest.fixture
+def compiler_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A compiler that writes down each of its runs, and takes its time to link."""
+    log, script = tmp_path / "runs", tmp_path / "c++"
+    real = shutil.which("g++") or shutil.which("clang++")
+    script.write_text(f'#!/bin/sh\necho "$@" >> {log}\ncase "$*" in *-shared*) sleep 0.5;; esac\nexec {real} "$@"\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    return log
+
+
+@pytest.fixture
+def package(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The stub in the place of the installed package, with nothing built or decided yet."""
+    monkeypatch.setattr(_build, "PACKAGE", root.parent)
+    monkeypatch.setattr(_build, "_state", _build._State())
+    monkeypatch.setenv("FASTODE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("FASTODE_CXXFLAGS", raising=False)
+    return root.parent
+
+
+def answer(library: Path) -> int:
+    return int(ctypes.CDLL(str(library)).answer())
+
+
+def run_python(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    variables = {**os.environ, "PYTHONPATH": str(CHECKOUT), **environment}
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=variables, timeout=120)
+
+
+# ---- the key
+
+CHANGES: dict[str, Callable[[Path, pytest.MonkeyPatch], object]] = {
+    "a source's content": lambda root, patch: (root / "ops.cpp").write_text("// changed\n" + STUB),
+    "a header's content": lambda root, patch: (root / "cpu" / "answer.h").write_text("#define ANSWER 43\n"),
+    "a file's name": lambda root, patch: (root / "cpu" / "other.cpp").rename(root / "cpu" / "another.cpp"),
+    "a new header": lambda root, patch: (root / "cpu" / "new.h").write_text(""),
+    "torch": lambda root, patch: patch.setattr(torch, "__version__", "2.99.0"),
+    "python": lambda root, patch: patch.setattr(platform, "python_version", lambda: "3.99.0"),
+    "the compiler": lambda root, patch: patch.setattr(_toolchain, "compiler", lambda: (("g++",), "g++ 99")),
+    "flags": lambda root, patch: patch.setenv("FASTODE_CXXFLAGS", "-DEXTRA"),
+    "CPU features": lambda root, patch: patch.setattr(_toolchain, "cpu_features", lambda: ("avx2",)),
+}
+
+
+@pytest.mark.parametrize("part", CHANGES)
+def test_the_key_changes_with(part: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = _toolchain.recipe(root).key
+    assert _toolchain.recipe(root).key == before
+    CHANGES[part](root, monkeypatch)
+    assert _toolchain.recipe(root).key != before
+
+
+def test_the_key_changes_with_the_instruction_set(root: Path) -> None:
+    assert _toolchain.recipe(root, ("-msse4.2",)).key != _toolchain.recipe(root).key
+
+
+def test_the_key_does_not_depend_on_where_the_sources_lie_or_on_device_code(root: Path, tmp_path: Path) -> None:
+    before = _toolchain.recipe(root).key
+    moved = Path(shutil.copytree(root, tmp_path / "elsewhere"))
+    (moved / "kernel.cu").write_text("")
+    assert _toolchain.recipe(moved).key == before
+
+
+# ---- building
+
+
+def test_a_build_is_made_once_and_again_when_the_sources_change(
+    root: Path, tmp_path: Path, compiler_log: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    library = _toolchain.build(_toolchain.recipe(root), tmp_path / "cache")
+    assert answer(library) == 42
+    said = capsys.readouterr().err
+    assert said == f"fastode: building the C++ operators (2 files, once) into {tmp_path / 'cache'}\n"
+    assert compiler_log.read_text().count("-shared") == 1
+    assert _toolchain.build(_toolchain.recipe(root), tmp_path / "cache") == library
+    assert compiler_log.read_text().count("-shared") == 1
+    assert capsys.readouterr().err == ""
+    (root / "cpu" / "answer.h").write_text("#define ANSWER 43\n")
+    assert answer(_toolchain.build(_toolchain.recipe(root), tmp_path / "cache")) == 43
+
+
+def test_two_processes_at_once_make_one_build(root: Path, tmp_path: Path, compiler_log: Path) -> None:
+    cache = tmp_path / "cache"
+    program = (
+        "import sys, pathlib; from fastode import _toolchain as t; print('ready', flush=True); sys.stdin.readline(); "
+        f"print(t.build(t.recipe(pathlib.Path({str(root)!r})), pathlib.Path({str(cache)!r})))"
+    )
+    command, variables = [sys.executable, "-c", program], {**os.environ, "PYTHONPATH": str(CHECKOUT)}
+    pipe = subprocess.PIPE
+    builders = [
+        subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=variables) for _ in range(2)
+    ]
+    for builder in builders:
+        assert builder.stdout is not None
+        assert builder.stdout.readline() == "ready\n"
+    for builder in builders:
+        assert builder.stdin is not None
+        builder.stdin.write("\n")
+        builder.stdin.flush()
+    outputs = [builder.communicate(timeout=60) for builder in builders]
+    libraries = {out.strip() for out, _ in outputs}
+    assert len(libraries) == 1
+    assert answer(Path(libraries.pop())) == 42
+    assert compiler_log.read_text().count("-shared") == 1
+    assert sum("building the C++ operators" in error for _, error in outputs) == 1
+
+
+def test_a_failed_build_names_the_error_and_leaves_no_library(root: Path, tmp_path: Path) -> None:
+    (root / "cpu" / "other.cpp").write_text("int other() { return undeclared; }\n")
+    made = _toolchain.recipe(root)
+    with pytest.raises(BuildError, match=r"other\.cpp:1:\d+: error: .*undeclared.*\(all of it: .*\.log\)"):
+        _toolchain.build(made, tmp_path / "cache", announce=False)
+    assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".lock", ".log"]
+    assert "undeclared" in (tmp_path / "cache" / f"{made.key}.log").read_text()
+
+
+def test_what_a_killed_build_left_is_swept_away(root: Path, tmp_path: Path) -> None:
+    made = _toolchain.recipe(root)
+    left_over = tmp_path / "cache" / f"{made.key}.half"
+    left_over.mkdir(parents=True)
+    (left_over / "ops.cpp.o").write_text("half")
+    library = _toolchain.build(made, tmp_path / "cache", announce=False)
+    assert answer(library) == 42
+    assert not left_over.exists()
+
+
+def test_a_cache_that_cannot_be_written_is_a_reason(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BuildError, match=r"the cache directory .*file/cache cannot be used"):
+        _toolchain.build(_toolchain.recipe(root), tmp_path / "file" / "cache", announce=False)
+
+
+def test_the_lock_times_out_and_names_its_holder(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = _toolchain.recipe(root)
+    lock = tmp_path / f"{made.key}.lock"
+    monkeypatch.setenv("FASTODE_LOCK_TIMEOUT", "0.2")
+    holder = f"process {os.getpid()} on {socket.gethostname()}"
+    with (
+        _toolchain.locked(lock, timeout=0.0),
+        pytest.raises(BuildError, match=rf"^{holder} has held the build lock .* for more than 0\.2 s$"),
+    ):
+        _toolchain.build(made, tmp_path, announce=False)
+    with _toolchain.locked(lock, timeout=0.0):  # free again, and not by luck: the holder's name is gone as well
+        assert holder in lock.read_text()
+    assert lock.read_text() == ""
+
+
+# ---- ahead of time
+
+
+def test_a_prebuilt_library_comes_first_and_only_from_these_sources(package: Path) -> None:
+    library = _toolchain.build_ahead(package / "csrc", package)
+    assert answer(library) == 42
+    assert _build.prebuilt() == library
+    assert _build.find_or_build() == library
+    assert not _toolchain.cache_directory().exists()
+    assert _build.available() == (True, f"built ahead of time: {library}")
+    (package / "csrc" / "cpu" / "answer.h").write_text("#define ANSWER 43\n")
+    assert _build.prebuilt() is None
+    assert answer(_build.find_or_build(announce=False)) == 43
+
+
+def test_a_prebuilt_library_is_not_opened_on_a_cpu_below_its_baseline(
+    package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    (package / _toolchain.prebuilt_name(package / "csrc")).write_text("")
+    needed = _toolchain.BASELINE_FEATURES["x86_64"]
+    monkeypatch.setattr(_build, "cpu_features", lambda: tuple(needed))
+    assert _build.prebuilt() is not None
+    monkeypatch.setattr(_build, "cpu_features", lambda: tuple(needed - {"avx2"}))
+    assert _build.prebuilt() is None
+
+
+def test_a_wheel_carries_the_sources_and_needs_no_compiler(tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout"
+    for name in ("fastode", "csrc"):
+        shutil.copytree(CHECKOUT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+        shutil.copy(CHECKOUT / name, checkout)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path]
+    environment = {**os.environ, "CXX": "/nonexistent/compiler", "CC": "/nonexistent/compiler"}
+    subprocess.run([*command, checkout], check=True, env=environment)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    assert (tmp_path / "site" / "fastode" / "py.typed").exists()
+    shipped = tmp_path / "site" / "fastode" / "csrc"
+    assert _toolchain.source_hash(shipped) == _toolchain.source_hash(CHECKOUT / "csrc")
+
+
+# ---- what the package does with it
+
+
+def test_the_operators_of_this_checkout_load() -> None:
+    """Without this a machine on which nothing builds would compare the reference with itself and be green."""
+    assert _build.load() is None
+    assert _build.loaded()
+    assert _build.available()[0]
+
+
+def test_a_failed_load_warns_once_and_is_not_tried_again(package: Path, compiler_log: Path) -> None:
+    (package / "csrc" / "ops.cpp").write_text("#error not today\n")
+    with pytest.warns(RuntimeWarning, match="runs its reference blocks.*not today") as caught:
+        reason = _build.load(announce=False)
+    assert reason is not None
+    assert len(caught) == 1
+    runs = compiler_log.read_text()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _build.load() == reason
+    assert compiler_log.read_text() == runs
+    assert _build.available() == (False, reason)
+    assert not _build.loaded()
+
+
+def test_neither_asking_nor_tracing_compiles(
+    package: Path, compiler_log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usable, reason = _build.available()
+    assert not usable
+    assert "not built yet" in reason
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert "before tracing" in str(_build.load())
+    assert "-shared" not in compiler_log.read_text()
+    assert not _toolchain.cache_directory().exists()
+
+
+def test_import_neither_compiles_nor_imports_triton(tmp_path: Path) -> None:
+    program = "import sys, torch; assert 'triton' not in sys.modules; import fastode; print('triton' in sys.modules)"
+    done = run_python(program, FASTODE_CACHE=str(tmp_path / "cache"), CXX="/nonexistent/compiler")
+    assert (done.stdout, done.stderr) == ("False\n", "")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_without_a_compiler_there_is_one_warning_and_the_reference_runs(tmp_path: Path) -> None:
+    program = """
+import torch, fastode
+from fastode import nn, reference
+torch.manual_seed(0)
+model = torch.nn.Sequential(*(reference.SSP3(reference.PreActBranch(4)) for _ in range(2)))
+x = torch.randn(2, 4, 5, 5)
+expected = model(x)
+report = str(fastode.fuse(model))
+nn.SSP3(reference.PreActBranch(4))
+assert torch.equal(model(x), expected)
+assert 'no C++ compiler was found' in report, report
+"""
+    done = run_python(program, CXX="/nonexistent/compiler", FASTODE_CACHE=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("RuntimeWarning") == 1
+    assert "no C++ compiler was found (CXX is '/nonexistent/compiler', which is not a program)" in done.stderr

@@ -1,0 +1,52 @@
+"""The command line: `python -m fastode info`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastode
+from fastode import _build, _dispatch, _toolchain
+from fastode.__main__ import main
+
+
+def test_info_prints_versions_engines_and_cache(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    lines = {line.split()[0]: line for line in printed.splitlines() if line.strip()}
+    assert fastode.__version__ in lines["fastode"]
+    assert torch.__version__ in lines["torch"]
+    assert str(torch.get_num_threads()) in lines["threads"]
+    assert str(_toolchain.cache_directory()) in lines["cache"]
+    for engine, usable, reason in _dispatch.describe():
+        assert reason, engine
+        assert lines[engine].split()[1] == ("yes" if usable else "no")
+        assert reason in lines[engine]
+
+
+def test_info_says_why_there_are_no_operators(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_build, "_state", _build._State(reason="no C++ compiler was found (a test)"))
+    monkeypatch.setenv("CXX", "/nonexistent/compiler")
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert "not ready: no C++ compiler was found (a test)" in printed
+    assert "none: no C++ compiler was found (CXX is '/nonexistent/compiler', which is not a program)" in printed
+
+
+@pytest.mark.parametrize("arguments", [["inof"], []])
+def test_a_wrong_command_is_refused_with_the_right_ones(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as refused:
+        main(arguments)
+    assert refused.value.code == 2
+    assert "{info,build}" in capsys.readouterr().err
+
+
+def test_build_reports_a_missing_compiler(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/nonexistent/compiler")
+    monkeypatch.setenv("FASTODE_CXXFLAGS", "-DNEVER_BUILT")
+    assert main(["build", "--no-load"]) == 1
+    assert "no C++ compiler was found" in capsys.readouterr().err
