@@ -23,11 +23,13 @@ setup: $(STAMP)
 # Without an NVIDIA driver the CPU build of torch is installed: from wherever pip finds it, else from PyTorch's own
 # index; and Triton for its interpreter, which CUDA builds bring along.
 $(STAMP): pyproject.toml setup.py Makefile
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	extras=test,bench,lint; \
-	if ! nvidia-smi -L >/dev/null 2>&1; then extras=$$extras,triton; fi; \
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11+ is needed: make PYTHON=..."; exit 1; }
+	@echo "setting up $(VENV) (once; about a minute)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@extras=test,bench,lint; \
+	nvidia-smi -L >/dev/null 2>&1 || extras=$$extras,triton; \
 	if ! $(BIN)/python -c 'import torch' 2>/dev/null; then \
-	    if [[ $$extras == *triton* && $$(uname) == Linux ]]; then \
+	    if [[ $$extras == *triton && $$(uname) == Linux ]]; then \
 	        $(BIN)/pip install --quiet 'torch==$(TORCH)+cpu' || \
 	        $(BIN)/pip install --quiet 'torch==$(TORCH)+cpu' --extra-index-url $(CPU_INDEX); \
 	    else \
@@ -35,7 +37,7 @@ $(STAMP): pyproject.toml setup.py Makefile
 	    fi; \
 	fi; \
 	$(BIN)/pip install --quiet -e ".[$$extras]"
-	touch $@
+	@touch $@
 
 test: $(STAMP)
 	$(BIN)/python -m fastode build
