@@ -300,9 +300,13 @@ class Ark(_OneStep):
             else:
                 self.register_buffer(name, torch.tensor(float(value)))
 
-    def coefficients(self) -> tuple[Tensor, Tensor]:
-        """α and β as differentiable [2, 2] tensors: entry [i - 1, k] belongs to stage i and point k."""
-        alpha_21, beta_10 = self.a21.sigmoid(), self.b10.sigmoid()
+    def coefficients(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """α and β as differentiable [2, 2] tensors: entry [i - 1, k] belongs to stage i and point k.
+
+        Args:
+            dtype: in which to compute them, that of a21 and b10 by default.
+        """
+        alpha_21, beta_10 = self.a21.to(dtype).sigmoid(), self.b10.to(dtype).sigmoid()
         beta_21 = 1 / (2 * beta_10)
         one, zero = torch.ones_like(alpha_21), torch.zeros_like(alpha_21)
         alpha = torch.stack((one, zero, 1 - alpha_21, alpha_21)).view(2, 2)

@@ -1,0 +1,104 @@
+"""How a one-step block runs: its branch is read, everything is checked, an engine is chosen and called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import _check, _dispatch, branch
+from .ops.rerun import Rerun
+from .ops.sweeps import Plan
+
+# (x, plan, rerun, tensors) -> (y, *statistics)
+Engine = Callable[[Tensor, Plan, "Rerun | None", list], tuple[Tensor, ...]]
+
+
+def why_not(engine: str, reading: branch.Reading, x: Tensor | None) -> str:
+    """Why an engine cannot run a block with this branch on x (or on any input); empty if it can."""
+    if reading.units is None:
+        return reading.reason
+    return _dispatch.no_operators() or ("" if x is None else _dispatch.cannot_take([x], reading.tensors))
+
+
+def run(
+    x: Tensor,
+    module: nn.Module,
+    staged: Engine,
+    make_reference: Callable[[], nn.Module],
+    run_reference: Callable[[Tensor], Tensor],
+    engine: str = "auto",
+    owner: nn.Module | None = None,
+    traceable: bool = True,
+) -> Tensor:
+    """Run a one-step block.
+
+    Args:
+        x: the input [N, C, H, W].
+        module: the branch.
+        staged: the family's autograd Function.
+        make_reference: makes the reference block, for gradients of gradients.
+        run_reference: the block in plain PyTorch.
+        engine: a name of an engine, or "auto".
+        owner: the module that is being called, for the report.
+        traceable: whether torch.compile may trace the reference.
+    """
+    _check.engine(engine, _dispatch.ENGINES)
+    reading = branch.read(module)
+    if reading.units is not None:
+        _check.feature_map("x", x, branch.channels(reading.units))
+        _check.same_kind(x, reading.tensors)
+        _check.enough_values(reading, x)
+    elif isinstance(x, Tensor) and x.dim() == 4:
+        _check.keeps_shape(reading, x)
+    chosen, _ = _dispatch.choose(engine, lambda name: why_not(name, reading, x))
+    if not torch.compiler.is_compiling():
+        _dispatch.note(owner, chosen)
+    if chosen == "reference":
+        call = run_reference if traceable else torch.compiler.disable(run_reference)
+        return _undone_on_error(call, x, module) if reading.units is None else call(x)
+    plan = Plan(reading.units, tuple(norm is not None for norm in reading.norms), _dispatch.autocast_dtype(x))
+    rerun = None if torch.compiler.is_compiling() else Rerun(make_reference)
+    y, *statistics = staged(x, plan, rerun, reading.tensors)
+    _update_running(reading, statistics, x)
+    return y
+
+
+def _undone_on_error(call: Callable[[Tensor], Tensor], x: Tensor, module: nn.Module) -> Tensor:
+    """call(x); if it fails, the branch's buffers are as they were."""
+    if torch.compiler.is_compiling():
+        return call(x)
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        return call(x)
+    except Exception:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        raise
+
+
+def _update_running(reading: branch.Reading, statistics: Iterable[Tensor], x: Tensor) -> None:
+    """Update running statistics as PyTorch's norms do, once for each evaluation of the branch, in order."""
+    norms = [norm for norm in reading.norms if norm is not None]
+    pixels = x.shape[2] * x.shape[3]
+    with torch.no_grad():
+        for index, stats in enumerate(statistics):
+            norm: Any = norms[index % len(norms)]
+            if isinstance(norm, nn.InstanceNorm2d):
+                count, stats = pixels, stats.mean(1)
+                factor: float | Tensor = 0.0 if norm.momentum is None else norm.momentum
+            else:
+                count = x.shape[0] * pixels
+                norm.num_batches_tracked.add_(1)
+                factor = 1.0 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
+            mean, variance = norm.running_mean, norm.running_var
+            _move(mean, stats[0], factor)
+            _move(variance, stats[1] * (count / max(count - 1, 1)), factor)
+
+
+def _move(running: Tensor, now: Tensor, factor: float | Tensor) -> None:
+    """running ← (1 − factor) running + factor now."""
+    running.copy_(torch.lerp(running.to(now.dtype), now, torch.as_tensor(factor, dtype=now.dtype)))
