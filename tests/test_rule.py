@@ -1,0 +1,302 @@
+"""The rule itself: it takes what only rounds differently, and refuses what is wrong by little."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastode import reference
+from fastode.tableau import SSP3, Tableau
+from fastode.testing import Comparison, assert_blocks_equal, compare_blocks, compare_tensors, moved, sample_input
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+STEP = 0.2
+
+
+def make_branch(dtype: torch.dtype, norm: str = "layer", activation: str = "tanh") -> nn.Module:
+    torch.manual_seed(3)
+    branch = reference.PreActBranch(8, norm=norm, activation=activation)
+    with torch.no_grad():
+        for parameter in branch.parameters():
+            parameter.mul_(1.5)
+    return branch.to(dtype)
+
+
+def make_input(dtype: torch.dtype, batch: int = 4) -> Tensor:
+    return sample_input(batch, 8, 7, 7, dtype=dtype)
+
+
+def implicit(
+    dtype: torch.dtype, kind: type[reference.IESkip] = reference.IESkip, **changes: object
+) -> reference.IESkip:
+    return kind(make_branch(dtype), **({"steps": 2, "step_size": STEP} | changes))
+
+
+class OtherOrder(reference.IESkip):
+    """The same numbers, summed in another order: channels_last, the batch in halves."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        halves = x.contiguous(memory_format=torch.channels_last).chunk(2)
+        return torch.cat([super(OtherOrder, self).forward(half) for half in halves])
+
+
+class AllZero(reference.IESkip):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 0
+
+
+class HalfRounded(reference.IESkip):
+    """The block with its result rounded to half the digits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        half = torch.float8_e4m3fn if y.dtype == torch.bfloat16 else torch.bfloat16
+        return y + (y.detach().to(half).to(y.dtype) - y.detach())
+
+
+class NaNFree(reference.IESkip):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).nan_to_num()
+
+
+class _Normalise(torch.autograd.Function):
+    """x-hat with the right cotangent, whose own derivative forgets that the statistics depend on x."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, eps: float) -> Tensor:
+        mean = x.mean((1, 2, 3), keepdim=True)
+        rstd = torch.rsqrt(x.var((1, 2, 3), correction=0, keepdim=True) + eps)
+        normalised = (x - mean) * rstd
+        ctx.save_for_backward(normalised, rstd)
+        return normalised
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, cotangent: Tensor) -> tuple[Tensor, None]:
+        normalised, rstd = (t.detach() for t in ctx.saved_tensors)
+        mean = cotangent.mean((1, 2, 3), keepdim=True)
+        return rstd * (cotangent - mean - normalised * (normalised * cotangent).mean((1, 2, 3), keepdim=True)), None
+
+
+class FirstOrderNorm(nn.GroupNorm):
+    """Layer normalisation right in value and gradient, without its second-order term."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        normalised = _Normalise.apply(x, self.eps)
+        return normalised * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+def first_order(block: nn.Module) -> nn.Module:
+    block = copy.deepcopy(block)
+    for module in block.modules():
+        if isinstance(module, nn.GroupNorm):
+            module.__class__ = FirstOrderNorm
+    return block
+
+
+def failing(comparison: Comparison) -> set[str]:
+    return {row.name for row in comparison.rows if not row.ok}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", ("train", "input_grad", "forward"))
+def test_accepts_another_order_of_summation(dtype: torch.dtype, mode: str) -> None:
+    comparison = compare_blocks(implicit(dtype), implicit(dtype, OtherOrder), make_input(dtype), mode=mode)
+    assert comparison.ok, comparison.describe()
+    names = {row.name for row in comparison.rows}
+    assert ("gradient of input" in names) == (mode != "forward")
+    assert ("gradient of branch.2.weight" in names) == (mode == "train")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rejects_an_all_zero_output(dtype: torch.dtype) -> None:
+    comparison = compare_blocks(implicit(dtype), implicit(dtype, AllZero), make_input(dtype))
+    assert {"output", "gradient of input", "gradient of branch.2.weight"} <= failing(comparison)
+    assert not compare_blocks(implicit(dtype), implicit(dtype, AllZero), make_input(dtype), mode="forward").ok
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", ("train", "input_grad", "forward"))
+def test_rejects_half_the_step_size(dtype: torch.dtype, mode: str) -> None:
+    half = implicit(dtype, step_size=STEP / 2)
+    assert "output" in failing(compare_blocks(implicit(dtype), half, make_input(dtype), mode=mode))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", ("train", "input_grad"))
+def test_rejects_a_detached_gradient(dtype: torch.dtype, mode: str) -> None:
+    found = failing(compare_blocks(implicit(dtype), implicit(dtype, detach=True), make_input(dtype), mode=mode))
+    assert "gradient of input" in found
+    assert "output" not in found
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", ("train", "input_grad"))
+def test_rejects_a_missing_second_order_term_of_the_norm(dtype: torch.dtype, mode: str) -> None:
+    # Nine pixels and a long step make the term a fifth of the gradient: more than bfloat16 blurs.
+    block, x = implicit(dtype, step_size=0.5), sample_input(4, 8, 3, 3, dtype=dtype)
+    found = failing(compare_blocks(block, first_order(block), x, mode=mode))
+    assert "gradient of input" in found
+    assert "output" not in found
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_norm_without_its_second_order_term_is_right_to_first_order(dtype: torch.dtype) -> None:
+    # So the rejection above is of the missing term, not of a norm that is wrong anyhow.
+    block = reference.SSP3(make_branch(dtype))
+    assert_blocks_equal(block, first_order(block), make_input(dtype))
+
+
+@pytest.mark.parametrize("stage", (0, 1, 2))
+@pytest.mark.parametrize("coefficients", ("alpha", "beta"))
+def test_rejects_a_stage_coefficient_off_by_one_percent(stage: int, coefficients: str) -> None:
+    rows = {"alpha": [list(row) for row in SSP3.alpha], "beta": [list(row) for row in SSP3.beta]}
+    rows[coefficients][stage][-1] *= 1.01
+    if coefficients == "alpha":
+        if stage == 0:
+            return  # a single entry of its row, which must be one
+        rows["alpha"][stage][0] = 1.0 - sum(rows["alpha"][stage][1:])
+    wrong = Tableau("wrong", tuple(map(tuple, rows["alpha"])), tuple(map(tuple, rows["beta"])), order=1)
+    block = reference.ShuOsher(make_branch(torch.float32), SSP3)
+    comparison = compare_blocks(block, reference.ShuOsher(make_branch(torch.float32), wrong), make_input(torch.float32))
+    assert {"output", "gradient of input"} <= failing(comparison)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rejects_half_the_digits(dtype: torch.dtype) -> None:
+    comparison = compare_blocks(implicit(dtype), implicit(dtype, HalfRounded), make_input(dtype))
+    assert failing(comparison) == {"output"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rejects_a_missing_update_of_running_statistics(dtype: torch.dtype) -> None:
+    right = reference.SSP3(make_branch(dtype, norm="batch"))
+    stopped = copy.deepcopy(right)
+    stopped.branch[0].momentum = 0.0
+    found = failing(compare_blocks(right, stopped, make_input(dtype)))
+    assert found == {"buffer branch.0.running_mean", "buffer branch.0.running_var"}
+
+
+def test_rejects_a_change_of_the_input() -> None:
+    class InPlace(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.add_(1.0) - 1.0
+
+    found = failing(compare_blocks(nn.Identity(), InPlace(), make_input(torch.float64), mode="forward"))
+    assert "input afterwards" in found
+
+
+def test_rejects_a_single_wrong_entry_pointwise() -> None:
+    class OneWrong(reference.SSP3):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            wrong = torch.zeros_like(y)
+            # 3e-4 of the largest entry, in one of 25,000: below what the two-norm of a float32 sum sees.
+            wrong[0, 0, 0, 0] = 3e-4
+            return y + wrong
+
+    x = make_input(torch.float32, batch=64)
+    comparison = compare_blocks(
+        reference.SSP3(make_branch(torch.float32)), OneWrong(make_branch(torch.float32)), x, mode="forward"
+    )
+    (row,) = [row for row in comparison.rows if row.name == "output"]
+    assert row.err <= row.allowed
+    assert row.pointwise is not None and row.pointwise > 1.0
+    assert not comparison.ok
+
+
+def test_judges_single_entries_only_clear_of_kinks() -> None:
+    x = torch.ones(1, 2, 3, 3)
+    block = nn.Sequential(nn.ReLU(), nn.Conv2d(2, 2, 1))
+
+    def pointwise(x: Tensor) -> bool:
+        return all(row.pointwise is not None for row in compare_blocks(block, block, x).rows if row.name == "output")
+
+    assert pointwise(x)
+    x[0, 0, 0, 0] = 0.0
+    assert not pointwise(x)
+    block[0] = nn.Tanh()
+    assert pointwise(x)
+
+
+@pytest.mark.parametrize("value", (float("nan"), float("inf")))
+def test_values_that_are_not_finite_must_agree(value: float) -> None:
+    x = make_input(torch.float32)
+    x[1, 2, 3, 4] = value
+    block = implicit(torch.float32)
+    assert compare_blocks(block, implicit(torch.float32), x).ok
+    assert "output" in failing(compare_blocks(block, implicit(torch.float32, NaNFree), x))
+    found = {"t": torch.tensor([1.0, value])}
+    assert not compare_tensors(found, {"t": torch.tensor([1.0, -value if value == value else 1.0])}, [], 1).ok
+
+
+def test_a_gradient_that_is_zero_is_compared_with_the_largest() -> None:
+    block = reference.SSP3(make_branch(torch.float32, norm="batch"))
+    # The first convolution's bias stands before a norm: its gradient is nothing but rounding.
+    comparison = compare_blocks(block, copy.deepcopy(block), make_input(torch.float32))
+    assert comparison.ok, comparison.describe()
+
+    class Tilted(reference.SSP3):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + 0.01 * self.branch[2].bias.sum() - 0.01 * self.branch[2].bias.detach().sum()
+
+    tilted = Tilted(copy.deepcopy(block.branch))
+    assert failing(compare_blocks(block, tilted, make_input(torch.float32))) == {"gradient of branch.2.bias"}
+
+
+def test_shapes_dtypes_and_missing_gradients() -> None:
+    x = make_input(torch.float32)
+    block = nn.Sequential(nn.Conv2d(8, 8, 1))
+
+    class Wide(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).double()
+
+    class Unused(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.nn.functional.conv2d(x, self[0].weight, self[0].bias.detach())
+
+    conv = copy.deepcopy(block[0])
+    assert "output" in failing(compare_blocks(block, Wide(conv), x))
+    assert failing(compare_blocks(block, Unused(conv), x)) == {"gradient of 0.bias"}
+    assert "found nothing" in compare_blocks(block, Unused(conv), x).describe()
+
+
+def test_assert_raises_with_the_table() -> None:
+    block = implicit(torch.float32)
+    with pytest.raises(AssertionError, match="FAIL output: err"):
+        assert_blocks_equal(block, implicit(torch.float32, AllZero), make_input(torch.float32))
+    with pytest.raises(ValueError, match="^mode must be one of train, input_grad, forward, got 'both'$"):
+        compare_blocks(block, block, make_input(torch.float32), mode="both")
+
+
+def test_nothing_outlives_a_comparison() -> None:
+    block = reference.SSP3(make_branch(torch.float32, norm="batch"))
+    before = copy.deepcopy(block.state_dict())
+    x = make_input(torch.float32)
+    kept = x.clone()
+    compare_blocks(block, block, x)
+    assert all(torch.equal(value, before[name]) for name, value in block.state_dict().items())
+    assert all(parameter.grad is None for parameter in block.parameters())
+    assert torch.equal(x, kept) and x.grad is None and not x.requires_grad
+
+
+@pytest.mark.parametrize("dtype", (*DTYPES, torch.float16))
+def test_moved_by_one_unit_in_the_last_place(dtype: torch.dtype) -> None:
+    x = make_input(dtype)
+    shift = (moved(x, 0).double() - x.double()).abs() / x.double().abs()
+    eps = torch.finfo(dtype).eps
+    assert bool((shift > eps / 4).all()) and bool((shift <= eps).all())
+    ups = (moved(x, 0) > x).double().mean()
+    assert 0.4 < float(ups) < 0.6
+    assert not torch.equal(moved(x, 0), moved(x, 1))
+
+
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last", "sliced"))
+def test_sample_input(layout: str) -> None:
+    x = sample_input(2, 3, 5, 4, layout=layout, seed=1)
+    assert torch.equal(x, sample_input(2, 3, 5, 4, seed=1))
+    assert x.is_contiguous() == (layout == "contiguous")
+    assert x.is_contiguous(memory_format=torch.channels_last) == (layout == "channels_last")
