@@ -27,8 +27,8 @@ class Tableau:
         name: what the scheme is called.
         alpha: row i-1 holds α_i0 … α_i,i-1, which sum to one.
         beta: rows of the same lengths; the step Δt is folded in (dimensionless).
-        order: the order of convergence it has; refused where the coefficients miss the conditions of that order
-            (conditions above order 4 are not looked at).
+        order: the order of convergence it has; refused where it exceeds the number of stages or the coefficients miss
+            the conditions of that order (those above order 4 are not looked at).
 
     Raises:
         TypeError: an argument is of the wrong kind.
@@ -261,6 +261,9 @@ def _check_order(order: Any, form: Callable[[Callable[[float], float]], tuple[Ro
     ):
         if p <= order and not _rounds_to(side, step**p / gamma, magnitude + magnitude_step**p):
             raise ValueError(f"order must be at most {p - 1} with these coefficients, got {order}")
+    # No explicit scheme has a higher order than stages.
+    if order > len(b):
+        raise ValueError(f"order must be at most {len(b)} with these coefficients, got {order}")
 
 
 EULER = euler(1.0)
