@@ -20,12 +20,16 @@ MakeBranch = Callable[[int, int, int], nn.Sequential]
 MakeBlock = Callable[[nn.Sequential], nn.Module]
 
 
-def check(in_channels: int, num_classes: int, width: int, norm: str | None = None) -> None:
-    """Refuse what no network can be built from; `norm` is left out where another reader checks it."""
+def check(in_channels: int, num_classes: int, width: int, norm: str) -> None:
+    """Refuse sizes and a norm that no network can be built from."""
     for name, value in (("in_channels", in_channels), ("num_classes", num_classes), ("width", width)):
         _check.steps(value, name)
-    if norm is not None:
-        _check.one_of("norm", norm, (*NORMS, "none"))
+    check_norm(norm)
+
+
+def check_norm(norm: str, name: str = "norm") -> None:
+    """Refuse a norm that no paper uses."""
+    _check.one_of(name, norm, (*NORMS, "none"))
 
 
 def check_shortcut(kernel: int) -> None:

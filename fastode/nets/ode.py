@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 from torch import nn
 
 from .. import _check
 from ..reference import ResBlock, SkewPair, SOBlock, SOClassifier
 from ..reference.branches import make_norm
-from ._stages import check, conv, head, norm_act
+from ._stages import check, check_norm, conv, head, norm_act
 
 _RESNET56_BLOCKS = 9  # in each of three stages: 56 = 6 × 9 + 2
 _STRIDES = (1, 2, 2, 2)  # of the four blocks of ResNet10 and SONet
@@ -121,7 +122,8 @@ def sonet(
         in_channels: channels of the image [N, in_channels, H, W], with H and W multiples of 8.
         num_classes: number of logits.
         width: channels of the first two blocks; the paper uses 32 and 64.
-        norm: the norms before and after each skew pair, as in `SkewPair`.
+        norm: the norms before and after each skew pair: "group" (min(8, C) groups, the released code's), "batch",
+            "layer", "instance" or "none".
         gamma: γ, the damping, at least 0; the paper trains with 0.
         solver: "euler", "midpoint", "rk4" or one of torchdiffeq's adaptive solvers, as in `SOBlock`.
         rtol: relative tolerance of an adaptive solver.
@@ -147,8 +149,8 @@ def sonet(
         >>> model(torch.ones(2, 3, 8, 8)).shape
         torch.Size([2, 10])
     """
-    check(in_channels, num_classes, width)
-    time = {"solver": solver, "rtol": rtol, "atol": atol, "t1": t1, "steps": steps}
+    check(in_channels, num_classes, width, norm)
+    time: dict[str, Any] = {"solver": solver, "rtol": rtol, "atol": atol, "t1": t1, "steps": steps}
     parts: OrderedDict[str, nn.Module] = OrderedDict()
     parts["block0"] = SOBlock(SkewPair(in_channels, width, gamma=gamma, norm=norm), **time)
     channels = width
@@ -184,7 +186,7 @@ def soblock_resnet10(
         num_classes: number of logits.
         width: channels of the first stage; the paper uses 32 and 64.
         norm: the norms of the residual blocks: "batch", "group", "layer", "instance" or "none".
-        skew_norm: the norms before and after the skew pair, as in `SkewPair`.
+        skew_norm: the norms before and after the skew pair, by the same names ("group" has min(8, C) groups here).
         gamma: γ, the damping, at least 0; the paper trains with 0.
         solver: "euler", "midpoint", "rk4" or one of torchdiffeq's adaptive solvers, as in `SOBlock`.
         rtol: relative tolerance of an adaptive solver.
@@ -209,6 +211,7 @@ def soblock_resnet10(
         torch.Size([2, 10])
     """
     check(in_channels, num_classes, width, norm)
+    check_norm(skew_norm, "skew_norm")
     field = SkewPair(in_channels, width, gamma=gamma, norm=skew_norm)
     stem = SOBlock(field, solver=solver, rtol=rtol, atol=atol, t1=t1, steps=steps)
     return _resnet10(stem, num_classes, width, norm)
