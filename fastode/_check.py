@@ -24,7 +24,7 @@ _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def steps(value: Any, name: str = "steps") -> None:
     """Refuse anything but an int of at least one (True is no count)."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int >= 1, got {_what(value)}")
+        raise TypeError(f"{name} must be an int >= 1, got {what(value)}")
     if value < 1:
         raise ValueError(f"{name} must be an int >= 1, got {value}")
 
@@ -32,7 +32,7 @@ def steps(value: Any, name: str = "steps") -> None:
 def step_size(value: Any, name: str = "step_size") -> None:
     """Refuse anything but a finite number above zero."""
     if not _is_number(value):
-        raise TypeError(f"{name} must be a finite number > 0, got {_what(value)}")
+        raise TypeError(f"{name} must be a finite number > 0, got {what(value)}")
     # `not value > 0` is also true of NaN.
     if not value > 0 or value == math.inf:
         raise ValueError(f"{name} must be a finite number > 0, got {value}")
@@ -41,7 +41,7 @@ def step_size(value: Any, name: str = "step_size") -> None:
 def theta(value: Any, name: str = "theta") -> None:
     """Refuse anything but a number in [0, 1]."""
     if not _is_number(value):
-        raise TypeError(f"{name} must be a number in [0, 1], got {_what(value)}")
+        raise TypeError(f"{name} must be a number in [0, 1], got {what(value)}")
     if not 0 <= value <= 1:
         raise ValueError(f"{name} must be a number in [0, 1], got {value}")
 
@@ -49,7 +49,7 @@ def theta(value: Any, name: str = "theta") -> None:
 def finite(name: str, value: Any) -> None:
     """Refuse anything but a finite number."""
     if not _is_number(value):
-        raise TypeError(f"{name} must be a finite number, got {_what(value)}")
+        raise TypeError(f"{name} must be a finite number, got {what(value)}")
     if not -math.inf < value < math.inf:
         raise ValueError(f"{name} must be a finite number, got {value}")
 
@@ -57,13 +57,13 @@ def finite(name: str, value: Any) -> None:
 def flag(name: str, value: Any) -> None:
     """Refuse anything but True and False."""
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {_what(value)}")
+        raise TypeError(f"{name} must be True or False, got {what(value)}")
 
 
 def one_of(name: str, value: Any, known: Sequence[str]) -> None:
     """Refuse a name that is not in the list of known ones."""
     if not isinstance(value, str):
-        raise TypeError(f"{name} must be one of {_listed(known)}, got {_what(value)}")
+        raise TypeError(f"{name} must be one of {_listed(known)}, got {what(value)}")
     if value not in known:
         raise ValueError(f"{name} must be one of {_listed(known)}, got {value!r}")
 
@@ -83,20 +83,20 @@ def tableau(value: Any, name: str = "tableau") -> None:
     from .tableau import Tableau
 
     if not isinstance(value, Tableau):
-        raise TypeError(f"{name} must be a fastode.tableau.Tableau, got {_what(value)}")
+        raise TypeError(f"{name} must be a fastode.tableau.Tableau, got {what(value)}")
 
 
 def module(name: str, value: Any) -> None:
     """Refuse anything but a module."""
     if not isinstance(value, nn.Module):
-        raise TypeError(f"{name} must be an nn.Module, got {_what(value)}")
+        raise TypeError(f"{name} must be an nn.Module, got {what(value)}")
 
 
 def feature_map(name: str, x: Any, channels: int | None = None) -> None:
     """Refuse anything but a floating-point tensor [N, C, H, W], with C = `channels` where that is given."""
     wanted = "C" if channels is None else channels
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor [N, {wanted}, H, W], got {_what(x)}")
+        raise TypeError(f"{name} must be a tensor [N, {wanted}, H, W], got {what(x)}")
     if x.dtype not in _FLOATING:
         raise TypeError(f"{name} must be of dtype float32, float64, bfloat16 or float16, got {_dtype(x)}")
     if x.dim() != 4 or (channels is not None and x.shape[1] != channels):
@@ -104,7 +104,7 @@ def feature_map(name: str, x: Any, channels: int | None = None) -> None:
 
 
 def same_kind(x: Tensor, tensors: Iterable[Tensor | None], name: str = "x") -> None:
-    """Refuse an `x` on another device than `tensors`, or of another dtype outside autocast (which casts what it meets)."""
+    """Refuse an `x` on another device than `tensors`, or of another dtype outside autocast, which casts as it goes."""
     device, dtype = x.device, x.dtype
     for tensor in tensors:
         if tensor is None:
@@ -157,12 +157,12 @@ def enough_values(reading: Reading, x: Tensor) -> None:
 def skew_pair(y: Any, z: Any, weight: Any, stride: int, padding: int) -> None:
     """Refuse a pair (y, z) that does not fit the convolution `weight`: y is its output's shape, z its input's."""
     if not isinstance(weight, Tensor):
-        raise TypeError(f"weight must be a tensor [C_out, C_in, k, k], got {_what(weight)}")
+        raise TypeError(f"weight must be a tensor [C_out, C_in, k, k], got {what(weight)}")
     if weight.dim() != 4 or weight.shape[2] != weight.shape[3]:
         raise ValueError(f"weight must be a tensor [C_out, C_in, k, k], got shape {list(weight.shape)}")
     steps(stride, "stride")
     if isinstance(padding, bool) or not isinstance(padding, int):
-        raise TypeError(f"padding must be an int >= 0, got {_what(padding)}")
+        raise TypeError(f"padding must be an int >= 0, got {what(padding)}")
     if padding < 0:
         raise ValueError(f"padding must be an int >= 0, got {padding}")
     channels_out, channels_in, kernel, _ = weight.shape
@@ -195,7 +195,7 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(repr(name) for name in names)
 
 
-def _what(value: Any) -> str:
+def what(value: Any) -> str:
     """What was given, short enough for one line: a number or a string as it is, anything else by its type."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return repr(value)
