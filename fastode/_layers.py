@@ -51,8 +51,8 @@ class Conv:
 
 NORM, ACTIVATION, CONV = 0, 1, 2
 
-# A reader gets the layer and its unit's row of tensors, which it fills. It returns the part of the unit it read, and with
-# it the norm module to update or the sides of the convolution; or None and what is wrong.
+# A reader gets the layer and its unit's row of tensors, which it fills. It returns the part of the unit it read, and
+# with it the norm module to update or the sides of the convolution; or None and what is wrong.
 Reader = Callable[[Any, list[Tensor | None]], tuple[Any, Any]]
 
 
@@ -122,12 +122,14 @@ def _read_conv(layer: nn.Conv2d, row: list[Tensor | None]) -> tuple[Conv | None,
     stride, dilation = layer.stride, layer.dilation
     if not (_is_pair(stride) and _is_pair(dilation) and (isinstance(layer.padding, str) or _is_pair(layer.padding))):
         return None, "has a stride, padding or dilation that is not a pair"
+    total: tuple[int, int]
     if layer.padding == "same":
         total = (dilation[0] * (height - 1), dilation[1] * (width - 1))
     elif layer.padding == "valid":
         total = (0, 0)
     else:
-        total = (2 * layer.padding[0], 2 * layer.padding[1])
+        before: Any = layer.padding
+        total = (2 * before[0], 2 * before[1])
     conv = Conv(
         in_channels * layer.groups,
         out_channels,

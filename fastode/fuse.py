@@ -122,9 +122,7 @@ class _Plan:
 def _check_arguments(model: Any, engine: Any, example: Any, filter: Any) -> None:
     _check.module("model", model)
     if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError(
-            "model must be an nn.Module that is not TorchScript (fuse before scripting), got a ScriptModule"
-        )
+        raise TypeError("model must be an nn.Module that is not scripted yet, got a torch.jit.ScriptModule")
     _check.engine(engine, _dispatch.ENGINES)
     if not (example is None or isinstance(example, (Tensor, tuple))):
         raise TypeError(f"example must be a tensor or a tuple of arguments, got {_check.what(example)}")
@@ -228,7 +226,7 @@ def _run(model: nn.Module, example: Tensor | tuple[Any, ...], blocks: list[nn.Mo
 @contextmanager
 def _buffers_put_back(model: nn.Module) -> Iterator[None]:
     saved = [
-        (module, name, buffer, buffer.detach().clone(), _version(buffer))
+        (module, name, buffer, buffer.detach().clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
         if buffer is not None
@@ -238,13 +236,8 @@ def _buffers_put_back(model: nn.Module) -> Iterator[None]:
     finally:
         # Inference mode may write into any tensor, one that was made in it too.
         with torch.inference_mode():
-            for module, name, buffer, value, version in saved:
+            for module, name, buffer, value in saved:
                 module._buffers[name] = buffer
-                # What nobody wrote to is not written to here: a graph may hold it.
-                if version is None or version != _version(buffer):
+                # What did not change is not written to, as a graph may hold it; batch norm's writes raise no version.
+                if not buffer.is_meta and not torch.equal(buffer, value):
                     buffer.copy_(value)
-
-
-def _version(tensor: Tensor) -> int | None:
-    """How often a tensor was written to; None for one made in inference mode, which does not count."""
-    return None if tensor.is_inference() else tensor._version

@@ -97,7 +97,7 @@ def test_the_units_of_a_branch_in_the_papers_order():
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize(
-    "norm, trained, evaluated",
+    ("norm", "trained", "evaluated"),
     [
         (nn.BatchNorm2d(8), ("batch", True), ("fixed", False)),
         (nn.BatchNorm2d(8, momentum=None), ("batch", True), ("fixed", False)),
@@ -314,7 +314,7 @@ def test_a_norm_met_twice_is_read_where_it_updates_nothing():
 
 
 @pytest.mark.parametrize(
-    "layers, size, kept",
+    ("layers", "size", "kept"),
     [
         ([nn.Conv2d(8, 8, 3, padding=1)], (5, 7), True),
         ([nn.Conv2d(8, 8, 3)], (5, 7), False),
