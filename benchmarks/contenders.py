@@ -1,0 +1,208 @@
+"""Who takes a turn: the reference eagerly and compiled, the best a user can write alone, other libraries, this project."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .workloads import Inputs
+
+ENGINES = ("staged", "resident", "triton")
+BASELINES = ("eager", "eager-cl")
+RECOMPILE_LIMIT = 64
+
+
+class Unavailable(Exception):
+    """A contender cannot take part here, and why."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to run a workload.
+
+    Args:
+        name: as in the table; the project's own is "fused".
+        engine: which engine, for "fused".
+        channels_last: the memory format of its input and parameters.
+        compiled: whether dynamo's counters have to be looked at.
+        build: the contender's module from a private copy of the reference, in its layout, and the inputs.
+    """
+
+    name: str
+    engine: str | None
+    channels_last: bool
+    compiled: bool
+    build: Callable[[nn.Module, Inputs], nn.Module]
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}:{self.engine}" if self.engine else self.name
+
+    def make(self, module: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:
+        """The module to call and its inputs; the reference stays untouched."""
+        private = copy.deepcopy(module)
+        if self.channels_last:
+            private = private.to(memory_format=torch.channels_last)
+            inputs = tuple(
+                x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x.clone() for x in inputs
+            )
+        return self.build(private, inputs), inputs
+
+
+class Pinned(nn.Module):
+    """A compiled module under the names of the one it was made from; a deep copy of it is itself.
+
+    A copy of a compiled module would forget that it is compiled, and the equality check copies what it judges.
+    """
+
+    def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
+        super().__init__()
+        for registry in ("_modules", "_parameters", "_buffers"):
+            setattr(self, registry, getattr(module, registry))
+        self.training = module.training
+        self._call = call
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self._call(*inputs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pinned:
+        return self
+
+
+def configure_dynamo() -> None:
+    """Let dynamo compile every shape and mode of a run, trace autograd.grad, and raise where it would fall back."""
+    import torch._dynamo.config as config
+
+    config.recompile_limit = RECOMPILE_LIMIT
+    config.fail_on_recompile_limit_hit = True
+    if hasattr(config, "trace_autograd_ops"):
+        config.trace_autograd_ops = True
+
+
+def graph_breaks() -> int:
+    """How often dynamo has broken a graph so far in this process."""
+    from torch._dynamo.utils import counters
+
+    return sum(counters["graph_break"].values())
+
+
+def graph_break_reason() -> str:
+    """The reasons of the graph breaks so far, in one line."""
+    from torch._dynamo.utils import counters
+
+    return "; ".join(" ".join(str(reason).split()) for reason in counters["graph_break"])[:300]
+
+
+def _compile(module: nn.Module, inputs: Inputs, **options: Any) -> nn.Module:
+    configure_dynamo()
+    return Pinned(module, torch.compile(module, dynamic=False, **options))
+
+
+class VjpIESkip(nn.Module):
+    """IE-Skip's closed form with torch.func.vjp: g = 2 (e - theta Jt e), no autograd.grad inside the forward.
+
+    It has the parameters of the block it is made from, under the same names.
+
+    Args:
+        block: a reference IE-Skip.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.branch = block.branch
+        self.steps, self.step_size, self.theta, self.detach = block.steps, block.step_size, block.theta, block.detach
+
+    def forward(self, x: Tensor) -> Tensor:
+        parameters = dict(self.branch.named_parameters())
+
+        def f(point: Tensor) -> Tensor:
+            return torch.func.functional_call(self.branch, parameters, (point,))
+
+        s = f(x)
+        y = x + s
+        goal = x + (1 - self.theta) * s if self.theta != 1 else x
+        for _ in range(self.steps):
+            point, aim = (y.detach(), goal.detach()) if self.detach else (y, goal)
+            value, pull = torch.func.vjp(f, point)
+            e = point - aim - self.theta * value
+            g = 2 * (e - self.theta * pull(e)[0])
+            y = y - self.step_size * (g.detach() if self.detach else g)
+        return y
+
+
+def vjp_block(block: nn.Module) -> nn.Module:
+    """The closed form of a reference IE-Skip, not compiled.
+
+    Raises:
+        Unavailable: the branch changes buffers, which torch.func.vjp refuses.
+    """
+    if block.training and any(True for _ in block.branch.buffers()):
+        raise Unavailable("torch.func.vjp refuses a branch that changes buffers (BatchNorm in training)")
+    return VjpIESkip(block).train(block.training)
+
+
+def _vjp(module: nn.Module, inputs: Inputs) -> nn.Module:
+    return _compile(vjp_block(module), inputs, fullgraph=True)
+
+
+def _fused(engine: str, module: nn.Module, inputs: Inputs) -> nn.Module:
+    import fastode
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)  # a build that failed must not be timed as if it were fused
+        fastode.fuse(module, engine=engine)
+    return module
+
+
+def engines(block: nn.Module, inputs: Inputs) -> dict[str, str]:
+    """For every engine of the project "" if it can run this block on this input, else why not.
+
+    Args:
+        block: a reference block.
+        inputs: its inputs.
+    """
+    from fastode import _dispatch
+
+    reasons = {}
+    for engine in ENGINES:
+        try:
+            able, reason = _dispatch.can_use(engine, block, inputs[0] if len(inputs) == 1 else inputs)
+        except (ValueError, KeyError) as error:
+            able, reason = False, str(error)
+        reasons[engine] = "" if able else reason or "not available"
+    return reasons
+
+
+def _as_is(module: nn.Module, inputs: Inputs) -> nn.Module:
+    return module
+
+
+def _other_library(name: str, module: nn.Module, inputs: Inputs) -> nn.Module:
+    from . import others
+
+    return others.BUILDERS[name](module)
+
+
+def fused(engine: str) -> Contender:
+    """This project's contender on a named engine ("auto" lets the dispatcher choose)."""
+    return Contender("fused", engine, True, False, partial(_fused, engine))
+
+
+CONTENDERS: dict[str, Contender] = {
+    "eager": Contender("eager", None, False, False, _as_is),
+    "eager-cl": Contender("eager-cl", None, True, False, _as_is),
+    "compile": Contender("compile", None, False, True, _compile),
+    "compile-cl": Contender("compile-cl", None, True, True, _compile),
+    "compile-ro": Contender("compile-ro", None, True, True, partial(_compile, mode="reduce-overhead")),
+    "vjp-compile": Contender("vjp-compile", None, True, True, _vjp),
+    "torchdiffeq": Contender("torchdiffeq", None, True, False, partial(_other_library, "torchdiffeq")),
+    "torchode": Contender("torchode", None, True, False, partial(_other_library, "torchode")),
+}
+COMPILED = tuple(name for name, contender in CONTENDERS.items() if contender.compiled)

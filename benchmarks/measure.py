@@ -1,0 +1,247 @@
+"""One measurement: a workload in one mode and dtype, all its contenders, equality first, then turns."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastode.testing import compare_blocks
+
+from . import contenders as contenders_module
+from . import memory, timing
+from .contenders import BASELINES, COMPILED, Contender, Unavailable
+from .workloads import Inputs, Work, Workload, count, make, prepare
+
+Row = dict[str, Any]
+
+DTYPES = {
+    "float32": torch.float32,
+    "tf32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+# What the equality check asks of a network whose mode is made of several calls.
+GATES = {"pgd10": "input_grad", "adv_train": "train"}
+
+
+def set_precision(dtype: str, device: torch.device) -> None:
+    """On a GPU, take "tf32" at its word and keep "float32" to IEEE arithmetic."""
+    if device.type == "cuda":
+        precision = "tf32" if dtype == "tf32" else "ieee"
+        torch.backends.cudnn.conv.fp32_precision = precision
+        torch.backends.cuda.matmul.fp32_precision = precision
+
+
+def equality(contender: Contender, reference: nn.Module, module: nn.Module, inputs: Inputs, mode: str) -> Row:
+    """The result of the equality check: ok, the worst err/allowed and whose it is."""
+    if contender.name in BASELINES:
+        return {"ok": True, "worst": 0.0, "tensor": "", "note": "is the reference"}
+    training = {p: p.requires_grad for p in module.parameters()}
+    x = inputs[0] if len(inputs) == 1 else inputs
+    comparison = compare_blocks(reference, module, x, mode=GATES.get(mode, mode))  # type: ignore[arg-type]
+    for parameter, required in training.items():  # a compiled module is judged itself, not a copy
+        parameter.requires_grad_(required)
+    module.zero_grad(set_to_none=True)
+    worst = comparison.worst
+    return {"ok": bool(comparison.ok), "worst": _finite(worst.ratio), "tensor": worst.name}
+
+
+def _finite(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
+
+
+def measure(
+    workload: Workload,
+    mode: str,
+    dtype: str,
+    device: torch.device,
+    taking_part: Sequence[Contender],
+    *,
+    seconds: float = 8.0,
+    rounds: tuple[int, int] = (7, 40),
+    graphs: bool = False,
+) -> list[Row]:
+    """Measure a workload's contenders against each other.
+
+    Args:
+        workload: what to run.
+        mode: one of its modes.
+        dtype: a key of DTYPES.
+        device: where.
+        taking_part: the contenders; where eager is missing, the ratios to it are too.
+        seconds: of the timed rounds.
+        rounds: the least and the largest number of rounds.
+        graphs: time CUDA-graph replays as well.
+
+    Returns:
+        One row per contender. A contender that is not equal, or fails, has its reason in "errors" and no speed.
+    """
+    set_precision(dtype, device)
+    reference, inputs = make(workload, device, DTYPES[dtype])
+    flops, moved = count(workload, reference, inputs, mode)
+    rows: list[Row] = []
+    turns: dict[str, Work] = {}
+    for contender in taking_part:
+        row: Row = {
+            "workload": workload.id,
+            "variant": workload.variant,
+            "shape": workload.shape,
+            "batch": int(inputs[0].shape[0]),
+            "statistics": workload.statistics,
+            "dtype": dtype,
+            "mode": mode,
+            "contender": contender.name,
+            "engine": contender.engine,
+            "errors": "",
+        }
+        rows.append(row)
+        try:
+            turns[contender.label] = _ready(contender, workload, reference, inputs, mode, row)
+            row["peak_mb"] = round(_peak(turns[contender.label], device) / 1e6, 3)
+        except Exception as error:  # a contender that fails is reported as failed, with its message
+            turns.pop(contender.label, None)
+            row["errors"] = str(error) if isinstance(error, Unavailable) else timing.message(error)
+    machine = timing.machine(DTYPES[dtype], device)
+    clock = timing.Clock(device)
+    runs: dict[str, timing.Run] = {"#matmul": machine.matmul, "#copy": machine.copy}
+    runs |= {label: turn.run for label, turn in turns.items()}
+    times = timing.interleave(runs, clock, seconds=seconds, rounds=rounds)
+    matmul = machine.matmul_flops / times.spread("#matmul").median
+    copy = machine.copy_bytes / times.spread("#copy").median
+    for row, contender in zip(rows, taking_part, strict=True):
+        if contender.label in times.errors:
+            row["errors"] = times.errors[contender.label]
+        if not row["errors"]:
+            row |= _speed(contender.label, times, flops, moved, matmul, copy)
+    _ratios(rows, taking_part, times)
+    if graphs:
+        _graphs(rows, taking_part, turns, clock)
+    for turn in turns.values():
+        turn.clear()
+    _forget(device)
+    return rows
+
+
+def _ready(
+    contender: Contender, workload: Workload, reference: nn.Module, inputs: Inputs, mode: str, row: Row
+) -> Work:
+    """A contender's warmed turn, once it has shown that it is equal and, if compiled, that it is compiled."""
+    breaks = contenders_module.graph_breaks() if contender.compiled else 0
+    module, own = contender.make(reference, inputs)
+    if mode != "train":
+        module.requires_grad_(False)  # a compiled module is traced here as it will be timed
+    row["equality"] = equality(contender, reference, module, own, mode)
+    if not row["equality"]["ok"]:
+        tensor, worst = row["equality"]["tensor"], row["equality"]["worst"]
+        raise Unavailable(f"not equal: {tensor} has {worst} of the error allowed")
+    turn = prepare(workload, module, own, mode)
+    turn.run()
+    if contender.compiled and contenders_module.graph_breaks() > breaks:
+        raise Unavailable(f"graph break: {contenders_module.graph_break_reason()}")
+    return turn
+
+
+def _peak(turn: Work, device: torch.device) -> int:
+    turn.run()
+    turn.clear()
+    peak = memory.peak_bytes(turn.run, device)
+    turn.clear()
+    return peak
+
+
+def _speed(label: str, times: timing.Times, flops: int, moved: int, matmul: float, copy: float) -> Row:
+    spread = times.spread(label)
+    seconds = spread.median
+    bound = max(flops / matmul, moved / copy)
+    return {
+        "median_ms": round(seconds * 1e3, 4),
+        "p20": round(spread.p20 * 1e3, 4),
+        "p80": round(spread.p80 * 1e3, 4),
+        "rounds": len(times.seconds[label]),
+        "least_gflop": flops * 1e-9,
+        "least_mb": moved * 1e-6,
+        "gflops": round(flops / seconds * 1e-9, 2),
+        "gbs": round(moved / seconds * 1e-9, 2),
+        "matmul_gflops": round(matmul * 1e-9, 2),
+        "copy_gbs": round(copy * 1e-9, 2),
+        "fraction_of_matmul": round(flops / seconds / matmul, 4),
+        "fraction_of_copy": round(moved / seconds / copy, 4),
+        "fraction_of_roofline": round(bound / seconds, 4),
+        "ceiling": round(seconds / (flops / matmul), 3),
+    }
+
+
+def _ratios(rows: Sequence[Row], taking_part: Sequence[Contender], times: timing.Times) -> None:
+    """Ratios above 1 mean that the row's contender is the faster one."""
+    timed = {c.label: row for row, c in zip(rows, taking_part, strict=True) if not row["errors"]}
+
+    def fastest(labels: list[str]) -> str | None:
+        return min(labels, key=lambda label: timed[label]["median_ms"], default=None)
+
+    eager = fastest([label for label in timed if label in BASELINES])
+    for label, row in timed.items():
+        others = [other for other in timed if other != label and timed[other]["contender"] != "fused"]
+        against = {
+            "eager": "eager" if "eager" in timed else None,
+            "better_eager": eager,
+            "best_other": fastest(others),
+            "best_compiled": fastest([other for other in others if other in COMPILED]),
+        }
+        for name, other in against.items():
+            if other is None:
+                row[f"ratio_to_{name}"] = None
+                continue
+            ratio = times.ratio(label, other)
+            row[f"ratio_to_{name}"] = {
+                "than": other,
+                "median": round(ratio.median, 4),
+                "p20": round(ratio.p20, 4),
+                "p80": round(ratio.p80, 4),
+                "ceiling": timed[other]["ceiling"],
+                "memory": round(row["peak_mb"] / timed[other]["peak_mb"], 4) if timed[other]["peak_mb"] else None,
+            }
+
+
+def _graphs(
+    rows: Sequence[Row], taking_part: Sequence[Contender], turns: dict[str, Work], clock: timing.Clock
+) -> None:
+    """The same turns as CUDA-graph replays; "compile-ro" replays graphs of its own already."""
+    replays: dict[str, timing.Run] = {}
+    timed = {c.label: row for row, c in zip(rows, taking_part, strict=True) if not row["errors"]}
+    for label, row in timed.items():
+        if label == "compile-ro":
+            continue
+        try:
+            turns[label].clear()
+            replays[label] = timing.graphed(turns[label].run)
+        except Exception as error:
+            row["graph"] = {"errors": timing.message(error)}
+    times = timing.interleave(replays, clock, seconds=2.0)
+    eager = min((b for b in BASELINES if b in times.seconds), key=lambda b: times.spread(b).median, default=None)
+    for label in times.seconds:
+        spread = times.spread(label)
+        timed[label]["graph"] = {
+            "median_ms": round(spread.median * 1e3, 4),
+            "p20": round(spread.p20 * 1e3, 4),
+            "p80": round(spread.p80 * 1e3, 4),
+            "ratio_to_better_eager": round(times.ratio(label, eager).median, 4) if eager else None,
+        }
+    for label, error in times.errors.items():
+        timed[label]["graph"] = {"errors": error}
+
+
+def _forget(device: torch.device) -> None:
+    """Drop what one measurement compiled and cached, so that the next starts alike."""
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,322 @@
+"""`python -m benchmarks.report`: the README's table and the plots, made from the recorded results and from nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .header import RESULTS, ROOT
+
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+MODES = {
+    "forward": "forward",
+    "input_grad": "input gradient",
+    "train": "training step",
+    "pgd10": "PGD-10",
+    "adv_train": "PGD-10 training step",
+}
+COLUMNS = (
+    "workload",
+    "mode",
+    "contender",
+    "ms (p20–p80)",
+    "× eager",
+    "× better eager",
+    "ceiling",
+    "× best other",
+    "GFLOP/s",
+    "GB/s",
+    "roofline",
+    "MB",
+    "equal",
+)
+README_COLUMNS = (
+    "block",
+    "mode",
+    "eager ms",
+    "eager-cl ms",
+    "fused ms",
+    "engine",
+    "× better eager (p20–p80)",
+    "ceiling",
+    "× compiled",
+    "roofline",
+    "memory",
+)
+
+Row = dict[str, Any]
+
+
+def title(row: Row) -> str:
+    """ "ie k1 16@32", with the dtype where it is not float32."""
+    parts = [row["workload"], row["variant"], row["shape"], row["dtype"] if row["dtype"] != "float32" else ""]
+    return " ".join(part for part in parts if part)
+
+
+def contender(row: Row) -> str:
+    """ "eager" or "fused:staged"."""
+    return f"{row['contender']}:{row['engine']}" if row["engine"] else row["contender"]
+
+
+def _times(ratio: Row | None, span: bool = False) -> str:
+    if not ratio:
+        return "–"
+    text = f"{ratio['median']:.2f}"
+    return f"{text} ({ratio['p20']:.2f}–{ratio['p80']:.2f})" if span else text
+
+
+def cells(row: Row) -> list[str]:
+    """One row of the terminal's table."""
+    first = [title(row), MODES[row["mode"]], contender(row)]
+    if row["errors"]:
+        return [*first, row["errors"], *[""] * (len(COLUMNS) - 4)]
+    better = row["ratio_to_better_eager"]
+    worst = row["equality"]["worst"]
+    return [
+        *first,
+        f"{row['median_ms']:.2f} ({row['p20']:.2f}–{row['p80']:.2f})",
+        _times(row["ratio_to_eager"]),
+        _times(better, span=True),
+        f"{better['ceiling']:.2f}" if better else f"{row['ceiling']:.2f}",
+        f"{_times(row['ratio_to_best_other'])} {row['ratio_to_best_other']['than']}"
+        if row["ratio_to_best_other"]
+        else "–",
+        f"{row['gflops']:.0f}",
+        f"{row['gbs']:.1f}",
+        f"{100 * row['fraction_of_roofline']:.0f} %",
+        f"{row['peak_mb']:.1f}",
+        row["equality"].get("note") or f"{worst:.2f} of allowed",
+    ]
+
+
+def line(row: Row) -> str:
+    """One row as one line, to print as it comes."""
+    found = cells(row)
+    if row["errors"]:
+        return f"{found[0]:<24} {found[1]:<15} {found[2]:<16} failed: {row['errors']}"
+    return (
+        f"{found[0]:<24} {found[1]:<15} {found[2]:<16} {found[3]:>28} ms  × better eager {found[5]:<18} "
+        f"ceiling {found[6]:<6} {found[8]:>5} GFLOP/s {found[9]:>5} GB/s {found[11]:>8} MB  {found[12]}"
+    )
+
+
+def rates(head: Row) -> str:
+    """The machine's measured rates, in words."""
+    products = ", ".join(f"{rate:.0f} GFLOP/s in {dtype}" for dtype, rate in head.get("matmul_gflops", {}).items())
+    copies = list(head.get("copy_gbs", {}).values())
+    return f"matrix product {products or 'not measured'}; copy {f'{max(copies):.1f} GB/s' if copies else 'not measured'}"
+
+
+def print_table(head: Row, rows: Sequence[Row]) -> None:
+    """The table of a run, by rich where it is installed; the lines above it have the same numbers."""
+    print(f"{head['device']}, {head['threads']} threads: {rates(head)}")
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        return
+    table = Table(show_lines=False)
+    for i, column in enumerate(COLUMNS):
+        table.add_column(column, justify="left" if i < 4 else "right", overflow="fold")
+    previous = None
+    for row in rows:
+        group = (title(row), row["mode"])
+        if previous not in (None, group):
+            table.add_section()
+        previous = group
+        table.add_row(*cells(row), style="red" if row["errors"] else "bold" if row["contender"] == "fused" else "")
+    console = Console()
+    Console(width=max(console.width, 190)).print(table)
+
+
+def recorded(folder: Path) -> list[Path]:
+    """Every results file below a folder, sorted."""
+    return sorted(path for path in folder.glob("*/*.json") if _is_record(path))
+
+
+def _is_record(path: Path) -> bool:
+    found = json.loads(path.read_text())
+    return isinstance(found, dict) and {"header", "rows"} <= set(found)
+
+
+def _groups(rows: Iterable[Row]) -> list[list[Row]]:
+    """Rows of one workload, mode and dtype together, in the order they were measured."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        found.setdefault((title(row), row["mode"]), []).append(row)
+    return list(found.values())
+
+
+def _table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
+    rule = ["---"] * 2 + ["---:"] * (len(columns) - 2)
+    return [f"| {' | '.join(entries)} |" for entries in (columns, rule, *lines)]
+
+
+def _readme_lines(rows: Iterable[Row]) -> Iterable[list[str]]:
+    for group in _groups(rows):
+        by_name = {contender(row): row for row in group}
+
+        def milliseconds(name: str, by_name: dict[str, Row] = by_name) -> str:
+            row = by_name.get(name)
+            return "–" if row is None else "failed" if row["errors"] else f"{row['median_ms']:.1f}"
+
+        for row in group:
+            if row["contender"] != "fused":
+                continue
+            first = [f"{title(row)}", MODES[row["mode"]], milliseconds("eager"), milliseconds("eager-cl")]
+            if row["errors"]:
+                yield [*first, "failed", row["engine"], row["errors"].replace("|", "/"), "", "", "", ""]
+                continue
+            better, compiled = row["ratio_to_better_eager"], row["ratio_to_best_compiled"]
+            yield [
+                *first,
+                f"{row['median_ms']:.1f}",
+                row["engine"],
+                _times(better, span=True),
+                f"{better['ceiling']:.2f}" if better else "–",
+                f"{_times(compiled)} {compiled['than']}" if compiled else "–",
+                f"{100 * row['fraction_of_roofline']:.0f} %",
+                f"{100 * better['memory']:.0f} %" if better and better["memory"] else "–",
+            ]
+
+
+def _means(rows: Iterable[Row]) -> list[list[str]]:
+    """Geometric means of the best engine's ratios over a family's shapes."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for group in _groups(rows):
+        fused = [row for row in group if row["contender"] == "fused" and not row["errors"]]
+        if fused:
+            best = min(fused, key=lambda row: row["median_ms"])
+            family = " ".join(part for part in (best["workload"], best["variant"]) if part)
+            found.setdefault((family, best["mode"]), []).append(best)
+
+    def mean(entries: list[Row], ratio: str, key: str) -> str:
+        values = [row[ratio][key] for row in entries if row[ratio] and row[ratio][key]]
+        return f"{math.exp(sum(map(math.log, values)) / len(values)):.2f}" if values else "–"
+
+    return [
+        [
+            family,
+            MODES[mode],
+            str(len(entries)),
+            mean(entries, "ratio_to_better_eager", "median"),
+            mean(entries, "ratio_to_better_eager", "ceiling"),
+            mean(entries, "ratio_to_best_compiled", "median"),
+            mean(entries, "ratio_to_better_eager", "memory"),
+        ]
+        for (family, mode), entries in found.items()
+    ]
+
+
+def markdown(results: Path = RESULTS) -> str:
+    """What stands between the README's markers: for each recorded file its machine, its table and its plot."""
+    parts: list[str] = []
+    for path in recorded(results):
+        found = json.loads(path.read_text())
+        head, rows = found["header"], found["rows"]
+        place = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+        parts += [
+            f"**{head['device']}**, {head['threads']} threads, torch {head['versions']['torch']}, "
+            f"{head['date'][:10]}, commit {head['commit'][:12]}{'-dirty' if head['commit'].endswith('-dirty') else ''}; "
+            f"{rates(head)} ([`{place}`]({place})).",
+            "",
+        ]
+        if head["suite"].startswith("all"):
+            columns = ("blocks", "mode", "shapes", "× better eager", "ceiling", "× compiled", "memory ×")
+            parts += [*_table(columns, _means(rows)), ""]
+        else:
+            parts += [*_table(README_COLUMNS, _readme_lines(rows)), ""]
+        parts += [f"![{head['suite']} suite]({place.with_suffix('.png')})", ""]
+    return "\n".join(parts) if parts else "No results are recorded yet.\n"
+
+
+def plots(paths: Iterable[Path]) -> list[Path]:
+    """Draw each recorded file beside it; nothing without matplotlib.
+
+    Returns:
+        The files drawn; each carries the digest of the record it was drawn from.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        return []
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    drawn = []
+    for path in paths:
+        found = json.loads(path.read_text())
+        bars = [
+            (row, ratio)
+            for row in found["rows"]
+            if not row["errors"] and (ratio := row["ratio_to_better_eager"]) and ratio["than"] != contender(row)
+        ]
+        figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.24 * max(len(bars), 4)), layout="constrained")
+        names = sorted({contender(row) for row, _ in bars})
+        colours = {name: f"C{i}" for i, name in enumerate(names)}
+        for place, (row, ratio) in enumerate(bars):
+            spread = [[ratio["median"] - ratio["p20"]], [ratio["p80"] - ratio["median"]]]
+            axes.barh(place, ratio["median"], xerr=spread, color=colours[contender(row)], error_kw={"lw": 1})
+            axes.plot(ratio["ceiling"], place, "k|", markersize=9)
+        axes.axvline(1, color="grey", lw=1)
+        axes.set_yticks(range(len(bars)), [f"{title(row)}, {MODES[row['mode']]}" for row, _ in bars], fontsize=7)
+        axes.invert_yaxis()
+        axes.set_xlabel("times faster than the better eager layout (bar: p20–p80; tick: ceiling)")
+        axes.legend(handles=[pyplot.Rectangle((0, 0), 1, 1, color=colours[n], label=n) for n in names], fontsize=8)
+        head = found["header"]
+        axes.set_title(f"{head['device']}, {head['threads']} threads, {head['date'][:10]}", fontsize=9)
+        target = path.with_suffix(".png")
+        figure.savefig(target, dpi=110, metadata={"Description": digest(path), "Software": None})
+        pyplot.close(figure)
+        drawn.append(target)
+    return drawn
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of a record, by which a plot says what it was drawn from."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def between(text: str) -> tuple[str, str, str]:
+    """A README in three: up to and with the first marker, what stands between, and from the second marker on.
+
+    Raises:
+        ValueError: the markers are not there, or not in this order.
+    """
+    start, end = text.find(BEGIN), text.find(END)
+    if start < 0 or end < start:
+        raise ValueError(f"README must contain {BEGIN} and after it {END}, got neither in this order")
+    start += len(BEGIN)
+    return text[:start], text[start:end], text[end:]
+
+
+def update(readme: Path, results: Path = RESULTS) -> bool:
+    """Rewrite what stands between a README's markers; returns whether that changed it."""
+    text = readme.read_text()
+    before, _, after = between(text)
+    new = f"{before}\n{markdown(results)}{after}"
+    readme.write_text(new)
+    return new != text
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Draw the plots and rewrite the README's table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    arguments = parser.parse_args(argv)
+    for drawn in plots(recorded(arguments.results)):
+        print(f"drawn: {drawn}")
+    changed = update(arguments.readme, arguments.results)
+    print(f"{arguments.readme}: {'rewritten' if changed else 'unchanged'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,207 @@
+"""Contenders take turns, round by round; ratios are paired within a round and their median is what counts."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+Run = Callable[[], object]
+
+# A region shorter than this is repeated inside one turn, so that the clock's own noise stays small.
+SHORTEST_REGION = 5e-3
+# Larger than the L2 of any card that this has met (H200: 50 MB).
+FLUSH_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of a sample with its 20th and 80th percentiles."""
+
+    median: float
+    p20: float
+    p80: float
+
+
+@dataclass
+class Times:
+    """Seconds per call, one entry per round and contender, and the message of every contender that failed."""
+
+    seconds: dict[str, list[float]]
+    errors: dict[str, str] = field(default_factory=dict)
+
+    def spread(self, name: str) -> Spread:
+        return spread(self.seconds[name])
+
+    def ratio(self, name: str, other: str) -> Spread:
+        """How many times faster `name` is than `other`, paired round by round."""
+        pairs = zip(self.seconds[other], self.seconds[name], strict=True)
+        return spread([theirs / ours for theirs, ours in pairs])
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """The median, 20th and 80th percentiles of a sample, by linear interpolation.
+
+    Example:
+        >>> spread([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+        Spread(median=3.5, p20=2.0, p80=5.0)
+    """
+    ordered = sorted(values)
+
+    def at(fraction: float) -> float:
+        position = fraction * (len(ordered) - 1)
+        low = math.floor(position)
+        high = min(low + 1, len(ordered) - 1)
+        return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+
+    return Spread(statistics.median(ordered), at(0.2), at(0.8))
+
+
+def message(error: BaseException) -> str:
+    """An exception in one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:400]
+
+
+class Clock:
+    """Times one region on a device.
+
+    Args:
+        device: on a CPU the wall clock; on a GPU events around the region, synchronised, the L2 cache flushed before.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.cuda = torch.device(device).type == "cuda"
+        if self.cuda:
+            self._cache = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+            self._start = torch.cuda.Event(enable_timing=True)
+            self._end = torch.cuda.Event(enable_timing=True)
+
+    def __call__(self, run: Run, repeats: int = 1) -> float:
+        """Seconds per call, the mean over `repeats` calls."""
+        if not self.cuda:
+            start = time.perf_counter()
+            for _ in range(repeats):
+                run()
+            return (time.perf_counter() - start) / repeats
+        total = 0.0
+        for _ in range(repeats):
+            self._cache.zero_()
+            # A region that starts on an empty queue would time the launches; a flush takes longer than those.
+            self._start.record()
+            run()
+            self._end.record()
+            self._end.synchronize()
+            total += self._start.elapsed_time(self._end) * 1e-3
+        return total / repeats
+
+
+def interleave(
+    runs: Mapping[str, Run],
+    clock: Callable[[Run, int], float],
+    *,
+    seconds: float = 8.0,
+    rounds: tuple[int, int] = (5, 40),
+    warm: int = 2,
+    now: Callable[[], float] = time.monotonic,
+) -> Times:
+    """Time contenders in turns (A B C A B C ...) after each has been warmed.
+
+    Args:
+        runs: one call per contender, by name, in the order of the turns.
+        clock: seconds per call of a run and a number of repeats.
+        seconds: stop after this long once the least number of rounds is done.
+        rounds: the least and the largest number of rounds.
+        warm: untimed calls of each contender before the first round.
+        now: the clock of the time limit.
+
+    Returns:
+        The times; a contender that raises is left out of the rounds and its message kept.
+
+    Example:
+        >>> times = interleave({"a": lambda: None, "b": lambda: None}, lambda run, n: 1.0, seconds=0, warm=0)
+        >>> times.seconds["a"], times.ratio("a", "b").median
+        ([1.0, 1.0, 1.0, 1.0, 1.0], 1.0)
+    """
+    alive = dict(runs)
+    errors: dict[str, str] = {}
+    repeats: dict[str, int] = {}
+    for name, run in runs.items():
+        try:
+            for _ in range(warm):
+                run()
+            repeats[name] = max(1, min(50, math.ceil(SHORTEST_REGION / max(clock(run, 1), 1e-9))))
+        except Exception as error:  # whatever a contender raises belongs in its row, not in the way of the others
+            errors[name] = message(error)
+            del alive[name]
+    found: dict[str, list[float]] = {name: [] for name in alive}
+    start = now()
+    for done in range(rounds[1]):
+        if not alive or (done >= rounds[0] and now() - start > seconds):
+            break
+        for name in list(alive):
+            try:
+                found[name].append(clock(alive[name], repeats[name]))
+            except Exception as error:
+                errors[name] = message(error)
+                del alive[name]
+    return Times({name: found[name] for name in alive}, errors)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The machine's own rates: a large matrix product and a large copy, to take turns with the contenders."""
+
+    matmul: Run
+    copy: Run
+    matmul_flops: float
+    copy_bytes: float
+
+
+def machine(dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Machine:
+    """The two calls that measure the roofline, in the working precision.
+
+    Args:
+        dtype: of the factors of the product.
+        device: the CPU takes 2048 x 2048 factors and a copy of 64 MB, a GPU 8192 x 8192 and 1 GiB.
+
+    Returns:
+        The calls and the work each of them does (a copy reads and writes: twice its size).
+    """
+    cuda = torch.device(device).type == "cuda"
+    size, length = (8192, 1 << 28) if cuda else (2048, 1 << 24)
+    left = torch.ones(size, size, dtype=dtype, device=device)
+    right = torch.ones(size, size, dtype=dtype, device=device)
+    product = torch.empty(size, size, dtype=dtype, device=device)
+    here, there = torch.ones(length, device=device), torch.empty(length, device=device)
+    return Machine(
+        lambda: torch.mm(left, right, out=product), lambda: there.copy_(here), 2.0 * size**3, 2.0 * 4 * length
+    )
+
+
+def graphed(run: Run) -> Run:
+    """The same call as a replay of a CUDA graph captured now.
+
+    Args:
+        run: a call that has been warmed and neither synchronises nor changes what it allocates.
+
+    Returns:
+        The replay.
+
+    Raises:
+        RuntimeError: the call cannot be captured.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
