@@ -1,4 +1,4 @@
-# make test | bench [SUITE=all] | lint | gpu [PYTHON=python3] [STEP=check|bench] [RESULTS=folder] | kernels | sanitize | clean
+# make test | bench [SUITE=all] [ARGS=...] | lint | gpu [PYTHON=python3] [STEP=check|bench] [RESULTS=folder] | kernels | sanitize | clean
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
@@ -15,7 +15,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 # Half the cores' worth of threads would idle in small tests, so the tests run one process per core, one thread each;
 # a test that is about threads sets their number itself.
 PYTEST_FLAGS ?= -n auto --dist worksteal
-SANITIZE_TESTS ?= $(wildcard tests/test_staged.py tests/test_resident.py tests/test_operators.py)
+SANITIZE_TESTS ?= $(wildcard tests/test_operators.py tests/test_equality.py tests/test_staged*.py tests/test_resident*.py)
 CXX_SOURCES = $(shell find csrc \( -name '*.cpp' -o -name '*.h' \))
 
 setup: $(STAMP)
@@ -44,7 +44,7 @@ test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PYTEST_FLAGS)
 
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks.run --suite $(SUITE)
+	$(BIN)/python -m benchmarks.run --suite $(SUITE) $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
