@@ -12,8 +12,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-# Half the cores' worth of threads would idle in small tests, so the tests run one process per core, one thread each;
-# a test that is about threads sets their number itself.
+# Small tests leave a second thread idle, so there is one process per core with one thread each; a test that is about
+# threads sets their number itself.
 PYTEST_FLAGS ?= -n auto --dist worksteal
 SANITIZE_TESTS ?= $(wildcard tests/test_operators.py tests/test_equality.py tests/test_staged*.py tests/test_resident*.py)
 CXX_SOURCES = $(shell find csrc \( -name '*.cpp' -o -name '*.h' \))
