@@ -136,6 +136,19 @@ def test_transforms_and_forward_mode_agree_with_backward(name, frozen):
 
 
 @pytest.mark.parametrize("name", IE_BLOCKS)
+def test_transforms_over_the_parameters_agree_with_backward(name):
+    block, x, cotangent = make_block(name), make_input(), make_input(1)
+    parameters = {key: p.detach() for key, p in block.named_parameters()}
+    _, pull = torch.func.vjp(lambda values: torch.func.functional_call(block, values, (x,)), parameters)
+
+    def backward(x):
+        gradients = torch.autograd.grad(block(x), list(block.parameters()), cotangent)
+        return dict(zip(parameters, gradients, strict=True))
+
+    assert_same(pull(cotangent)[0], backward, x)
+
+
+@pytest.mark.parametrize("name", IE_BLOCKS)
 def test_frozen_blocks_on_plain_inputs_leave_no_graph(name):
     block = make_block(name).requires_grad_(False)
     assert not block(make_input()).requires_grad

@@ -146,7 +146,6 @@ class IESkip(_OneStep):
         """The same from copies, as autograd saves no tensor that was made in inference mode."""
         tensors = dict(self.branch.named_parameters()) | dict(self.branch.named_buffers())
         with torch.inference_mode(False), torch.enable_grad():
-            torch.clear_autocast_cache()  # it may hold weights that were cast in inference mode
             copies = {name: tensor.clone() for name, tensor in tensors.items() if tensor.is_inference()}
             branch = partial(torch.func.functional_call, self.branch, copies)
             point = y.clone().requires_grad_()
@@ -282,6 +281,9 @@ class Ark(_OneStep):
         >>> print(f"{block(torch.ones(1, 1, 1, 1)).item():.4f}", list(block.state_dict()))
         2.5000 ['b10', 'a21']
     """
+
+    a21: Tensor
+    b10: Tensor
 
     def __init__(
         self,
