@@ -220,7 +220,8 @@ def _run(model: nn.Module, example: Tensor | tuple[Any, ...], blocks: list[nn.Mo
     finally:
         for handle in handles:
             handle.remove()
-    return used
+    # A block that another one runs as a part of itself is not called, but noted.
+    return {block: ((name,), _engines(block, None)[1]) for block, name in noted.items()} | used
 
 
 @contextmanager
