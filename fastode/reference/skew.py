@@ -19,6 +19,41 @@ INITIAL = 1.0  # y(0) of the classification block
 INITIAL_RELEASED = 0.1
 
 
+def skew_field(
+    y: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    stride: int,
+    padding: int,
+    gamma: float,
+    activation: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """(σ(W z − γ y), σ(−Wᵀ y − γ z)) with a convolution W, its arguments unchecked.
+
+    Args:
+        y: [N, C_out, H', W'].
+        z: [N, C_in, H, W].
+        weight: W's kernel [C_out, C_in, k, k].
+        stride: of W.
+        padding: of W.
+        gamma: γ.
+        activation: σ; it is given new tensors, so it may work in place.
+
+    Returns:
+        (ẏ, ż), of the shapes of y and z.
+
+    Source: paper 003, eq. 3.
+
+    Example:
+        >>> y, z = torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2)
+        >>> skew_field(y, z, torch.ones(1, 1, 1, 1), 1, 0, 0.5, torch.relu)[0].mean().item()
+        0.5
+    """
+    dy = F.conv2d(z, weight, stride=stride, padding=padding)
+    dz = -F.conv_transpose2d(y, weight, stride=stride, padding=padding)
+    return activation(_damped(dy, y, gamma)), activation(_damped(dz, z, gamma))
+
+
 class SkewPair(nn.Module):
     """The field ẏ = σ(W z − γ y), ż = σ(−Wᵀ y − γ z) with a convolution W, between norms where asked for.
 
@@ -30,8 +65,8 @@ class SkewPair(nn.Module):
         channels: channels of y, the block's output [N, channels, H / stride, W / stride].
         stride: 1 (a 3×3 kernel) or 2 (a 4×4 kernel, for even H and W); the padding is 1.
         gamma: γ ≥ 0, the damping.
-        activation: "leaky_relu" (slope 0.01), "tanh", "softplus", "elu", "relu", "silu", or a function that makes a module.
-            Theorem 3.1 of the paper needs a strictly increasing one, which ReLU and SiLU are not.
+        activation: "leaky_relu" (slope 0.01), "tanh", "softplus", "elu", "relu", "silu", or a function that makes a
+            module. Theorem 3.1 of the paper needs a strictly increasing one, which ReLU and SiLU are not.
         norm: "group" (min(8, C) groups), "batch", "layer" (1 group), "instance" (C groups), "none", or a function from
             the number of channels to a module.
 
@@ -63,7 +98,7 @@ class SkewPair(nn.Module):
         _check.steps(stride, "stride")
         if stride not in KERNELS:
             raise ValueError(f"stride must be 1 or 2, got {stride}")
-        _check_gamma(gamma)
+        check_gamma(gamma)
         self.stride = stride
         self.gamma = gamma
         kernel = KERNELS[stride]
@@ -86,8 +121,8 @@ class SkewPair(nn.Module):
             x: the block's input [N, in_channels, H, W].
 
         Returns:
-            (y, z): z is x; y [N, channels, H / stride, W / stride] is x, every second pixel of it for stride 2, repeated
-            along the channels, whole as often as it fits and then its first channels.
+            (y, z): z is x; y [N, channels, H / stride, W / stride] is x, every second pixel of it for stride 2,
+            repeated along the channels, whole as often as it fits and then its first channels.
 
         Raises:
             TypeError, ValueError: x is no feature map of these channels, or of odd size with stride 2.
@@ -104,11 +139,8 @@ class SkewPair(nn.Module):
 
     def forward(self, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         _check.skew_pair(y, z, self.weight, self.stride, PADDING)
-        # A norm gives new tensors; what an activation writes over in place is never y or z.
         y, z = self.pre_norm_y(y), self.pre_norm_z(z)
-        dy = F.conv2d(z, self.weight, stride=self.stride, padding=PADDING)
-        dz = -F.conv_transpose2d(y, self.weight, stride=self.stride, padding=PADDING)
-        dy, dz = self.activation(_damped(dy, y, self.gamma)), self.activation(_damped(dz, z, self.gamma))
+        dy, dz = skew_field(y, z, self.weight, self.stride, PADDING, self.gamma, self.activation)
         return self.post_norm_y(dy), self.post_norm_z(dz)
 
     def extra_repr(self) -> str:
@@ -154,7 +186,7 @@ class SkewLinear(nn.Module):
         super().__init__()
         _check.steps(in_features, "in_features")
         _check.steps(num_classes, "num_classes")
-        _check_gamma(gamma)
+        check_gamma(gamma)
         _check.flag("released", released)
         self.gamma = gamma
         self.released = released
@@ -215,7 +247,8 @@ def _damped(slope: Tensor, state: Tensor, gamma: float) -> Tensor:
     return torch.sub(slope, state, alpha=gamma) if gamma else slope
 
 
-def _check_gamma(gamma: Any) -> None:
+def check_gamma(gamma: Any) -> None:
+    """Refuse anything but a finite number of at least zero."""
     _check.finite("gamma", gamma)
     if gamma < 0:
         raise ValueError(f"gamma must be a finite number >= 0, got {gamma}")
