@@ -45,7 +45,5 @@ def workloads() -> list[Workload]:
                     )
     for channels, size in WIDE:
         build = partial(block, channels, "batch", 1, False)
-        found.append(
-            Workload("wrn", "k1", f"{channels}@{size}", build, maps(channels, size, wide=True), rivals=rivals)
-        )
+        found.append(Workload("wrn", "k1", f"{channels}@{size}", build, maps(channels, size, wide=True), rivals=rivals))
     return found

@@ -1,4 +1,4 @@
-"""Who takes a turn: the reference eagerly and compiled, the best a user can write alone, other libraries, this project."""
+"""Who takes a turn: the reference, eager and compiled, the best a user can write, other libraries, this project."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from .workloads import Inputs
 
-ENGINES = ("staged", "resident", "triton")
 BASELINES = ("eager", "eager-cl")
 RECOMPILE_LIMIT = 64
 
@@ -170,13 +169,17 @@ def engines(block: nn.Module, inputs: Inputs) -> dict[str, str]:
     """
     from fastode import _dispatch
 
+    names = [name for name in _dispatch.ENGINES if name not in ("auto", "reference")]
+    try:
+        twin = _fused("auto", copy.deepcopy(block), inputs)
+    except RuntimeWarning as warning:  # no compiler, or a build that failed
+        return dict.fromkeys(names, str(warning))
+    if not hasattr(twin, "why_not"):
+        return dict.fromkeys(names, f"{type(block).__name__} has no fused twin")
     reasons = {}
-    for engine in ENGINES:
-        try:
-            able, reason = _dispatch.can_use(engine, block, inputs[0] if len(inputs) == 1 else inputs)
-        except (ValueError, KeyError) as error:
-            able, reason = False, str(error)
-        reasons[engine] = "" if able else reason or "not available"
+    for name in names:
+        able, reason = _dispatch.can_use(name, twin, inputs[0] if len(inputs) == 1 else inputs)
+        reasons[name] = "" if able else reason
     return reasons
 
 

@@ -128,9 +128,7 @@ def measure(
     return rows
 
 
-def _ready(
-    contender: Contender, workload: Workload, reference: nn.Module, inputs: Inputs, mode: str, row: Row
-) -> Work:
+def _ready(contender: Contender, workload: Workload, reference: nn.Module, inputs: Inputs, mode: str, row: Row) -> Work:
     """A contender's warmed turn, once it has shown that it is equal and, if compiled, that it is compiled."""
     breaks = contenders_module.graph_breaks() if contender.compiled else 0
     module, own = contender.make(reference, inputs)
@@ -208,9 +206,7 @@ def _ratios(rows: Sequence[Row], taking_part: Sequence[Contender], times: timing
             }
 
 
-def _graphs(
-    rows: Sequence[Row], taking_part: Sequence[Contender], turns: dict[str, Work], clock: timing.Clock
-) -> None:
+def _graphs(rows: Sequence[Row], taking_part: Sequence[Contender], turns: dict[str, Work], clock: timing.Clock) -> None:
     """The same turns as CUDA-graph replays; "compile-ro" replays graphs of its own already."""
     replays: dict[str, timing.Run] = {}
     timed = {c.label: row for row, c in zip(rows, taking_part, strict=True) if not row["errors"]}

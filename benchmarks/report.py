@@ -1,4 +1,4 @@
-"""`python -m benchmarks.report`: the README's table and the plots, made from the recorded results and from nothing else."""
+"""`python -m benchmarks.report`: the README's table and the plots, made from the recorded results alone."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def cells(row: Row) -> list[str]:
         f"{row['gbs']:.1f}",
         f"{100 * row['fraction_of_roofline']:.0f} %",
         f"{row['peak_mb']:.1f}",
-        row["equality"].get("note") or f"{worst:.2f} of allowed",
+        row["equality"].get("note") or f"{worst:.2g} of allowed",
     ]
 
 
@@ -110,7 +110,13 @@ def rates(head: Row) -> str:
     """The machine's measured rates, in words."""
     products = ", ".join(f"{rate:.0f} GFLOP/s in {dtype}" for dtype, rate in head.get("matmul_gflops", {}).items())
     copies = list(head.get("copy_gbs", {}).values())
-    return f"matrix product {products or 'not measured'}; copy {f'{max(copies):.1f} GB/s' if copies else 'not measured'}"
+    copied = f"{max(copies):.1f} GB/s" if copies else "not measured"
+    return f"matrix product {products or 'not measured'}; copy {copied}"
+
+
+def _short(commit: str) -> str:
+    name, _, dirty = commit.partition("-")
+    return f"{name[:12]}{' with changes' if dirty else ''}"
 
 
 def print_table(head: Row, rows: Sequence[Row]) -> None:
@@ -186,6 +192,11 @@ def _readme_lines(rows: Iterable[Row]) -> Iterable[list[str]]:
             ]
 
 
+def readme_table(rows: Iterable[Row]) -> list[str]:
+    """The project's own rows as lines of a markdown table."""
+    return _table(README_COLUMNS, _readme_lines(rows))
+
+
 def _means(rows: Iterable[Row]) -> list[list[str]]:
     """Geometric means of the best engine's ratios over a family's shapes."""
     found: dict[tuple[str, str], list[Row]] = {}
@@ -223,7 +234,7 @@ def markdown(results: Path = RESULTS) -> str:
         place = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
         parts += [
             f"**{head['device']}**, {head['threads']} threads, torch {head['versions']['torch']}, "
-            f"{head['date'][:10]}, commit {head['commit'][:12]}{'-dirty' if head['commit'].endswith('-dirty') else ''}; "
+            f"{head['date'][:10]}, commit {_short(head['commit'])}; "
             f"{rates(head)} ([`{place}`]({place})).",
             "",
         ]
@@ -231,7 +242,7 @@ def markdown(results: Path = RESULTS) -> str:
             columns = ("blocks", "mode", "shapes", "× better eager", "ceiling", "× compiled", "memory ×")
             parts += [*_table(columns, _means(rows)), ""]
         else:
-            parts += [*_table(README_COLUMNS, _readme_lines(rows)), ""]
+            parts += [*readme_table(rows), ""]
         parts += [f"![{head['suite']} suite]({place.with_suffix('.png')})", ""]
     return "\n".join(parts) if parts else "No results are recorded yet.\n"
 

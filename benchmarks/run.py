@@ -1,4 +1,4 @@
-"""`python -m benchmarks.run`: check every workload for equality, time its contenders in turns, record what was found."""
+"""`python -m benchmarks.run`: check each workload for equality, time its contenders in turns, record the results."""
 
 from __future__ import annotations
 

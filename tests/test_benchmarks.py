@@ -1,0 +1,304 @@
+"""The benchmarks measure what they say: counts, turns, memory, the gate, and a README that agrees with the record."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import bench_nets, contenders, counts, data, gpu, measure, memory, report, run, timing, workloads
+from benchmarks.contenders import Contender
+from benchmarks.header import RESULTS, ROOT
+from fastode import reference, testing
+
+CPU = torch.device("cpu")
+
+
+class NoModules(contextlib.nullcontext):
+    """In place of the counter's module tracker, whose hooks break under IE-Skip's autograd.grad inside a module."""
+
+    parents = ("Global",)
+
+
+def counted(call: Callable[[], object]) -> int:
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = NoModules()
+    with counter:
+        call()
+    return counter.get_total_flops()
+
+
+def small(build: Callable[[], nn.Module], channels: int = 4) -> workloads.Workload:
+    return workloads.Workload("ie", "k1", f"{channels}@8", build, lambda device: (data.feature_maps(2, channels, 8),))
+
+
+def ie_skip(channels: int = 4, **options: Any) -> nn.Module:
+    return reference.IESkip(reference.PreActBranch(channels, norm="layer", bias=False), **options)
+
+
+def test_readme_has_the_recorded_numbers() -> None:
+    _, table, _ = report.between((ROOT / "README.md").read_text())
+    assert report.recorded(RESULTS), "no results are recorded"
+    assert table.strip() == report.markdown().strip(), "run python -m benchmarks.report"
+
+
+def test_every_record_has_its_plot() -> None:
+    paths = report.recorded(RESULTS)
+    assert paths, "no results are recorded"
+    for path in paths:
+        assert report.digest(path).encode() in path.with_suffix(".png").read_bytes(), "run python -m benchmarks.report"
+
+
+@pytest.mark.parametrize(
+    ("block", "mode"),
+    [
+        (ie_skip(steps=1), "forward"),
+        (ie_skip(steps=3), "forward"),
+        (ie_skip(steps=2, detach=True), "train"),
+        (reference.SSP2(reference.PreActBranch(4)), "train"),
+        (reference.SSP3(reference.PreActBranch(4)), "input_grad"),
+        (reference.Midpoint(reference.PreActBranch(4)), "train"),
+        (reference.Ark(reference.PreActBranch(4)), "train"),
+        (reference.ResBlock(reference.PreActBranch(4)), "train"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_counts_agree_with_the_flop_counter(block: nn.Module, mode: str) -> None:
+    x = data.feature_maps(2, 4, 8)
+    assert counts.flops(block, (x,), mode) == counted(workloads.work(block, (x,), mode).run)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("mode", ["forward", "input_grad", "train"])
+def test_counts_of_the_skew_pair_agree_with_the_flop_counter(stride: int, mode: str) -> None:
+    pair = reference.SkewPair(3, 8, stride=stride)
+    inputs = (data.feature_maps(2, 8, 8 // stride), data.feature_maps(2, 3, 8))
+    assert counts.flops(pair, inputs, mode) == counted(workloads.work(pair, inputs, mode).run)
+
+
+def test_counts_of_a_solve_leave_the_last_half_evaluation_out() -> None:
+    block = reference.SOBlock(reference.SkewPair(3, 8), solver="rk4")
+    inputs = (data.feature_maps(2, 3, 8),)
+    assert counts.flops(block, inputs, "forward") * 8 == counted(workloads.work(block, inputs, "forward").run) * 7
+
+
+def test_counts_of_a_network_add_up() -> None:
+    block = reference.SSP2(reference.PreActBranch(8))
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)
+    )
+    images = data.images(2)
+    assert counts.flops(network, (images,), "forward") == counted(workloads.work(network, (images,), "forward").run)
+
+
+def test_the_step_of_ie_skip_is_18_convolutions() -> None:
+    assert 2 * counts.ie_skip(1).total("train") == 18
+
+
+def test_turns_are_taken_in_order_and_ratios_are_paired() -> None:
+    turns: list[str] = []
+    runs = {name: lambda name=name: turns.append(name) for name in "abc"}
+    drift = iter(range(1, 1000))
+
+    def clock(run_: timing.Run, repeats: int) -> float:
+        # The machine slows down by the turn; paired ratios must not see it beyond a neighbour's share.
+        run_()
+        return {"a": 1.0, "b": 2.0, "c": 4.0}[turns[-1]] * (1000 + next(drift))
+
+    times = timing.interleave(runs, clock, seconds=0.0, rounds=(6, 6), warm=1)
+    assert "".join(turns).endswith("abc" * 6)
+    assert len(times.seconds["a"]) == 6
+    assert times.ratio("a", "c").median == pytest.approx(4.0, rel=0.01)
+    assert times.ratio("c", "a").median == pytest.approx(0.25, rel=0.01)
+
+
+def test_rounds_end_with_the_time_but_not_before_the_least_number() -> None:
+    now = iter(range(1000))
+    times = timing.interleave({"a": lambda: None}, lambda r, n: 1.0, seconds=9.0, rounds=(3, 40), now=lambda: next(now))
+    assert 3 < len(times.seconds["a"]) < 40
+
+
+def test_a_contender_that_raises_during_its_turns_is_reported() -> None:
+    calls = iter(range(100))
+
+    def breaks() -> None:
+        if next(calls) > 4:
+            raise RuntimeError("out of\nluck")
+
+    times = timing.interleave({"good": lambda: None, "bad": breaks}, lambda r, n: (r(), 1.0)[1], rounds=(5, 5))
+    assert times.errors == {"bad": "RuntimeError: out of luck"}
+    assert len(times.seconds["good"]) == 5 and "bad" not in times.seconds
+
+
+def test_memory_sees_the_peak_and_not_the_sum() -> None:
+    def call() -> torch.Tensor:
+        first = torch.empty(1_000_000)
+        del first
+        second = torch.empty(2_000_000)
+        third = torch.empty(500_000)
+        del second
+        return third
+
+    # The profiler's own scalars may add a few bytes.
+    assert 10_000_000 <= memory.peak_bytes(call) < 10_001_000
+
+
+class Wrong(nn.Module):
+    """IE-Skip with half its step size."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.branch = block.branch
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return reference.IESkip(self.branch, step_size=0.05)(x)
+
+
+def refuses(module: nn.Module, inputs: workloads.Inputs) -> nn.Module:
+    raise RuntimeError("no such kernel")
+
+
+def test_a_contender_that_is_not_equal_has_no_speed() -> None:
+    wrong = Contender("fused", "wrong", True, False, lambda module, inputs: Wrong(module))
+    fails = Contender("compile", None, True, False, refuses)
+    taking_part = [contenders.CONTENDERS["eager"], contenders.CONTENDERS["eager-cl"], wrong, fails]
+    rows = measure.measure(small(ie_skip), "train", "float32", CPU, taking_part, seconds=0.0, rounds=(2, 2))
+    eager, _, unequal, failed = rows
+    assert eager["errors"] == "" and eager["median_ms"] > 0 and eager["ratio_to_best_other"]["than"] == "eager-cl"
+    assert unequal["errors"].startswith("not equal: ") and unequal["equality"]["ok"] is False
+    assert failed["errors"] == "RuntimeError: no such kernel"
+    for row in (unequal, failed):
+        assert not {"median_ms", "gflops", "ratio_to_eager", "peak_mb"} & set(row)
+        assert row["errors"] in report.line(row)
+
+
+def test_the_project_takes_part_and_is_equal() -> None:
+    item = run.Item(small(lambda: ie_skip(8), 8), "train", "float32", ())
+    taking_part, _ = run.contenders_of(item, CPU, ())
+    rows = measure.measure(item.workload, "train", "float32", CPU, taking_part, seconds=0.0, rounds=(2, 2))
+    fused = [row for row in rows if row["contender"] == "fused"]
+    assert fused and all(row["equality"]["ok"] and row["ratio_to_better_eager"]["median"] > 0 for row in fused)
+
+
+@pytest.mark.parametrize("mode", testing.MODES)
+@pytest.mark.parametrize("options", [{"steps": 3}, {"detach": True}, {"theta": 0.5}], ids=str)
+def test_the_closed_form_by_vjp_is_ie_skip(options: dict[str, Any], mode: testing.Mode) -> None:
+    block = ie_skip(**options)
+    testing.assert_blocks_equal(block, contenders.vjp_block(block), data.feature_maps(2, 4, 8), mode=mode)
+
+
+def test_a_closed_form_that_changes_buffers_is_refused() -> None:
+    with pytest.raises(contenders.Unavailable, match="changes buffers"):
+        contenders.vjp_block(reference.IESkip(reference.PreActBranch(4)))
+
+
+def test_torchdiffeq_solves_the_same_block() -> None:
+    from benchmarks import others
+
+    block = reference.SOBlock(reference.SkewPair(3, 8), solver="rk4", steps=2)
+    testing.assert_blocks_equal(block, others.torchdiffeq_block(block), data.feature_maps(2, 3, 8))
+
+
+def test_a_compiled_contender_with_a_graph_break_is_reported_as_failed() -> None:
+    def breaking(module: nn.Module, inputs: workloads.Inputs) -> nn.Module:
+        class Breaks(nn.Module):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                torch._dynamo.graph_break()
+                return module(x)
+
+        contenders.configure_dynamo()
+        return contenders.Pinned(module, torch.compile(Breaks(), backend="eager"))
+
+    taking_part = [contenders.CONTENDERS["eager"], Contender("compile", None, False, True, breaking)]
+    rows = measure.measure(small(ie_skip), "forward", "float32", CPU, taking_part, seconds=0.0, rounds=(2, 2))
+    assert rows[1]["errors"].startswith("graph break: ") and "median_ms" not in rows[1]
+
+
+def test_inputs_are_the_photographs_and_always_the_same() -> None:
+    assert data.source().startswith("photographs")
+    images = data.images(64)
+    assert torch.equal(images, data.images(64)) and images.std() > 0.5
+    assert set(data.labels(64).tolist()) == {0, 1}
+    maps = data.feature_maps(4, 16, 8)
+    assert maps.shape == (4, 16, 8, 8) and abs(float(maps.std()) - 1) < 1e-3
+
+
+def test_the_default_suite_is_as_documented() -> None:
+    items = run.plan("default", CPU, ["float32"])
+    shapes = {(item.workload.id, item.workload.shape) for item in items}
+    assert sorted(name for name, _ in shapes) == ["ie", "ie", "skew", "skew", "ssp3", "ssp3"]
+    assert {item.mode for item in items} == set(workloads.BLOCK_MODES) and len(items) == 18
+    assert [item.rivals for item in items if item.rivals] == [("vjp-compile",)]
+
+
+def test_every_workload_can_be_named_once() -> None:
+    found = [(w.name, w.statistics) for w in workloads.everything()]
+    assert len(found) == len(set(found))
+    assert {w.id for w in workloads.everything()} == {
+        "ie", "ie-bn", "wrn", "ssp2", "ssp3", "ark", "midpoint", "skew", "nets"
+    }  # fmt: skip
+
+
+def test_pgd_stays_within_its_radius_and_raises_the_loss() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    images, labels = data.images(8), data.labels(8)
+    attacked = bench_nets.pgd(network.requires_grad_(False), images, labels)
+    assert 0 < (attacked - images).abs().max() <= bench_nets.RADIUS * (1 + 1e-5)
+    loss = nn.functional.cross_entropy
+    assert loss(network(attacked), labels) > loss(network(images), labels)
+
+
+def record(folder: Any) -> Any:
+    rows = measure.measure(
+        small(ie_skip),
+        "forward",
+        "float32",
+        CPU,
+        [contenders.CONTENDERS["eager"], contenders.CONTENDERS["eager-cl"]],
+        seconds=0.0,
+        rounds=(2, 2),
+    )
+    fused = rows[1] | {"contender": "fused", "engine": "staged"}
+    head = run.header.header(CPU, "default")
+    path = folder / "machine" / "default.json"
+    run.Record(path, head).add([*rows, fused])
+    return path
+
+
+def test_report_makes_table_and_plot_from_the_record(tmp_path: Any) -> None:
+    path = record(tmp_path)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    assert report.main(["--results", str(tmp_path), "--readme", str(readme)]) == 0
+    text = readme.read_text()
+    row = json.loads(path.read_text())["rows"][2]
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert f"{row['median_ms']:.1f}" in text and "staged" in text
+    assert report.digest(path).encode() in path.with_suffix(".png").read_bytes()
+    assert not report.update(readme, tmp_path)
+
+
+def test_a_readme_without_markers_is_refused() -> None:
+    with pytest.raises(ValueError, match="must contain"):
+        report.between("no markers")
+
+
+def test_the_gpu_command_stops_what_runs_too_long(tmp_path: Any) -> None:
+    lines: list[str] = []
+    code = "import time; print('started', flush=True); time.sleep(60)"
+    status = gpu.stream([gpu.sys.executable, "-c", code], tmp_path / "log.txt", 3.0, lines.append)
+    assert status is None and lines == ["started"] and (tmp_path / "log.txt").read_text() == "started\n"
+
+
+def test_the_gpu_command_says_that_there_is_no_card(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any, capsys: Any
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main(["--results", str(tmp_path / "none")]) == 2
+    assert "no CUDA device" in capsys.readouterr().out and not (tmp_path / "none").exists()
