@@ -34,6 +34,11 @@ def _combine(terms: Sequence[Tensor], coefs: Tensor, act: int, p: float, q: floa
     return _feature_map(terms[0])
 
 
+@torch.library.register_fake("fastode::combine_pair")
+def _combine_pair(first: Sequence[Tensor], second: Sequence[Tensor], coefs: Tensor) -> Tensor:
+    return _feature_map(first[0], 2 * first[0].shape[0])
+
+
 @torch.library.register_fake("fastode::norm_act")
 def _norm_act(terms, coefs, weight, bias, stats, norm, groups, eps, act, p, q):
     x = terms[0]

@@ -93,7 +93,7 @@ def _update_running(reading: branch.Reading, statistics: Iterable[Tensor], x: Te
             else:
                 count = x.shape[0] * pixels
                 norm.num_batches_tracked.add_(1)
-                factor = 1.0 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
+                factor = 1.0 / norm.num_batches_tracked.double() if norm.momentum is None else norm.momentum
             mean, variance = norm.running_mean, norm.running_var
             _move(mean, stats[0], factor)
             _move(variance, stats[1] * (count / max(count - 1, 1)), factor)

@@ -139,9 +139,7 @@ class Ark(_Fused, reference.Ark):
             table = torch.stack(self.coefficients(torch.float64))
             return ShuOsherFunction.apply(x, table, plan, _ARK, rerun, *tensors)
 
-        return _one_step.run(
-            x, self.branch, staged, self._reference, super().forward, engine=self.engine, owner=self
-        )
+        return _one_step.run(x, self.branch, staged, self._reference, super().forward, engine=self.engine, owner=self)
 
     def _reference(self) -> nn.Module:
         learned = {f"learn_{name}": name in self._parameters for name in ("a21", "b10")}

@@ -59,6 +59,13 @@ const A* pointer(const MaybeTensor& t) {
   return t ? static_cast<const A*>(t->data_ptr()) : nullptr;
 }
 
+// Parameter gradients, with zeros where no pass over data will write them.
+Tensor parameter_gradient(const Tensor& x, bool wanted, int64_t norm) {
+  Tensor bar = vector_of(x, {wanted ? x.size(1) : 0});
+  if (norm == kNoNorm || x.size(0) == 0) torch::stable::zero_(bar);
+  return bar;
+}
+
 // The scratch of one call, in torch's memory so that its profiler sees it.
 template <class T, class A = typename AccumulatorOf<T>::type>
 struct Workspace {
@@ -108,6 +115,23 @@ Tensor combine(Tensors terms, Tensor coefs, int64_t act, double p, double q) {
   return out;
 }
 
+// Two combinations, one after the other along the batch: what the stacked sweeps start from, without a copy.
+Tensor combine_pair(Tensors first, Tensors second, Tensor coefs) {
+  const Tensor& x = first[0];
+  Tensor out = feature_map(x, 2 * x.size(0));
+  const Geometry g = geometry_of(x);
+  with_storage(x.scalar_type(), [&]<class T>(T) {
+    using A = typename AccumulatorOf<T>::type;
+    const Workspace<T> space(x, g);
+    const auto op = norm_act_of<A>(x, {}, {}, kNoNorm, 1, 0, kIdentity, 0, 0);
+    const double* c = pointer<double>(coefs);
+    T* half = pointer<T>(out);
+    Kernels<T>::combine(g, terms_of<T>(first, c), op, space.scratch, half);
+    Kernels<T>::combine(g, terms_of<T>(second, c + first.size()), op, space.scratch, half + g.samples * g.length());
+  });
+  return out;
+}
+
 std::tuple<Tensor, Tensor, Tensor> norm_act(Tensors terms, Tensor coefs, MaybeTensor weight, MaybeTensor bias,
                                             MaybeTensor given, int64_t norm, int64_t groups, double eps, int64_t act,
                                             double p, double q) {
@@ -131,16 +155,17 @@ std::tuple<Tensor, Tensor, Tensor> norm_act_vjp(Tensor h, Tensor cot, Tensor sta
                                                 int64_t norm, int64_t groups, double eps, int64_t act, double p,
                                                 double q) {
   const Geometry g = geometry_of(h);
-  const int64_t channels = param_grads ? h.size(1) : 0;
-  Tensor out = feature_map(h), wbar = vector_of(h, {channels}), bbar = vector_of(h, {channels});
+  Tensor out = feature_map(h);
+  Tensor wbar = parameter_gradient(h, param_grads, norm), bbar = parameter_gradient(h, param_grads, norm);
+  const bool sums = param_grads && norm != kNoNorm && g.samples > 0;
   with_storage(h.scalar_type(), [&]<class T>(T) {
     using A = typename AccumulatorOf<T>::type;
     const Workspace<T> space(h, g);
     const auto op = norm_act_of<A>(h, weight, bias, norm, groups, eps, act, p, q);
     const double* c = pointer<double>(coefs);
     Kernels<T>::vjp(g, pointer<T>(h), pointer<T>(cot), pointer<A>(stats), terms_of<T>(addends, c + 1),
-                    static_cast<A>(c[0]), op, space.scratch, pointer<T>(out), param_grads ? pointer<A>(wbar) : nullptr,
-                    param_grads ? pointer<A>(bbar) : nullptr);
+                    static_cast<A>(c[0]), op, space.scratch, pointer<T>(out), sums ? pointer<A>(wbar) : nullptr,
+                    sums ? pointer<A>(bbar) : nullptr);
   });
   return {out, wbar, bbar};
 }
@@ -168,9 +193,9 @@ std::tuple<Tensor, Tensor, Tensor> norm_act_second(Tensor h, Tensor t, Tensor co
                                                    bool param_grads, bool tangent, int64_t norm, int64_t groups,
                                                    double eps, int64_t act, double p, double q) {
   const Geometry g = geometry_of(h);
-  const int64_t channels = param_grads ? h.size(1) : 0;
   Tensor out = feature_map(h, (tangent ? 2 : 1) * h.size(0));
-  Tensor wbar = vector_of(h, {channels}), bbar = vector_of(h, {channels});
+  Tensor wbar = parameter_gradient(h, param_grads, norm), bbar = parameter_gradient(h, param_grads, norm);
+  const bool sums = param_grads && norm != kNoNorm && g.samples > 0;
   with_storage(h.scalar_type(), [&]<class T>(T) {
     using A = typename AccumulatorOf<T>::type;
     const Workspace<T> space(h, g);
@@ -178,7 +203,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_act_second(Tensor h, Tensor t, Tensor co
     const double* c = pointer<double>(coefs);
     Kernels<T>::second(g, pointer<T>(h), pointer<T>(t), pointer<T>(cot), pointer<A>(stats), pointer<A>(tstats),
                        terms_of<T>(addends, c + 1), static_cast<A>(c[0]), tangent, op, space.scratch, pointer<T>(out),
-                       param_grads ? pointer<A>(wbar) : nullptr, param_grads ? pointer<A>(bbar) : nullptr);
+                       sums ? pointer<A>(wbar) : nullptr, sums ? pointer<A>(bbar) : nullptr);
   });
   return {out, wbar, bbar};
 }
@@ -199,6 +224,7 @@ Tensor dots(Tensor v, Tensors terms) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastode, CPU, m) {
   m.impl("combine", TORCH_BOX(&fastode::combine));
+  m.impl("combine_pair", TORCH_BOX(&fastode::combine_pair));
   m.impl("norm_act", TORCH_BOX(&fastode::norm_act));
   m.impl("norm_act_vjp", TORCH_BOX(&fastode::norm_act_vjp));
   m.impl("norm_act_dual", TORCH_BOX(&fastode::norm_act_dual));

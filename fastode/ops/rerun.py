@@ -23,8 +23,12 @@ class Rerun:
     make: Callable[[], nn.Module]
 
     def gradients(
-        self, inputs: Sequence[Tensor | None], originals: Sequence[Tensor | None], wanted: Sequence[bool],
-        points: int, cotangents: Sequence[Tensor],
+        self,
+        inputs: Sequence[Tensor | None],
+        originals: Sequence[Tensor | None],
+        wanted: Sequence[bool],
+        points: int,
+        cotangents: Sequence[Tensor],
     ) -> list[Tensor | None]:
         """The block's gradients with a graph of their own, for the wanted of `inputs`.
 

@@ -1,7 +1,7 @@
 """Sweeps through a branch: its value, its pull-back, its tangent beside its value, and the pull-back of both.
 
-A branch is a tuple of units and a flat list of tensors (fastode/branch.py). Convolutions are ATen's; what stands between
-two of them is one operator of csrc (fastode/ops/README.md). Every feature map in here is dense channels_last.
+A branch is a tuple of units and a flat list of tensors (fastode/branch.py). Convolutions are ATen's; what stands
+between two of them is one operator of csrc (fastode/ops/README.md). Every feature map in here is dense channels_last.
 
 Under autocast a convolution sees its input and weight in the lower precision, everything else stays in the precision in
 which it arrives, and a cotangent has its tensor's dtype: the rules that autograd applies to the reference.
@@ -39,15 +39,21 @@ class Record(NamedTuple):
     """What a sweep leaves behind of one unit: input, statistics and convolution input; tangents where there are any."""
 
     h: Tensor
-    stats: Tensor | None
+    stats: Tensor
     a: Tensor | None
     t: Tensor | None = None
     tstats: Tensor | None = None
 
 
-def tracked_statistics(plan: Plan, records: Sequence[Record]) -> list[Tensor]:
-    """The statistics with which an evaluation of the branch updates running statistics."""
-    return [record.stats for record, tracked in zip(records, plan.tracked, strict=True) if tracked]
+def statistics_of(records: Sequence[Record]) -> list[Tensor]:
+    """The statistics that the norms of one evaluation met, one for each unit."""
+    return [record.stats for record in records]
+
+
+def tracked_statistics(plan: Plan, statistics: Sequence[Tensor]) -> list[Tensor]:
+    """Of the statistics that evaluations of the branch met, those that update running statistics, in order."""
+    units = len(plan.units)
+    return [stats for index, stats in enumerate(statistics) if plan.tracked[index % units]]
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -71,27 +77,40 @@ def combine(terms: Sequence[Tensor], coefs: Tensor) -> Tensor:
     return torch.ops.fastode.combine(_promoted(terms), coefs, 0, 0.0, 0.0)
 
 
+def combine_pair(first: Sequence[Tensor], second: Sequence[Tensor], coefs: Tensor) -> Tensor:
+    """Two combinations stacked along the batch; coefs are the first's, then the second's."""
+    terms = _promoted([*first, *second])
+    return torch.ops.fastode.combine_pair(terms[: len(first)], terms[len(first) :], coefs)
+
+
 def value(
-    plan: Plan, tensors: MaybeTensors, terms: Sequence[Tensor], coefs: Tensor, keep: bool = True
+    plan: Plan, tensors: MaybeTensors, terms: Sequence[Tensor], coefs: Tensor
 ) -> tuple[Tensor, Tensor, list[Record]]:
-    """f at the combination of `terms`: that combination, f of it, and the records (without convolution inputs if not keep)."""
+    """f at the combination of `terms`: that combination, f of it, and the records (without convolution inputs)."""
     terms = _promoted(terms)
     point = terms[0]
     records: list[Record] = []
-    for index, unit in enumerate(plan.units):
-        at = index * TENSORS_PER_UNIT
-        if _has_pass(unit):
-            weight, bias, given = _norm_tensors(unit, tensors, at, terms[0])
-            u, a, made = torch.ops.fastode.norm_act(terms, coefs, weight, bias, given, *_codes(unit))
-            h, stats = terms[0] if len(terms) == 1 else u, made if given is None else given
-        else:
-            h = a = terms[0] if len(terms) == 1 else combine(terms, coefs)
-            stats = None
-        if index == 0:
-            point = h
-        records.append(Record(h, stats, a if keep else None))
-        terms = [_convolve(plan, unit, a, tensors[at + _CONV_WEIGHT], tensors[at + _CONV_BIAS])]
+    for index in range(len(plan.units)):
+        u, a, stats = _pass(plan, tensors, index, terms, coefs, None)
+        point = u if index == 0 else point
+        records.append(Record(u, stats, None))
+        terms = [_convolve(plan, tensors, index, a)]
     return point, terms[0], records
+
+
+def revisit(
+    plan: Plan, tensors: MaybeTensors, point: Tensor, statistics: Sequence[Tensor], image: bool = False
+) -> tuple[list[Record], Tensor | None]:
+    """What `pull` needs of f's evaluation at `point`; and f(point), if `image`: without it one convolution less."""
+    records: list[Record] = []
+    h = point
+    last = len(plan.units) - 1
+    for index in range(last + 1):
+        _, a, _ = _pass(plan, tensors, index, [h], coefficients(1.0), statistics[index])
+        records.append(Record(h, statistics[index], a if index == last else None))
+        if index < last or image:
+            h = _convolve(plan, tensors, index, a)
+    return records, h if image else None
 
 
 def pull(
@@ -105,23 +124,33 @@ def pull(
     scale: float = 1.0,
     need_point: bool = True,
 ) -> Tensor | None:
-    """coefs[0] J(y)ᵀ cot + sum_i coefs[i + 1] addends[i]; parameter gradients, times `scale`, are added to `grads`."""
+    """coefs[0] J(y)ᵀ cot + sum_i coefs[i + 1] addends[i]; parameter gradients, times `scale`, are added to `grads`.
+
+    It empties `records`.
+    """
     for index in range(len(plan.units) - 1, -1, -1):
-        unit, record, at = plan.units[index], records[index], index * TENSORS_PER_UNIT
+        # What is behind is let go at once: a backward's peak memory is made here.
+        unit, record, at = plan.units[index], records.pop(), index * TENSORS_PER_UNIT
         first = index == 0
         norm_grads = grads is not None and (grads.wants(at + _NORM_WEIGHT) or grads.wants(at + _NORM_BIAS))
         needed = not first or need_point or norm_grads
         if unit.conv is not None:
-            a = record.a if record.a is not None else _again(unit, tensors, at, record)
-            cot = _convolve_back(plan, unit, a, tensors[at + _CONV_WEIGHT], cot, needed, grads, at, scale)
+            a = record.a
+            if a is None and grads is not None and grads.wants(at + _CONV_WEIGHT):
+                _, a, _ = _pass(plan, tensors, index, [record.h], coefficients(1.0), record.stats)
+            elif a is None:
+                a = record.h  # without a weight gradient only its shape is asked for
+            cot = _convolve_back(plan, tensors, index, a, cot, needed, grads, scale)
+            record = record._replace(a=None)
+            del a
         if not needed:
             return None
         if _has_pass(unit):
-            weight, bias, _ = _norm_tensors(unit, tensors, at, record.h)
+            weight, bias = _norm_tensors(tensors, at, record.h)
             cot, wbar, bbar = torch.ops.fastode.norm_act_vjp(
                 record.h,
-                cot,
-                _or_empty(record.stats, record.h),
+                cot.to(record.h.dtype),
+                record.stats,
                 weight,
                 bias,
                 _in_dtype(addends, record.h.dtype) if first else [],
@@ -138,25 +167,18 @@ def pull(
 
 
 def dual(
-    plan: Plan, tensors: MaybeTensors, point: Tensor, tangent: Tensor
+    plan: Plan, tensors: MaybeTensors, point: Tensor, tangent: Tensor, statistics: Sequence[Tensor]
 ) -> tuple[Tensor, list[Record]]:
     """The value f(point) and the tangent J(point) tangent, stacked along the batch, and the records."""
-    h, t = point, tangent
     samples = point.shape[0]
     records: list[Record] = []
-    stacked = point
-    for index, unit in enumerate(plan.units):
-        at = index * TENSORS_PER_UNIT
-        stats = tstats = None
-        if _has_pass(unit):
-            weight, bias, given = _norm_tensors(unit, tensors, at, h)
-            a, made, tstats = torch.ops.fastode.norm_act_dual(h, t.to(h.dtype), weight, bias, given, *_codes(unit))
-            stats = made if given is None else given
-        else:
-            a = stacked if index else torch.cat([h, t.to(h.dtype)])
-        records.append(Record(h, stats, a, t, tstats))
-        stacked = _convolve(plan, unit, a, tensors[at + _CONV_WEIGHT], None)
-        bias = tensors[at + _CONV_BIAS]
+    h, t = point, tangent
+    last = len(plan.units) - 1
+    for index in range(last + 1):
+        a, tstats = _dual_pass(plan, tensors, index, h, t, statistics[index])
+        records.append(Record(h, statistics[index], a if index == last else None, t, tstats))
+        stacked = _convolve(plan, tensors, index, a, with_bias=False)
+        bias = tensors[index * TENSORS_PER_UNIT + _CONV_BIAS]
         if bias is not None:
             stacked[:samples].add_(bias.to(stacked.dtype).view(1, -1, 1, 1))
         h, t = stacked[:samples], stacked[samples:]
@@ -173,21 +195,33 @@ def pull_dual(
     grads: Gradients | None,
     scale: float,
 ) -> Tensor:
-    """∇_y of ⟨cot[:N], f(y)⟩ + ⟨cot[N:], J(y) t⟩ at fixed t: coefs[0] times it + sum_i coefs[i + 1] addends[i]."""
+    """∇_y of ⟨cot[:N], f(y)⟩ + ⟨cot[N:], J(y) t⟩ at fixed t: coefs[0] times it + sum_i coefs[i + 1] addends[i].
+
+    It empties `records`.
+    """
     samples = records[0].h.shape[0]
     for index in range(len(plan.units) - 1, -1, -1):
-        unit, record, at = plan.units[index], records[index], index * TENSORS_PER_UNIT
+        unit, record, at = plan.units[index], records.pop(), index * TENSORS_PER_UNIT
         first = index == 0
         if unit.conv is not None:
-            cot = _convolve_back(plan, unit, record.a, tensors[at + _CONV_WEIGHT], cot, True, grads, at, scale, samples)
+            a = record.a
+            if a is None and grads is not None and grads.wants(at + _CONV_WEIGHT):
+                a, _ = _dual_pass(plan, tensors, index, record.h, record.t, record.stats)
+            elif a is None:  # only its shape is asked for
+                h = record.h
+                shape = (2 * samples, *h.shape[1:])
+                a = torch.empty(shape, dtype=h.dtype, device=h.device, memory_format=torch.channels_last)
+            cot = _convolve_back(plan, tensors, index, a, cot, True, grads, scale, samples)
+            record = record._replace(a=None)
+            del a
         if _has_pass(unit):
             norm_grads = grads is not None and (grads.wants(at + _NORM_WEIGHT) or grads.wants(at + _NORM_BIAS))
-            weight, bias, _ = _norm_tensors(unit, tensors, at, record.h)
+            weight, bias = _norm_tensors(tensors, at, record.h)
             cot, wbar, bbar = torch.ops.fastode.norm_act_second(
                 record.h,
                 record.t.to(record.h.dtype),
-                cot,
-                _or_empty(record.stats, record.h),
+                cot.to(record.h.dtype),
+                record.stats,
                 record.tstats,
                 weight,
                 bias,
@@ -239,32 +273,46 @@ def _codes(unit: Unit) -> Codes:
     return (*head, 0, 0.0, 0.0) if act is None else (*head, _ACTIVATION_CODE[act.kind], act.p, act.q)
 
 
-def _norm_tensors(
-    unit: Unit, tensors: MaybeTensors, at: int, h: Tensor
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Weight, bias and fixed statistics in the accumulator's dtype."""
-    dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
-    weight, bias, mean, variance = tensors[at : at + 4]
-    fixed = None
-    if unit.norm is not None and unit.norm.mode == "fixed":
-        fixed = torch.stack((mean, variance)).to(dtype)
-    return _plain(weight, dtype), _plain(bias, dtype), fixed
-
-
-def _plain(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor.to(dtype).contiguous()
-
-
-def _again(unit: Unit, tensors: MaybeTensors, at: int, record: Record) -> Tensor:
-    """The convolution's input, from the unit's input and its statistics."""
+def _pass(
+    plan: Plan, tensors: MaybeTensors, index: int, terms: Sequence[Tensor], coefs: Tensor, statistics: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The combination of `terms`, a unit's norm and activation of it, and the norm's statistics (given or made)."""
+    unit, at, x = plan.units[index], index * TENSORS_PER_UNIT, terms[0]
     if not _has_pass(unit):
-        return record.h
-    weight, bias, _ = _norm_tensors(unit, tensors, at, record.h)
-    return torch.ops.fastode.norm_act([record.h], coefficients(1.0), weight, bias, record.stats, *_codes(unit))[1]
+        u = x if len(terms) == 1 else combine(terms, coefs)
+        return u, u, x.new_empty(0, dtype=_accumulator(x))
+    if statistics is None and unit.norm is not None and unit.norm.mode == "fixed":
+        statistics = torch.stack((tensors[at + _MEAN], tensors[at + _VARIANCE])).to(_accumulator(x))
+    weight, bias = _norm_tensors(tensors, at, x)
+    u, a, made = torch.ops.fastode.norm_act(terms, coefs, weight, bias, statistics, *_codes(unit))
+    return x if len(terms) == 1 else u, a, made if statistics is None else statistics
 
 
-def _or_empty(stats: Tensor | None, h: Tensor) -> Tensor:
-    return h.new_empty(0) if stats is None else stats
+def _dual_pass(
+    plan: Plan, tensors: MaybeTensors, index: int, h: Tensor, t: Tensor, statistics: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A unit's norm and activation of h beside their tangent along t, stacked, and the statistics of the tangent."""
+    unit, at = plan.units[index], index * TENSORS_PER_UNIT
+    t = t.to(h.dtype)
+    if not _has_pass(unit):
+        return torch.cat([h, t]), statistics
+    weight, bias = _norm_tensors(tensors, at, h)
+    a, _, tstats = torch.ops.fastode.norm_act_dual(h, t, weight, bias, statistics, *_codes(unit))
+    return a, tstats
+
+
+def _norm_tensors(tensors: MaybeTensors, at: int, h: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """A norm's weight and bias in the accumulator's dtype."""
+    weight, bias = tensors[at + _NORM_WEIGHT], tensors[at + _NORM_BIAS]
+    dtype = _accumulator(h)
+    return (
+        None if weight is None else weight.to(dtype).contiguous(),
+        None if bias is None else bias.to(dtype).contiguous(),
+    )
+
+
+def _accumulator(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _promoted(terms: Sequence[Tensor]) -> list[Tensor]:
@@ -283,13 +331,14 @@ def _lowered(plan: Plan, tensor: Tensor) -> Tensor:
     return tensor if plan.lower is None or tensor.dtype == torch.float64 else tensor.to(plan.lower)
 
 
-def _convolve(plan: Plan, unit: Unit, a: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    conv = unit.conv
-    if conv is None or weight is None:
+def _convolve(plan: Plan, tensors: MaybeTensors, index: int, a: Tensor, with_bias: bool = True) -> Tensor:
+    conv, at = plan.units[index].conv, index * TENSORS_PER_UNIT
+    if conv is None:
         return a
+    bias = tensors[at + _CONV_BIAS] if with_bias else None
     out = torch.ops.aten.convolution.default(
         _lowered(plan, a),
-        _lowered(plan, weight),
+        _lowered(plan, tensors[at + _CONV_WEIGHT]),
         None if bias is None else _lowered(plan, bias),
         (1, 1),
         conv.padding,
@@ -303,29 +352,27 @@ def _convolve(plan: Plan, unit: Unit, a: Tensor, weight: Tensor | None, bias: Te
 
 def _convolve_back(
     plan: Plan,
-    unit: Unit,
+    tensors: MaybeTensors,
+    index: int,
     a: Tensor,
-    weight: Tensor,
     cot: Tensor,
     need_input: bool,
     grads: Gradients | None,
-    at: int,
     scale: float,
     bias_samples: int | None = None,
 ) -> Tensor:
-    """The cotangent of the convolution's input; weight and bias gradients go to `grads`.
+    """The cotangent of the convolution's input `a`; weight and bias gradients go to `grads`.
 
-    `bias_samples` says how much of a stacked batch the bias was added to.
+    `bias_samples` says to how much of a stacked batch the bias was added.
     """
-    conv = unit.conv
+    conv, at = plan.units[index].conv, index * TENSORS_PER_UNIT
     need_weight = grads is not None and grads.wants(at + _CONV_WEIGHT)
-    need_bias = grads is not None and grads.wants(at + _CONV_BIAS)
-    lower_a, lower_weight = _lowered(plan, a), _lowered(plan, weight)
-    cot = cot.to(lower_a.dtype)
+    lower = _lowered(plan, a)
+    cot = cot.to(lower.dtype)
     a_bar, weight_bar, _ = torch.ops.aten.convolution_backward.default(
         cot,
-        lower_a,
-        lower_weight,
+        lower,
+        _lowered(plan, tensors[at + _CONV_WEIGHT]),
         None,
         (1, 1),
         conv.padding,
@@ -337,6 +384,6 @@ def _convolve_back(
     )
     if need_weight:
         grads.add(at + _CONV_WEIGHT, weight_bar, scale)
-    if need_bias:
+    if grads is not None and grads.wants(at + _CONV_BIAS):
         grads.add(at + _CONV_BIAS, cot[:bias_samples].sum((0, 2, 3)), scale)
     return channels_last(a_bar).to(a.dtype) if need_input else cot

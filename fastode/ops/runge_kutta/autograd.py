@@ -5,14 +5,28 @@ Derivation: README.md beside this file; equations are cited as (1) to (4) from t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..rerun import Rerun
-from ..sweeps import Gradients, MaybeTensors, Plan, Record, channels_last, coefficients, combine, like_reference, pull
-from ..sweeps import tracked_statistics, value
+from ..sweeps import (
+    Gradients,
+    MaybeTensors,
+    Plan,
+    Record,
+    channels_last,
+    coefficients,
+    combine,
+    like_reference,
+    pull,
+    revisit,
+    statistics_of,
+    tracked_statistics,
+    value,
+)
 
 
 @dataclass(frozen=True)
@@ -32,23 +46,25 @@ class Scheme:
 
 
 class ShuOsherFunction(torch.autograd.Function):
-    """u_s and the statistics of each evaluation of each norm; keeps x and recomputes the rest.
+    """u_s and the statistics for running averages; keeps x and the points u_k, and recomputes the rest.
 
     `table` [2, s, s] holds alpha and beta as a float64 tensor, so that learned coefficients never reach the host.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, table: Tensor, plan: Plan, scheme: Scheme, rerun: Rerun | None, *tensors):
-        y, statistics, _ = _forward(plan, scheme, table, channels_last(x), tensors)
-        ctx.save_for_backward(x, table, *tensors)
-        ctx.plan, ctx.scheme, ctx.rerun = plan, scheme, rerun
+        y, points, statistics = _forward(plan, scheme, table, channels_last(x), tensors)
+        tracked = tracked_statistics(plan, statistics)
+        ctx.save_for_backward(x, table, *tensors, *points[1:], *statistics)
+        ctx.plan, ctx.scheme, ctx.rerun, ctx.count = plan, scheme, rerun, len(tensors)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*statistics)
-        return (like_reference(y, x), *statistics)
+        ctx.mark_non_differentiable(*tracked)
+        return (like_reference(y, x), *tracked)
 
     @staticmethod
     def backward(ctx, y_bar: Tensor | None, *_):
-        x, table, *tensors = ctx.saved_tensors
+        x, table, *saved = ctx.saved_tensors
+        tensors, kept = saved[: ctx.count], saved[ctx.count :]
         wanted = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[5:])
         if y_bar is None:
             return (None,) * (5 + len(tensors))
@@ -61,72 +77,92 @@ class ShuOsherFunction(torch.autograd.Function):
                 x_bar, *bars = ctx.rerun.gradients([x, *tensors], tensors, without, 1, [y_bar])
         else:
             grads = Gradients(tensors, wanted[2:]) if any(wanted[2:]) else None
+            last = ctx.scheme.stages - 1
+            points, statistics = [channels_last(x), *kept[:last]], kept[last:]
             x_bar, table_bar = _backward(
-                ctx.plan, ctx.scheme, table, channels_last(x), tensors, channels_last(y_bar), grads, wanted[0], wanted[1]
+                ctx.plan, ctx.scheme, table, points, tensors, statistics, channels_last(y_bar), grads, *wanted[:2]
             )
             bars = [None] * len(tensors) if grads is None else grads.result()
         return (x_bar, table_bar, None, None, None, *bars)
 
 
-@dataclass
-class _Stages:
-    """What the forward stages leave behind: points u_k, values F(u_k), records."""
-
-    points: list[Tensor]
-    values: list[Tensor | None]
-    records: list[list[Record]]
-
-
 def _forward(
     plan: Plan, scheme: Scheme, table: Tensor, x: Tensor, tensors: MaybeTensors
-) -> tuple[Tensor, list[Tensor], _Stages]:
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """u_s, the points u_0 … u_{s−1}, and the statistics of f's evaluations at those of them where it is evaluated."""
+    points: list[Tensor] = []
+    images: list[Tensor | None] = []
     statistics: list[Tensor] = []
-    kept = _Stages([], [], [])
     terms, coefs = [x], coefficients(1.0)
     for k in range(scheme.stages):
         if scheme.uses(k):
-            point, image, records = value(plan, tensors, terms, coefs, keep=False)
-            statistics += tracked_statistics(plan, records)
+            point, image, records = value(plan, tensors, terms, coefs)
+            statistics += statistics_of(records)
         else:
-            point, image, records = terms[0] if len(terms) == 1 else combine(terms, coefs), None, []
-        kept.points.append(point)
-        kept.values.append(image)
-        kept.records.append(records)
+            point, image = terms[0] if len(terms) == 1 else combine(terms, coefs), None
+        points.append(point)
+        images.append(image)
         # (1): u_{k+1} from what its row of the tableau names
-        alpha, beta = scheme.alpha[k], scheme.beta[k]
-        terms = [*(kept.points[j] for j in alpha), *(kept.values[j] for j in beta)]
-        coefs = torch.cat([*(table[0, k, j : j + 1] for j in alpha), *(table[1, k, j : j + 1] for j in beta)])
-    return combine(terms, coefs), statistics, kept
+        terms = _named(scheme, k, points, images)
+        coefs = torch.cat(
+            [*(table[0, k, j : j + 1] for j in scheme.alpha[k]), *(table[1, k, j : j + 1] for j in scheme.beta[k])]
+        )
+    return combine(terms, coefs), points, statistics
 
 
-def _backward(plan, scheme, table, x, tensors, y_bar, grads, need_x, need_table) -> tuple[Tensor | None, Tensor | None]:
-    _, _, kept = _forward(plan, scheme, table, x, tensors)
-    stages = scheme.stages
+def _named(scheme: Scheme, k: int, points: list[Tensor], images: list[Tensor | None]) -> list[Tensor]:
+    """The tensors that row k + 1 of the tableau combines."""
+    return [*(points[j] for j in scheme.alpha[k]), *(images[j] for j in scheme.beta[k])]
+
+
+def _backward(
+    plan: Plan,
+    scheme: Scheme,
+    table: Tensor,
+    points: list[Tensor],
+    tensors: MaybeTensors,
+    statistics: Sequence[Tensor],
+    y_bar: Tensor,
+    grads: Gradients | None,
+    need_x: bool,
+    need_table: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    stages, units = scheme.stages, len(plan.units)
+    used = [k for k in range(stages) if scheme.uses(k)]
     bars: list[Tensor | None] = [None] * stages + [y_bar]  # ū_0 … ū_s
+    images: list[Tensor | None] = [None] * stages
     table_bar = torch.zeros_like(table) if need_table else None
+    revisited: dict[int, list[Record]] = {}
+    for k in used if need_table else ():  # every F(u_k) stands in the coefficients' gradients
+        met = statistics[used.index(k) * units :][:units]
+        revisited[k], images[k] = revisit(plan, tensors, points[k], met, image=True)
     for k in range(stages - 1, -1, -1):
-        if need_table:
-            _coefficient_gradients(scheme, kept, bars[k + 1], k, table_bar)
+        if table_bar is not None:
+            _coefficient_gradients(scheme, _named(scheme, k, points, images), bars[k + 1], k, table_bar)
         skips = [i for i in range(k, stages) if k in scheme.alpha[i] and bars[i + 1] is not None]
-        images = [i for i in range(k, stages) if k in scheme.beta[i] and bars[i + 1] is not None]
+        through = [i for i in range(k, stages) if k in scheme.beta[i] and bars[i + 1] is not None]
         addends = [bars[i + 1] for i in skips]
         along = [table[0, i, k : k + 1] for i in skips]
-        if not images:
+        if not through:
             bars[k] = combine(addends, torch.cat(along)) if addends else None
             continue
+        records = revisited.pop(k, None)
+        if records is None:
+            records, _ = revisit(plan, tensors, points[k], statistics[used.index(k) * units :][:units])
         # (3): the cotangent of F(u_k)
-        cot = combine([bars[i + 1] for i in images], torch.cat([table[1, i, k : k + 1] for i in images]))
-        bars[k] = pull(
-            plan, tensors, kept.records[k], cot.to(kept.values[k].dtype), addends,
-            torch.cat([coefficients(1.0), *along]), grads, need_point=need_x or k > 0 or need_table,
-        )
-        kept.records[k] = []
+        cot = combine([bars[i + 1] for i in through], torch.cat([table[1, i, k : k + 1] for i in through]))
+        needed = need_x or need_table or k > 0
+        skip = torch.cat([coefficients(1.0), *along])
+        bars[k] = pull(plan, tensors, records, cot, addends, skip, grads, need_point=needed)
     return bars[0], table_bar
 
 
-def _coefficient_gradients(scheme: Scheme, kept: _Stages, u_bar: Tensor, k: int, table_bar: Tensor) -> None:
+def _coefficient_gradients(
+    scheme: Scheme, terms: list[Tensor], u_bar: Tensor | None, k: int, table_bar: Tensor
+) -> None:
     """(4): row k + 1 of the tableau's gradient, inner products of ū_{k+1} with what the row names."""
-    terms = [*(kept.points[j] for j in scheme.alpha[k]), *(kept.values[j] for j in scheme.beta[k])]
+    if u_bar is None:
+        return
     products = torch.ops.fastode.dots(u_bar, [term.to(u_bar.dtype) for term in terms]).to(table_bar.dtype)
     count = len(scheme.alpha[k])
     for place, j in enumerate(scheme.alpha[k]):
