@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .workloads import Inputs
 
 BASELINES = ("eager", "eager-cl")
+OTHER_LIBRARIES = ("torchdiffeq", "torchode")
 RECOMPILE_LIMIT = 64
 
 

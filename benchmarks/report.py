@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .contenders import BASELINES
 from .header import RESULTS, ROOT
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
@@ -119,9 +120,13 @@ def _short(commit: str) -> str:
     return f"{name[:12]}{' with changes' if dirty else ''}"
 
 
+def _threads(head: Row) -> str:
+    return "1 thread" if head["threads"] == 1 else f"{head['threads']} threads"
+
+
 def print_table(head: Row, rows: Sequence[Row]) -> None:
     """The table of a run, by rich where it is installed; the lines above it have the same numbers."""
-    print(f"{head['device']}, {head['threads']} threads: {rates(head)}")
+    print(f"{head['device']}, {_threads(head)}: {rates(head)}")
     try:
         from rich.console import Console
         from rich.table import Table
@@ -233,7 +238,7 @@ def markdown(results: Path = RESULTS) -> str:
         head, rows = found["header"], found["rows"]
         place = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
         parts += [
-            f"**{head['device']}**, {head['threads']} threads, torch {head['versions']['torch']}, "
+            f"**{head['device']}**, {_threads(head)}, torch {head['versions']['torch']}, "
             f"{head['date'][:10]}, commit {_short(head['commit'])}; "
             f"{rates(head)} ([`{place}`]({place})).",
             "",
@@ -266,7 +271,7 @@ def plots(paths: Iterable[Path]) -> list[Path]:
         bars = [
             (row, ratio)
             for row in found["rows"]
-            if not row["errors"] and (ratio := row["ratio_to_better_eager"]) and ratio["than"] != contender(row)
+            if row["contender"] not in BASELINES and not row["errors"] and (ratio := row["ratio_to_better_eager"])
         ]
         figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.24 * max(len(bars), 4)), layout="constrained")
         names = sorted({contender(row) for row, _ in bars})
@@ -281,7 +286,7 @@ def plots(paths: Iterable[Path]) -> list[Path]:
         axes.set_xlabel("times faster than the better eager layout (bar: p20–p80; tick: ceiling)")
         axes.legend(handles=[pyplot.Rectangle((0, 0), 1, 1, color=colours[n], label=n) for n in names], fontsize=8)
         head = found["header"]
-        axes.set_title(f"{head['device']}, {head['threads']} threads, {head['date'][:10]}", fontsize=9)
+        axes.set_title(f"{head['device']}, {_threads(head)}, {head['date'][:10]}", fontsize=9)
         target = path.with_suffix(".png")
         figure.savefig(target, dpi=110, metadata={"Description": digest(path), "Software": None})
         pyplot.close(figure)
