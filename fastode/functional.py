@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from . import _check, _one_step, reference
+from ._functional_skew import skew_pair
 from .ops.implicit_euler.autograd import Descent, IESkipFunction
 from .ops.runge_kutta.autograd import Scheme, ShuOsherFunction
 from .tableau import Tableau
 
 Rows = tuple[tuple[tuple[float, ...], ...], ...]
 
-__all__ = ["ie_skip", "shu_osher"]
+__all__ = ["ie_skip", "shu_osher", "skew_pair"]
 
 
 def ie_skip(

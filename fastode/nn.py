@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import _build, _dispatch, _one_step, branch, functional, reference, tableau
 from ._registry import register
+from .nn_skew import SkewLinear, SkewPair, SOBlock, SOClassifier
 from .ops.implicit_euler.autograd import Descent
 from .ops.runge_kutta.autograd import Scheme, ShuOsherFunction
 
@@ -22,7 +23,11 @@ __all__ = [
     "IESkip",
     "Midpoint",
     "ResBlock",
+    "SOBlock",
+    "SOClassifier",
     "ShuOsher",
+    "SkewLinear",
+    "SkewPair",
 ]
 
 
