@@ -206,7 +206,9 @@ def _run(model: nn.Module, example: Tensor | tuple[Any, ...], blocks: list[nn.Mo
         able, reason = _engines(block, x)
         used[block] = (noted[block],) if block in noted else able[:1], reason
 
-    handles = [block.register_forward_hook(ask) for block in blocks]
+    # Not on a block inside another one: a hook there would keep the outer one from running it as a part of itself.
+    inner = {part for block in blocks for part in block.modules() if part is not block and hasattr(part, "why_not")}
+    handles = [block.register_forward_hook(ask) for block in blocks if block not in inner]
     try:
         with (
             _buffers_put_back(model),
@@ -220,7 +222,6 @@ def _run(model: nn.Module, example: Tensor | tuple[Any, ...], blocks: list[nn.Mo
     finally:
         for handle in handles:
             handle.remove()
-    # A block that another one runs as a part of itself is not called, but noted.
     return {block: ((name,), _engines(block, None)[1]) for block, name in noted.items()} | used
 
 
