@@ -9,9 +9,8 @@
 STABLE_TORCH_LIBRARY(fastode, m) {
   m.def("combine(Tensor[] terms, Tensor coefs, int act, float p, float q) -> Tensor");
   m.def("combine_pair(Tensor[] first, Tensor[] second, Tensor coefs) -> Tensor");
-  m.def(
-      "norm_act(Tensor[] terms, Tensor coefs, Tensor? weight, Tensor? bias, Tensor? stats, " FASTODE_NORM
-      ") -> (Tensor u, Tensor a, Tensor stats)");
+  m.def("norm_act(Tensor[] terms, Tensor coefs, Tensor? weight, Tensor? bias, Tensor? stats, " FASTODE_NORM
+        ") -> (Tensor u, Tensor a, Tensor stats)");
   m.def(
       "norm_act_vjp(Tensor h, Tensor cot, Tensor stats, Tensor? weight, Tensor? bias, Tensor[] addends, Tensor coefs, "
       "bool param_grads, " FASTODE_NORM ") -> (Tensor out, Tensor wbar, Tensor bbar)");

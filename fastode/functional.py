@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,9 @@ from torch import Tensor, nn
 from . import _check, _one_step, reference
 from ._functional_skew import skew_pair
 from .ops.implicit_euler.autograd import Descent, IESkipFunction
+from .ops.rerun import Rerun
 from .ops.runge_kutta.autograd import Scheme, ShuOsherFunction
+from .ops.sweeps import MaybeTensors, Plan
 from .tableau import Tableau
 
 Rows = tuple[tuple[tuple[float, ...], ...], ...]
@@ -87,19 +91,34 @@ def shu_osher(x: Tensor, branch: nn.Module, tableau: Tableau) -> Tensor:
     return run_shu_osher(x, branch, *scheme_of(tableau), make, lambda x: make()(x))
 
 
-def run_ie_skip(x, branch, descent: Descent, make, run_reference, **options) -> Tensor:
+def run_ie_skip(
+    x: Tensor,
+    branch: nn.Module,
+    descent: Descent,
+    make: Callable[[], nn.Module],
+    run_reference: Callable[[Tensor], Tensor],
+    **options: Any,
+) -> Tensor:
     """`ie_skip` with its arguments checked; `options` as in `_one_step.run`."""
 
-    def staged(x, plan, rerun, tensors):
+    def staged(x: Tensor, plan: Plan, rerun: Rerun | None, tensors: MaybeTensors) -> tuple[Tensor, ...]:
         return IESkipFunction.apply(x, plan, descent, rerun, *tensors)
 
     return _one_step.run(x, branch, staged, make, run_reference, traceable=False, **options)
 
 
-def run_shu_osher(x, branch, scheme: Scheme, rows: Rows, make, run_reference, **options) -> Tensor:
+def run_shu_osher(
+    x: Tensor,
+    branch: nn.Module,
+    scheme: Scheme,
+    rows: Rows,
+    make: Callable[[], nn.Module],
+    run_reference: Callable[[Tensor], Tensor],
+    **options: Any,
+) -> Tensor:
     """`shu_osher` with its arguments checked; `options` as in `_one_step.run`."""
 
-    def staged(x, plan, rerun, tensors):
+    def staged(x: Tensor, plan: Plan, rerun: Rerun | None, tensors: MaybeTensors) -> tuple[Tensor, ...]:
         table = torch.tensor(rows, dtype=torch.float64)
         return ShuOsherFunction.apply(x, table, plan, scheme, rerun, *tensors)
 

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _build, _dispatch, _one_step, branch, functional, reference, tableau
+from . import _build, _dispatch, _one_step, branch, functional, reference
 from ._registry import register
 from .nn_skew import SkewLinear, SkewPair, SOBlock, SOClassifier
 from .ops.implicit_euler.autograd import Descent
+from .ops.rerun import Rerun
 from .ops.runge_kutta.autograd import Scheme, ShuOsherFunction
+from .ops.sweeps import MaybeTensors, Plan
 
 __all__ = [
     "SSP2",
@@ -59,10 +61,9 @@ class IESkip(_Fused, reference.IESkip):
         return reference.IESkip(self.branch, self.steps, self.step_size, self.theta, self.detach)
 
 
-class _FusedShuOsher(_Fused):
-    """A scheme whose coefficients are numbers."""
-
-    tableau: tableau.Tableau
+@register(reference.ShuOsher)
+class ShuOsher(_Fused, reference.ShuOsher):
+    __doc__ = reference.ShuOsher.__doc__
 
     def forward(self, x: Tensor) -> Tensor:
         scheme, rows = functional.scheme_of(self.tableau)
@@ -74,23 +75,18 @@ class _FusedShuOsher(_Fused):
         return reference.ShuOsher(self.branch, self.tableau)
 
 
-@register(reference.ShuOsher)
-class ShuOsher(_FusedShuOsher, reference.ShuOsher):
-    __doc__ = reference.ShuOsher.__doc__
-
-
 @register(reference.SSP2)
-class SSP2(_FusedShuOsher, reference.SSP2):
+class SSP2(ShuOsher, reference.SSP2):
     __doc__ = reference.SSP2.__doc__
 
 
 @register(reference.SSP3)
-class SSP3(_FusedShuOsher, reference.SSP3):
+class SSP3(ShuOsher, reference.SSP3):
     __doc__ = reference.SSP3.__doc__
 
 
 @register(reference.Midpoint)
-class Midpoint(_FusedShuOsher, reference.Midpoint):
+class Midpoint(ShuOsher, reference.Midpoint):
     __doc__ = reference.Midpoint.__doc__
 
 
@@ -140,7 +136,7 @@ class Ark(_Fused, reference.Ark):
     __doc__ = reference.Ark.__doc__
 
     def forward(self, x: Tensor) -> Tensor:
-        def staged(x, plan, rerun, tensors):
+        def staged(x: Tensor, plan: Plan, rerun: Rerun | None, tensors: MaybeTensors) -> tuple[Tensor, ...]:
             table = torch.stack(self.coefficients(torch.float64))
             return ShuOsherFunction.apply(x, table, plan, _ARK, rerun, *tensors)
 

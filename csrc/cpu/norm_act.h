@@ -97,10 +97,18 @@ inline void accumulate(const Terms<T>& terms, int64_t n, int64_t length, A scale
   int first = 0;
   for (; terms.count - first > 4; first += 4, scale = 1) pass(std::integral_constant<int, 4>{}, first, scale);
   switch (terms.count - first) {
-    case 4: pass(std::integral_constant<int, 4>{}, first, scale); break;
-    case 3: pass(std::integral_constant<int, 3>{}, first, scale); break;
-    case 2: pass(std::integral_constant<int, 2>{}, first, scale); break;
-    case 1: pass(std::integral_constant<int, 1>{}, first, scale); break;
+    case 4:
+      pass(std::integral_constant<int, 4>{}, first, scale);
+      break;
+    case 3:
+      pass(std::integral_constant<int, 3>{}, first, scale);
+      break;
+    case 2:
+      pass(std::integral_constant<int, 2>{}, first, scale);
+      break;
+    case 1:
+      pass(std::integral_constant<int, 1>{}, first, scale);
+      break;
     default: {
       if (scale != 1)
         for (int64_t i = 0; i < length; ++i) out[i] *= scale;

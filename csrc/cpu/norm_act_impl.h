@@ -313,8 +313,8 @@ inline void tangent_rows(const Geometry& g, const NormAct<A>& op, const A* tstat
 }
 
 template <class T>
-void Kernels<T>::dual(const Geometry& g, const T* h_data, const T* t_data, const Op& op, const Scratch<A>& s, bool given,
-                      A* stats, A* tstats, T* stacked) {
+void Kernels<T>::dual(const Geometry& g, const T* h_data, const T* t_data, const Op& op, const Scratch<A>& s,
+                      bool given, A* stats, A* tstats, T* stacked) {
   const int64_t length = g.length(), period = s.period, channels = g.channels;
   const auto h_of = [&](int64_t w, int64_t n) { return read_sample(h_data, n, length, s.sample(w, 0)); };
   const auto t_of = [&](int64_t w, int64_t n) { return read_sample(t_data, n, length, s.sample(w, 1)); };
@@ -344,8 +344,7 @@ void Kernels<T>::dual(const Geometry& g, const T* h_data, const T* t_data, const
     if (op.couples()) {
       const A size = set_size(g, op);
       const A* rstd = s.row(w, kRstd);
-      A *mean_t = tstats + set * op.groups,
-        *mean_xt = mean_t + (op.norm == kGroupNorm ? g.samples : 1) * op.groups;
+      A *mean_t = tstats + set * op.groups, *mean_xt = mean_t + (op.norm == kGroupNorm ? g.samples : 1) * op.groups;
       over_groups(g, op, [&](int64_t group, int64_t begin, int64_t end) {
         A sum_t = 0, sum_dt = 0;
         for (int64_t c = begin; c < end; ++c) sum_t += sums[c], sum_dt += sums[channels + c];
@@ -493,8 +492,8 @@ void Kernels<T>::second(const Geometry& g, const T* h_data, const T* t_data, con
           cotangents.template operator()<V>(d * sc + load<V>(shift + j), centred * sc + d * load<V>(slope + j),
                                             load<V>(alpha + i), load<V>(beta + i), nbar, nbardot);
           const V along = load<V>(ht + j);
-          store<V>(hbar + i, nbar * sc + d * load<V>(hd + j) + load<V>(h1 + j) + nbardot * load<V>(hn + j) +
-                                 centred * along);
+          store<V>(hbar + i,
+                   nbar * sc + d * load<V>(hd + j) + load<V>(h1 + j) + nbardot * load<V>(hn + j) + centred * along);
           if (tbar) store<V>(tbar + i, nbardot * sc + d * along + load<V>(t1 + j));
         });
       }

@@ -32,7 +32,8 @@ inline void sweep(int64_t length, int64_t period, const F& f) {
   for (; base + j < length; ++j) f.template operator()<A>(base + j, j);
 }
 
-// out[s * channels + c] = sum over the pixels of term s; f.template operator()<V>(i, j, V* terms) ADDS its `count` terms.
+// out[s * channels + c] = sum over the pixels of term s; f.template operator()<V>(i, j, V* terms) ADDS its `count`
+// terms.
 template <int count, class A, class F>
 inline void reduce(int64_t length, int64_t channels, const F& f, A* out) {
   using V = Vec<A>;

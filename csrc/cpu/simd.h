@@ -78,8 +78,9 @@ struct ExpConstants;
 template <>
 struct ExpConstants<float> {
   static constexpr float log2e = 1.44269504f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
-  static constexpr float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves the rounded integer in the low mantissa bits
-  static constexpr float lowest = -87.0f;      // below, the result is no longer a normal number: zero
+  static constexpr float round =
+      12582912.0f;                         // 1.5 * 2^23: adding it leaves the rounded integer in the low mantissa bits
+  static constexpr float lowest = -87.0f;  // below, the result is no longer a normal number: zero
   static constexpr int mantissa = 23, degree = 7, log_terms = 10;
   static constexpr int32_t one = 0x3f800000;
 };

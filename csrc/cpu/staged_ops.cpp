@@ -26,7 +26,9 @@ void with_storage(ScalarType type, const F& f) {
     f(float{});
 }
 
-ScalarType accumulator_of(ScalarType type) { return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+ScalarType accumulator_of(ScalarType type) {
+  return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
 
 Geometry geometry_of(const Tensor& x) { return {x.size(0), x.size(2) * x.size(3), x.size(1)}; }
 
@@ -91,8 +93,8 @@ Terms<T> terms_of(const Tensors& tensors, const double* coefs) {
 }
 
 template <class A>
-NormAct<A> norm_act_of(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias, int64_t norm, int64_t groups,
-                       double eps, int64_t act, double p, double q) {
+NormAct<A> norm_act_of(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias, int64_t norm,
+                       int64_t groups, double eps, int64_t act, double p, double q) {
   return {static_cast<NormMode>(norm),
           norm == kGroupNorm ? groups : x.size(1),
           static_cast<A>(eps),

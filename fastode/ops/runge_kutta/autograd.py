@@ -31,7 +31,7 @@ from ..sweeps import (
 
 @dataclass(frozen=True)
 class Scheme:
-    """Which coefficients of a tableau are not zero, by stage: alpha[i - 1] lists the k of u_k, beta[i - 1] of F(u_k)."""
+    """Where a tableau is not zero, by stage: alpha[i - 1] lists the k of u_k, beta[i - 1] those of F(u_k)."""
 
     alpha: tuple[tuple[int, ...], ...]
     beta: tuple[tuple[int, ...], ...]
