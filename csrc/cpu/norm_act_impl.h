@@ -191,7 +191,7 @@ void Kernels<T>::forward(const Geometry& g, const Terms<T>& terms, const Op& op,
     A* sum = open_sample(u, n, length, s.sample(w, 0));
     accumulate(terms, n, length, A(0), sum);
     write_sample(u, n, length, sum);
-    return sum;
+    return read_sample<T, A>(u, n, length, sum);  // as stored: statistics and backward must be of the same numbers
   };
   const bool batch_first = op.norm == kBatchNorm && !given;
   if (batch_first) {
