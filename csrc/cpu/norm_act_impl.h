@@ -228,6 +228,7 @@ void Kernels<T>::forward(const Geometry& g, const Terms<T>& terms, const Op& op,
 template <class T>
 void Kernels<T>::vjp(const Geometry& g, const T* h_data, const T* cot_data, const A* stats, const Terms<T>& addends,
                      A scale_out, const Op& op, const Scratch<A>& s, T* out_data, A* wbar, A* bbar) {
+  const bool coupled = op.couples();
   const int64_t length = g.length(), period = s.period, channels = g.channels;
   const bool normed = op.norm != kNoNorm;
   const auto h_of = [&](int64_t w, int64_t n) { return read_sample(h_data, n, length, s.sample(w, 0)); };
@@ -283,7 +284,8 @@ void Kernels<T>::vjp(const Geometry& g, const T* h_data, const T* cot_data, cons
         sweep<A>(length, period, [&]<class V>(int64_t i, int64_t j) {
           const V d = load<V>(h + i) - load<V>(mean + j), sc = load<V>(scale + j);
           const V nbar = activate_first<kind, V>(d * sc + load<V>(shift + j), op.arguments) * load<V>(cot + i);
-          store<V>(out + i, nbar * sc + d * load<V>(along + j) + load<V>(constant + j));
+          // Without coupling nothing of h itself may reach the gradient, or an infinite h would make it NaN.
+          store<V>(out + i, coupled ? nbar * sc + d * load<V>(along + j) + load<V>(constant + j) : nbar * sc);
         });
       }
       if (addends.count > 0 || scale_out != 1) accumulate(addends, n, length, scale_out, out);
@@ -315,6 +317,7 @@ inline void tangent_rows(const Geometry& g, const NormAct<A>& op, const A* tstat
 template <class T>
 void Kernels<T>::dual(const Geometry& g, const T* h_data, const T* t_data, const Op& op, const Scratch<A>& s,
                       bool given, A* stats, A* tstats, T* stacked) {
+  const bool coupled = op.couples();
   const int64_t length = g.length(), period = s.period, channels = g.channels;
   const auto h_of = [&](int64_t w, int64_t n) { return read_sample(h_data, n, length, s.sample(w, 0)); };
   const auto t_of = [&](int64_t w, int64_t n) { return read_sample(t_data, n, length, s.sample(w, 1)); };
@@ -371,7 +374,8 @@ void Kernels<T>::dual(const Geometry& g, const T* h_data, const T* t_data, const
         sweep<A>(length, period, [&]<class V>(int64_t i, int64_t j) {
           const V d = load<V>(h + i) - load<V>(mean + j), sc = load<V>(scale + j);
           const V value = d * sc + load<V>(shift + j);
-          const V ndot = (load<V>(t + i) - load<V>(mean_t + j)) * sc + d * load<V>(slope + j);
+          const V tangent = load<V>(t + i);
+          const V ndot = coupled ? (tangent - load<V>(mean_t + j)) * sc + d * load<V>(slope + j) : tangent * sc;
           store<V>(a + i, activate<kind, V>(value, op.arguments));
           store<V>(adot + i, activate_first<kind, V>(value, op.arguments) * ndot);
         });
@@ -387,6 +391,7 @@ template <class T>
 void Kernels<T>::second(const Geometry& g, const T* h_data, const T* t_data, const T* cot_data, const A* stats,
                         const A* tstats, const Terms<T>& addends, A scale_out, bool tangent, const Op& op,
                         const Scratch<A>& s, T* out_data, A* wbar, A* bbar) {
+  const bool coupled = op.couples();
   const int64_t length = g.length(), period = s.period, channels = g.channels;
   const auto h_of = [&](int64_t w, int64_t n) { return read_sample(h_data, n, length, s.sample(w, 0)); };
   const auto t_of = [&](int64_t w, int64_t n) { return read_sample(t_data, n, length, s.sample(w, 1)); };
@@ -416,7 +421,8 @@ void Kernels<T>::second(const Geometry& g, const T* h_data, const T* t_data, con
             const V d = load<V>(h + i) - load<V>(mean + j), sc = load<V>(scale + j);
             const V centred = load<V>(t + i) - load<V>(mean_t + j);
             V nbar, nbardot;
-            cotangents.template operator()<V>(d * sc + load<V>(shift + j), centred * sc + d * load<V>(slope + j),
+            cotangents.template operator()<V>(d * sc + load<V>(shift + j),
+                                              coupled ? centred * sc + d * load<V>(slope + j) : centred * sc,
                                               load<V>(alpha + i), load<V>(beta + i), nbar, nbardot);
             sum[0] += nbar;
             sum[1] += nbar * d;
@@ -489,8 +495,14 @@ void Kernels<T>::second(const Geometry& g, const T* h_data, const T* t_data, con
           const V d = load<V>(h + i) - load<V>(mean + j), sc = load<V>(scale + j);
           const V centred = load<V>(t + i) - load<V>(mean_t + j);
           V nbar, nbardot;
-          cotangents.template operator()<V>(d * sc + load<V>(shift + j), centred * sc + d * load<V>(slope + j),
+          cotangents.template operator()<V>(d * sc + load<V>(shift + j),
+                                            coupled ? centred * sc + d * load<V>(slope + j) : centred * sc,
                                             load<V>(alpha + i), load<V>(beta + i), nbar, nbardot);
+          if (!coupled) {
+            store<V>(hbar + i, nbar * sc);
+            if (tbar) store<V>(tbar + i, nbardot * sc);
+            return;
+          }
           const V along = load<V>(ht + j);
           store<V>(hbar + i,
                    nbar * sc + d * load<V>(hd + j) + load<V>(h1 + j) + nbardot * load<V>(hn + j) + centred * along);
