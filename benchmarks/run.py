@@ -238,10 +238,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("no workload passes these filters")
         return 2
     path = None
-    recorded_as = suite if arguments.dtypes == ["float32"] else "-".join([suite, *arguments.dtypes])
+    whole = suite == "all" and not any((arguments.variants, arguments.shapes, arguments.modes, arguments.contenders))
+    recorded_as = "-".join([suite, *arguments.only, *(arguments.dtypes if arguments.dtypes != ["float32"] else [])])
     if arguments.results is not None:
         path = arguments.results / f"{recorded_as}.json"
-    elif not filtered:  # part of a suite must not replace the record of the whole
+    elif whole or not filtered:  # part of a family must not replace the record of the whole
         path = header.RESULTS / header.folder_name(device) / f"{recorded_as}.json"
     head = header.header(device, recorded_as)
     print(f"{head['device']}, {head['threads']} threads, torch {head['versions']['torch']}, {head['data']}")
