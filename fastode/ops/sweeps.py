@@ -22,6 +22,9 @@ _NORM_CODE = {"group": 1, "batch": 2, "fixed": 3}
 _ACTIVATION_CODE = {"relu": 1, "leaky_relu": 2, "tanh": 3, "softplus": 4, "elu": 5, "silu": 6}
 _NORM_WEIGHT, _NORM_BIAS, _MEAN, _VARIANCE, _CONV_WEIGHT, _CONV_BIAS = range(TENSORS_PER_UNIT)
 
+# csrc/cpu/norm_act.h, kMaxTerms
+_MOST_TERMS = 16
+
 MaybeTensors = Sequence[Tensor | None]
 Codes = tuple[int, int, float, int, float, float]
 
@@ -74,7 +77,15 @@ def coefficients(*values: float) -> Tensor:
 
 def combine(terms: Sequence[Tensor], coefs: Tensor) -> Tensor:
     """The sum of coefs[i] terms[i], in the dtype that PyTorch promotes the terms to."""
-    return torch.ops.fastode.combine(_promoted(terms), coefs, 0, 0.0, 0.0)
+    terms, coefs = _few(_promoted(terms), coefs)
+    return torch.ops.fastode.combine(terms, coefs, 0, 0.0, 0.0)
+
+
+def dots(v: Tensor, terms: Sequence[Tensor]) -> Tensor:
+    """The inner products of v with each term, in the accumulator's dtype."""
+    terms = _in_dtype(terms, v.dtype)
+    starts = range(0, len(terms), _MOST_TERMS)
+    return torch.cat([torch.ops.fastode.dots(v, terms[start : start + _MOST_TERMS]) for start in starts])
 
 
 def combine_pair(first: Sequence[Tensor], second: Sequence[Tensor], coefs: Tensor) -> Tensor:
@@ -87,7 +98,7 @@ def value(
     plan: Plan, tensors: MaybeTensors, terms: Sequence[Tensor], coefs: Tensor
 ) -> tuple[Tensor, Tensor, list[Record]]:
     """f at the combination of `terms`: that combination, f of it, and the records (without convolution inputs)."""
-    terms = _promoted(terms)
+    terms, coefs = _few(_promoted(terms), coefs)
     point = terms[0]
     records: list[Record] = []
     for index in range(len(plan.units)):
@@ -128,6 +139,8 @@ def pull(
 
     It empties `records`.
     """
+    if len(addends) > _MOST_TERMS:
+        addends, coefs = [combine(addends, coefs[1:])], torch.cat([coefs[:1], torch.ones_like(coefs[:1])])
     for index in range(len(plan.units) - 1, -1, -1):
         # What is behind is let go at once: a backward's peak memory is made here.
         unit, record, at = plan.units[index], records.pop(), index * TENSORS_PER_UNIT
@@ -313,6 +326,14 @@ def _norm_tensors(tensors: MaybeTensors, at: int, h: Tensor) -> tuple[Tensor | N
 
 def _accumulator(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _few(terms: list[Tensor], coefs: Tensor) -> tuple[list[Tensor], Tensor]:
+    """The same sum in no more terms than one operator takes."""
+    while len(terms) > _MOST_TERMS:
+        head = torch.ops.fastode.combine(terms[:_MOST_TERMS], coefs[:_MOST_TERMS], 0, 0.0, 0.0)
+        terms, coefs = [head, *terms[_MOST_TERMS:]], torch.cat([torch.ones_like(coefs[:1]), coefs[_MOST_TERMS:]])
+    return terms, coefs
 
 
 def _promoted(terms: Sequence[Tensor]) -> list[Tensor]:

@@ -20,6 +20,7 @@ from ..sweeps import (
     channels_last,
     coefficients,
     combine,
+    dots,
     like_reference,
     pull,
     revisit,
@@ -163,7 +164,7 @@ def _coefficient_gradients(
     """(4): row k + 1 of the tableau's gradient, inner products of ū_{k+1} with what the row names."""
     if u_bar is None:
         return
-    products = torch.ops.fastode.dots(u_bar, [term.to(u_bar.dtype) for term in terms]).to(table_bar.dtype)
+    products = dots(u_bar, terms).to(table_bar.dtype)
     count = len(scheme.alpha[k])
     for place, j in enumerate(scheme.alpha[k]):
         table_bar[0, k, j] = products[place]
