@@ -71,12 +71,13 @@ def sample_input(
     return values
 
 
-def moved(x: Tensor, seed: int) -> Tensor:
+def moved(x: Tensor, seed: int, precision: torch.dtype | None = None) -> Tensor:
     """The tensor with every entry moved up or down by one unit in the last place, at random.
 
     Args:
         x: any floating-point tensor.
         seed: of the generator.
+        precision: the dtype whose unit is meant, where it is coarser than x's own (autocast).
 
     Returns:
         A tensor of the same shape, dtype and strides; entries that are not finite stay as they are.
@@ -88,7 +89,11 @@ def moved(x: Tensor, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     up = (torch.rand(x.shape, generator=generator) < 0.5).to(x.device)
     toward = torch.where(up, torch.full_like(x, math.inf), torch.full_like(x, -math.inf))
-    return torch.where(torch.isfinite(x), torch.nextafter(x, toward), x)
+    if precision is None or precision == x.dtype:
+        return torch.where(torch.isfinite(x), torch.nextafter(x, toward), x)
+    coarse = x.to(precision)
+    shift = torch.nextafter(coarse, toward.to(precision)).to(x.dtype) - coarse.to(x.dtype)
+    return torch.where(torch.isfinite(x), x + shift, x)
 
 
 def _tuple(value: Inputs) -> tuple[Tensor, ...]:
@@ -202,7 +207,10 @@ def compare_blocks(
     runs, records = [], []
     for channels_last in (False, True):
         for shift in (False, True):
-            values = tuple(moved(t.detach(), i) if shift else t.detach() for i, t in enumerate(inputs))
+            values = tuple(
+                moved(t.detach(), 2 * i + channels_last, autocast) if shift else t.detach()
+                for i, t in enumerate(inputs)
+            )
             records.append(Recorder())
             laid_out = tuple(_layout(t, channels_last) for t in values)
             runs.append(_run(reference, laid_out, cotangents, mode, autocast, records[-1]))
@@ -212,7 +220,7 @@ def compare_blocks(
     longest = max(truth_record.longest, *(_longest_of(exact_block, t) for t in inputs))
     smooth = clear_of_kinks(truth_record, records, torch.finfo(dtype).eps)
     again = functools.cache(lambda: exact(tuple(_layout(moved(t.detach().double(), 7), True) for t in inputs), None))
-    rule = Rule(truths, runs, longest, dtype, smooth, lambda name: is_rounding(name, truths, again))
+    rule = Rule(truths, runs, longest, dtype, smooth, lambda name: is_rounding(name, truths, again, longest))
     rows = [
         rule.row(name, found[name]) if name in found else Row(name, math.inf, 0.0, None, "missing") for name in truths
     ]

@@ -1,0 +1,96 @@
+"""A small covering design: every pair of values of every two factors occurs in some case."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+Case = dict[str, Any]
+Pair = tuple[tuple[str, Any], tuple[str, Any]]
+
+
+def pairs_of(case: Mapping[str, Any]) -> set[Pair]:
+    """Every pair of (factor, value) that a case covers."""
+    return set(itertools.combinations(sorted(case.items(), key=lambda item: item[0]), 2))
+
+
+def all_pairs(factors: Mapping[str, Sequence[Any]]) -> set[Pair]:
+    """Every pair of values of every two factors."""
+    found: set[Pair] = set()
+    for first, second in itertools.combinations(sorted(factors), 2):
+        found.update(((first, a), (second, b)) for a in factors[first] for b in factors[second])
+    return found
+
+
+def covering(
+    factors: Mapping[str, Sequence[Any]],
+    *,
+    seed: int = 0,
+    possible: Callable[[Case], bool] = lambda case: True,
+    candidates: int = 12,
+) -> list[Case]:
+    """Greedy pairwise cases: each is the best of some candidates grown around a pair that is still missing.
+
+    Args:
+        factors: the values of each factor, hashable.
+        seed: of the tie-breaking; the same seed gives the same cases.
+        possible: refuses complete cases that cannot be built; pairs that occur only in such cases are left out.
+        candidates: how many cases are grown for each one kept.
+
+    Returns:
+        The cases, in the order they were found.
+    """
+    generator = random.Random(seed)
+    missing = sorted(all_pairs(factors), key=repr)
+    generator.shuffle(missing)
+    uncovered = dict.fromkeys(missing)
+    cases: list[Case] = []
+    while uncovered:
+        wanted = next(iter(uncovered))
+        grown = (_grow(factors, wanted, uncovered, generator) for _ in range(candidates))
+        best = max((c for c in grown if possible(c)), key=lambda c: _gain(c, uncovered), default=None)
+        if best is None:
+            best = _search(factors, wanted, possible, generator)
+        if best is None:
+            del uncovered[wanted]
+            continue
+        for pair in pairs_of(best):
+            uncovered.pop(pair, None)
+        cases.append({name: best[name] for name in factors})
+    return cases
+
+
+def _gain(case: Case, uncovered: Mapping[Pair, None]) -> int:
+    return sum(pair in uncovered for pair in pairs_of(case))
+
+
+def _grow(
+    factors: Mapping[str, Sequence[Any]], wanted: Pair, uncovered: Mapping[Pair, None], generator: random.Random
+) -> Case:
+    case: Case = dict(wanted)
+    names = [name for name in factors if name not in case]
+    generator.shuffle(names)
+    for name in names:
+        values = list(factors[name])
+        generator.shuffle(values)
+        case[name] = max(values, key=lambda value: _new_pairs(case, name, value, uncovered))
+    return case
+
+
+def _new_pairs(case: Case, name: str, value: Any, uncovered: Mapping[Pair, None]) -> int:
+    new = (name, value)
+    pairs = ((new, old) if name < old[0] else (old, new) for old in case.items())
+    return sum(pair in uncovered for pair in pairs)
+
+
+def _search(
+    factors: Mapping[str, Sequence[Any]], wanted: Pair, possible: Callable[[Case], bool], generator: random.Random
+) -> Case | None:
+    """Any possible case that holds the wanted pair, by trial; None when 300 random ones are all impossible."""
+    for _ in range(300):
+        case = {name: generator.choice(list(values)) for name, values in factors.items()} | dict(wanted)
+        if possible(case):
+            return case
+    return None

@@ -1,0 +1,107 @@
+"""Gradients of gradients, torch.func transforms and forward-mode differentiation through fused blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import pytest
+import torch
+from block_cases import FAMILIES, case_of, make_input, make_pair
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from fastode import reference
+from fastode.testing import assert_blocks_equal, compare_tensors, sample_input
+
+
+class InputGradient(nn.Module):
+    """The gradient of sum(c * block(x)) with respect to x, differentiable: what a gradient penalty is made of.
+
+    The truth evaluates norms on their input's statistics as plain arithmetic: PyTorch's third derivatives are wrong.
+    """
+
+    def __init__(self, block: nn.Module, plain: bool) -> None:
+        super().__init__()
+        self.block, self.plain = block, plain
+
+    def forward(self, x: Tensor) -> Tensor:
+        leaf = x if x.requires_grad else x.detach().requires_grad_()
+        weights = sample_input(*x.shape, dtype=torch.bfloat16, seed=9).to(x.dtype)
+        with torch.enable_grad(), reference.plain_norms() if self.plain else nullcontext():
+            return torch.autograd.grad((self.block(leaf) * weights).sum(), leaf, create_graph=True)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("norm", ["layer", "batch", "batch_eval", "instance_running", "none"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_penalty(family: str, norm: str, dtype: torch.dtype) -> None:
+    case = case_of(family, norm=norm, dtype=dtype)
+    plain, fused = make_pair(case)
+    assert_blocks_equal(InputGradient(plain, plain=True), InputGradient(fused, plain=False), make_input(case))
+
+
+@pytest.mark.parametrize("norm", ["group", "batch"])
+@pytest.mark.parametrize("detach", [False, True])
+def test_gradient_penalty_of_several_steps(norm: str, detach: bool) -> None:
+    case = case_of("ie", norm=norm, steps=2, theta=0.5, detach=detach, activation="softplus")
+    plain, fused = make_pair(case)
+    assert_blocks_equal(InputGradient(plain, plain=True), InputGradient(fused, plain=False), make_input(case))
+
+
+def test_gradgradcheck() -> None:
+    for family in FAMILIES:
+        case = case_of(family, channels=2, size=(2, 2), shape="one_layer")
+        _, fused = make_pair(case)
+        assert torch.autograd.gradgradcheck(fused, make_input(case).requires_grad_(), fast_mode=True)
+
+
+Transform = Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+
+def grad(block: nn.Module, x: Tensor, t: Tensor) -> Tensor:
+    return torch.func.grad(lambda x: (block(x) * t).sum())(x)
+
+
+def vjp(block: nn.Module, x: Tensor, t: Tensor) -> Tensor:
+    return torch.func.vjp(block, x)[1](t)[0]
+
+
+def jvp(block: nn.Module, x: Tensor, t: Tensor) -> Tensor:
+    return torch.func.jvp(block, (x,), (t,))[1]
+
+
+def vmap(block: nn.Module, x: Tensor, t: Tensor) -> Tensor:
+    return torch.func.vmap(block)(torch.stack([x, t]))
+
+
+def per_sample_grad(block: nn.Module, x: Tensor, t: Tensor) -> Tensor:
+    parameters = {name: p.detach() for name, p in block.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
+        return torch.func.functional_call(block, parameters, (sample[None],)).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    return torch.cat([g.flatten() for g in found.values()])
+
+
+def forward_mode(block: nn.Module, x: Tensor, t: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(block(forward_ad.make_dual(x, t))).tangent
+
+
+def hessian_vector(block: nn.Module, x: Tensor, t: Tensor) -> Tensor:
+    return torch.func.jvp(torch.func.grad(lambda x: block(x).square().sum()), (x,), (t,))[1]
+
+
+@pytest.mark.parametrize("transform", [grad, vjp, jvp, vmap, per_sample_grad, forward_mode, hessian_vector])
+@pytest.mark.parametrize("norm", ["layer", "batch_eval", "none"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transforms(family: str, norm: str, transform: Transform) -> None:
+    case = case_of(family, norm=norm)
+    plain, fused = make_pair(case)
+    fused.engine = "auto"
+    x, t = make_input(case), make_input(case, seed=1)
+    expected, found = ({"result": transform(block, x, t).detach()} for block in (plain, fused))
+    comparison = compare_tensors(found, expected, [], 9 * case["channels"] * 15)
+    assert comparison.ok, comparison.describe()
