@@ -57,7 +57,8 @@ def run(
     if not torch.compiler.is_compiling():
         _dispatch.note(owner, chosen)
     if chosen == "reference":
-        call = run_reference if traceable else torch.compiler.disable(run_reference)
+        untraced = torch.compiler.is_compiling() and not traceable
+        call = torch.compiler.disable(run_reference) if untraced else run_reference
         return _undone_on_error(call, x, module) if reading.units is None else call(x)
     plan = Plan(reading.units, tuple(norm is not None for norm in reading.norms), _dispatch.autocast_dtype(x))
     rerun = None if torch.compiler.is_compiling() else Rerun(make_reference)

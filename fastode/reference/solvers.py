@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +70,7 @@ class SOBlock(nn.Module):
         self.steps = steps
 
     def forward(self, x: Tensor) -> Tensor:
-        state = self.field.initial_state(x)
+        state: State = cast(Any, self.field).initial_state(x)
         if self.solver in FIXED:
             return solve_fixed(self.field, state, FIXED[self.solver], self.t1, self.steps)[0]
         return solve_adaptive(self.field, state, self.solver, self.rtol, self.atol, self.t1)[0]
@@ -162,10 +163,11 @@ def solve_adaptive(field: Slope, state: State, solver: str, rtol: float, atol: f
     if state[0].shape[0] == 0:
         # An empty batch has no error to choose a step by; one step of Euler gives its result and its graph.
         return solve_fixed(field, state, EULER_RK, t1, 1)
+    if torch.compiler.is_compiling():  # an adaptive solver chooses its steps by the data
+        return torch.compiler.disable(_odeint)(field, state, solver, rtol, atol, t1)
     return _odeint(field, state, solver, rtol, atol, t1)
 
 
-@torch.compiler.disable(reason="an adaptive solver chooses its steps by the data")
 def _odeint(field: Slope, state: State, solver: str, rtol: float, atol: float, t1: float) -> State:
     # Only adaptive solvers need it, and importing it takes a second.
     from torchdiffeq import odeint
