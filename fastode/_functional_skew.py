@@ -126,6 +126,8 @@ def march(field: Field, y: Tensor, z: Tensor, steps: March, make_reference: Call
 class _PlainPair(nn.Module):
     """The pair without norms, its weight a tensor of any origin: what the function's reference is."""
 
+    weight: Tensor
+
     def __init__(self, weight: Tensor, stride: int, padding: int, gamma: float, activation: Any) -> None:
         super().__init__()
         self.register_buffer("weight", weight)

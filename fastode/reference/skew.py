@@ -127,15 +127,20 @@ class SkewPair(nn.Module):
         Raises:
             TypeError, ValueError: x is no feature map of these channels, or of odd size with stride 2.
         """
+        self.check_input(x)
         channels, in_channels = self.weight.shape[:2]
+        small = x[:, :, :: self.stride, :: self.stride]
+        whole, rest = divmod(channels, in_channels)
+        return torch.cat([small] * whole + [small[:, :rest]] * (rest > 0), dim=1), x
+
+    def check_input(self, x: Tensor) -> None:
+        """Refuse an x that `initial_state` cannot take."""
+        in_channels = self.weight.shape[1]
         _check.feature_map("x", x, in_channels)
         _check.same_kind(x, (self.weight,))
         if x.shape[2] % self.stride or x.shape[3] % self.stride:
             shape = list(x.shape)
             raise ValueError(f"x must be a tensor [N, {in_channels}, H, W] with even H and W, got shape {shape}")
-        small = x[:, :, :: self.stride, :: self.stride]
-        whole, rest = divmod(channels, in_channels)
-        return torch.cat([small] * whole + [small[:, :rest]] * (rest > 0), dim=1), x
 
     def forward(self, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         _check.skew_pair(y, z, self.weight, self.stride, PADDING)
@@ -174,6 +179,9 @@ class SkewLinear(nn.Module):
         tensor([[1., 1., 1.],
                 [1., 1., 1.]])
     """
+
+    bias_y: nn.Parameter | None
+    bias_z: nn.Parameter | None
 
     def __init__(
         self,

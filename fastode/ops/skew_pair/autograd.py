@@ -23,9 +23,12 @@ class SkewFunction(torch.autograd.Function):
     """(ẏ, ż, *statistics) at (y, z); the statistics are those of each tracked norm."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, z: Tensor, weight: Tensor, pair: Pair, rerun: Rerun | None, *tensors: MaybeTensor):
+    def forward(
+        ctx: Any, y: Tensor, z: Tensor, weight: Tensor, pair: Pair, rerun: Rerun | None, *tensors: MaybeTensor
+    ) -> tuple[Tensor, ...]:
         one = coefficients(1.0)
         dy, dz, kept = evaluate(pair, weight, tensors, [channels_last(y)], [channels_last(z)], one, one)
+        assert dy is not None and dz is not None
         statistics = _tracked(pair, kept)
         # The points are the inputs in channels_last, made again in backward where they are copies.
         ctx.save_for_backward(y, z, weight, *tensors, *_flat([kept._replace(y=None, z=None)]))
@@ -35,19 +38,21 @@ class SkewFunction(torch.autograd.Function):
         return (*like_convolution(dy, dz, y, z, weight), *statistics)
 
     @staticmethod
-    def backward(ctx: Any, dy_bar: MaybeTensor, dz_bar: MaybeTensor, *_: None):
+    def backward(ctx: Any, dy_bar: MaybeTensor, dz_bar: MaybeTensor, *_: None) -> tuple[MaybeTensor, ...]:
         pair = ctx.pair
         y, z, weight, *rest = ctx.saved_tensors
         tensors, (kept,) = rest[:-_PER_EVALUATION], _kept(rest[-_PER_EVALUATION:])
         wanted = (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[5:])
-        if dy_bar is None and dz_bar is None:
+        given = dz_bar if dy_bar is None else dy_bar
+        if given is None:
             return (None,) * (5 + len(tensors))
         if torch.is_grad_enabled() and ctx.rerun is not None:
-            bars = [
-                torch.zeros_like(x, dtype=h.dtype) if bar is None else bar
-                for bar, x, h in ((dy_bar, y, kept.h_y), (dz_bar, z, kept.h_z))
+            cotangents = [
+                torch.zeros_like(x, dtype=given.dtype) if bar is None else bar for bar, x in ((dy_bar, y), (dz_bar, z))
             ]
-            y_bar, z_bar, *grads = ctx.rerun.gradients([y, z, weight, *tensors], [weight, *tensors], wanted, 2, bars)
+            y_bar, z_bar, *grads = ctx.rerun.gradients(
+                [y, z, weight, *tensors], [weight, *tensors], wanted, 2, cotangents
+            )
         else:
             sums = Gradients(weight, tensors, wanted[2:])
             kept = kept._replace(y=channels_last(y), z=channels_last(z))
@@ -106,7 +111,7 @@ class MarchFunction(torch.autograd.Function):
         march: March,
         rerun: Rerun | None,
         *tensors: MaybeTensor,
-    ):
+    ) -> tuple[Tensor, ...]:
         end, evaluations = _march(pair, march, weight, tensors, channels_last(y), channels_last(z))
         statistics = [stats for kept in evaluations for stats in _tracked(pair, kept)]
         ctx.save_for_backward(y, z, weight, *tensors, *_flat(evaluations))
@@ -116,7 +121,7 @@ class MarchFunction(torch.autograd.Function):
         return (like_reference(end, y), *statistics)
 
     @staticmethod
-    def backward(ctx: Any, end_bar: MaybeTensor, *_: None):
+    def backward(ctx: Any, end_bar: MaybeTensor, *_: None) -> tuple[MaybeTensor, ...]:
         pair, march = ctx.pair, ctx.march
         y, z, weight, *rest = ctx.saved_tensors
         count = len(rest) - _PER_EVALUATION * march.steps * len(march.b)
@@ -255,7 +260,7 @@ def _flat(evaluations: Sequence[Kept]) -> list[MaybeTensor]:
 
 def _kept(flat: Sequence[MaybeTensor]) -> list[Kept]:
     rows = (flat[at : at + _PER_EVALUATION] for at in range(0, len(flat), _PER_EVALUATION))
-    return [Kept(*row[:4], (row[4], row[5], row[6], row[7])) for row in rows]
+    return [Kept(row[0], row[1], row[2], row[3], (row[4], row[5], row[6], row[7])) for row in rows]
 
 
 def _channels_last(x: MaybeTensor) -> MaybeTensor:

@@ -52,7 +52,15 @@ class Pair:
 
 
 class Kept(NamedTuple):
-    """What an evaluation leaves for its pull-back: where it was made, W's results (damped), each norm's statistics."""
+    """What an evaluation leaves for its pull-back.
+
+    Attributes:
+        y: where it was made, as far as it was read.
+        z: likewise.
+        h_y: what σ was applied to for ẏ, or σ of it where that says enough.
+        h_z: likewise for ż.
+        stats: the statistics of each norm.
+    """
 
     y: MaybeTensor
     z: MaybeTensor
@@ -180,25 +188,24 @@ def _add_weight_gradient(
     q_turned: MaybeTensor,
     grads: Gradients,
 ) -> None:
-    """(4): both halves of W's gradient in one call over the doubled batch."""
-    inputs, outputs = [], []
+    """(4), its halves one after the other: stacking them costs more than one call instead of two saves."""
     if p is not None and kept.z is not None:
-        inputs.append(_lowered(pair, _normalised_again(pair, PRE_Z, tensors, kept.z, kept.stats[PRE_Z])))
-        outputs.append(p)
+        z_hat = _normalised_again(pair, PRE_Z, tensors, kept.z, kept.stats[PRE_Z])
+        grads.add_weight(_weight_gradient(pair, weight, _lowered(pair, z_hat), p))
     if q_turned is not None and kept.y is not None:
-        inputs.append(q_turned)
-        outputs.append(_lowered(pair, _normalised_again(pair, PRE_Y, tensors, kept.y, kept.stats[PRE_Y])))
-    if not inputs:
-        return
-    output_bar, x = (maps[0] if len(maps) == 1 else torch.cat(maps) for maps in (outputs, inputs))
+        y_hat = _normalised_again(pair, PRE_Y, tensors, kept.y, kept.stats[PRE_Y])
+        grads.add_weight(_weight_gradient(pair, weight, q_turned, _lowered(pair, y_hat)))
+
+
+def _weight_gradient(pair: Pair, weight: Tensor, x: Tensor, output_bar: Tensor) -> Tensor:
     stride, padding = (pair.stride, pair.stride), (pair.padding, pair.padding)
     backward = torch.ops.aten.convolution_backward.default
     mask = (False, True, False)
-    grads.add_weight(backward(output_bar, x, weight, None, stride, padding, (1, 1), False, (0, 0), 1, mask)[1])
+    return backward(output_bar, x, weight, None, stride, padding, (1, 1), False, (0, 0), 1, mask)[1]
 
 
 def _activate(pair: Pair, image: Tensor, state: MaybeTensor) -> tuple[Tensor, Tensor]:
-    """h = image − γ state, and σ(h)."""
+    """What to keep of h = image − γ state, and σ(h)."""
     if pair.gamma and state is not None:
         dtype = torch.promote_types(image.dtype, state.dtype)
         terms, coefs = [image.to(dtype), state.to(dtype)], coefficients(1.0, -pair.gamma)
@@ -207,9 +214,17 @@ def _activate(pair: Pair, image: Tensor, state: MaybeTensor) -> tuple[Tensor, Te
     if pair.activation is None:
         h = image if len(terms) == 1 else combine(terms, coefs)
         return h, h
-    codes = (*_NO_NORM, *_activation_codes(pair.activation))
-    h, slope, _ = torch.ops.fastode.norm_act(terms, coefs, None, None, None, *codes)
+    codes = _activation_codes(pair.activation)
+    if _tells_its_derivative(pair.activation):
+        slope = torch.ops.fastode.combine(terms, coefs, *codes)
+        return slope, slope
+    h, slope, _ = torch.ops.fastode.norm_act(terms, coefs, None, None, None, *_NO_NORM, *codes)
     return (image if len(terms) == 1 else h), slope
+
+
+def _tells_its_derivative(activation: Activation) -> bool:
+    """Whether σ'(h) is σ'(σ(h)): a slope that depends on the sign of h alone, which σ keeps."""
+    return activation.kind == "relu" or (activation.kind == "leaky_relu" and activation.p > 0)
 
 
 def _normalise(
@@ -256,8 +271,8 @@ def _pull_slope(
     inner = 1.0 if codes is not None else factor
     if pair.norms[which] is not None:
         slope = h
-        if codes is not None:
-            slope = torch.ops.fastode.combine([h], coefficients(1.0), *codes[3:])
+        if pair.activation is not None and not _tells_its_derivative(pair.activation):
+            slope = torch.ops.fastode.combine([h], coefficients(1.0), *_activation_codes(pair.activation))
         bar = _pull_norm(pair, which, tensors, slope, stats, bar, grads, inner, scale)
     elif codes is None and factor != 1.0:
         bar = combine([bar], coefficients(factor))
@@ -322,8 +337,10 @@ def _norm_tensors(
     """Weight, bias and fixed statistics in the accumulator's dtype."""
     accumulator = torch.float64 if dtype == torch.float64 else torch.float32
     at = TENSORS_PER_NORM * which
-    found = [None if t is None else t.to(accumulator).contiguous() for t in tensors[at : at + TENSORS_PER_NORM]]
-    return found[0], found[1], torch.stack(found[2:]) if norm.mode == "fixed" else None
+    weight, bias, mean, variance = (
+        None if t is None else t.to(accumulator).contiguous() for t in tensors[at : at + TENSORS_PER_NORM]
+    )
+    return weight, bias, None if mean is None or variance is None else torch.stack((mean, variance))
 
 
 def _norm_codes(norm: Norm) -> Codes:
