@@ -108,6 +108,8 @@ def _forward(
         coefs = torch.cat(
             [*(table[0, k, j : j + 1] for j in scheme.alpha[k]), *(table[1, k, j : j + 1] for j in scheme.beta[k])]
         )
+        # An image that no later stage names is let go: only its combination is still needed.
+        images = [image if any(j in row for row in scheme.beta[k + 1 :]) else None for j, image in enumerate(images)]
     return combine(terms, coefs), points, statistics
 
 
