@@ -104,7 +104,9 @@ def _open(library: Path) -> Path:
         torch.ops.load_library(str(library))
     except OSError as error:
         raise BuildError(f"the library {library} cannot be loaded: {str(error).splitlines()[0]}") from error
-    from . import _fake  # noqa: F401  (describes the operators just registered to torch.compile)
+    from . import _fake
+
+    _fake.register()
 
     return library
 

@@ -29,36 +29,30 @@ def _statistics(x: Tensor, norm: int, groups: int) -> Tensor:
     return _vector(x, 2, x.shape[1] if norm else 0)
 
 
-@torch.library.register_fake("fastode::combine")
 def _combine(terms: Sequence[Tensor], coefs: Tensor, act: int, p: float, q: float) -> Tensor:
     return _feature_map(terms[0])
 
 
-@torch.library.register_fake("fastode::combine_pair")
 def _combine_pair(first: Sequence[Tensor], second: Sequence[Tensor], coefs: Tensor) -> Tensor:
     return _feature_map(first[0], 2 * first[0].shape[0])
 
 
-@torch.library.register_fake("fastode::norm_act")
 def _norm_act(terms, coefs, weight, bias, stats, norm, groups, eps, act, p, q):
     x = terms[0]
     made = _statistics(x, 0 if stats is not None else norm, groups)
     return _feature_map(x, None if len(terms) > 1 else 0), _feature_map(x), made
 
 
-@torch.library.register_fake("fastode::norm_act_vjp")
 def _norm_act_vjp(h, cot, stats, weight, bias, addends, coefs, param_grads, norm, groups, eps, act, p, q):
     count = h.shape[1] if param_grads else 0
     return _feature_map(h), _vector(h, count), _vector(h, count)
 
 
-@torch.library.register_fake("fastode::norm_act_dual")
 def _norm_act_dual(h, t, weight, bias, stats, norm, groups, eps, act, p, q):
     made = _statistics(h, 0 if stats is not None else norm, groups)
     return _feature_map(h, 2 * h.shape[0]), made, _statistics(h, 0 if norm == FIXED else norm, groups)
 
 
-@torch.library.register_fake("fastode::norm_act_second")
 def _norm_act_second(
     h, t, cot, stats, tstats, weight, bias, addends, coefs, param_grads, tangent, norm, groups, eps, act, p, q
 ):
@@ -66,6 +60,22 @@ def _norm_act_second(
     return _feature_map(h, (2 if tangent else 1) * h.shape[0]), _vector(h, count), _vector(h, count)
 
 
-@torch.library.register_fake("fastode::dots")
 def _dots(v: Tensor, terms: Sequence[Tensor]) -> Tensor:
     return _vector(v, len(terms))
+
+
+def register() -> None:
+    """Register them all; the operators must have been loaded."""
+    for name, fake in _FAKES.items():
+        torch.library.register_fake(f"fastode::{name}", fake)
+
+
+_FAKES = {
+    "combine": _combine,
+    "combine_pair": _combine_pair,
+    "norm_act": _norm_act,
+    "norm_act_vjp": _norm_act_vjp,
+    "norm_act_dual": _norm_act_dual,
+    "norm_act_second": _norm_act_second,
+    "dots": _dots,
+}

@@ -140,7 +140,7 @@ def test_two_processes_at_once_make_one_build(root: Path, tmp_path: Path, compil
     assert len(libraries) == 1
     assert answer(Path(libraries.pop())) == 42
     assert compiler_log.read_text().count("-shared") == 1
-    assert sum("building the C++ operators" in error for _, error in outputs) == 1
+    assert sum("fastode: building" in error for _, error in outputs) == 1
 
 
 def test_a_failed_build_names_the_error_and_leaves_no_library(root: Path, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def adjoint_of_ie(f, parameters, x, cotangent, steps, gamma, theta):
     return {"y": out, "gradient of x": x_bar + y_bar + x_branch, **gradients}
 
 
-@pytest.mark.parametrize("norm", NORMS, ids=str)
+@pytest.mark.parametrize("norm", NORMS, ids=lambda norm: norm if isinstance(norm, str) else norm.__name__)
 @pytest.mark.parametrize(("steps", "gamma", "theta"), IE_SETTINGS)
 def test_ie_skip_and_its_gradients_are_the_closed_form(norm, steps, gamma, theta):
     # The gradient of a bias that a norm of its own channel follows is zero, and has no relative error.

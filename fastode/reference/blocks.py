@@ -172,7 +172,8 @@ class ShuOsher(_OneStep):
     Source: Kim et al. 2020, eq. 4 (paper 004).
 
     Example:
-        >>> block = ShuOsher(nn.Identity(), tableau.SSP3)
+        >>> from fastode.tableau import SSP3
+        >>> block = ShuOsher(nn.Identity(), SSP3)
         >>> print(f"{block(torch.ones(1, 1, 1, 1)).item():.4f}")  # 1 + 1 + 1/2 + 1/6
         2.6667
     """
