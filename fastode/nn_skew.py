@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import _build, _check, _dispatch, _functional_skew, reference
 from ._registry import register
-from .ops.skew_pair.autograd import March
+from .ops.skew_pair.autograd import March, is_channels_last
 from .reference.skew import PADDING
 from .reference.solvers import FIXED, State, solve_adaptive, solve_fixed
 
@@ -87,13 +87,12 @@ class _FusedSolve(_Fused, reference.SOBlock):
         _note(self.field, chosen)
         make = partial(_FixedSolution, self)
         field = _read(self.field)
-        same = field.stride == 1 and field.weight.shape[0] == field.weight.shape[1]
-        # No operator writes into its inputs, so the copy of x that y(0) then is can be x.
-        state: State = (x, x) if same else cast(Any, self.field).initial_state(x)
+        state = (_repeated(x, field.weight.shape[0], field.stride), x)
         if self.solver in FIXED:
             scheme = FIXED[self.solver]
             steps = March(scheme.a, scheme.b, self.t1 / self.steps, self.steps)
-            return _functional_skew.march(field, state[0], state[1], steps, make)
+            end = _functional_skew.march(field, *state, steps, make)
+            return end if is_channels_last(x) else end.contiguous()
         return self._adaptive(field, state)
 
     def _adaptive(self, field: _functional_skew.Field, state: State) -> Tensor:
@@ -146,6 +145,17 @@ def _read(field: Any) -> _functional_skew.Field:
     if "weight" not in field._parameters:
         found.reason = "its weight is not a parameter of its own."
     return found
+
+
+def _repeated(x: Tensor, channels: int, stride: int) -> Tensor:
+    """y(0) of `SkewPair.initial_state`, in channels_last and in one pass, where torch.cat takes one for each copy."""
+    if stride == 1 and channels == x.shape[1]:
+        # A copy of x; no operator writes into its inputs, so it can be x.
+        return x
+    small = x[:, :, ::stride, ::stride].permute(0, 2, 3, 1).unsqueeze(3)  # [N, H, W, 1, C]
+    copies = -(-channels // x.shape[1])
+    repeated = small.expand(-1, -1, -1, copies, -1).flatten(3)[..., :channels]
+    return _to_front(repeated.contiguous())
 
 
 def _note(block: nn.Module, engine: str) -> None:

@@ -154,11 +154,11 @@ def test_small_batches(batch: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("norm", "gamma", "activation"), [("group", 0.3, "tanh"), ("batch", 0.0, "softplus"), ("none", 0.2, "elu")]
+    ("norm", "gamma", "activation"), [("layer", 0.3, "tanh"), ("batch", 0.0, "softplus"), ("none", 0.2, "elu")]
 )
 def test_gradients_in_float64(norm: str, gamma: float, activation: str) -> None:
     field = fused(reference.SkewPair(2, 3, 2, gamma, activation, norm).double())
-    y, z = pair_of_maps(field, 2, 4, 2, dtype=torch.float64)
+    y, z = pair_of_maps(field, 2, 4, 4, dtype=torch.float64)
     inputs = (y.requires_grad_(), z.requires_grad_(), *field.parameters())
     assert torch.autograd.gradcheck(lambda y, z, *_: field(y, z), inputs)
     assert torch.autograd.gradgradcheck(lambda y, z, *_: field(y, z), inputs, fast_mode=True)

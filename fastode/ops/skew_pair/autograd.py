@@ -141,7 +141,7 @@ class MarchFunction(torch.autograd.Function):
 
 def like_convolution(dy: Tensor, dz: Tensor, y: Tensor, z: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """The slopes in the memory formats that PyTorch's convolution and its transpose give them."""
-    formats = [_is_channels_last(x) or _is_channels_last(weight) for x in (z, y)]
+    formats = [is_channels_last(x) or is_channels_last(weight) for x in (z, y)]
     slopes = [
         slope if wanted else slope.contiguous(memory_format=torch.contiguous_format)
         for slope, wanted in zip((dy, dz), formats, strict=True)
@@ -149,7 +149,7 @@ def like_convolution(dy: Tensor, dz: Tensor, y: Tensor, z: Tensor, weight: Tenso
     return slopes[0], slopes[1]
 
 
-def _is_channels_last(x: Tensor) -> bool:
+def is_channels_last(x: Tensor) -> bool:
     """Whether PyTorch takes x as channels_last, as it does a slice of such a tensor."""
     dense = torch.empty_like(x)
     return dense.is_contiguous(memory_format=torch.channels_last) and not dense.is_contiguous()
