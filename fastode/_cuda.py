@@ -1,0 +1,91 @@
+"""The operators for CUDA tensors: Triton's, registered where there is a card, beside or without the C++ library.
+
+Nothing here is imported before `_build.load`, and Triton not before there is something to register.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_libraries: list[torch.library.Library] = []  # a registration lives as long as its library object
+_DEFINE = re.compile(r'#define\s+(\w+)\s+"([^"]*)"')
+_SCHEMA = re.compile(r'm\.def\(((?:\s*(?:"[^"]*"|\w+))+)\s*\)')
+_PIECE = re.compile(r'"([^"]*)"|(\w+)')
+
+
+def why_not() -> str:
+    """Why there are no kernels for CUDA tensors on this machine; empty if there are."""
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    return ""
+
+
+def schemas(source: Path) -> list[str]:
+    """The operators' schemas as csrc/ops.cpp states them: the C++ compiler and this read the same text.
+
+    Args:
+        source: ops.cpp.
+    """
+    text = re.sub(r"//[^\n]*", "", source.read_text())
+    macros = dict(_DEFINE.findall(text))
+    found = _SCHEMA.findall(text)
+    return ["".join(literal or macros[name] for literal, name in _PIECE.findall(pieces)) for pieces in found]
+
+
+def define(source: Path) -> None:
+    """Define the operators, on a machine where the C++ library that would do so cannot be built."""
+    library = torch.library.Library("fastode", "FRAGMENT")
+    for schema in schemas(source):
+        library.define(schema)
+    _libraries.append(library)
+    from . import _fake
+
+    _fake.register()
+
+
+def implement(key: str = "CUDA") -> None:
+    """Register the Triton operators for a dispatch key."""
+    from .ops.triton import passes
+
+    library = torch.library.Library("fastode", "IMPL", key)
+    for operator in passes.OPERATORS:
+        library.impl(operator.__name__, _on_its_device(operator) if key == "CUDA" else operator)
+    _libraries.append(library)
+
+
+def _on_its_device(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device, which need not be the maps'."""
+
+    @functools.wraps(operator)
+    def run(first: Any, *rest: Any) -> Any:
+        with torch.cuda.device_of(first if isinstance(first, torch.Tensor) else first[0]):
+            return operator(first, *rest)
+
+    return run
+
+
+@functools.cache
+def register(source: Path | None) -> str:
+    """Make torch.ops.fastode take CUDA tensors, once.
+
+    Args:
+        source: ops.cpp if the operators are not defined because the C++ library is missing, else None.
+
+    Returns:
+        Why not, empty if it does.
+    """
+    reason = why_not()
+    if not reason:
+        if source is not None:
+            define(source)
+        implement()
+    return reason

@@ -1,0 +1,120 @@
+"""How a map is cut into programs: block sizes, warps and chunks, from shapes alone, so that results are reproducible.
+
+README.md derives the numbers; none of them has been tuned on a card.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+# Entries that a program has at a time, by what it keeps of each in registers.
+TILE = {"moments": 4096, "sums": 2048, "second_sums": 1024, "apply": 2048}
+# A map without a norm is an array of rows of this width.
+FLAT = 2048
+ENTRIES_PER_THREAD = {"moments": 16, "sums": 8, "second_sums": 8, "apply": 8}
+# For one program per normalised set: bytes of each map that a program, and a thread, has at a time.
+SET_BYTES = {"value": 16384, "cotangent": 16384, "tangent": 16384, "second": 8192}
+SET_THREAD_BYTES = {"value": 32, "cotangent": 32, "tangent": 32, "second": 16}
+MAX_WARPS = 16
+# A row of this many channels is read in whole 128-byte lines in every dtype.
+MAX_COLUMNS = 128
+# Enough programs to fill a card of 132 to 160 multiprocessors three times.
+PROGRAMS = 480
+# A normalised set is one program's where the sets fill half a card, or where a set is soon done.
+MIN_SETS, SMALL_SET, LARGE_SET = 64, 1 << 14, 1 << 18
+# Groups of fewer bytes would fetch 32-byte sectors that are mostly another group's.
+MIN_GROUP_BYTES = 16
+APPLY_TILES = 2
+FINISH_TILE = 2048
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A map [samples, pixels, channels] as normalised sets [samples, groups]; coupled: of the map's own statistics."""
+
+    samples: int
+    pixels: int
+    channels: int
+    groups: int
+    total: int
+    normed: bool
+    coupled: bool
+
+    @property
+    def set_entries(self) -> int:
+        return self.pixels * (self.channels // self.groups)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Columns and rows of a tile, the rows of a chunk, warps, and the number of programs."""
+
+    columns: int
+    rows: int
+    chunk_rows: int
+    warps: int
+    programs: int
+    chunks: int
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _warps(entries: int, per_thread: int) -> int:
+    return max(1, min(MAX_WARPS, power_of_two(entries // (32 * per_thread))))
+
+
+@cache
+def one_program_per_set(g: Geometry, itemsize: int) -> bool:
+    """Whether a normalised set is swept twice by one program, rather than by three launches."""
+    width = g.channels // g.groups
+    if (g.groups > 1 and width * itemsize < MIN_GROUP_BYTES) or power_of_two(width) > SET_BYTES["second"] // itemsize:
+        return False
+    return g.set_entries <= SMALL_SET or (g.set_entries <= LARGE_SET and g.samples * g.groups >= MIN_SETS)
+
+
+@cache
+def set_blocks(g: Geometry, kind: str, itemsize: int) -> Blocks:
+    """For one program per normalised set."""
+    columns = power_of_two(g.channels // g.groups)
+    rows = max(1, min(SET_BYTES[kind] // itemsize // columns, power_of_two(g.pixels)))
+    return Blocks(
+        columns, rows, g.pixels, _warps(rows * columns, SET_THREAD_BYTES[kind] // itemsize), g.samples * g.groups, 1
+    )
+
+
+@cache
+def reduce_blocks(g: Geometry, kind: str) -> Blocks:
+    """For partial sums: few enough chunks that adding them up is cheap, enough to fill the card."""
+    return _chunked(g, kind, lambda rows, columns: -(-PROGRAMS // (g.samples * columns)))
+
+
+@cache
+def apply_blocks(g: Geometry) -> Blocks:
+    """For an element-wise sweep: every program has APPLY_TILES tiles, which share the per-channel rows."""
+    return _chunked(g, "apply", lambda rows, columns: -(-g.pixels // (APPLY_TILES * rows)))
+
+
+def _chunked(g: Geometry, kind: str, wanted: Callable[[int, int], int]) -> Blocks:
+    columns = min(power_of_two(g.channels), MAX_COLUMNS if g.normed else FLAT)
+    rows = max(1, min(TILE[kind] // columns, power_of_two(g.pixels)))
+    column_blocks = -(-g.channels // columns)
+    tiles = -(-g.pixels // rows)
+    chunks = max(1, min(wanted(rows, column_blocks), tiles))
+    chunk_rows = -(-tiles // chunks) * rows
+    chunks = -(-g.pixels // chunk_rows)
+    warps = _warps(rows * columns, ENTRIES_PER_THREAD[kind])
+    return Blocks(columns, rows, chunk_rows, warps, g.samples * chunks * column_blocks, chunks)
+
+
+@cache
+def finish_blocks(g: Geometry, chunks: int) -> tuple[int, int, int, int]:
+    """Groups, channels of a group and chunks of a tile, and the number of programs, for adding up chunks."""
+    width = power_of_two(g.channels // g.groups)
+    groups = max(1, min(power_of_two(g.groups), 16 // width))
+    rows = max(1, min(power_of_two(chunks), FINISH_TILE // (groups * width)))
+    return groups, width, rows, g.samples * -(-g.groups // groups)

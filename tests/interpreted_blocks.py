@@ -1,0 +1,77 @@
+"""Whole blocks on the staged engine with the Triton operators, interpreted: test_triton.py runs this in a process.
+
+The C++ library stays out of it: the operators are defined from csrc/ops.cpp as on a machine that cannot build it.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import interpreting  # noqa: F401  (before any kernel is made)
+import pytest
+import torch
+from block_cases import ACTIVATIONS
+from torch import nn
+
+import fastode
+from fastode import _build, _cuda, reference
+from fastode.ops.triton import launch, passes
+from fastode.testing import assert_blocks_equal, sample_input
+
+SOURCE = Path(__file__).parent.parent / "csrc" / "ops.cpp"
+NORMS = {"group": lambda c: nn.GroupNorm(2, c), "batch": nn.BatchNorm2d}
+BLOCKS = {
+    "ie": lambda m, f: m.IESkip(f, 2, 0.1, theta=0.5),
+    "ssp3": lambda m, f: m.SSP3(f),
+    "ark": lambda m, f: m.Ark(f, learn_a21=True),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _triton_operators() -> None:
+    _cuda.define(SOURCE)
+    _cuda.implement("CPU")
+    _build._state.path = SOURCE  # what says that the operators are there
+
+
+def branch(norm: str, activation: str) -> nn.Sequential:
+    units = [[NORMS[norm](8), ACTIVATIONS[activation](), nn.Conv2d(8, 8, 3, padding=1)] for _ in range(2)]
+    return nn.Sequential(*(layer for unit in units for layer in unit))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+# A bfloat16 pre-activation on the other side of a kink would be no fault of a kernel: smooth activations.
+@pytest.mark.parametrize(("norm", "activation"), [("group", "tanh"), ("batch", "silu")])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_equal(block: str, norm: str, activation: str, dtype: torch.dtype) -> None:
+    f = branch(norm, activation)
+    plain, fused = (BLOCKS[block](m, copy.deepcopy(f)).to(dtype) for m in (reference, fastode.nn))
+    fused.engine = "staged"
+    assert_blocks_equal(plain, fused, sample_input(2, 8, 5, 3, dtype=dtype))
+
+
+# README.md of the Triton operators counts these: [forward, backward], K = 1 and two units with GroupNorm.
+LAUNCHES = {"ie": [7, 15], "ssp3": [7, 24]}
+
+
+@pytest.mark.parametrize("block", LAUNCHES)
+def test_launches(monkeypatch: pytest.MonkeyPatch, block: str) -> None:
+    counts = [0, 0]
+    backward = 0
+    real = launch.launch
+
+    def counted(*arguments: Any, **constants: Any) -> None:
+        counts[backward] += 1
+        real(*arguments, **constants)
+
+    for module in (passes, launch):
+        monkeypatch.setattr(module, "launch", counted)
+    make = {"ie": lambda f: fastode.nn.IESkip(f, 1, 0.1), "ssp3": fastode.nn.SSP3}[block]
+    fused = make(branch("group", "relu"))
+    fused.engine = "staged"
+    y = fused(sample_input(2, 8, 3, 2).requires_grad_())
+    backward = 1
+    y.sum().backward()
+    assert counts == LAUNCHES[block]

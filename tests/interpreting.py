@@ -1,0 +1,35 @@
+"""Triton's interpreter made fit to judge kernels by; for processes started with TRITON_INTERPRET=1.
+
+Two of its faults (Triton 3.6): NumPy 2.4 refuses int() of the arrays of one entry that it keeps a loop's bounds in, and
+it cuts float32 to bfloat16 off, which every device rounds to nearest even.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+import triton.runtime.interpreter as interpreter
+
+_patch_tensor = interpreter._patch_lang_tensor
+_cast = interpreter.InterpreterBuilder.cast_impl
+
+
+def _patch_lang_tensor(tensor: Any, scope: Any) -> None:
+    _patch_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+
+def _cast_impl(self: Any, source: Any, to: Any) -> Any:
+    if source.dtype.scalar != tl.float32 or to.scalar != tl.bfloat16:
+        return _cast(self, source, to)
+    bits = np.ascontiguousarray(source.data).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    quiet = (bits >> 16) | 0x40
+    data = np.where(np.isnan(source.data), quiet, rounded).astype(np.uint16)
+    return interpreter.TensorHandle(data, to.scalar)
+
+
+interpreter._patch_lang_tensor = _patch_lang_tensor
+interpreter.InterpreterBuilder.cast_impl = _cast_impl

@@ -1,0 +1,90 @@
+"""The Triton engine without a card: its operators interpreted, its kernels compiled, its launches counted."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import kernels
+from fastode import _build, _cuda
+from fastode.ops.triton import passes
+
+HERE = Path(__file__).parent
+SOURCE = HERE.parent / "csrc" / "ops.cpp"
+# Each in a process of its own, because one that interprets cannot compile.
+INTERPRETED = {
+    "operators as they are launched": ("interpreted_operators.py", "test_every_pair"),
+    "operators with other plans": ("interpreted_operators.py", "not test_every_pair"),
+    "blocks": ("interpreted_blocks.py", ""),
+}
+GROUP, BATCH, NONE = kernels.DEFAULTS
+
+
+@pytest.mark.parametrize(("file", "which"), INTERPRETED.values(), ids=INTERPRETED)
+def test_interpreted(file: str, which: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / file), "-k", which]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("maps", [GROUP, BATCH], ids=["group", "batch"])
+def test_compiles_for_hopper_without_spills(maps: kernels.Maps, dtype: torch.dtype) -> None:
+    # The others of `make kernels` differ from these in sizes only.
+    rows = [
+        kernels.compile_offline(launch, configuration, 90)
+        for launch, configuration in kernels.launches([maps], [dtype])
+        if "silu" in configuration and "two" not in configuration
+    ]
+    assert {row.kernel.split("_")[0] for row in rows} >= {"value", "cotangent", "tangent", "second"}
+    assert [row for row in rows if row.spills or not row.registers] == []
+    # Maps are read and written 16 bytes at a time.
+    assert [row for row in rows if row.widest < 128 and not row.kernel.startswith("dots_finish")] == []
+
+
+# The table of README.md: launches of each operator for GroupNorm in one sweep of a program, BatchNorm, and no norm.
+LAUNCHES = {
+    "norm_act": (1, 3, 1),
+    "norm_act of two terms": (1, 3, 1),
+    "norm_act again": (1, 1, 1),
+    "norm_act_vjp": (1, 3, 1),
+    "norm_act_vjp, parameters": (2, 3, 1),
+    "norm_act_vjp of two addends": (2, 3, 1),
+    "norm_act_dual": (1, 3, 1),
+    "norm_act_second": (2, 3, 1),
+    "norm_act_second of two addends": (2, 3, 1),
+    "combine": (1, 1, 1),
+    "combine_pair": (1, 1, 1),
+    "dots": (2, 2, 2),
+}
+
+
+@pytest.mark.parametrize("operator", LAUNCHES)
+def test_launches(operator: str) -> None:
+    counts = []
+    for maps in (GROUP, BATCH, NONE):
+        with kernels.recording() as recorded:
+            kernels.operators(maps, torch.bfloat16, kernels.RELU)[operator]()
+        counts.append(len(recorded))
+    assert tuple(counts) == LAUNCHES[operator]
+
+
+def test_schemas_are_those_of_the_library() -> None:
+    assert _build.load(announce=False) is None
+    found = {str(torch._C.parse_schema(f"fastode::{schema}")) for schema in _cuda.schemas(SOURCE)}
+    assert {schema.split("(")[0] for schema in found} == {f"fastode::{f.__name__}" for f in passes.OPERATORS}
+    assert found <= {str(schema) for schema in torch._C._jit_get_all_schemas()}
+
+
+def test_without_a_card_nothing_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert _cuda.why_not() == "there is no CUDA device"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_cuda.importlib.util, "find_spec", lambda name: None)
+    assert _cuda.why_not() == "Triton is not installed"
