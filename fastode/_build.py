@@ -105,8 +105,10 @@ def _open(library: Path) -> Path:
     except OSError as error:
         raise BuildError(f"the library {library} cannot be loaded: {str(error).splitlines()[0]}") from error
     from . import _fake
+    from .ops.resident import fake
 
     _fake.register()
+    fake.register()
 
     return library
 

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from . import _build
 
 # In the order of preference; "reference" is always able.
-_ORDER = ("staged", "reference")
+_ORDER = ("resident", "staged", "reference")
 ENGINES = ("auto", *_ORDER)
 
 _STORAGE = (torch.float32, torch.float64, torch.bfloat16)
@@ -26,11 +26,6 @@ def can_use(engine: str, block: nn.Module, x: Tensor | None = None) -> tuple[boo
         return True, ""
     reason = block.why_not(engine, x)
     return not reason, reason
-
-
-def candidates(block: nn.Module) -> list[tuple[str, bool, str]]:
-    """Every engine in the order of preference: (name, whether it could run the block, why not)."""
-    return [(engine, *can_use(engine, block)) for engine in _ORDER]
 
 
 def choose(engine: str, why_not: Callable[[str], str]) -> tuple[str, str]:
@@ -117,4 +112,4 @@ def describe() -> list[tuple[str, bool, str]]:
     """Each engine, whether this machine can run it, and why (not); nothing is compiled to find out."""
     able, reason = _build.available()
     cpu = f"the CPU ({platform.machine()}): " + (reason or "its operators are ready")
-    return [("staged", able, cpu), ("reference", True, "plain PyTorch, on any device")]
+    return [("resident", able, cpu), ("staged", able, cpu), ("reference", True, "plain PyTorch, on any device")]

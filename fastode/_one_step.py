@@ -9,24 +9,30 @@ import torch
 from torch import Tensor, nn
 
 from . import _check, _dispatch, branch
+from .ops import resident
 from .ops.rerun import Rerun
 from .ops.sweeps import Plan
 
-# (x, plan, rerun, tensors) -> (y, *statistics)
-Engine = Callable[[Tensor, Plan, "Rerun | None", list], tuple[Tensor, ...]]
+# (engine, x, plan, rerun, tensors) -> (y, *statistics)
+Engine = Callable[[str, Tensor, Plan, "Rerun | None", list], tuple[Tensor, ...]]
 
 
 def why_not(engine: str, reading: branch.Reading, x: Tensor | None) -> str:
     """Why an engine cannot run a block with this branch on x (or on any input); empty if it can."""
     if reading.units is None:
         return reading.reason
-    return _dispatch.no_operators() or ("" if x is None else _dispatch.cannot_take([x], reading.tensors))
+    reason = _dispatch.no_operators() or ("" if x is None else _dispatch.cannot_take([x], reading.tensors))
+    if reason or engine != "resident":
+        return reason
+    tracked = [norm is not None for norm in reading.norms]
+    lower = None if x is None else _dispatch.autocast_dtype(x)
+    return resident.why_not(reading.units, tracked, reading.tensors, x, lower)
 
 
 def run(
     x: Tensor,
     module: nn.Module,
-    staged: Engine,
+    call_engine: Engine,
     make_reference: Callable[[], nn.Module],
     run_reference: Callable[[Tensor], Tensor],
     engine: str = "auto",
@@ -38,7 +44,7 @@ def run(
     Args:
         x: the input [N, C, H, W].
         module: the branch.
-        staged: the family's autograd Function.
+        call_engine: calls the family's autograd Function of an engine.
         make_reference: makes the reference block, for gradients of gradients.
         run_reference: the block in plain PyTorch.
         engine: a name of an engine, or "auto".
@@ -62,7 +68,7 @@ def run(
         return _undone_on_error(call, x, module) if reading.units is None else call(x)
     plan = Plan(reading.units, tuple(norm is not None for norm in reading.norms), _dispatch.autocast_dtype(x))
     rerun = None if torch.compiler.is_compiling() else Rerun(make_reference)
-    y, *statistics = staged(x, plan, rerun, reading.tensors)
+    y, *statistics = call_engine(chosen, x, plan, rerun, reading.tensors)
     _update_running(reading, statistics, x)
     return y
 

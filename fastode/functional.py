@@ -13,6 +13,7 @@ from . import _check, _one_step, reference
 from ._functional_skew import skew_pair
 from .ops.implicit_euler.autograd import Descent, IESkipFunction
 from .ops.rerun import Rerun
+from .ops.resident import ResidentIESkipFunction, ResidentShuOsherFunction
 from .ops.runge_kutta.autograd import Scheme, ShuOsherFunction
 from .ops.sweeps import MaybeTensors, Plan
 from .tableau import Tableau
@@ -101,10 +102,13 @@ def run_ie_skip(
 ) -> Tensor:
     """`ie_skip` with its arguments checked; `options` as in `_one_step.run`."""
 
-    def staged(x: Tensor, plan: Plan, rerun: Rerun | None, tensors: MaybeTensors) -> tuple[Tensor, ...]:
-        return IESkipFunction.apply(x, plan, descent, rerun, *tensors)
+    def call_engine(
+        engine: str, x: Tensor, plan: Plan, rerun: Rerun | None, tensors: MaybeTensors
+    ) -> tuple[Tensor, ...]:
+        function = ResidentIESkipFunction if engine == "resident" else IESkipFunction
+        return function.apply(x, plan, descent, rerun, *tensors)
 
-    return _one_step.run(x, branch, staged, make, run_reference, traceable=False, **options)
+    return _one_step.run(x, branch, call_engine, make, run_reference, traceable=False, **options)
 
 
 def run_shu_osher(
@@ -118,11 +122,18 @@ def run_shu_osher(
 ) -> Tensor:
     """`shu_osher` with its arguments checked; `options` as in `_one_step.run`."""
 
-    def staged(x: Tensor, plan: Plan, rerun: Rerun | None, tensors: MaybeTensors) -> tuple[Tensor, ...]:
+    def call_engine(
+        engine: str, x: Tensor, plan: Plan, rerun: Rerun | None, tensors: MaybeTensors
+    ) -> tuple[Tensor, ...]:
         table = torch.tensor(rows, dtype=torch.float64)
-        return ShuOsherFunction.apply(x, table, plan, scheme, rerun, *tensors)
+        return shu_osher_function(engine).apply(x, table, plan, scheme, rerun, *tensors)
 
-    return _one_step.run(x, branch, staged, make, run_reference, **options)
+    return _one_step.run(x, branch, call_engine, make, run_reference, **options)
+
+
+def shu_osher_function(engine: str) -> type[torch.autograd.Function]:
+    """The autograd Function of an engine."""
+    return ResidentShuOsherFunction if engine == "resident" else ShuOsherFunction
 
 
 def scheme_of(tableau: Tableau) -> tuple[Scheme, Rows]:

@@ -191,7 +191,11 @@ def _engines(block: nn.Module, x: Tensor | None) -> _Engines:
     names = [name for name in _dispatch.ENGINES if name != "auto" and asked in ("auto", name)]
     found = [(name, *_dispatch.can_use(name, block, x)) for name in names]
     able = tuple(name for name, can, _ in found if can)
-    return able, "; ".join(f"{name}: {why}" for name, can, why in found if not can)
+    unable: dict[str, list[str]] = {}
+    for name, can, why in found:
+        if not can:
+            unable.setdefault(why, []).append(name)
+    return able, "; ".join(f"{', '.join(names)}: {why}" for why, names in unable.items())
 
 
 def _run(model: nn.Module, example: Tensor | tuple[Any, ...], blocks: list[nn.Module]) -> dict[nn.Module, _Engines]:

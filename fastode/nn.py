@@ -15,7 +15,7 @@ from ._registry import register
 from .nn_skew import SkewLinear, SkewPair, SOBlock, SOClassifier
 from .ops.implicit_euler.autograd import Descent
 from .ops.rerun import Rerun
-from .ops.runge_kutta.autograd import Scheme, ShuOsherFunction
+from .ops.runge_kutta.autograd import Scheme
 from .ops.sweeps import MaybeTensors, Plan
 
 __all__ = [
@@ -136,11 +136,15 @@ class Ark(_Fused, reference.Ark):
     __doc__ = reference.Ark.__doc__
 
     def forward(self, x: Tensor) -> Tensor:
-        def staged(x: Tensor, plan: Plan, rerun: Rerun | None, tensors: MaybeTensors) -> tuple[Tensor, ...]:
+        def call_engine(
+            engine: str, x: Tensor, plan: Plan, rerun: Rerun | None, tensors: MaybeTensors
+        ) -> tuple[Tensor, ...]:
             table = torch.stack(self.coefficients(torch.float64))
-            return ShuOsherFunction.apply(x, table, plan, _ARK, rerun, *tensors)
+            return functional.shu_osher_function(engine).apply(x, table, plan, _ARK, rerun, *tensors)
 
-        return _one_step.run(x, self.branch, staged, self._reference, super().forward, engine=self.engine, owner=self)
+        return _one_step.run(
+            x, self.branch, call_engine, self._reference, super().forward, engine=self.engine, owner=self
+        )
 
     def _reference(self) -> nn.Module:
         learned = {f"learn_{name}": name in self._parameters for name in ("a21", "b10")}

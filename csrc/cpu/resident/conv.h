@@ -1,0 +1,69 @@
+// Direct convolutions of one resident sample: value, data gradient (the same kernel on flipped, transposed weights) and
+// weight gradient.
+#pragma once
+
+#include "plane.h"
+
+namespace fastode::resident {
+
+// result = scale * (what was computed) + sum_i coef[i] * term[i]; every term is a map of the result's own shape and may
+// be the result itself, because each element is read before it is written.
+template <class A>
+struct Combine {
+  static constexpr int capacity = 8;
+  A scale = 1;
+  int count = 0;
+  A coef[capacity] = {};
+  const A* term[capacity] = {};
+
+  Combine& add(A coefficient, const A* map) {
+    if (coefficient != 0) {
+      coef[count] = coefficient;
+      term[count++] = map;
+    }
+    return *this;
+  }
+};
+
+// One convolution's weights for one direction, packed [output group][input block][ky][kx of a tap set][input
+// channel][kx in the set][output channel]; `packed_size` elements.
+struct ConvShape {
+  int64_t in_channels, out_channels, kernel_h, kernel_w;
+
+  template <class A>
+  int64_t packed_size() const {
+    return blocks_of<A>(out_channels) * kLanes<A> * in_channels * kernel_h * kernel_w;
+  }
+  template <class A>
+  int64_t gradient_size() const {
+    return blocks_of<A>(out_channels) * kLanes<A> * blocks_of<A>(in_channels) * kLanes<A> * kernel_h * kernel_w;
+  }
+  ConvShape transposed() const { return {out_channels, in_channels, kernel_h, kernel_w}; }
+};
+
+// `weight` is [out, in, kh, kw] with any strides; `flip` packs the data gradient's weights for the shape `shape`
+// (already transposed: shape.in_channels are the convolution's outputs).
+template <class A, class T>
+void pack_weights(const ConvShape& shape, bool flip, const T* weight, const int64_t* strides, A* packed);
+
+// out = combine(conv(in) + bias); all maps in `plane`, whose halo is at least the padding (kernel - 1) / 2.
+template <class A>
+void convolve(const Plane<A>& plane, const ConvShape& shape, const A* packed, const A* bias, const A* in, A* out,
+              const Combine<A>& combine);
+
+template <class A>
+struct GradientPair {
+  const A* in;
+  const A* cotangent;
+};
+
+// gradient += sum over the pairs of the weight gradient; `gradient` has gradient_size elements.
+template <class A>
+void weight_gradient(const Plane<A>& plane, const ConvShape& shape, const GradientPair<A>* pairs, int64_t count,
+                     A* gradient);
+
+// Sums the workers' accumulators in order and writes [out, in, kh, kw], contiguous.
+template <class A, class T>
+void unpack_gradient(const ConvShape& shape, const A* gradient, int64_t worker_stride, int64_t workers, T* weight);
+
+}  // namespace fastode::resident

@@ -1,0 +1,140 @@
+// Packing, loops around the micro-kernels, unpacking. Included by one .cpp per arithmetic type.
+#pragma once
+
+#include "conv_kernels.h"
+
+namespace fastode::resident {
+
+// Horizontal taps that share a broadcast, and output vectors per tile.
+inline int taps_of(const ConvShape& shape) { return shape.kernel_w == 3 ? 3 : 1; }
+
+template <class A>
+inline int vectors_of(int64_t out_channels) {
+  return blocks_of<A>(out_channels) % 2 == 0 ? 2 : 1;
+}
+
+template <class A, class T>
+void pack_weights(const ConvShape& shape, bool flip, const T* weight, const int64_t* strides, A* packed) {
+  constexpr int lanes = kLanes<A>;
+  const int64_t taps = taps_of(shape), vectors = vectors_of<A>(shape.out_channels);
+  const int64_t out_stride = strides[flip ? 1 : 0], in_stride = strides[flip ? 0 : 1];
+  for (int64_t group = 0; group < blocks_of<A>(shape.out_channels); group += vectors) {
+    for (int64_t first = 0; first < shape.in_channels; first += lanes) {
+      const int64_t last = std::min<int64_t>(first + lanes, shape.in_channels);
+      for (int64_t ky = 0; ky < shape.kernel_h; ++ky)
+        for (int64_t set = 0; set < shape.kernel_w; set += taps)
+          for (int64_t in = first; in < last; ++in)
+            for (int64_t kx = set; kx < set + taps; ++kx)
+              for (int64_t lane = 0; lane < vectors * lanes; ++lane, ++packed) {
+                const int64_t out = group * lanes + lane;
+                const int64_t y = flip ? shape.kernel_h - 1 - ky : ky, x = flip ? shape.kernel_w - 1 - kx : kx;
+                *packed =
+                    out < shape.out_channels
+                        ? to_accumulator<A>(weight[out * out_stride + in * in_stride + y * strides[2] + x * strides[3]])
+                        : A(0);
+              }
+    }
+  }
+}
+
+template <class A>
+void convolve(const Plane<A>& plane, const ConvShape& shape, const A* packed, const A* bias, const A* in, A* out,
+              const Combine<A>& combine) {
+  constexpr int lanes = kLanes<A>;
+  const int taps = taps_of(shape), vectors = vectors_of<A>(shape.out_channels);
+  const int64_t shift = shape.kernel_h / 2 * plane.row + shape.kernel_w / 2 * lanes;
+  ConvPlan<A> plan;
+  plan.out_height = plane.height;
+  plan.out_width = plane.width;
+  plan.tile = {in + plane.origin - shift,
+               plane.row,
+               plane.size,
+               packed,
+               shape.in_channels,
+               shape.kernel_h,
+               shape.kernel_w / taps,
+               out,
+               plane.origin,
+               plane.row,
+               lanes,
+               plane.size,
+               bias,
+               &combine};
+  plan.in_step_row = plane.row;
+  plan.in_step_pixel = lanes;
+  plan.out_blocks = blocks_of<A>(shape.out_channels);
+  plan.group_weights = vectors * lanes * shape.in_channels * shape.kernel_h * shape.kernel_w;
+  if (taps == 3)
+    vectors == 2 ? run_plan<A, 2, 3, 1>(plan) : run_plan<A, 1, 3, 1>(plan);
+  else
+    vectors == 2 ? run_plan<A, 2, 1, 1>(plan) : run_plan<A, 1, 1, 1>(plan);
+}
+
+// The accumulator's layout: [output block][input block][ky][input channel][kx][output channel].
+template <class A>
+inline int64_t gradient_index(const ConvShape& shape, int64_t out, int64_t in, int64_t ky, int64_t kx) {
+  constexpr int64_t lanes = kLanes<A>;
+  const int64_t block = out / lanes * blocks_of<A>(shape.in_channels) + in / lanes;
+  return (((block * shape.kernel_h + ky) * lanes + in % lanes) * shape.kernel_w + kx) * lanes + out % lanes;
+}
+
+inline constexpr int64_t kPairs = 16;  // pairs handled while a gradient tile stays in registers
+
+template <class A>
+void weight_gradient(const Plane<A>& plane, const ConvShape& shape, const GradientPair<A>* pairs, int64_t count,
+                     A* gradient) {
+  if (count > kPairs) {
+    weight_gradient(plane, shape, pairs, kPairs, gradient);
+    return weight_gradient(plane, shape, pairs + kPairs, count - kPairs, gradient);
+  }
+  constexpr int lanes = kLanes<A>, inputs = lanes < kTile / 2 ? lanes : kTile / 2;
+  const bool three = taps_of(shape) == 3;
+  const int64_t out_blocks = blocks_of<A>(shape.out_channels), in_blocks = blocks_of<A>(shape.in_channels);
+  const int64_t vectors = three ? 1 : vectors_of<A>(shape.out_channels);
+  const int64_t pad_y = shape.kernel_h / 2, pad_x = shape.kernel_w / 2;
+  const int64_t vector_stride = in_blocks * lanes * lanes * shape.kernel_h * shape.kernel_w;
+  GradientTile<A> tiles[kPairs];
+  for (int64_t ob = 0; ob < out_blocks; ob += vectors)
+    for (int64_t ib = 0; ib < in_blocks; ++ib)
+      for (int64_t ky = 0; ky < shape.kernel_h; ++ky) {
+        // Output rows whose input row ky - pad_y below them exists.
+        const int64_t first = std::max<int64_t>(0, pad_y - ky);
+        const int64_t rows = std::min(plane.height, plane.height + pad_y - ky) - first;
+        if (rows <= 0) continue;
+        for (int64_t i = 0; i < std::min<int64_t>(lanes, shape.in_channels - ib * lanes); i += inputs)
+          for (int64_t kx = 0; kx < shape.kernel_w; kx += three ? 3 : 1) {
+            for (int64_t n = 0; n < count; ++n)
+              tiles[n] = {pairs[n].in + ib * plane.size + plane.origin + (first + ky - pad_y) * plane.row +
+                              (kx - pad_x) * lanes + i,
+                          pairs[n].cotangent + ob * plane.size + plane.origin + first * plane.row,
+                          rows,
+                          plane.width,
+                          plane.row,
+                          lanes,
+                          plane.row,
+                          plane.size};
+            A* to = gradient + gradient_index<A>(shape, ob * lanes, ib * lanes + i, ky, kx);
+            if (three)
+              gradient_tile_of_three<A, inputs>(tiles, count, to);
+            else if (vectors == 2)
+              gradient_tile<A, 2, inputs>(tiles, count, to, shape.kernel_w * lanes, vector_stride);
+            else
+              gradient_tile<A, 1, inputs>(tiles, count, to, shape.kernel_w * lanes, vector_stride);
+          }
+      }
+}
+
+template <class A, class T>
+void unpack_gradient(const ConvShape& shape, const A* gradient, int64_t worker_stride, int64_t workers, T* weight) {
+  for (int64_t out = 0; out < shape.out_channels; ++out)
+    for (int64_t in = 0; in < shape.in_channels; ++in)
+      for (int64_t ky = 0; ky < shape.kernel_h; ++ky)
+        for (int64_t kx = 0; kx < shape.kernel_w; ++kx) {
+          const A* from = gradient + gradient_index<A>(shape, out, in, ky, kx);
+          A sum = from[0];
+          for (int64_t w = 1; w < workers; ++w) sum += from[w * worker_stride];
+          *weight++ = to_storage<T>(sum);
+        }
+}
+
+}  // namespace fastode::resident

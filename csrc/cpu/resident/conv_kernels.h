@@ -1,0 +1,217 @@
+// The micro-kernels. A tile of rows x pixels x output vectors stays in registers and inputs are broadcast; the taps of
+// one tap set share each broadcast, so a 3x3 convolution loads an input once per kernel row.
+#pragma once
+
+#include <utility>
+
+#include "conv.h"
+
+#define FASTODE_UNROLL _Pragma("GCC unroll 64")
+
+namespace fastode::resident {
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+inline constexpr int kTile = 16;  // accumulators of a tile; the other half of the registers holds weights and inputs
+#else
+inline constexpr int kTile = 8;
+#endif
+
+template <class A>
+struct TileArguments {
+  const A* in;  // under the first tap of the tile's first output
+  int64_t in_row, in_plane;
+  const A* weights;
+  int64_t in_channels, kernel_h, tap_sets;
+  A* out;          // the output sample
+  int64_t offset;  // of the tile's first output in it
+  int64_t out_row, out_pixel, out_plane;
+  const A* bias;  // or null
+  const Combine<A>* combine;
+};
+
+template <class A>
+using TileKernel = void (*)(const TileArguments<A>&);
+
+// `step` input pixels (and rows) lie between neighbouring outputs.
+template <class A, int vectors, int rows, int pixels, int taps, int step>
+void convolve_tile(const TileArguments<A>& k) {
+  using V = Vec<A>;
+  constexpr int lanes = kLanes<A>, reach = (pixels - 1) * step + taps;
+  V sums[rows][pixels][vectors] = {};
+
+  const int64_t row = k.in_row;
+  const A* weights = k.weights;
+  const A* block = k.in;
+  for (int64_t left = k.in_channels; left > 0; left -= lanes, block += k.in_plane) {
+    const int64_t channels = left < lanes ? left : lanes;
+    for (int64_t ky = 0; ky < k.kernel_h; ++ky) {
+      for (int64_t set = 0; set < k.tap_sets; ++set) {
+        const A* in = block + ky * row + set * taps * lanes;
+        for (int64_t c = 0; c < channels; ++c, ++in, weights += taps * vectors * lanes) {
+          V w[taps][vectors];
+          FASTODE_UNROLL for (int t = 0; t < taps; ++t) {
+            FASTODE_UNROLL for (int v = 0; v < vectors; ++v) w[t][v] = load<V>(weights + (t * vectors + v) * lanes);
+          }
+          FASTODE_UNROLL for (int r = 0; r < rows; ++r) {
+            FASTODE_UNROLL for (int x = 0; x < reach; ++x) {
+              const V value = splat<V>(in[r * step * row + x * lanes]);
+              FASTODE_UNROLL for (int t = 0; t < taps; ++t) {
+                if (x >= t && (x - t) % step == 0 && (x - t) / step < pixels) {
+                  FASTODE_UNROLL for (int v = 0; v < vectors; ++v) sums[r][(x - t) / step][v] += value * w[t][v];
+                }
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+
+  const Combine<A>& combine = *k.combine;
+  const int64_t out_row = k.out_row, out_pixel = k.out_pixel, out_plane = k.out_plane;
+  FASTODE_UNROLL for (int v = 0; v < vectors; ++v) {
+    const V bias = k.bias ? load<V>(k.bias + v * lanes) : V{};
+    FASTODE_UNROLL for (int r = 0; r < rows; ++r) {
+      FASTODE_UNROLL for (int x = 0; x < pixels; ++x) sums[r][x][v] = (sums[r][x][v] + bias) * combine.scale;
+    }
+  }
+  for (int i = 0; i < combine.count; ++i) {
+    const A* term = combine.term[i] + k.offset;
+    const A coef = combine.coef[i];
+    FASTODE_UNROLL for (int v = 0; v < vectors; ++v) {
+      FASTODE_UNROLL for (int r = 0; r < rows; ++r) {
+        FASTODE_UNROLL for (int x = 0; x < pixels; ++x) sums[r][x][v] +=
+            coef * load<V>(term + v * out_plane + r * out_row + x * out_pixel);
+      }
+    }
+  }
+  A* out = k.out + k.offset;
+  FASTODE_UNROLL for (int v = 0; v < vectors; ++v) {
+    FASTODE_UNROLL for (int r = 0; r < rows; ++r) {
+      FASTODE_UNROLL for (int x = 0; x < pixels; ++x)
+          store<V>(out + v * out_plane + r * out_row + x * out_pixel, sums[r][x][v]);
+    }
+  }
+}
+
+// Tiles of 2^p pixels with as many rows as fit, or one row where fewer are left.
+template <class A, int vectors, int taps, int step, int power = 4>
+TileKernel<A> tile_kernel(int pixels, bool one_row) {
+  if constexpr (power < 0) {
+    return nullptr;
+  } else {
+    constexpr int here = 1 << power, area = kTile / vectors;
+    if constexpr (here <= area) {
+      constexpr int rows = area / here < 4 ? area / here : 4;
+      if (pixels == here)
+        return one_row ? convolve_tile<A, vectors, 1, here, taps, step>
+                       : convolve_tile<A, vectors, rows, here, taps, step>;
+    }
+    return tile_kernel<A, vectors, taps, step, power - 1>(pixels, one_row);
+  }
+}
+
+template <class A>
+struct ConvPlan {
+  int64_t out_height, out_width;  // of the outputs visited
+  TileArguments<A> tile;          // in: under the first tap of output (0, 0); offset: of output (0, 0)
+  int64_t in_step_row, in_step_pixel;
+  int64_t out_blocks, group_weights;  // weights of one group of `vectors` output blocks
+};
+
+template <class A, int vectors, int taps, int step>
+void run_plan(const ConvPlan<A>& plan) {
+  constexpr int area = kTile / vectors;
+  TileArguments<A> tile = plan.tile;
+  const A* const in = tile.in;
+  const int64_t offset = tile.offset;
+  for (int64_t b = 0; b < plan.out_blocks; b += vectors) {
+    int64_t x = 0;
+    for (int pixels = area; x < plan.out_width; pixels /= 2) {
+      const int64_t rows = std::min(4, area / pixels);
+      const auto full = tile_kernel<A, vectors, taps, step>(pixels, false);
+      const auto single = tile_kernel<A, vectors, taps, step>(pixels, true);
+      for (; x + pixels <= plan.out_width; x += pixels) {
+        for (int64_t y = 0; y < plan.out_height;) {
+          const bool whole = y + rows <= plan.out_height;
+          tile.in = in + y * plan.in_step_row + x * plan.in_step_pixel;
+          tile.offset = offset + b * tile.out_plane + y * tile.out_row + x * tile.out_pixel;
+          (whole ? full : single)(tile);
+          y += whole ? rows : 1;
+        }
+      }
+    }
+    tile.weights += plan.group_weights;
+    if (tile.bias) tile.bias += vectors * kLanes<A>;
+  }
+}
+
+// Weight gradient of `taps` horizontal taps x `inputs` input channels x `vectors` output vectors, over all pixels.
+template <class A>
+struct GradientTile {
+  const A* in;         // input under output (first_row, 0)'s first tap, at the first input channel
+  const A* cotangent;  // output (first_row, 0)
+  int64_t rows, width, in_row, in_pixel, cotangent_row, cotangent_plane;
+};
+
+// One pass per output pixel: `taps` broadcasts per input channel.
+template <class A, int vectors, int inputs>
+void gradient_tile(const GradientTile<A>* tiles, int64_t count, A* gradient, int64_t input_stride,
+                   int64_t vector_stride) {
+  using V = Vec<A>;
+  constexpr int lanes = kLanes<A>;
+  V sums[inputs][vectors] = {};
+  for (int64_t n = 0; n < count; ++n) {
+    const GradientTile<A>& k = tiles[n];
+    for (int64_t y = 0; y < k.rows; ++y) {
+      const A* in = k.in + y * k.in_row;
+      const A* cotangent = k.cotangent + y * k.cotangent_row;
+      for (int64_t x = 0; x < k.width; ++x, in += k.in_pixel, cotangent += lanes) {
+        V g[vectors];
+        FASTODE_UNROLL for (int v = 0; v < vectors; ++v) g[v] = load<V>(cotangent + v * k.cotangent_plane);
+        FASTODE_UNROLL for (int i = 0; i < inputs; ++i) {
+          const V value = splat<V>(in[i]);
+          FASTODE_UNROLL for (int v = 0; v < vectors; ++v) sums[i][v] += value * g[v];
+        }
+      }
+    }
+  }
+  FASTODE_UNROLL for (int i = 0; i < inputs; ++i) {
+    FASTODE_UNROLL for (int v = 0; v < vectors; ++v) {
+      A* to = gradient + i * input_stride + v * vector_stride;
+      store<V>(to, load<V>(to) + sums[i][v]);
+    }
+  }
+}
+
+// Three taps at stride 1: an input pixel meets the three cotangents around it, so it is broadcast once. The input's
+// halo is zero and is skipped; the cotangent's halo is read and must be zero.
+template <class A, int inputs>
+void gradient_tile_of_three(const GradientTile<A>* tiles, int64_t count, A* gradient) {
+  using V = Vec<A>;
+  constexpr int lanes = kLanes<A>, taps = 3;
+  V sums[inputs][taps] = {};
+  for (int64_t n = 0; n < count; ++n) {
+    const GradientTile<A>& k = tiles[n];
+    for (int64_t y = 0; y < k.rows; ++y) {
+      const A* in = k.in + y * k.in_row + lanes;
+      const A* cotangent = k.cotangent + y * k.cotangent_row;
+      for (int64_t x = 0; x < k.width; ++x, in += lanes, cotangent += lanes) {
+        V g[taps];
+        FASTODE_UNROLL for (int t = 0; t < taps; ++t) g[t] = load<V>(cotangent + (1 - t) * lanes);
+        FASTODE_UNROLL for (int i = 0; i < inputs; ++i) {
+          const V value = splat<V>(in[i]);
+          FASTODE_UNROLL for (int t = 0; t < taps; ++t) sums[i][t] += value * g[t];
+        }
+      }
+    }
+  }
+  FASTODE_UNROLL for (int i = 0; i < inputs; ++i) {
+    FASTODE_UNROLL for (int t = 0; t < taps; ++t) {
+      A* to = gradient + (i * taps + t) * lanes;
+      store<V>(to, load<V>(to) + sums[i][t]);
+    }
+  }
+}
+
+}  // namespace fastode::resident

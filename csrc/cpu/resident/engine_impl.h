@@ -1,0 +1,141 @@
+// Included by one .cpp per arithmetic type.
+#pragma once
+
+#include <cmath>
+
+#include "engine.h"
+
+namespace fastode::resident {
+
+template <class A>
+Packed<A>::Packed(const BranchArguments& arguments, const Tensor& x, bool backward, bool gradients)
+    : arguments_(arguments), channels_(x.size(1)) {
+  Arena count(nullptr);
+  read(count, backward, gradients);
+  storage_ = new_vector(x, count.used() / static_cast<int64_t>(sizeof(A)), scalar_type<A>());
+  Arena arena(storage_.data_ptr());
+  read(arena, backward, gradients);
+}
+
+// Takes every row and weight from the arena; fills them where it has memory.
+template <class A>
+void Packed<A>::read(Arena& arena, bool backward, bool gradients) {
+  constexpr int64_t lanes = kLanes<A>;
+  const int64_t units = static_cast<int64_t>(arguments_.units.size()) / kUnitIntegers;
+  spec = {};
+  statistics = 0;
+  int64_t channels = channels_;
+  spec.blocks = blocks_of<A>(channels);
+  for (int64_t j = 0; j < units; ++j)
+    spec.blocks = std::max(spec.blocks, blocks_of<A>(arguments_.units[j * kUnitIntegers + 3]));
+  const int64_t width = spec.blocks * lanes;
+  const auto constant = [&](A value, int64_t length) {
+    A* row = arena.take<A>(width);
+    if (row) std::fill(row, row + length, value), std::fill(row + length, row + width, A(0));
+    return row;
+  };
+  spec.zeros = constant(0, 0);
+  size_t next = 0;
+  const auto row_of = [&](int64_t length) {
+    const Tensor& tensor = arguments_.parameters[next++];
+    A* row = constant(0, 0);
+    const int64_t stride = tensor.strides()[0];
+    if (row)
+      with_data<A>(tensor, [&](auto* data) {
+        for (int64_t c = 0; c < length; ++c) row[c] = to_accumulator<A>(data[c * stride]);
+      });
+    return row;
+  };
+  const auto accumulate = [&](int64_t length) {
+    const int64_t at = spec.gradients;
+    if (!gradients) return int64_t{-1};
+    spec.gradients += divide_up(length, 16) * 16;
+    return at;
+  };
+
+  for (int64_t j = 0; j < units; ++j) {
+    const int64_t* integers = arguments_.units.data() + j * kUnitIntegers;
+    const double* numbers = arguments_.numbers.data() + j * kUnitNumbers;
+    const int64_t present = integers[6];
+    UnitSpec<A> unit;
+    unit.norm = integers[0], unit.groups = integers[1], unit.eps = numbers[0];
+    unit.act = {integers[2], {static_cast<A>(numbers[1]), static_cast<A>(numbers[2])}};
+    unit.in_channels = channels;
+    unit.weight = present & kWeight ? row_of(channels) : constant(1, channels);
+    unit.weight_at = present & kWeight ? accumulate(width) : -1;
+    unit.bias = present & kBias ? row_of(channels) : constant(0, 0);
+    unit.bias_at = present & kBias ? accumulate(width) : -1;
+    if (unit.norm == kBatchNorm) statistics += 2 * channels, spec.couples_samples = true;
+    if (present & kRunning) {
+      unit.mean = row_of(channels);
+      A* variance = row_of(channels);
+      for (int64_t c = 0; variance && c < channels; ++c)
+        variance[c] = static_cast<A>(1 / std::sqrt(static_cast<double>(variance[c]) + unit.eps));
+      unit.rstd = variance;
+    } else {
+      unit.mean = constant(0, 0);
+      unit.rstd = constant(1, channels);
+    }
+    if (present & kConvWeight) {
+      const Tensor& weight = arguments_.parameters[next++];
+      unit.has_conv = true;
+      unit.shape = {channels, integers[3], integers[4], integers[5]};
+      spec.halo = std::max({spec.halo, integers[4] / 2, integers[5] / 2});
+      A* forward = arena.take<A>(unit.shape.template packed_size<A>());
+      A* flipped = backward ? arena.take<A>(unit.shape.transposed().template packed_size<A>()) : nullptr;
+      if (forward) {
+        int64_t strides[4];
+        for (int d = 0; d < 4; ++d) strides[d] = weight.strides()[d];
+        with_data<A>(weight, [&](auto* data) {
+          using T = std::remove_pointer_t<decltype(data)>;
+          pack_weights<A, T>(unit.shape, false, data, strides, forward);
+          if (backward) pack_weights<A, T>(unit.shape.transposed(), true, data, strides, flipped);
+        });
+      }
+      unit.forward = forward, unit.backward = flipped;
+      unit.conv_at = accumulate(unit.shape.template gradient_size<A>());
+      channels = integers[3];
+      if (present & kConvBias) unit.conv_bias = row_of(channels), unit.conv_bias_at = accumulate(width);
+    }
+    unit.out_channels = channels;
+    spec.units.push_back(unit);
+  }
+}
+
+template <class A>
+std::vector<Tensor> Packed<A>::gradients(const Tensor& accumulators, int64_t workers) const {
+  const A* base = static_cast<const A*>(accumulators.data_ptr());
+  const int64_t stride = spec.gradients;
+  std::vector<Tensor> result;
+  const auto next = [&]() -> Tensor& {
+    const Tensor& parameter = arguments_.parameters[result.size()];
+    result.push_back(torch::stable::new_empty(parameter, parameter.sizes()));
+    return result.back();
+  };
+  const auto row = [&](int64_t at) {
+    Tensor& gradient = next();
+    with_data<A>(gradient, [&](auto* data) {
+      using T = std::remove_pointer_t<decltype(data)>;
+      for (int64_t c = 0; c < gradient.size(0); ++c) {
+        A sum = base[at + c];
+        for (int64_t w = 1; w < workers; ++w) sum += base[w * stride + at + c];
+        data[c] = to_storage<T>(sum);
+      }
+    });
+  };
+  for (size_t j = 0; j < spec.units.size(); ++j) {
+    const UnitSpec<A>& unit = spec.units[j];
+    const int64_t present = arguments_.units[j * kUnitIntegers + 6];
+    if (present & kWeight) row(unit.weight_at);
+    if (present & kBias) row(unit.bias_at);
+    for (int k = 0; k < 2 && present & kRunning; ++k)
+      result.push_back(new_vector(arguments_.parameters[result.size()], 0, scalar_type<A>()));
+    if (unit.has_conv)
+      with_data<A>(next(),
+                   [&](auto* data) { unpack_gradient(unit.shape, base + unit.conv_at, stride, workers, data); });
+    if (present & kConvBias) row(unit.conv_bias_at);
+  }
+  return result;
+}
+
+}  // namespace fastode::resident

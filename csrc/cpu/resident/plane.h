@@ -1,0 +1,177 @@
+// Where a sample lives while a block works on it: channels in blocks of one vector, each block a plane of pixels with a
+// zero halo. The right halo of a row is the left halo of the next, so a plane of width W and halo p has rows of W + p
+// pixels.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../simd.h"
+
+namespace fastode::resident {
+
+inline constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class A>
+struct Plane {
+  static constexpr int lanes = kLanes<A>;
+  int64_t height, width, halo;
+  int64_t row;     // elements from a pixel to the one below it
+  int64_t size;    // elements of one channel block
+  int64_t origin;  // element of pixel (0, 0)
+
+  Plane(int64_t height, int64_t width, int64_t halo)
+      : height(height),
+        width(width),
+        halo(halo),
+        row((width + halo) * lanes),
+        size((height + 2 * halo) * row + halo * lanes),
+        origin(halo * row + halo * lanes) {}
+
+  int64_t pixels() const { return height * width; }
+};
+
+template <class A>
+inline int64_t blocks_of(int64_t channels) {
+  return divide_up(channels, kLanes<A>);
+}
+
+// Scratch handed out in order from one allocation; with a null base it only counts. Debug builds put guard words behind
+// every piece and `intact` checks them.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+
+  template <class A>
+  A* take(int64_t count) {
+    A* piece = base_ ? reinterpret_cast<A*>(base_ + used_) : nullptr;
+    used_ += divide_up(count * static_cast<int64_t>(sizeof(A)), 64) * 64;
+#ifdef FASTODE_DEBUG
+    guard_();
+#endif
+    return piece;
+  }
+
+  int64_t used() const { return used_; }
+
+#ifdef FASTODE_DEBUG
+  static constexpr uint64_t kGuard = 0x5afe5afe5afe5afeull;
+  static constexpr int64_t kGuardWords = 8;
+#endif
+
+ private:
+#ifdef FASTODE_DEBUG
+  void guard_() {
+    if (base_) std::fill_n(reinterpret_cast<uint64_t*>(base_ + used_), kGuardWords, kGuard);
+    used_ += kGuardWords * 8;
+  }
+#endif
+
+  char* base_;
+  int64_t used_ = 0;
+};
+
+// The samples a segment of a program works on now: [first, first + count) of the tile that begins at sample `tile`.
+struct Range {
+  int64_t worker, tile, first, count;
+};
+
+// Whose samples a piece of memory holds: all of the batch's, one tile's, or those of one worker's current range.
+enum class Extent { kBatch, kTile, kRange };
+
+// One feature map of several samples.
+template <class A>
+struct Map {
+  A* base = nullptr;
+  int64_t stride = 0;  // elements from one sample to the next
+  int64_t blocks = 0;
+  Extent extent = Extent::kTile;
+  int64_t per_worker = 0;  // samples per worker, for kRange
+
+  A* at(const Range& range, int64_t i) const {
+    if (extent == Extent::kRange) return base + (range.worker * per_worker + i) * stride;
+    return base + (range.first + i + (extent == Extent::kBatch ? range.tile : 0)) * stride;
+  }
+};
+
+template <class A>
+inline void clear_halo(const Plane<A>& plane, A* sample, int64_t blocks) {
+  const int64_t side = plane.halo * Plane<A>::lanes;
+  if (side == 0) return;
+  for (int64_t b = 0; b < blocks; ++b) {
+    A* block = sample + b * plane.size;
+    std::fill(block, block + plane.origin, A(0));
+    for (int64_t y = 0; y < plane.height; ++y) {
+      A* right = block + plane.origin + y * plane.row + plane.width * Plane<A>::lanes;
+      std::fill(right, right + side, A(0));
+    }
+    std::fill(block + plane.origin + plane.height * plane.row, block + plane.size, A(0));
+  }
+}
+
+// A tensor [N, C, H, W] with any strides, as a resident program reads or writes it.
+template <class T>
+struct Feature {
+  T* data;
+  int64_t channels, height, width;
+  int64_t sample, channel, row, pixel;  // strides in elements
+};
+
+template <class A, class T>
+inline A to_accumulator(T value) {
+  if constexpr (std::is_same_v<T, bfloat16>)
+    return widen(value);
+  else
+    return static_cast<A>(value);
+}
+
+template <class T, class A>
+inline T to_storage(A value) {
+  if constexpr (std::is_same_v<T, bfloat16>)
+    return narrow(value);
+  else
+    return static_cast<T>(value);
+}
+
+template <class A, class T>
+void load_sample(const Plane<A>& plane, const Feature<const T>& from, int64_t n, A* to) {
+  constexpr int lanes = Plane<A>::lanes;
+  for (int64_t b = 0; b < blocks_of<A>(from.channels); ++b) {
+    const int64_t channels = std::min<int64_t>(lanes, from.channels - b * lanes);
+    for (int64_t y = 0; y < plane.height; ++y) {
+      const T* source = from.data + n * from.sample + b * lanes * from.channel + y * from.row;
+      A* target = to + b * plane.size + plane.origin + y * plane.row;
+      if (channels == lanes && from.channel == 1) {
+        for (int64_t x = 0; x < plane.width; ++x)
+          for (int c = 0; c < lanes; ++c) target[x * lanes + c] = to_accumulator<A>(source[x * from.pixel + c]);
+      } else {
+        if (channels < lanes) std::fill(target, target + plane.width * lanes, A(0));
+        for (int64_t c = 0; c < channels; ++c)
+          for (int64_t x = 0; x < plane.width; ++x)
+            target[x * lanes + c] = to_accumulator<A>(source[x * from.pixel + c * from.channel]);
+      }
+    }
+  }
+}
+
+template <class A, class T>
+void store_sample(const Plane<A>& plane, const A* from, const Feature<T>& to, int64_t n) {
+  constexpr int lanes = Plane<A>::lanes;
+  for (int64_t b = 0; b < blocks_of<A>(to.channels); ++b) {
+    const int64_t channels = std::min<int64_t>(lanes, to.channels - b * lanes);
+    for (int64_t y = 0; y < plane.height; ++y) {
+      const A* source = from + b * plane.size + plane.origin + y * plane.row;
+      T* target = to.data + n * to.sample + b * lanes * to.channel + y * to.row;
+      if (channels == lanes && to.channel == 1) {
+        for (int64_t x = 0; x < plane.width; ++x)
+          for (int c = 0; c < lanes; ++c) target[x * to.pixel + c] = to_storage<T>(source[x * lanes + c]);
+      } else {
+        for (int64_t c = 0; c < channels; ++c)
+          for (int64_t x = 0; x < plane.width; ++x)
+            target[x * to.pixel + c * to.channel] = to_storage<T>(source[x * lanes + c]);
+      }
+    }
+  }
+}
+
+}  // namespace fastode::resident

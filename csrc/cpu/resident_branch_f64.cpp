@@ -1,0 +1,9 @@
+#include "resident/branch_impl.h"
+#include "resident/engine_impl.h"
+
+namespace fastode::resident {
+
+template class Branch<double>;
+template class Packed<double>;
+
+}  // namespace fastode::resident

@@ -1,0 +1,132 @@
+// The resident engine's operators: a whole block in one call. Feature maps are [N, C, H, W] with any strides.
+#include <torch/csrc/stable/library.h>
+
+#include <cstring>
+#include <tuple>
+
+#include "resident/engine.h"
+
+namespace fastode::resident {
+
+template <template <class> class Program, class A, class Rule>
+void run(const Call<A>& call, const Rule& rule);
+
+int64_t group_for(int64_t samples, int64_t workers, int64_t pixels) {
+  constexpr int64_t wanted = 256;  // pixels that should share one reading of the weights
+  return std::max<int64_t>(1, std::min({kGroup, wanted / pixels, divide_up(samples, workers)}));
+}
+
+namespace {
+
+using Tensors = std::vector<Tensor>;
+using Integers = std::vector<int64_t>;
+using Numbers = std::vector<double>;
+
+Tensor like(const Tensor& x) {
+  const auto strides = x.strides();
+  const bool last = strides[1] == 1 && x.size(1) > 1;
+  return torch::stable::empty(
+      x.sizes(), x.scalar_type(), std::nullopt, x.device(), std::nullopt,
+      last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous);
+}
+
+template <class F>
+auto with_arithmetic(const Tensor& x, const F& f) {
+  return x.scalar_type() == ScalarType::Double ? f(double{}) : f(float{});
+}
+
+// Result, statistics and what is kept for backward.
+using Forward = std::tuple<Tensor, Tensor, Tensors>;
+// Gradients of x, of the parameters and of the scheme's coefficients.
+using Backward = std::tuple<Tensor, Tensors, Tensor>;
+
+template <template <class> class Program, class Rule>
+Forward forward(const Tensor& x, const BranchArguments& branch, const Rule& rule, int64_t evaluations,
+                bool backward_weights, bool keep, int64_t products) {
+  return with_arithmetic(x, [&](auto zero) {
+    using A = decltype(zero);
+    const Packed<A> packed(branch, x, backward_weights, false);
+    Store kept(x);
+    Call<A> call{packed, x, nullptr, like(x), keep ? &kept : nullptr};
+    call.statistics = new_vector(x, packed.statistics * evaluations, scalar_type<A>());
+    call.products_stride = products;
+    run<Program>(call, rule);
+    return Forward(call.result, call.statistics, kept.pieces());
+  });
+}
+
+template <template <class> class Program, class Rule>
+Backward backward(const Tensor& x, const Tensor& cotangent, const BranchArguments& branch, const Rule& rule,
+                  const Tensors& kept_pieces, bool parameters, int64_t products) {
+  return with_arithmetic(x, [&](auto zero) {
+    using A = decltype(zero);
+    const Packed<A> packed(branch, x, true, parameters);
+    const int64_t workers = workers_for(x.size(0));
+    Store kept(x, kept_pieces);
+    Call<A> call{packed, x, &cotangent, like(x), kept_pieces.empty() ? nullptr : &kept};
+    call.gradients = new_vector(x, workers * packed.spec.gradients, scalar_type<A>(), true);
+    call.products = new_vector(x, workers * products, ScalarType::Double, true);
+    call.products_stride = products;
+    run<Program>(call, rule);
+    const Tensor total = new_vector(x, products, ScalarType::Double, true);
+    const double* partial = static_cast<const double*>(call.products.data_ptr());
+    for (int64_t i = 0; i < workers * products; ++i) static_cast<double*>(total.data_ptr())[i % products] += partial[i];
+    return Backward(call.result, parameters ? packed.gradients(call.gradients, workers) : Tensors{}, total);
+  });
+}
+
+Forward ie_forward(Tensor x, Tensors parameters, Integers units, Numbers numbers, int64_t steps, double gamma,
+                   double theta, bool keep) {
+  return forward<DescentForward>(x, {parameters, units, numbers}, Descent{steps, gamma, theta, !keep}, steps + 1,
+                                 steps > 0, keep, 0);
+}
+
+std::tuple<Tensor, Tensors> ie_backward(Tensor x, Tensor cotangent, Tensors kept, Tensors parameters, Integers units,
+                                        Numbers numbers, int64_t steps, double gamma, double theta, bool detach,
+                                        bool gradients) {
+  auto [bar, bars, none] = backward<DescentBackward>(x, cotangent, {parameters, units, numbers},
+                                                     Descent{steps, gamma, theta, detach}, kept, gradients, 0);
+  return {bar, bars};
+}
+
+// `table` [2, stages, stages], float64, contiguous: alpha and beta.
+Scheme scheme_of(const Tensor& table) {
+  const int64_t stages = table.size(1);
+  const double* alpha = static_cast<const double*>(table.data_ptr());
+  return {stages, alpha, alpha + stages * stages};
+}
+
+Forward rk_forward(Tensor x, Tensors parameters, Integers units, Numbers numbers, Tensor table, bool keep,
+                   bool table_gradient) {
+  return forward<SchemeForward>(x, {parameters, units, numbers}, scheme_of(table), table.size(1), false, keep,
+                                table_gradient ? table.numel() : 0);
+}
+
+Backward rk_backward(Tensor x, Tensor cotangent, Tensors kept, Tensors parameters, Integers units, Numbers numbers,
+                     Tensor table, bool gradients, bool table_gradient) {
+  return backward<SchemeBackward>(x, cotangent, {parameters, units, numbers}, scheme_of(table), kept, gradients,
+                                  table_gradient ? table.numel() : 0);
+}
+
+}  // namespace
+}  // namespace fastode::resident
+
+#define FASTODE_BRANCH "Tensor[] parameters, int[] units, float[] numbers"
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastode, m) {
+  m.def("resident_ie_forward(Tensor x, " FASTODE_BRANCH
+        ", int steps, float step_size, float theta, bool keep) -> (Tensor y, Tensor statistics, Tensor[] kept)");
+  m.def("resident_ie_backward(Tensor x, Tensor cotangent, Tensor[] kept, " FASTODE_BRANCH
+        ", int steps, float step_size, float theta, bool detach, bool gradients) -> (Tensor x_bar, Tensor[] bars)");
+  m.def("resident_rk_forward(Tensor x, " FASTODE_BRANCH
+        ", Tensor table, bool keep, bool table_gradient) -> (Tensor y, Tensor statistics, Tensor[] kept)");
+  m.def("resident_rk_backward(Tensor x, Tensor cotangent, Tensor[] kept, " FASTODE_BRANCH
+        ", Tensor table, bool gradients, bool table_gradient) -> (Tensor x_bar, Tensor[] bars, Tensor table_bar)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastode, CPU, m) {
+  m.impl("resident_ie_forward", TORCH_BOX(&fastode::resident::ie_forward));
+  m.impl("resident_ie_backward", TORCH_BOX(&fastode::resident::ie_backward));
+  m.impl("resident_rk_forward", TORCH_BOX(&fastode::resident::rk_forward));
+  m.impl("resident_rk_backward", TORCH_BOX(&fastode::resident::rk_backward));
+}

@@ -1,0 +1,8 @@
+#include "resident/run_impl.h"
+
+namespace fastode::resident {
+
+template void run<SchemeForward>(const Call<float>&, const Scheme&);
+template void run<SchemeBackward>(const Call<float>&, const Scheme&);
+
+}  // namespace fastode::resident
