@@ -1,0 +1,165 @@
+"""The resident engine: equal on its own shapes, deterministic, safe among threads; and it fills what it returns."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastode
+from fastode import reference
+from fastode.testing import assert_blocks_equal, sample_input
+
+SHAPES = [(16, 32, 32), (32, 16, 16), (64, 8, 8), (128, 4, 4), (3, 5, 7), (24, 9, 3), (20, 2, 1)]
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "layer": lambda c: nn.GroupNorm(1, c),
+    "channel": lambda c: nn.GroupNorm(c, c),
+    "batch": nn.BatchNorm2d,
+    "none": lambda c: nn.Identity(),
+}
+
+
+def preactivation(channels: int, norm: str, activation: nn.Module | None = None) -> nn.Sequential:
+    act = nn.Softplus() if activation is None else activation
+    layers: list[nn.Module] = []
+    for _ in range(2):
+        layers += [NORMS[norm](channels), act, nn.Conv2d(channels, channels, 3, padding=1)]
+    return randomized(nn.Sequential(*layers))
+
+
+def bottleneck(channels: int) -> nn.Sequential:
+    inner = channels // 2
+    return randomized(
+        nn.Sequential(
+            nn.GroupNorm(1, channels), nn.ReLU(), nn.Conv2d(channels, inner, 1, bias=False),
+            nn.GroupNorm(1, inner), nn.ReLU(), nn.Conv2d(inner, inner, (3, 5), padding=(1, 2), bias=False),
+            nn.GroupNorm(1, inner), nn.ReLU(), nn.Conv2d(inner, channels, 1, bias=False),
+            nn.GroupNorm(1, channels),
+        )
+    )  # fmt: skip
+
+
+def randomized(branch: nn.Sequential) -> nn.Sequential:
+    torch.manual_seed(11)
+    with torch.no_grad():
+        for module in branch:
+            if isinstance(module, nn.GroupNorm | nn.BatchNorm2d):
+                module.weight.normal_(1.0, 0.3)
+                module.bias.normal_(0.0, 0.3)
+    return branch
+
+
+def fused(block: nn.Module) -> nn.Module:
+    twin = copy.deepcopy(block)
+    fastode.fuse(twin)
+    twin.engine = "resident"
+    return twin
+
+
+def blocks(branch: nn.Module) -> Iterator[nn.Module]:
+    yield reference.IESkip(copy.deepcopy(branch), 1, 0.1)
+    yield reference.IESkip(copy.deepcopy(branch), 3, 0.1, theta=0.5)
+    yield reference.IESkip(copy.deepcopy(branch), 2, 0.1, detach=True)
+    yield reference.SSP3(copy.deepcopy(branch))
+    yield reference.Ark(copy.deepcopy(branch), learn_a21=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equal_on_its_shapes(shape: tuple[int, int, int], norm: str, dtype: torch.dtype) -> None:
+    x = sample_input(5, *shape, dtype=dtype)
+    for block in blocks(preactivation(shape[0], norm)):
+        block.to(dtype)
+        assert_blocks_equal(block, fused(block), x)
+
+
+@pytest.mark.parametrize("mode", ["train", "input_grad", "forward"])
+def test_equal_on_a_bottleneck_that_ends_in_a_norm(mode: str) -> None:
+    x = sample_input(3, 48, 10, 6)
+    for block in blocks(bottleneck(48)):
+        assert_blocks_equal(block, fused(block), x, mode=mode)
+
+
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+def test_variance_of_a_mean_far_from_zero(norm: str) -> None:
+    x = sample_input(4, 16, 16, 16, dtype=torch.float32) + 1000.0
+    for block in blocks(preactivation(16, norm)):
+        assert_blocks_equal(block, fused(block), x)
+
+
+def gradients(block: nn.Module, x: Tensor) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    y = block(x)
+    found = torch.autograd.grad(y.square().sum(), [x, *block.parameters()])
+    return [y.detach(), *found]
+
+
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+def test_same_input_same_bits(norm: str) -> None:
+    x = sample_input(7, 32, 8, 8, dtype=torch.float32)
+    for block in blocks(preactivation(32, norm)):
+        twin = fused(block)
+        first = gradients(twin, x)
+        for _ in range(3):
+            assert all(torch.equal(a, b) for a, b in zip(gradients(twin, x), first, strict=True))
+
+
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+def test_python_threads_do_not_disturb_each_other(norm: str) -> None:
+    inputs = [sample_input(3, 16, 8, 8, dtype=torch.float32, seed=seed) for seed in range(4)]
+    twins = [fused(reference.SSP3(preactivation(16, norm))) for _ in inputs]
+    alone = [gradients(twin, x) for twin, x in zip(twins, inputs, strict=True)]
+    found: list[list[list[Tensor]]] = [[] for _ in inputs]
+
+    def work(index: int) -> None:
+        for _ in range(5):
+            found[index].append(gradients(twins[index], inputs[index]))
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for expected, runs in zip(alone, found, strict=True):
+        assert len(runs) == 5
+        for run in runs:
+            assert all(torch.equal(a, b) for a, b in zip(run, expected, strict=True))
+
+
+@pytest.fixture
+def filled_memory() -> Iterator[None]:
+    """New tensors are filled with NaN, scratch included."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("shape", SHAPES[3:6], ids=str)
+def test_nothing_is_read_before_it_is_written(shape: tuple[int, int, int], norm: str, filled_memory: None) -> None:
+    x = sample_input(5, *shape)
+    for block in blocks(preactivation(shape[0], norm)):
+        assert_blocks_equal(block, fused(block), x)
+
+
+@pytest.mark.parametrize(
+    ("branch", "shape", "reason"),
+    [
+        (nn.Conv2d(8, 8, 3, padding=1, groups=2), (8, 4, 4), "convolutions without groups and dilation only"),
+        (nn.Conv2d(8, 8, 3, padding=2, dilation=2), (8, 4, 4), "convolutions without groups and dilation only"),
+        (nn.Conv2d(256, 256, 1), (256, 2, 2), "with more than 128 channels the weights leave the cache"),
+        (nn.Conv2d(16, 16, 1), (16, 128, 128), "a feature map of one sample takes more than 256 KB"),
+    ],
+)
+def test_named_engine_refuses_with_the_reason(branch: nn.Module, shape: tuple[int, int, int], reason: str) -> None:
+    twin = fused(reference.SSP2(nn.Sequential(nn.ReLU(), branch)))
+    with pytest.raises(ValueError, match=reason):
+        twin(torch.zeros(1, *shape))
