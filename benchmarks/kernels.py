@@ -260,8 +260,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows.sort(key=lambda row: row.kernel)
     folder.mkdir(parents=True, exist_ok=True)
     about = {"commit": header.commit(), "versions": header.versions()}
-    record = {"header": about, "results": [asdict(row) for row in rows]}
-    (folder / "kernels.json").write_text(json.dumps(record, indent=1) + "\n")
+    lines = ",\n".join(json.dumps(asdict(row), ensure_ascii=False) for row in rows)
+    (folder / "kernels.json").write_text(f'{{"header": {json.dumps(about)},\n"results": [\n{lines}\n]}}\n')
     (folder / "kernels.md").write_text(markdown(rows))
     spilling = [row for row in rows if row.spills]
     print(f"{len(rows)} rows in {folder}; {len(spilling)} spill")

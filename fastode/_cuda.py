@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+_reason: str | None = None  # why nothing is registered, None before it was tried
 _libraries: list[torch.library.Library] = []  # a registration lives as long as its library object
 _DEFINE = re.compile(r'#define\s+(\w+)\s+"([^"]*)"')
 _SCHEMA = re.compile(r'm\.def\(((?:\s*(?:"[^"]*"|\w+))+)\s*\)')
@@ -73,19 +74,23 @@ def _on_its_device(operator: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-@functools.cache
-def register(source: Path | None) -> str:
-    """Make torch.ops.fastode take CUDA tensors, once.
+def register(source: Path | None = None) -> None:
+    """Make torch.ops.fastode take CUDA tensors where this machine can run them, once.
 
     Args:
-        source: ops.cpp if the operators are not defined because the C++ library is missing, else None.
-
-    Returns:
-        Why not, empty if it does.
+        source: ops.cpp where the operators are not defined because the C++ library is missing, else None.
     """
+    global _reason
+    if _reason == "":
+        return
     reason = why_not()
     if not reason:
         if source is not None:
             define(source)
         implement()
-    return reason
+    _reason = reason
+
+
+def no_kernels() -> str:
+    """Why torch.ops.fastode does not take CUDA tensors, empty if it does; costs nothing and can be traced."""
+    return "the operators were not loaded" if _reason is None else _reason

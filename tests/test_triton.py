@@ -5,15 +5,21 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import test_operators
 import torch
 
 from benchmarks import kernels
 from fastode import _build, _cuda
 from fastode.ops.triton import passes
+from fastode.testing import sample_input
 
+CASES = test_operators.CASES
+METHODS = sorted(name for name in vars(test_operators.TestOperators) if name.startswith("test_"))
 HERE = Path(__file__).parent
 SOURCE = HERE.parent / "csrc" / "ops.cpp"
 # Each in a process of its own, because one that interprets cannot compile.
@@ -84,7 +90,71 @@ def test_schemas_are_those_of_the_library() -> None:
 
 def test_without_a_card_nothing_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert _cuda.why_not() == "there is no CUDA device"
+    monkeypatch.setattr(_cuda, "_reason", None)
+    assert _cuda.no_kernels() == "the operators were not loaded"
+    _cuda.register()
+    assert _cuda.no_kernels() == _cuda.why_not() == "there is no CUDA device"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(_cuda.importlib.util, "find_spec", lambda name: None)
     assert _cuda.why_not() == "Triton is not installed"
+
+
+class OnCard:
+    """The operators, called with maps, statistics and parameters moved to a device, and their results moved back."""
+
+    def __init__(self, device: str, learned: bool) -> None:
+        self.device, self.learned = device, learned
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        operator = getattr(torch.ops.fastode, name)
+        names = [argument.name for argument in operator.default._schema.arguments]
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, (list, tuple)):
+                return [moved(each) for each in value]
+            return value.to(self.device) if isinstance(value, torch.Tensor) else value
+
+        def call(*arguments: Any) -> Any:
+            pairs = zip(names, arguments, strict=True)
+            result = operator(*(v if n == "coefs" and not self.learned else moved(v) for n, v in pairs))
+            return result.cpu() if isinstance(result, torch.Tensor) else tuple(each.cpu() for each in result)
+
+        return call
+
+
+@pytest.fixture
+def _registered() -> None:
+    assert _build.load(announce=False) is None
+    _cuda.register()
+    assert _cuda.no_kernels() == ""
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_registered")
+@pytest.mark.parametrize("learned", [False, True], ids=["constants", "learned"])
+@pytest.mark.parametrize("method", METHODS)
+def test_operators_on_the_card(method: str, learned: bool) -> None:
+    half = [case | {"dtype": torch.float16} for case in CASES if case["dtype"] == torch.bfloat16]
+    for case in CASES + half:
+        getattr(test_operators.TestOperators(), method)(OnCard("cuda", learned), case)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_registered")
+def test_operators_can_be_captured() -> None:
+    x = sample_input(4, 16, 8, 8, dtype=torch.bfloat16, layout="channels_last").cuda()
+    codes, two = (2, 1, 1e-5, 1, 0.0, 0.0), torch.tensor([0.5, 2.0], dtype=torch.float64)
+
+    def run() -> tuple[torch.Tensor, ...]:
+        u, a, stats = torch.ops.fastode.norm_act([x, x], two, None, None, None, *codes)
+        return a, torch.ops.fastode.norm_act_vjp(u, a, stats, None, None, [x], two, False, *codes)[0]
+
+    run()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    x.mul_(-0.75)
+    graph.replay()
+    for replayed, direct in zip(captured, run(), strict=True):
+        assert torch.equal(replayed, direct)

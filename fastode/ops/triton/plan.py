@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from functools import cache
 
 # Entries that a program has at a time, by what it keeps of each in registers.
-TILE = {"moments": 4096, "sums": 2048, "second_sums": 1024, "apply": 2048}
+TILE = {"moments": 2048, "sums": 2048, "second_sums": 1024, "apply": 2048}
 # A map without a norm is an array of rows of this width.
 FLAT = 2048
-ENTRIES_PER_THREAD = {"moments": 16, "sums": 8, "second_sums": 8, "apply": 8}
+ENTRIES_PER_THREAD = {"moments": 8, "sums": 8, "second_sums": 8, "apply": 8}
 # For one program per normalised set: bytes of each map that a program, and a thread, has at a time.
 SET_BYTES = {"value": 16384, "cotangent": 16384, "tangent": 16384, "second": 8192}
 SET_THREAD_BYTES = {"value": 32, "cotangent": 32, "tangent": 32, "second": 16}
@@ -65,7 +65,8 @@ def power_of_two(n: int) -> int:
 
 
 def _warps(entries: int, per_thread: int) -> int:
-    return max(1, min(MAX_WARPS, power_of_two(entries // (32 * per_thread))))
+    wanted = power_of_two(entries // (32 * per_thread))
+    return max(1, min(MAX_WARPS, max(wanted, min(4, entries // 64))))  # a small set is sooner done by four warps
 
 
 @cache
