@@ -250,6 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
     parser.add_argument("--results", type=Path, default=header.RESULTS / "offline")
     folder = parser.parse_args(argv).results
+    about = {"commit": header.commit(), "versions": header.versions()}
     rows: list[Compiled] = []
     todo = launches(MAPS, DTYPES)
     print(f"{len(todo)} launches for {', '.join(f'sm_{a}' for a in ARCHITECTURES)}", flush=True)
@@ -259,7 +260,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{done} compiled", flush=True)
     rows.sort(key=lambda row: row.kernel)
     folder.mkdir(parents=True, exist_ok=True)
-    about = {"commit": header.commit(), "versions": header.versions()}
     lines = ",\n".join(json.dumps(asdict(row), ensure_ascii=False) for row in rows)
     (folder / "kernels.json").write_text(f'{{"header": {json.dumps(about)},\n"results": [\n{lines}\n]}}\n')
     (folder / "kernels.md").write_text(markdown(rows))
