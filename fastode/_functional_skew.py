@@ -40,10 +40,10 @@ class Field:
 
     def why_not(self, engine: str, states: Sequence[Tensor]) -> str:
         """Why an engine cannot run it on these states (or, without any, on some); empty if it can."""
-        if engine == "resident":
-            return "the resident engine has one-step blocks only"
         if self.reason:
             return self.reason
+        if engine == "resident":
+            return "it has one-step blocks only"
         reason = _dispatch.no_operators()
         return reason or (_dispatch.cannot_take(states, [self.weight, *self.tensors]) if states else "")
 

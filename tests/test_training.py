@@ -15,6 +15,7 @@ from fastode import nets
 from fastode.testing import sample_input
 
 STEPS = 10
+ENGINES = ("resident", "staged")
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "ie_resnet18": lambda: nets.ie_resnet18(steps=1, step_size=0.1, width=8),
     "ie_resnet18_batch": lambda: nets.ie_resnet18(steps=2, step_size=0.1, width=8, norm="batch"),
@@ -43,35 +44,43 @@ def furthest(first: list[Tensor], second: list[Tensor]) -> float:
     return max(float((a - b).abs()) for a, b in zip(first, second, strict=True))
 
 
-def fused_copy(model: nn.Module) -> nn.Module:
+def keeps_shape(name: str, block: nn.Module) -> bool:
+    """What the engines can run; the others stay as they are."""
+    return getattr(block, "shortcut", None) is None
+
+
+def fused_copy(model: nn.Module, engine: str) -> nn.Module:
     model = copy.deepcopy(model)
-    report = fastode.fuse(model, example=sample_input(2, 3, 16, 16))
+    report = fastode.fuse(model, engine=engine, example=sample_input(2, 3, 16, 16), filter=keeps_shape)
     assert report.fused > 0, str(report)
-    assert all(row.engines == ("staged",) for row in report.rows if row.is_fused)
+    assert all(row.engines == (engine,) for row in report.rows if row.is_fused)
     return model
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_ten_steps_in_float64(name: str) -> None:
+def test_ten_steps_in_float64(name: str, engine: str) -> None:
     model = NETWORKS[name]()
     expected = losses(copy.deepcopy(model), torch.float64, torch.contiguous_format)
-    found = losses(fused_copy(model), torch.float64, torch.contiguous_format)
+    found = losses(fused_copy(model, engine), torch.float64, torch.contiguous_format)
     assert furthest(found, expected) <= 1e-9
     assert furthest(expected[:1] * (STEPS - 1), expected[1:]) > 1e-3, "the network did not train"
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_ten_steps_in_float32(name: str) -> None:
+def test_ten_steps_in_float32(name: str, engine: str) -> None:
     model = NETWORKS[name]()
     expected = losses(copy.deepcopy(model), torch.float32, torch.contiguous_format)
     other = losses(copy.deepcopy(model), torch.float32, torch.channels_last)
-    found = losses(fused_copy(model), torch.float32, torch.contiguous_format)
+    found = losses(fused_copy(model, engine), torch.float32, torch.contiguous_format)
     assert furthest(found, expected) <= 10 * furthest(other, expected)
 
 
-def test_running_statistics_of_a_network_after_ten_steps() -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_running_statistics_of_a_network_after_ten_steps(engine: str) -> None:
     model = nets.sspnet("ssp2", n=1, width=8)
-    fused = fused_copy(model)
+    fused = fused_copy(model, engine)
     for network in (model, fused):
         losses(network, torch.float64, torch.contiguous_format)
     state = fused.state_dict()
