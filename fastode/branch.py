@@ -37,8 +37,8 @@ class Reading:
     Attributes:
         units: the units in order, or None where the branch cannot be read.
         reason: why it cannot, in one sentence; empty otherwise.
-        tensors: six for each unit: norm weight, norm bias, running mean, running variance (these two only where the norm
-            normalises by them), convolution weight, convolution bias; None where absent.
+        tensors: six for each unit: norm weight, norm bias, running mean, running variance (these two only where the
+            norm normalises by them), convolution weight, convolution bias; None where absent.
         norms: for each unit the norm module whose running statistics a forward call must update, else None.
         fault: what keeps the branch from being a residual branch on any input, as "one that takes 8 channels and
             returns 16"; empty where nothing of the kind is known.

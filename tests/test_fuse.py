@@ -398,7 +398,8 @@ def test_the_report_is_a_plain_table():
         "block  type  twin             engines                      why",
         "0      SSP2  fastode.nn.SSP2  resident, staged, reference",
         "1      SSP3  -                reference                    left out by the filter",
-        "2      Ark   fastode.nn.Ark   reference                    resident, staged: branch (GELU) is of a type the reader does not know.",
+        "2      Ark   fastode.nn.Ark   reference                    "
+        "resident, staged: branch (GELU) is of a type the reader does not know.",
         "1 fused, 2 as the reference",
     ]
     assert str(fastode.fuse(nn.ReLU())) == "no block that fastode knows"
