@@ -1,31 +1,26 @@
-// Whole blocks on resident samples: IE-Skip and the explicit schemes in
-// Shu-Osher form, forwards and backwards. Derivations: the README.md of
-// fastode/ops/implicit_euler and fastode/ops/runge_kutta.
+// Whole blocks on resident samples: IE-Skip and the explicit schemes in Shu-Osher form, forwards and backwards.
+// Derivations: the README.md of fastode/ops/implicit_euler and fastode/ops/runge_kutta.
 //
-// A program owns its maps. `input` and `cotangent` are filled before `run`,
-// `result` is read after it. Where the memory has a place for what is kept, a
-// forward program leaves its evaluations there, and the backward one, made with
-// the same pieces, finds them instead of computing them again.
+// A program owns its maps. `input` and `cotangent` are filled before `run`, `result` is read after it. Where the memory
+// has a place for what is kept, a forward program leaves its evaluations there, and the backward one, made with the
+// same pieces, finds them instead of computing them again.
 #pragma once
 
 #include "branch.h"
 
 namespace fastode::resident {
 
-// K steps of size gamma on |y - x - (1 - theta) s - theta f(y)|^2, s = f(x),
-// from y = x + s.
+// K steps of size gamma on |y - x - (1 - theta) s - theta f(y)|^2, s = f(x), from y = x + s.
 struct Descent {
   int64_t steps;
   double gamma, theta;
   bool detach;  // the derivative takes the descent's direction as a constant
 
-  // Whether the derivative is the residual block's. With theta = 0 the descent
-  // starts where it ends.
+  // Whether the derivative is the residual block's. With theta = 0 the descent starts where it ends.
   bool plain() const { return detach || steps == 0 || theta == 0; }
 };
 
-// u_i = sum_k alpha[i, k] u_k + beta[i, k] F(u_k), rows i = 1 ... stages, both
-// [stages, stages].
+// u_i = sum_k alpha[i, k] u_k + beta[i, k] F(u_k), rows i = 1 ... stages, both [stages, stages].
 struct Scheme {
   int64_t stages;
   const double *alpha, *beta;
@@ -40,9 +35,8 @@ struct Scheme {
   }
 };
 
-// What a program is asked for beside its result: gradients of the parameters;
-// statistics of batch norms, evaluation by evaluation; and per worker the inner
-// products that make up the gradient of a scheme's coefficients [2, stages,
+// What a program is asked for beside its result: gradients of the parameters; statistics of batch norms, evaluation by
+// evaluation; and per worker the inner products that make up the gradient of a scheme's coefficients [2, stages,
 // stages].
 template <class A>
 struct Wishes {
@@ -57,8 +51,7 @@ struct Wishes {
 template <class A>
 class DescentPoints {
  public:
-  // Without a place to keep them, a forward program writes every point over the
-  // one before.
+  // Without a place to keep them, a forward program writes every point over the one before.
   DescentPoints(Branch<A>& branch, const Memory& memory, const Descent& descent, const Map<A>& input, bool forward)
       : descent_(descent), input_(input), at_input(branch.evaluation(memory, !descent.plain())) {
     const bool keep = !descent.plain(), separate = keep && (memory.kept || !forward);
@@ -180,10 +173,8 @@ class DescentBackward {
       }
     }
     for (int64_t k = steps; k-- > 0;) {
-      // With c the cotangent of the step's output and e the residual: pull =
-      // -theta (cotangent of e) = 2 gamma theta (c
-      // - theta J c), and the two cotangents of the second-order sweep are pull
-      // and 2 gamma theta e.
+      // With c the cotangent of the step's output and e the residual: pull = -theta (cotangent of e) = 2 gamma theta (c
+      // - theta J c), and the two cotangents of the second-order sweep are pull and 2 gamma theta e.
       if (!found_) points_.evaluate(branch, k);
       Evaluation<A>& e = points_.evaluation(k);
       branch.tangent(e, cotangent, pull_, {-2 * gamma * theta * theta, {{2 * gamma * theta, cotangent}}});
@@ -214,8 +205,7 @@ class DescentBackward {
   Map<A> pull_, sum_, skip_cotangent_;
 };
 
-// The stages of a scheme. With `separate` each keeps its point and its
-// evaluation.
+// The stages of a scheme. With `separate` each keeps its point and its evaluation.
 template <class A>
 class Stages {
  public:
@@ -315,8 +305,7 @@ class SchemeBackward {
         if (scheme_.a(i, k) != 0) out.terms.push_back({static_cast<A>(scheme_.a(i, k)), bars_[i]});
       }
       const bool plain = image.terms.size() == 1 && image.terms[0].first == 1;
-      // The cotangent of F(u_k) lies where that of u_k will: the sweep reads
-      // the one before it writes the other.
+      // The cotangent of F(u_k) lies where that of u_k will: the sweep reads the one before it writes the other.
       if (!plain) branch.combine(bars_[k], image);
       branch.cotangent(stages_.evaluations[k], plain ? image.terms[0].second : bars_[k], bars_[k], out,
                        wishes_.parameters);
@@ -327,8 +316,7 @@ class SchemeBackward {
   Map<A> input, cotangent, result;
 
  private:
-  // Row i of the coefficients' gradient: inner products of the cotangent of u_i
-  // with every u_k and F(u_k).
+  // Row i of the coefficients' gradient: inner products of the cotangent of u_i with every u_k and F(u_k).
   void products(int64_t i) const {
     const int64_t s = scheme_.stages;
     branch.each([&](const Range& range) {
