@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "conv_bf16.h"
 #include "norm.h"
 
 namespace fastode::resident {
@@ -43,6 +44,7 @@ struct BranchSpec {
   int64_t gradients = 0;         // elements of one worker's accumulators
   const A* zeros = nullptr;      // a row
   bool couples_samples = false;
+  bool narrow = false;  // convolutions multiply in bfloat16, on tiles
 
   int64_t lanes_of(const UnitSpec<A>& unit) const { return blocks_of<A>(unit.in_channels) * kLanes<A>; }
 };
@@ -160,6 +162,7 @@ class Branch {
     active_ = temporary(arena);
     sums_ = rows(arena, kSums * width());
     totals_ = arena.take<double>(kSums * width());
+    if (spec.narrow) take_tiles(arena, need);
     if (need != Need::kValue) {
       n_ = map(memory);
       g_ = temporary(arena);
@@ -253,6 +256,32 @@ class Branch {
   }
   Rows<A> rows(Arena& arena, int64_t length) { return {arena.take<A>(length * executor_.samples), length}; }
 
+  // Per worker, for convolutions on tiles: a bfloat16 map, and where there are weight gradients their scratch.
+  void take_tiles(Arena& arena, Need need) {
+    if constexpr (std::is_same_v<A, float>) {
+      const int64_t pairs = (need == Need::kSecond ? 2 : 1) * executor_.group;
+      for (const UnitSpec<A>& unit : spec_.units) {
+        if (!unit.has_conv) continue;
+        const int64_t in = unit.in_channels, out = unit.out_channels;
+        narrow_stride_ = std::max(narrow_stride_, Narrow(plane_, std::max(in, out)).elements());
+        if (spec_.gradients > 0 && need != Need::kValue)
+          tile_scratch_stride_ = std::max(tile_scratch_stride_, tile_scratch_size(plane_, in, out, pairs));
+      }
+      narrow_stride_ = divide_up(narrow_stride_, 32) * 32;
+      narrow_ = arena.take<bfloat16>(narrow_stride_ * executor_.workers);
+      tile_scratch_ = arena.take<char>(tile_scratch_stride_ * executor_.workers);
+    }
+  }
+
+  // out = combine(conv(act(norm(input j))) + bias), and of the tangent; out = combine(transposed conv(in)).
+  void convolve_input(const Evaluation<A>& e, size_t j, const Range& range, int64_t i, A* out,
+                      const Combine<A>& combine) const;
+  void convolve_tangent(const Evaluation<A>& e, size_t j, const Range& range, int64_t i, A* out,
+                        const Combine<A>& combine) const;
+  void convolve_back(const UnitSpec<A>& unit, const Range& range, const A* in, A* out) const;
+  void add_weight_gradient(const UnitSpec<A>& unit, const Range& range, const GradientPair<A>* pairs,
+                           int64_t count) const;
+
   NormRows<A> rows_of(const Evaluation<A>& e, size_t j, const Range& range, int64_t i) const;
   void activate_input(const Evaluation<A>& e, size_t j, const Range& range, int64_t i, A* out,
                       const Combine<A>& mix) const;
@@ -272,6 +301,9 @@ class Branch {
   Executor<A> executor_;
   std::vector<Map<A>> made_;
   Map<A> active_, tangent_active_, g_, tangent_g_, n_, m_;
+  bfloat16* narrow_ = nullptr;
+  char* tile_scratch_ = nullptr;
+  int64_t narrow_stride_ = 0, tile_scratch_stride_ = 0;
   double* totals_;
   Rows<A> sums_, mean_n_, mean_xn_, mean_c_, mean_xc_;
   std::vector<Map<A>> tangents_;

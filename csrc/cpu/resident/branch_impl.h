@@ -136,6 +136,63 @@ void Branch<A>::activate_tangent(const Evaluation<A>& e, size_t j, const Range& 
 }
 
 template <class A>
+void Branch<A>::convolve_input(const Evaluation<A>& e, size_t j, const Range& range, int64_t i, A* out,
+                               const Combine<A>& combine) const {
+  const UnitSpec<A>& unit = spec_.units[j];
+  if constexpr (std::is_same_v<A, float>) {
+    if (spec_.narrow) {
+      bfloat16* narrow = narrow_ + range.worker * narrow_stride_;
+      apply(plane_, unit.in_channels, rows_of(e, j, range, i), unit.act, e.inputs[j].at(range, i), narrow);
+      return convolve(plane_, unit.shape, unit.forward, unit.conv_bias, narrow, out, combine);
+    }
+  }
+  A* active = active_.at(range, i);
+  activate_input(e, j, range, i, active, {});
+  convolve<A>(plane_, unit.shape, unit.forward, unit.conv_bias, active, out, combine);
+}
+
+template <class A>
+void Branch<A>::convolve_tangent(const Evaluation<A>& e, size_t j, const Range& range, int64_t i, A* out,
+                                 const Combine<A>& combine) const {
+  const UnitSpec<A>& unit = spec_.units[j];
+  if constexpr (std::is_same_v<A, float>) {
+    if (spec_.narrow) {
+      bfloat16* narrow = narrow_ + range.worker * narrow_stride_;
+      tangent_apply(plane_, unit.in_channels, rows_of(e, j, range, i), unit.act, e.inputs[j].at(range, i),
+                    tangents_[j].at(range, i), narrow);
+      return convolve(plane_, unit.shape, unit.forward, nullptr, narrow, out, combine);
+    }
+  }
+  A* active = active_.at(range, i);
+  activate_tangent(e, j, range, i, active, {});
+  convolve<A>(plane_, unit.shape, unit.forward, nullptr, active, out, combine);
+}
+
+template <class A>
+void Branch<A>::convolve_back(const UnitSpec<A>& unit, const Range& range, const A* in, A* out) const {
+  if constexpr (std::is_same_v<A, float>) {
+    if (spec_.narrow) {
+      bfloat16* narrow = narrow_ + range.worker * narrow_stride_;
+      narrow_map(plane_, unit.out_channels, in, narrow);
+      return convolve(plane_, unit.shape.transposed(), unit.backward, nullptr, narrow, out, {});
+    }
+  }
+  convolve<A>(plane_, unit.shape.transposed(), unit.backward, nullptr, in, out, {});
+}
+
+template <class A>
+void Branch<A>::add_weight_gradient(const UnitSpec<A>& unit, const Range& range, const GradientPair<A>* pairs,
+                                    int64_t count) const {
+  A* gradient = executor_.gradients_of(range) + unit.conv_at;
+  if constexpr (std::is_same_v<A, float>) {
+    if (spec_.narrow)
+      return weight_gradient(plane_, unit.shape, pairs, count, gradient,
+                             tile_scratch_ + range.worker * tile_scratch_stride_);
+  }
+  weight_gradient<A>(plane_, unit.shape, pairs, count, gradient);
+}
+
+template <class A>
 void Branch<A>::value(Evaluation<A>& e, const Map<A>& in, const Map<A>* out, const Mix<A>& mix) const {
   const size_t units = spec_.units.size();
   e.inputs[0] = in;
@@ -153,13 +210,10 @@ void Branch<A>::value(Evaluation<A>& e, const Map<A>& in, const Map<A>* out, con
       for (int64_t i = 0; i < range.count; ++i) {
         const Combine<A> combine = last ? mix.at(range, i) : Combine<A>{};
         A* target = to.at(range, i);
-        if (unit.has_conv) {
-          A* active = active_.at(range, i);
-          activate_input(e, j, range, i, active, {});
-          convolve(plane_, unit.shape, unit.forward, unit.conv_bias, active, target, combine);
-        } else {
+        if (unit.has_conv)
+          convolve_input(e, j, range, i, target, combine);
+        else
           activate_input(e, j, range, i, target, combine);
-        }
         if (!last && spec_.units[j + 1].measured()) measure(e, j + 1, range, i);
       }
     });
@@ -194,13 +248,10 @@ void Branch<A>::tangent(const Evaluation<A>& e, const Map<A>& t, const Map<A>& o
       for (int64_t i = 0; i < range.count; ++i) {
         const Combine<A> combine = last ? mix.at(range, i) : Combine<A>{};
         A* target = to.at(range, i);
-        if (unit.has_conv) {
-          A* active = active_.at(range, i);
-          activate_tangent(e, j, range, i, active, {});
-          convolve<A>(plane_, unit.shape, unit.forward, nullptr, active, target, combine);
-        } else {
+        if (unit.has_conv)
+          convolve_tangent(e, j, range, i, target, combine);
+        else
           activate_tangent(e, j, range, i, target, combine);
-        }
         if (!last) sum_tangent(e, j + 1, range, i);
       }
     });
@@ -236,14 +287,14 @@ void Branch<A>::cotangent(const Evaluation<A>& e, const Map<A>& cotangent, const
           if (unit.conv_bias_at >= 0)
             add_channel_sums(plane_, out_blocks, g.at(range, i), gradients + unit.conv_bias_at);
         }
-        weight_gradient(plane_, unit.shape, pairs, range.count, gradients + unit.conv_at);
+        add_weight_gradient(unit, range, pairs, range.count);
       }
       for (int64_t i = 0; i < range.count; ++i) {
         A* n = n_.at(range, i);
         A* sums = sums_.at(range, i);
         const A* source = g.at(range, i);
         if (unit.has_conv) {
-          convolve<A>(plane_, unit.shape.transposed(), unit.backward, nullptr, source, n, {});
+          convolve_back(unit, range, source, n);
           source = n;
         }
         cotangent_first(plane_, blocks, rows_of(e, j, range, i), unit.act, e.inputs[j].at(range, i), source, n, sums);
@@ -289,13 +340,13 @@ void Branch<A>::second(const Evaluation<A>& e, const Map<A>& v, const Map<A>& q,
           if (unit.conv_bias_at >= 0)  // the tangent stream has no bias
             add_channel_sums(plane_, out_blocks, g.at(range, i), gradients + unit.conv_bias_at);
         }
-        weight_gradient(plane_, unit.shape, pairs, 2 * range.count, gradients + unit.conv_at);
+        add_weight_gradient(unit, range, pairs, 2 * range.count);
       }
       for (int64_t i = 0; i < range.count; ++i) {
         A *n = n_.at(range, i), *m = m_.at(range, i), *sums = sums_.at(range, i);
         if (unit.has_conv) {
-          convolve<A>(plane_, unit.shape.transposed(), unit.backward, nullptr, g.at(range, i), n, {});
-          convolve<A>(plane_, unit.shape.transposed(), unit.backward, nullptr, tangent_g.at(range, i), m, {});
+          convolve_back(unit, range, g.at(range, i), n);
+          convolve_back(unit, range, tangent_g.at(range, i), m);
         } else {
           combine_maps(plane_, blocks, n, Combine<A>{}.add(1, g.at(range, i)));
           combine_maps(plane_, blocks, m, Combine<A>{}.add(1, tangent_g.at(range, i)));

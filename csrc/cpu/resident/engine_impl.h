@@ -9,7 +9,9 @@ namespace fastode::resident {
 
 template <class A>
 Packed<A>::Packed(const BranchArguments& arguments, const Tensor& x, bool backward, bool gradients)
-    : arguments_(arguments), channels_(x.size(1)) {
+    : arguments_(arguments),
+      channels_(x.size(1)),
+      lowers_(x.scalar_type() == ScalarType::BFloat16 && x.size(2) * x.size(3) >= kTilePixels && has_tiles()) {
   Arena count(nullptr);
   read(count, backward, gradients);
   storage_ = new_vector(x, count.used() / static_cast<int64_t>(sizeof(A)), scalar_type<A>());
@@ -23,6 +25,7 @@ void Packed<A>::read(Arena& arena, bool backward, bool gradients) {
   constexpr int64_t lanes = kLanes<A>;
   const int64_t units = static_cast<int64_t>(arguments_.units.size()) / kUnitIntegers;
   spec = {};
+  spec.narrow = std::is_same_v<A, float> && lowers_;
   statistics = 0;
   int64_t channels = channels_;
   spec.blocks = blocks_of<A>(channels);
@@ -81,15 +84,24 @@ void Packed<A>::read(Arena& arena, bool backward, bool gradients) {
       unit.has_conv = true;
       unit.shape = {channels, integers[3], integers[4], integers[5]};
       spec.halo = std::max({spec.halo, integers[4] / 2, integers[5] / 2});
-      A* forward = arena.take<A>(unit.shape.template packed_size<A>());
-      A* flipped = backward ? arena.take<A>(unit.shape.transposed().template packed_size<A>()) : nullptr;
+      const auto size = [&](const ConvShape& shape) {
+        return spec.narrow ? tile_weights_size(shape) : shape.template packed_size<A>();
+      };
+      A* forward = arena.take<A>(size(unit.shape));
+      A* flipped = backward ? arena.take<A>(size(unit.shape.transposed())) : nullptr;
       if (forward) {
         int64_t strides[4];
         for (int d = 0; d < 4; ++d) strides[d] = weight.strides()[d];
         with_data<A>(weight, [&](auto* data) {
           using T = std::remove_pointer_t<decltype(data)>;
-          pack_weights<A, T>(unit.shape, false, data, strides, forward);
-          if (backward) pack_weights<A, T>(unit.shape.transposed(), true, data, strides, flipped);
+          const auto pack = [&](const ConvShape& shape, bool flip, A* to) {
+            if constexpr (std::is_same_v<A, float>) {
+              if (spec.narrow) return pack_tile_weights<T>(shape, flip, data, strides, to);
+            }
+            pack_weights<A, T>(shape, flip, data, strides, to);
+          };
+          pack(unit.shape, false, forward);
+          if (backward) pack(unit.shape.transposed(), true, flipped);
         });
       }
       unit.forward = forward, unit.backward = flipped;

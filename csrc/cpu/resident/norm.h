@@ -36,6 +36,10 @@ template <class A>
 void apply(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows, const Unary<A>& act, const A* h, A* out,
            const Combine<A>& combine);
 
+// The same rounded into a bfloat16 map, whose halo is set to zero.
+void apply(const Plane<float>& plane, int64_t channels, const NormRows<float>& rows, const Unary<float>& act,
+           const float* h, bfloat16* out);
+
 // n = act'(norm(h)) cotangent; sums [2, channels]: of n and of x n.
 template <class A>
 void cotangent_first(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows, const Unary<A>& act, const A* h,
@@ -54,6 +58,9 @@ void tangent_sums(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows
 template <class A>
 void tangent_apply(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows, const Unary<A>& act, const A* h,
                    const A* t, A* out, const Combine<A>& combine);
+
+void tangent_apply(const Plane<float>& plane, int64_t channels, const NormRows<float>& rows, const Unary<float>& act,
+                   const float* h, const float* t, bfloat16* out);
 
 // From cotangents of the value and of the tangent, in place: n, of the norm's output, and m, of its tangent.
 // sums [5, channels]: of n, x n, m, x m and m P(t).

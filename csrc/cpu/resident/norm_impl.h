@@ -125,22 +125,53 @@ void moments(const Plane<A>& plane, int64_t blocks, const A* map, A* mean_out, A
   }
 }
 
-template <class A>
-void apply(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows, const Unary<A>& act, const A* h, A* out,
-           const Combine<A>& combine) {
+// Calls put(block, element, act(norm(h))).
+template <class A, class F>
+inline void each_value(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows, const Unary<A>& act, const A* h,
+                       const F& put) {
   using V = Vec<A>;
   with_activation(act.kind, [&](auto kind) {
     for (int64_t b = 0; b < blocks; ++b) {
       const V mean = at(rows.mean, b), scale = at(rows.rstd, b) * at(rows.weight, b), bias = at(rows.bias, b);
-      const auto value = [&](int64_t i) {
-        return activate<kind(), V>((load<V>(h + i) - mean) * scale + bias, act.arguments);
-      };
-      if (combine.count == 0 && combine.scale == 1)
-        walk(plane, b, [&](int64_t i) { store<V>(out + i, value(i)); });
-      else
-        walk(plane, b, [&](int64_t i) { store<V>(out + i, combined<-1>(combine, value(i), i)); });
+      walk(plane, b,
+           [&](int64_t i) { put(b, i, activate<kind(), V>((load<V>(h + i) - mean) * scale + bias, act.arguments)); });
     }
   });
+}
+
+// Calls put(block, element, act'(norm(h)) weight P(t)).
+template <class A, class F>
+inline void each_tangent(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows, const Unary<A>& act,
+                         const A* h, const A* t, const F& put) {
+  using V = Vec<A>;
+  with_activation(act.kind, [&](auto kind) {
+    with_flag(rows.measured, [&](auto measured) {
+      for (int64_t b = 0; b < blocks; ++b) {
+        const V mean = at(rows.mean, b), rstd = at(rows.rstd, b), weight = at(rows.weight, b), bias = at(rows.bias, b);
+        const V scale = rstd * weight, mean_t = at(rows.t, b), mean_xt = at(rows.xt, b);
+        walk(plane, b, [&](int64_t i) {
+          const V x = (load<V>(h + i) - mean) * rstd;
+          const V tangent = scale * centred<measured()>(load<V>(t + i), mean_t, x, mean_xt);
+          put(b, i, tangent * activate_first<kind(), V>(x * weight + bias, act.arguments));
+        });
+      }
+    });
+  });
+}
+
+// Calls f with what stores a value at an element of `out`, combined with other maps.
+template <class A, class F>
+inline void with_store(const Combine<A>& combine, A* out, const F& f) {
+  if (combine.count == 0 && combine.scale == 1)
+    f([=](int64_t, int64_t i, Vec<A> value) { store<Vec<A>>(out + i, value); });
+  else
+    f([=, &combine](int64_t, int64_t i, Vec<A> value) { store<Vec<A>>(out + i, combined<-1>(combine, value, i)); });
+}
+
+template <class A>
+void apply(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows, const Unary<A>& act, const A* h, A* out,
+           const Combine<A>& combine) {
+  with_store(combine, out, [&](const auto& put) { each_value(plane, blocks, rows, act, h, put); });
 }
 
 template <class A>
@@ -201,24 +232,7 @@ void tangent_sums(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows
 template <class A>
 void tangent_apply(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows, const Unary<A>& act, const A* h,
                    const A* t, A* out, const Combine<A>& combine) {
-  using V = Vec<A>;
-  with_activation(act.kind, [&](auto kind) {
-    with_flag(rows.measured, [&](auto measured) {
-      for (int64_t b = 0; b < blocks; ++b) {
-        const V mean = at(rows.mean, b), rstd = at(rows.rstd, b), weight = at(rows.weight, b), bias = at(rows.bias, b);
-        const V scale = rstd * weight, mean_t = at(rows.t, b), mean_xt = at(rows.xt, b);
-        const auto value = [&](int64_t i) {
-          const V x = (load<V>(h + i) - mean) * rstd;
-          const V tangent = scale * centred<measured()>(load<V>(t + i), mean_t, x, mean_xt);
-          return tangent * activate_first<kind(), V>(x * weight + bias, act.arguments);
-        };
-        if (combine.count == 0 && combine.scale == 1)
-          walk(plane, b, [&](int64_t i) { store<V>(out + i, value(i)); });
-        else
-          walk(plane, b, [&](int64_t i) { store<V>(out + i, combined<-1>(combine, value(i), i)); });
-      }
-    });
-  });
+  with_store(combine, out, [&](const auto& put) { each_tangent(plane, blocks, rows, act, h, t, put); });
 }
 
 template <class A>

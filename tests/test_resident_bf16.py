@@ -1,0 +1,53 @@
+"""Convolutions in bfloat16 on the resident engine: every kernel size, every way of filling a tile, beside oneDNN's."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import fastode
+from fastode import reference
+from fastode.testing import assert_blocks_equal, sample_input
+
+# One block of 16 channels and two, an odd number of them, several of 32; rows of whole tiles, and rows laid end to end.
+SHAPES = [(16, 4, 32), (8, 5, 20), (48, 6, 16), (40, 5, 7), (96, 4, 4), (128, 3, 9)]
+
+
+def branch(channels: int, kernel: tuple[int, int], inner: int) -> nn.Sequential:
+    padding = (kernel[0] // 2, kernel[1] // 2)
+    torch.manual_seed(5)
+    return nn.Sequential(
+        nn.GroupNorm(1, channels), nn.Softplus(), nn.Conv2d(channels, inner, kernel, padding=padding),
+        nn.GroupNorm(1, inner), nn.Softplus(), nn.Conv2d(inner, channels, kernel, padding=padding),
+    ).to(torch.bfloat16)  # fmt: skip
+
+
+def fused(block: nn.Module) -> nn.Module:
+    twin = copy.deepcopy(block)
+    fastode.fuse(twin)
+    twin.engine = "resident"
+    return twin
+
+
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (5, 5), (3, 1), (1, 5)], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equal(shape: tuple[int, int, int], kernel: tuple[int, int]) -> None:
+    x = sample_input(3, *shape, dtype=torch.bfloat16)
+    for inner in (shape[0], 20):
+        block = reference.IESkip(branch(shape[0], kernel, inner), 1, 0.1)
+        assert_blocks_equal(block, fused(block), x)
+
+
+def test_same_bits_among_convolutions_of_pytorch() -> None:
+    # Both configure the tile registers of the same threads.
+    x = sample_input(9, 64, 8, 8, dtype=torch.bfloat16)
+    plain = nn.Conv2d(64, 64, 3, padding=1).to(torch.bfloat16)
+    twin = fused(reference.SSP3(branch(64, (3, 3), 64)))
+    with torch.no_grad():
+        ours, theirs = twin(x), plain(x)
+        for _ in range(5):
+            assert torch.equal(twin(x), ours)
+            assert torch.equal(plain(x), theirs)
