@@ -1,4 +1,4 @@
-#include "norm_act_impl.h"
+#include "norm_act_tangent_impl.h"
 
 namespace fastode {
 

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "norm_act.h"
+#include "storage.h"
 
 namespace fastode {
 namespace {
@@ -15,16 +16,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 using MaybeTensor = std::optional<Tensor>;
-
-template <class F>
-void with_storage(ScalarType type, const F& f) {
-  if (type == ScalarType::Double)
-    f(double{});
-  else if (type == ScalarType::BFloat16)
-    f(bfloat16{});
-  else
-    f(float{});
-}
 
 ScalarType accumulator_of(ScalarType type) {
   return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;

@@ -4,6 +4,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include "../storage.h"
 #include "programs.h"
 
 namespace fastode::resident {
@@ -23,16 +24,6 @@ struct BranchArguments {
 
 inline constexpr int64_t kUnitIntegers = 7, kUnitNumbers = 3;
 enum Present : int64_t { kWeight = 1, kBias = 2, kRunning = 4, kConvWeight = 8, kConvBias = 16 };
-
-template <class F>
-void with_storage(ScalarType type, const F& f) {
-  if (type == ScalarType::Double)
-    f(double{});
-  else if (type == ScalarType::BFloat16)
-    f(bfloat16{});
-  else
-    f(float{});
-}
 
 // Calls f with the pointer in the tensor's own type; a float64 program reads float64 and float32, others all but
 // float64.
