@@ -28,8 +28,8 @@ def can_use(engine: str, block: nn.Module, x: Tensor | None = None) -> tuple[boo
     return not reason, reason
 
 
-def choose(engine: str, why_not: Callable[[str], str]) -> tuple[str, str]:
-    """The engine to use, and why the preferred one is not: the first that can, or the one that was named.
+def choose(engine: str, why_not: Callable[[str], str]) -> str:
+    """The engine to use: the first that can, or the one that was named.
 
     Raises:
         ValueError: the named engine cannot run the block.
@@ -38,13 +38,10 @@ def choose(engine: str, why_not: Callable[[str], str]) -> tuple[str, str]:
         reason = "" if engine == "reference" else why_not(engine)
         if reason:
             raise ValueError(f"engine must be one that can run this block, got {engine!r}: {reason}")
-        return engine, ""
-    first = ""
+        return engine
     for name in _ORDER:
-        reason = "" if name == "reference" else why_not(name)
-        if not reason:
-            return name, first
-        first = first or reason
+        if name == "reference" or not why_not(name):
+            return name
     raise AssertionError("the reference can run every block")
 
 

@@ -71,7 +71,7 @@ class Field:
         pairs = zip(self.norms, (y, z, y, z), strict=True)
         tracked = [(reading, x) for reading, x in pairs if any(norm is not None for norm in reading.norms)]
         for index, (reading, x) in enumerate(tracked):
-            _one_step._update_running(reading, statistics[index :: len(tracked)], x)
+            _one_step.update_running(reading, statistics[index :: len(tracked)], x)
 
 
 def read(
@@ -186,7 +186,7 @@ def skew_pair(
     field = read(weight, stride, padding, gamma, module)
     if activation is not None and module is None:
         field.reason = "its activation is a function, which the reader does not know."
-    chosen, _ = _dispatch.choose("auto", lambda name: field.why_not(name, (y, z)))
+    chosen = _dispatch.choose("auto", lambda name: field.why_not(name, (y, z)))
     function = torch.nn.Identity() if activation is None else activation
     if chosen == "reference":
         return skew_field(y, z, weight, stride, padding, gamma, function)

@@ -59,7 +59,7 @@ def run(
         _check.enough_values(reading, x)
     elif isinstance(x, Tensor) and x.dim() == 4:
         _check.keeps_shape(reading, x)
-    chosen, _ = _dispatch.choose(engine, lambda name: why_not(name, reading, x))
+    chosen = _dispatch.choose(engine, lambda name: why_not(name, reading, x))
     if not torch.compiler.is_compiling():
         _dispatch.note(owner, chosen)
     if chosen == "reference":
@@ -69,7 +69,7 @@ def run(
     plan = Plan(reading.units, tuple(norm is not None for norm in reading.norms), _dispatch.autocast_dtype(x))
     rerun = None if torch.compiler.is_compiling() else Rerun(make_reference)
     y, *statistics = call_engine(chosen, x, plan, rerun, reading.tensors)
-    _update_running(reading, statistics, x)
+    update_running(reading, statistics, x)
     return y
 
 
@@ -87,7 +87,7 @@ def _undone_on_error(call: Callable[[Tensor], Tensor], x: Tensor, module: nn.Mod
         raise
 
 
-def _update_running(reading: branch.Reading, statistics: Iterable[Tensor], x: Tensor) -> None:
+def update_running(reading: branch.Reading, statistics: Iterable[Tensor], x: Tensor) -> None:
     """Update running statistics as PyTorch's norms do, once for each evaluation of the branch, in order."""
     norms = [norm for norm in reading.norms if norm is not None]
     pixels = x.shape[2] * x.shape[3]

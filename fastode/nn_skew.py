@@ -40,7 +40,7 @@ class SkewPair(_Fused, reference.SkewPair):
         _check.engine(self.engine, _dispatch.ENGINES)
         _check.skew_pair(y, z, self.weight, self.stride, PADDING)
         field = _read(self)
-        chosen, _ = _dispatch.choose(self.engine, lambda name: field.why_not(name, (y, z)))
+        chosen = _dispatch.choose(self.engine, lambda name: field.why_not(name, (y, z)))
         _note(self, chosen)
         if chosen == "reference":
             return super().forward(y, z)
@@ -57,7 +57,7 @@ class SkewLinear(_Fused, reference.SkewLinear):
 
     def forward(self, y: Tensor, z: Tensor) -> State:
         _check.engine(self.engine, _dispatch.ENGINES)
-        _note(self, _dispatch.choose(self.engine, lambda name: self.why_not(name, None))[0])
+        _note(self, _dispatch.choose(self.engine, lambda name: self.why_not(name, None)))
         return super().forward(y, z)
 
 
@@ -80,7 +80,7 @@ class _FusedSolve(_Fused, reference.SOBlock):
         if isinstance(self.field, reference.SkewPair):
             # Before an engine is chosen, so that a refusal reads the same in both twins.
             self.field.check_input(x)
-        chosen, _ = _dispatch.choose(self.engine, lambda name: self.why_not(name, x))
+        chosen = _dispatch.choose(self.engine, lambda name: self.why_not(name, x))
         _note(self, chosen)
         if chosen == "reference":
             return super().forward(x)

@@ -17,7 +17,6 @@ class Rerun:
 
     Attributes:
         make: makes the reference block anew around its modules; it is called only when needed.
-        modules: what holds the tensors.
     """
 
     make: Callable[[], nn.Module]

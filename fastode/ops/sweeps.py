@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ..branch import TENSORS_PER_UNIT, Unit
 
-_NORM_CODE = {"group": 1, "batch": 2, "fixed": 3}
-_ACTIVATION_CODE = {"relu": 1, "leaky_relu": 2, "tanh": 3, "softplus": 4, "elu": 5, "silu": 6}
+# The operators' codes, as csrc/cpu numbers them.
+NORM_CODE = {"group": 1, "batch": 2, "fixed": 3}
+ACTIVATION_CODE = {"relu": 1, "leaky_relu": 2, "tanh": 3, "softplus": 4, "elu": 5, "silu": 6}
 _NORM_WEIGHT, _NORM_BIAS, _MEAN, _VARIANCE, _CONV_WEIGHT, _CONV_BIAS = range(TENSORS_PER_UNIT)
 
 # csrc/cpu/norm_act.h, kMaxTerms
@@ -282,8 +283,8 @@ def _has_pass(unit: Unit) -> bool:
 
 def _codes(unit: Unit) -> Codes:
     norm, act = unit.norm, unit.activation
-    head = (0, 1, 0.0) if norm is None else (_NORM_CODE[norm.mode], norm.groups, norm.eps)
-    return (*head, 0, 0.0, 0.0) if act is None else (*head, _ACTIVATION_CODE[act.kind], act.p, act.q)
+    head = (0, 1, 0.0) if norm is None else (NORM_CODE[norm.mode], norm.groups, norm.eps)
+    return (*head, 0, 0.0, 0.0) if act is None else (*head, ACTIVATION_CODE[act.kind], act.p, act.q)
 
 
 def _pass(

@@ -8,10 +8,7 @@ import torch
 from torch import Tensor
 
 from ...branch import TENSORS_PER_UNIT, Unit
-from ..sweeps import MaybeTensors, Plan
-
-NORM_CODE = {"group": 1, "batch": 2, "fixed": 3}
-ACTIVATION_CODE = {"relu": 1, "leaky_relu": 2, "tanh": 3, "softplus": 4, "elu": 5, "silu": 6}
+from ..sweeps import ACTIVATION_CODE, NORM_CODE, MaybeTensors, Plan
 
 _PRESENT = (1, 2, 4, 0, 8, 16)  # the bit of each of a unit's tensors; running mean and variance come together
 _CACHE = 256 * 1024  # bytes of one feature map of one sample; a backward keeps some fourteen of them, in 2 MB of L2

@@ -13,17 +13,13 @@ import torch
 from torch import Tensor
 
 from ...branch import Activation, Norm
-from ..sweeps import channels_last, coefficients, combine
+from ..sweeps import ACTIVATION_CODE, NORM_CODE, Codes, MaybeTensors, channels_last, coefficients, combine
 
 MaybeTensor = Tensor | None
-MaybeTensors = Sequence[MaybeTensor]
-Codes = tuple[int, int, float, int, float, float]
 
 PRE_Y, PRE_Z, POST_Y, POST_Z = range(4)
 TENSORS_PER_NORM = 4  # weight, bias, running mean, running variance
 
-_NORM_CODE = {"group": 1, "batch": 2, "fixed": 3}
-_ACTIVATION_CODE = {"relu": 1, "leaky_relu": 2, "tanh": 3, "softplus": 4, "elu": 5, "silu": 6}
 _NO_NORM = (0, 1, 0.0)
 _NO_ACTIVATION = (0, 0.0, 0.0)
 
@@ -344,11 +340,11 @@ def _norm_tensors(
 
 
 def _norm_codes(norm: Norm) -> Codes:
-    return (_NORM_CODE[norm.mode], norm.groups, norm.eps, *_NO_ACTIVATION)
+    return (NORM_CODE[norm.mode], norm.groups, norm.eps, *_NO_ACTIVATION)
 
 
 def _activation_codes(activation: Activation) -> tuple[int, float, float]:
-    return (_ACTIVATION_CODE[activation.kind], activation.p, activation.q)
+    return (ACTIVATION_CODE[activation.kind], activation.p, activation.q)
 
 
 def _lowered(pair: Pair, tensor: Tensor) -> Tensor:
