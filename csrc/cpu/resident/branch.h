@@ -185,7 +185,7 @@ class Branch {
     if (blocks == 0) blocks = spec_.blocks;
     const int64_t stride = blocks * plane_.size;
     const auto [base, extent] = memory.take<A>(stride, executor_.samples, keep);
-    made_.push_back({base, stride, blocks, extent, 0});
+    made_.push_back({base, stride, blocks, extent, 0, plane_.padded(base)});
     return made_.back();
   }
 
@@ -251,7 +251,7 @@ class Branch {
   Map<A> temporary(Arena& arena) {
     const int64_t stride = spec_.blocks * plane_.size;
     A* base = arena.take<A>(stride * executor_.workers * executor_.group);
-    made_.push_back({base, stride, spec_.blocks, Extent::kRange, executor_.group});
+    made_.push_back({base, stride, spec_.blocks, Extent::kRange, executor_.group, plane_.padded(base)});
     return made_.back();
   }
   Rows<A> rows(Arena& arena, int64_t length) { return {arena.take<A>(length * executor_.samples), length}; }
@@ -274,18 +274,18 @@ class Branch {
   }
 
   // out = combine(conv(act(norm(input j))) + bias), and of the tangent; out = combine(transposed conv(in)).
-  void convolve_input(const Evaluation<A>& e, size_t j, const Range& range, int64_t i, A* out,
+  void convolve_input(const Evaluation<A>& e, size_t j, const Range& range, int64_t i, const View<A>& out,
                       const Combine<A>& combine) const;
-  void convolve_tangent(const Evaluation<A>& e, size_t j, const Range& range, int64_t i, A* out,
+  void convolve_tangent(const Evaluation<A>& e, size_t j, const Range& range, int64_t i, const View<A>& out,
                         const Combine<A>& combine) const;
-  void convolve_back(const UnitSpec<A>& unit, const Range& range, const A* in, A* out) const;
+  void convolve_back(const UnitSpec<A>& unit, const Range& range, const View<A>& in, const View<A>& out) const;
   void add_weight_gradient(const UnitSpec<A>& unit, const Range& range, const GradientPair<A>* pairs,
                            int64_t count) const;
 
   NormRows<A> rows_of(const Evaluation<A>& e, size_t j, const Range& range, int64_t i) const;
-  void activate_input(const Evaluation<A>& e, size_t j, const Range& range, int64_t i, A* out,
+  void activate_input(const Evaluation<A>& e, size_t j, const Range& range, int64_t i, const View<A>& out,
                       const Combine<A>& mix) const;
-  void activate_tangent(const Evaluation<A>& e, size_t j, const Range& range, int64_t i, A* out,
+  void activate_tangent(const Evaluation<A>& e, size_t j, const Range& range, int64_t i, const View<A>& out,
                         const Combine<A>& mix) const;
 
   // The statistics of unit j's input, from its channels' moments in `sums_`: of one sample, or of all at the barrier.

@@ -121,14 +121,14 @@ void Branch<A>::settle_batch(size_t j, bool weighted, std::initializer_list<Rows
 }
 
 template <class A>
-void Branch<A>::activate_input(const Evaluation<A>& e, size_t j, const Range& range, int64_t i, A* out,
+void Branch<A>::activate_input(const Evaluation<A>& e, size_t j, const Range& range, int64_t i, const View<A>& out,
                                const Combine<A>& mix) const {
   const UnitSpec<A>& unit = spec_.units[j];
   apply(plane_, blocks_of<A>(unit.in_channels), rows_of(e, j, range, i), unit.act, e.inputs[j].at(range, i), out, mix);
 }
 
 template <class A>
-void Branch<A>::activate_tangent(const Evaluation<A>& e, size_t j, const Range& range, int64_t i, A* out,
+void Branch<A>::activate_tangent(const Evaluation<A>& e, size_t j, const Range& range, int64_t i, const View<A>& out,
                                  const Combine<A>& mix) const {
   const UnitSpec<A>& unit = spec_.units[j];
   tangent_apply(plane_, blocks_of<A>(unit.in_channels), rows_of(e, j, range, i), unit.act, e.inputs[j].at(range, i),
@@ -136,23 +136,25 @@ void Branch<A>::activate_tangent(const Evaluation<A>& e, size_t j, const Range& 
 }
 
 template <class A>
-void Branch<A>::convolve_input(const Evaluation<A>& e, size_t j, const Range& range, int64_t i, A* out,
+void Branch<A>::convolve_input(const Evaluation<A>& e, size_t j, const Range& range, int64_t i, const View<A>& out,
                                const Combine<A>& combine) const {
   const UnitSpec<A>& unit = spec_.units[j];
   if constexpr (std::is_same_v<A, float>) {
     if (spec_.narrow) {
       bfloat16* narrow = narrow_ + range.worker * narrow_stride_;
       apply(plane_, unit.in_channels, rows_of(e, j, range, i), unit.act, e.inputs[j].at(range, i), narrow);
-      return convolve(plane_, unit.shape, unit.forward, unit.conv_bias, narrow, out, combine);
+      const TileJob job{narrow, out, combine};
+      return convolve(plane_, unit.shape, unit.forward, unit.conv_bias, &job, 1);
     }
   }
-  A* active = active_.at(range, i);
+  const View<A> active = active_.at(range, i);
   activate_input(e, j, range, i, active, {});
-  convolve<A>(plane_, unit.shape, unit.forward, unit.conv_bias, active, out, combine);
+  const ConvJob<A> job{active, out, combine};
+  convolve<A>(plane_, unit.shape, unit.forward, unit.conv_bias, &job, 1);
 }
 
 template <class A>
-void Branch<A>::convolve_tangent(const Evaluation<A>& e, size_t j, const Range& range, int64_t i, A* out,
+void Branch<A>::convolve_tangent(const Evaluation<A>& e, size_t j, const Range& range, int64_t i, const View<A>& out,
                                  const Combine<A>& combine) const {
   const UnitSpec<A>& unit = spec_.units[j];
   if constexpr (std::is_same_v<A, float>) {
@@ -160,24 +162,29 @@ void Branch<A>::convolve_tangent(const Evaluation<A>& e, size_t j, const Range& 
       bfloat16* narrow = narrow_ + range.worker * narrow_stride_;
       tangent_apply(plane_, unit.in_channels, rows_of(e, j, range, i), unit.act, e.inputs[j].at(range, i),
                     tangents_[j].at(range, i), narrow);
-      return convolve(plane_, unit.shape, unit.forward, nullptr, narrow, out, combine);
+      const TileJob job{narrow, out, combine};
+      return convolve(plane_, unit.shape, unit.forward, nullptr, &job, 1);
     }
   }
-  A* active = active_.at(range, i);
+  const View<A> active = active_.at(range, i);
   activate_tangent(e, j, range, i, active, {});
-  convolve<A>(plane_, unit.shape, unit.forward, nullptr, active, out, combine);
+  const ConvJob<A> job{active, out, combine};
+  convolve<A>(plane_, unit.shape, unit.forward, nullptr, &job, 1);
 }
 
 template <class A>
-void Branch<A>::convolve_back(const UnitSpec<A>& unit, const Range& range, const A* in, A* out) const {
+void Branch<A>::convolve_back(const UnitSpec<A>& unit, const Range& range, const View<A>& in,
+                              const View<A>& out) const {
   if constexpr (std::is_same_v<A, float>) {
     if (spec_.narrow) {
       bfloat16* narrow = narrow_ + range.worker * narrow_stride_;
       narrow_map(plane_, unit.out_channels, in, narrow);
-      return convolve(plane_, unit.shape.transposed(), unit.backward, nullptr, narrow, out, {});
+      const TileJob job{narrow, out};
+      return convolve(plane_, unit.shape.transposed(), unit.backward, nullptr, &job, 1);
     }
   }
-  convolve<A>(plane_, unit.shape.transposed(), unit.backward, nullptr, in, out, {});
+  const ConvJob<A> job{in, out};
+  convolve<A>(plane_, unit.shape.transposed(), unit.backward, nullptr, &job, 1);
 }
 
 template <class A>
@@ -209,7 +216,7 @@ void Branch<A>::value(Evaluation<A>& e, const Map<A>& in, const Map<A>* out, con
     each([&](const Range& range) {
       for (int64_t i = 0; i < range.count; ++i) {
         const Combine<A> combine = last ? mix.at(range, i) : Combine<A>{};
-        A* target = to.at(range, i);
+        const View<A> target = to.at(range, i);
         if (unit.has_conv)
           convolve_input(e, j, range, i, target, combine);
         else
@@ -247,7 +254,7 @@ void Branch<A>::tangent(const Evaluation<A>& e, const Map<A>& t, const Map<A>& o
     each([&](const Range& range) {
       for (int64_t i = 0; i < range.count; ++i) {
         const Combine<A> combine = last ? mix.at(range, i) : Combine<A>{};
-        A* target = to.at(range, i);
+        const View<A> target = to.at(range, i);
         if (unit.has_conv)
           convolve_tangent(e, j, range, i, target, combine);
         else
@@ -290,9 +297,9 @@ void Branch<A>::cotangent(const Evaluation<A>& e, const Map<A>& cotangent, const
         add_weight_gradient(unit, range, pairs, range.count);
       }
       for (int64_t i = 0; i < range.count; ++i) {
-        A* n = n_.at(range, i);
+        const View<A> n = n_.at(range, i);
         A* sums = sums_.at(range, i);
-        const A* source = g.at(range, i);
+        View<A> source = g.at(range, i);
         if (unit.has_conv) {
           convolve_back(unit, range, source, n);
           source = n;
@@ -326,10 +333,12 @@ void Branch<A>::second(const Evaluation<A>& e, const Map<A>& v, const Map<A>& q,
     each([&](const Range& range) {
       A* gradients = executor_.gradients_of(range);
       if (!last)
-        for (int64_t i = 0; i < range.count; ++i)
+        for (int64_t i = 0; i < range.count; ++i) {
+          const View<A> tangent_g = tangent_g_.at(range, i);
           second_last(plane_, out_blocks, rows_of(e, j + 1, range, i), e.inputs[j + 1].at(range, i),
-                      tangents_[j + 1].at(range, i), n_.at(range, i), m_.at(range, i), g_.at(range, i),
-                      tangent_g_.at(range, i), Combine<A>{});
+                      tangents_[j + 1].at(range, i), n_.at(range, i), m_.at(range, i), g_.at(range, i), &tangent_g,
+                      Combine<A>{});
+        }
       if (parameters && unit.has_conv) {
         GradientPair<A> pairs[2 * kGroup];
         for (int64_t i = 0; i < range.count; ++i) {
@@ -343,7 +352,8 @@ void Branch<A>::second(const Evaluation<A>& e, const Map<A>& v, const Map<A>& q,
         add_weight_gradient(unit, range, pairs, 2 * range.count);
       }
       for (int64_t i = 0; i < range.count; ++i) {
-        A *n = n_.at(range, i), *m = m_.at(range, i), *sums = sums_.at(range, i);
+        const View<A> n = n_.at(range, i), m = m_.at(range, i);
+        A* sums = sums_.at(range, i);
         if (unit.has_conv) {
           convolve_back(unit, range, g.at(range, i), n);
           convolve_back(unit, range, tangent_g.at(range, i), m);
@@ -366,7 +376,7 @@ void Branch<A>::second(const Evaluation<A>& e, const Map<A>& v, const Map<A>& q,
     for (int64_t i = 0; i < range.count; ++i)
       second_last(plane_, blocks_of<A>(spec_.units[0].in_channels), rows_of(e, 0, range, i), e.inputs[0].at(range, i),
                   tangents_[0].at(range, i), n_.at(range, i), m_.at(range, i), out.at(range, i),
-                  static_cast<A*>(nullptr), mix.at(range, i));
+                  static_cast<const View<A>*>(nullptr), mix.at(range, i));
   });
 }
 

@@ -6,17 +6,17 @@
 
 namespace fastode::resident {
 
-// result = scale * (what was computed) + sum_i coef[i] * term[i]; every term is a map of the result's own shape and may
-// be the result itself, because each element is read before it is written.
+// result = scale * (what was computed) + sum_i coef[i] * term[i]; every term has the result's shape, in a layout of its
+// own, and may be the result itself, because each element is read before it is written.
 template <class A>
 struct Combine {
   static constexpr int capacity = 8;
   A scale = 1;
   int count = 0;
   A coef[capacity] = {};
-  const A* term[capacity] = {};
+  View<A> term[capacity] = {};
 
-  Combine& add(A coefficient, const A* map) {
+  Combine& add(A coefficient, const View<A>& map) {
     if (coefficient != 0) {
       coef[count] = coefficient;
       term[count++] = map;
@@ -46,15 +46,24 @@ struct ConvShape {
 template <class A, class T>
 void pack_weights(const ConvShape& shape, bool flip, const T* weight, const int64_t* strides, A* packed);
 
-// out = combine(conv(in) + bias); all maps in `plane`, whose halo is at least the padding (kernel - 1) / 2.
+// One sample of a convolution: out = combine(conv(in) + bias). `in` has neighbouring pixels and a zero halo of at least
+// the padding (kernel - 1) / 2 around it.
 template <class A>
-void convolve(const Plane<A>& plane, const ConvShape& shape, const A* packed, const A* bias, const A* in, A* out,
-              const Combine<A>& combine);
+struct ConvJob {
+  View<A> in, out;
+  Combine<A> combine = {};
+};
 
+// Every job, for one slice of the weights after the other, so that all samples share its way into the cache.
+template <class A>
+void convolve(const Plane<A>& plane, const ConvShape& shape, const A* packed, const A* bias, const ConvJob<A>* jobs,
+              int64_t count);
+
+// `in` has a zero halo where the kernel is neither 1 nor 3 wide, `cotangent` where it is 3 wide; both have neighbouring
+// pixels.
 template <class A>
 struct GradientPair {
-  const A* in;
-  const A* cotangent;
+  View<A> in, cotangent;
 };
 
 // gradient += sum over the pairs of the weight gradient; `gradient` has gradient_size elements.

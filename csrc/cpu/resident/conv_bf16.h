@@ -32,8 +32,8 @@ struct Narrow {
 // Zeroes what is no pixel of an image, and the channels that fill the last block up.
 void clear_narrow_halo(const Plane<float>& plane, int64_t channels, bfloat16* map);
 
-// Rounds a map of `channels` channels, halo and all.
-void narrow_map(const Plane<float>& plane, int64_t channels, const float* from, bfloat16* to);
+// Rounds a map of `channels` channels; the halo becomes zero.
+void narrow_map(const Plane<float>& plane, int64_t channels, const View<float>& from, bfloat16* to);
 
 // In float32 elements.
 int64_t tile_weights_size(const ConvShape& shape);
@@ -42,11 +42,18 @@ int64_t tile_weights_size(const ConvShape& shape);
 template <class T>
 void pack_tile_weights(const ConvShape& shape, bool flip, const T* weight, const int64_t* strides, float* packed);
 
-void convolve(const Plane<float>& plane, const ConvShape& shape, const float* packed, const float* bias,
-              const bfloat16* in, float* out, const Combine<float>& combine);
+// As ConvJob, from a Narrow map.
+struct TileJob {
+  const bfloat16* in;
+  View<float> out;
+  Combine<float> combine = {};
+};
 
-// gradient += sum over the pairs, whose maps are rounded here, in the layout of conv.h's weight_gradient; `scratch`
-// holds tile_scratch_size bytes.
+void convolve(const Plane<float>& plane, const ConvShape& shape, const float* packed, const float* bias,
+              const TileJob* jobs, int64_t count);
+
+// gradient += sum over the pairs, both padded planes with zero halos and rounded here, in the layout of conv.h's
+// weight_gradient; `scratch` holds tile_scratch_size bytes.
 void weight_gradient(const Plane<float>& plane, const ConvShape& shape, const GradientPair<float>* pairs, int64_t count,
                      float* gradient, void* scratch);
 

@@ -89,23 +89,31 @@ void multiply(const TileRun& run, const bfloat16* const* in, float* sums) {
   if constexpr (M * N > 3) tile_store<3>(sums + 3 * kSumElements, 64);
 }
 
-// out = combine(sums + bias) on `count` neighbouring pixels.
+// Where a run of neighbouring pixels lies in the image.
+struct Place {
+  int64_t b, y, x, count;
+};
+
+// out = combine(sums + bias) on neighbouring pixels.
 template <int terms>
-void finish(const float* sums, int64_t count, Vec<float> bias, const Combine<float>& combine, float* out,
-            int64_t offset) {
+void finish(const float* sums, const Place& place, Vec<float> bias, const Combine<float>& combine,
+            const View<float>& out) {
   using V = Vec<float>;
-  for (int64_t i = 0; i < count; ++i, offset += kLanes<float>) {
+  for (int64_t i = 0; i < place.count; ++i) {
     V value = (load<V>(sums + i * kLanes<float>) + bias) * combine.scale;
+    const auto add = [&](int t) {
+      value += combine.coef[t] * load<V>(combine.term[t].pixel_at(place.b, place.y, place.x + i));
+    };
     if constexpr (terms >= 0) {
-      FASTODE_UNROLL for (int t = 0; t < terms; ++t) value += combine.coef[t] * load<V>(combine.term[t] + offset);
+      FASTODE_UNROLL for (int t = 0; t < terms; ++t) add(t);
     } else {
-      for (int t = 0; t < combine.count; ++t) value += combine.coef[t] * load<V>(combine.term[t] + offset);
+      for (int t = 0; t < combine.count; ++t) add(t);
     }
-    store<V>(out + offset, value);
+    store<V>(out.pixel_at(place.b, place.y, place.x + i), value);
   }
 }
 
-using Finish = void (*)(const float*, int64_t, Vec<float>, const Combine<float>&, float*, int64_t);
+using Finish = void (*)(const float*, const Place&, Vec<float>, const Combine<float>&, const View<float>&);
 
 inline Finish finish_of(int terms) {
   switch (terms) {
@@ -138,24 +146,24 @@ struct Tiling {
     return per_row ? tile / per_row * row + tile % per_row * kTileRows : tile * kTileRows;
   }
 
-  // Calls f(row of the tile, pixel, how many) for every run of pixels inside the image.
+  // Calls f(row of the tile, y, x, how many) for every run of pixels inside the image.
   template <class F>
   void runs(int64_t tile, const F& f) const {
     const int64_t start = first(tile), stop = std::min(start + kTileRows, end);
-    if (per_row) return f(0, start, kTileRows);
-    int64_t pixel = start, x = start % row;
+    int64_t pixel = start, y = start / row, x = start % row;
+    if (per_row) return f(0, y, x, kTileRows);
     while (pixel < stop) {
       const int64_t run = std::min(width - x, stop - pixel);
-      if (run > 0) f(pixel - start, pixel, run);
+      if (run > 0) f(pixel - start, y, x, run);
       pixel += row - x;
-      x = 0;
+      x = 0, ++y;
     }
   }
 };
 
 template <int M, int N>
-void convolve_tiles(const TileRun& run, const Tiling& tiling, int64_t tile, const bfloat16* in, int64_t depth,
-                    const float* bias, const Combine<float>& combine, Finish last, float* out, int64_t out_block) {
+void convolve_tiles(const TileRun& run, const Tiling& tiling, int64_t tile, int64_t block, const bfloat16* in,
+                    int64_t depth, const float* bias, const TileJob& job, Finish last) {
   alignas(64) float sums[M * N * kSumElements];
   const bfloat16* from[M];
   for (int m = 0; m < M; ++m) from[m] = in + tiling.first(tile + m) * depth;
@@ -164,8 +172,8 @@ void convolve_tiles(const TileRun& run, const Tiling& tiling, int64_t tile, cons
     for (int n = 0; n < N; ++n) {
       const float* tile_sums = sums + (m * N + n) * kSumElements;
       const Vec<float> channel_bias = bias ? load<Vec<float>>(bias + n * kLanes<float>) : Vec<float>{};
-      tiling.runs(tile + m, [&](int64_t at, int64_t pixel, int64_t count) {
-        last(tile_sums + at * kLanes<float>, count, channel_bias, combine, out, n * out_block + pixel * kLanes<float>);
+      tiling.runs(tile + m, [&](int64_t at, int64_t y, int64_t x, int64_t count) {
+        last(tile_sums + at * kLanes<float>, Place{block + n, y, x, count}, channel_bias, job.combine, job.out);
       });
     }
 }
@@ -177,25 +185,26 @@ bool has_tiles() {
   return permitted;
 }
 
-void narrow_map(const Plane<float>& plane, int64_t channels, const float* from, bfloat16* to) {
+void narrow_map(const Plane<float>& plane, int64_t channels, const View<float>& from, bfloat16* to) {
   const Narrow narrow(plane, channels);
-  const int64_t blocks = blocks_of<float>(channels), pixels = pixels_of(plane);
+  const int64_t blocks = blocks_of<float>(channels), row = row_of(plane), depth = narrow.depth;
   using V = Vec<float>;
-  constexpr int64_t lanes = kLanes<float>;
-  if (narrow.depth == 16) {  // two pixels at a time; the last may be the one behind the map
-    for (int64_t p = 0; p <= pixels; p += 2)
-      store_narrow(to + p * lanes, p < pixels ? load<V>(from + p * lanes) : V{},
-                   p + 1 < pixels ? load<V>(from + (p + 1) * lanes) : V{});
-    return;
-  }
-  for (int64_t b = 0; b < blocks; b += 2) {
-    const float *low = from + b * plane.size, *high = low + plane.size;
-    bfloat16* block = to + b / 2 * narrow.size;
-    if (b + 1 < blocks) {
-      for (int64_t p = 0; p < pixels; ++p)
-        store_narrow(block + p * 32, load<V>(low + p * lanes), load<V>(high + p * lanes));
-    } else {
-      for (int64_t p = 0; p < pixels; ++p) store_narrow(block + p * 32, load<V>(low + p * lanes), V{});
+  clear_narrow_halo(plane, channels, to);
+  const auto value = [&](int64_t b, int64_t y, int64_t x) { return load<V>(from.pixel_at(b, y, x)); };
+  for (int64_t b = 0; b < blocks; b += depth / Narrow::lanes) {
+    bfloat16* image = to + narrow.begin(b) + origin_of(plane) * depth;
+    for (int64_t y = 0; y < plane.height; ++y, image += row * depth) {
+      int64_t x = 0;
+      if (depth == Narrow::lanes) {  // two pixels at a time
+        for (; x + 1 < plane.width; x += 2) store_narrow(image + x * depth, value(b, y, x), value(b, y, x + 1));
+        for (; x < plane.width; ++x)
+          for (int lane = 0; lane < Narrow::lanes; ++lane)
+            image[x * depth + lane] = round_to_narrow(from.pixel_at(b, y, x)[lane]);
+      } else if (b + 1 < blocks) {
+        for (; x < plane.width; ++x) store_narrow(image + x * depth, value(b, y, x), value(b + 1, y, x));
+      } else {
+        for (; x < plane.width; ++x) store_narrow(image + x * depth, value(b, y, x), V{});
+      }
     }
   }
 }
@@ -253,27 +262,26 @@ template void pack_tile_weights(const ConvShape&, bool, const float*, const int6
 template void pack_tile_weights(const ConvShape&, bool, const bfloat16*, const int64_t*, float*);
 
 void convolve(const Plane<float>& plane, const ConvShape& shape, const float* packed, const float* bias,
-              const bfloat16* in, float* out, const Combine<float>& combine) {
+              const TileJob* jobs, int64_t count) {
   const TileScope scope;
   const Narrow narrow(plane, shape.in_channels);
   const Tiling tiling(plane);
   const int64_t tiles = blocks_of<float>(shape.out_channels), row = row_of(plane);
   TileRun run{Steps(shape), narrow.size, row * narrow.depth, narrow.depth * 2,
               reinterpret_cast<const bfloat16*>(packed)};
-  in += (origin_of(plane) - shape.kernel_h / 2 * row - shape.kernel_w / 2) * narrow.depth;
-  const Finish last = finish_of(combine.count);
+  const int64_t shift = (origin_of(plane) - shape.kernel_h / 2 * row - shape.kernel_w / 2) * narrow.depth;
   const auto walk = [&](auto many, auto group) {
     constexpr int M = many(), N = group();
     for (int64_t first = 0; first < tiles; first += N) {
-      // The terms are read where the output is written, so both move by blocks together.
-      Combine<float> shifted = combine;
-      for (int t = 0; t < combine.count; ++t) shifted.term[t] += first * plane.size + plane.origin;
-      float* to = out + first * plane.size + plane.origin;
-      int64_t tile = 0;
-      for (; tile + M <= tiling.count; tile += M)
-        convolve_tiles<M, N>(run, tiling, tile, in, narrow.depth, bias, shifted, last, to, plane.size);
-      for (; tile < tiling.count; ++tile)
-        convolve_tiles<1, N>(run, tiling, tile, in, narrow.depth, bias, shifted, last, to, plane.size);
+      for (const TileJob* job = jobs; job < jobs + count; ++job) {
+        const Finish last = finish_of(job->combine.count);
+        const bfloat16* in = job->in + shift;
+        int64_t tile = 0;
+        for (; tile + M <= tiling.count; tile += M)
+          convolve_tiles<M, N>(run, tiling, tile, first, in, narrow.depth, bias, *job, last);
+        for (; tile < tiling.count; ++tile)
+          convolve_tiles<1, N>(run, tiling, tile, first, in, narrow.depth, bias, *job, last);
+      }
       run.weights += run.steps.count() * N * kTileElements;
       if (bias) bias += N * kLanes<float>;
     }

@@ -38,36 +38,25 @@ void pack_weights(const ConvShape& shape, bool flip, const T* weight, const int6
 }
 
 template <class A>
-void convolve(const Plane<A>& plane, const ConvShape& shape, const A* packed, const A* bias, const A* in, A* out,
-              const Combine<A>& combine) {
+void convolve(const Plane<A>& plane, const ConvShape& shape, const A* packed, const A* bias, const ConvJob<A>* jobs,
+              int64_t count) {
   constexpr int lanes = kLanes<A>;
   const int taps = taps_of(shape), vectors = vectors_of<A>(shape.out_channels);
-  const int64_t shift = shape.kernel_h / 2 * plane.row + shape.kernel_w / 2 * lanes;
-  ConvPlan<A> plan;
-  plan.out_height = plane.height;
-  plan.out_width = plane.width;
-  plan.tile = {in + plane.origin - shift,
-               plane.row,
-               plane.size,
-               packed,
-               shape.in_channels,
-               shape.kernel_h,
-               shape.kernel_w / taps,
-               out,
-               plane.origin,
-               plane.row,
-               lanes,
-               plane.size,
-               bias,
-               &combine};
-  plan.in_step_row = plane.row;
-  plan.in_step_pixel = lanes;
-  plan.out_blocks = blocks_of<A>(shape.out_channels);
-  plan.group_weights = vectors * lanes * shape.in_channels * shape.kernel_h * shape.kernel_w;
+  const ConvPlan<A> plan{plane.height,
+                         plane.width,
+                         shape.kernel_h / 2,
+                         shape.kernel_w / 2,
+                         blocks_of<A>(shape.out_channels),
+                         vectors * lanes * shape.in_channels * shape.kernel_h * shape.kernel_w,
+                         packed,
+                         shape.in_channels,
+                         shape.kernel_h,
+                         shape.kernel_w / taps,
+                         bias};
   if (taps == 3)
-    vectors == 2 ? run_plan<A, 2, 3, 1>(plan) : run_plan<A, 1, 3, 1>(plan);
+    vectors == 2 ? run_plan<A, 2, 3, 1>(plan, jobs, count) : run_plan<A, 1, 3, 1>(plan, jobs, count);
   else
-    vectors == 2 ? run_plan<A, 2, 1, 1>(plan) : run_plan<A, 1, 1, 1>(plan);
+    vectors == 2 ? run_plan<A, 2, 1, 1>(plan, jobs, count) : run_plan<A, 1, 1, 1>(plan, jobs, count);
 }
 
 // The accumulator's layout: [output block][input block][ky][input channel][kx][output channel].
@@ -104,15 +93,14 @@ void weight_gradient(const Plane<A>& plane, const ConvShape& shape, const Gradie
         for (int64_t i = 0; i < std::min<int64_t>(lanes, shape.in_channels - ib * lanes); i += inputs)
           for (int64_t kx = 0; kx < shape.kernel_w; kx += three ? 3 : 1) {
             for (int64_t n = 0; n < count; ++n)
-              tiles[n] = {pairs[n].in + ib * plane.size + plane.origin + (first + ky - pad_y) * plane.row +
-                              (kx - pad_x) * lanes + i,
-                          pairs[n].cotangent + ob * plane.size + plane.origin + first * plane.row,
+              tiles[n] = {pairs[n].in.pixel_at(ib, first + ky - pad_y, kx - pad_x) + i,
+                          pairs[n].cotangent.pixel_at(ob, first, 0),
                           rows,
                           plane.width,
-                          plane.row,
+                          pairs[n].in.row,
                           lanes,
-                          plane.row,
-                          plane.size};
+                          pairs[n].cotangent.row,
+                          pairs[n].cotangent.block};
             A* to = gradient + gradient_index<A>(shape, ob * lanes, ib * lanes + i, ky, kx);
             if (three)
               gradient_tile_of_three<A, inputs>(tiles, count, to);

@@ -19,13 +19,12 @@ inline constexpr int kTile = 8;
 template <class A>
 struct TileArguments {
   const A* in;  // under the first tap of the tile's first output
-  int64_t in_row, in_plane;
+  int64_t in_row, in_block;
   const A* weights;
   int64_t in_channels, kernel_h, tap_sets;
-  A* out;          // the output sample
-  int64_t offset;  // of the tile's first output in it
-  int64_t out_row, out_pixel, out_plane;
-  const A* bias;  // or null
+  const View<A>* out;
+  int64_t b, y, x;  // the tile's first output
+  const A* bias;    // or null
   const Combine<A>* combine;
 };
 
@@ -42,7 +41,7 @@ void convolve_tile(const TileArguments<A>& k) {
   const int64_t row = k.in_row;
   const A* weights = k.weights;
   const A* block = k.in;
-  for (int64_t left = k.in_channels; left > 0; left -= lanes, block += k.in_plane) {
+  for (int64_t left = k.in_channels; left > 0; left -= lanes, block += k.in_block) {
     const int64_t channels = left < lanes ? left : lanes;
     for (int64_t ky = 0; ky < k.kernel_h; ++ky) {
       for (int64_t set = 0; set < k.tap_sets; ++set) {
@@ -68,7 +67,6 @@ void convolve_tile(const TileArguments<A>& k) {
   }
 
   const Combine<A>& combine = *k.combine;
-  const int64_t out_row = k.out_row, out_pixel = k.out_pixel, out_plane = k.out_plane;
   FASTODE_UNROLL for (int v = 0; v < vectors; ++v) {
     const V bias = k.bias ? load<V>(k.bias + v * lanes) : V{};
     FASTODE_UNROLL for (int r = 0; r < rows; ++r) {
@@ -76,20 +74,22 @@ void convolve_tile(const TileArguments<A>& k) {
     }
   }
   for (int i = 0; i < combine.count; ++i) {
-    const A* term = combine.term[i] + k.offset;
+    const View<A> term = combine.term[i];
+    const A* from = term.pixel_at(k.b, k.y, k.x);
     const A coef = combine.coef[i];
     FASTODE_UNROLL for (int v = 0; v < vectors; ++v) {
       FASTODE_UNROLL for (int r = 0; r < rows; ++r) {
         FASTODE_UNROLL for (int x = 0; x < pixels; ++x) sums[r][x][v] +=
-            coef * load<V>(term + v * out_plane + r * out_row + x * out_pixel);
+            coef * load<V>(from + v * term.block + r * term.row + x * term.pixel);
       }
     }
   }
-  A* out = k.out + k.offset;
+  const View<A> out = *k.out;
+  A* to = out.pixel_at(k.b, k.y, k.x);
   FASTODE_UNROLL for (int v = 0; v < vectors; ++v) {
     FASTODE_UNROLL for (int r = 0; r < rows; ++r) {
       FASTODE_UNROLL for (int x = 0; x < pixels; ++x)
-          store<V>(out + v * out_plane + r * out_row + x * out_pixel, sums[r][x][v]);
+          store<V>(to + v * out.block + r * out.row + x * out.pixel, sums[r][x][v]);
     }
   }
 }
@@ -113,36 +113,42 @@ TileKernel<A> tile_kernel(int pixels, bool one_row) {
 
 template <class A>
 struct ConvPlan {
-  int64_t out_height, out_width;  // of the outputs visited
-  TileArguments<A> tile;          // in: under the first tap of output (0, 0); offset: of output (0, 0)
-  int64_t in_step_row, in_step_pixel;
+  int64_t out_height, out_width;      // of the outputs visited
+  int64_t up, left;                   // input pixels from output (0, 0)'s place to its first tap
   int64_t out_blocks, group_weights;  // weights of one group of `vectors` output blocks
+  const A* packed;
+  int64_t in_channels, kernel_h, tap_sets;
+  const A* bias;  // or null
 };
 
+// One slice of the weights for all jobs, then the next.
 template <class A, int vectors, int taps, int step>
-void run_plan(const ConvPlan<A>& plan) {
-  constexpr int area = kTile / vectors;
-  TileArguments<A> tile = plan.tile;
-  const A* const in = tile.in;
-  const int64_t offset = tile.offset;
-  for (int64_t b = 0; b < plan.out_blocks; b += vectors) {
-    int64_t x = 0;
-    for (int pixels = area; x < plan.out_width; pixels /= 2) {
-      const int64_t rows = std::min(4, area / pixels);
-      const auto full = tile_kernel<A, vectors, taps, step>(pixels, false);
-      const auto single = tile_kernel<A, vectors, taps, step>(pixels, true);
-      for (; x + pixels <= plan.out_width; x += pixels) {
-        for (int64_t y = 0; y < plan.out_height;) {
-          const bool whole = y + rows <= plan.out_height;
-          tile.in = in + y * plan.in_step_row + x * plan.in_step_pixel;
-          tile.offset = offset + b * tile.out_plane + y * tile.out_row + x * tile.out_pixel;
-          (whole ? full : single)(tile);
-          y += whole ? rows : 1;
+void run_plan(const ConvPlan<A>& plan, const ConvJob<A>* jobs, int64_t count) {
+  constexpr int area = kTile / vectors, lanes = kLanes<A>;
+  TileArguments<A> tile{};
+  tile.weights = plan.packed, tile.bias = plan.bias;
+  tile.in_channels = plan.in_channels, tile.kernel_h = plan.kernel_h, tile.tap_sets = plan.tap_sets;
+  for (tile.b = 0; tile.b < plan.out_blocks; tile.b += vectors) {
+    for (const ConvJob<A>* job = jobs; job < jobs + count; ++job) {
+      const View<A>& in = job->in;
+      tile.in_row = in.row, tile.in_block = in.block, tile.out = &job->out, tile.combine = &job->combine;
+      tile.x = 0;
+      for (int pixels = area; tile.x < plan.out_width; pixels /= 2) {
+        const int64_t rows = std::min(4, area / pixels);
+        const auto full = tile_kernel<A, vectors, taps, step>(pixels, false);
+        const auto single = tile_kernel<A, vectors, taps, step>(pixels, true);
+        for (; tile.x + pixels <= plan.out_width; tile.x += pixels) {
+          for (tile.y = 0; tile.y < plan.out_height;) {
+            const bool whole = tile.y + rows <= plan.out_height;
+            tile.in = in.at + (tile.y * step - plan.up) * in.row + (tile.x * step - plan.left) * lanes;
+            (whole ? full : single)(tile);
+            tile.y += whole ? rows : 1;
+          }
         }
       }
     }
     tile.weights += plan.group_weights;
-    if (tile.bias) tile.bias += vectors * kLanes<A>;
+    if (tile.bias) tile.bias += vectors * lanes;
   }
 }
 

@@ -138,7 +138,7 @@ void run_typed(const Call<A>& call, const Rule& rule) {
     program.run();
     branch.each([&](const Range& range) {
       for (int64_t i = 0; i < range.count; ++i)
-        store_sample(plane, static_cast<const A*>(program.result.at(range, i)), result, first + range.first + i);
+        store_sample(plane, program.result.at(range, i), result, first + range.first + i);
     });
   };
 

@@ -158,8 +158,8 @@ void weight_gradient(const Plane<float>& plane, const ConvShape& shape, const Gr
   bfloat16* inputs = static_cast<bfloat16*>(scratch);
   bfloat16* cotangents = inputs + count * in_pair;
   for (int64_t n = 0; n < count; ++n) {
-    transpose_input(plane, in_blocks, tiles, pairs[n].in, inputs + n * in_pair);
-    pair_cotangent(plane, out_blocks, tiles, pairs[n].cotangent, cotangents + n * cotangent_pair);
+    transpose_input(plane, in_blocks, tiles, pairs[n].in.at - plane.origin, inputs + n * in_pair);
+    pair_cotangent(plane, out_blocks, tiles, pairs[n].cotangent.at - plane.origin, cotangents + n * cotangent_pair);
   }
 
   const TileScope scope;

@@ -24,26 +24,26 @@ template <class F>
 void with_narrow_store(const Plane<float>& plane, int64_t channels, bfloat16* out, const F& f) {
   const Narrow narrow(plane, channels);
   clear_narrow_halo(plane, channels, out);
-  if (narrow.depth == Narrow::lanes)
-    f([=](int64_t, int64_t i, Vec<float> value) { store_rounded(out + i, value); });
-  else
-    f([=, size = plane.size](int64_t b, int64_t i, Vec<float> value) {
-      store_rounded(out + narrow.begin(b) + (i - b * size) * 2, value);
-    });
+  const int64_t origin = plane.origin / Narrow::lanes, row = plane.row / Narrow::lanes;
+  f([=](int64_t b, int64_t y, int64_t x, Vec<float> value) {
+    store_rounded(out + narrow.begin(b) + (origin + y * row + x) * narrow.depth, value);
+  });
 }
 
 }  // namespace
 
 void apply(const Plane<float>& plane, int64_t channels, const NormRows<float>& rows, const Unary<float>& act,
-           const float* h, bfloat16* out) {
-  with_narrow_store(plane, channels, out,
-                    [&](const auto& put) { each_value(plane, blocks_of<float>(channels), rows, act, h, put); });
+           const View<float>& h, bfloat16* out) {
+  with_narrow_store(plane, channels, out, [&](const auto& place) {
+    each_value(Area{plane.height, plane.width}, blocks_of<float>(channels), rows, act, h, place);
+  });
 }
 
 void tangent_apply(const Plane<float>& plane, int64_t channels, const NormRows<float>& rows, const Unary<float>& act,
-                   const float* h, const float* t, bfloat16* out) {
-  with_narrow_store(plane, channels, out,
-                    [&](const auto& put) { each_tangent(plane, blocks_of<float>(channels), rows, act, h, t, put); });
+                   const View<float>& h, const View<float>& t, bfloat16* out) {
+  with_narrow_store(plane, channels, out, [&](const auto& place) {
+    each_tangent(Area{plane.height, plane.width}, blocks_of<float>(channels), rows, act, h, t, place);
+  });
 }
 
 }  // namespace fastode::resident

@@ -1,6 +1,8 @@
 // Included by one .cpp per arithmetic type.
 #pragma once
 
+#include <algorithm>
+
 #include "norm.h"
 
 #define FASTODE_UNROLL _Pragma("GCC unroll 8")
@@ -13,28 +15,54 @@ inline Vec<A> at(const A* row, int64_t block) {
   return load<Vec<A>>(row + block * kLanes<A>);
 }
 
-// Calls f(offset) for every pixel of a block.
-template <class A, class F>
-inline void walk(const Plane<A>& plane, int64_t block, const F& f) {
-  for (int64_t y = 0; y < plane.height; ++y) {
-    int64_t offset = block * plane.size + plane.origin + y * plane.row;
-    for (int64_t x = 0; x < plane.width; ++x, offset += kLanes<A>) f(offset);
-  }
+template <class A>
+inline Vec<A> at(const View<A>& map, int64_t b, int64_t y, int64_t x) {
+  return load<Vec<A>>(map.pixel_at(b, y, x));
 }
 
-// Calls f(offset, sums) for every pixel of a block; returns the sums in sums[0].
+template <class A>
+inline void put(const View<A>& map, int64_t b, int64_t y, int64_t x, Vec<A> value) {
+  store<Vec<A>>(map.pixel_at(b, y, x), value);
+}
+
+// The pixels of a block: in one row, where every map at hand has them all equally far apart.
+struct Area {
+  int64_t rows, width;
+};
+
+template <class A>
+inline bool is_flat(const Plane<A>& plane, const View<A>& view) {
+  return view.row == plane.width * view.pixel;
+}
+
+template <class A>
+inline bool is_flat(const Plane<A>& plane, const Combine<A>& combine) {
+  return std::all_of(combine.term, combine.term + combine.count, [&](const View<A>& v) { return is_flat(plane, v); });
+}
+
+template <class A, class... Maps>
+inline Area area_of(const Plane<A>& plane, const Maps&... maps) {
+  return (is_flat(plane, maps) && ...) ? Area{1, plane.pixels()} : Area{plane.height, plane.width};
+}
+
+// Calls f(y, x) for every pixel.
+template <class F>
+inline void walk(const Area& area, const F& f) {
+  for (int64_t y = 0; y < area.rows; ++y)
+    for (int64_t x = 0; x < area.width; ++x) f(y, x);
+}
+
+// Calls f(y, x, sums) for every pixel; returns the sums in total[0, count).
 template <int count, class A, class F>
-inline void walk_sums(const Plane<A>& plane, int64_t block, Vec<A>* total, const F& f) {
-  constexpr int lanes = kLanes<A>,
-                unroll = count > 2 ? 2 : 4;  // independent chains, to hide the latency of an addition
+inline void walk_sums(const Area& area, Vec<A>* total, const F& f) {
+  constexpr int unroll = count > 2 ? 2 : 4;  // independent chains, to hide the latency of an addition
   Vec<A> sums[unroll][count] = {};
-  for (int64_t y = 0; y < plane.height; ++y) {
-    const int64_t offset = block * plane.size + plane.origin + y * plane.row;
+  for (int64_t y = 0; y < area.rows; ++y) {
     int64_t x = 0;
-    for (; x + unroll <= plane.width; x += unroll) {
-      FASTODE_UNROLL for (int k = 0; k < unroll; ++k) f(offset + (x + k) * lanes, sums[k]);
+    for (; x + unroll <= area.width; x += unroll) {
+      FASTODE_UNROLL for (int k = 0; k < unroll; ++k) f(y, x + k, sums[k]);
     }
-    for (; x < plane.width; ++x) f(offset + x * lanes, sums[0]);
+    for (; x < area.width; ++x) f(y, x, sums[0]);
   }
   for (int s = 0; s < count; ++s) {
     total[s] = sums[0][s];
@@ -42,16 +70,34 @@ inline void walk_sums(const Plane<A>& plane, int64_t block, Vec<A>* total, const
   }
 }
 
+// combine() with the number of terms known to the compiler, -1 for any.
 template <int count, class A>
-inline Vec<A> combined(const Combine<A>& combine, Vec<A> value, int64_t offset) {
-  value *= combine.scale;
-  if constexpr (count >= 0) {
-    FASTODE_UNROLL for (int i = 0; i < count; ++i) value += combine.coef[i] * load<Vec<A>>(combine.term[i] + offset);
-  } else {
-    for (int i = 0; i < combine.count; ++i) value += combine.coef[i] * load<Vec<A>>(combine.term[i] + offset);
+struct Combined {
+  A scale;
+  A coef[count > 0 ? count : 1];
+  View<A> term[count > 0 ? count : 1];
+
+  explicit Combined(const Combine<A>& combine) : scale(combine.scale) {
+    for (int i = 0; i < count; ++i) coef[i] = combine.coef[i], term[i] = combine.term[i];
   }
-  return value;
-}
+  Vec<A> operator()(Vec<A> value, int64_t b, int64_t y, int64_t x) const {
+    value *= scale;
+    FASTODE_UNROLL for (int i = 0; i < count; ++i) value += coef[i] * at(term[i], b, y, x);
+    return value;
+  }
+};
+
+template <class A>
+struct Combined<-1, A> {
+  const Combine<A>& combine;
+
+  explicit Combined(const Combine<A>& combine) : combine(combine) {}
+  Vec<A> operator()(Vec<A> value, int64_t b, int64_t y, int64_t x) const {
+    value *= combine.scale;
+    for (int i = 0; i < combine.count; ++i) value += combine.coef[i] * at(combine.term[i], b, y, x);
+    return value;
+  }
+};
 
 // Calls f with the flag as a compile-time constant.
 template <class F>
@@ -66,128 +112,141 @@ inline V centred(V v, V mean_v, V x, V mean_xv) {
   return v;
 }
 
-// Calls f with the number of terms as a compile-time constant, -1 for more than four.
+// Calls f with the combination, its number of terms known to the compiler up to four.
 template <class A, class F>
 inline void with_count(const Combine<A>& combine, const F& f) {
   switch (combine.count) {
     case 0:
-      return f(std::integral_constant<int, 0>{});
+      return f(Combined<0, A>(combine));
     case 1:
-      return f(std::integral_constant<int, 1>{});
+      return f(Combined<1, A>(combine));
     case 2:
-      return f(std::integral_constant<int, 2>{});
+      return f(Combined<2, A>(combine));
     case 3:
-      return f(std::integral_constant<int, 3>{});
+      return f(Combined<3, A>(combine));
     case 4:
-      return f(std::integral_constant<int, 4>{});
+      return f(Combined<4, A>(combine));
     default:
-      return f(std::integral_constant<int, -1>{});
+      return f(Combined<-1, A>(combine));
   }
 }
 
 }  // namespace
 
 template <class A>
-void moments(const Plane<A>& plane, int64_t blocks, const A* map, A* mean_out, A* squares_out) {
+void moments(const Plane<A>& plane, int64_t blocks, const View<A>& map, A* mean_out, A* squares_out) {
   using V = Vec<A>;
   constexpr int lanes = kLanes<A>, unroll = 4;
-  const A width = static_cast<A>(plane.width);
+  constexpr int64_t stretch = 64;  // pixels read twice, so while they are in the first cache
+  const Area area = area_of(plane, map);
   for (int64_t b = 0; b < blocks; ++b) {
     V mean = {}, squares = {};
-    for (int64_t y = 0; y < plane.height; ++y) {
-      const A* row = map + b * plane.size + plane.origin + y * plane.row;
-      V sums[unroll] = {};
-      int64_t x = 0;
-      for (; x + unroll <= plane.width; x += unroll) {
-        FASTODE_UNROLL for (int k = 0; k < unroll; ++k) sums[k] += load<V>(row + (x + k) * lanes);
-      }
-      for (; x < plane.width; ++x) sums[0] += load<V>(row + x * lanes);
-      const V row_mean = ((sums[0] + sums[1]) + (sums[2] + sums[3])) / width;
-      V deviations[unroll] = {};
-      for (x = 0; x + unroll <= plane.width; x += unroll) {
-        FASTODE_UNROLL for (int k = 0; k < unroll; ++k) {
-          const V d = load<V>(row + (x + k) * lanes) - row_mean;
-          deviations[k] += d * d;
+    A seen = 0;
+    for (int64_t y = 0; y < area.rows; ++y) {
+      for (int64_t first = 0; first < area.width; first += stretch) {
+        const int64_t last = std::min(first + stretch, area.width);
+        const A count = static_cast<A>(last - first);
+        V sums[unroll] = {}, deviations[unroll] = {};
+        int64_t x = first;
+        for (; x + unroll <= last; x += unroll) {
+          FASTODE_UNROLL for (int k = 0; k < unroll; ++k) sums[k] += at(map, b, y, x + k);
         }
+        for (; x < last; ++x) sums[0] += at(map, b, y, x);
+        const V here = ((sums[0] + sums[1]) + (sums[2] + sums[3])) / count;
+        for (x = first; x + unroll <= last; x += unroll) {
+          FASTODE_UNROLL for (int k = 0; k < unroll; ++k) {
+            const V d = at(map, b, y, x + k) - here;
+            deviations[k] += d * d;
+          }
+        }
+        for (; x < last; ++x) {
+          const V d = at(map, b, y, x) - here;
+          deviations[0] += d * d;
+        }
+        const V delta = here - mean;
+        const A share = count / (seen + count);
+        mean += delta * share;
+        squares += (deviations[0] + deviations[1]) + (deviations[2] + deviations[3]) + delta * delta * (seen * share);
+        seen += count;
       }
-      for (; x < plane.width; ++x) {
-        const V d = load<V>(row + x * lanes) - row_mean;
-        deviations[0] += d * d;
-      }
-      const V delta = row_mean - mean;
-      const A share = A(1) / static_cast<A>(y + 1);
-      mean += delta * share;
-      squares +=
-          (deviations[0] + deviations[1]) + (deviations[2] + deviations[3]) + delta * delta * (width * y * share);
     }
     store<V>(mean_out + b * lanes, mean);
     store<V>(squares_out + b * lanes, squares);
   }
 }
 
-// Calls put(block, element, act(norm(h))).
+// Calls place(block, y, x, act(norm(h))).
 template <class A, class F>
-inline void each_value(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows, const Unary<A>& act, const A* h,
-                       const F& put) {
+inline void each_value(const Area& area, int64_t blocks, const NormRows<A>& rows, const Unary<A>& act,
+                       const View<A>& map, const F& place) {
   using V = Vec<A>;
+  const View<A> h = map;
   with_activation(act.kind, [&](auto kind) {
     for (int64_t b = 0; b < blocks; ++b) {
       const V mean = at(rows.mean, b), scale = at(rows.rstd, b) * at(rows.weight, b), bias = at(rows.bias, b);
-      walk(plane, b,
-           [&](int64_t i) { put(b, i, activate<kind(), V>((load<V>(h + i) - mean) * scale + bias, act.arguments)); });
+      walk(area, [&](int64_t y, int64_t x) {
+        place(b, y, x, activate<kind(), V>((at(h, b, y, x) - mean) * scale + bias, act.arguments));
+      });
     }
   });
 }
 
-// Calls put(block, element, act'(norm(h)) weight P(t)).
+// Calls place(block, y, x, act'(norm(h)) weight P(t)).
 template <class A, class F>
-inline void each_tangent(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows, const Unary<A>& act,
-                         const A* h, const A* t, const F& put) {
+inline void each_tangent(const Area& area, int64_t blocks, const NormRows<A>& rows, const Unary<A>& act,
+                         const View<A>& input, const View<A>& input_tangent, const F& place) {
   using V = Vec<A>;
+  const View<A> h = input, t = input_tangent;
   with_activation(act.kind, [&](auto kind) {
     with_flag(rows.measured, [&](auto measured) {
       for (int64_t b = 0; b < blocks; ++b) {
         const V mean = at(rows.mean, b), rstd = at(rows.rstd, b), weight = at(rows.weight, b), bias = at(rows.bias, b);
         const V scale = rstd * weight, mean_t = at(rows.t, b), mean_xt = at(rows.xt, b);
-        walk(plane, b, [&](int64_t i) {
-          const V x = (load<V>(h + i) - mean) * rstd;
-          const V tangent = scale * centred<measured()>(load<V>(t + i), mean_t, x, mean_xt);
-          put(b, i, tangent * activate_first<kind(), V>(x * weight + bias, act.arguments));
+        walk(area, [&](int64_t y, int64_t x) {
+          const V xhat = (at(h, b, y, x) - mean) * rstd;
+          const V tangent = scale * centred<measured()>(at(t, b, y, x), mean_t, xhat, mean_xt);
+          place(b, y, x, tangent * activate_first<kind(), V>(xhat * weight + bias, act.arguments));
         });
       }
     });
   });
 }
 
-// Calls f with what stores a value at an element of `out`, combined with other maps.
+// Calls f with what stores a value at a pixel of `map`, combined with other maps.
 template <class A, class F>
-inline void with_store(const Combine<A>& combine, A* out, const F& f) {
+inline void with_store(const Combine<A>& combine, const View<A>& map, const F& f) {
+  const View<A> out = map;
   if (combine.count == 0 && combine.scale == 1)
-    f([=](int64_t, int64_t i, Vec<A> value) { store<Vec<A>>(out + i, value); });
+    f([=](int64_t b, int64_t y, int64_t x, Vec<A> value) { put(out, b, y, x, value); });
   else
-    f([=, &combine](int64_t, int64_t i, Vec<A> value) { store<Vec<A>>(out + i, combined<-1>(combine, value, i)); });
+    f([=, combined = Combined<-1, A>(combine)](int64_t b, int64_t y, int64_t x, Vec<A> value) {
+      put(out, b, y, x, combined(value, b, y, x));
+    });
 }
 
 template <class A>
-void apply(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows, const Unary<A>& act, const A* h, A* out,
-           const Combine<A>& combine) {
-  with_store(combine, out, [&](const auto& put) { each_value(plane, blocks, rows, act, h, put); });
+void apply(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows, const Unary<A>& act, const View<A>& h,
+           const View<A>& out, const Combine<A>& combine) {
+  const Area area = area_of(plane, h, out, combine);
+  with_store(combine, out, [&](const auto& place) { each_value(area, blocks, rows, act, h, place); });
 }
 
 template <class A>
-void cotangent_first(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows, const Unary<A>& act, const A* h,
-                     const A* cotangent, A* n, A* sums) {
+void cotangent_first(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows, const Unary<A>& act,
+                     const View<A>& input, const View<A>& cotangent, const View<A>& out, A* sums) {
   using V = Vec<A>;
+  const View<A> h = input, g = cotangent, n = out;
+  const Area area = area_of(plane, h, g, n);
   with_activation(act.kind, [&](auto kind) {
     for (int64_t b = 0; b < blocks; ++b) {
       const V mean = at(rows.mean, b), rstd = at(rows.rstd, b), weight = at(rows.weight, b), bias = at(rows.bias, b);
       V total[2];
-      walk_sums<2>(plane, b, total, [&](int64_t i, V* sum) {
-        const V x = (load<V>(h + i) - mean) * rstd;
-        const V nbar = load<V>(cotangent + i) * activate_first<kind(), V>(x * weight + bias, act.arguments);
-        store<V>(n + i, nbar);
+      walk_sums<2, A>(area, total, [&](int64_t y, int64_t x, V* sum) {
+        const V xhat = (at(h, b, y, x) - mean) * rstd;
+        const V nbar = at(g, b, y, x) * activate_first<kind(), V>(xhat * weight + bias, act.arguments);
+        put(n, b, y, x, nbar);
         sum[0] += nbar;
-        sum[1] += nbar * x;
+        sum[1] += nbar * xhat;
       });
       for (int s = 0; s < 2; ++s) store<V>(sums + (s * blocks + b) * kLanes<A>, total[s]);
     }
@@ -195,18 +254,20 @@ void cotangent_first(const Plane<A>& plane, int64_t blocks, const NormRows<A>& r
 }
 
 template <class A>
-void cotangent_last(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows, const A* h, const A* n, A* out,
-                    const Combine<A>& combine) {
+void cotangent_last(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows, const View<A>& input,
+                    const View<A>& n_map, const View<A>& out_map, const Combine<A>& combine) {
   using V = Vec<A>;
-  with_count(combine, [&](auto count) {
+  const View<A> h = input, n = n_map, out = out_map;
+  const Area area = area_of(plane, h, n, out, combine);
+  with_count(combine, [&](const auto& combined) {
     with_flag(rows.measured, [&](auto measured) {
       for (int64_t b = 0; b < blocks; ++b) {
         const V mean = at(rows.mean, b), rstd = at(rows.rstd, b), scale = rstd * at(rows.weight, b);
         const V constant = rstd * at(rows.n, b), slope = rstd * rstd * at(rows.xn, b);
-        walk(plane, b, [&](int64_t i) {
-          V value = scale * load<V>(n + i);
-          if constexpr (measured()) value = value - constant - slope * (load<V>(h + i) - mean);
-          store<V>(out + i, combined<count()>(combine, value, i));
+        walk(area, [&](int64_t y, int64_t x) {
+          V value = scale * at(n, b, y, x);
+          if constexpr (measured()) value = value - constant - slope * (at(h, b, y, x) - mean);
+          put(out, b, y, x, combined(value, b, y, x));
         });
       }
     });
@@ -214,15 +275,18 @@ void cotangent_last(const Plane<A>& plane, int64_t blocks, const NormRows<A>& ro
 }
 
 template <class A>
-void tangent_sums(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows, const A* h, const A* t, A* sums) {
+void tangent_sums(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows, const View<A>& input,
+                  const View<A>& input_tangent, A* sums) {
   using V = Vec<A>;
+  const View<A> h = input, t = input_tangent;
+  const Area area = area_of(plane, h, t);
   for (int64_t b = 0; b < blocks; ++b) {
     const V mean = at(rows.mean, b), rstd = at(rows.rstd, b);
     V total[2];
-    walk_sums<2>(plane, b, total, [&](int64_t i, V* sum) {
-      const V tangent = load<V>(t + i);
+    walk_sums<2, A>(area, total, [&](int64_t y, int64_t x, V* sum) {
+      const V tangent = at(t, b, y, x);
       sum[0] += tangent;
-      sum[1] += tangent * (load<V>(h + i) - mean);
+      sum[1] += tangent * (at(h, b, y, x) - mean);
     });
     total[1] *= rstd;
     for (int s = 0; s < 2; ++s) store<V>(sums + (s * blocks + b) * kLanes<A>, total[s]);
@@ -230,36 +294,40 @@ void tangent_sums(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows
 }
 
 template <class A>
-void tangent_apply(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows, const Unary<A>& act, const A* h,
-                   const A* t, A* out, const Combine<A>& combine) {
-  with_store(combine, out, [&](const auto& put) { each_tangent(plane, blocks, rows, act, h, t, put); });
+void tangent_apply(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows, const Unary<A>& act,
+                   const View<A>& h, const View<A>& t, const View<A>& out, const Combine<A>& combine) {
+  const Area area = area_of(plane, h, t, out, combine);
+  with_store(combine, out, [&](const auto& place) { each_tangent(area, blocks, rows, act, h, t, place); });
 }
 
 template <class A>
-void second_first(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows, const Unary<A>& act, const A* h,
-                  const A* t, A* n, A* m, A* sums) {
+void second_first(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows, const Unary<A>& act,
+                  const View<A>& input, const View<A>& input_tangent, const View<A>& value_cotangent,
+                  const View<A>& tangent_cotangent, A* sums) {
   using V = Vec<A>;
+  const View<A> h = input, t = input_tangent, n = value_cotangent, m = tangent_cotangent;
+  const Area area = area_of(plane, h, t, n, m);
   with_activation(act.kind, [&](auto kind) {
     with_flag(rows.measured, [&](auto measured) {
       for (int64_t b = 0; b < blocks; ++b) {
         const V mean = at(rows.mean, b), rstd = at(rows.rstd, b), weight = at(rows.weight, b), bias = at(rows.bias, b);
         const V mean_t = at(rows.t, b), mean_xt = at(rows.xt, b);
         V total[5];
-        walk_sums<5>(plane, b, total, [&](int64_t i, V* sum) {
-          const V x = (load<V>(h + i) - mean) * rstd, y = x * weight + bias;
-          const V tangent = rstd * centred<measured()>(load<V>(t + i), mean_t, x, mean_xt);
-          const V first = activate_first<kind(), V>(y, act.arguments);
-          const V value_cotangent = load<V>(n + i), tangent_cotangent = load<V>(m + i);
-          V nbar = value_cotangent * first;
+        walk_sums<5, A>(area, total, [&](int64_t y, int64_t x, V* sum) {
+          const V xhat = (at(h, b, y, x) - mean) * rstd, normed = xhat * weight + bias;
+          const V tangent = rstd * centred<measured()>(at(t, b, y, x), mean_t, xhat, mean_xt);
+          const V first = activate_first<kind(), V>(normed, act.arguments);
+          const V c = at(m, b, y, x);
+          V nbar = at(n, b, y, x) * first;
           if constexpr (kHasSecond<kind()>)
-            nbar += activate_second<kind(), V>(y, act.arguments) * tangent * weight * tangent_cotangent;
-          const V mbar = tangent_cotangent * first;
-          store<V>(n + i, nbar);
-          store<V>(m + i, mbar);
+            nbar += activate_second<kind(), V>(normed, act.arguments) * tangent * weight * c;
+          const V mbar = c * first;
+          put(n, b, y, x, nbar);
+          put(m, b, y, x, mbar);
           sum[0] += nbar;
-          sum[1] += nbar * x;
+          sum[1] += nbar * xhat;
           sum[2] += mbar;
-          sum[3] += mbar * x;
+          sum[3] += mbar * xhat;
           sum[4] += mbar * tangent;
         });
         for (int s = 0; s < 5; ++s) store<V>(sums + (s * blocks + b) * kLanes<A>, total[s]);
@@ -269,36 +337,40 @@ void second_first(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows
 }
 
 template <class A>
-void second_last(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows, const A* h, const A* t, const A* n,
-                 const A* m, A* out, A* tangent_out, const Combine<A>& combine) {
+void second_last(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows, const View<A>& input,
+                 const View<A>& input_tangent, const View<A>& n_map, const View<A>& m_map, const View<A>& out_map,
+                 const View<A>* tangent_out, const Combine<A>& combine) {
   using V = Vec<A>;
-  with_count(combine, [&](auto count) {
+  const View<A> h = input, t = input_tangent, n = n_map, m = m_map, out = out_map;
+  const View<A> second_out = tangent_out ? *tangent_out : out_map;
+  const Area area = area_of(plane, h, t, n, m, out, second_out, combine);
+  with_count(combine, [&](const auto& combined) {
     with_flag(rows.measured, [&](auto measured) {
       for (int64_t b = 0; b < blocks; ++b) {
         const V mean = at(rows.mean, b), rstd = at(rows.rstd, b), weight = at(rows.weight, b);
         const V mean_t = at(rows.t, b), mean_xt = at(rows.xt, b), mean_n = at(rows.n, b), mean_xn = at(rows.xn, b);
         const V mean_c = at(rows.c, b), mean_xc = at(rows.xc, b);
-        const auto both = [&](int64_t i, V& cotangent) {
-          const V x = (load<V>(h + i) - mean) * rstd;
-          const V p = rstd * centred<measured()>(load<V>(t + i), mean_t, x, mean_xt);
-          const V tangent_cotangent = rstd * centred<measured()>(weight * load<V>(m + i), mean_c, x, mean_xc);
-          cotangent = centred<measured()>(weight * load<V>(n + i), mean_n, x, mean_xn);
+        const auto both = [&](int64_t y, int64_t x, V& cotangent) {
+          const V xhat = (at(h, b, y, x) - mean) * rstd;
+          const V p = rstd * centred<measured()>(at(t, b, y, x), mean_t, xhat, mean_xt);
+          const V tangent_cotangent = rstd * centred<measured()>(weight * at(m, b, y, x), mean_c, xhat, mean_xc);
+          cotangent = centred<measured()>(weight * at(n, b, y, x), mean_n, xhat, mean_xn);
           if constexpr (measured()) cotangent = cotangent - mean_xt * tangent_cotangent - mean_xc * p;
           cotangent *= rstd;
           return tangent_cotangent;
         };
         if (tangent_out) {
-          walk(plane, b, [&](int64_t i) {
+          walk(area, [&](int64_t y, int64_t x) {
             V cotangent;
-            const V tangent_cotangent = both(i, cotangent);
-            store<V>(out + i, combined<count()>(combine, cotangent, i));
-            store<V>(tangent_out + i, tangent_cotangent);
+            const V tangent_cotangent = both(y, x, cotangent);
+            put(out, b, y, x, combined(cotangent, b, y, x));
+            put(second_out, b, y, x, tangent_cotangent);
           });
         } else {
-          walk(plane, b, [&](int64_t i) {
+          walk(area, [&](int64_t y, int64_t x) {
             V cotangent;
-            both(i, cotangent);
-            store<V>(out + i, combined<count()>(combine, cotangent, i));
+            both(y, x, cotangent);
+            put(out, b, y, x, combined(cotangent, b, y, x));
           });
         }
       }
@@ -307,30 +379,36 @@ void second_last(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows,
 }
 
 template <class A>
-void combine_maps(const Plane<A>& plane, int64_t blocks, A* out, const Combine<A>& combine) {
-  with_count(combine, [&](auto count) {
+void combine_maps(const Plane<A>& plane, int64_t blocks, const View<A>& map, const Combine<A>& combine) {
+  const View<A> out = map;
+  const Area area = area_of(plane, out, combine);
+  with_count(combine, [&](const auto& combined) {
     for (int64_t b = 0; b < blocks; ++b)
-      walk(plane, b, [&](int64_t i) { store<Vec<A>>(out + i, combined<count()>(combine, Vec<A>{}, i)); });
+      walk(area, [&](int64_t y, int64_t x) { put(out, b, y, x, combined(Vec<A>{}, b, y, x)); });
   });
 }
 
 template <class A>
-void add_channel_sums(const Plane<A>& plane, int64_t blocks, const A* map, A* sums) {
+void add_channel_sums(const Plane<A>& plane, int64_t blocks, const View<A>& map, A* sums) {
   using V = Vec<A>;
+  const View<A> from = map;
+  const Area area = area_of(plane, from);
   for (int64_t b = 0; b < blocks; ++b) {
     V total[1];
-    walk_sums<1>(plane, b, total, [&](int64_t i, V* sum) { sum[0] += load<V>(map + i); });
+    walk_sums<1, A>(area, total, [&](int64_t y, int64_t x, V* sum) { sum[0] += at(from, b, y, x); });
     store<V>(sums + b * kLanes<A>, at(sums, b) + total[0]);
   }
 }
 
 template <class A>
-double inner_product(const Plane<A>& plane, int64_t blocks, const A* a, const A* b) {
+double inner_product(const Plane<A>& plane, int64_t blocks, const View<A>& left, const View<A>& right) {
   using V = Vec<A>;
+  const View<A> a = left, c = right;
+  const Area area = area_of(plane, a, c);
   double result = 0;
-  for (int64_t block = 0; block < blocks; ++block) {
+  for (int64_t b = 0; b < blocks; ++b) {
     V total[1];
-    walk_sums<1>(plane, block, total, [&](int64_t i, V* sum) { sum[0] += load<V>(a + i) * load<V>(b + i); });
+    walk_sums<1, A>(area, total, [&](int64_t y, int64_t x, V* sum) { sum[0] += at(a, b, y, x) * at(c, b, y, x); });
     for (int lane = 0; lane < kLanes<A>; ++lane) result += static_cast<double>(total[0][lane]);
   }
   return result;

@@ -1,6 +1,5 @@
-// Where a sample lives while a block works on it: channels in blocks of one vector, each block a plane of pixels with a
-// zero halo. The right halo of a row is the left halo of the next, so a plane of width W and halo p has rows of W + p
-// pixels.
+// Where a sample lives while a block works on it: channels in blocks of one vector, each block a plane of pixels. What
+// a convolution reads has a zero halo around each plane; all else is compact, or lies in the user's tensor.
 #pragma once
 
 #include <algorithm>
@@ -12,12 +11,23 @@ namespace fastode::resident {
 
 inline constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// One sample's feature map wherever it lies: blocks of one vector of channels, strides in elements.
+template <class A>
+struct View {
+  A* at = nullptr;  // pixel (0, 0) of block 0
+  int64_t row = 0, pixel = 0, block = 0;
+
+  A* pixel_at(int64_t b, int64_t y, int64_t x) const { return at + b * block + y * row + x * pixel; }
+};
+
+// The image's size and the layouts of maps of our own. With a halo, the right one of a row is the left one of the next,
+// so a padded plane of width W and halo p has rows of W + p pixels.
 template <class A>
 struct Plane {
   static constexpr int lanes = kLanes<A>;
   int64_t height, width, halo;
-  int64_t row;     // elements from a pixel to the one below it
-  int64_t size;    // elements of one channel block
+  int64_t row;     // elements from a pixel of a padded plane to the one below it
+  int64_t size;    // elements of one padded channel block
   int64_t origin;  // element of pixel (0, 0)
 
   Plane(int64_t height, int64_t width, int64_t halo)
@@ -29,6 +39,8 @@ struct Plane {
         origin(halo * row + halo * lanes) {}
 
   int64_t pixels() const { return height * width; }
+  View<A> padded(A* base) const { return {base + origin, row, lanes, size}; }
+  View<A> compact(A* base) const { return {base, width * lanes, lanes, pixels() * lanes}; }
 };
 
 template <class A>
@@ -87,19 +99,23 @@ struct Map {
   int64_t blocks = 0;
   Extent extent = Extent::kTile;
   int64_t per_worker = 0;  // samples per worker, for kRange
+  View<A> view = {};       // of the sample at `base`
 
-  A* at(const Range& range, int64_t i) const {
-    if (extent == Extent::kRange) return base + (range.worker * per_worker + i) * stride;
-    return base + (range.first + i + (extent == Extent::kBatch ? range.tile : 0)) * stride;
+  View<A> at(const Range& range, int64_t i) const {
+    const int64_t sample = extent == Extent::kRange ? range.worker * per_worker + i
+                                                    : range.first + i + (extent == Extent::kBatch ? range.tile : 0);
+    View<A> moved = view;
+    moved.at += sample * stride;
+    return moved;
   }
 };
 
 template <class A>
-inline void clear_halo(const Plane<A>& plane, A* sample, int64_t blocks) {
+inline void clear_halo(const Plane<A>& plane, const View<A>& padded, int64_t blocks) {
   const int64_t side = plane.halo * Plane<A>::lanes;
   if (side == 0) return;
   for (int64_t b = 0; b < blocks; ++b) {
-    A* block = sample + b * plane.size;
+    A* block = padded.at - plane.origin + b * plane.size;
     std::fill(block, block + plane.origin, A(0));
     for (int64_t y = 0; y < plane.height; ++y) {
       A* right = block + plane.origin + y * plane.row + plane.width * Plane<A>::lanes;
@@ -134,41 +150,42 @@ inline T to_storage(A value) {
 }
 
 template <class A, class T>
-void load_sample(const Plane<A>& plane, const Feature<const T>& from, int64_t n, A* to) {
+void load_sample(const Plane<A>& plane, const Feature<const T>& from, int64_t n, const View<A>& to) {
   constexpr int lanes = Plane<A>::lanes;
   for (int64_t b = 0; b < blocks_of<A>(from.channels); ++b) {
     const int64_t channels = std::min<int64_t>(lanes, from.channels - b * lanes);
     for (int64_t y = 0; y < plane.height; ++y) {
       const T* source = from.data + n * from.sample + b * lanes * from.channel + y * from.row;
-      A* target = to + b * plane.size + plane.origin + y * plane.row;
+      A* target = to.pixel_at(b, y, 0);
       if (channels == lanes && from.channel == 1) {
         for (int64_t x = 0; x < plane.width; ++x)
-          for (int c = 0; c < lanes; ++c) target[x * lanes + c] = to_accumulator<A>(source[x * from.pixel + c]);
+          for (int c = 0; c < lanes; ++c) target[x * to.pixel + c] = to_accumulator<A>(source[x * from.pixel + c]);
       } else {
-        if (channels < lanes) std::fill(target, target + plane.width * lanes, A(0));
+        for (int64_t x = 0; x < plane.width && channels < lanes; ++x)
+          std::fill_n(target + x * to.pixel + channels, lanes - channels, A(0));
         for (int64_t c = 0; c < channels; ++c)
           for (int64_t x = 0; x < plane.width; ++x)
-            target[x * lanes + c] = to_accumulator<A>(source[x * from.pixel + c * from.channel]);
+            target[x * to.pixel + c] = to_accumulator<A>(source[x * from.pixel + c * from.channel]);
       }
     }
   }
 }
 
 template <class A, class T>
-void store_sample(const Plane<A>& plane, const A* from, const Feature<T>& to, int64_t n) {
+void store_sample(const Plane<A>& plane, const View<A>& from, const Feature<T>& to, int64_t n) {
   constexpr int lanes = Plane<A>::lanes;
   for (int64_t b = 0; b < blocks_of<A>(to.channels); ++b) {
     const int64_t channels = std::min<int64_t>(lanes, to.channels - b * lanes);
     for (int64_t y = 0; y < plane.height; ++y) {
-      const A* source = from + b * plane.size + plane.origin + y * plane.row;
+      const A* source = from.pixel_at(b, y, 0);
       T* target = to.data + n * to.sample + b * lanes * to.channel + y * to.row;
       if (channels == lanes && to.channel == 1) {
         for (int64_t x = 0; x < plane.width; ++x)
-          for (int c = 0; c < lanes; ++c) target[x * to.pixel + c] = to_storage<T>(source[x * lanes + c]);
+          for (int c = 0; c < lanes; ++c) target[x * to.pixel + c] = to_storage<T>(source[x * from.pixel + c]);
       } else {
         for (int64_t c = 0; c < channels; ++c)
           for (int64_t x = 0; x < plane.width; ++x)
-            target[x * to.pixel + c * to.channel] = to_storage<T>(source[x * lanes + c]);
+            target[x * to.pixel + c * to.channel] = to_storage<T>(source[x * from.pixel + c]);
       }
     }
   }

@@ -323,7 +323,7 @@ class SchemeBackward {
       double* alpha = wishes_.products + range.worker * wishes_.products_stride + (i - 1) * s;
       double* beta = alpha + s * s;
       for (int64_t n = 0; n < range.count; ++n) {
-        const A* bar = bars_[i].at(range, n);
+        const View<A> bar = bars_[i].at(range, n);
         for (int64_t k = 0; k < i; ++k) {
           alpha[k] += inner_product(plane_, input.blocks, bar, stages_.points[k].at(range, n));
           beta[k] += inner_product(plane_, input.blocks, bar, stages_.values[k].at(range, n));
