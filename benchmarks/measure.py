@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastode.testing import compare_blocks
+from fastode._dispatch import recording
+from fastode.testing import Judge
 
 from . import contenders as contenders_module
 from . import memory, timing
@@ -28,7 +31,7 @@ DTYPES = {
     "float64": torch.float64,
 }
 # What the equality check asks of a network whose mode is made of several calls.
-GATES = {"pgd10": "input_grad", "adv_train": "train"}
+GATES = {"pgd_step": "input_grad", "pgd10": "input_grad", "adv_train": "train"}
 
 
 def set_precision(dtype: str, device: torch.device) -> None:
@@ -39,13 +42,14 @@ def set_precision(dtype: str, device: torch.device) -> None:
         torch.backends.cuda.matmul.fp32_precision = precision
 
 
-def equality(contender: Contender, reference: nn.Module, module: nn.Module, inputs: Inputs, mode: str) -> Row:
+def equality(
+    contender: Contender, reference: nn.Module, module: nn.Module, inputs: Inputs, mode: str, judge: Callable[[], Judge]
+) -> Row:
     """The result of the equality check: ok, the worst err/allowed and whose it is."""
     if contender.name in BASELINES:
         return {"ok": True, "worst": 0.0, "tensor": "", "note": "is the reference"}
     training = {p: p.requires_grad for p in module.parameters()}
-    x = inputs[0] if len(inputs) == 1 else inputs
-    comparison = compare_blocks(reference, module, x, mode=GATES.get(mode, mode))  # type: ignore[arg-type]
+    comparison = judge().compare(module, inputs)
     for parameter, required in training.items():  # a compiled module is judged itself, not a copy
         parameter.requires_grad_(required)
     module.zero_grad(set_to_none=True)
@@ -97,6 +101,9 @@ def measure(
     set_precision(dtype, device)
     reference, inputs = make(workload, device, DTYPES[dtype])
     flops, moved = count(workload, reference, inputs, mode)
+    # The reference's own runs are made once, for all contenders, on the very input that is timed.
+    gate = GATES.get(mode, mode)
+    judge: Callable[[], Judge] = functools.cache(lambda: Judge(reference, inputs, mode=gate))  # type: ignore[arg-type]
     rows: list[Row] = []
     turns: dict[str, Work] = {}
     for contender in taking_part:
@@ -114,11 +121,12 @@ def measure(
         }
         rows.append(row)
         try:
-            turns[contender.label] = _ready(contender, workload, reference, inputs, mode, row)
+            turns[contender.label] = _ready(contender, workload, reference, inputs, mode, row, judge)
             row["peak_mb"] = round(_peak(turns[contender.label], device) / 1e6, 3)
         except Exception as error:  # a contender that fails is reported as failed, with its message
             turns.pop(contender.label, None)
             row["errors"] = str(error) if isinstance(error, Unavailable) else timing.message(error)
+    del judge
     machine = timing.machine(DTYPES[dtype], device)
     clock = timing.Clock(device)
     runs: dict[str, timing.Run] = {"#matmul": machine.matmul, "#copy": machine.copy}
@@ -140,18 +148,29 @@ def measure(
     return rows
 
 
-def _ready(contender: Contender, workload: Workload, reference: nn.Module, inputs: Inputs, mode: str, row: Row) -> Work:
+def _ready(
+    contender: Contender,
+    workload: Workload,
+    reference: nn.Module,
+    inputs: Inputs,
+    mode: str,
+    row: Row,
+    judge: Callable[[], Judge],
+) -> Work:
     """A contender's warmed turn, once it has shown that it is equal and, if compiled, that it is compiled."""
     breaks = contenders_module.graph_breaks() if contender.compiled else 0
     module, own = contender.make(reference, inputs)
     if mode != "train":
         module.requires_grad_(False)  # a compiled module is traced here as it will be timed
-    row["equality"] = equality(contender, reference, module, own, mode)
+    row["equality"] = equality(contender, reference, module, own, mode, judge)
     if not row["equality"]["ok"]:
         tensor, worst = row["equality"]["tensor"], row["equality"]["worst"]
         raise Unavailable(f"not equal: {tensor} has {worst} of the error allowed")
     turn = prepare(workload, module, own, mode)
-    turn.run()
+    with recording() as used:
+        turn.run()
+    if used:
+        row["used"] = dict(Counter(used.values()))
     if contender.compiled and contenders_module.graph_breaks() > breaks:
         raise Unavailable(f"graph break: {contenders_module.graph_break_reason()}")
     return turn
@@ -202,6 +221,7 @@ def _ratios(rows: Sequence[Row], taking_part: Sequence[Contender], times: timing
             "better_eager": eager,
             "best_other": fastest(others),
             "best_compiled": fastest([other for other in others if other in COMPILED]),
+            "vjp_compile": "vjp-compile" if "vjp-compile" in others else None,
         }
         for name, other in against.items():
             if other is None:

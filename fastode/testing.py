@@ -158,6 +158,127 @@ def _cotangents(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     )
 
 
+def _leaning_cotangents(block: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    """For a block with parameters of one entry: the normal cotangents, turned towards what each of these moves.
+
+    Such a gradient is one inner product <cotangent, dy/dp>. Under a cotangent that knows nothing of dy/dp it cancels to
+    1/sqrt(n) of its terms, and what is then compared is rounding.
+
+    Args:
+        block: in float64.
+        inputs: in float64.
+
+    Returns:
+        One cotangent per output, or None where there is no such parameter.
+    """
+    names = [name for name, p in block.named_parameters() if p.numel() == 1 and p.requires_grad]
+    if not names:
+        return None
+
+    def outputs(name: str = "", shift: float = 0.0) -> list[Tensor]:
+        changed = copy.deepcopy(block)
+        if name:
+            changed.get_parameter(name).data.add_(shift)
+        found = _run(changed, inputs, None, "forward", None)
+        return [y for key, y in found.items() if key.startswith("output") and y is not None]
+
+    def size(tensors: Sequence[Tensor]) -> float:
+        return math.hypot(*(float(torch.linalg.vector_norm(t)) for t in tensors))
+
+    here = outputs()
+    normal = _cotangents(tuple(here))
+    found = list(normal)
+    step = 1e-3
+    for name in names:
+        slopes = [(up - down) / (2 * step) for up, down in zip(outputs(name, step), outputs(name, -step), strict=True)]
+        # One that moves nothing in exact arithmetic (Ark's a21) has no direction to turn to.
+        if size(slopes) > math.sqrt(torch.finfo(torch.float64).eps) * size(here):
+            scale = size(normal) / size(slopes)
+            found = [g + scale * slope for g, slope in zip(found, slopes, strict=True)]
+    return tuple(g.to(torch.bfloat16).to(g.dtype) for g in found)
+
+
+class Judge:
+    """A reference's runs on one input, made once, by which any number of blocks is judged.
+
+    The modules are deep-copied for every run, so nothing that a call changes outlives it.
+
+    Args:
+        reference: the reference block, in the working precision.
+        x: the input [N, C, H, W], or a tuple of inputs for a block of several.
+        cotangent: the gradient of the output(s); by default a fixed random one, turned towards dy/dp where the block
+            has parameters p of one entry.
+        mode: "train" compares every gradient; "input_grad" freezes the parameters; "forward" runs under no_grad.
+        autocast: the dtype of an autocast region around the forward, or None.
+
+    Raises:
+        ValueError: the mode is not one of the three.
+
+    Example:
+        >>> block = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.Tanh())
+        >>> Judge(block, sample_input(2, 3, 4, 4)).compare(block).ok
+        True
+    """
+
+    def __init__(
+        self,
+        reference: nn.Module,
+        x: Inputs,
+        *,
+        cotangent: Inputs | None = None,
+        mode: Mode = "train",
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+        _warm_once()
+        self.inputs, self.mode, self.autocast = _tuple(x), mode, autocast
+        exact_block = copy.deepcopy(reference).double()
+        doubled = tuple(_layout(t.detach().double(), False) for t in self.inputs)
+        if cotangent is not None:
+            self.cotangents: tuple[Tensor, ...] | None = _tuple(cotangent)
+        else:
+            self.cotangents = _leaning_cotangents(exact_block, doubled) if mode == "train" else None
+        wide = None if self.cotangents is None else tuple(g.double() for g in self.cotangents)
+
+        def exact(values: tuple[Tensor, ...], recorder: Recorder | None) -> Tensors:
+            return _run(exact_block, values, wide, mode, None, recorder)
+
+        truth_record = Recorder()
+        truths = exact(doubled, truth_record)
+        runs, records = [], []
+        for channels_last in (False, True):
+            for shift in (False, True):
+                values = tuple(
+                    moved(t.detach(), 2 * i + channels_last, autocast) if shift else t.detach()
+                    for i, t in enumerate(self.inputs)
+                )
+                records.append(Recorder())
+                laid_out = tuple(_layout(t, channels_last) for t in values)
+                runs.append(_run(reference, laid_out, self.cotangents, mode, autocast, records[-1]))
+        dtype = autocast or self.inputs[0].dtype
+        longest = max(truth_record.longest, *(_longest_of(exact_block, t) for t in self.inputs))
+        smooth = clear_of_kinks(truth_record, records, torch.finfo(dtype).eps)
+        again = functools.cache(lambda: exact(tuple(_layout(moved(t, 7), True) for t in doubled), None))
+        self._rule = Rule(truths, runs, longest, dtype, smooth, lambda name: is_rounding(name, truths, again, longest))
+
+    def compare(self, fused: nn.Module, x: Inputs | None = None) -> Comparison:
+        """The comparison of a block, one row per tensor.
+
+        Args:
+            fused: the block to judge; same parameter and buffer names.
+            x: the same input in the layout that this block is to get; by default as the judge got it.
+        """
+        inputs = self.inputs if x is None else _tuple(x)
+        found, truths = _run(fused, inputs, self.cotangents, self.mode, self.autocast), self._rule.truths
+        rows = [
+            self._rule.row(name, found[name]) if name in found else Row(name, math.inf, 0.0, None, "missing")
+            for name in truths
+        ]
+        rows += [Row(name, math.inf, 0.0, None, "not in the reference") for name in found if name not in truths]
+        return Comparison(tuple(rows))
+
+
 def compare_blocks(
     reference: nn.Module,
     fused: nn.Module,
@@ -169,15 +290,13 @@ def compare_blocks(
 ) -> Comparison:
     """Compare a block with its reference by the one rule: outputs, gradients, buffers, and the input left untouched.
 
-    Both modules are deep-copied for every run, so nothing that a call changes outlives it.
-
     Args:
-        reference: the reference block, in the working precision.
+        reference: as in Judge.
         fused: the block to judge; same parameter and buffer names.
-        x: the input [N, C, H, W], or a tuple of inputs for a block of several.
-        cotangent: the gradient of the output(s); by default a fixed random one.
-        mode: "train" compares every gradient; "input_grad" freezes the parameters; "forward" runs under no_grad.
-        autocast: the dtype of an autocast region around the forward, or None.
+        x: as in Judge.
+        cotangent: as in Judge.
+        mode: as in Judge.
+        autocast: as in Judge.
 
     Returns:
         The comparison, one row per tensor.
@@ -190,42 +309,7 @@ def compare_blocks(
         >>> compare_blocks(block, block, sample_input(2, 3, 4, 4)).ok
         True
     """
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    _warm_once()
-    inputs = _tuple(x)
-    cotangents = None if cotangent is None else _tuple(cotangent)
-    exact_block = copy.deepcopy(reference).double()
-
-    def exact(values: tuple[Tensor, ...], recorder: Recorder | None) -> Tensors:
-        doubled = tuple(t.detach().double() for t in values)
-        wide = None if cotangents is None else tuple(g.double() for g in cotangents)
-        return _run(exact_block, doubled, wide, mode, None, recorder)
-
-    truth_record = Recorder()
-    truths = exact(tuple(_layout(t, False) for t in inputs), truth_record)
-    runs, records = [], []
-    for channels_last in (False, True):
-        for shift in (False, True):
-            values = tuple(
-                moved(t.detach(), 2 * i + channels_last, autocast) if shift else t.detach()
-                for i, t in enumerate(inputs)
-            )
-            records.append(Recorder())
-            laid_out = tuple(_layout(t, channels_last) for t in values)
-            runs.append(_run(reference, laid_out, cotangents, mode, autocast, records[-1]))
-    found = _run(fused, inputs, cotangents, mode, autocast)
-
-    dtype = autocast or inputs[0].dtype
-    longest = max(truth_record.longest, *(_longest_of(exact_block, t) for t in inputs))
-    smooth = clear_of_kinks(truth_record, records, torch.finfo(dtype).eps)
-    again = functools.cache(lambda: exact(tuple(_layout(moved(t.detach().double(), 7), True) for t in inputs), None))
-    rule = Rule(truths, runs, longest, dtype, smooth, lambda name: is_rounding(name, truths, again, longest))
-    rows = [
-        rule.row(name, found[name]) if name in found else Row(name, math.inf, 0.0, None, "missing") for name in truths
-    ]
-    rows += [Row(name, math.inf, 0.0, None, "not in the reference") for name in found if name not in truths]
-    return Comparison(tuple(rows))
+    return Judge(reference, x, cotangent=cotangent, mode=mode, autocast=autocast).compare(fused)
 
 
 def _longest_of(block: nn.Module, x: Tensor) -> int:

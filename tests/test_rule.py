@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from fastode import reference
 from fastode.tableau import SSP3, Tableau
-from fastode.testing import Comparison, assert_blocks_equal, compare_blocks, compare_tensors, moved, sample_input
+from fastode.testing import (
+    Comparison,
+    Judge,
+    assert_blocks_equal,
+    compare_blocks,
+    compare_tensors,
+    moved,
+    sample_input,
+)
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 STEP = 0.2
@@ -304,3 +312,44 @@ def test_sample_input(layout: str) -> None:
     assert torch.equal(x, sample_input(2, 3, 5, 4, seed=1))
     assert x.is_contiguous() == (layout == "contiguous")
     assert x.is_contiguous(memory_format=torch.channels_last) == (layout == "channels_last")
+
+
+class SlightlyOtherCoefficient(reference.Ark):
+    """Ark with a gradient of b10 that is one part in a thousand too large."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if not y.requires_grad:
+            return y
+        self.b10.register_hook(lambda g: g * 1.001)
+        return y
+
+
+@pytest.mark.parametrize("norm", ["layer", "none"])
+@pytest.mark.parametrize("seed", range(5))
+def test_gradients_of_single_parameters_are_judged_where_they_do_not_cancel(norm: str, seed: int) -> None:
+    block = reference.Ark(make_branch(torch.float64, norm), learn_a21=True).double()
+    x = sample_input(4, 8, 7, 7, dtype=torch.float64, seed=seed)
+    (cotangent,) = Judge(block, x).cotangents or ()
+    _, slope = torch.autograd.functional.jvp(
+        lambda b10: torch.func.functional_call(block, {"b10": b10}, (x,)), block.b10, torch.ones_like(block.b10)
+    )
+    gradient = (cotangent * slope).sum()
+    assert gradient > 0.5 * cotangent.norm() * slope.norm()  # a random cotangent gives about 1/sqrt(n) = 0.025
+    torch.testing.assert_close(torch.autograd.grad(block(x), block.b10, cotangent)[0], gradient)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_slightly_wrong_gradient_of_a_single_parameter_is_refused(dtype: torch.dtype) -> None:
+    block = reference.Ark(make_branch(dtype))
+    wrong = SlightlyOtherCoefficient(make_branch(dtype))
+    wrong.load_state_dict(block.state_dict())
+    comparison = compare_blocks(block, wrong, make_input(dtype))
+    assert [row.name for row in comparison.rows if not row.ok] == ["gradient of b10"]
+    assert compare_blocks(block, block, make_input(dtype)).ok
+
+
+def test_only_parameters_of_one_entry_turn_the_cotangent() -> None:
+    assert Judge(reference.SSP2(make_branch(torch.float64)), make_input(torch.float64)).cotangents is None
+    frozen = reference.Ark(make_branch(torch.float64), learn_b10=False)
+    assert Judge(frozen, make_input(torch.float64)).cotangents is None
