@@ -1,4 +1,4 @@
-# make test | bench [SUITE=all] [ARGS=...] | lint | gpu [PYTHON=python3] [STEP=check|bench] [RESULTS=folder] | kernels | sanitize | clean
+# make test | bench [SUITE=cpu|all] [ARGS=...] | lint | gpu [PYTHON=python3] [STEP=check|bench] [RESULTS=folder] | kernels | sanitize | clean
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:

@@ -1,4 +1,4 @@
-"""Whole networks on 32x32 images: forward, PGD-10, a training step, and a training step on PGD-10's images."""
+"""Whole networks on 32x32 images: forward, PGD-10 or one step of it, a training step, and one on PGD-10's images."""
 
 from __future__ import annotations
 
@@ -66,9 +66,9 @@ def work(module: nn.Module, inputs: Inputs, mode: str) -> Work:
         with torch.no_grad():
             return module(images)
 
-    def attack() -> Tensor:
+    def attack(steps: int = PGD_STEPS) -> Tensor:
         module.requires_grad_(False)
-        return pgd(module, images, labels)
+        return pgd(module, images, labels, steps)
 
     def train(batch: Tensor) -> None:
         clear()
@@ -81,6 +81,7 @@ def work(module: nn.Module, inputs: Inputs, mode: str) -> Work:
 
     runs: dict[str, Callable[[], object]] = {
         "forward": forward,
+        "pgd_step": lambda: attack(1),
         "pgd10": attack,
         "train": lambda: train(images),
         "adv_train": adversarial,
@@ -99,7 +100,8 @@ def count(module: nn.Module, inputs: Inputs, mode: str) -> tuple[int, int]:
 
     if mode in ("forward", "train"):
         return both(mode)
-    attack = tuple(PGD_STEPS * amount for amount in both("input_grad"))
+    steps = 1 if mode == "pgd_step" else PGD_STEPS
+    attack = tuple(steps * amount for amount in both("input_grad"))
     step = both("train") if mode == "adv_train" else (0, 0)
     return attack[0] + step[0], attack[1] + step[1]
 

@@ -11,17 +11,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import targets
 from .contenders import BASELINES
 from .header import RESULTS, ROOT
+from .suites import MODES
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
-MODES = {
-    "forward": "forward",
-    "input_grad": "input gradient",
-    "train": "training step",
-    "pgd10": "PGD-10",
-    "adv_train": "PGD-10 training step",
-}
 COLUMNS = (
     "workload",
     "mode",
@@ -202,6 +197,11 @@ def readme_table(rows: Iterable[Row]) -> list[str]:
     return _table(README_COLUMNS, _readme_lines(rows))
 
 
+def _parts(head: Row) -> bool:
+    """Whether a record is a part of the suite "cpu", which is reported as a whole."""
+    return bool(head["suite"].startswith("cpu-"))
+
+
 def _means(rows: Iterable[Row]) -> list[list[str]]:
     """Geometric means of the best engine's ratios over a family's shapes."""
     found: dict[tuple[str, str], list[Row]] = {}
@@ -233,9 +233,13 @@ def _means(rows: Iterable[Row]) -> list[list[str]]:
 def markdown(results: Path = RESULTS) -> str:
     """What stands between the README's markers: for each recorded file its machine, its table and its plot."""
     parts: list[str] = []
+    for folder in sorted({path.parent for path in results.glob("*/cpu-*.json")}):
+        parts += [*_targets_of(folder), ""]
     for path in recorded(results):
         found = json.loads(path.read_text())
         head, rows = found["header"], found["rows"]
+        if _parts(head):
+            continue
         place = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
         parts += [
             f"**{head['device']}**, {_threads(head)}, torch {head['versions']['torch']}, "
@@ -252,8 +256,23 @@ def markdown(results: Path = RESULTS) -> str:
     return "\n".join(parts) if parts else "No results are recorded yet.\n"
 
 
+def _targets_of(folder: Path) -> list[str]:
+    """A device's geometric means beside what is asked of them, and where every row stands."""
+    records = targets.records(folder)
+    found = targets.lines(row for _, rows in records for row in rows)
+    head = records[0][0]
+    path = folder / "targets.md"
+    place = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+    return [
+        f"**{head['device']}**, {_threads(head)}, torch {head['versions']['torch']}: geometric means over each family, "
+        f"and what is asked of them; {targets.summary(found)} ([every row]({place})).",
+        "",
+        *targets.means_table(found),
+    ]
+
+
 def plots(paths: Iterable[Path]) -> list[Path]:
-    """Draw each recorded file beside it; nothing without matplotlib.
+    """Draw each recorded file beside it, but for the parts of "cpu"; nothing without matplotlib.
 
     Returns:
         The files drawn; each carries the digest of the record it was drawn from.
@@ -268,6 +287,8 @@ def plots(paths: Iterable[Path]) -> list[Path]:
     drawn = []
     for path in paths:
         found = json.loads(path.read_text())
+        if _parts(found["header"]):
+            continue
         bars = [
             (row, ratio)
             for row in found["rows"]
@@ -322,13 +343,22 @@ def update(readme: Path, results: Path = RESULTS) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draw the plots and rewrite the README's table."""
+    """Draw the plots, write the targets and rewrite the README's table; or print the targets.
+
+    Returns:
+        0.
+    """
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--targets", action="store_true", help="write the targets, and print them; nothing else")
     arguments = parser.parse_args(argv)
-    for drawn in plots(recorded(arguments.results)):
-        print(f"drawn: {drawn}")
+    written = targets.write(arguments.results)
+    if arguments.targets:
+        print("\n".join(path.read_text() for path in written) or "No row of the suite `cpu` is recorded.")
+        return 0
+    for path in [*written, *plots(recorded(arguments.results))]:
+        print(f"written: {path}")
     changed = update(arguments.readme, arguments.results)
     print(f"{arguments.readme}: {'rewritten' if changed else 'unchanged'}")
     return 0

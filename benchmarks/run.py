@@ -9,56 +9,18 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import contenders, header, measure, report, workloads
+from . import contenders, header, measure, report, suites, targets, workloads
 from .contenders import BASELINES, CONTENDERS, Contender
-from .workloads import Workload
-
-SUITES = ("default", "all")
-# The default suite's one row against compiled: (id, variant, shape, mode) and the contender.
-COMPILED_ROW = ("ie", "k1", "64@8", "input_grad")
-COMPILED_RIVAL = "vjp-compile"
+from .suites import Item
 
 
-@dataclass(frozen=True)
-class Item:
-    """One measurement to make: a workload, in one mode and one dtype, with its contenders' names."""
-
-    workload: Workload
-    mode: str
-    dtype: str
-    rivals: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        return f"{self.workload.name} {self.mode} {self.dtype}"
-
-
-def plan(suite: str, device: torch.device, dtypes: Sequence[str]) -> list[Item]:
-    """Every measurement of a suite, in order; in "default" all but one leave the compiled contenders out."""
-    items = []
-    for workload in workloads.everything():
-        if suite == "default" and not workload.default:
-            continue
-        for dtype in dtypes:
-            for mode in workload.modes:
-                rivals = workload.rivals
-                if suite == "default":
-                    row = (workload.id, workload.variant, workload.shape, mode)
-                    rivals = (COMPILED_RIVAL,) if row == COMPILED_ROW else ()
-                elif device.type == "cuda" and "compile-cl" in rivals:
-                    rivals = (*rivals, "compile-ro")
-                items.append(Item(workload, mode, dtype, rivals))
-    return items
-
-
-def chosen(items: Sequence[Item], arguments: argparse.Namespace) -> list[Item]:
-    """The measurements that pass the filters of the command line."""
+def chosen(items: Sequence[Item], arguments: argparse.Namespace, by_id: bool = True) -> list[Item]:
+    """The measurements that pass the filters of the command line; the parts of "cpu" are chosen by their own names."""
 
     def passes(value: str, wanted: Sequence[str]) -> bool:
         return not wanted or value in wanted
@@ -66,7 +28,7 @@ def chosen(items: Sequence[Item], arguments: argparse.Namespace) -> list[Item]:
     return [
         item
         for item in items
-        if passes(item.workload.id, arguments.only)
+        if (not by_id or passes(item.workload.id, arguments.only))
         and passes(item.workload.variant, arguments.variants)
         and passes(item.workload.shape, arguments.shapes)
         and passes(item.mode, arguments.modes)
@@ -84,7 +46,7 @@ def contenders_of(item: Item, device: torch.device, wanted: Sequence[str]) -> tu
     Returns:
         The contenders in the order of their turns, and for each engine that cannot run the block the reason.
     """
-    names = wanted or (*BASELINES, "fused", *item.rivals)
+    names = wanted or (*BASELINES, item.own, *item.rivals)
     found: list[Contender] = []
     refusals: dict[str, str] = {}
     for name in names:
@@ -160,7 +122,14 @@ def go(
                 said.add(f"{engine}: {reason}")
                 _print(f"engine {engine} takes no part: {reason}")
         rows = measure.measure(
-            item.workload, item.mode, item.dtype, device, taking_part, seconds=seconds, graphs=graphs
+            item.workload,
+            item.mode,
+            item.dtype,
+            device,
+            taking_part,
+            seconds=seconds,
+            rounds=item.rounds,
+            graphs=graphs,
         )
         record.add(rows)
         for row in rows:
@@ -198,14 +167,14 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
         return [part for part in text.split(",") if part]
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
-    parser.add_argument("--suite", choices=SUITES, default="default")
-    parser.add_argument("--only", nargs="*", default=[], help="workload ids: ie, ssp3, ...")
+    parser.add_argument("--suite", choices=suites.SUITES, default="default")
+    parser.add_argument("--only", nargs="*", default=[], help="workload ids: ie, ssp3, ...; of cpu its parts")
     parser.add_argument("--variants", type=names, default=[], help="k1,k3-detached,...")
     parser.add_argument("--shapes", type=names, default=[], help="16@32,64@8,...")
-    parser.add_argument("--modes", type=names, default=[], help="forward,input_grad,train,pgd10,adv_train")
+    parser.add_argument("--modes", type=names, default=[], help="forward,input_grad,train,pgd_step,pgd10,adv_train")
     parser.add_argument("--contenders", type=names, default=[], help="eager,eager-cl,fused,fused:staged,...")
     parser.add_argument("--dtypes", type=names, default=["float32"], help=",".join(measure.DTYPES))
-    parser.add_argument("--seconds", type=float, default=None, help="timed rounds per measurement (default 4; all: 8)")
+    parser.add_argument("--seconds", type=float, default=None, help="timed rounds of a row (4; cpu: 2.5; all: 8)")
     parser.add_argument("--minutes", type=float, default=None, help="start nothing that would end later")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--graphs", action="store_true", help="CUDA-graph replays as well")
@@ -217,53 +186,62 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
     for dtype in arguments.dtypes:
         if dtype not in measure.DTYPES:
             parser.error(f"unknown dtype {dtype}; there are {', '.join(measure.DTYPES)}")
+    if arguments.suite == "cpu":
+        known = {part.name for dtype in arguments.dtypes for part in suites.PARTS.get(dtype, ())}
+        for name in arguments.only:
+            if name not in known:
+                parser.error(f"unknown part {name} of cpu; there are {', '.join(sorted(known))}")
     return arguments
+
+
+def sessions(arguments: argparse.Namespace, device: torch.device) -> list[tuple[str, bool, list[Item]]]:
+    """What the command line asks for: for each record its name, whether it is kept, and its measurements."""
+    names = (arguments.suite, arguments.dtypes, arguments.only)
+    narrowed = any((arguments.variants, arguments.shapes, arguments.modes, arguments.contenders))
+    if arguments.suite == "cpu":
+        found = suites.parts(arguments.dtypes, arguments.only)
+        return [(name, not narrowed, chosen(items, arguments, by_id=False)) for name, items in found]
+    filtered = narrowed or bool(arguments.only)
+    # A filter picks from everything: what is asked for by name need not be in the default suite.
+    items = chosen(suites.plan("all" if filtered else arguments.suite, device, arguments.dtypes), arguments)
+    if filtered and arguments.suite == "default":
+        items = [Item(item.workload, item.mode, item.dtype, ()) for item in items]
+    # Part of a family must not replace the record of the whole.
+    return [(suites.recorded_as(*names), not filtered or (arguments.suite == "all" and not narrowed), items)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a suite, or the part of "all" that the filters leave.
 
     Returns:
-        0, or 1 where the project's own contender was not equal to the reference or failed.
+        0, 1 where the project's own contender was not equal to the reference or failed, or 2 where nothing was chosen.
     """
     arguments = arguments_of(argv)
     device = torch.device(arguments.device)
-    suite = arguments.suite
-    filtered = any((arguments.only, arguments.variants, arguments.shapes, arguments.modes, arguments.contenders))
-    # A filter picks from everything: what is asked for by name need not be in the default suite.
-    items = chosen(plan("all" if filtered else suite, device, arguments.dtypes), arguments)
-    if filtered and suite == "default":
-        items = [Item(item.workload, item.mode, item.dtype, ()) for item in items]
-    if not items:
+    chosen_sessions = [session for session in sessions(arguments, device) if session[2]]
+    if not chosen_sessions:
         print("no workload passes these filters")
         return 2
-    path = None
-    whole = suite == "all" and not any((arguments.variants, arguments.shapes, arguments.modes, arguments.contenders))
-    recorded_as = "-".join([suite, *arguments.only, *(arguments.dtypes if arguments.dtypes != ["float32"] else [])])
-    if arguments.results is not None:
-        path = arguments.results / f"{recorded_as}.json"
-    elif whole or not filtered:  # part of a family must not replace the record of the whole
-        path = header.RESULTS / header.folder_name(device) / f"{recorded_as}.json"
-    head = header.header(device, recorded_as)
-    print(f"{head['device']}, {head['threads']} threads, torch {head['versions']['torch']}, {head['data']}")
-    record = Record(path, head)
+    seconds = suites.SECONDS[arguments.suite] if arguments.seconds is None else arguments.seconds
     deadline = None if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
-    default_seconds = 4.0 if suite == "default" else 8.0
-    go(
-        items,
-        record,
-        device,
-        wanted=arguments.contenders,
-        seconds=default_seconds if arguments.seconds is None else arguments.seconds,
-        deadline=deadline,
-        graphs=arguments.graphs,
-    )
-    report.print_table(record.head, record.rows)
-    if path is not None:
-        print(f"recorded in {path}")
-        for drawn in report.plots([path]):
-            print(f"drawn in {drawn}")
-    return int(any(row["errors"] and row["contender"] == "fused" for row in record.rows))
+    folder = arguments.results or header.RESULTS / header.folder_name(device)
+    failed = False
+    for name, kept, items in chosen_sessions:
+        head = header.header(device, name)
+        print(f"{name}: {head['device']}, {head['threads']} threads, torch {head['versions']['torch']}, {head['data']}")
+        path = folder / f"{name}.json" if kept or arguments.results is not None else None
+        record = Record(path, head)
+        options: dict[str, Any] = {"wanted": arguments.contenders, "seconds": seconds, "deadline": deadline}
+        go(items, record, device, **options, graphs=arguments.graphs)
+        report.print_table(record.head, record.rows)
+        failed |= any(row["errors"] and row["contender"] == "fused" for row in record.rows)
+        if path is not None:
+            print(f"recorded in {path}")
+            for drawn in report.plots([path]):
+                print(f"drawn in {drawn}")
+    if arguments.suite == "cpu":
+        print("\n".join(targets.lines_of(folder)))
+    return int(failed)
 
 
 if __name__ == "__main__":

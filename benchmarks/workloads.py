@@ -14,7 +14,7 @@ from . import counts
 Inputs = tuple[Tensor, ...]
 
 BLOCK_MODES = ("forward", "input_grad", "train")
-FAMILIES = ("bench_ie", "bench_rk", "bench_skew", "bench_nets")
+FAMILIES = ("bench_ie", "bench_rk", "bench_skew", "bench_conv", "bench_nets")
 BATCH = 128
 # Wide blocks on a CPU, where 128 images of 160@32 would take minutes.
 WIDE_BATCH = {"cpu": 8, "cuda": 128}

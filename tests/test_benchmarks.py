@@ -12,7 +12,20 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import bench_nets, contenders, counts, data, gpu, measure, memory, report, run, timing, workloads
+from benchmarks import (
+    bench_nets,
+    contenders,
+    counts,
+    data,
+    gpu,
+    measure,
+    memory,
+    report,
+    run,
+    suites,
+    timing,
+    workloads,
+)
 from benchmarks.contenders import Contender
 from benchmarks.header import RESULTS, ROOT
 from fastode import reference, testing
@@ -49,7 +62,7 @@ def test_readme_has_the_recorded_numbers() -> None:
 
 
 def test_every_record_has_its_plot() -> None:
-    paths = report.recorded(RESULTS)
+    paths = [path for path in report.recorded(RESULTS) if not path.name.startswith("cpu-")]
     assert paths, "no results are recorded"
     for path in paths:
         assert report.digest(path).encode() in path.with_suffix(".png").read_bytes(), "run python -m benchmarks.report"
@@ -179,7 +192,7 @@ def test_a_contender_that_is_not_equal_has_no_speed() -> None:
 
 
 def test_the_project_takes_part_and_is_equal() -> None:
-    item = run.Item(small(lambda: ie_skip(8), 8), "train", "float32", ())
+    item = suites.Item(small(lambda: ie_skip(8), 8), "train", "float32", ())
     taking_part, _ = run.contenders_of(item, CPU, ())
     rows = measure.measure(item.workload, "train", "float32", CPU, taking_part, seconds=0.0, rounds=(2, 2))
     fused = [row for row in rows if row["contender"] == "fused"]
@@ -230,18 +243,39 @@ def test_inputs_are_the_photographs_and_always_the_same() -> None:
 
 
 def test_the_default_suite_is_as_documented() -> None:
-    items = run.plan("default", CPU, ["float32"])
+    items = suites.plan("default", CPU, ["float32"])
     shapes = {(item.workload.id, item.workload.shape) for item in items}
     assert sorted(name for name, _ in shapes) == ["ie", "ie", "skew", "skew", "ssp3", "ssp3"]
     assert {item.mode for item in items} == set(workloads.BLOCK_MODES) and len(items) == 18
     assert [item.rivals for item in items if item.rivals] == [("vjp-compile",)]
 
 
+def test_the_middle_suite_is_as_documented() -> None:
+    parts = dict(suites.parts(("float32", "bfloat16"), ()))
+    assert all(parts.values())
+    blocks = {name: {(i.workload.shape, i.mode) for i in items} for name, items in parts.items()}
+    assert len(blocks["cpu-ie"]) == 4 * 3 and len(blocks["cpu-ssp3"]) == len(blocks["cpu-skew-rk4"]) == 3 * 3
+    assert {m for _, m in blocks["cpu-bfloat16-ie"]} == {"forward", "train"}
+    assert {i.rivals for i in parts["cpu-ie"]} == {("compile", "compile-cl", "vjp-compile")}
+    assert {i.own for items in parts.values() for i in items} == {"fused:auto"}
+    assert [name for name, _ in suites.parts(("float32",), ("sspnet",))] == ["cpu-sspnet"]
+
+
+def test_a_step_of_pgd_is_a_tenth_of_it() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    images = (data.images(2),)
+    flops, moved = bench_nets.count(network, images, "pgd_step")
+    assert bench_nets.count(network, images, "pgd10") == (10 * flops, 10 * moved)
+    assert counted(bench_nets.work(network, images, "pgd10").run) == 10 * counted(
+        bench_nets.work(network, images, "pgd_step").run
+    )
+
+
 def test_every_workload_can_be_named_once() -> None:
     found = [(w.name, w.statistics) for w in workloads.everything()]
     assert len(found) == len(set(found))
     assert {w.id for w in workloads.everything()} == {
-        "ie", "ie-bn", "wrn", "ssp2", "ssp3", "ark", "midpoint", "skew", "nets"
+        "ie", "ie-bn", "wrn", "ssp2", "ssp3", "ark", "midpoint", "skew", "conv", "nets"
     }  # fmt: skip
 
 

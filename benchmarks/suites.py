@@ -1,0 +1,138 @@
+"""The suites: what each measures, against whom and for how long; "cpu" in parts that are recorded one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from . import workloads
+from .workloads import BLOCK_MODES, Workload
+
+SUITES = ("default", "cpu", "all")
+# Seconds of timed rounds for one measurement, once its least number of rounds is done.
+SECONDS = {"default": 4.0, "cpu": 2.5, "all": 8.0}
+MODES = {
+    "forward": "forward",
+    "input_grad": "input gradient",
+    "train": "training step",
+    "pgd_step": "PGD step",
+    "pgd10": "PGD-10",
+    "adv_train": "PGD-10 training step",
+}
+# The default suite's one row against compiled: (id, variant, shape, mode) and the contender.
+COMPILED_ROW = ("ie", "k1", "64@8", "input_grad")
+COMPILED_RIVAL = "vjp-compile"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One measurement to make.
+
+    Args:
+        workload: what to run.
+        mode: one of its modes.
+        dtype: a key of measure.DTYPES.
+        rivals: contenders beside the two layouts of the reference and the project.
+        own: "fused" for every engine that can run it, "fused:auto" for the project's own choice.
+        rounds: the least and the largest number of rounds.
+    """
+
+    workload: Workload
+    mode: str
+    dtype: str
+    rivals: tuple[str, ...]
+    own: str = "fused"
+    rounds: tuple[int, int] = (7, 40)
+
+    @property
+    def name(self) -> str:
+        return f"{self.workload.name} {self.mode} {self.dtype}"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file of the suite "cpu": at most six minutes on two idle cores.
+
+    Args:
+        name: of the part, and in the file's name.
+        id: of its workloads.
+        variants: of its workloads.
+        rivals: the compiled contenders; the better one of each row counts.
+        modes: of its rows.
+        rounds: the least and the largest number of rounds of a row; fewer where one turn takes seconds.
+    """
+
+    name: str
+    id: str
+    variants: tuple[str, ...]
+    rivals: tuple[str, ...] = ("compile", "compile-cl")
+    modes: tuple[str, ...] = BLOCK_MODES
+    rounds: tuple[int, int] = (7, 40)
+
+
+NETWORK_MODES = ("train", "pgd_step")
+PARTS: dict[str, tuple[Part, ...]] = {
+    "float32": (
+        Part("ie", "ie", ("k1",), ("compile", "compile-cl", "vjp-compile")),
+        Part("ssp2", "ssp2", ("",)),
+        Part("ssp3", "ssp3", ("",)),
+        Part("ark", "ark", ("",)),
+        Part("skew-pair", "skew", ("pair",)),
+        Part("skew-euler", "skew", ("soblock-euler",)),
+        Part("skew-rk4", "skew", ("soblock-rk4",), rounds=(3, 40)),
+        Part("convolution", "conv", ("8 in a row",), (), ("forward",)),
+        Part("ie-resnet", "nets", ("ie-resnet-1-18",), (), NETWORK_MODES, (3, 40)),
+        Part("sspnet", "nets", ("sspnet-3",), (), NETWORK_MODES, (3, 40)),
+    ),
+    "bfloat16": (
+        Part("ie", "ie", ("k1",), (), ("forward", "train")),
+        Part("ssp3", "ssp3", ("",), (), ("forward", "train")),
+    ),
+}
+
+
+def parts(dtypes: Sequence[str], only: Sequence[str]) -> Iterator[tuple[str, list[Item]]]:
+    """The chosen parts of "cpu", each as the name of its record and its measurements.
+
+    Args:
+        dtypes: "float32", "bfloat16".
+        only: names of parts; empty for all.
+    """
+    everything = workloads.everything()
+    for dtype in dtypes:
+        for part in PARTS.get(dtype, ()):
+            if only and part.name not in only:
+                continue
+            found = [w for w in everything if w.id == part.id and w.variant in part.variants]
+            items = [Item(w, mode, dtype, part.rivals, "fused:auto", part.rounds) for w in found for mode in part.modes]
+            yield recorded_as("cpu", (dtype,), (part.name,)), items
+
+
+def plan(suite: str, device: torch.device, dtypes: Sequence[str]) -> list[Item]:
+    """Every measurement of "default" or "all", in order; in "default" all but one leave the compiled contenders out."""
+    items = []
+    for workload in workloads.everything():
+        if suite == "default" and not workload.default:
+            continue
+        for dtype in dtypes:
+            for mode in workload.modes:
+                rivals = workload.rivals
+                if suite == "default":
+                    row = (workload.id, workload.variant, workload.shape, mode)
+                    rivals = (COMPILED_RIVAL,) if row == COMPILED_ROW else ()
+                elif device.type == "cuda" and "compile-cl" in rivals:
+                    rivals = (*rivals, "compile-ro")
+                items.append(Item(workload, mode, dtype, rivals))
+    return items
+
+
+def recorded_as(suite: str, dtypes: Sequence[str], only: Sequence[str]) -> str:
+    """The name of a record: the suite, the dtypes if not float32 alone, and the part of it.
+
+    Example:
+        >>> recorded_as("cpu", ["bfloat16"], ["ie"])
+        'cpu-bfloat16-ie'
+    """
+    return "-".join([suite, *(dtypes if list(dtypes) != ["float32"] else []), *only])
