@@ -12,7 +12,7 @@ import torch
 
 import fastode
 
-from . import _build, _dispatch, _toolchain
+from . import _build, _decisions, _dispatch, _rule, _toolchain, _trial
 
 # The CPU features that a kernel of this project can make use of, by the names the Linux kernel gives them.
 _TELLING = (
@@ -45,8 +45,14 @@ def _info() -> int:
     for name, value in _machine():
         print(f"{name:<10}{value}")
     print("\nengines")
-    for engine, usable, reason in _dispatch.describe():
-        print(f"  {engine:<12}{'yes' if usable else 'no':<5}{reason}")
+    for engine, device, usable, reason in _dispatch.describe():
+        print(f"  {engine:<12}{device:<6}{'yes' if usable else 'no':<5}{reason}")
+    rule = _rule.current()
+    print(f'\nwhere "auto" takes resident before staged on the CPU ({rule.source})')
+    for name, line in rule.lines.items() if rule.measured else [("all blocks", _rule.DEFAULT)]:
+        print(f"  {name:<26}{line.describe()}{f': {line.why}' if line.why else ''}")
+    print('\nwhat "auto" takes on CUDA: the fastest in a trial on the card that is equal to the reference')
+    print(f"  {_decisions.path()}: {_decisions.count()} decisions; trials are {_trial.state()}")
     return 0
 
 

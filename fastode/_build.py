@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from . import _cuda
 from ._toolchain import (
     BASELINE_FEATURES,
     LIBRARY,
@@ -83,10 +84,14 @@ def load(announce: bool = True) -> str | None:
             return _state.reason
         try:
             _state.path = _open(find_or_build(announce))
+            _cuda.register()
         except (BuildError, OSError) as error:
             _state.reason = str(error)
             message = f"fastode runs its reference blocks on the CPU, which are slower: {error}"
             warnings.warn(message, RuntimeWarning, stacklevel=2)
+            root = source_root()
+            if root is not None:
+                _cuda.register(root / "ops.cpp")
         return _state.reason
 
 

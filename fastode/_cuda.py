@@ -1,6 +1,6 @@
 """The operators for CUDA tensors: Triton's, registered where there is a card, beside or without the C++ library.
 
-Nothing here is imported before `_build.load`, and Triton not before there is something to register.
+`_build.load` calls `register`; Triton is not imported before there is something to register.
 """
 
 from __future__ import annotations
@@ -85,9 +85,12 @@ def register(source: Path | None = None) -> None:
         return
     reason = why_not()
     if not reason:
-        if source is not None:
-            define(source)
-        implement()
+        try:
+            if source is not None:
+                define(source)
+            implement()
+        except (ImportError, RuntimeError) as error:  # a Triton that does not fit this torch or this card's driver
+            reason = f"Triton's operators cannot be registered: {' '.join(str(error).split())[:200]}"
     _reason = reason
 
 

@@ -1,4 +1,8 @@
-"""Which engine runs a block, and why: the one place where that is decided, from facts that can be printed."""
+"""Which engine runs a block, and why: the one place where that is decided, from facts that can be printed.
+
+An engine *cannot* run a block (`why_not`) or, asked for "auto", *had better not* (`against`): on the CPU by a measured
+rule (`_rule`), on CUDA by what trials on the card have shown (`_trial`). A named engine is refused only if it cannot.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from . import _build
+from . import _build, _cuda, _trial
 
 # In the order of preference; "reference" is always able.
 _ORDER = ("resident", "staged", "reference")
 ENGINES = ("auto", *_ORDER)
 
-_STORAGE = (torch.float32, torch.float64, torch.bfloat16)
+_CPU_STORAGE = (torch.float32, torch.float64, torch.bfloat16)
+_STORAGE = {"cpu": _CPU_STORAGE, "cuda": (*_CPU_STORAGE, torch.float16)}
+_NAMES = {"cpu": "CPU", "cuda": "CUDA"}
 _recorders: list[dict[nn.Module, str]] = []
+
+# Of an engine, why not; empty where there is nothing to say.
+Reason = Callable[[str], str]
 
 
 def can_use(engine: str, block: nn.Module, x: Tensor | None = None) -> tuple[bool, str]:
@@ -28,8 +37,26 @@ def can_use(engine: str, block: nn.Module, x: Tensor | None = None) -> tuple[boo
     return not reason, reason
 
 
-def choose(engine: str, why_not: Callable[[str], str]) -> str:
-    """The engine to use: the first that can, or the one that was named.
+def would_use(engine: str, block: nn.Module, x: Tensor | None = None) -> tuple[bool, str]:
+    """Whether "auto" would consider an engine for a block on x: whether it can, and nothing measured is against it."""
+    able, reason = can_use(engine, block, x)
+    if able and engine != "reference" and x is not None and hasattr(block, "against"):
+        reason = block.against(engine, x)
+    return not reason, reason
+
+
+def nothing_against(engine: str) -> str:
+    """The `against` of whoever has measured nothing."""
+    return ""
+
+
+def choose(engine: str, why_not: Reason, against: Reason = nothing_against) -> str:
+    """The engine to use: the first that can and had not better not, or the one that was named.
+
+    Args:
+        engine: its name, or "auto".
+        why_not: why an engine cannot run the block.
+        against: why "auto" does not take an engine that can.
 
     Raises:
         ValueError: the named engine cannot run the block.
@@ -40,14 +67,20 @@ def choose(engine: str, why_not: Callable[[str], str]) -> str:
             raise ValueError(f"engine must be one that can run this block, got {engine!r}: {reason}")
         return engine
     for name in _ORDER:
-        if name == "reference" or not why_not(name):
+        if name == "reference" or not (why_not(name) or against(name)):
             return name
     raise AssertionError("the reference can run every block")
 
 
-def no_operators() -> str:
-    """Why the C++ operators cannot be called, after building them if that has not been tried."""
-    return "" if _build.loaded() else (_build.load() or "")
+def candidates(why_not: Reason) -> list[str]:
+    """The engines that can run a block, best first."""
+    return [name for name in _ORDER if name == "reference" or not why_not(name)]
+
+
+def no_operators(device: str = "cpu") -> str:
+    """Why the operators cannot be called on a device, after building them if that has not been tried."""
+    reason = "" if _build.loaded() else (_build.load() or "")
+    return _cuda.no_kernels() if device == "cuda" else reason
 
 
 def cannot_take(inputs: Sequence[Tensor], tensors: Iterable[Tensor | None]) -> str:
@@ -56,15 +89,16 @@ def cannot_take(inputs: Sequence[Tensor], tensors: Iterable[Tensor | None]) -> s
     for x in inputs:
         if type(x) is not Tensor and type(x) is not nn.Parameter:
             return f"the input is a {type(x).__name__}, not a plain tensor"
-        if x.device.type != "cpu":
-            return f"the input is on {x.device.type}, and there are kernels for the CPU only"
-        if x.dtype not in _STORAGE:
-            return f"there are no CPU kernels for {x.dtype}"
+        device = x.device.type
+        if device not in _STORAGE:
+            return f"the input is on {device}, and there are kernels for the CPU and CUDA only"
+        if x.dtype not in _STORAGE[device]:
+            return f"there are no {_NAMES[device]} kernels for {x.dtype}"
         if x.numel() == 0:
             return "the input is empty"
-    lower = autocast_dtype(inputs[0])
-    if lower is not None and lower not in _STORAGE:
-        return f"there are no CPU kernels for autocast to {lower}"
+    device, lower = inputs[0].device.type, autocast_dtype(inputs[0])
+    if lower is not None and lower not in _STORAGE[device]:
+        return f"there are no {_NAMES[device]} kernels for autocast to {lower}"
     dtype = inputs[0].dtype
     if any(tensor.dtype not in (dtype, torch.float32) for tensor in present):
         return "its parameters are neither float32 nor of the input's dtype"
@@ -99,14 +133,21 @@ def recording() -> Iterator[dict[nn.Module, str]]:
 
 
 def note(block: nn.Module | None, engine: str) -> None:
-    """Tell the recorders which engine a block has used."""
-    if block is not None:
+    """Tell the recorders which engine a block has used; what runs in a trial is nobody's block."""
+    if block is not None and _recorders and not _trial.under_way():
         for used in _recorders:
             used[block] = engine
 
 
-def describe() -> list[tuple[str, bool, str]]:
-    """Each engine, whether this machine can run it, and why (not); nothing is compiled to find out."""
+def describe() -> list[tuple[str, str, bool, str]]:
+    """Each engine and device, whether this machine can run it there, and why (not); nothing is compiled to find out."""
     able, reason = _build.available()
-    cpu = f"the CPU ({platform.machine()}): " + (reason or "its operators are ready")
-    return [("resident", able, cpu), ("staged", able, cpu), ("reference", True, "plain PyTorch, on any device")]
+    cpu = f"{platform.machine()}: {reason}"
+    missing = _cuda.why_not()
+    cuda = missing or "Triton compiles each kernel when it is first launched"
+    return [
+        ("resident", "CPU", able, cpu),
+        ("staged", "CPU", able, cpu),
+        ("staged", "CUDA", not missing, cuda),
+        ("reference", "any", True, "plain PyTorch, on any device"),
+    ]

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import _check, _dispatch, _one_step, branch
+from . import _check, _dispatch, _one_step, _rule, _trial, branch
 from .ops.rerun import Rerun
 from .ops.skew_pair.autograd import March, MarchFunction, SkewFunction
 from .ops.skew_pair.engine import TENSORS_PER_NORM, Pair
 from .reference.branches import make_activation
 from .reference.skew import check_gamma, skew_field
+
+PAIR = "pair"  # a field alone, as `Field.against` calls it
 
 
 @dataclass
@@ -44,8 +47,33 @@ class Field:
             return self.reason
         if engine == "resident":
             return "it has one-step blocks only"
-        reason = _dispatch.no_operators()
+        reason = _dispatch.no_operators(states[0].device.type if states else "cpu")
         return reason or (_dispatch.cannot_take(states, [self.weight, *self.tensors]) if states else "")
+
+    def against(
+        self, engine: str, states: Sequence[Tensor], detail: str, make_reference: Callable[[], nn.Module] | None = None
+    ) -> str:
+        """Why "auto" does not take an engine that could run it on these states; empty if it does.
+
+        Args:
+            engine: its name.
+            states: the inputs of the block.
+            detail: what beside the field tells the block's calls apart.
+            make_reference: makes the reference block, where a trial may be made now.
+        """
+        x = states[0]
+        if x.device.type in _trial.DEVICES:
+            activation = "" if self.activation is None else self.activation.kind
+            shape = f"{list(self.weight.shape)} stride {self.stride} {activation}"
+            norms = [_one_step.describe(reading.units) for reading in self.norms if reading.units]
+            lower, tensors = _dispatch.autocast_dtype(x), [self.weight, *self.tensors]
+            wanted = _trial.key(" ".join(["skew", detail, shape, *norms]), states, tensors, lower)
+            able = partial(_dispatch.candidates, lambda name: self.why_not(name, states))
+            return _trial.against(engine, wanted, states, lower, able, make_reference)
+        if engine != "resident":
+            return ""
+        coupled = any(unit.norm is not None and unit.norm.mode == "batch" for r in self.norms for unit in r.units or ())
+        return _rule.slower("skew", coupled, states[-1], max(self.weight.shape[:2]))
 
     def pair(self, x: Tensor) -> Pair:
         """The constants, under the autocast that holds now."""
@@ -186,7 +214,9 @@ def skew_pair(
     field = read(weight, stride, padding, gamma, module)
     if activation is not None and module is None:
         field.reason = "its activation is a function, which the reader does not know."
-    chosen = _dispatch.choose("auto", lambda name: field.why_not(name, (y, z)))
+    chosen = _dispatch.choose(
+        "auto", lambda name: field.why_not(name, (y, z)), lambda name: field.against(name, (y, z), PAIR)
+    )
     function = torch.nn.Identity() if activation is None else activation
     if chosen == "reference":
         return skew_field(y, z, weight, stride, padding, gamma, function)

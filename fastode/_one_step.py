@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import _check, _dispatch, branch
+from . import _check, _dispatch, _rule, _trial, branch
 from .ops import resident
 from .ops.rerun import Rerun
 from .ops.sweeps import Plan
@@ -21,12 +22,56 @@ def why_not(engine: str, reading: branch.Reading, x: Tensor | None) -> str:
     """Why an engine cannot run a block with this branch on x (or on any input); empty if it can."""
     if reading.units is None:
         return reading.reason
-    reason = _dispatch.no_operators() or ("" if x is None else _dispatch.cannot_take([x], reading.tensors))
+    reason = _dispatch.no_operators("cpu" if x is None else x.device.type)
+    reason = reason or ("" if x is None else _dispatch.cannot_take([x], reading.tensors))
     if reason or engine != "resident":
         return reason
     tracked = [norm is not None for norm in reading.norms]
     lower = None if x is None else _dispatch.autocast_dtype(x)
     return resident.why_not(reading.units, tracked, reading.tensors, x, lower)
+
+
+def against(
+    engine: str,
+    reading: branch.Reading,
+    x: Tensor,
+    kind: str,
+    make_reference: Callable[[], nn.Module] | None = None,
+) -> str:
+    """Why "auto" does not take an engine that could run x; empty if it does.
+
+    Args:
+        engine: its name.
+        reading: of the branch.
+        x: the input.
+        kind: the family of the block, one of `_rule.FAMILIES`, and what else tells its calls apart.
+        make_reference: makes the reference block, where a trial may be made now.
+    """
+    assert reading.units is not None
+    if x.device.type in _trial.DEVICES:
+        wanted = _trial.key(f"{kind}, {describe(reading.units)}", [x], reading.tensors, _dispatch.autocast_dtype(x))
+        able = partial(_dispatch.candidates, lambda name: why_not(name, reading, x))
+        return _trial.against(engine, wanted, [x], _dispatch.autocast_dtype(x), able, make_reference)
+    if engine != "resident":
+        return ""
+    coupled = any(unit.norm is not None and unit.norm.mode == "batch" for unit in reading.units)
+    widest = max([x.shape[1], *[unit.conv.out_channels for unit in reading.units if unit.conv is not None]])
+    return _rule.slower(kind.split(" ", 1)[0], coupled, x, widest)
+
+
+def describe(units: Iterable[branch.Unit]) -> str:
+    """A branch in words: what its operators' speed depends on."""
+    words = []
+    for unit in units:
+        if unit.norm is not None:
+            words.append(f"{unit.norm.mode} norm{f' of {unit.norm.groups}' if unit.norm.mode == 'group' else ''}")
+        if unit.activation is not None:
+            words.append(unit.activation.kind)
+        if unit.conv is not None:
+            conv = unit.conv
+            spread = "" if conv.dilation == (1, 1) and conv.groups == 1 else f" d{conv.dilation} g{conv.groups}"
+            words.append(f"{conv.kernel[0]}x{conv.kernel[1]} to {conv.out_channels}{spread}")
+    return " ".join(words)
 
 
 def run(
@@ -35,6 +80,7 @@ def run(
     call_engine: Engine,
     make_reference: Callable[[], nn.Module],
     run_reference: Callable[[Tensor], Tensor],
+    kind: str,
     engine: str = "auto",
     owner: nn.Module | None = None,
     traceable: bool = True,
@@ -47,6 +93,7 @@ def run(
         call_engine: calls the family's autograd Function of an engine.
         make_reference: makes the reference block, for gradients of gradients.
         run_reference: the block in plain PyTorch.
+        kind: as in `against`.
         engine: a name of an engine, or "auto".
         owner: the module that is being called, for the report.
         traceable: whether torch.compile may trace the reference.
@@ -59,7 +106,11 @@ def run(
         _check.enough_values(reading, x)
     elif isinstance(x, Tensor) and x.dim() == 4:
         _check.keeps_shape(reading, x)
-    chosen = _dispatch.choose(engine, lambda name: why_not(name, reading, x))
+    chosen = _dispatch.choose(
+        engine,
+        lambda name: why_not(name, reading, x),
+        lambda name: against(name, reading, x, kind, make_reference),
+    )
     if not torch.compiler.is_compiling():
         _dispatch.note(owner, chosen)
     if chosen == "reference":
@@ -108,4 +159,5 @@ def update_running(reading: branch.Reading, statistics: Iterable[Tensor], x: Ten
 
 def _move(running: Tensor, now: Tensor, factor: float | Tensor) -> None:
     """running ← (1 − factor) running + factor now."""
-    running.copy_(torch.lerp(running.to(now.dtype), now, torch.as_tensor(factor, dtype=now.dtype)))
+    weight = factor.to(now.dtype) if isinstance(factor, Tensor) else factor
+    running.copy_(torch.lerp(running.to(now.dtype), now, weight))

@@ -108,7 +108,12 @@ def run_ie_skip(
         function = ResidentIESkipFunction if engine == "resident" else IESkipFunction
         return function.apply(x, plan, descent, rerun, *tensors)
 
-    return _one_step.run(x, branch, call_engine, make, run_reference, traceable=False, **options)
+    return _one_step.run(x, branch, call_engine, make, run_reference, kind=ie_kind(descent), traceable=False, **options)
+
+
+def ie_kind(descent: Descent) -> str:
+    """The family, and what else the time of an IE-Skip depends on."""
+    return f"ie of {descent.steps} {'detached ' if descent.detach else ''}steps"
 
 
 def run_shu_osher(
@@ -128,7 +133,13 @@ def run_shu_osher(
         table = torch.tensor(rows, dtype=torch.float64)
         return shu_osher_function(engine).apply(x, table, plan, scheme, rerun, *tensors)
 
-    return _one_step.run(x, branch, call_engine, make, run_reference, **options)
+    return _one_step.run(x, branch, call_engine, make, run_reference, kind=shu_osher_kind(scheme), **options)
+
+
+def shu_osher_kind(scheme: Scheme) -> str:
+    """The family, and what else the time of an explicit scheme depends on: where its tableau is not zero."""
+    rows = zip(scheme.alpha, scheme.beta, strict=True)
+    return "shu_osher " + " ".join(["".join(map(str, (*alpha, "/", *beta))) for alpha, beta in rows])
 
 
 def shu_osher_function(engine: str) -> type[torch.autograd.Function]:

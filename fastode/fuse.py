@@ -189,7 +189,8 @@ def _engines(block: nn.Module, x: Tensor | None) -> _Engines:
         return (_OWN,), ""
     asked = getattr(block, "engine", "auto")
     names = [name for name in _dispatch.ENGINES if name != "auto" and asked in ("auto", name)]
-    found = [(name, *_dispatch.can_use(name, block, x)) for name in names]
+    ask = _dispatch.would_use if asked == "auto" else _dispatch.can_use
+    found = [(name, *ask(name, block, x)) for name in names]
     able = tuple(name for name, can, _ in found if can)
     unable: dict[str, list[str]] = {}
     for name, can, why in found:

@@ -46,16 +46,27 @@ class _Fused:
     def why_not(self, engine: str, x: Tensor | None) -> str:
         return _one_step.why_not(engine, branch.read(self.branch), x)
 
+    def against(self, engine: str, x: Tensor) -> str:
+        return _one_step.against(engine, branch.read(self.branch), x, self._kind())
+
+    def _kind(self) -> str:
+        raise NotImplementedError
+
 
 @register(reference.IESkip)
 class IESkip(_Fused, reference.IESkip):
     __doc__ = reference.IESkip.__doc__
 
     def forward(self, x: Tensor) -> Tensor:
-        descent = Descent(self.steps, self.step_size, self.theta, self.detach)
         return functional.run_ie_skip(
-            x, self.branch, descent, self._reference, super().forward, engine=self.engine, owner=self
+            x, self.branch, self._descent(), self._reference, super().forward, engine=self.engine, owner=self
         )
+
+    def _descent(self) -> Descent:
+        return Descent(self.steps, self.step_size, self.theta, self.detach)
+
+    def _kind(self) -> str:
+        return functional.ie_kind(self._descent())
 
     def _reference(self) -> nn.Module:
         return reference.IESkip(self.branch, self.steps, self.step_size, self.theta, self.detach)
@@ -70,6 +81,9 @@ class ShuOsher(_Fused, reference.ShuOsher):
         return functional.run_shu_osher(
             x, self.branch, scheme, rows, self._reference, super().forward, engine=self.engine, owner=self
         )
+
+    def _kind(self) -> str:
+        return functional.shu_osher_kind(functional.scheme_of(self.tableau)[0])
 
     def _reference(self) -> nn.Module:
         return reference.ShuOsher(self.branch, self.tableau)
@@ -113,6 +127,9 @@ class ResBlock(_Fused, reference.ResBlock):
             x, self.branch, _EULER, rows, self._reference, super().forward, engine=self.engine, owner=self
         )
 
+    def _kind(self) -> str:
+        return functional.shu_osher_kind(_EULER)
+
     def _reference(self) -> nn.Module:
         return reference.ResBlock(self.branch, self.step_size)
 
@@ -143,8 +160,18 @@ class Ark(_Fused, reference.Ark):
             return functional.shu_osher_function(engine).apply(x, table, plan, _ARK, rerun, *tensors)
 
         return _one_step.run(
-            x, self.branch, call_engine, self._reference, super().forward, engine=self.engine, owner=self
+            x,
+            self.branch,
+            call_engine,
+            self._reference,
+            super().forward,
+            kind=self._kind(),
+            engine=self.engine,
+            owner=self,
         )
+
+    def _kind(self) -> str:
+        return functional.shu_osher_kind(_ARK)
 
     def _reference(self) -> nn.Module:
         learned = {f"learn_{name}": name in self._parameters for name in ("a21", "b10")}

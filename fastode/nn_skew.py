@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _build, _check, _dispatch, _functional_skew, reference
-from ._registry import register
+from ._registry import reference_of, register
 from .ops.skew_pair.autograd import March, is_channels_last
 from .reference.skew import PADDING
 from .reference.solvers import FIXED, State, solve_adaptive, solve_fixed
@@ -36,11 +37,19 @@ class SkewPair(_Fused, reference.SkewPair):
         """Why an engine cannot run this field on x (or on any input); empty if it can."""
         return _read(self).why_not(engine, x if isinstance(x, tuple) else () if x is None else (x,))
 
+    def against(self, engine: str, x: Tensor | State) -> str:
+        """Why "auto" does not take an engine that can run this field on x; empty if it does."""
+        return _read(self).against(engine, x if isinstance(x, tuple) else (x,), _functional_skew.PAIR)
+
     def forward(self, y: Tensor, z: Tensor) -> State:
         _check.engine(self.engine, _dispatch.ENGINES)
         _check.skew_pair(y, z, self.weight, self.stride, PADDING)
         field = _read(self)
-        chosen = _dispatch.choose(self.engine, lambda name: field.why_not(name, (y, z)))
+        chosen = _dispatch.choose(
+            self.engine,
+            lambda name: field.why_not(name, (y, z)),
+            lambda name: field.against(name, (y, z), _functional_skew.PAIR, lambda: _as_reference(self)),
+        )
         _note(self, chosen)
         if chosen == "reference":
             return super().forward(y, z)
@@ -75,12 +84,21 @@ class _FusedSolve(_Fused, reference.SOBlock):
             return "its field is asked to run as the reference"
         return _read(self.field).why_not(engine, () if x is None else (x,))
 
+    def against(self, engine: str, x: Tensor, make_reference: Callable[[], nn.Module] | None = None) -> str:
+        """Why "auto" does not take an engine that can run this block on x; empty if it does."""
+        detail = f"solution by {self.solver} in {self.steps} steps"
+        return _read(self.field).against(engine, (x,), detail, make_reference)
+
     def forward(self, x: Tensor) -> Tensor:
         _check.engine(self.engine, _dispatch.ENGINES)
         if isinstance(self.field, reference.SkewPair):
             # Before an engine is chosen, so that a refusal reads the same in both twins.
             self.field.check_input(x)
-        chosen = _dispatch.choose(self.engine, lambda name: self.why_not(name, x))
+        chosen = _dispatch.choose(
+            self.engine,
+            lambda name: self.why_not(name, x),
+            lambda name: self.against(name, x, lambda: _as_plain_solve(self)),
+        )
         _note(self, chosen)
         if chosen == "reference":
             return super().forward(x)
@@ -136,6 +154,14 @@ def _as_reference(field: Any) -> nn.Module:
     twin.__class__ = reference.SkewPair
     # A dictionary of its own: functional_call puts other tensors into it.
     twin.__dict__["_parameters"] = dict(field._parameters)
+    return twin
+
+
+def _as_plain_solve(block: Any) -> nn.Module:
+    """A reference block around the same field."""
+    twin = copy.copy(block)
+    twin.__class__ = reference_of(type(block)) or type(block)
+    twin.__dict__["_modules"] = {**block._modules, "field": _as_reference(block.field)}
     return twin
 
 

@@ -11,8 +11,6 @@ from ...branch import TENSORS_PER_UNIT, Unit
 from ..sweeps import ACTIVATION_CODE, NORM_CODE, MaybeTensors, Plan
 
 _PRESENT = (1, 2, 4, 0, 8, 16)  # the bit of each of a unit's tensors; running mean and variance come together
-_CACHE = 256 * 1024  # bytes of one feature map of one sample; a backward keeps some fourteen of them, in 2 MB of L2
-_CHANNELS = 128  # beyond, a convolution's weights no longer stay in L2 and oneDNN is as fast
 
 Branch = tuple[list[Tensor], list[int], list[float]]
 
@@ -39,14 +37,10 @@ def why_not(
         return "it does not lower convolutions as autocast asks"
     if x is None:
         return ""
+    if x.device.type != "cpu":
+        return "it runs on the CPU only"
     if any(tensor is not None and tensor.dtype != x.dtype for tensor in tensors):
         return "its parameters are not of the input's dtype"
-    widest = max([x.shape[1], *(unit.conv.out_channels for unit in units if unit.conv is not None)])
-    if widest > _CHANNELS:
-        return f"with more than {_CHANNELS} channels the weights leave the cache"
-    size = widest * x.shape[2] * x.shape[3] * (8 if x.dtype == torch.float64 else 4)
-    if size > _CACHE:
-        return f"a feature map of one sample takes more than {_CACHE // 1024} KB"
     return ""
 
 

@@ -155,7 +155,7 @@ def _backward(
         # (3): the cotangent of F(u_k)
         cot = combine([bars[i + 1] for i in through], torch.cat([table[1, i, k : k + 1] for i in through]))
         needed = need_x or need_table or k > 0
-        skip = torch.cat([coefficients(1.0), *along])
+        skip = torch.cat([table.new_ones(1), *along])
         bars[k] = pull(plan, tensors, records, cot, addends, skip, grads, need_point=needed)
     return bars[0], table_bar
 

@@ -1,0 +1,259 @@
+"""On CUDA, "auto" takes an engine only where a trial on that card has shown it to be equal and faster than the others.
+
+The first call of a block on inputs of a new kind times every engine that can run it on a copy of the very call, and
+judges the fastest by the rule of fastode.testing; one that fails it is out. What was decided is kept in a file
+(`_decisions`), by card, versions and kind of call. FASTODE_TUNE=0 forbids trials: then what no file holds runs as the
+reference.
+
+A trial runs in a thread of its own, which has none of the caller's autocast, grad mode, saved-tensor hooks or modes. No
+trial is made while torch.compile traces, while a CUDA graph is captured, or inside a trial.
+"""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import itertools
+import os
+import statistics
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import _decisions
+from ._decisions import Decision
+from ._registry import ancestor_of, twin_of
+
+DEVICES = ("cuda",)  # on which there are trials
+_ROUNDS = 7
+_JUDGED_ENTRIES = 1 << 22  # of the inputs: as many samples as that are judged, because truth takes float64
+
+_lock = threading.RLock()
+_state = threading.local()
+
+
+def under_way() -> bool:
+    """Whether this thread runs a trial."""
+    return getattr(_state, "under_way", False)
+
+
+def key(kind: str, inputs: Sequence[Tensor], tensors: Sequence[Tensor | None], lower: torch.dtype | None) -> str:
+    """What a decision is for: the block, its inputs' shapes, dtype and layout, and which gradients are asked for.
+
+    Args:
+        kind: the block and its branch in words.
+        inputs: of the call.
+        tensors: its parameters and statistics.
+        lower: the dtype of autocast, None where it is off.
+    """
+    shapes = ", ".join("x".join([str(side) for side in x.shape]) for x in inputs)
+    x = inputs[0]
+    layout = "channels_last" if x.shape[1] > 1 and x.stride(1) == 1 else "contiguous"
+    autocast = "" if lower is None else f" autocast to {lower}"
+    return f"{kind} | {shapes} {x.dtype} {layout}{autocast} | {mode(inputs, tensors)}".replace("torch.", "")
+
+
+def mode(inputs: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> str:
+    """Which gradients a call will be asked for, as fastode.testing calls it."""
+    if not torch.is_grad_enabled():
+        return "forward"
+    if any(t is not None and t.requires_grad for t in tensors):
+        return "train"
+    return "input_grad" if any(x.requires_grad for x in inputs) else "forward"
+
+
+def against(
+    engine: str,
+    wanted: str,
+    inputs: Sequence[Tensor],
+    lower: torch.dtype | None,
+    candidates: Callable[[], Sequence[str]],
+    make_reference: Callable[[], nn.Module] | None,
+) -> str:
+    """Why "auto" does not take an engine for this call; empty if it does. It may make a trial first.
+
+    Args:
+        engine: one that can run the call.
+        wanted: the call's `key`.
+        inputs: of the call.
+        lower: the dtype of autocast, None where it is off.
+        candidates: the engines that can run it.
+        make_reference: makes the reference block; None where only what is known is asked for.
+    """
+    index = inputs[0].device.index
+    known = _decisions.remembered(index, wanted)
+    if known is None and not torch.compiler.is_compiling():
+        known = _decide(index, wanted, inputs, lower, candidates(), make_reference)
+    if known is None:
+        return "no trial on this card has shown it to be equal and faster"
+    if known.engine == engine:
+        return ""
+    if engine in known.refused:
+        return f"in a trial on this card it {known.refused[engine]}"
+    if engine not in known.milliseconds:
+        return "a trial on this card was made without it"
+    times = known.milliseconds
+    return f"in a trial on this card it took {times[engine]:.3g} ms, and {known.engine} {times[known.engine]:.3g} ms"
+
+
+def _decide(
+    index: int | None,
+    wanted: str,
+    inputs: Sequence[Tensor],
+    lower: torch.dtype | None,
+    candidates: Sequence[str],
+    make_reference: Callable[[], nn.Module] | None,
+) -> Decision | None:
+    """What a file knows of the call, or a trial finds; None where neither may say."""
+    if under_way():
+        return None
+    with _lock:  # two trials at a time would time each other
+        known = _decisions.remembered(index, wanted) or _decisions.look_up(index, wanted, candidates)
+        if known is not None or make_reference is None or state() != "on" or _capturing():
+            return known
+        asked: Any = wanted.rsplit(" | ", 1)[1]
+        found = _in_thread(lambda: _try(make_reference(), candidates, inputs, asked, lower))
+        _decisions.remember(index, wanted, found)
+        return found
+
+
+def state() -> str:
+    """Whether trials may be made, in words."""
+    return "off (FASTODE_TUNE=0)" if os.environ.get("FASTODE_TUNE", "1") == "0" else "on"
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _in_thread(call: Callable[[], Decision]) -> Decision:
+    """call() in a fresh thread, whose thread-local state is torch's default."""
+    results: list[Decision] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        _state.under_way = True
+        try:
+            results.append(call())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="fastode trial")
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+def _try(
+    block: nn.Module, candidates: Sequence[str], inputs: Sequence[Tensor], mode: Any, lower: torch.dtype | None
+) -> Decision:
+    """Time the candidates on copies of a call; the fastest that is equal to the reference wins."""
+    # Not copy.deepcopy alone: a parameter may be the result of a computation, which it refuses to copy.
+    memo: dict[int, Any] = {id(t): _private(t) for t in itertools.chain(block.parameters(), block.buffers())}
+    plain = copy.deepcopy(block, memo)
+    copies = tuple(_private(x) for x in inputs)
+    modules = {name: plain if name == "reference" else _as_twin(plain, name) for name in candidates}
+    device = copies[0].device
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        seconds, refused = _seconds(modules, copies, mode, lower)
+        engine = "reference"
+        for name in sorted(seconds, key=lambda name: seconds[name]):
+            fault = "" if name == "reference" else _fault(plain, modules[name], copies, mode, lower)
+            if not fault:
+                engine = name
+                break
+            refused[name] = fault
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    return Decision(engine, {name: round(s * 1e3, 4) for name, s in seconds.items()}, refused, today)
+
+
+def _private(t: Tensor) -> Tensor:
+    copied = t.detach().clone().requires_grad_(t.requires_grad)
+    return nn.Parameter(copied, t.requires_grad) if isinstance(t, nn.Parameter) else copied
+
+
+def _as_twin(plain: nn.Module, engine: str) -> nn.Module:
+    kind = type(plain)
+    twin: Any = copy.deepcopy(plain)
+    twin.__class__ = twin_of(kind) or twin_of(ancestor_of(kind) or kind)
+    twin.engine = engine
+    return twin
+
+
+def _seconds(
+    modules: dict[str, nn.Module], inputs: tuple[Tensor, ...], mode: str, lower: torch.dtype | None
+) -> tuple[dict[str, float], dict[str, str]]:
+    """The median time of each module, taken in turns, and why a module has none."""
+    clock = _clock(inputs[0].device)
+    works = {name: _work(module, inputs, mode, lower) for name, module in modules.items()}
+    times: dict[str, list[float]] = {name: [] for name in works}
+    failed: dict[str, str] = {}
+    for turn in range(_ROUNDS + 2):
+        for name, work in works.items():
+            if name in failed:
+                continue
+            try:
+                taken = clock(work)
+            except Exception as error:  # a kernel that does not launch is out, and the call goes on without it
+                failed[name] = f"failed ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+                continue
+            if turn > 1:  # the first compiles, the second warms
+                times[name].append(taken)
+    return {name: statistics.median(taken) for name, taken in times.items() if name not in failed}, failed
+
+
+def _work(module: nn.Module, inputs: tuple[Tensor, ...], mode: str, lower: torch.dtype | None) -> Callable[[], object]:
+    """The call, with the gradients that are asked for."""
+    module = copy.deepcopy(module)
+    if mode != "train":
+        module.requires_grad_(False)
+    leaves = tuple(x.detach().requires_grad_(mode != "forward" and x.is_floating_point()) for x in inputs)
+    device = inputs[0].device.type
+
+    def run() -> object:
+        with torch.set_grad_enabled(mode != "forward"):
+            with nullcontext() if lower is None else torch.autocast(device, lower):
+                outputs = module(*leaves)
+            if mode == "forward":
+                return outputs
+            outputs = [y for y in ((outputs,) if isinstance(outputs, Tensor) else outputs) if y.requires_grad]
+            targets = [t for t in (*leaves, *module.parameters()) if t.requires_grad]
+            return torch.autograd.grad(outputs, targets, [torch.ones_like(y) for y in outputs], allow_unused=True)
+
+    return run
+
+
+def _clock(device: torch.device) -> Callable[[Callable[[], object]], float]:
+    """What gives the seconds of a call on a device."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def clock(run: Callable[[], object]) -> float:
+        torch.cuda.synchronize(device)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e-3
+
+    return clock
+
+
+def _fault(
+    reference: nn.Module, module: nn.Module, inputs: tuple[Tensor, ...], mode: Any, lower: torch.dtype | None
+) -> str:
+    """What is wrong with a module by the rule of fastode.testing, on some of the samples; empty if it is equal."""
+    from .testing import compare_blocks
+
+    entries = max(x.numel() // x.shape[0] for x in inputs)
+    few = tuple(x[: max(2, _JUDGED_ENTRIES // entries)] for x in inputs)
+    try:
+        worst = compare_blocks(reference, module, few[0] if len(few) == 1 else few, mode=mode, autocast=lower).worst
+    except Exception as error:
+        return f"failed ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+    return "" if worst.ok else f"was not equal: {worst.name} has {worst.ratio:.3g} of the error allowed"

@@ -1,0 +1,116 @@
+"""The measured rule by which "auto" leaves the resident engine on the CPU, and what stands in for it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastode
+from fastode import _dispatch, _rule, reference
+from fastode._rule import Line, Rule
+
+MEASURED_ON = {"device": "a CPU", "threads": 2, "torch": "2.13.0", "date": "2026-01-02", "commit": "abc", "kind": "x86"}
+BOUNDS = {"most_channels": 8, "most_kb": 2, "least_pixels": 4, "least_batch_per_thread": 2.0}
+
+
+def written(folder: Path, **changes: Any) -> Path:
+    path = folder / "rule.json"
+    content = {"rule": {"ie sample float32": BOUNDS | {"why": "so it is"}}, "measured_on": MEASURED_ON} | changes
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_a_measured_rule_is_read(tmp_path: Path) -> None:
+    rule = _rule.read(written(tmp_path), "x86")
+    assert rule.measured and rule.source == "measured on a CPU, 2 threads, torch 2.13.0, 2026-01-02, commit abc"
+    assert rule.line("ie", "sample", "float32") == Line(**BOUNDS, why="so it is")
+    assert rule.line("ie", "batch", "float32") == _rule.DEFAULT
+    assert _rule.as_json(rule.lines) == {"ie sample float32": BOUNDS | {"why": "so it is"}}
+
+
+def test_what_stands_in_says_why(tmp_path: Path) -> None:
+    missing = _rule.read(tmp_path / "none.json", "x86")
+    other = _rule.read(written(tmp_path), "aarch64 asimd")
+    broken = _rule.read(written(tmp_path, measured_on={}), "x86")
+    assert missing.source == "reasoned, not measured: there is no rule.json"
+    assert other.source == "reasoned, not measured: the measured rule is for x86, and this is aarch64 asimd"
+    assert broken.source.startswith("reasoned, not measured: ") and "cannot be read (KeyError" in broken.source
+    for rule in (missing, other, broken):
+        assert not rule.measured and rule.line("ie", "sample", "float32") == _rule.DEFAULT
+
+
+@pytest.mark.parametrize(
+    ("shape", "beyond"),
+    [
+        ((4, 8, 8, 8), ""),
+        ((4, 9, 4, 4), "with more than 8 channels"),
+        ((4, 8, 9, 8), "with a feature map of one sample of more than 2 KB"),
+        ((4, 8, 3, 1), "with fewer than 4 pixels"),
+        ((3, 8, 8, 8), "with fewer than 2 samples for each thread"),
+    ],
+)
+def test_each_bound_has_its_sentence_and_its_number(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], beyond: str
+) -> None:
+    torch.set_num_threads(2)
+    block = reference.IESkip(reference.PreActBranch(shape[1], norm="layer"))
+    fastode.fuse(block)
+    for measured, verdict in ((True, "was measured to be slower"), (False, "is expected to be slower")):
+        monkeypatch.setattr(_rule, "_rule", Rule({"ie sample float32": Line(**BOUNDS)}, "a test", measured))
+        x = torch.zeros(shape)
+        reason = f"{beyond} it {verdict} than staged" if beyond else ""
+        assert block.against("resident", x) == reason and block.why_not("resident", x) == ""
+        assert fastode.fuse(block, example=x).rows[0].reason == (f"resident: {reason}" if beyond else "")
+        assert used(block, x) == ("staged" if beyond else "resident")
+        block.engine = "resident"  # what is asked for by name runs, slower or not
+        assert used(block, x) == "resident"
+        block.engine = "auto"
+
+
+def used(block: nn.Module, x: Tensor) -> str:
+    with _dispatch.recording() as engines:
+        block(x)
+    return engines[block]
+
+
+@pytest.mark.parametrize(
+    ("block", "line"),
+    [
+        (reference.IESkip(reference.PreActBranch(4, norm="batch")), "ie batch float32"),
+        (reference.IESkip(reference.PreActBranch(4, norm="batch")).eval(), "ie sample float32"),
+        (reference.SSP3(reference.PreActBranch(4, norm="group")), "shu_osher sample float32"),
+        (reference.Ark(reference.PreActBranch(4, norm="batch")), "shu_osher batch float32"),
+        (reference.ResBlock(reference.PreActBranch(4, norm="layer")).double(), "shu_osher sample float64"),
+        (reference.SSP2(reference.PreActBranch(4, norm="none")).bfloat16(), "shu_osher sample bfloat16"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_block_has_its_own_line(monkeypatch: pytest.MonkeyPatch, block: nn.Module, line: str) -> None:
+    fastode.fuse(block)
+    x = torch.zeros(2, 4, 3, 3, dtype=next(block.parameters()).dtype)
+    monkeypatch.setattr(_rule, "_rule", Rule({line: _rule.NEVER}, "a test", True))
+    assert used(block, x) == "staged"
+    others = {f"{f} {n} {d}" for f in _rule.FAMILIES for n in _rule.NORMS for d in _rule.DTYPES} - {line}
+    monkeypatch.setattr(_rule, "_rule", Rule(dict.fromkeys(others, _rule.NEVER), "a test", True))
+    assert used(block, x) == "resident"
+
+
+def test_the_widest_map_of_the_branch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_rule, "_rule", Rule({"shu_osher sample float32": Line(most_channels=8)}, "a test", True))
+    branch = nn.Sequential(nn.Conv2d(4, 9, 1), nn.ReLU(), nn.Conv2d(9, 4, 1))
+    assert fastode.nn.SSP2(branch).against("resident", torch.zeros(2, 4, 3, 3)).startswith("with more than 8 channels")
+
+
+def test_a_bound_on_the_batch_can_be_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = Line(least_batch_per_thread=2.0)
+    monkeypatch.setattr(_rule, "_rule", Rule({"shu_osher sample float32": line}, "a test", True))
+    torch.compiler.reset()
+    block = fastode.nn.SSP2(reference.PreActBranch(4, norm="layer"))
+    for batch in (1, 8):
+        torch.compile(block, backend="aot_eager", fullgraph=True)(torch.zeros(batch, 4, 3, 3))
+    torch.compiler.reset()
