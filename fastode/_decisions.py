@@ -1,7 +1,7 @@
 """What trials on CUDA cards have decided, in memory and in a readable file.
 
-The file is decisions.json in FASTODE_CACHE: by card and versions, a decision for each kind of call. Deleting an entry, or
-the file, has the trial made again. A file of the same form in the package, if there is one, is asked after it.
+The file is decisions.json in FASTODE_CACHE: by card and versions, a decision for each kind of call. Deleting an entry,
+or the file, has the trial made again. A file of the same form in the package, if there is one, is asked after it.
 """
 
 from __future__ import annotations
