@@ -29,13 +29,15 @@ from triton.runtime.jit import create_function_from_signature
 from fastode.ops.triton import launch as launching
 from fastode.ops.triton import passes
 
-from . import header
+from . import convolutions, header
+from .convolutions import CONVOLUTIONS, Convolution
 
 ARCHITECTURES = (80, 90, 100)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RELU, SILU = 1, 6
 MODULES = (passes, launching)
 _GLOBAL = re.compile(r"(?:ld|st)\.global(?:\.\w+|::\w+)*?(?:\.v(\d))?\.[bfus](\d+)")
+_COPY = re.compile(r"cp\.async\.c[ag]\.shared\.global\s*\[[^\]]*\],\s*\[[^\]]*\],\s*0x(\w+)")
 _TENSOR_CORE = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b")
 
 
@@ -185,6 +187,7 @@ def compile_offline(launch: Launch, configuration: str, architecture: int) -> Co
         command = [get_ptxas(architecture).path, "-v", name, file.name, "-o", "/dev/null"]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     widths = [int(count or 1) * int(bits) for count, bits in _GLOBAL.findall(ptx)]
+    widths += [8 * int(size, 16) for size in _COPY.findall(ptx)]
     return Compiled(
         launch.kernel.__name__,
         configuration,
@@ -211,6 +214,19 @@ def launches(maps: Sequence[Maps], dtypes: Sequence[torch.dtype]) -> list[tuple[
                     for launch in recorded:
                         key, _ = source(launch, GPUTarget("cuda", 90, 32))
                         found.setdefault(f"{key.hash()} {launch.warps}", (launch, f"{words}: {operator}"))
+    return list(found.values())
+
+
+def convolution_launches(chosen: Sequence[tuple[str, Convolution]]) -> list[tuple[Launch, str]]:
+    """Every different launch of the fused convolutions, with the first configuration that makes it."""
+    found: dict[str, tuple[Launch, str]] = {}
+    for dtype, each in chosen:
+        for operator, call in convolutions.operators(each, dtype).items():
+            with convolutions.allowed(dtype), recording() as recorded:
+                call()
+            for launch in recorded:
+                key, _ = source(launch, GPUTarget("cuda", 90, 32))
+                found.setdefault(f"{key.hash()} {launch.warps}", (launch, f"{each.name}, {dtype}: {operator}"))
     return list(found.values())
 
 
@@ -253,6 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = {"commit": header.commit(), "versions": header.versions()}
     rows: list[Compiled] = []
     todo = launches(MAPS, DTYPES)
+    todo += convolution_launches([(dtype, each) for each in CONVOLUTIONS for dtype in each.dtypes])
     print(f"{len(todo)} launches for {', '.join(f'sm_{a}' for a in ARCHITECTURES)}", flush=True)
     for done, (launch, configuration) in enumerate(todo, 1):
         rows += [compile_offline(launch, configuration, architecture) for architecture in ARCHITECTURES]

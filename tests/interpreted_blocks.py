@@ -16,7 +16,8 @@ from block_cases import ACTIVATIONS
 from torch import nn
 
 import fastode
-from fastode import _build, _cuda, reference
+from fastode import _build, _cuda, _one_step, reference
+from fastode.ops import sweeps
 from fastode.ops.triton import launch, passes
 from fastode.testing import assert_blocks_equal, sample_input
 
@@ -41,11 +42,25 @@ def branch(norm: str, activation: str) -> nn.Sequential:
     return nn.Sequential(*(layer for unit in units for layer in unit))
 
 
+def fuse_convolutions(monkeypatch: pytest.MonkeyPatch, fused: bool) -> None:
+    """Run what the staged engine would with fused convolutions: those are for CUDA tensors, and here there are none."""
+    monkeypatch.setattr(_one_step, "Plan", lambda *rest, **options: sweeps.Plan(*rest, **(options | {"fused": fused})))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 # A bfloat16 pre-activation on the other side of a kink would be no fault of a kernel: smooth activations.
 @pytest.mark.parametrize(("norm", "activation"), [("group", "tanh"), ("batch", "silu")])
 @pytest.mark.parametrize("block", BLOCKS)
-def test_equal(block: str, norm: str, activation: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("fused_convolutions", [False, True], ids=["passes", "convolutions"])
+def test_equal(
+    monkeypatch: pytest.MonkeyPatch,
+    fused_convolutions: bool,
+    block: str,
+    norm: str,
+    activation: str,
+    dtype: torch.dtype,
+) -> None:
+    fuse_convolutions(monkeypatch, fused_convolutions)
     f = branch(norm, activation)
     plain, fused = (BLOCKS[block](m, copy.deepcopy(f)).to(dtype) for m in (reference, fastode.nn))
     fused.engine = "staged"
@@ -53,11 +68,12 @@ def test_equal(block: str, norm: str, activation: str, dtype: torch.dtype) -> No
 
 
 # README.md of the Triton operators counts these: [forward, backward], K = 1 and two units with GroupNorm.
-LAUNCHES = {"ie": [7, 15], "ssp3": [7, 24]}
+LAUNCHES = {("ie", False): [7, 15], ("ssp3", False): [7, 24], ("ie", True): [7, 17], ("ssp3", True): [7, 30]}
 
 
-@pytest.mark.parametrize("block", LAUNCHES)
-def test_launches(monkeypatch: pytest.MonkeyPatch, block: str) -> None:
+@pytest.mark.parametrize(("block", "fused_convolutions"), LAUNCHES)
+def test_launches(monkeypatch: pytest.MonkeyPatch, block: str, fused_convolutions: bool) -> None:
+    fuse_convolutions(monkeypatch, fused_convolutions)
     counts = [0, 0]
     backward = 0
     real = launch.launch
@@ -74,4 +90,4 @@ def test_launches(monkeypatch: pytest.MonkeyPatch, block: str) -> None:
     y = fused(sample_input(2, 8, 3, 2).requires_grad_())
     backward = 1
     y.sum().backward()
-    assert counts == LAUNCHES[block]
+    assert counts == LAUNCHES[block, fused_convolutions]

@@ -21,7 +21,7 @@ from ..branch import TENSORS_PER_UNIT, Unit
 # The operators' codes, as csrc/cpu numbers them.
 NORM_CODE = {"group": 1, "batch": 2, "fixed": 3}
 ACTIVATION_CODE = {"relu": 1, "leaky_relu": 2, "tanh": 3, "softplus": 4, "elu": 5, "silu": 6}
-_NORM_WEIGHT, _NORM_BIAS, _MEAN, _VARIANCE, _CONV_WEIGHT, _CONV_BIAS = range(TENSORS_PER_UNIT)
+NORM_WEIGHT, NORM_BIAS, MEAN, VARIANCE, CONV_WEIGHT, CONV_BIAS = range(TENSORS_PER_UNIT)
 
 # csrc/cpu/norm_act.h, kMaxTerms
 _MOST_TERMS = 16
@@ -32,11 +32,15 @@ Codes = tuple[int, int, float, int, float, float]
 
 @dataclass(frozen=True)
 class Plan:
-    """A branch as constants: its units, whose norms keep running statistics, and autocast's dtype where it is on."""
+    """A branch as constants: its units, whose norms keep running statistics, and autocast's dtype where it is on.
+
+    fused: whether its convolutions are those of fastode/ops/triton/convolution.py, which read and write for the passes.
+    """
 
     units: tuple[Unit, ...]
     tracked: tuple[bool, ...]
     lower: torch.dtype | None
+    fused: bool = False
 
 
 class Record(NamedTuple):
@@ -114,6 +118,10 @@ def revisit(
     plan: Plan, tensors: MaybeTensors, point: Tensor, statistics: Sequence[Tensor], image: bool = False
 ) -> tuple[list[Record], Tensor | None]:
     """What `pull` needs of f's evaluation at `point`; and f(point), if `image`: without it one convolution less."""
+    if plan.fused:
+        from .triton import conv_sweeps
+
+        return conv_sweeps.revisit(plan, tensors, point, statistics, image)
     records: list[Record] = []
     h = point
     last = len(plan.units) - 1
@@ -140,17 +148,21 @@ def pull(
 
     It empties `records`.
     """
+    if plan.fused:
+        from .triton import conv_sweeps
+
+        return conv_sweeps.pull_branch(plan, tensors, records, cot, addends, coefs, grads, scale, need_point)
     if len(addends) > _MOST_TERMS:
         addends, coefs = [combine(addends, coefs[1:])], torch.cat([coefs[:1], torch.ones_like(coefs[:1])])
     for index in range(len(plan.units) - 1, -1, -1):
         # What is behind is let go at once: a backward's peak memory is made here.
         unit, record, at = plan.units[index], records.pop(), index * TENSORS_PER_UNIT
         first = index == 0
-        norm_grads = grads is not None and (grads.wants(at + _NORM_WEIGHT) or grads.wants(at + _NORM_BIAS))
+        norm_grads = grads is not None and (grads.wants(at + NORM_WEIGHT) or grads.wants(at + NORM_BIAS))
         needed = not first or need_point or norm_grads
         if unit.conv is not None:
             a = record.a
-            if a is None and grads is not None and grads.wants(at + _CONV_WEIGHT):
+            if a is None and grads is not None and grads.wants(at + CONV_WEIGHT):
                 _, a, _ = _pass(plan, tensors, index, [record.h], coefficients(1.0), record.stats)
             elif a is None:
                 a = record.h  # without a weight gradient only its shape is asked for
@@ -160,7 +172,7 @@ def pull(
         if not needed:
             return None
         if _has_pass(unit):
-            weight, bias = _norm_tensors(tensors, at, record.h)
+            weight, bias = norm_tensors(tensors, at, record.h)
             cot, wbar, bbar = torch.ops.fastode.norm_act_vjp(
                 record.h,
                 cot.to(record.h.dtype),
@@ -170,11 +182,11 @@ def pull(
                 _in_dtype(addends, record.h.dtype) if first else [],
                 coefs if first else coefficients(1.0),
                 norm_grads,
-                *_codes(unit),
+                *codes(unit),
             )
             if norm_grads:
-                grads.add(at + _NORM_WEIGHT, wbar, scale)
-                grads.add(at + _NORM_BIAS, bbar, scale)
+                grads.add(at + NORM_WEIGHT, wbar, scale)
+                grads.add(at + NORM_BIAS, bbar, scale)
         elif first:
             cot = combine([cot, *addends], coefs)
     return cot
@@ -192,7 +204,7 @@ def dual(
         a, tstats = _dual_pass(plan, tensors, index, h, t, statistics[index])
         records.append(Record(h, statistics[index], a if index == last else None, t, tstats))
         stacked = _convolve(plan, tensors, index, a, with_bias=False)
-        bias = tensors[index * TENSORS_PER_UNIT + _CONV_BIAS]
+        bias = tensors[index * TENSORS_PER_UNIT + CONV_BIAS]
         if bias is not None:
             stacked[:samples].add_(bias.to(stacked.dtype).view(1, -1, 1, 1))
         h, t = stacked[:samples], stacked[samples:]
@@ -219,7 +231,7 @@ def pull_dual(
         first = index == 0
         if unit.conv is not None:
             a = record.a
-            if a is None and grads is not None and grads.wants(at + _CONV_WEIGHT):
+            if a is None and grads is not None and grads.wants(at + CONV_WEIGHT):
                 a, _ = _dual_pass(plan, tensors, index, record.h, record.t, record.stats)
             elif a is None:  # only its shape is asked for
                 h = record.h
@@ -229,8 +241,8 @@ def pull_dual(
             record = record._replace(a=None)
             del a
         if _has_pass(unit):
-            norm_grads = grads is not None and (grads.wants(at + _NORM_WEIGHT) or grads.wants(at + _NORM_BIAS))
-            weight, bias = _norm_tensors(tensors, at, record.h)
+            norm_grads = grads is not None and (grads.wants(at + NORM_WEIGHT) or grads.wants(at + NORM_BIAS))
+            weight, bias = norm_tensors(tensors, at, record.h)
             cot, wbar, bbar = torch.ops.fastode.norm_act_second(
                 record.h,
                 record.t.to(record.h.dtype),
@@ -243,11 +255,11 @@ def pull_dual(
                 coefs if first else coefficients(1.0),
                 norm_grads,
                 not first,
-                *_codes(unit),
+                *codes(unit),
             )
             if norm_grads:
-                grads.add(at + _NORM_WEIGHT, wbar, scale)
-                grads.add(at + _NORM_BIAS, bbar, scale)
+                grads.add(at + NORM_WEIGHT, wbar, scale)
+                grads.add(at + NORM_BIAS, bbar, scale)
         elif first:
             cot = combine([cot[:samples], *addends], coefs)
     return cot
@@ -281,7 +293,7 @@ def _has_pass(unit: Unit) -> bool:
     return unit.norm is not None or unit.activation is not None
 
 
-def _codes(unit: Unit) -> Codes:
+def codes(unit: Unit) -> Codes:
     norm, act = unit.norm, unit.activation
     head = (0, 1, 0.0) if norm is None else (NORM_CODE[norm.mode], norm.groups, norm.eps)
     return (*head, 0, 0.0, 0.0) if act is None else (*head, ACTIVATION_CODE[act.kind], act.p, act.q)
@@ -296,9 +308,9 @@ def _pass(
         u = x if len(terms) == 1 else combine(terms, coefs)
         return u, u, x.new_empty(0, dtype=_accumulator(x))
     if statistics is None and unit.norm is not None and unit.norm.mode == "fixed":
-        statistics = torch.stack((tensors[at + _MEAN], tensors[at + _VARIANCE])).to(_accumulator(x))
-    weight, bias = _norm_tensors(tensors, at, x)
-    u, a, made = torch.ops.fastode.norm_act(terms, coefs, weight, bias, statistics, *_codes(unit))
+        statistics = torch.stack((tensors[at + MEAN], tensors[at + VARIANCE])).to(_accumulator(x))
+    weight, bias = norm_tensors(tensors, at, x)
+    u, a, made = torch.ops.fastode.norm_act(terms, coefs, weight, bias, statistics, *codes(unit))
     return x if len(terms) == 1 else u, a, made if statistics is None else statistics
 
 
@@ -310,14 +322,14 @@ def _dual_pass(
     t = t.to(h.dtype)
     if not _has_pass(unit):
         return torch.cat([h, t]), statistics
-    weight, bias = _norm_tensors(tensors, at, h)
-    a, _, tstats = torch.ops.fastode.norm_act_dual(h, t, weight, bias, statistics, *_codes(unit))
+    weight, bias = norm_tensors(tensors, at, h)
+    a, _, tstats = torch.ops.fastode.norm_act_dual(h, t, weight, bias, statistics, *codes(unit))
     return a, tstats
 
 
-def _norm_tensors(tensors: MaybeTensors, at: int, h: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def norm_tensors(tensors: MaybeTensors, at: int, h: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """A norm's weight and bias in the accumulator's dtype."""
-    weight, bias = tensors[at + _NORM_WEIGHT], tensors[at + _NORM_BIAS]
+    weight, bias = tensors[at + NORM_WEIGHT], tensors[at + NORM_BIAS]
     dtype = _accumulator(h)
     return (
         None if weight is None else weight.to(dtype).contiguous(),
@@ -348,7 +360,7 @@ def _in_dtype(terms: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [term if term.dtype == dtype else term.to(dtype) for term in terms]
 
 
-def _lowered(plan: Plan, tensor: Tensor) -> Tensor:
+def lowered(plan: Plan, tensor: Tensor) -> Tensor:
     """The tensor as a convolution under autocast sees it; autocast leaves float64 alone."""
     return tensor if plan.lower is None or tensor.dtype == torch.float64 else tensor.to(plan.lower)
 
@@ -357,11 +369,11 @@ def _convolve(plan: Plan, tensors: MaybeTensors, index: int, a: Tensor, with_bia
     conv, at = plan.units[index].conv, index * TENSORS_PER_UNIT
     if conv is None:
         return a
-    bias = tensors[at + _CONV_BIAS] if with_bias else None
+    bias = tensors[at + CONV_BIAS] if with_bias else None
     out = torch.ops.aten.convolution.default(
-        _lowered(plan, a),
-        _lowered(plan, tensors[at + _CONV_WEIGHT]),
-        None if bias is None else _lowered(plan, bias),
+        lowered(plan, a),
+        lowered(plan, tensors[at + CONV_WEIGHT]),
+        None if bias is None else lowered(plan, bias),
         (1, 1),
         conv.padding,
         conv.dilation,
@@ -388,13 +400,13 @@ def _convolve_back(
     `bias_samples` says to how much of a stacked batch the bias was added.
     """
     conv, at = plan.units[index].conv, index * TENSORS_PER_UNIT
-    need_weight = grads is not None and grads.wants(at + _CONV_WEIGHT)
-    lower = _lowered(plan, a)
+    need_weight = grads is not None and grads.wants(at + CONV_WEIGHT)
+    lower = lowered(plan, a)
     cot = cot.to(lower.dtype)
     a_bar, weight_bar, _ = torch.ops.aten.convolution_backward.default(
         cot,
         lower,
-        _lowered(plan, tensors[at + _CONV_WEIGHT]),
+        lowered(plan, tensors[at + CONV_WEIGHT]),
         None,
         (1, 1),
         conv.padding,
@@ -405,7 +417,7 @@ def _convolve_back(
         (need_input, need_weight, False),
     )
     if need_weight:
-        grads.add(at + _CONV_WEIGHT, weight_bar, scale)
-    if grads is not None and grads.wants(at + _CONV_BIAS):
-        grads.add(at + _CONV_BIAS, cot[:bias_samples].sum((0, 2, 3)), scale)
+        grads.add(at + CONV_WEIGHT, weight_bar, scale)
+    if grads is not None and grads.wants(at + CONV_BIAS):
+        grads.add(at + CONV_BIAS, cot[:bias_samples].sum((0, 2, 3)), scale)
     return channels_last(a_bar).to(a.dtype) if need_input else cot

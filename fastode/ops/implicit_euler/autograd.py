@@ -87,6 +87,10 @@ def _forward(
     plan: Plan, descent: Descent, x: Tensor, tensors: MaybeTensors
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """y_K, the points y_0 … y_{K−1}, and the statistics of f's evaluations at x and at these points."""
+    if plan.fused:
+        from ..triton import conv_blocks
+
+        return conv_blocks.ie_skip(plan, descent, x, tensors)
     _, s, records = value(plan, tensors, [x], coefficients(1.0))
     statistics = statistics_of(records)
     points: list[Tensor] = []
@@ -96,27 +100,33 @@ def _forward(
         points.append(y)
         statistics += statistics_of(records)
         e = _residual(descent, 1.0, x, points, fy)
-        # (2), made by the last pass of the pull-back: y − γ g with g = 2 (e − θ Jᵀe)
-        update = coefficients(2 * descent.step_size * descent.theta, 1.0, -2 * descent.step_size)
-        terms = [pull(plan, tensors, records, e, [y, e], update, None)]
+        terms = [pull(plan, tensors, records, e, [y, e], update(descent), None)]
     return terms[0], points, statistics
 
 
-def _residual_terms(
-    descent: Descent, scale: float, x: Tensor, points: Sequence[Tensor], fy: Tensor
+def update(descent: Descent) -> Tensor:
+    """(2), made by the last pass of the pull-back: in y − γ g, g = 2 (e − θ Jᵀe), the coefficients of Jᵀe, y and e."""
+    return coefficients(2 * descent.step_size * descent.theta, 1.0, -2 * descent.step_size)
+
+
+def residual_terms(
+    descent: Descent, scale: float, x: Tensor, points: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[float]]:
-    """scale times e = y − x − (1 − θ) s − θ f(y), (1), at the last of `points`; s is y_0 − x."""
+    """scale times e = y − x − (1 − θ) s − θ f(y), (1), at the last of `points`; s is y_0 − x.
+
+    f(y) comes last: it has a coefficient but is not among the terms.
+    """
     theta = descent.theta
     if len(points) == 1:
-        return [points[0], x, fy], [scale * theta, -scale * theta, -scale * theta]
+        return [points[0], x], [scale * theta, -scale * theta, -scale * theta]
     if theta == 1:
-        return [points[-1], x, fy], [scale, -scale, -scale]
-    return [points[-1], points[0], x, fy], [scale, -scale * (1 - theta), -scale * theta, -scale * theta]
+        return [points[-1], x], [scale, -scale, -scale]
+    return [points[-1], points[0], x], [scale, -scale * (1 - theta), -scale * theta, -scale * theta]
 
 
 def _residual(descent: Descent, scale: float, x: Tensor, points: Sequence[Tensor], fy: Tensor) -> Tensor:
-    terms, values = _residual_terms(descent, scale, x, points, fy)
-    return combine(terms, coefficients(*values))
+    terms, values = residual_terms(descent, scale, x, points)
+    return combine([*terms, fy], coefficients(*values))
 
 
 def _backward(
@@ -140,7 +150,8 @@ def _backward(
         stacked, records = dual(plan, tensors, points[step], y_bar, met)
         fy, pushed = stacked[:samples], stacked[samples:]
         # (4), with u = −γ J ȳ⁺; and (5) divided by −θ: ⟨ē, f(y)⟩ − 2γ ⟨e, J(y) ȳ⁺⟩
-        terms, values = _residual_terms(descent, -2 * gamma, x, points, fy)
+        terms, values = residual_terms(descent, -2 * gamma, x, points)
+        terms.append(fy)
         cot = combine_pair([y_bar, pushed], terms, coefficients(-2 * gamma, 2 * gamma * theta, *values))
         e_bar = cot[:samples]
         del stacked, fy, pushed, terms

@@ -91,6 +91,10 @@ def _forward(
     plan: Plan, scheme: Scheme, table: Tensor, x: Tensor, tensors: MaybeTensors
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """u_s, the points u_0 … u_{s−1}, and the statistics of f's evaluations at those of them where it is evaluated."""
+    if plan.fused:
+        from ..triton import conv_blocks
+
+        return conv_blocks.shu_osher(plan, scheme, table, x, tensors)
     points: list[Tensor] = []
     images: list[Tensor | None] = []
     statistics: list[Tensor] = []

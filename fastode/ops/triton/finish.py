@@ -44,26 +44,40 @@ def total_of(
     return total.to(ACC)
 
 
+@triton.jit
+def chunk_count(L, chunk_rows, spans):
+    """How many chunks L pixels are in, cut span by span, all of which are equally long."""
+    return spans * tl.cdiv(L // spans, chunk_rows)
+
+
+@triton.jit
+def rows_in(chunk, chunks, L, chunk_rows, spans):
+    """The pixels of each chunk, in double; none where there is no such chunk."""
+    length = L // spans
+    inside = chunk % tl.cdiv(length, chunk_rows)
+    return tl.where(chunk < chunks, tl.minimum(length - inside * chunk_rows, chunk_rows), 0).to(tl.float64)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def finish_moments_kernel(
-    partial, stats, S, L, chunk_rows, C: tl.constexpr, G: tl.constexpr, GB: tl.constexpr, CPGB: tl.constexpr,
+    partial, stats, S, L, chunk_rows, spans, C: tl.constexpr, G: tl.constexpr, GB: tl.constexpr, CPGB: tl.constexpr,
     RB: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The chunks' means and squares about them, merged into `stats` [2, S, G]."""
     s, group, channel, mask = groups_of(C, G, GB, CPGB)
-    chunks = tl.cdiv(L, chunk_rows)
+    chunks = chunk_count(L, chunk_rows, spans)
     entries = (L * (C // G)).to(tl.float64)
     total = tl.zeros(channel.shape, tl.float64)
     for start in range(0, chunks, RB):
         mean, chunk = chunk_tile(partial, s, start, chunks, 0, 2, channel, mask, C, RB)
-        rows = tl.minimum(L - chunk * chunk_rows, chunk_rows).to(tl.float64)
+        rows = rows_in(chunk, chunks, L, chunk_rows, spans)
         total += tl.sum(mean * rows[:, None, None], 0)
     merged = tl.sum(total, 1) / entries
     total = tl.zeros(channel.shape, tl.float64)
     for start in range(0, chunks, RB):
         mean, chunk = chunk_tile(partial, s, start, chunks, 0, 2, channel, mask, C, RB)
         squares, _ = chunk_tile(partial, s, start, chunks, 1, 2, channel, mask, C, RB)
-        rows = tl.maximum(tl.minimum(L - chunk * chunk_rows, chunk_rows), 0).to(tl.float64)
+        rows = rows_in(chunk, chunks, L, chunk_rows, spans)
         off = tl.where(mask[None, :, :], mean - merged[None, :, None], 0.0)
         total += tl.sum(squares + off * off * rows[:, None, None], 0)
     variance = tl.sum(total, 1) / entries
@@ -86,7 +100,7 @@ def store_set_mean(sets, which: tl.constexpr, s, S, group, scale, total, entries
 
 @triton.jit(do_not_specialize=SIZES)
 def finish_sums_kernel(
-    partial, stats, tstats, weight, sets, parameters, S, L, chunk_rows, eps: tl.float64, C: tl.constexpr,
+    partial, stats, tstats, weight, sets, parameters, S, L, chunk_rows, spans, eps: tl.float64, C: tl.constexpr,
     G: tl.constexpr, GB: tl.constexpr, CPGB: tl.constexpr, RB: tl.constexpr, K: tl.constexpr, TANGENT: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
@@ -96,7 +110,7 @@ def finish_sums_kernel(
     means those of t and x̂ t.
     """
     s, group, channel, mask = groups_of(C, G, GB, CPGB)
-    chunks = tl.cdiv(L, chunk_rows)
+    chunks = chunk_count(L, chunk_rows, spans)
     entries = (L * (C // G)).to(ACC)
     rstd = set_statistics(stats, s, S, channel, group, mask, eps, G, ACC)
     scale = rstd

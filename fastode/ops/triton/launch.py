@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import plan
-from .finish import sum_samples_kernel
+from .finish import finish_moments_kernel, finish_sums_kernel, sum_samples_kernel
 
 NONE, GROUP, BATCH, FIXED = range(4)
 MaybeTensor = Tensor | None
@@ -135,7 +135,28 @@ def partial_sums(unit: Unit, kind: str, count: int) -> tuple[Tensor, plan.Blocks
     return vector(unit.x, g.samples, blocks.chunks, count, g.channels), blocks, programs, shape
 
 
-def finish(unit: Unit, chunked: plan.Blocks) -> tuple[int, Shape]:
+def finish_moments(unit: Unit, chunked: plan.Blocks, partial: Tensor, stats: Tensor) -> None:
+    """The statistics of each set from the chunks' moments."""
+    programs, shape = _finish(unit, chunked)
+    g = unit.map
+    launch(
+        finish_moments_kernel, programs, partial, stats, g.samples, g.pixels, chunked.chunk_rows, chunked.spans, **shape
+    )
+
+
+def finish_sums(
+    unit: Unit, chunked: plan.Blocks, partial: Tensor, stats: Tensor, tstats: MaybeTensor, weight: MaybeTensor,
+    sets: MaybeTensor, shares: Pair | None, count: int, tangent: bool = False,
+) -> None:  # fmt: skip
+    """The means over each set from the chunks' sums, and the samples' shares of the parameters' gradients."""
+    programs, shape = _finish(unit, chunked)
+    launch(
+        finish_sums_kernel, programs, partial, stats, tstats, weight, sets, shares, unit.map.samples, unit.map.pixels,
+        chunked.chunk_rows, chunked.spans, unit.eps, **shape, K=count, TANGENT=tangent,
+    )  # fmt: skip
+
+
+def _finish(unit: Unit, chunked: plan.Blocks) -> tuple[int, Shape]:
     """Programs and constants for adding up chunks."""
     g = unit.map
     groups, width, rows, programs = plan.finish_blocks(g, chunked.chunks)

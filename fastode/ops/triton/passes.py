@@ -9,7 +9,6 @@ from torch import Tensor
 
 from . import plan
 from .cotangent import cotangent_apply_kernel, cotangent_set_kernel, cotangent_sums_kernel
-from .finish import finish_moments_kernel, finish_sums_kernel
 from .launch import (
     BATCH,
     FIXED,
@@ -20,7 +19,8 @@ from .launch import (
     apply_shape,
     coefficients,
     feature_map,
-    finish,
+    finish_moments,
+    finish_sums,
     launch,
     of_float,
     partial_sums,
@@ -33,6 +33,7 @@ from .value import (
     combine_pair_kernel,
     dots_finish_kernel,
     dots_partial_kernel,
+    set_moments_kernel,
     value_apply_kernel,
     value_moments_kernel,
     value_set_kernel,
@@ -104,6 +105,18 @@ def _apply_value(
     )  # fmt: skip
 
 
+def statistics(x: Tensor, norm: int, groups: int) -> Tensor:
+    """The statistics of a map for a norm that takes its own, and nothing else."""
+    unit = Unit(x, norm, groups, 0.0, 0, 0.0, 0.0)
+    stats = unit.statistics()
+    if plan.one_program_per_set(unit.map, x.element_size()):
+        programs, shape = set_shape(unit, "value")
+        launch(set_moments_kernel, programs, x, stats, unit.map.samples, unit.map.pixels, **shape)
+    else:
+        _moments(unit, [x], None, None, stats)
+    return stats
+
+
 def _moments(unit: Unit, terms: Maps, coefs: MaybeTensor, u: MaybeTensor, stats: Tensor) -> None:
     """The map's own statistics, by chunks; writes the combination to u."""
     values, learned = coefficients(coefs, stats if coefs is None else terms[0])
@@ -113,8 +126,7 @@ def _moments(unit: Unit, terms: Maps, coefs: MaybeTensor, u: MaybeTensor, stats:
         value_moments_kernel, programs, tuple(terms), values, u, partial, g.pixels, chunked.chunk_rows,
         LEARNED=learned, **shape,
     )  # fmt: skip
-    programs, shape = finish(unit, chunked)
-    launch(finish_moments_kernel, programs, partial, stats, g.samples, g.pixels, chunked.chunk_rows, **shape)
+    finish_moments(unit, chunked, partial, stats)
 
 
 def norm_act_vjp(
@@ -144,7 +156,7 @@ def norm_act_vjp(
             cotangent_sums_kernel, programs, h, cot, stats, weight, bias, partial, g.samples, g.pixels,
             chunked.chunk_rows, *unit.numbers, **shape, ACT=act,
         )  # fmt: skip
-        _finish_sums(unit, chunked, partial, stats, None, weight, sets, shares, 2)
+        finish_sums(unit, chunked, partial, stats, None, weight, sets, shares, 2)
         unit.add_shares(shares, bars)
     programs, sizes, shape = apply_shape(unit)
     launch(
@@ -152,17 +164,6 @@ def norm_act_vjp(
         *sizes, *unit.numbers, **shape, NORMED=g.normed, COUPLED=g.coupled, ACT=act, LEARNED=learned,
     )  # fmt: skip
     return out, *bars
-
-
-def _finish_sums(
-    unit: Unit, chunked: plan.Blocks, partial: Tensor, stats: Tensor, tstats: MaybeTensor, weight: MaybeTensor,
-    sets: MaybeTensor, shares: MaybeTensor, count: int, tangent: bool = False,
-) -> None:  # fmt: skip
-    programs, shape = finish(unit, chunked)
-    launch(
-        finish_sums_kernel, programs, partial, stats, tstats, weight, sets, shares, unit.map.samples, unit.map.pixels,
-        chunked.chunk_rows, unit.eps, **shape, K=count, TANGENT=tangent,
-    )  # fmt: skip
 
 
 def norm_act_dual(
@@ -191,7 +192,7 @@ def norm_act_dual(
         launch(
             tangent_sums_kernel, programs, h, t, used, partial, g.samples, g.pixels, chunked.chunk_rows, **shape
         )  # fmt: skip
-        _finish_sums(unit, chunked, partial, used, None, None, tstats, None, 2, tangent=True)
+        finish_sums(unit, chunked, partial, used, None, None, tstats, None, 2, tangent=True)
     programs, sizes, shape = apply_shape(unit)
     launch(
         tangent_apply_kernel, programs, h, t, stacked, used if g.normed else None, tstats if g.coupled else None,
@@ -229,7 +230,7 @@ def norm_act_second(
             second_sums_kernel, programs, h, t, cot, stats, met, weight, bias, partial, g.samples, g.pixels, g.total,
             chunked.chunk_rows, *unit.numbers, **shape, COUPLED=g.coupled, ACT=act,
         )  # fmt: skip
-        _finish_sums(unit, chunked, partial, stats, met, weight, sets, shares, 5)
+        finish_sums(unit, chunked, partial, stats, met, weight, sets, shares, 5)
         unit.add_shares(shares, bars)
     programs, sizes, shape = apply_shape(unit)
     launch(

@@ -49,7 +49,10 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Columns and rows of a tile, the rows of a chunk, warps, and the number of programs."""
+    """Columns and rows of a tile, the rows of a chunk, warps, the number of programs, and of a sample's chunks.
+
+    spans: into how many equal parts a sample's pixels are divided before each is cut into chunks.
+    """
 
     columns: int
     rows: int
@@ -57,6 +60,7 @@ class Blocks:
     warps: int
     programs: int
     chunks: int
+    spans: int = 1
 
 
 def power_of_two(n: int) -> int:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 # No kernel is compiled again because one of these happens to be 1 or a multiple of 16.
-SIZES = ("S", "L", "chunk_rows", "count")
+SIZES = ("S", "L", "chunk_rows", "spans", "count")
 
 
 @triton.jit

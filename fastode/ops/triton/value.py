@@ -92,6 +92,31 @@ def value_apply_kernel(
     )  # fmt: skip
 
 
+@triton.jit
+def set_moments(
+    terms, coefs, u, stats, s, S, L, cols, column_mask, C: tl.constexpr, G: tl.constexpr, CB: tl.constexpr,
+    PB: tl.constexpr, LEARNED: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Mean and variance of this program's set, also written to `stats`."""
+    CPG: tl.constexpr = C // G
+    means, squares = moments(terms, coefs, u, s, 0, L, L, cols, column_mask, C, CB, PB, LEARNED, ACC)
+    mean = tl.sum(tl.where(column_mask, means, 0.0), 0) / CPG
+    off = means - mean
+    variance = tl.sum(tl.where(column_mask, squares + off * off * L, 0.0), 0) / CPG / L
+    tl.store(stats + tl.program_id(0), mean)
+    tl.store(stats + S * G + tl.program_id(0), variance)
+    return mean, variance
+
+
+@triton.jit(do_not_specialize=SIZES)
+def set_moments_kernel(
+    x, stats, S, L, C: tl.constexpr, G: tl.constexpr, CB: tl.constexpr, PB: tl.constexpr, ACC: tl.constexpr
+):
+    """The statistics alone, a normalised set to a program."""
+    s, cols, column_mask = set_of(C, G, CB)
+    set_moments((x,), None, None, stats, s, S, L, cols, column_mask, C, G, CB, PB, False, ACC)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def value_set_kernel(
     terms, coefs, u, a, stats, weight, bias, S, L, eps: tl.float64, p: tl.float64, q: tl.float64,
@@ -99,14 +124,10 @@ def value_set_kernel(
     ACC: tl.constexpr,
 ):  # fmt: skip
     """u, a and the statistics, a normalised set to a program: the second sweep finds the set in cache."""
-    CPG: tl.constexpr = C // G
     s, cols, column_mask = set_of(C, G, CB)
-    means, squares = moments(terms, coefs, u, s, 0, L, L, cols, column_mask, C, CB, PB, LEARNED, ACC)
-    mean = tl.sum(tl.where(column_mask, means, 0.0), 0) / CPG
-    off = means - mean
-    variance = tl.sum(tl.where(column_mask, squares + off * off * L, 0.0), 0) / CPG / L
-    tl.store(stats + tl.program_id(0), mean)
-    tl.store(stats + S * G + tl.program_id(0), variance)
+    mean, variance = set_moments(
+        terms, coefs, u, stats, s, S, L, cols, column_mask, C, G, CB, PB, LEARNED, ACC
+    )  # fmt: skip
     rstd = tl.zeros([CB], ACC) + reciprocal_deviation(variance, eps, ACC)
     scale, shift = affine_rows(rstd, weight, bias, cols, column_mask)
     mean_row = tl.zeros([CB], ACC) + mean

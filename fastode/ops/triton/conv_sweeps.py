@@ -1,0 +1,182 @@
+"""Sweeps through a branch with fused convolutions: the contracts of fastode/ops/sweeps.py, a kernel to a convolution.
+
+The tangent sweeps are the staged engine's. Nothing that is rounded once there is rounded twice here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import sweeps
+from ..sweeps import CONV_BIAS, CONV_WEIGHT, MEAN, NORM_BIAS, NORM_WEIGHT, TENSORS_PER_UNIT, VARIANCE, Record
+from . import launch as launching
+from . import passes
+from .convolution import Made, Operand, convolution, pull, value_of, weight_gradient
+from .cotangent import cotangent_apply_kernel
+from .launch import Unit
+
+if TYPE_CHECKING:
+    from ..sweeps import Gradients, MaybeTensors, Plan
+
+
+class Evaluated(NamedTuple):
+    """f at a point: its combination with other maps, f itself if kept, the records, the combination's statistics."""
+
+    out: Tensor
+    image: Tensor | None
+    records: list[Record]
+    stats: Tensor | None
+
+
+def point_statistics(branch: Plan, tensors: MaybeTensors, index: int, x: Tensor) -> Tensor:
+    """The statistics with which unit `index` normalises x."""
+    norm, groups = sweeps.codes(branch.units[index])[:2]
+    if norm in (launching.GROUP, launching.BATCH):
+        return passes.statistics(x, norm, groups)
+    return _given(branch, tensors, index, x)
+
+
+def evaluate(
+    branch: Plan, tensors: MaybeTensors, point: Tensor, stats: Tensor, terms: Sequence[Tensor] = (),
+    coefs: Tensor | None = None, keep: bool = False, next_stats: bool = False,
+) -> Evaluated:  # fmt: skip
+    """coefs[0] f(point) + sum_i coefs[i + 1] terms[i], in one kernel for each convolution.
+
+    Args:
+        branch: f.
+        tensors: of f.
+        point: where.
+        stats: of the point, for the first unit.
+        terms: what is combined with f(point).
+        coefs: float64, on the host or learned.
+        keep: whether f(point) is wanted by itself.
+        next_stats: whether the combination's statistics are wanted, as those of a point.
+    """
+    records = [Record(point, stats, None)]
+    last = len(branch.units) - 1
+    for index in range(last):
+        made = _convolve(branch, tensors, index, records[-1], index + 1)
+        found = made.stats if made.stats is not None else _given(branch, tensors, index + 1, made.out)
+        records.append(Record(made.out, found, None))
+    lower = _multiplied(branch, records[-1].h)
+    dtype = lower
+    for term in terms:
+        dtype = torch.promote_types(dtype, term.dtype)
+    made = _convolve(branch, tensors, last, records[-1], 0 if next_stats else None, terms, coefs, keep, dtype)
+    found = made.stats
+    if next_stats and found is None:
+        found = _given(branch, tensors, 0, made.out)
+    return Evaluated(made.out, made.image, records, found)
+
+
+def revisit(
+    branch: Plan, tensors: MaybeTensors, point: Tensor, statistics: Sequence[Tensor], image: bool = False
+) -> tuple[list[Record], Tensor | None]:
+    """As sweeps.revisit."""
+    records = [Record(point, statistics[0], None)]
+    last = len(branch.units) - 1
+    for index in range(last):
+        made = _convolve(branch, tensors, index, records[-1], None)
+        records.append(Record(made.out, statistics[index + 1], None))
+    return records, _convolve(branch, tensors, last, records[-1], None).out if image else None
+
+
+def pull_branch(
+    branch: Plan, tensors: MaybeTensors, records: list[Record], cot: Tensor, addends: Sequence[Tensor], coefs: Tensor,
+    grads: Gradients | None, scale: float = 1.0, need_point: bool = True,
+) -> Tensor | None:  # fmt: skip
+    """As sweeps.pull."""
+    left = Operand(cot)
+    for index in range(len(branch.units) - 1, -1, -1):
+        unit, record, at = branch.units[index], records.pop(), index * TENSORS_PER_UNIT
+        first = index == 0
+        lower = _multiplied(branch, record.h)
+        here = _operand(branch, tensors, index, record)
+        if grads is not None and (grads.wants(at + CONV_WEIGHT) or grads.wants(at + CONV_BIAS)):
+            weight_bar, bias_bar = weight_gradient(
+                here, left, unit.conv.kernel, unit.conv.dilation, grads.wants(at + CONV_BIAS), lower
+            )
+            grads.add(at + CONV_WEIGHT, weight_bar, scale)
+            if bias_bar is not None:
+                grads.add(at + CONV_BIAS, bias_bar, scale)
+        norm_grads = grads is not None and (grads.wants(at + NORM_WEIGHT) or grads.wants(at + NORM_BIAS))
+        if first and not (need_point or norm_grads):
+            return None
+        weight = sweeps.lowered(branch, tensors[at + CONV_WEIGHT])
+        own, own_coefs = (tuple(addends), coefs) if first else ((), None)
+        own = tuple(term.to(record.h.dtype) for term in own)
+        if here.unit is None:
+            left = Operand(
+                convolution(
+                    left, weight, None, unit.conv.dilation, own, own_coefs, lower=lower, dtype=record.h.dtype,
+                    transposed=True,
+                ).out
+            )  # fmt: skip
+            continue
+        pulled = pull(left, weight, here, unit.conv.dilation, own, own_coefs, norm_grads, lower)
+        left = pulled.operand
+        if pulled.bars is not None:
+            grads.add(at + NORM_WEIGHT, pulled.bars[0], scale)
+            grads.add(at + NORM_BIAS, pulled.bars[1], scale)
+        if first and pulled.waits:
+            return _pull_set(left, own, coefs)
+    return left.x
+
+
+def _pull_set(pulled: Operand, addends: Sequence[Tensor], coefs: Tensor) -> Tensor:
+    """coefs[0] h̄ + sum_i coefs[i + 1] addends[i] where h̄ waited for sums: a last sweep over the map."""
+    unit = pulled.unit
+    assert unit is not None
+    out = launching.feature_map(unit.x)
+    values, learned = launching.coefficients(coefs, unit.x)
+    programs, sizes, shape = launching.apply_shape(unit)
+    launching.launch(
+        cotangent_apply_kernel, programs, unit.x, pulled.x, tuple(addends) or None, values, out, pulled.stats,
+        pulled.sets, pulled.weight, pulled.bias, *sizes, *unit.numbers, **shape, NORMED=True, COUPLED=True, ACT=0,
+        LEARNED=learned,
+    )  # fmt: skip
+    return out
+
+
+def _multiplied(branch: Plan, h: Tensor) -> torch.dtype:
+    """The dtype in which the convolutions of a branch multiply."""
+    return branch.lower or h.dtype
+
+
+def _given(branch: Plan, tensors: MaybeTensors, index: int, x: Tensor) -> Tensor:
+    """A unit's fixed statistics, or an empty tensor where it has none."""
+    at = index * TENSORS_PER_UNIT
+    if tensors[at + MEAN] is None:
+        return x.new_empty(0, dtype=torch.float32)
+    return torch.stack((tensors[at + MEAN], tensors[at + VARIANCE])).to(torch.float32)
+
+
+def _operand(branch: Plan, tensors: MaybeTensors, index: int, record: Record) -> Operand:
+    """What the convolution of a unit reads."""
+    weight, bias = sweeps.norm_tensors(tensors, index * TENSORS_PER_UNIT, record.h)
+    unit = Unit(record.h, *sweeps.codes(branch.units[index]))
+    return value_of(unit, record.stats, weight, bias)
+
+
+def _convolve(
+    branch: Plan, tensors: MaybeTensors, index: int, record: Record, next_unit: int | None,
+    terms: Sequence[Tensor] = (), coefs: Tensor | None = None, keep: bool = False, dtype: torch.dtype | None = None,
+) -> Made:  # fmt: skip
+    """A unit's norm, activation and convolution, and the statistics with which `next_unit` normalises the result."""
+    at, conv = index * TENSORS_PER_UNIT, branch.units[index].conv
+    bias = tensors[at + CONV_BIAS]
+    norm = None if next_unit is None else sweeps.codes(branch.units[next_unit])[:2]
+    if norm is not None and norm[0] not in (launching.GROUP, launching.BATCH):
+        norm = None
+    return convolution(
+        _operand(branch, tensors, index, record), sweeps.lowered(branch, tensors[at + CONV_WEIGHT]),
+        None if bias is None else sweeps.lowered(branch, bias), conv.dilation, terms, coefs, keep, norm,
+        _multiplied(branch, record.h), dtype,
+    )  # fmt: skip
+
+
+__all__ = ["Evaluated", "evaluate", "point_statistics", "pull_branch", "revisit"]

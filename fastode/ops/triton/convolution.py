@@ -1,0 +1,305 @@
+"""Fused convolutions: norm and activation on load, combination and the next norm's sums on store. See README.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from . import conv_plan, gather, plan, product
+from . import launch as launching
+from .launch import GROUP, MaybeTensor, Pair, Shape, Unit, coefficients, vector
+from .weights import sum_chunks_kernel, weight_gradient_kernel
+
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def why_not(units: Sequence[Any], tensors: Sequence[MaybeTensor], x: MaybeTensor, lower: torch.dtype | None) -> str:
+    """Why a branch cannot run with fused convolutions on x (or, without x, on any input); empty if it can.
+
+    Args:
+        units: of the branch.
+        tensors: of the branch.
+        x: the input, or None.
+        lower: the dtype that autocast lowers convolutions to, None where it is off.
+    """
+    if torch.compiler.is_compiling():
+        return "torch.compile does not trace fused convolutions"
+    for unit in units:
+        if unit.conv is None:
+            return "a unit of the branch has no convolution"
+        if unit.conv.groups != 1:
+            return "fused convolutions have no groups"
+        if not (unit.conv.kernel[0] % 2 and unit.conv.kernel[1] % 2):
+            return "fused convolutions have kernels of odd sides"
+    for dtype in (None if x is None else x.dtype, lower, *(None if t is None else t.dtype for t in tensors)):
+        if dtype is not None and dtype not in DTYPES:
+            return f"there are no fused convolutions for {dtype}"
+    return ""
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A map as a convolution reads it.
+
+    Attributes:
+        x: the map in memory, channels_last.
+        kind: PLAIN: x; VALUE: act(norm(x)); PULLED: the cotangent of h for that of norm(h), which is x.
+        unit: the norm and the activation, and their map h.
+        stats: of h.
+        sets: of PULLED: the means over each normalised set, from `pull`.
+        weight: of the norm.
+        bias: of the norm.
+    """
+
+    x: Tensor
+    kind: int = gather.PLAIN.value
+    unit: Unit | None = None
+    stats: MaybeTensor = None
+    sets: MaybeTensor = None
+    weight: MaybeTensor = None
+    bias: MaybeTensor = None
+
+    @property
+    def by_sample(self) -> bool:
+        return self.unit is not None and self.unit.norm == GROUP
+
+    @property
+    def pointers(self) -> tuple[MaybeTensor, ...]:
+        h = self.x if self.unit is None else self.unit.x
+        return self.x, h, self.stats, self.sets, self.weight, self.bias
+
+    @property
+    def numbers(self) -> tuple[float, float, float]:
+        return (0.0, 0.0, 0.0) if self.unit is None else self.unit.numbers
+
+    def constants(self, suffix: str) -> Shape:
+        """The operand as a kernel's constants."""
+        return {"KIND" + suffix: self.kind} | norm_constants(self.unit, suffix)
+
+
+def value_of(unit: Unit, stats: MaybeTensor, weight: MaybeTensor, bias: MaybeTensor) -> Operand:
+    """act(norm(h))."""
+    if unit.norm == launching.NONE and unit.act == 0:
+        return Operand(unit.x)
+    return Operand(unit.x, gather.VALUE.value, unit, stats, None, weight, bias)
+
+
+def norm_constants(unit: Unit | None, suffix: str = "") -> Shape:
+    normed = unit is not None and unit.norm != launching.NONE
+    found = {
+        "G": unit.map.groups if unit is not None and normed else 1, "NORMED": normed,
+        "COUPLED": unit is not None and unit.map.coupled, "ACT": 0 if unit is None else unit.act,
+        "SAMPLED": unit is not None and unit.norm == GROUP,
+    }  # fmt: skip
+    return {name + suffix: value for name, value in found.items()}
+
+
+def precision(dtype: torch.dtype) -> str:
+    """What a product of this dtype may round its factors to, as PyTorch is told for cuDNN's convolutions."""
+    cudnn = torch.backends.cudnn
+    settings = getattr(cudnn, "conv", None)
+    allowed = cudnn.allow_tf32 if settings is None else settings.fp32_precision == "tf32"
+    return "tf32" if dtype == torch.float32 and allowed else "ieee"
+
+
+def weight_memory(weight: Tensor) -> Tensor:
+    """The weight as kernels read it, [out, kernel's rows, its columns, in]; a copy only where it lies otherwise."""
+    return weight.contiguous(memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a convolution made: coefs[0] (conv + bias) + sum_i coefs[i + 1] terms[i]; conv + bias; its statistics."""
+
+    out: Tensor
+    image: MaybeTensor
+    stats: MaybeTensor
+
+
+def _map(x: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+    shape = (x.shape[0], channels, *x.shape[2:])
+    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _chunks(blocks: conv_plan.Product, unit: Unit) -> plan.Blocks:
+    """A convolution's blocks as the chunks of a norm's sums."""
+    spans = blocks.spans // unit.map.samples
+    return plan.Blocks(
+        blocks.columns, blocks.rows, blocks.rows, blocks.warps, blocks.programs, spans * blocks.blocks, spans
+    )
+
+
+def convolution(
+    left: Operand, weight: Tensor, bias: MaybeTensor = None, dilation: tuple[int, int] = (1, 1),
+    terms: Sequence[Tensor] = (), coefs: MaybeTensor = None, image: bool = False, norm: tuple[int, int] | None = None,
+    lower: torch.dtype | None = None, dtype: torch.dtype | None = None, transposed: bool = False,
+) -> Made:  # fmt: skip
+    """A convolution of stride 1 that keeps the size, or its transpose.
+
+    Args:
+        left: its input, [N, C_in, H, W].
+        weight: [C_out, C_in, K_h, K_w], odd sides.
+        bias: [C_out].
+        dilation: of the kernel.
+        terms: maps that are combined with the result.
+        coefs: [1 + terms], float64 on the host or learned on the device; None is a one.
+        image: whether the result is also wanted by itself, before the combination.
+        norm: its code and groups, of the norm whose statistics of the result are wanted.
+        lower: the dtype in which it multiplies, by default the input's.
+        dtype: of the result, by default that of the products.
+        transposed: multiply by the transpose: the weight is [C_in, C_out, K_h, K_w] then.
+    """
+    x, lower = left.x, lower or left.x.dtype
+    channels = weight.shape[1] if transposed else weight.shape[0]
+    out = _map(x, channels, dtype or lower)
+    raw = _map(x, channels, lower) if image else None
+    unit = Unit(out, *(norm or (launching.NONE, 1)), 0.0, 0, 0.0, 0.0)
+    coupled = unit.map.coupled
+    blocks = _blocks(left, weight, channels, unit.norm == GROUP, coupled, lower)
+    alone = coupled and unit.norm == GROUP and blocks.alone
+    stats = unit.statistics() if coupled else None
+    partial = None
+    if coupled and not alone:
+        partial = vector(out, unit.map.samples, blocks.spans // unit.map.samples * blocks.blocks, 2, channels)
+    sums = (product.SET_SUMS if alone else product.BLOCK_SUMS).value if coupled else 0
+    values, learned = coefficients(coefs, out)
+    _launch(
+        left, weight, dilation, transposed, blocks, lower, (bias, raw, out, tuple(terms) or None, values), Operand(out),
+        partial, stats, norm_constants(unit) | {"PULL": False, "SUMS": sums, "LEARNED": learned},
+    )  # fmt: skip
+    if partial is not None:
+        launching.finish_moments(unit, _chunks(blocks, unit), partial, stats)
+    return Made(out, raw, stats)
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """What `pull` made: the cotangent of h as an operand or, if `waits`, that of norm(h); and the parameters'."""
+
+    operand: Operand
+    waits: bool
+    bars: Pair | None
+
+
+def pull(
+    left: Operand, weight: Tensor, at: Operand, dilation: tuple[int, int] = (1, 1), terms: Sequence[Tensor] = (),
+    coefs: MaybeTensor = None, param_grads: bool = False, lower: torch.dtype | None = None,
+) -> Pulled:  # fmt: skip
+    """The cotangent of h where a convolution's input was act(norm(h)): its transpose, pulled back through both.
+
+    Args:
+        left: the cotangent of the convolution's result.
+        weight: of the convolution.
+        at: h, as `value_of` it.
+        dilation: of the convolution.
+        terms: as of `convolution`, added if the result does not wait for other programs' sums.
+        coefs: likewise.
+        param_grads: whether the gradients of the norm's parameters are wanted.
+        lower: the dtype in which it multiplies, by default that of `left`.
+    """
+    unit, lower = at.unit, lower or left.x.dtype
+    assert unit is not None
+    g, channels = unit.map, weight.shape[1]
+    out = _map(left.x, channels, unit.x.dtype)
+    bars = unit.parameter_bars(True) if param_grads else None
+    shares = None if bars is None else unit.parameter_shares(bars, True)
+    blocks = _blocks(left, weight, channels, unit.norm == GROUP, g.coupled, lower)
+    alone = g.coupled and unit.norm == GROUP and blocks.alone
+    summed = g.coupled or shares is not None
+    partial = sets = None
+    if summed and not alone:
+        partial = vector(out, g.samples, blocks.spans // g.samples * blocks.blocks, 2, channels)
+        sets = vector(out, 2, g.samples, g.groups) if g.coupled else None
+    sums = (product.SET_SUMS if alone else product.BLOCK_SUMS).value if summed else 0
+    waits = g.coupled and not alone
+    values, learned = coefficients(None if waits else coefs, out)
+    added = None if waits else tuple(terms) or None
+    _launch(
+        left, weight, dilation, True, blocks, lower, (None, None, out, added, values), at, partial,
+        shares if alone else None, norm_constants(unit) | {"PULL": True, "SUMS": sums, "LEARNED": learned},
+    )  # fmt: skip
+    if partial is not None:
+        assert at.stats is not None
+        launching.finish_sums(unit, _chunks(blocks, unit), partial, at.stats, None, at.weight, sets, shares, 2)
+    if bars is not None:
+        unit.add_shares(shares, bars)
+    made = Operand(out, gather.PULLED.value, unit, at.stats, sets, at.weight, at.bias) if waits else Operand(out)
+    return Pulled(made, waits, bars)
+
+
+def _blocks(
+    left: Operand, weight: Tensor, channels: int, by_sample: bool, coupled: bool, lower: torch.dtype
+) -> conv_plan.Product:
+    samples, inputs, height, width = left.x.shape
+    return conv_plan.product(
+        samples, height * width, inputs, channels, weight.shape[2] * weight.shape[3], lower.itemsize,
+        by_sample or left.by_sample, coupled,
+    )  # fmt: skip
+
+
+def _launch(
+    left: Operand, weight: Tensor, dilation: tuple[int, int], transposed: bool, blocks: conv_plan.Product,
+    lower: torch.dtype, result: tuple[Any, ...], at: Operand, partial: MaybeTensor, made: Any, constants: Shape,
+) -> None:  # fmt: skip
+    inputs, height, width = left.x.shape[1:]
+    out = result[2]
+    _, h, stats, _, norm_weight, norm_bias = at.pointers
+    launching.launch(
+        product.convolution_kernel, blocks.programs, *left.pointers[:2], weight_memory(weight), *left.pointers[2:],
+        *result, h, stats, norm_weight, norm_bias, partial, made, blocks.spans, blocks.pixels, height, width,
+        *left.numbers, *at.numbers, **left.constants("_IN"), CI=inputs, CP=blocks.padded, CO=out.shape[1],
+        KH=weight.shape[2], KW=weight.shape[3], DH=dilation[0], DW=dilation[1], TRANSPOSED=transposed,
+        BM=blocks.rows, BN=blocks.columns, BK=blocks.step, ACC=tl.float32, DOT=DTYPES[lower],
+        PRECISION=precision(lower), warps=blocks.warps, num_stages=blocks.stages, **constants,
+    )  # fmt: skip
+
+
+def weight_gradient(
+    left: Operand, right: Operand, kernel: tuple[int, int], dilation: tuple[int, int] = (1, 1), bias: bool = False,
+    lower: torch.dtype | None = None, stride: int = 1, padding: tuple[int, int] | None = None,
+) -> tuple[Tensor, MaybeTensor]:  # fmt: skip
+    """The gradients of a convolution's weight, [C_out, C_in, K_h, K_w] in channels_last memory, and bias; float32.
+
+    Args:
+        left: the convolution's input.
+        right: the cotangent of its result.
+        kernel: (K_h, K_w).
+        dilation: of the kernel.
+        bias: whether the bias's is wanted.
+        lower: the dtype in which it multiplies, by default that of `right`.
+        stride: of the convolution.
+        padding: of the convolution; by default what keeps the size at stride 1.
+    """
+    samples, inputs, height, width = left.x.shape
+    channels, out_height, out_width = right.x.shape[1:]
+    lower = lower or right.x.dtype
+    pad = padding or (dilation[0] * (kernel[0] // 2), dilation[1] * (kernel[1] // 2))
+    taps = kernel[0] * kernel[1]
+    blocks = conv_plan.weight_product(
+        samples, out_height * out_width, inputs, channels, taps, lower.itemsize, left.by_sample or right.by_sample
+    )
+    weights = taps * inputs * channels
+    entries = weights + (channels if bias else 0)
+    partial = right.x.new_empty(blocks.chunks, entries, dtype=torch.float32)
+    launching.launch(
+        weight_gradient_kernel, blocks.programs, *left.pointers, *right.pointers, partial, blocks.spans, blocks.length,
+        height, width, out_height, out_width, blocks.chunk_blocks, entries, *left.numbers, *right.numbers,
+        **left.constants("_IN"), **right.constants(""), CI=inputs, CP=blocks.padded, CO=channels, KH=kernel[0],
+        KW=kernel[1], STEP=stride, DH=dilation[0], DW=dilation[1], PH=pad[0], PW=pad[1], BIAS=bias, BP=blocks.pixels,
+        BK=blocks.rows, BN=blocks.columns, ACC=tl.float32, DOT=DTYPES[lower], PRECISION=precision(lower),
+        warps=blocks.warps, num_stages=blocks.stages,
+    )  # fmt: skip
+    total = partial[0] if blocks.chunks == 1 else partial.new_empty(entries)
+    if blocks.chunks > 1:
+        rows = min(plan.power_of_two(blocks.chunks), conv_plan.SUM_TILE // conv_plan.SUM_COLUMNS)
+        launching.launch(
+            sum_chunks_kernel, -(-entries // conv_plan.SUM_COLUMNS), partial, total, blocks.chunks, entries,
+            BLOCK=conv_plan.SUM_COLUMNS, RB=rows,
+        )  # fmt: skip
+    weight_bar = total[:weights].view(channels, *kernel, inputs).permute(0, 3, 1, 2)
+    return weight_bar, total[weights:] if bias else None

@@ -1,0 +1,54 @@
+"""The fused convolutions in Triton's interpreter: what test_triton_convolution.py runs in a process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import interpreting  # noqa: F401  (before any kernel is made)
+import pytest
+from block_cases import name_of
+from convolution_cases import CASES, CHECKS
+from pairwise import Case
+
+from fastode.ops.triton import conv_plan
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_every_pair(case: Case, check: str) -> None:
+    CHECKS[check](case)
+
+
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks and column blocks to a sample, several steps of one tap, several chunks: as real maps have."""
+    monkeypatch.setattr(conv_plan, "PIXELS", 16)
+    monkeypatch.setattr(conv_plan, "CHANNELS", 16)
+    monkeypatch.setattr(conv_plan, "STEP_BYTES", 64)
+    monkeypatch.setattr(conv_plan, "SET_ACCUMULATORS", 1)
+    monkeypatch.setattr(conv_plan, "WEIGHT_ROWS", 32)
+    monkeypatch.setattr(conv_plan, "WEIGHT_PIXELS", 16)
+
+
+def few_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of several blocks, the last of them shorter, and blocks that do not divide a sample."""
+    small_blocks(monkeypatch)
+    monkeypatch.setattr(conv_plan, "WEIGHT_PROGRAMS", 4)
+    monkeypatch.setattr(conv_plan, "PIXELS", 32)
+
+
+# An interpreted program takes as long as it takes steps.
+SMALL = [c for c in CASES if c["inputs"] * c["outputs"] * c["kernel"][0] * c["kernel"][1] < 1200]
+SEVERAL = [c for c in SMALL if c["size"] in ((7, 9), (5, 11))]
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("change", [small_blocks, few_chunks])
+@pytest.mark.parametrize("case", SEVERAL, ids=name_of)
+def test_other_plans(monkeypatch: pytest.MonkeyPatch, case: Case, change: Callable[[Any], None], check: str) -> None:
+    change(monkeypatch)
+    conv_plan.product.cache_clear()
+    conv_plan.weight_product.cache_clear()
+    CHECKS[check](case)
+    conv_plan.product.cache_clear()
+    conv_plan.weight_product.cache_clear()

@@ -1,0 +1,152 @@
+"""The fused convolutions without a card: interpreted, compiled, launches counted; and compared where there is one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from block_cases import name_of
+from convolution_cases import CASES, CHECKS
+from torch import Tensor, nn
+
+from benchmarks import convolutions, kernels
+from fastode import branch as reader
+from fastode.functional import scheme_of
+from fastode.ops import sweeps
+from fastode.ops.implicit_euler.autograd import Descent
+from fastode.ops.triton import conv_blocks, convolution
+from fastode.tableau import SSP3
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.parametrize("which", ["test_every_pair", "test_other_plans"])
+def test_interpreted(which: str) -> None:
+    file = str(HERE / "interpreted_convolutions.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file, "-k", which]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "each"), convolutions.DEFAULTS, ids=[f"{each.shape[1]}-{dtype}" for dtype, each in convolutions.DEFAULTS]
+)
+def test_compiles_for_hopper_without_spills(dtype: str, each: convolutions.Convolution) -> None:
+    rows = [
+        kernels.compile_offline(launch, configuration, 90)
+        for launch, configuration in kernels.convolution_launches([(dtype, each)])
+        if "pulled" not in configuration and ("two" in configuration or "weight" in configuration)
+    ]
+    assert {row.kernel for row in rows} >= {"convolution_kernel", "weight_gradient_kernel"}
+    assert [row for row in rows if row.spills or not row.registers] == []
+    # Products run on the tensor cores; maps are read 16 bytes at a time.
+    products = [row for row in rows if row.kernel in ("convolution_kernel", "weight_gradient_kernel")]
+    assert {row.tensor_core for row in products} == {"wgmma.mma_async"}
+    assert {row.widest for row in products} == {128}
+
+
+def test_precision_is_what_pytorch_allows() -> None:
+    for allowed, found in (("tf32", "tf32"), ("float32", "ieee")):
+        with convolutions.allowed(allowed):
+            assert convolution.precision(torch.float32) == found
+            assert convolution.precision(torch.bfloat16) == "ieee"  # its products are exact in any case
+
+
+def two_units(channels: int, norm: type[nn.Module]) -> nn.Module:
+    layers: list[nn.Module] = []
+    for _ in range(2):
+        made = nn.GroupNorm(1, channels) if norm is nn.GroupNorm else norm(channels)
+        layers += [made, nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1)]
+    return nn.Sequential(*layers)
+
+
+# README.md of the Triton operators has these: launches of a block's forward pass, convolutions and others.
+FORWARD = {
+    ("ie", 16, nn.GroupNorm): (6, 1),
+    ("ssp3", 16, nn.GroupNorm): (6, 1),
+    ("ie", 64, nn.GroupNorm): (6, 7),
+    ("ssp3", 64, nn.GroupNorm): (6, 6),
+    ("ssp3", 64, nn.BatchNorm2d): (6, 7),
+    ("ie", 64, nn.Identity): (6, 0),
+}
+
+
+@pytest.mark.parametrize(("block", "channels", "norm"), FORWARD, ids=lambda value: getattr(value, "__name__", value))
+def test_forward_launches(block: str, channels: int, norm: type[nn.Module]) -> None:
+    reading = reader.read(two_units(channels, norm))
+    assert reading.units is not None
+    tensors = [None if t is None else t.detach().to("meta", torch.bfloat16) for t in reading.tensors]
+    plan = sweeps.Plan(reading.units, (False, False), None, fused=True)
+    x = torch.empty(128, channels, 32, 32, dtype=torch.bfloat16, device="meta", memory_format=torch.channels_last)
+    with kernels.recording() as recorded:
+        if block == "ie":
+            conv_blocks.ie_skip(plan, Descent(1, 0.1, 1.0, False), x, tensors)
+        else:
+            scheme, rows = scheme_of(SSP3)
+            conv_blocks.shu_osher(plan, scheme, torch.tensor(rows, dtype=torch.float64), x, tensors)
+    products = sum(launch.kernel.__name__ == "convolution_kernel" for launch in recorded)
+    assert (products, len(recorded) - products) == FORWARD[block, channels, norm]
+
+
+REFUSED: dict[str, tuple[nn.Module, dict[str, Any], str]] = {
+    "groups": (nn.Conv2d(4, 4, 3, padding=1, groups=2), {}, "fused convolutions have no groups"),
+    "even": (nn.Conv2d(4, 4, 2, padding=1, dilation=2), {}, "fused convolutions have kernels of odd sides"),
+    "no convolution": (nn.GroupNorm(1, 4), {}, "a unit of the branch has no convolution"),
+    "float64": (nn.Conv2d(4, 4, 1), {"dtype": torch.float64}, "there are no fused convolutions for torch.float64"),
+    "none": (nn.Conv2d(4, 4, 1), {}, ""),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_why_not(case: str) -> None:
+    layer, options, reason = REFUSED[case]
+    reading = reader.read(layer)
+    assert reading.units is not None
+    x = torch.zeros(1, 4, 3, 3, **options)
+    assert convolution.why_not(reading.units, reading.tensors, x, None) == reason
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("check", CHECKS)
+def test_on_the_card(check: str) -> None:
+    for precision in ("float32", "tf32"):
+        with convolutions.allowed(precision):
+            for case in CASES:
+                try:
+                    CHECKS[check](case, "cuda")
+                except Exception as error:
+                    raise AssertionError(f"{precision}: {name_of(case)}") from error
+
+
+def block_pair(channels: int, norm: type[nn.Module]) -> tuple[sweeps.Plan, list[Tensor | None]]:
+    reading = reader.read(two_units(channels, norm).cuda())
+    assert reading.units is not None
+    return sweeps.Plan(reading.units, (False, False), None, fused=True), reading.tensors
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("norm", [nn.GroupNorm, nn.BatchNorm2d])
+def test_a_forward_pass_can_be_captured(norm: type[nn.Module]) -> None:
+    scheme, rows = scheme_of(SSP3)
+    table = torch.tensor(rows, dtype=torch.float64)
+    plan, tensors = block_pair(16, norm)
+    x = torch.randn(8, 16, 32, 32, device="cuda").contiguous(memory_format=torch.channels_last)
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            return conv_blocks.shu_osher(plan, scheme, table, x, tensors)[0]
+
+    run()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    x.mul_(-0.75)
+    graph.replay()
+    assert torch.equal(captured, run())
