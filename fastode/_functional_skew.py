@@ -17,7 +17,7 @@ from .ops.skew_pair.engine import TENSORS_PER_NORM, Pair
 from .reference.branches import make_activation
 from .reference.skew import check_gamma, skew_field
 
-PAIR = "pair"  # a field alone, as `Field.against` calls it
+PAIR = "skew_pair"  # the kind of a field alone
 
 
 @dataclass
@@ -51,14 +51,14 @@ class Field:
         return reason or (_dispatch.cannot_take(states, [self.weight, *self.tensors]) if states else "")
 
     def against(
-        self, engine: str, states: Sequence[Tensor], detail: str, make_reference: Callable[[], nn.Module] | None = None
+        self, engine: str, states: Sequence[Tensor], kind: str, make_reference: Callable[[], nn.Module] | None = None
     ) -> str:
         """Why "auto" does not take an engine that could run it on these states; empty if it does.
 
         Args:
             engine: its name.
             states: the inputs of the block.
-            detail: what beside the field tells the block's calls apart.
+            kind: the family of the block, one of `_rule.FAMILIES`, and what beside the field tells its calls apart.
             make_reference: makes the reference block, where a trial may be made now.
         """
         x = states[0]
@@ -67,13 +67,13 @@ class Field:
             shape = f"{list(self.weight.shape)} stride {self.stride} {activation}"
             norms = [_one_step.describe(reading.units) for reading in self.norms if reading.units]
             lower, tensors = _dispatch.autocast_dtype(x), [self.weight, *self.tensors]
-            wanted = _trial.key(" ".join(["skew", detail, shape, *norms]), states, tensors, lower)
+            wanted = _trial.key(" ".join([kind, shape, *norms]), states, tensors, lower)
             able = partial(_dispatch.candidates, lambda name: self.why_not(name, states))
             return _trial.against(engine, wanted, states, lower, able, make_reference)
         if engine != "resident":
             return ""
         coupled = any(unit.norm is not None and unit.norm.mode == "batch" for r in self.norms for unit in r.units or ())
-        return _rule.slower("skew", coupled, states[-1], max(self.weight.shape[:2]))
+        return _rule.slower(kind.split(" ", 1)[0], coupled, states[-1], max(self.weight.shape[:2]))
 
     def pair(self, x: Tensor) -> Pair:
         """The constants, under the autocast that holds now."""

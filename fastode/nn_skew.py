@@ -86,8 +86,8 @@ class _FusedSolve(_Fused, reference.SOBlock):
 
     def against(self, engine: str, x: Tensor, make_reference: Callable[[], nn.Module] | None = None) -> str:
         """Why "auto" does not take an engine that can run this block on x; empty if it does."""
-        detail = f"solution by {self.solver} in {self.steps} steps"
-        return _read(self.field).against(engine, (x,), detail, make_reference)
+        kind = f"skew_solution by {self.solver} in {self.steps} steps"
+        return _read(self.field).against(engine, (x,), kind, make_reference)
 
     def forward(self, x: Tensor) -> Tensor:
         _check.engine(self.engine, _dispatch.ENGINES)

@@ -337,7 +337,7 @@ def test_skew_blocks_are_tried_as_a_whole(bench: Bench) -> None:
     bench.seconds |= {"resident": 0.009}
     assert used(pair, y, y) == "staged" and used(solve, y) == "staged"
     keys = sorted(bench.decisions)
-    assert len(bench.trials) == 2 and keys[0].startswith("skew pair ") and keys[1].startswith("skew solution by rk4 ")
+    assert len(bench.trials) == 2 and keys[0].startswith("skew_pair ") and keys[1].startswith("skew_solution by rk4 ")
     assert all(entry["refused"] == {} for entry in bench.decisions.values())
 
 

@@ -30,6 +30,9 @@ def test_a_measured_rule_is_read(tmp_path: Path) -> None:
     assert rule.measured and rule.source == "measured on a CPU, 2 threads, torch 2.13.0, 2026-01-02, commit abc"
     assert rule.line("ie", "sample", "float32") == Line(**BOUNDS, why="so it is")
     assert rule.line("ie", "batch", "float32") == _rule.DEFAULT
+    skew = Rule({"skew_pair sample float32": _rule.NEVER}, "a test", True)
+    assert skew.line("skew_pair", "batch", "float32") == _rule.NEVER
+    assert skew.line("skew_solution", "batch", "float32") == _rule.DEFAULT
     assert _rule.as_json(rule.lines) == {"ie sample float32": BOUNDS | {"why": "so it is"}}
 
 
