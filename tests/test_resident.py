@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import fastode
+from benchmarks.memory import peak_bytes
 from fastode import reference
-from fastode.testing import assert_blocks_equal, sample_input
+from fastode.testing import assert_blocks_equal, compare_tensors, sample_input
 
 SHAPES = [(16, 32, 32), (32, 16, 16), (64, 8, 8), (128, 4, 4), (3, 5, 7), (24, 9, 3), (20, 2, 1)]
 NORMS: dict[str, Callable[[int], nn.Module]] = {
@@ -58,6 +59,14 @@ def fused(block: nn.Module) -> nn.Module:
     fastode.fuse(twin)
     twin.engine = "resident"
     return twin
+
+
+def nchw(x: Tensor) -> Tensor:
+    return x.contiguous()
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def blocks(branch: nn.Module) -> Iterator[nn.Module]:
@@ -131,6 +140,22 @@ def test_python_threads_do_not_disturb_each_other(norm: str) -> None:
             assert all(torch.equal(a, b) for a, b in zip(run, expected, strict=True))
 
 
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+@pytest.mark.parametrize(("scheme", "maps"), [(lambda b: reference.IESkip(b, 1, 0.1), 4), (reference.SSP3, 3)])
+def test_what_forward_keeps_and_backward_needs(scheme: Callable[..., nn.Module], maps: int, norm: str) -> None:
+    x = channels_last(sample_input(64, 16, 16, 16, dtype=torch.float32)).requires_grad_()
+    twin = fused(scheme(preactivation(16, norm)))
+    size, bar = x.numel() * x.element_size(), torch.ones_like(x)
+    y = twin(x)
+    kept = y.grad_fn.kept  # type: ignore[union-attr]
+    assert sum(piece.numel() for piece in kept) * x.element_size() // size == maps
+    y.backward(bar, retain_graph=True)
+    assert not y.grad_fn.kept  # type: ignore[union-attr]
+    if norm == "batch" and maps == 3:  # beside these the result and the input's gradient, in which the backward works
+        x.grad = None
+        assert peak_bytes(lambda: twin(x).backward(bar)) < 5.5 * size
+
+
 @pytest.fixture
 def filled_memory() -> Iterator[None]:
     """New tensors are filled with NaN, scratch included."""
@@ -161,3 +186,47 @@ def test_named_engine_refuses_with_the_reason(branch: nn.Module, shape: tuple[in
     twin = fused(reference.SSP2(nn.Sequential(nn.ReLU(), branch)))
     with pytest.raises(ValueError, match=reason):
         twin(torch.zeros(1, *shape))
+
+
+def part_of_a_larger_one(x: Tensor) -> Tensor:
+    n, c, h, w = x.shape
+    larger = torch.randn(n + 1, c + 32, h + 2, w + 1, dtype=x.dtype).contiguous(memory_format=torch.channels_last)
+    return larger[1:, 16 : 16 + c, 1 : 1 + h, :w].copy_(x)
+
+
+def placed_step(twin: nn.Module, x: Tensor, y_bar: Tensor) -> dict[str, Tensor]:
+    leaf = x.requires_grad_()
+    y = twin(leaf)
+    found = torch.autograd.grad(y, [leaf, *twin.parameters()], y_bar)
+    names = ["output", "gradient of input", *(f"gradient of {name}" for name, _ in twin.named_parameters())]
+    return dict(zip(names, [y.detach(), *found], strict=True))
+
+
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+@pytest.mark.parametrize("shape", [(16, 9, 8), (32, 8, 8), (24, 7, 5)], ids=str)
+def test_equal_wherever_the_tensors_lie(shape: tuple[int, int, int], norm: str) -> None:
+    x, y_bar = (sample_input(5, *shape, dtype=torch.float32, seed=seed) for seed in (1, 2))
+    for block in blocks(preactivation(shape[0], norm)):
+        truth = placed_step(copy.deepcopy(block).double(), x.double(), y_bar.double())
+        run = placed_step(copy.deepcopy(block), x.clone(), y_bar)
+        twin = fused(block)
+        whole = [
+            placed_step(twin, place(x.clone()), place_bar(y_bar))
+            for place in (nchw, channels_last)
+            for place_bar in (nchw, channels_last)
+        ]
+        for found in whole:
+            assert all(torch.equal(tensor, whole[0][name]) for name, tensor in found.items())
+        for found in (whole[0], placed_step(twin, part_of_a_larger_one(x), part_of_a_larger_one(y_bar))):
+            comparison = compare_tensors(found, truth, [run], shape[0] * 9 * shape[1] * shape[2])
+            assert comparison.ok, comparison.describe()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_second_backward_finds_what_the_first_found(norm: str) -> None:
+    x = sample_input(5, 16, 6, 7, dtype=torch.float32).requires_grad_()
+    for block in blocks(preactivation(16, norm)):
+        twin = fused(block)
+        y = twin(channels_last(x)).square().sum()
+        first, second, third = (torch.autograd.grad(y, [x, *twin.parameters()], retain_graph=True) for _ in range(3))
+        assert all(torch.equal(a, b) and torch.equal(b, c) for a, b, c in zip(first, second, third, strict=True))

@@ -1,5 +1,5 @@
-#include "resident/branch_impl.h"
 #include "resident/engine_impl.h"
+#include "resident/sweeps_impl.h"
 
 namespace fastode::resident {
 

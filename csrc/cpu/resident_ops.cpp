@@ -46,7 +46,7 @@ Forward forward(const Tensor& x, const BranchArguments& branch, const Rule& rule
   return with_arithmetic(x, [&](auto zero) {
     using A = decltype(zero);
     const Packed<A> packed(branch, x, backward_weights, false);
-    Store kept(x);
+    Kept kept(x, {});
     Call<A> call{packed, x, nullptr, like(x), keep ? &kept : nullptr};
     call.statistics = new_vector(x, packed.statistics * evaluations, scalar_type<A>());
     call.products_stride = products;
@@ -62,7 +62,7 @@ Backward backward(const Tensor& x, const Tensor& cotangent, const BranchArgument
     using A = decltype(zero);
     const Packed<A> packed(branch, x, true, parameters);
     const int64_t workers = workers_for(x.size(0));
-    Store kept(x, kept_pieces);
+    Kept kept(x, kept_pieces);
     Call<A> call{packed, x, &cotangent, like(x), kept_pieces.empty() ? nullptr : &kept};
     call.gradients = new_vector(x, workers * packed.spec.gradients, scalar_type<A>(), true);
     call.products = new_vector(x, workers * products, ScalarType::Double, true);
@@ -113,6 +113,8 @@ Backward rk_backward(Tensor x, Tensor cotangent, Tensors kept, Tensors parameter
 
 #define FASTODE_BRANCH "Tensor[] parameters, int[] units, float[] numbers"
 
+// A backward writes over what is kept. Its schema does not say so, because tracers refuse such lists of tensors; under
+// one the list is empty.
 STABLE_TORCH_LIBRARY_FRAGMENT(fastode, m) {
   m.def("resident_ie_forward(Tensor x, " FASTODE_BRANCH
         ", int steps, float step_size, float theta, bool keep) -> (Tensor y, Tensor statistics, Tensor[] kept)");

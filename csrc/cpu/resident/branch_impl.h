@@ -8,6 +8,121 @@
 namespace fastode::resident {
 
 template <class A>
+Branch<A>::Branch(const BranchSpec<A>& spec, Schedule& schedule, Memory<A>& memory, A* gradients, Need need)
+    : spec_(spec), schedule_(schedule), memory_(memory), plane_(memory.plane), gradients_(gradients) {
+  const size_t units = spec.units.size();
+  const int64_t kinds = need == Need::kSecond ? kSums : 2;
+  sums_ = memory.rows(kinds * width());
+  totals_ = memory.template per_worker<double>(kinds * width());
+  const bool weights = gradients != nullptr && need != Need::kValue;
+  if (!spec.narrow || weights) active_ = memory.padded(spec.blocks);
+  if (spec.narrow) take_tiles(need);
+  if (need != Need::kValue) {
+    g_ = memory.padded(spec.blocks);
+    mean_n_ = means(), mean_xn_ = means();
+  }
+  if (need == Need::kSecond) {
+    if (weights) tangent_active_ = memory.padded(spec.blocks);
+    tangent_g_ = memory.padded(spec.blocks);
+    mean_c_ = means(), mean_xc_ = means();
+    for (size_t j = 0; j < units; ++j) mean_t_.push_back(means()), mean_xt_.push_back(means());
+  }
+}
+
+template <class A>
+Means<A> Branch<A>::means() {
+  Means<A> means;
+  for (const UnitSpec<A>& unit : spec_.units) {
+    if (unit.norm == kGroupNorm && !means.each.base) means.each = memory_.rows(width());
+    if (unit.norm == kBatchNorm && !means.all.base) means.all = memory_.one_row(width());
+  }
+  return means;
+}
+
+// Per worker, for convolutions on tiles: bfloat16 maps, and where there are weight gradients their scratch.
+template <class A>
+void Branch<A>::take_tiles(Need need) {
+  if constexpr (std::is_same_v<A, float>) {
+    const int64_t group = schedule_.group, pairs = (need == Need::kSecond ? 2 : 1) * group;
+    for (const UnitSpec<A>& unit : spec_.units) {
+      if (!unit.has_conv) continue;
+      const int64_t in = unit.in_channels, out = unit.out_channels;
+      narrow_stride_ = std::max(narrow_stride_, Narrow(plane_, std::max(in, out)).elements());
+      if (spec_.gradients > 0 && need != Need::kValue)
+        tile_scratch_stride_ = std::max(tile_scratch_stride_, tile_scratch_size(plane_, in, out, pairs));
+    }
+    narrow_stride_ = divide_up(narrow_stride_, 32) * 32;
+    narrow_ = memory_.template per_worker<bfloat16>(narrow_stride_ * group);
+    tile_scratch_ = memory_.template per_worker<char>(tile_scratch_stride_);
+  }
+}
+
+template <class A>
+Evaluation<A> Branch<A>::evaluation(bool keep) {
+  Evaluation<A> e;
+  keep = keep && memory_.kept;
+  e.measured = keep && memory_.kept->found;
+  e.inputs.resize(spec_.units.size());
+  for (const UnitSpec<A>& unit : spec_.units) {
+    e.groups.push_back({});
+    if (unit.norm == kGroupNorm && keep) e.groups.back() = memory_.keep_rows(2 * unit.groups);
+    for (auto* to : {&e.mean, &e.rstd}) {
+      if (!unit.measured())
+        to->push_back({const_cast<A*>(to == &e.mean ? unit.mean : unit.rstd)});
+      else if (unit.norm == kBatchNorm)
+        to->push_back(keep ? memory_.keep_one_row(width()) : memory_.one_row(width()));
+      else
+        to->push_back(memory_.rows(width()));
+    }
+  }
+  for (size_t j = 0; j < spec_.units.size(); ++j)
+    if (e.measured && e.groups[j].base) find_groups(e, j);
+  return e;
+}
+
+template <class A>
+void Branch<A>::keep_inputs(Evaluation<A>& e) {
+  for (size_t j = 1; j < spec_.units.size(); ++j) e.inputs[j] = memory_.keep(blocks_of<A>(spec_.units[j].in_channels));
+}
+
+template <class A>
+void Branch<A>::release(Evaluation<A>& e) {
+  for (size_t j = 1; j < spec_.units.size(); ++j) {
+    memory_.give(e.inputs[j]);
+    e.inputs[j] = {};
+  }
+}
+
+template <class A>
+Mix<A> Branch<A>::few(Mix<A> mix, std::vector<Map<A>>& made) {
+  constexpr size_t most = Combine<A>::capacity;
+  while (mix.terms.size() > most) {
+    made.push_back(map());
+    const Mix<A> part{0, {mix.terms.end() - most, mix.terms.end()}};
+    schedule_.each([=, this, to = made.back()](const Range& range) {
+      for (int64_t i = 0; i < range.count; ++i) combine_maps(plane_, to.blocks, to.at(range, i), part.at(range, i));
+    });
+    mix.terms.resize(mix.terms.size() - most);
+    mix.terms.insert(mix.terms.begin(), {1, made.back()});
+  }
+  return mix;
+}
+
+template <class A>
+void Branch<A>::give(const std::vector<Map<A>>& maps) {
+  for (const Map<A>& map : maps) memory_.give(map);
+}
+
+template <class A>
+void Branch<A>::combine(const Map<A>& out, const Mix<A>& mix) {
+  std::vector<Map<A>> made;
+  each([=, this, mix = few(mix, made)](const Range& range) {
+    for (int64_t i = 0; i < range.count; ++i) combine_maps(plane_, out.blocks, out.at(range, i), mix.at(range, i));
+  });
+  give(made);
+}
+
+template <class A>
 NormRows<A> Branch<A>::rows_of(const Evaluation<A>& e, size_t j, const Range& range, int64_t i) const {
   const UnitSpec<A>& unit = spec_.units[j];
   NormRows<A> rows;
@@ -16,46 +131,81 @@ NormRows<A> Branch<A>::rows_of(const Evaluation<A>& e, size_t j, const Range& ra
   rows.n = rows.xn = rows.t = rows.xt = rows.c = rows.xc = spec_.zeros;
   rows.measured = unit.measured();
   if (!rows.measured) return rows;
-  if (mean_n_.base) rows.n = mean_n_.at(range, i), rows.xn = mean_xn_.at(range, i);
-  if (mean_c_.base) {
-    rows.c = mean_c_.at(range, i), rows.xc = mean_xc_.at(range, i);
-    rows.t = mean_t_[j].at(range, i), rows.xt = mean_xt_[j].at(range, i);
-  }
+  const auto row = [&](const Means<A>& means, const A*& to) {
+    if (means.of(unit).base) to = means.of(unit).at(range, i);
+  };
+  row(mean_n_, rows.n), row(mean_xn_, rows.xn);
+  if (mean_t_.empty()) return rows;
+  row(mean_c_, rows.c), row(mean_xc_, rows.xc);
+  row(mean_t_[j], rows.t), row(mean_xt_[j], rows.xt);
   return rows;
 }
 
 template <class A>
-void Branch<A>::measure(const Evaluation<A>& e, size_t j, const Range& range, int64_t i) const {
-  const UnitSpec<A>& unit = spec_.units[j];
-  const int64_t lanes = spec_.lanes_of(unit), group = unit.in_channels / unit.groups;
-  A* channel_means = sums_.at(range, i);
-  A* channel_squares = channel_means + lanes;
-  moments(plane_, lanes / kLanes<A>, e.inputs[j].at(range, i), channel_means, channel_squares);
-  if (unit.norm != kGroupNorm) return;
-  A* mean = e.mean[j].at(range, i);
-  A* rstd = e.rstd[j].at(range, i);
-  std::fill(mean, mean + lanes, A(0));
-  std::fill(rstd, rstd + lanes, A(0));
-  const double pixels = static_cast<double>(plane_.pixels());
-  for (int64_t first = 0; first < unit.in_channels; first += group) {
-    double sum = 0, squares = 0;
-    for (int64_t c = first; c < first + group; ++c) sum += channel_means[c];
-    const double average = sum / static_cast<double>(group);
-    for (int64_t c = first; c < first + group; ++c) {
-      const double delta = channel_means[c] - average;
-      squares += channel_squares[c] + pixels * delta * delta;
+void Branch<A>::prepare(const Evaluation<A>& e, size_t j) {
+  if (!spec_.units[j].measured() || e.measured) return;
+  each([=, this](const Range& range) { measure(e, j, range); });
+  measure_batch(e, j);
+}
+
+template <class A>
+void Branch<A>::find_groups(const Evaluation<A>& e, size_t j) {
+  each([=, this, &unit = spec_.units[j]](const Range& range) {
+    const int64_t lanes = spec_.lanes_of(unit), size = unit.in_channels / unit.groups;
+    for (int64_t i = 0; i < range.count; ++i) {
+      const A* found = e.groups[j].at(range, i);
+      for (const Rows<A>& rows : {e.mean[j], e.rstd[j]}) {
+        A* to = rows.at(range, i);
+        for (int64_t g = 0; g < unit.groups; ++g) std::fill_n(to + g * size, size, *found++);
+        std::fill(to + unit.in_channels, to + lanes, A(0));
+      }
     }
-    const double variance = squares / (pixels * static_cast<double>(group));
-    std::fill(mean + first, mean + first + group, static_cast<A>(average));
-    std::fill(rstd + first, rstd + first + group, static_cast<A>(1 / std::sqrt(variance + unit.eps)));
+  });
+}
+
+template <class A>
+void Branch<A>::measure(const Evaluation<A>& e, size_t j, const Range& range) const {
+  const UnitSpec<A>& unit = spec_.units[j];
+  const int64_t lanes = spec_.lanes_of(unit);
+  for (int64_t i = 0; i < range.count; ++i) {
+    A* sums = sums_.at(range, i);
+    moments(plane_, lanes / kLanes<A>, e.inputs[j].at(range, i), sums, sums + lanes);
+    if (unit.norm == kGroupNorm) measure_groups(e, j, range, i);
   }
 }
 
 template <class A>
-void Branch<A>::measure_batch(const Evaluation<A>& e, size_t j) const {
+void Branch<A>::measure_groups(const Evaluation<A>& e, size_t j, const Range& range, int64_t i) const {
+  const UnitSpec<A>& unit = spec_.units[j];
+  const int64_t lanes = spec_.lanes_of(unit), size = unit.in_channels / unit.groups;
+  const A *channel_means = sums_.at(range, i), *channel_squares = channel_means + lanes;
+  A *mean = e.mean[j].at(range, i), *rstd = e.rstd[j].at(range, i);
+  A* found = e.groups[j].base ? e.groups[j].at(range, i) : nullptr;
+  std::fill(mean, mean + lanes, A(0));
+  std::fill(rstd, rstd + lanes, A(0));
+  const double pixels = static_cast<double>(plane_.pixels());
+  for (int64_t g = 0; g < unit.groups; ++g) {
+    const int64_t first = g * size;
+    double sum = 0, squares = 0;
+    for (int64_t c = first; c < first + size; ++c) sum += channel_means[c];
+    const double average = sum / static_cast<double>(size);
+    for (int64_t c = first; c < first + size; ++c) {
+      const double delta = channel_means[c] - average;
+      squares += channel_squares[c] + pixels * delta * delta;
+    }
+    const double variance = squares / (pixels * static_cast<double>(size));
+    std::fill_n(mean + first, size, static_cast<A>(average));
+    std::fill_n(rstd + first, size, static_cast<A>(1 / std::sqrt(variance + unit.eps)));
+    if (found) found[g] = mean[first], found[unit.groups + g] = rstd[first];
+  }
+}
+
+template <class A>
+void Branch<A>::measure_batch(const Evaluation<A>& e, size_t j) {
   const UnitSpec<A>& unit = spec_.units[j];
   if (unit.norm != kBatchNorm) return;
-  const int64_t channels = unit.in_channels, lanes = spec_.lanes_of(unit), samples = executor_.samples;
+  schedule_.flush();
+  const int64_t channels = unit.in_channels, lanes = spec_.lanes_of(unit), samples = schedule_.samples;
   const double pixels = static_cast<double>(plane_.pixels()), count = static_cast<double>(samples);
   double *average = totals_, *squares = totals_ + lanes;
   std::fill(totals_, totals_ + 2 * lanes, 0.0);
@@ -82,14 +232,14 @@ void Branch<A>::measure_batch(const Evaluation<A>& e, size_t j) const {
 
 template <class A>
 void Branch<A>::settle(size_t j, const Range& range, int64_t i, bool weighted,
-                       std::initializer_list<Rows<A>> means) const {
+                       std::initializer_list<Means<A>> means) const {
   const UnitSpec<A>& unit = spec_.units[j];
   if (unit.norm != kGroupNorm) return;
   const int64_t lanes = spec_.lanes_of(unit), group = unit.in_channels / unit.groups;
   const double members = static_cast<double>(plane_.pixels() * group);
   const A* sums = sums_.at(range, i);
-  for (const Rows<A>& row : means) {
-    A* to = row.at(range, i);
+  for (const Means<A>& mean : means) {
+    A* to = mean.each.at(range, i);
     std::fill(to, to + lanes, A(0));
     for (int64_t first = 0; first < unit.in_channels; first += group) {
       double total = 0;
@@ -102,282 +252,21 @@ void Branch<A>::settle(size_t j, const Range& range, int64_t i, bool weighted,
 }
 
 template <class A>
-void Branch<A>::settle_batch(size_t j, bool weighted, std::initializer_list<Rows<A>> means) const {
+void Branch<A>::settle_batch(size_t j, bool weighted, std::initializer_list<Means<A>> means) {
   const UnitSpec<A>& unit = spec_.units[j];
   if (unit.norm != kBatchNorm) return;
-  const int64_t lanes = spec_.lanes_of(unit), samples = executor_.samples, count = static_cast<int64_t>(means.size());
+  schedule_.flush();
+  const int64_t lanes = spec_.lanes_of(unit), samples = schedule_.samples, count = static_cast<int64_t>(means.size());
   const double members = static_cast<double>(plane_.pixels() * samples);
   std::fill(totals_, totals_ + count * lanes, 0.0);
   for (int64_t n = 0; n < samples; ++n)
     for (int64_t c = 0; c < count * lanes; ++c) totals_[c] += sums_.base[n * sums_.stride + c];
   const double* total = totals_;
-  for (const Rows<A>& row : means) {
-    // Rows of means have one entry per sample for every norm; a batch norm's are all alike.
+  for (const Means<A>& mean : means) {
     for (int64_t c = 0; c < lanes; ++c)
-      row.base[c] = static_cast<A>(total[c] / members * (weighted ? static_cast<double>(unit.weight[c]) : 1.0));
-    for (int64_t n = 1; n < samples; ++n) std::copy(row.base, row.base + lanes, row.base + n * row.stride);
+      mean.all.base[c] = static_cast<A>(total[c] / members * (weighted ? static_cast<double>(unit.weight[c]) : 1.0));
     total += lanes;
   }
-}
-
-template <class A>
-void Branch<A>::activate_input(const Evaluation<A>& e, size_t j, const Range& range, int64_t i, const View<A>& out,
-                               const Combine<A>& mix) const {
-  const UnitSpec<A>& unit = spec_.units[j];
-  apply(plane_, blocks_of<A>(unit.in_channels), rows_of(e, j, range, i), unit.act, e.inputs[j].at(range, i), out, mix);
-}
-
-template <class A>
-void Branch<A>::activate_tangent(const Evaluation<A>& e, size_t j, const Range& range, int64_t i, const View<A>& out,
-                                 const Combine<A>& mix) const {
-  const UnitSpec<A>& unit = spec_.units[j];
-  tangent_apply(plane_, blocks_of<A>(unit.in_channels), rows_of(e, j, range, i), unit.act, e.inputs[j].at(range, i),
-                tangents_[j].at(range, i), out, mix);
-}
-
-template <class A>
-void Branch<A>::convolve_input(const Evaluation<A>& e, size_t j, const Range& range, int64_t i, const View<A>& out,
-                               const Combine<A>& combine) const {
-  const UnitSpec<A>& unit = spec_.units[j];
-  if constexpr (std::is_same_v<A, float>) {
-    if (spec_.narrow) {
-      bfloat16* narrow = narrow_ + range.worker * narrow_stride_;
-      apply(plane_, unit.in_channels, rows_of(e, j, range, i), unit.act, e.inputs[j].at(range, i), narrow);
-      const TileJob job{narrow, out, combine};
-      return convolve(plane_, unit.shape, unit.forward, unit.conv_bias, &job, 1);
-    }
-  }
-  const View<A> active = active_.at(range, i);
-  activate_input(e, j, range, i, active, {});
-  const ConvJob<A> job{active, out, combine};
-  convolve<A>(plane_, unit.shape, unit.forward, unit.conv_bias, &job, 1);
-}
-
-template <class A>
-void Branch<A>::convolve_tangent(const Evaluation<A>& e, size_t j, const Range& range, int64_t i, const View<A>& out,
-                                 const Combine<A>& combine) const {
-  const UnitSpec<A>& unit = spec_.units[j];
-  if constexpr (std::is_same_v<A, float>) {
-    if (spec_.narrow) {
-      bfloat16* narrow = narrow_ + range.worker * narrow_stride_;
-      tangent_apply(plane_, unit.in_channels, rows_of(e, j, range, i), unit.act, e.inputs[j].at(range, i),
-                    tangents_[j].at(range, i), narrow);
-      const TileJob job{narrow, out, combine};
-      return convolve(plane_, unit.shape, unit.forward, nullptr, &job, 1);
-    }
-  }
-  const View<A> active = active_.at(range, i);
-  activate_tangent(e, j, range, i, active, {});
-  const ConvJob<A> job{active, out, combine};
-  convolve<A>(plane_, unit.shape, unit.forward, nullptr, &job, 1);
-}
-
-template <class A>
-void Branch<A>::convolve_back(const UnitSpec<A>& unit, const Range& range, const View<A>& in,
-                              const View<A>& out) const {
-  if constexpr (std::is_same_v<A, float>) {
-    if (spec_.narrow) {
-      bfloat16* narrow = narrow_ + range.worker * narrow_stride_;
-      narrow_map(plane_, unit.out_channels, in, narrow);
-      const TileJob job{narrow, out};
-      return convolve(plane_, unit.shape.transposed(), unit.backward, nullptr, &job, 1);
-    }
-  }
-  const ConvJob<A> job{in, out};
-  convolve<A>(plane_, unit.shape.transposed(), unit.backward, nullptr, &job, 1);
-}
-
-template <class A>
-void Branch<A>::add_weight_gradient(const UnitSpec<A>& unit, const Range& range, const GradientPair<A>* pairs,
-                                    int64_t count) const {
-  A* gradient = executor_.gradients_of(range) + unit.conv_at;
-  if constexpr (std::is_same_v<A, float>) {
-    if (spec_.narrow)
-      return weight_gradient(plane_, unit.shape, pairs, count, gradient,
-                             tile_scratch_ + range.worker * tile_scratch_stride_);
-  }
-  weight_gradient<A>(plane_, unit.shape, pairs, count, gradient);
-}
-
-template <class A>
-void Branch<A>::value(Evaluation<A>& e, const Map<A>& in, const Map<A>* out, const Mix<A>& mix) const {
-  const size_t units = spec_.units.size();
-  e.inputs[0] = in;
-  if (spec_.units[0].measured()) {
-    each([&](const Range& range) {
-      for (int64_t i = 0; i < range.count; ++i) measure(e, 0, range, i);
-    });
-    measure_batch(e, 0);
-  }
-  for (size_t j = 0; j + (out ? 0 : 1) < units; ++j) {
-    const UnitSpec<A>& unit = spec_.units[j];
-    const bool last = j + 1 == units;
-    const Map<A>& to = last ? *out : e.inputs[j + 1];
-    each([&](const Range& range) {
-      for (int64_t i = 0; i < range.count; ++i) {
-        const Combine<A> combine = last ? mix.at(range, i) : Combine<A>{};
-        const View<A> target = to.at(range, i);
-        if (unit.has_conv)
-          convolve_input(e, j, range, i, target, combine);
-        else
-          activate_input(e, j, range, i, target, combine);
-        if (!last && spec_.units[j + 1].measured()) measure(e, j + 1, range, i);
-      }
-    });
-    if (!last) measure_batch(e, j + 1);
-  }
-}
-
-template <class A>
-void Branch<A>::sum_tangent(const Evaluation<A>& e, size_t j, const Range& range, int64_t i) const {
-  const UnitSpec<A>& unit = spec_.units[j];
-  if (!unit.measured()) return;
-  tangent_sums(plane_, blocks_of<A>(unit.in_channels), rows_of(e, j, range, i), e.inputs[j].at(range, i),
-               tangents_[j].at(range, i), sums_.at(range, i));
-  settle(j, range, i, false, {mean_t_[j], mean_xt_[j]});
-}
-
-template <class A>
-void Branch<A>::tangent(const Evaluation<A>& e, const Map<A>& t, const Map<A>& out, const Mix<A>& mix) {
-  const size_t units = spec_.units.size();
-  tangents_[0] = t;
-  if (spec_.units[0].measured()) {
-    each([&](const Range& range) {
-      for (int64_t i = 0; i < range.count; ++i) sum_tangent(e, 0, range, i);
-    });
-    settle_batch(0, false, {mean_t_[0], mean_xt_[0]});
-  }
-  for (size_t j = 0; j < units; ++j) {
-    const UnitSpec<A>& unit = spec_.units[j];
-    const bool last = j + 1 == units;
-    const Map<A>& to = last ? out : tangents_[j + 1];
-    each([&](const Range& range) {
-      for (int64_t i = 0; i < range.count; ++i) {
-        const Combine<A> combine = last ? mix.at(range, i) : Combine<A>{};
-        const View<A> target = to.at(range, i);
-        if (unit.has_conv)
-          convolve_tangent(e, j, range, i, target, combine);
-        else
-          activate_tangent(e, j, range, i, target, combine);
-        if (!last) sum_tangent(e, j + 1, range, i);
-      }
-    });
-    if (!last) settle_batch(j + 1, false, {mean_t_[j + 1], mean_xt_[j + 1]});
-  }
-}
-
-template <class A>
-inline void add_row(const A* from, int64_t count, A* to) {
-  for (int64_t c = 0; c < count; ++c) to[c] += from[c];
-}
-
-template <class A>
-void Branch<A>::cotangent(const Evaluation<A>& e, const Map<A>& cotangent, const Map<A>& out, const Mix<A>& mix,
-                          bool parameters) const {
-  const size_t units = spec_.units.size();
-  for (size_t j = units; j-- > 0;) {
-    const UnitSpec<A>& unit = spec_.units[j];
-    const int64_t blocks = blocks_of<A>(unit.in_channels), out_blocks = blocks_of<A>(unit.out_channels);
-    const bool last = j + 1 == units;
-    const Map<A>& g = last ? cotangent : g_;
-    each([&](const Range& range) {
-      A* gradients = executor_.gradients_of(range);
-      if (!last)
-        for (int64_t i = 0; i < range.count; ++i)
-          cotangent_last(plane_, out_blocks, rows_of(e, j + 1, range, i), e.inputs[j + 1].at(range, i), n_.at(range, i),
-                         g_.at(range, i), Combine<A>{});
-      if (parameters && unit.has_conv) {
-        GradientPair<A> pairs[kGroup];
-        for (int64_t i = 0; i < range.count; ++i) {
-          pairs[i] = {active_.at(range, i), g.at(range, i)};
-          activate_input(e, j, range, i, active_.at(range, i), {});
-          if (unit.conv_bias_at >= 0)
-            add_channel_sums(plane_, out_blocks, g.at(range, i), gradients + unit.conv_bias_at);
-        }
-        add_weight_gradient(unit, range, pairs, range.count);
-      }
-      for (int64_t i = 0; i < range.count; ++i) {
-        const View<A> n = n_.at(range, i);
-        A* sums = sums_.at(range, i);
-        View<A> source = g.at(range, i);
-        if (unit.has_conv) {
-          convolve_back(unit, range, source, n);
-          source = n;
-        }
-        cotangent_first(plane_, blocks, rows_of(e, j, range, i), unit.act, e.inputs[j].at(range, i), source, n, sums);
-        if (parameters && unit.bias_at >= 0) add_row(sums, blocks * kLanes<A>, gradients + unit.bias_at);
-        if (parameters && unit.weight_at >= 0)
-          add_row(sums + blocks * kLanes<A>, blocks * kLanes<A>, gradients + unit.weight_at);
-        settle(j, range, i, true, {mean_n_, mean_xn_});
-      }
-    });
-    settle_batch(j, true, {mean_n_, mean_xn_});
-  }
-  each([&](const Range& range) {
-    for (int64_t i = 0; i < range.count; ++i)
-      cotangent_last(plane_, blocks_of<A>(spec_.units[0].in_channels), rows_of(e, 0, range, i),
-                     e.inputs[0].at(range, i), n_.at(range, i), out.at(range, i), mix.at(range, i));
-  });
-}
-
-template <class A>
-void Branch<A>::second(const Evaluation<A>& e, const Map<A>& v, const Map<A>& q, const Map<A>& out, const Mix<A>& mix,
-                       bool parameters) const {
-  const size_t units = spec_.units.size();
-  for (size_t j = units; j-- > 0;) {
-    const UnitSpec<A>& unit = spec_.units[j];
-    const int64_t blocks = blocks_of<A>(unit.in_channels), out_blocks = blocks_of<A>(unit.out_channels);
-    const int64_t lanes = blocks * kLanes<A>;
-    const bool last = j + 1 == units;
-    const Map<A>&g = last ? v : g_, &tangent_g = last ? q : tangent_g_;
-    each([&](const Range& range) {
-      A* gradients = executor_.gradients_of(range);
-      if (!last)
-        for (int64_t i = 0; i < range.count; ++i) {
-          const View<A> tangent_g = tangent_g_.at(range, i);
-          second_last(plane_, out_blocks, rows_of(e, j + 1, range, i), e.inputs[j + 1].at(range, i),
-                      tangents_[j + 1].at(range, i), n_.at(range, i), m_.at(range, i), g_.at(range, i), &tangent_g,
-                      Combine<A>{});
-        }
-      if (parameters && unit.has_conv) {
-        GradientPair<A> pairs[2 * kGroup];
-        for (int64_t i = 0; i < range.count; ++i) {
-          pairs[2 * i] = {active_.at(range, i), g.at(range, i)};
-          pairs[2 * i + 1] = {tangent_active_.at(range, i), tangent_g.at(range, i)};
-          activate_input(e, j, range, i, active_.at(range, i), {});
-          activate_tangent(e, j, range, i, tangent_active_.at(range, i), {});
-          if (unit.conv_bias_at >= 0)  // the tangent stream has no bias
-            add_channel_sums(plane_, out_blocks, g.at(range, i), gradients + unit.conv_bias_at);
-        }
-        add_weight_gradient(unit, range, pairs, 2 * range.count);
-      }
-      for (int64_t i = 0; i < range.count; ++i) {
-        const View<A> n = n_.at(range, i), m = m_.at(range, i);
-        A* sums = sums_.at(range, i);
-        if (unit.has_conv) {
-          convolve_back(unit, range, g.at(range, i), n);
-          convolve_back(unit, range, tangent_g.at(range, i), m);
-        } else {
-          combine_maps(plane_, blocks, n, Combine<A>{}.add(1, g.at(range, i)));
-          combine_maps(plane_, blocks, m, Combine<A>{}.add(1, tangent_g.at(range, i)));
-        }
-        second_first(plane_, blocks, rows_of(e, j, range, i), unit.act, e.inputs[j].at(range, i),
-                     tangents_[j].at(range, i), n, m, sums);
-        // <m, P(t)> joins <n, x>: both are the weight's gradient and both pull the cotangent along x.
-        add_row(sums + 4 * lanes, lanes, sums + lanes);
-        if (parameters && unit.bias_at >= 0) add_row(sums, lanes, gradients + unit.bias_at);
-        if (parameters && unit.weight_at >= 0) add_row(sums + lanes, lanes, gradients + unit.weight_at);
-        settle(j, range, i, true, {mean_n_, mean_xn_, mean_c_, mean_xc_});
-      }
-    });
-    settle_batch(j, true, {mean_n_, mean_xn_, mean_c_, mean_xc_});
-  }
-  each([&](const Range& range) {
-    for (int64_t i = 0; i < range.count; ++i)
-      second_last(plane_, blocks_of<A>(spec_.units[0].in_channels), rows_of(e, 0, range, i), e.inputs[0].at(range, i),
-                  tangents_[0].at(range, i), n_.at(range, i), m_.at(range, i), out.at(range, i),
-                  static_cast<const View<A>*>(nullptr), mix.at(range, i));
-  });
 }
 
 }  // namespace fastode::resident

@@ -5,7 +5,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "../storage.h"
-#include "programs.h"
+#include "descent.h"
+#include "scheme.h"
 
 namespace fastode::resident {
 
@@ -84,7 +85,7 @@ struct Call {
   const Tensor& x;
   const Tensor* cotangent;  // null: forward
   Tensor result;
-  Store* kept;             // null: nothing is kept
+  Kept* kept;              // null: nothing is kept
   Tensor statistics = {};  // may be empty
   Tensor gradients = {};   // [workers, spec.gradients], zero; may be empty
   Tensor products = {};    // [workers, products_stride], zero; may be empty
@@ -95,76 +96,64 @@ inline int64_t workers_for(int64_t samples) {
   return std::max<int64_t>(1, std::min<int64_t>(samples, torch::stable::get_num_threads()));
 }
 
+// The user's tensor as a program's map, if it has the program's type and its channels lie as vectors.
+template <class A, class T>
+Map<A> map_of(const Feature<T>& feature) {
+  if constexpr (std::is_same_v<std::remove_const_t<T>, A>) {
+    if (feature.channel == 1 && feature.channels % kLanes<A> == 0)
+      return {{const_cast<A*>(feature.data), feature.row, feature.pixel, kLanes<A>},
+              feature.sample,
+              blocks_of<A>(feature.channels)};
+  }
+  return {};
+}
+
 template <template <class> class Program, class A, class T, class Rule>
 void run_typed(const Call<A>& call, const Rule& rule) {
   const BranchSpec<A>& spec = call.packed.spec;
   const int64_t samples = call.x.size(0), workers = workers_for(samples);
+  const bool forward = call.cotangent == nullptr;
   const Plane<A> plane(call.x.size(2), call.x.size(3), spec.halo);
-  const int64_t group = group_for(samples, workers, plane.pixels());
-  const bool coupled = spec.couples_samples, forward = call.cotangent == nullptr;
-  const Feature<const T> x = feature_of<const T>(call.x),
-                         cotangent = feature_of<const T>(forward ? call.x : *call.cotangent);
-  const Feature<T> result = feature_of<T>(call.result);
+  Schedule schedule(samples, workers, group_for(samples, workers, plane.pixels()));
+  Memory<A> memory(call.x, plane, schedule, spec.couples_samples, call.kept);
+  A* gradients = spec.gradients ? static_cast<A*>(call.gradients.data_ptr()) : nullptr;
+  Branch<A> branch(spec, schedule, memory, gradients, Program<A>::need(rule));
 
-  const auto wishes_of = [&](int64_t worker) {
-    Wishes<A> wishes;
-    wishes.parameters = spec.gradients > 0;
-    if (forward && call.packed.statistics) {
-      wishes.statistics = static_cast<A*>(call.statistics.data_ptr());
-      wishes.statistics_stride = call.packed.statistics;
+  Wishes<A> wishes;
+  wishes.parameters = spec.gradients > 0;
+  if (forward && call.packed.statistics) {
+    wishes.statistics = static_cast<A*>(call.statistics.data_ptr());
+    wishes.statistics_stride = call.packed.statistics;
+  }
+  wishes.products_stride = call.products_stride;
+  if (!forward && call.products_stride) wishes.products = static_cast<double*>(call.products.data_ptr());
+
+  const auto read = [&](const Tensor& tensor) {
+    const Feature<const T> feature = feature_of<const T>(tensor);
+    Map<A> map = map_of<A>(feature);
+    if (!map) {
+      map = memory.take(blocks_of<A>(feature.channels));
+      schedule.each([=, &plane](const Range& range) {
+        for (int64_t i = 0; i < range.count; ++i) load_sample(plane, feature, range.first + i, map.at(range, i));
+      });
     }
-    wishes.products_stride = call.products_stride;
-    if (!forward && call.products_stride)
-      wishes.products = static_cast<double*>(call.products.data_ptr()) + worker * call.products_stride;
-    return wishes;
+    map.pinned = true;
+    return map;
   };
-  const auto executor_of = [&](int64_t worker) {
-    Executor<A> executor{coupled ? samples : group, coupled ? workers : 1, group};
-    executor.gradient_stride = spec.gradients;
-    if (spec.gradients) executor.gradients = static_cast<A*>(call.gradients.data_ptr()) + worker * spec.gradients;
-    return executor;
-  };
-  const auto run_on = [&](Program<A>& program, int64_t first, int64_t count) {
-    Branch<A>& branch = program.branch;
-    branch.set_tile(first, count);
-    if (forward) branch.clear_halos(true);
-    branch.each([&](const Range& range) {
-      for (int64_t i = 0; i < range.count; ++i) {
-        const int64_t n = first + range.first + i;
-        load_sample(plane, x, n, program.input.at(range, i));
-        if (!forward) load_sample(plane, cotangent, n, program.cotangent.at(range, i));
-      }
+  Ends<A> ends;
+  ends.input = read(call.x);
+  if (!forward) ends.cotangent = read(*call.cotangent);
+  const Feature<T> result = feature_of<T>(call.result);
+  ends.result = map_of<A>(result);
+  const bool apart = !ends.result;
+  if (apart) ends.result = memory.take(ends.input.blocks);
+  memory.give(ends.result);
+  Program<A>::record(branch, ends, rule, wishes);
+  if (apart)
+    schedule.each([=, &plane](const Range& range) {
+      for (int64_t i = 0; i < range.count; ++i) store_sample(plane, ends.result.at(range, i), result, range.first + i);
     });
-    program.run();
-    branch.each([&](const Range& range) {
-      for (int64_t i = 0; i < range.count; ++i)
-        store_sample(plane, program.result.at(range, i), result, first + range.first + i);
-    });
-  };
-
-  // A first program only counts what a tile needs, and makes the batch's pieces.
-  Arena count(nullptr);
-  Store own(call.x);
-  Program<A>(spec, plane, executor_of(0), Memory{count, call.kept, coupled ? &own : nullptr, samples}, rule,
-             wishes_of(0));
-  own.rewind();
-  const int64_t bytes = count.used();
-  const Tensor scratch =
-      new_vector(call.x, (coupled ? 1 : workers) * bytes / static_cast<int64_t>(sizeof(A)), scalar_type<A>());
-  const auto work = [&](int64_t w, int64_t begin, int64_t end) {
-    Arena arena(static_cast<char*>(scratch.data_ptr()) + w * bytes);
-    Store kept = call.kept ? *call.kept : Store(call.x);
-    kept.rewind();
-    const Memory memory{arena, call.kept ? &kept : nullptr, coupled ? &own : nullptr, samples};
-    Program<A> program(spec, plane, executor_of(w), memory, rule, wishes_of(w));
-    program.branch.clear_halos(false);
-    const int64_t tile = coupled ? samples : group;
-    for (int64_t n = begin; n < end; n += tile) run_on(program, n, std::min(tile, end - n));
-  };
-  if (coupled) return work(0, 0, samples);
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t w = begin; w < end; ++w) work(w, w * samples / workers, (w + 1) * samples / workers);
-  });
+  schedule.flush();
 }
 
 }  // namespace fastode::resident

@@ -39,7 +39,7 @@ struct Plane {
         origin(halo * row + halo * lanes) {}
 
   int64_t pixels() const { return height * width; }
-  View<A> padded(A* base) const { return {base + origin, row, lanes, size}; }
+  View<A> padded(A* base) const { return {base ? base + origin : nullptr, row, lanes, size}; }
   View<A> compact(A* base) const { return {base, width * lanes, lanes, pixels() * lanes}; }
 };
 
@@ -81,33 +81,6 @@ class Arena {
 
   char* base_;
   int64_t used_ = 0;
-};
-
-// The samples a segment of a program works on now: [first, first + count) of the tile that begins at sample `tile`.
-struct Range {
-  int64_t worker, tile, first, count;
-};
-
-// Whose samples a piece of memory holds: all of the batch's, one tile's, or those of one worker's current range.
-enum class Extent { kBatch, kTile, kRange };
-
-// One feature map of several samples.
-template <class A>
-struct Map {
-  A* base = nullptr;
-  int64_t stride = 0;  // elements from one sample to the next
-  int64_t blocks = 0;
-  Extent extent = Extent::kTile;
-  int64_t per_worker = 0;  // samples per worker, for kRange
-  View<A> view = {};       // of the sample at `base`
-
-  View<A> at(const Range& range, int64_t i) const {
-    const int64_t sample = extent == Extent::kRange ? range.worker * per_worker + i
-                                                    : range.first + i + (extent == Extent::kBatch ? range.tile : 0);
-    View<A> moved = view;
-    moved.at += sample * stride;
-    return moved;
-  }
 };
 
 template <class A>

@@ -20,6 +20,12 @@ def keeps(ctx) -> bool:
     return any(ctx.needs_input_grad) and not torch.compiler.is_compiling()
 
 
+def take_kept(ctx) -> list[Tensor]:
+    """What forward has left, for good: backward writes over it, and a second backward computes it again."""
+    kept, ctx.kept = ctx.kept, []
+    return kept
+
+
 class ResidentIESkipFunction(torch.autograd.Function):
     """y_K and the statistics of each evaluation of each batch norm; keeps x and what README.md says."""
 
@@ -29,16 +35,15 @@ class ResidentIESkipFunction(torch.autograd.Function):
         keep = keeps(ctx) and not descent.detach
         y, flat, kept = torch.ops.fastode.resident_ie_forward(x, *encode(plan, tensors), *rule, keep)
         statistics = decode_statistics(plan, tensors, flat, x.shape[1], descent.steps + 1)
-        ctx.save_for_backward(x, *tensors, *kept)
-        ctx.plan, ctx.descent, ctx.rerun, ctx.count = plan, descent, rerun, len(tensors)
+        ctx.save_for_backward(x, *tensors)
+        ctx.plan, ctx.descent, ctx.rerun, ctx.kept = plan, descent, rerun, kept
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*statistics)
         return (like_reference(y, x), *statistics)
 
     @staticmethod
     def backward(ctx, y_bar: Tensor | None, *_):
-        x, *rest = ctx.saved_tensors
-        tensors, kept = rest[: ctx.count], rest[ctx.count :]
+        x, *tensors = ctx.saved_tensors
         wanted = (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:])
         if y_bar is None:
             return (None,) * (4 + len(tensors))
@@ -48,7 +53,7 @@ class ResidentIESkipFunction(torch.autograd.Function):
         descent = ctx.descent
         rule = (descent.steps, descent.step_size, descent.theta, descent.detach)
         x_bar, bars = torch.ops.fastode.resident_ie_backward(
-            x, y_bar, kept, *encode(ctx.plan, tensors), *rule, any(wanted[1:])
+            x, y_bar, take_kept(ctx), *encode(ctx.plan, tensors), *rule, any(wanted[1:])
         )
         bars = align_gradients(tensors, bars, wanted[1:]) if any(wanted[1:]) else [None] * len(tensors)
         return (x_bar if wanted[0] else None, None, None, None, *bars)
@@ -66,16 +71,15 @@ class ResidentShuOsherFunction(torch.autograd.Function):
             x, *encode(plan, tensors), table.contiguous(), keeps(ctx), ctx.needs_input_grad[1]
         )
         statistics = decode_statistics(plan, tensors, flat, x.shape[1], scheme.stages)
-        ctx.save_for_backward(x, table, *tensors, *kept)
-        ctx.plan, ctx.rerun, ctx.count = plan, rerun, len(tensors)
+        ctx.save_for_backward(x, table, *tensors)
+        ctx.plan, ctx.rerun, ctx.kept = plan, rerun, kept
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*statistics)
         return (like_reference(y, x), *statistics)
 
     @staticmethod
     def backward(ctx, y_bar: Tensor | None, *_):
-        x, table, *rest = ctx.saved_tensors
-        tensors, kept = rest[: ctx.count], rest[ctx.count :]
+        x, table, *tensors = ctx.saved_tensors
         wanted = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[5:])
         if y_bar is None:
             return (None,) * (5 + len(tensors))
@@ -86,7 +90,7 @@ class ResidentShuOsherFunction(torch.autograd.Function):
             table_bar = found.pop(1) if wanted[1] else None
             return (found[0], table_bar, None, None, None, *found[1:])
         x_bar, bars, table_bar = torch.ops.fastode.resident_rk_backward(
-            x, y_bar, kept, *encode(ctx.plan, tensors), table.contiguous(), any(wanted[2:]), wanted[1]
+            x, y_bar, take_kept(ctx), *encode(ctx.plan, tensors), table.contiguous(), any(wanted[2:]), wanted[1]
         )
         bars = align_gradients(tensors, bars, wanted[2:]) if any(wanted[2:]) else [None] * len(tensors)
         table_bar = table_bar.view(table.shape).to(table.dtype) if wanted[1] else None

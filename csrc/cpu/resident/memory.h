@@ -1,0 +1,238 @@
+// Whose memory a program works in, and when its segments run.
+//
+// A program is recorded: each of its steps queues segments, which know how to do their part for a few samples. `flush`
+// takes a range of samples through everything that is queued, while it stays in the cache, before it takes the next.
+// Only a batch norm in training needs all samples at one point and so a flush there; with other norms the whole
+// program is one flush.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <functional>
+#include <list>
+#include <utility>
+#include <vector>
+
+#include "plane.h"
+
+namespace fastode::resident {
+
+inline constexpr int64_t kGroup = 16;  // samples in a range at most
+
+// The samples a segment works on now: [first, first + count) of the batch.
+struct Range {
+  int64_t worker, first, count;
+};
+
+// Whose samples a piece of memory holds: all of the batch's, or those of each worker's current range.
+enum class Extent { kBatch, kRange };
+
+class Schedule {
+ public:
+  // Worker w of W takes the samples [w N / W, (w + 1) N / W), `group` of them at a time.
+  Schedule(int64_t samples, int64_t workers, int64_t group) : samples(samples), workers(workers), group(group) {}
+
+  template <class F>
+  void each(F f) {
+    queue_.emplace_back(std::move(f));
+  }
+
+  void flush() {
+    if (queue_.empty()) return;
+    const auto work = [&](int64_t begin, int64_t end) {
+      for (int64_t w = begin; w < end; ++w) {
+        const int64_t last = (w + 1) * samples / workers;
+        for (int64_t n = w * samples / workers; n < last; n += group) {
+          const Range range{w, n, std::min(group, last - n)};
+          for (const auto& segment : queue_) segment(range);
+        }
+      }
+    };
+    if (workers == 1)
+      work(0, 1);
+    else
+      torch::stable::parallel_for(0, workers, 1, work);
+    queue_.clear();
+  }
+
+  const int64_t samples, workers, group;
+
+ private:
+  std::vector<std::function<void(const Range&)>> queue_;
+};
+
+// One feature map of several samples.
+template <class A>
+struct Map {
+  View<A> view = {};   // of the first sample
+  int64_t stride = 0;  // elements from one sample to the next
+  int64_t blocks = 0;
+  Extent extent = Extent::kBatch;
+  int64_t per_worker = 0;  // samples per worker, for kRange
+  bool pinned = false;     // is no one's scratch
+
+  explicit operator bool() const { return blocks > 0; }
+  View<A> at(const Range& range, int64_t i) const {
+    View<A> moved = view;
+    moved.at += (extent == Extent::kRange ? range.worker * per_worker + i : range.first + i) * stride;
+    return moved;
+  }
+};
+
+// One row of numbers per sample, or one for all.
+template <class A>
+struct Rows {
+  A* base = nullptr;
+  int64_t stride = 0;  // 0: one row for all samples
+  Extent extent = Extent::kBatch;
+  int64_t per_worker = 0;
+
+  A* at(const Range& range, int64_t i) const {
+    return base + (extent == Extent::kRange ? range.worker * per_worker + i : range.first + i) * stride;
+  }
+};
+
+// Memory from torch, where its profiler sees it: large pieces in tensors of their own, small ones together.
+class Scratch {
+ public:
+  explicit Scratch(const torch::stable::Tensor& like) : like_(like) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    Arena needed(nullptr);
+    needed.take<T>(count);
+    if (needed.used() > kChunk / 2) {
+      Arena own(allocate(needed.used()));
+      return own.take<T>(count);
+    }
+    if (shared_.used() + needed.used() > size_) shared_ = Arena(allocate(size_ = kChunk));
+    return shared_.take<T>(count);
+  }
+
+ private:
+  static constexpr int64_t kChunk = 1 << 16;
+
+  void* allocate(int64_t bytes) {
+    const torch::headeronly::IntHeaderOnlyArrayRef sizes(&bytes, 1);
+    tensors_.push_back(torch::stable::new_empty(like_, sizes, torch::headeronly::ScalarType::Byte));
+    return tensors_.back().data_ptr();
+  }
+
+  const torch::stable::Tensor& like_;
+  std::vector<torch::stable::Tensor> tensors_;
+  Arena shared_{nullptr};
+  int64_t size_ = 0;
+};
+
+// What forward leaves to backward, piece by piece in tensors of their own: made by a forward program and found again,
+// in the same order, by the backward one.
+class Kept {
+ public:
+  Kept(const torch::stable::Tensor& like, std::vector<torch::stable::Tensor> pieces)
+      : found(!pieces.empty()), like_(like), pieces_(std::move(pieces)) {}
+
+  template <class A>
+  A* take(int64_t length) {
+    if (!found) {
+      const auto type =
+          std::is_same_v<A, double> ? torch::headeronly::ScalarType::Double : torch::headeronly::ScalarType::Float;
+      pieces_.push_back(torch::stable::new_empty(like_, torch::headeronly::IntHeaderOnlyArrayRef(&length, 1), type));
+    }
+    return static_cast<A*>(pieces_[next_++].data_ptr());
+  }
+
+  const std::vector<torch::stable::Tensor>& pieces() const { return pieces_; }
+  const bool found;
+
+ private:
+  const torch::stable::Tensor& like_;
+  std::vector<torch::stable::Tensor> pieces_;
+  size_t next_ = 0;
+};
+
+// A program's maps. Those that cross a batch norm's barrier hold the batch, as all do where the samples are coupled;
+// otherwise a worker has room for its current range. A map that is given back is taken again by what is recorded later:
+// a sample's segments run in the order of their recording, so it is free by then.
+template <class A>
+class Memory {
+ public:
+  Memory(const torch::stable::Tensor& like, const Plane<A>& plane, const Schedule& schedule, bool coupled, Kept* kept)
+      : plane(plane), coupled(coupled), kept(kept), schedule_(schedule), scratch_(like) {}
+
+  Map<A> take(int64_t blocks) {
+    const int64_t stride = blocks * plane.pixels() * Plane<A>::lanes;
+    auto best = free_.end();
+    for (auto it = free_.begin(); it != free_.end(); ++it)
+      if (it->view.pixel == Plane<A>::lanes ? it->stride >= stride : it->blocks == blocks)
+        if (best == free_.end() || it->stride < best->stride) best = it;
+    if (best != free_.end()) {
+      Map<A> map = *best;
+      free_.erase(best);
+      map.blocks = blocks;
+      return map;
+    }
+    const auto [base, extent, per_worker] = own(stride);
+    return {plane.compact(base), stride, blocks, extent, per_worker};
+  }
+
+  void give(const Map<A>& map) {
+    if (map && !map.pinned && (map.extent == Extent::kBatch) == coupled) free_.push_back(map);
+  }
+
+  // Of each worker's current range, with a zero halo.
+  Map<A> padded(int64_t blocks) {
+    const int64_t stride = blocks * plane.size, count = schedule_.workers * schedule_.group;
+    const View<A> view = plane.padded(scratch_.take<A>(stride * count));
+    for (int64_t n = 0; n < count; ++n) {
+      View<A> sample = view;
+      sample.at += n * stride;
+      clear_halo(plane, sample, blocks);
+    }
+    return {view, stride, blocks, Extent::kRange, schedule_.group};
+  }
+
+  // Left to backward where there is a place for it. A backward program may write over it.
+  Map<A> keep(int64_t blocks) {
+    if (!kept) return take(blocks);
+    const int64_t stride = blocks * plane.pixels() * Plane<A>::lanes;
+    A* base = kept->take<A>(stride * schedule_.samples);
+    return {plane.compact(base), stride, blocks, Extent::kBatch, 0, !kept->found};
+  }
+
+  Rows<A> rows(int64_t length) {
+    const auto [base, extent, per_worker] = own(length);
+    return {base, length, extent, per_worker};
+  }
+  Rows<A> one_row(int64_t length) { return {scratch_.take<A>(length)}; }
+  Rows<A> keep_rows(int64_t length) { return {kept->take<A>(length * schedule_.samples), length}; }
+  Rows<A> keep_one_row(int64_t length) { return {kept->take<A>(length)}; }
+
+  // `length` elements for each worker.
+  template <class T>
+  T* per_worker(int64_t length) {
+    return scratch_.take<T>(length * schedule_.workers);
+  }
+
+  const Plane<A>& plane;
+  const bool coupled;
+  Kept* const kept;
+
+ private:
+  struct Own {
+    A* base;
+    Extent extent;
+    int64_t per_worker;
+  };
+
+  Own own(int64_t length) {
+    if (coupled) return {scratch_.take<A>(length * schedule_.samples), Extent::kBatch, 0};
+    return {scratch_.take<A>(length * schedule_.workers * schedule_.group), Extent::kRange, schedule_.group};
+  }
+
+  const Schedule& schedule_;
+  Scratch scratch_;
+  std::list<Map<A>> free_;
+};
+
+}  // namespace fastode::resident
