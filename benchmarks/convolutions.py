@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -81,6 +81,7 @@ def operators(each: Convolution, dtype: str) -> dict[str, Callable[[], Any]]:
     bias = torch.empty(channels, dtype=x.dtype, device="meta")
     unit = convolution.Unit(x, each.norm, 1, 1e-5, each.act, 1.0, 20.0)
     value = convolution.value_of(unit, unit.statistics(), row, row)
+    unknown = replace(value, stats=None) if each.norm in (passes.GROUP, passes.BATCH) else value
     three = torch.ones(3, dtype=torch.float64)
     norm = (each.norm, 1)
 
@@ -91,6 +92,9 @@ def operators(each: Convolution, dtype: str) -> dict[str, Callable[[], Any]]:
         "convolution": lambda: convolution.convolution(value, weight, bias, norm=norm),
         "convolution of two terms": lambda: convolution.convolution(
             value, weight, bias, (1, 1), [x, x], three, norm=norm
+        ),
+        "convolution of a new map, two terms": lambda: convolution.convolution(
+            unknown, weight, bias, (1, 1), [x, x], three, norm=norm
         ),
         "pull": lambda: convolution.pull(convolution.Operand(x), weight, value, (1, 1), [x, x], three),
         "pull of a pulled map": lambda: convolution.pull(pulled().operand, weight, value, param_grads=True),

@@ -47,11 +47,15 @@ def fuse_convolutions(monkeypatch: pytest.MonkeyPatch, fused: bool) -> None:
     monkeypatch.setattr(_one_step, "Plan", lambda *rest, **options: sweeps.Plan(*rest, **(options | {"fused": fused})))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 # A bfloat16 pre-activation on the other side of a kink would be no fault of a kernel: smooth activations.
-@pytest.mark.parametrize(("norm", "activation"), [("group", "tanh"), ("batch", "silu")])
-@pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize("fused_convolutions", [False, True], ids=["passes", "convolutions"])
+UNITS = [("group", "tanh"), ("batch", "silu")]
+DTYPES = [torch.float32, torch.bfloat16]
+CASES = [(False, block, *unit, dtype) for block in BLOCKS for unit in UNITS for dtype in DTYPES]
+# With fused convolutions, which tests of their own judge, every unit in one dtype for each block.
+CASES += [(True, block, *UNITS[j], DTYPES[(i + j) % 2]) for i, block in enumerate(BLOCKS) for j in range(2)]
+
+
+@pytest.mark.parametrize(("fused_convolutions", "block", "norm", "activation", "dtype"), CASES)
 def test_equal(
     monkeypatch: pytest.MonkeyPatch,
     fused_convolutions: bool,
@@ -68,7 +72,7 @@ def test_equal(
 
 
 # README.md of the Triton operators counts these: [forward, backward], K = 1 and two units with GroupNorm.
-LAUNCHES = {("ie", False): [7, 15], ("ssp3", False): [7, 24], ("ie", True): [7, 17], ("ssp3", True): [7, 30]}
+LAUNCHES = {("ie", False): [7, 15], ("ssp3", False): [7, 24], ("ie", True): [6, 17], ("ssp3", True): [6, 30]}
 
 
 @pytest.mark.parametrize(("block", "fused_convolutions"), LAUNCHES)
@@ -76,11 +80,9 @@ def test_launches(monkeypatch: pytest.MonkeyPatch, block: str, fused_convolution
     fuse_convolutions(monkeypatch, fused_convolutions)
     counts = [0, 0]
     backward = 0
-    real = launch.launch
 
     def counted(*arguments: Any, **constants: Any) -> None:
         counts[backward] += 1
-        real(*arguments, **constants)
 
     for module in (passes, launch):
         monkeypatch.setattr(module, "launch", counted)

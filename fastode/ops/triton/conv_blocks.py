@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..sweeps import coefficients, combine, statistics_of
-from .conv_sweeps import evaluate, point_statistics, pull_branch
+from .conv_sweeps import evaluate, pull_branch
 
 if TYPE_CHECKING:
     from ..implicit_euler.autograd import Descent
@@ -31,7 +31,6 @@ def shu_osher(
         image, made = None, None
         if scheme.uses(k):
             point = points[k]
-            stats = point_statistics(branch, tensors, 0, point) if stats is None else stats
             # The combination is this evaluation's own if its last term is this image.
             ends = k in scheme.beta[k]
             keep = any(k in row for row in scheme.beta[k + 1 :])
@@ -60,15 +59,12 @@ def ie_skip(
     """y_K, the points y_0 … y_{K−1}, and the statistics of f's evaluations at x and at these points."""
     from ..implicit_euler.autograd import residual_terms, update
 
-    stats: Tensor | None = point_statistics(branch, tensors, 0, x)
-    assert stats is not None
-    made = evaluate(branch, tensors, x, stats, [x], coefficients(1.0, 1.0), next_stats=descent.steps > 0)
+    made = evaluate(branch, tensors, x, None, [x], coefficients(1.0, 1.0), next_stats=descent.steps > 0)
     statistics = statistics_of(made.records)
     y, stats = made.out, made.stats
     points: list[Tensor] = []
     for _ in range(descent.steps):
         points.append(y)
-        stats = point_statistics(branch, tensors, 0, y) if stats is None else stats
         terms, values = residual_terms(descent, 1.0, x, points)
         made = evaluate(branch, tensors, y, stats, terms, coefficients(values[-1], *values[:-1]))
         statistics += statistics_of(made.records)

@@ -14,7 +14,6 @@ from torch import Tensor
 from .. import sweeps
 from ..sweeps import CONV_BIAS, CONV_WEIGHT, MEAN, NORM_BIAS, NORM_WEIGHT, TENSORS_PER_UNIT, VARIANCE, Record
 from . import launch as launching
-from . import passes
 from .convolution import Made, Operand, convolution, pull, value_of, weight_gradient
 from .cotangent import cotangent_apply_kernel
 from .launch import Unit
@@ -32,16 +31,8 @@ class Evaluated(NamedTuple):
     stats: Tensor | None
 
 
-def point_statistics(branch: Plan, tensors: MaybeTensors, index: int, x: Tensor) -> Tensor:
-    """The statistics with which unit `index` normalises x."""
-    norm, groups = sweeps.codes(branch.units[index])[:2]
-    if norm in (launching.GROUP, launching.BATCH):
-        return passes.statistics(x, norm, groups)
-    return _given(branch, tensors, index, x)
-
-
 def evaluate(
-    branch: Plan, tensors: MaybeTensors, point: Tensor, stats: Tensor, terms: Sequence[Tensor] = (),
+    branch: Plan, tensors: MaybeTensors, point: Tensor, stats: Tensor | None, terms: Sequence[Tensor] = (),
     coefs: Tensor | None = None, keep: bool = False, next_stats: bool = False,
 ) -> Evaluated:  # fmt: skip
     """coefs[0] f(point) + sum_i coefs[i + 1] terms[i], in one kernel for each convolution.
@@ -50,16 +41,17 @@ def evaluate(
         branch: f.
         tensors: of f.
         point: where.
-        stats: of the point, for the first unit.
+        stats: of the point, for the first unit, if they are known.
         terms: what is combined with f(point).
         coefs: float64, on the host or learned.
         keep: whether f(point) is wanted by itself.
         next_stats: whether the combination's statistics are wanted, as those of a point.
     """
-    records = [Record(point, stats, None)]
+    records = [Record(point, stats if stats is not None else _given(branch, tensors, 0, point), None)]
     last = len(branch.units) - 1
     for index in range(last):
         made = _convolve(branch, tensors, index, records[-1], index + 1)
+        records[-1] = _met(records[-1], made)
         found = made.stats if made.stats is not None else _given(branch, tensors, index + 1, made.out)
         records.append(Record(made.out, found, None))
     lower = _multiplied(branch, records[-1].h)
@@ -67,6 +59,7 @@ def evaluate(
     for term in terms:
         dtype = torch.promote_types(dtype, term.dtype)
     made = _convolve(branch, tensors, last, records[-1], 0 if next_stats else None, terms, coefs, keep, dtype)
+    records[-1] = _met(records[-1], made)
     found = made.stats
     if next_stats and found is None:
         found = _given(branch, tensors, 0, made.out)
@@ -142,6 +135,11 @@ def _pull_set(pulled: Operand, addends: Sequence[Tensor], coefs: Tensor) -> Tens
     return out
 
 
+def _met(record: Record, made: Made) -> Record:
+    """The record with the statistics that the convolution met."""
+    return record if made.own is None else record._replace(stats=made.own)
+
+
 def _multiplied(branch: Plan, h: Tensor) -> torch.dtype:
     """The dtype in which the convolutions of a branch multiply."""
     return branch.lower or h.dtype
@@ -159,7 +157,7 @@ def _operand(branch: Plan, tensors: MaybeTensors, index: int, record: Record) ->
     """What the convolution of a unit reads."""
     weight, bias = sweeps.norm_tensors(tensors, index * TENSORS_PER_UNIT, record.h)
     unit = Unit(record.h, *sweeps.codes(branch.units[index]))
-    return value_of(unit, record.stats, weight, bias)
+    return value_of(unit, record.stats if record.stats.numel() else None, weight, bias)
 
 
 def _convolve(
@@ -179,4 +177,4 @@ def _convolve(
     )  # fmt: skip
 
 
-__all__ = ["Evaluated", "evaluate", "point_statistics", "pull_branch", "revisit"]
+__all__ = ["Evaluated", "evaluate", "pull_branch", "revisit"]

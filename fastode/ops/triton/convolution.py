@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from . import conv_plan, gather, plan, product
+from . import conv_plan, gather, passes, plan, product
 from . import launch as launching
 from .launch import GROUP, MaybeTensor, Pair, Shape, Unit, coefficients, vector
 from .weights import sum_chunks_kernel, weight_gradient_kernel
 
+# Of a map whose statistics a convolution takes, what a warp has at a time.
+ENTRIES = 256
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -50,7 +52,7 @@ class Operand:
         x: the map in memory, channels_last.
         kind: PLAIN: x; VALUE: act(norm(x)); PULLED: the cotangent of h for that of norm(h), which is x.
         unit: the norm and the activation, and their map h.
-        stats: of h.
+        stats: of h; `convolution` takes those that are missing.
         sets: of PULLED: the means over each normalised set, from `pull`.
         weight: of the norm.
         bias: of the norm.
@@ -119,6 +121,7 @@ class Made:
     out: Tensor
     image: MaybeTensor
     stats: MaybeTensor
+    own: MaybeTensor  # the statistics of the input, given or made
 
 
 def _map(x: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
@@ -162,6 +165,7 @@ def convolution(
     coupled = unit.map.coupled
     blocks = _blocks(left, weight, channels, unit.norm == GROUP, coupled, lower)
     alone = coupled and unit.norm == GROUP and blocks.alone
+    left, own = _with_statistics(left, blocks)
     stats = unit.statistics() if coupled else None
     partial = None
     if coupled and not alone:
@@ -170,11 +174,21 @@ def convolution(
     values, learned = coefficients(coefs, out)
     _launch(
         left, weight, dilation, transposed, blocks, lower, (bias, raw, out, tuple(terms) or None, values), Operand(out),
-        partial, stats, norm_constants(unit) | {"PULL": False, "SUMS": sums, "LEARNED": learned},
+        partial, stats, norm_constants(unit) | {"PULL": False, "SUMS": sums, "LEARNED": learned, "OWN": own},
     )  # fmt: skip
     if partial is not None:
         launching.finish_moments(unit, _chunks(blocks, unit), partial, stats)
-    return Made(out, raw, stats)
+    return Made(out, raw, stats, left.stats)
+
+
+def _with_statistics(left: Operand, blocks: conv_plan.Product) -> tuple[Operand, bool]:
+    """The operand with statistics, and whether the convolution takes them itself, a program having a sample."""
+    if left.kind != gather.VALUE.value or left.stats is not None or left.unit is None or not left.unit.map.coupled:
+        return left, False
+    unit = left.unit
+    if unit.norm == GROUP and blocks.alone:
+        return replace(left, stats=unit.statistics()), True
+    return replace(left, stats=passes.statistics(unit.x, unit.norm, unit.groups)), False
 
 
 @dataclass(frozen=True)
@@ -221,7 +235,8 @@ def pull(
     added = None if waits else tuple(terms) or None
     _launch(
         left, weight, dilation, True, blocks, lower, (None, None, out, added, values), at, partial,
-        shares if alone else None, norm_constants(unit) | {"PULL": True, "SUMS": sums, "LEARNED": learned},
+        shares if alone else None,
+        norm_constants(unit) | {"PULL": True, "SUMS": sums, "LEARNED": learned, "OWN": False},
     )  # fmt: skip
     if partial is not None:
         assert at.stats is not None
@@ -255,7 +270,8 @@ def _launch(
         *left.numbers, *at.numbers, **left.constants("_IN"), CI=inputs, CP=blocks.padded, CO=out.shape[1],
         KH=weight.shape[2], KW=weight.shape[3], DH=dilation[0], DW=dilation[1], TRANSPOSED=transposed,
         BM=blocks.rows, BN=blocks.columns, BK=blocks.step, ACC=tl.float32, DOT=DTYPES[lower],
-        PRECISION=precision(lower), warps=blocks.warps, num_stages=blocks.stages, **constants,
+        PRECISION=precision(lower), PB=max(1, blocks.warps * ENTRIES // blocks.padded), warps=blocks.warps,
+        num_stages=blocks.stages, **constants,
     )  # fmt: skip
 
 

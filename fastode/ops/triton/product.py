@@ -8,6 +8,7 @@ import triton.language as tl
 from .activation import activate_first
 from .gather import convolve, norm_rows, pixels_of
 from .tiles import SIZES, combination, load, per_channel, reciprocal_deviation, store, store_parameters, store_sums
+from .value import moments
 
 # What a program makes of its block's sums: nothing, a row for finish.py, or, being alone with a set, its numbers.
 NO_SUMS, BLOCK_SUMS, SET_SUMS = (tl.constexpr(code) for code in range(3))
@@ -36,6 +37,19 @@ def block_moments(value, mask, rows):
 
 
 @triton.jit
+def store_set(mean, squares, rows, made, s, S, cols, col_mask, C: tl.constexpr, G: tl.constexpr):
+    """A sample's statistics, [2, S, G], from the moments of all its channels over `rows` pixels."""
+    CPG: tl.constexpr = C // G
+    middle = over_group(mean, cols, C, G) / CPG
+    off = mean - middle
+    squares = tl.where(col_mask, squares + rows * off * off, 0.0)
+    variance = over_group(squares, cols, C, G) / CPG / rows
+    first = col_mask & (cols % CPG == 0)
+    tl.store(made + s * G + cols // CPG, middle, mask=first)
+    tl.store(made + (S + s) * G + cols // CPG, variance, mask=first)
+
+
+@triton.jit
 def store_moments(
     value, mask, rows, partial, made, s, S, block, blocks, cols, col_mask, SUMS: tl.constexpr, C: tl.constexpr,
     G: tl.constexpr,
@@ -46,14 +60,7 @@ def store_moments(
         store_sums(partial, s, block, blocks, 0, 2, mean, cols, col_mask, C)
         store_sums(partial, s, block, blocks, 1, 2, squares, cols, col_mask, C)
     else:
-        CPG: tl.constexpr = C // G
-        middle = over_group(mean, cols, C, G) / CPG
-        off = mean - middle
-        squares = tl.where(col_mask, squares + rows * off * off, 0.0)
-        variance = over_group(squares, cols, C, G) / CPG / rows
-        first = col_mask & (cols % CPG == 0)
-        tl.store(made + s * G + cols // CPG, middle, mask=first)
-        tl.store(made + (S + s) * G + cols // CPG, variance, mask=first)
+        store_set(mean, squares, rows, made, s, S, cols, col_mask, C, G)
 
 
 @triton.jit
@@ -122,8 +129,12 @@ def convolution_kernel(
     TRANSPOSED: tl.constexpr, PULL: tl.constexpr, G: tl.constexpr, NORMED: tl.constexpr, COUPLED: tl.constexpr,
     ACT: tl.constexpr, SAMPLED: tl.constexpr, SUMS: tl.constexpr, LEARNED: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    OWN: tl.constexpr, PB: tl.constexpr,
 ):  # fmt: skip
-    """A block of BM pixels and BN channels of one convolution of stride 1; programs are [S, blocks, CO / BN]."""
+    """A block of BM pixels and BN channels of one convolution of stride 1; programs are [S, blocks, CO / BN].
+
+    OWN: a program has a sample, and takes the statistics of the input itself, PB pixels at a time.
+    """
     COLUMN_BLOCKS: tl.constexpr = (CO + BN - 1) // BN
     pid = tl.program_id(0)
     blocks = tl.cdiv(L, BM)
@@ -133,6 +144,11 @@ def convolution_kernel(
     s = pid // COLUMN_BLOCKS // blocks
     exists, first, sample, i, j = pixels_of(block, L, IH, IW, BM)
     start = s.to(tl.int64) * L + first * (IH * IW)
+    if OWN:
+        channel = tl.arange(0, CP)
+        mean, squares = moments((x,), None, None, s, 0, L, L, channel, channel < CI, CI, CP, PB, False, ACC)
+        store_set(mean, squares, L.to(ACC), stats_in, s, S, channel, channel < CI, CI, G_IN)
+        tl.debug_barrier()  # they are read again by this program's own threads
     total = convolve(
         tl.zeros([BM, BN], ACC), x + start * CI, h_in + start * CI, weight, stats_in, sets_in,
         weight_in, bias_in, eps_in, p_in, q_in, s if SAMPLED_IN else 0, S if SAMPLED_IN else 1,
