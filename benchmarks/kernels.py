@@ -103,6 +103,13 @@ def recording() -> Iterator[list[Launch]]:
             module.launch = real
 
 
+def maps_moved(arguments: Sequence[Any], like: Tensor) -> float:
+    """How many maps a launch moves, counted in `like`, each map once: what it reads again comes from cache."""
+    flat = [each for given in arguments for each in (given if isinstance(given, tuple) else (given,))]
+    maps = {id(t): t for t in flat if isinstance(t, Tensor) and t.shape[1:] == like.shape[1:]}
+    return sum(t.numel() * t.itemsize for t in maps.values()) / (like.numel() * like.itemsize)
+
+
 def _map(maps: Maps, dtype: torch.dtype, samples: int = 1) -> Tensor:
     shape = (samples * maps.shape[0], *maps.shape[1:])
     return torch.empty(shape, dtype=dtype, device="meta", memory_format=torch.channels_last)

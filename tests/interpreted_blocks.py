@@ -13,9 +13,11 @@ import interpreting  # noqa: F401  (before any kernel is made)
 import pytest
 import torch
 from block_cases import ACTIVATIONS
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastode
+from benchmarks import kernels
 from fastode import _build, _cuda, _one_step, reference
 from fastode.ops import sweeps
 from fastode.ops.triton import launch, passes
@@ -71,25 +73,53 @@ def test_equal(
     assert_blocks_equal(plain, fused, sample_input(2, 8, 5, 3, dtype=dtype))
 
 
-# README.md of the Triton operators counts these: [forward, backward], K = 1 and two units with GroupNorm.
-LAUNCHES = {("ie", False): [7, 15], ("ssp3", False): [7, 24], ("ie", True): [6, 17], ("ssp3", True): [6, 30]}
+class Convolutions(TorchDispatchMode):
+    """Counts the maps that ATen's convolutions read and write, in maps like `like`."""
+
+    def __init__(self, like: Tensor) -> None:
+        super().__init__()
+        self.like, self.moved = like, 0.0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        result = function(*arguments, **(keywords or {}))
+        if function is torch.ops.aten.convolution.default:
+            self.moved += (arguments[0].numel() + result.numel()) / self.like.numel()
+        if function is torch.ops.aten.convolution_backward.default:
+            cot, a = arguments[:2]
+            self.moved += sum(arguments[-1][:2]) * (cot.numel() + a.numel()) / self.like.numel()
+        return result
 
 
-@pytest.mark.parametrize(("block", "fused_convolutions"), LAUNCHES)
-def test_launches(monkeypatch: pytest.MonkeyPatch, block: str, fused_convolutions: bool) -> None:
+# README.md of the Triton operators has these, K = 1 and two units with GroupNorm: launches and the maps that they move,
+# and the maps that convolutions of cuDNN's move; each forward and backward.
+TRAFFIC = {
+    ("ie", False): ([7, 15], [21, 45], [12, 34]),
+    ("ssp3", False): ([7, 24], [21, 47], [12, 30]),
+    ("ie", True): ([6, 17], [18, 45], [0, 24]),
+    ("ssp3", True): ([6, 30], [17, 47], [0, 0]),
+}
+
+
+@pytest.mark.parametrize(("block", "fused_convolutions"), TRAFFIC)
+def test_traffic(monkeypatch: pytest.MonkeyPatch, block: str, fused_convolutions: bool) -> None:
     fuse_convolutions(monkeypatch, fused_convolutions)
-    counts = [0, 0]
+    launches, moved, by_aten = [0, 0], [0.0, 0.0], [0.0, 0.0]
     backward = 0
+    x = sample_input(2, 8, 3, 2).requires_grad_()
 
-    def counted(*arguments: Any, **constants: Any) -> None:
-        counts[backward] += 1
+    def counted(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+        launches[backward] += 1
+        moved[backward] += kernels.maps_moved(arguments, x)
 
     for module in (passes, launch):
         monkeypatch.setattr(module, "launch", counted)
     make = {"ie": lambda f: fastode.nn.IESkip(f, 1, 0.1), "ssp3": fastode.nn.SSP3}[block]
     fused = make(branch("group", "relu"))
     fused.engine = "staged"
-    y = fused(sample_input(2, 8, 3, 2).requires_grad_())
-    backward = 1
-    y.sum().backward()
-    assert counts == LAUNCHES[block, fused_convolutions]
+    with Convolutions(x) as aten:
+        y = fused(x)
+        by_aten[0] = aten.moved
+        backward = 1
+        y.sum().backward()
+        by_aten[1] = aten.moved - by_aten[0]
+    assert (launches, moved, by_aten) == TRAFFIC[block, fused_convolutions]
