@@ -1,8 +1,8 @@
-# make test | bench [SUITE=cpu|all] [ARGS=...] | lint | gpu [PYTHON=python3] [STEP=check|bench] [RESULTS=folder] | kernels | sanitize | clean
+# make test | bench [SUITE=cpu|all] [ARGS=...] | lint | gpu [PYTHON=python3] [STEP=check|bench] [RESULTS=folder] | kernels | choose | sanitize | clean
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: test bench lint format gpu kernels sanitize clean setup
+.PHONY: test bench lint format gpu kernels choose sanitize clean setup
 
 PYTHON ?= python3
 SUITE ?= default
@@ -63,6 +63,10 @@ gpu:
 
 kernels: $(STAMP)
 	$(BIN)/python -m benchmarks.kernels
+
+# Where "auto" takes the resident engine on CPUs of this kind: at most 8 minutes, and it wants all cores.
+choose: $(STAMP)
+	$(BIN)/python -m benchmarks.choose $(ARGS)
 
 # Everything that compiles or starts processes runs before the sanitizer is preloaded.
 SANITIZER := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined -DFASTODE_DEBUG

@@ -50,7 +50,7 @@ def _info() -> int:
     rule = _rule.current()
     print(f'\nwhere "auto" takes resident before staged on the CPU ({rule.source})')
     for name, line in rule.lines.items() if rule.measured else [("all blocks", _rule.DEFAULT)]:
-        print(f"  {name:<26}{line.describe()}{f': {line.why}' if line.why else ''}")
+        print(f"  {name:<32}{line.describe()}{f': {line.why}' if line.why else ''}")
     print('\nwhat "auto" takes on CUDA: the fastest in a trial on the card that is equal to the reference')
     print(f"  {_decisions.path()}: {_decisions.count()} decisions; trials are {_trial.state()}")
     return 0

@@ -1,7 +1,7 @@
 """Where the resident engine is slower than the staged one on the CPU, so that "auto" leaves it: a measured rule.
 
 `python -m benchmarks.choose` measures both engines in turns over channels, sizes and batches, and writes the rule with
-the points that support it to rule.json beside this file. It holds for CPUs of the kind it was measured on; on another
+the points that support it to ops/resident/rule.json. It holds for CPUs of the kind it was measured on; on another
 kind, or without the file, the bounds of `DEFAULT` stand in, which are reasoned and not measured.
 """
 
@@ -18,7 +18,7 @@ import torch
 
 from ._toolchain import cpu_features
 
-PATH = Path(__file__).resolve().parent / "rule.json"
+PATH = Path(__file__).resolve().parent / "ops" / "resident" / "rule.json"
 FAMILIES = ("ie", "shu_osher", "skew_pair", "skew_solution")
 NORMS = ("sample", "batch")
 DTYPES = ("float32", "float64", "bfloat16")

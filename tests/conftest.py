@@ -8,6 +8,8 @@ from collections.abc import Generator, Iterator
 import pytest
 import torch
 
+from fastode import _rule
+
 NEEDS_GPU = "needs a CUDA device"
 
 try:
@@ -37,8 +39,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Genera
 
 
 @pytest.fixture(autouse=True)
-def _same_start() -> Iterator[None]:
-    """The same random numbers for a test whatever ran before it, and no test's thread count for the next."""
+def _same_start(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The same random numbers for a test whatever ran before it, no test's thread count for the next, and no rule of
+    choice that was measured on some machine.
+    """
+    monkeypatch.setattr(_rule, "_rule", _rule.Rule({}, "a test", False))
     threads = torch.get_num_threads()
     torch.manual_seed(0)
     yield

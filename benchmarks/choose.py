@@ -1,0 +1,288 @@
+"""`python -m benchmarks.choose`: where resident is slower than staged on this CPU, and the rule drawn from it.
+
+Both engines take turns on blocks of every family, over channels, sizes, batches and dtypes, each checked for equality
+first. The points and the rule drawn from them go to fastode/ops/resident/rule.json, which "auto" obeys on CPUs of this
+kind; a ratio above 1 means that resident is the faster one. A shape far beyond one where resident lost is left out, and
+so is what does not fit into the minutes given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastode import _rule, reference
+from fastode._rule import Line
+from fastode.testing import compare_blocks, sample_input
+
+from . import contenders, header, timing, workloads
+
+MINUTES = 7.0
+ENGINES = ("resident", "staged")
+MODES = ("train", "forward")
+ROUNDS = 5
+# The family and norms of a line of the rule, and the block that stands for them.
+BLOCKS: dict[str, Callable[[int], nn.Module]] = {
+    "ie sample": lambda c: reference.IESkip(reference.PreActBranch(c, norm="layer", bias=False)),
+    "ie batch": lambda c: reference.IESkip(reference.PreActBranch(c, norm="batch", bias=False)),
+    "shu_osher sample": lambda c: reference.SSP3(reference.PreActBranch(c, norm="layer")),
+    "shu_osher batch": lambda c: reference.SSP3(reference.PreActBranch(c, norm="batch")),
+    "skew_pair sample": lambda c: reference.SkewPair(c, c),
+    "skew_solution sample": lambda c: reference.SOBlock(reference.SkewPair(c, c), solver="rk4"),
+}
+# (channels, size): the papers' own, then on either side of where the weights or the maps leave a cache, then outwards.
+SHAPES = (
+    (16, 32), (64, 8), (160, 8), (64, 32), (256, 8), (128, 16), (32, 16), (128, 4), (320, 8), (8, 64), (16, 8),
+    (160, 32), (64, 64), (8, 8), (640, 4), (320, 16), (96, 16),
+)  # fmt: skip
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+# How many shapes of float32 come before a dtype's first, so that what is used least is left out first.
+LATER = {"float32": 0, "bfloat16": 1, "float64": 4}
+FULL = 128  # samples, less where a step would take longer than STEP_GFLOP
+FEWEST = 8
+STEP_GFLOP = 16.0
+STEP_CONVOLUTIONS = 18  # of an IE-Skip; the others have as many or fewer
+JUDGED = 3  # samples
+FAULTS = ("NOT EQUAL", "failed")  # how the reasons start that are this project's fault
+LOST = 0.75  # a ratio past which a group's larger shapes are not measured
+
+# Of each mode, the median ratio of staged's time to resident's with the 20th and 80th percentiles.
+Point = dict[str, list[float]]
+Points = dict[str, dict[str, Point]]
+
+
+def batches(channels: int, size: int, threads: int) -> list[int]:
+    """The full batch, one sample for each thread, and a single one."""
+    gflop = 2e-9 * 9 * channels**2 * size**2 * STEP_CONVOLUTIONS
+    full = max(FEWEST, min(FULL, int(STEP_GFLOP / gflop)))
+    return sorted({1, threads, full}, reverse=True)
+
+
+def plan(groups: Sequence[str], dtypes: Sequence[str]) -> Iterator[tuple[str, str, int, int]]:
+    """(group, dtype, channels, size), every group's first shape before any group's second."""
+    turns = sorted(itertools.product(range(len(SHAPES)), dtypes), key=lambda turn: turn[0] + LATER[turn[1]])
+    for (index, dtype), group in itertools.product(turns, groups):
+        yield group, dtype, *SHAPES[index]
+
+
+def name(channels: int, size: int, batch: int) -> str:
+    """A point's name; `read_name` takes it apart."""
+    return f"{channels}@{size} batch {batch}"
+
+
+def read_name(text: str) -> tuple[int, int, int]:
+    """Channels, size and batch of a point's name.
+
+    Example:
+        >>> read_name("16@32 batch 128")
+        (16, 32, 128)
+    """
+    shape, _, batch = text.partition(" batch ")
+    channels, _, size = shape.partition("@")
+    return int(channels), int(size), int(batch)
+
+
+def measure(group: str, dtype: str, channels: int, size: int, threads: int) -> tuple[dict[str, Point], str]:
+    """The points of one shape, from the full batch down, or why there are none."""
+    torch.manual_seed(0)
+    block = BLOCKS[group](channels).to(DTYPES[dtype])
+
+    def inputs(batch: int) -> tuple[Tensor, ...]:
+        count = 2 if group.startswith("skew_pair") else 1
+        return tuple(
+            sample_input(batch, channels, size, size, dtype=DTYPES[dtype], layout="channels_last", seed=i)
+            for i in range(count)
+        )
+
+    reasons = contenders.engines(block, inputs(2))
+    if any(reasons[engine] for engine in ENGINES):
+        return {}, "; ".join(f"{engine}: {reasons[engine]}" for engine in ENGINES if reasons[engine])
+    few = inputs(JUDGED)
+    modules = {engine: contenders.fused(engine).make(block, few)[0] for engine in ENGINES}
+    for engine, module in modules.items():
+        comparison = compare_blocks(block, module, few[0] if len(few) == 1 else few)
+        if not comparison.ok:
+            worst = comparison.worst
+            return {}, f"NOT EQUAL: {engine}: {worst.name} has {worst.ratio:.3g} of what is allowed"
+    found: dict[str, Point] = {}
+    for batch in batches(channels, size, threads):
+        point: Point = {}
+        for mode in MODES:
+            given = inputs(batch)
+            turns = {
+                engine: workloads.work(contenders.fused(engine).make(block, given)[0], given, mode).run
+                for engine in ENGINES
+            }
+            times = timing.interleave(turns, timing.Clock(), seconds=0.0, rounds=(ROUNDS, ROUNDS), warm=1)
+            if times.errors:
+                return found, f"failed: {times.errors}"
+            ratio = times.ratio("resident", "staged")
+            point[mode] = [round(value, 3) for value in (ratio.median, ratio.p20, ratio.p80)]
+        found[name(channels, size, batch)] = point
+    return found, ""
+
+
+def gain(point: Point) -> float:
+    """The logarithm of how many times faster resident is, the mean over the modes."""
+    return sum(math.log(values[0]) for values in point.values()) / len(point)
+
+
+def beyond_a_loss(points: Mapping[str, Point], channels: int, size: int, threads: int) -> bool:
+    """Whether the group lost clearly, with full batches, at a shape that is nowhere larger and not half as wide."""
+    for text, point in points.items():
+        c, s, batch = read_name(text)
+        if batch > threads and gain(point) < math.log(LOST) and (c < channels and c * s * s <= channels * size * size):
+            return True
+    return False
+
+
+def draw(points: Mapping[str, Point], threads: int, itemsize: int) -> Line:
+    """The bounds with the least regret over the points of a group.
+
+    The regret of a line is the sum of log ratios lost: inside it where resident is slower, outside where it is faster.
+    Among lines of the same regret (to a hundredth) the one with fewer bounds wins, then the wider one. A bound on the
+    batch is drawn last, from the small batches within the others. Where nothing was lost, the largest that was measured
+    bounds the line.
+    """
+    full = {text: p for text, p in points.items() if read_name(text)[2] > threads} or dict(points)
+    channels = sorted({read_name(text)[0] for text in full})
+    sizes = sorted({_kb(text, itemsize) for text in full})
+    pixels = sorted({read_name(text)[1] ** 2 for text in full})
+    if not any(gain(p) > 0 for p in full.values()):
+        return replace(_rule.NEVER, why=_why(points, _rule.NEVER, threads, itemsize))
+    best: tuple[float, int, float] | None = None
+    line = Line()
+    for c, kb, px in itertools.product(channels, sizes, [None, *pixels[1:]]):
+        tried = Line(c, kb, px)
+        bounds = (c < channels[-1]) + (kb < sizes[-1]) + (px is not None)
+        key = (round(_regret(full, tried, threads, itemsize), 2), bounds, -math.log(c * kb) + math.log(px or 1))
+        if best is None or key < best:
+            best, line = key, tried
+    small = {text: p for text, p in points.items() if read_name(text)[2] <= threads}
+    each = sorted({read_name(text)[2] / threads for text in small})
+    options = [None, *each[1:], 2.0 * each[-1]] if small else [None]
+    least = min(options, key=lambda b: round(_regret(small, _with_batch(line, b), threads, itemsize), 2))
+    line = _with_batch(line, least)
+    return replace(line, why=_why(points, line, threads, itemsize))
+
+
+def _with_batch(line: Line, least: float | None) -> Line:
+    return replace(line, least_batch_per_thread=least)
+
+
+def _kb(text: str, itemsize: int) -> int:
+    channels, size, _ = read_name(text)
+    return -(-channels * size * size * itemsize // 1024)
+
+
+def _inside(text: str, line: Line, threads: int, itemsize: int) -> bool:
+    channels, size, batch = read_name(text)
+    return not line.beyond(channels, size * size, itemsize, batch, threads)
+
+
+def _regret(points: Mapping[str, Point], line: Line, threads: int, itemsize: int) -> float:
+    return sum(
+        max(0.0, -gain(point) if _inside(text, line, threads, itemsize) else gain(point))
+        for text, point in points.items()
+    )
+
+
+def _why(points: Mapping[str, Point], line: Line, threads: int, itemsize: int) -> str:
+    """How many points there are on either side of a line, and how much faster resident was there."""
+    parts = []
+    for side, wanted in (("within", True), ("beyond", False)):
+        ratios = sorted(math.exp(gain(p)) for t, p in points.items() if _inside(t, line, threads, itemsize) == wanted)
+        if ratios:
+            middle = ratios[len(ratios) // 2]
+            spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f}, median {middle:.2f}"
+            parts.append(f"{side}, {sum(r > 1 for r in ratios)} of {len(ratios)} points faster ({spread})")
+    return "; ".join(parts)
+
+
+def rule_of(points: Mapping[str, Mapping[str, Point]], threads: int) -> dict[str, Line]:
+    """A line for every group that has points."""
+    return {
+        group: draw(found, threads, 8 if group.endswith("float64") else 4) for group, found in points.items() if found
+    }
+
+
+def write(path: Path, points: Points, left_out: Sequence[str], threads: int) -> dict[str, Line]:
+    """Write the rule, what it was measured on and the points."""
+    cpu = torch.device("cpu")
+    lines = rule_of(points, threads)
+    content: dict[str, Any] = {
+        "about": "written by python -m benchmarks.choose; ratios are staged's time to resident's: median, p20, p80",
+        "measured_on": {
+            "kind": _rule.cpu_kind(),
+            "device": header.device_name(cpu),
+            "threads": threads,
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            "commit": header.commit(),
+            **{key: value for key, value in header.versions().items() if key in ("python", "torch")},
+        },
+        "rule": _rule.as_json(lines),
+        "left_out": list(left_out),
+        "points": points,
+    }
+    text = json.dumps(content, indent=1)
+    # A point is one line.
+    for point in [point for found in points.values() for point in found.values()]:
+        text = text.replace(json.dumps(point, indent=1).replace("\n", "\n   "), json.dumps(point))
+    path.write_text(text + "\n")
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print and write.
+
+    Returns:
+        0, or 1 where an engine was not equal or failed.
+    """
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.choose", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="start nothing later")
+    parser.add_argument("--groups", nargs="*", default=list(BLOCKS), choices=list(BLOCKS))
+    parser.add_argument("--dtypes", nargs="*", default=list(DTYPES), choices=list(DTYPES))
+    parser.add_argument("--out", type=Path, default=_rule.PATH)
+    arguments = parser.parse_args(argv)
+    start, threads = time.monotonic(), torch.get_num_threads()
+    points: Points = {}
+    left_out: list[str] = []
+    failed: set[str] = set()
+    for group, dtype, channels, size in plan(arguments.groups, arguments.dtypes):
+        line, what = f"{group} {dtype}", f"{group} {dtype} {channels}@{size}"
+        reason = ""
+        if time.monotonic() - start > 60 * arguments.minutes:
+            reason = "out of time"
+        elif beyond_a_loss(points.get(line, {}), channels, size, threads):
+            reason = "beyond a loss"
+        else:
+            found, reason = measure(group, dtype, channels, size, threads)
+            points.setdefault(line, {}).update(found)
+            for text, point in found.items():
+                ratios = ", ".join(f"{mode} {v[0]:.2f} ({v[1]:.2f}-{v[2]:.2f})" for mode, v in point.items())
+                print(f"{line} {text}: {ratios}", flush=True)
+            if reason.startswith(FAULTS):
+                failed.add(what)
+                print(f"{what}: {reason}", flush=True)
+        if reason:
+            left_out.append(f"{what}: {reason}")
+    lines = write(arguments.out, points, left_out, threads)
+    print(f"\n{len(left_out)} shapes left out; {time.monotonic() - start:.0f} s; written to {arguments.out}")
+    for line, bounds in lines.items():
+        print(f"{line:<26}{bounds.describe()}: {bounds.why}")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

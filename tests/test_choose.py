@@ -1,0 +1,162 @@
+"""The rule that `benchmarks.choose` draws: from points that are given, and from a small block that is measured."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import choose
+from fastode import _rule
+from fastode._rule import Line
+
+THREADS = 2
+FULL = 128
+
+
+def points(ratios: dict[tuple[int, int, int], float]) -> dict[str, choose.Point]:
+    """Points by (channels, size, batch), each with the same ratio in both modes."""
+    return {choose.name(*at): {mode: [r, r, r] for mode in choose.MODES} for at, r in ratios.items()}
+
+
+def grid(faster: Callable[[int, int], float], batches: tuple[int, ...] = (FULL,)) -> dict[str, choose.Point]:
+    shapes = itertools.product((8, 16, 64, 256), (4, 8, 32), batches)
+    return points({(c, s, n): faster(c, s) for c, s, n in shapes})
+
+
+@pytest.mark.parametrize(
+    ("faster", "line"),
+    [
+        (lambda c, s: 2.0, Line(256, 1024)),
+        (lambda c, s: 0.5, _rule.NEVER),
+        (lambda c, s: 2.0 if c <= 64 else 0.5, Line(64, 1024)),
+        (lambda c, s: 2.0 if c * s * s <= 16384 else 0.5, Line(256, 64)),
+        (lambda c, s: 2.0 if s >= 8 else 0.5, Line(256, 1024, least_pixels=64)),
+        (lambda c, s: 2.0 if c <= 16 and s >= 32 else 0.5, Line(16, 1024, least_pixels=1024)),
+    ],
+)
+def test_the_bounds_are_those_between_faster_and_slower(faster: Callable[[int, int], float], line: Line) -> None:
+    drawn = choose.draw(grid(faster), THREADS, 4)
+    given = grid(faster)
+    for text, point in given.items():
+        assert choose._inside(text, drawn, THREADS, 4) == (choose.gain(point) > 0), text
+    assert (drawn.most_channels, drawn.least_pixels) == (line.most_channels, line.least_pixels)
+    assert drawn.least_batch_per_thread is None and drawn.most_kb in (line.most_kb, None)
+
+
+def test_a_point_that_is_slower_by_little_is_given_up_for_many_that_are_faster() -> None:
+    given = grid(lambda c, s: 2.0) | points({(16, 8, FULL): 0.9})
+    assert choose.draw(given, THREADS, 4).most_channels == 256
+    drawn = choose.draw(given | points({(256, 4, FULL): 0.01}), THREADS, 4)
+    assert not choose._inside("256@4 batch 128", drawn, THREADS, 4)
+
+
+@pytest.mark.parametrize(
+    ("small", "least"), [({1: 2.0, 2: 2.0}, None), ({1: 0.5, 2: 2.0}, 1.0), ({1: 0.5, 2: 0.5}, 2.0)]
+)
+def test_small_batches_have_a_bound_of_their_own(small: dict[int, float], least: float | None) -> None:
+    given = grid(lambda c, s: 2.0) | points({(16, 8, batch): ratio for batch, ratio in small.items()})
+    drawn = choose.draw(given, THREADS, 4)
+    assert drawn.least_batch_per_thread == least
+    assert drawn.most_channels == 256
+    for batch, ratio in small.items():
+        assert bool(drawn.beyond(16, 64, 4, batch, THREADS)) == (ratio < 1)
+
+
+def test_a_shape_beyond_a_clear_loss_is_not_measured() -> None:
+    lost = points({(64, 8, FULL): 0.5, (16, 32, 1): 0.1})
+    assert choose.beyond_a_loss(lost, 256, 8, THREADS)
+    assert not choose.beyond_a_loss(lost, 64, 32, THREADS)  # no wider: what lost there were the weights
+    assert not choose.beyond_a_loss(lost, 256, 2, THREADS)  # a smaller map
+    assert not choose.beyond_a_loss(lost, 32, 32, THREADS)  # a single sample that lost says nothing of many
+    assert not choose.beyond_a_loss(points({(64, 8, FULL): 0.9}), 256, 8, THREADS)
+
+
+def test_the_plan_has_everything_once_and_what_is_used_most_first() -> None:
+    dtypes = list(choose.DTYPES)
+    items = list(choose.plan(list(choose.BLOCKS), dtypes))
+    assert len(items) == len(set(items)) == len(choose.BLOCKS) * len(dtypes) * len(choose.SHAPES)
+    assert [group for group, *_ in items[: len(choose.BLOCKS)]] == list(choose.BLOCKS)
+    assert items[0][1:] == ("float32", *choose.SHAPES[0])
+    for dtype, later in choose.LATER.items():
+        before = {(c, s) for _, d, c, s in items[: items.index(("ie sample", dtype, *choose.SHAPES[0]))] if d != dtype}
+        assert before >= set(choose.SHAPES[:later])
+    assert set(choose.BLOCKS) <= {f"{family} {norms}" for family in _rule.FAMILIES for norms in _rule.NORMS}
+
+
+@pytest.mark.parametrize("threads", [1, 2, 64])
+def test_a_step_of_a_full_batch_stays_short(threads: int) -> None:
+    for channels, size in choose.SHAPES:
+        found = choose.batches(channels, size, threads)
+        assert found[-1] == 1 and threads in found and found[0] <= max(choose.FULL, threads)
+    assert choose.batches(8, 8, threads)[0] == choose.FULL
+    assert max(choose.batches(320, 16, 2)) == choose.FEWEST
+
+
+def test_what_is_written_is_read_back_and_drawn_again(tmp_path: Path) -> None:
+    path = tmp_path / "rule.json"
+    found = {"ie sample float32": grid(lambda c, s: 2.0 if c <= 64 else 0.5), "skew_pair sample float64": {}}
+    lines = choose.write(path, found, ["a shape: out of time"], THREADS)
+    assert list(lines) == ["ie sample float32"] and "of 9 points faster" in lines["ie sample float32"].why
+    rule = _rule.read(path, _rule.cpu_kind())
+    assert rule.measured and rule.lines == lines
+    content = json.loads(path.read_text())
+    assert choose.rule_of(content["points"], THREADS) == lines
+    assert content["left_out"] == ["a shape: out of time"] and content["measured_on"]["threads"] == THREADS
+    assert all(text.count("{") == text.count("}") for text in path.read_text().splitlines() if " batch " in text)
+
+
+def test_the_recorded_rule_is_the_one_its_points_give() -> None:
+    if not _rule.PATH.exists():
+        assert _rule.read().source == "reasoned, not measured: there is no rule.json"
+        return
+    content = json.loads(_rule.PATH.read_text())
+    rule = _rule.read(kind=content["measured_on"]["kind"])
+    assert rule.measured and rule.lines == choose.rule_of(content["points"], content["measured_on"]["threads"])
+
+
+def test_the_command_writes_the_rule_and_tells_of_what_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measured(group: str, dtype: str, channels: int, size: int, threads: int) -> tuple[dict[str, choose.Point], str]:
+        if group == "ie batch":
+            return {}, "NOT EQUAL: resident: output has 3 of what is allowed"
+        return points({(channels, size, FULL): 3.0 if channels < 100 else 0.5}), ""
+
+    monkeypatch.setattr(choose, "measure", measured)
+    path = tmp_path / "rule.json"
+    arguments = ["--dtypes", "float32", "--out", str(path), "--groups"]
+    assert choose.main([*arguments, "ie sample"]) == 0
+    assert _rule.read(path).line("ie", "sample", "float32").most_channels == 96
+    assert any(line.endswith("beyond a loss") for line in json.loads(path.read_text())["left_out"])
+    assert choose.main([*arguments, "ie batch", "ie sample"]) == 1
+    assert "ie batch float32 16@32: NOT EQUAL: resident" in capsys.readouterr().out
+    assert choose.main([*arguments, "ie sample", "--minutes", "0"]) == 0
+    left = json.loads(path.read_text())["left_out"]
+    assert len(left) == len(choose.SHAPES) and all(line.endswith(": out of time") for line in left)
+
+
+def test_both_engines_are_measured_and_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "ROUNDS", 1)
+    monkeypatch.setattr(choose, "FULL", 4)
+    threads = torch.get_num_threads()
+    found, reason = choose.measure("shu_osher batch", "float32", 4, 4, threads)
+    assert reason == "" and [choose.read_name(text)[:2] for text in found] == [(4, 4)] * len(found)
+    assert [choose.read_name(text)[2] for text in found] == choose.batches(4, 4, threads)
+    for point in found.values():
+        assert set(point) == set(choose.MODES)
+        assert all(0 < p20 <= median <= p80 and math.isfinite(p80) for median, p20, p80 in point.values())
+    monkeypatch.setattr(choose, "compare_blocks", lambda *_: type("Not", (), {"ok": False, "worst": Worst()}))
+    assert choose.measure("shu_osher batch", "float32", 4, 4, threads) == (
+        {},
+        "NOT EQUAL: resident: output has 2 of what is allowed",
+    )
+
+
+class Worst:
+    name, ratio = "output", 2.0
