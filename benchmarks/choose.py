@@ -41,10 +41,10 @@ BLOCKS: dict[str, Callable[[int], nn.Module]] = {
     "skew_pair sample": lambda c: reference.SkewPair(c, c),
     "skew_solution sample": lambda c: reference.SOBlock(reference.SkewPair(c, c), solver="rk4"),
 }
-# (channels, size): the papers' own, then on either side of where the weights or the maps leave a cache, then outwards.
+# (channels, size): the papers' own and on either side of where weights or maps leave a cache first, then outwards.
 SHAPES = (
-    (16, 32), (64, 8), (160, 8), (64, 32), (256, 8), (128, 16), (32, 16), (128, 4), (320, 8), (8, 64), (16, 8),
-    (160, 32), (64, 64), (8, 8), (640, 4), (320, 16), (96, 16),
+    (16, 32), (64, 8), (160, 8), (64, 32), (256, 8), (32, 16), (128, 4), (512, 4), (160, 32), (128, 16),
+    (256, 16), (8, 64), (256, 4), (512, 8), (16, 8), (64, 64), (8, 8), (320, 16), (640, 8), (256, 32), (96, 16),
 )  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 # How many shapes of float32 come before a dtype's first, so that what is used least is left out first.
@@ -139,7 +139,7 @@ def gain(point: Point) -> float:
 
 
 def beyond_a_loss(points: Mapping[str, Point], channels: int, size: int, threads: int) -> bool:
-    """Whether the group lost clearly, with full batches, at a shape that is nowhere larger and not half as wide."""
+    """Whether the group lost clearly, with full batches, at a narrower shape with no larger a map."""
     for text, point in points.items():
         c, s, batch = read_name(text)
         if batch > threads and gain(point) < math.log(LOST) and (c < channels and c * s * s <= channels * size * size):

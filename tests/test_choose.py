@@ -86,6 +86,9 @@ def test_the_plan_has_everything_once_and_what_is_used_most_first() -> None:
     for dtype, later in choose.LATER.items():
         before = {(c, s) for _, d, c, s in items[: items.index(("ie sample", dtype, *choose.SHAPES[0]))] if d != dtype}
         assert before >= set(choose.SHAPES[:later])
+    # Wide channels on large and small maps, where weights and maps leave the caches, and the papers' own.
+    assert set(choose.SHAPES) >= {(512, 4), (512, 8), (256, 4), (256, 8), (256, 16), (256, 32), (160, 8), (160, 32)}
+    assert set(choose.SHAPES) >= {(16, 32), (32, 16), (64, 8), (128, 4), (64, 32)}
     assert set(choose.BLOCKS) <= {f"{family} {norms}" for family in _rule.FAMILIES for norms in _rule.NORMS}
 
 

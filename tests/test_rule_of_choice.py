@@ -109,6 +109,19 @@ def test_the_widest_map_of_the_branch_counts(monkeypatch: pytest.MonkeyPatch) ->
     assert fastode.nn.SSP2(branch).against("resident", torch.zeros(2, 4, 3, 3)).startswith("with more than 8 channels")
 
 
+@pytest.mark.parametrize(("channels", "size"), [(160, 32), (256, 16), (512, 4), (640, 8)])
+def test_only_the_rule_keeps_resident_from_wide_blocks(
+    monkeypatch: pytest.MonkeyPatch, channels: int, size: int
+) -> None:
+    x = torch.zeros(1, channels, size, size)
+    for norm in ("layer", "batch"):
+        block = fastode.nn.SSP2(reference.PreActBranch(channels, norm=norm, layers=1)).requires_grad_(False)
+        assert block.against("resident", x) and block.why_not("resident", x) == ""
+        with monkeypatch.context() as patch:
+            patch.setattr(_rule, "_rule", Rule({f"shu_osher {n} float32": Line() for n in _rule.NORMS}, "a test", True))
+            assert used(block, x) == "resident"
+
+
 def test_a_bound_on_the_batch_can_be_traced(monkeypatch: pytest.MonkeyPatch) -> None:
     line = Line(least_batch_per_thread=2.0)
     monkeypatch.setattr(_rule, "_rule", Rule({"shu_osher sample float32": line}, "a test", True))
