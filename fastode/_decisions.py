@@ -42,7 +42,7 @@ _told: set[str] = set()
 
 
 def remembered(index: int | None, key: str) -> Decision | None:
-    """What this process knows; costs nothing and can be traced."""
+    """What this process knows; costs nothing."""
     return _memory.get(f"{index} {key}")
 
 
@@ -55,8 +55,14 @@ def remember(index: int | None, key: str, decision: Decision) -> None:
         _tell(f"fastode cannot keep what its trials decide in {path()}, and will make them again: {error}")
 
 
-def look_up(index: int | None, key: str, engines: Sequence[str]) -> Decision | None:
-    """What the files know, kept in memory from now on; a decision for an engine that cannot run is none."""
+def look_up(index: int | None, key: str, engines: Sequence[str] | None = None) -> Decision | None:
+    """What the files know; a decision for an engine that cannot run is none.
+
+    Args:
+        index: of the card.
+        key: of the call.
+        engines: those that can run it; what is found is then kept in memory. None takes any, and keeps nothing.
+    """
     for file in (path(), PACKAGE / NAME):
         entry = _load(file).get(card(index), {}).get(key)
         if entry is None:
@@ -66,6 +72,8 @@ def look_up(index: int | None, key: str, engines: Sequence[str]) -> Decision | N
         except TypeError:
             _tell(f"fastode does not understand the decision for {key!r} in {file}, and will make it again")
             continue
+        if engines is None:
+            return found
         if found.engine in engines:
             _memory[f"{index} {key}"] = found
             return found

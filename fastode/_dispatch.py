@@ -17,12 +17,14 @@ from torch.autograd import forward_ad
 from . import _build, _cuda, _trial
 
 # In the order of preference; "reference" is always able.
-_ORDER = ("resident", "staged", "reference")
+_ORDER = ("resident", "fused_convolution", "staged", "reference")
 ENGINES = ("auto", *_ORDER)
 
 _CPU_STORAGE = (torch.float32, torch.float64, torch.bfloat16)
 _STORAGE = {"cpu": _CPU_STORAGE, "cuda": (*_CPU_STORAGE, torch.float16)}
 _NAMES = {"cpu": "CPU", "cuda": "CUDA"}
+# The engines that are for one type of device.
+_HOME = {"resident": "cpu", "fused_convolution": "cuda"}
 _recorders: list[dict[nn.Module, str]] = []
 
 # Of an engine, why not; empty where there is nothing to say.
@@ -75,6 +77,14 @@ def choose(engine: str, why_not: Reason, against: Reason = nothing_against) -> s
 def candidates(why_not: Reason) -> list[str]:
     """The engines that can run a block, best first."""
     return [name for name in _ORDER if name == "reference" or not why_not(name)]
+
+
+def elsewhere(engine: str, x: Tensor | None) -> str:
+    """Why an engine cannot run where x is (or, without x, on this machine): it is for another device; empty if not."""
+    home = _HOME.get(engine)
+    if x is not None and home is not None and x.device.type != home:
+        return f"it runs on {'the CPU' if home == 'cpu' else 'CUDA'} only"
+    return _cuda.why_not() if home == "cuda" and x is None else ""
 
 
 def no_operators(device: str = "cpu") -> str:
@@ -147,6 +157,7 @@ def describe() -> list[tuple[str, str, bool, str]]:
     cuda = missing or "Triton compiles each kernel when it is first launched"
     return [
         ("resident", "CPU", able, cpu),
+        ("fused_convolution", "CUDA", not missing, cuda),
         ("staged", "CPU", able, cpu),
         ("staged", "CUDA", not missing, cuda),
         ("reference", "any", True, "plain PyTorch, on any device"),

@@ -45,8 +45,8 @@ class Field:
         """Why an engine cannot run it on these states (or, without any, on some); empty if it can."""
         if self.reason:
             return self.reason
-        if engine == "resident":
-            return "it has one-step blocks only"
+        if engine in ("resident", "fused_convolution"):
+            return _dispatch.elsewhere(engine, states[0] if states else None) or "it has one-step blocks only"
         reason = _dispatch.no_operators(states[0].device.type if states else "cpu")
         return reason or (_dispatch.cannot_take(states, [self.weight, *self.tensors]) if states else "")
 
@@ -64,7 +64,7 @@ class Field:
         x = states[0]
         if x.device.type in _trial.DEVICES:
             activation = "" if self.activation is None else self.activation.kind
-            shape = f"{list(self.weight.shape)} stride {self.stride} {activation}"
+            shape = f"{list(self.weight.shape)} stride {self.stride} padding {self.padding} {activation}"
             norms = [_one_step.describe(reading.units) for reading in self.norms if reading.units]
             lower, tensors = _dispatch.autocast_dtype(x), [self.weight, *self.tensors]
             wanted = _trial.key(" ".join([kind, shape, *norms]), states, tensors, lower)
@@ -167,6 +167,28 @@ class _PlainPair(nn.Module):
         return skew_field(y, z, self.weight, self.stride, self.padding, self.gamma, self.activation)
 
 
+class _TriedPair(_PlainPair):
+    """What a trial of the function starts from: its weight is a parameter where a gradient is asked for."""
+
+    fused_twin: type[nn.Module]
+
+    def __init__(self, weight: Tensor, *constants: Any) -> None:
+        super().__init__(weight, *constants)
+        del self.weight
+        self.weight = nn.Parameter(weight.detach(), weight.requires_grad)
+
+
+class _FusedPair(_TriedPair):
+    engine: str
+
+    def forward(self, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        activation = None if type(self.activation) is nn.Identity else self.activation
+        return _pair(y, z, self.weight, self.stride, self.padding, self.gamma, activation, self.engine)
+
+
+_TriedPair.fused_twin = _FusedPair
+
+
 def skew_pair(
     y: Tensor,
     z: Tensor,
@@ -210,17 +232,34 @@ def skew_pair(
         activation = make_activation(activation)
     if not (activation is None or callable(activation)):
         raise TypeError(f"activation must be a name, a module, a function or None, got {_check.what(activation)}")
+    return _pair(y, z, weight, stride, padding, gamma, activation)
+
+
+def _pair(
+    y: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    stride: int,
+    padding: int,
+    gamma: float,
+    activation: Callable[[Tensor], Tensor] | None,
+    engine: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`skew_pair` with its arguments checked."""
     module = activation if isinstance(activation, nn.Module) else None
     field = read(weight, stride, padding, gamma, module)
     if activation is not None and module is None:
         field.reason = "its activation is a function, which the reader does not know."
-    chosen = _dispatch.choose(
-        "auto", lambda name: field.why_not(name, (y, z)), lambda name: field.against(name, (y, z), PAIR)
-    )
     function = torch.nn.Identity() if activation is None else activation
+    constants = (stride, padding, gamma, function)
+    chosen = _dispatch.choose(
+        engine,
+        lambda name: field.why_not(name, (y, z)),
+        lambda name: field.against(name, (y, z), PAIR, lambda: _TriedPair(weight, *constants)),
+    )
     if chosen == "reference":
         return skew_field(y, z, weight, stride, padding, gamma, function)
-    return evaluate(field, y, z, lambda: _PlainPair(weight, stride, padding, gamma, function))
+    return evaluate(field, y, z, lambda: _PlainPair(weight, *constants))
 
 
 def has_hooks(module: nn.Module) -> bool:

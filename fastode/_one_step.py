@@ -22,12 +22,18 @@ def why_not(engine: str, reading: branch.Reading, x: Tensor | None) -> str:
     """Why an engine cannot run a block with this branch on x (or on any input); empty if it can."""
     if reading.units is None:
         return reading.reason
-    reason = _dispatch.no_operators("cpu" if x is None else x.device.type)
+    reason = _dispatch.elsewhere(engine, x)
+    device = x.device.type if x is not None else "cuda" if engine == "fused_convolution" else "cpu"
+    reason = reason or _dispatch.no_operators(device)
     reason = reason or ("" if x is None else _dispatch.cannot_take([x], reading.tensors))
-    if reason or engine != "resident":
+    if reason or engine not in ("resident", "fused_convolution"):
         return reason
-    tracked = [norm is not None for norm in reading.norms]
     lower = None if x is None else _dispatch.autocast_dtype(x)
+    if engine == "fused_convolution":
+        from .ops.triton import convolution
+
+        return convolution.why_not(reading.units, reading.tensors, x, lower)
+    tracked = [norm is not None for norm in reading.norms]
     return resident.why_not(reading.units, tracked, reading.tensors, x, lower)
 
 
@@ -117,7 +123,8 @@ def run(
         untraced = torch.compiler.is_compiling() and not traceable
         call = torch.compiler.disable(run_reference) if untraced else run_reference
         return _undone_on_error(call, x, module) if reading.units is None else call(x)
-    plan = Plan(reading.units, tuple(norm is not None for norm in reading.norms), _dispatch.autocast_dtype(x))
+    tracked = tuple(norm is not None for norm in reading.norms)
+    plan = Plan(reading.units, tracked, _dispatch.autocast_dtype(x), fused=chosen == "fused_convolution")
     rerun = None if torch.compiler.is_compiling() else Rerun(make_reference)
     y, *statistics = call_engine(chosen, x, plan, rerun, reading.tensors)
     update_running(reading, statistics, x)

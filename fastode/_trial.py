@@ -1,12 +1,13 @@
 """On CUDA, "auto" takes an engine only where a trial on that card has shown it to be equal and faster than the others.
 
 The first call of a block on inputs of a new kind times every engine that can run it on a copy of the very call, and
-judges the fastest by the rule of fastode.testing; one that fails it is out. What was decided is kept in a file
-(`_decisions`), by card, versions and kind of call. FASTODE_TUNE=0 forbids trials: then what no file holds runs as the
-reference.
+judges those that are faster than the reference by the rule of fastode.testing; one that fails it is out. What was
+decided is kept in a file (`_decisions`), by card, versions and kind of call. FASTODE_TUNE=0 forbids trials: then what
+no file holds runs as the reference.
 
 A trial runs in a thread of its own, which has none of the caller's autocast, grad mode, saved-tensor hooks or modes. No
-trial is made while torch.compile traces, while a CUDA graph is captured, or inside a trial.
+trial is made while torch.compile traces, while a CUDA graph is captured, or inside a trial. A traced call takes what is
+known or in a file, as a constant: of a decision's engines the fastest that can be traced.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from __future__ import annotations
 import copy
 import datetime
 import itertools
+import math
 import os
 import statistics
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,8 +44,15 @@ def under_way() -> bool:
     return getattr(_state, "under_way", False)
 
 
+@torch.compiler.assume_constant_result
+def allows_tf32() -> bool:
+    """Whether float32 convolutions may round their factors to tf32: then they are judged and timed so."""
+    settings = getattr(torch.backends.cudnn, "conv", None)
+    return torch.backends.cudnn.allow_tf32 if settings is None else settings.fp32_precision == "tf32"
+
+
 def key(kind: str, inputs: Sequence[Tensor], tensors: Sequence[Tensor | None], lower: torch.dtype | None) -> str:
-    """What a decision is for: the block, its inputs' shapes, dtype and layout, and which gradients are asked for.
+    """What a decision is for: the block, its inputs' shapes, dtype and layout, tf32, and which gradients are asked for.
 
     Args:
         kind: the block and its branch in words.
@@ -50,11 +60,13 @@ def key(kind: str, inputs: Sequence[Tensor], tensors: Sequence[Tensor | None], l
         tensors: its parameters and statistics.
         lower: the dtype of autocast, None where it is off.
     """
-    shapes = ", ".join("x".join([str(side) for side in x.shape]) for x in inputs)
+    # Not str(side), which a tracer refuses where the side is a symbol.
+    shapes = ", ".join(["x".join([f"{side}" for side in x.shape]) for x in inputs])
     x = inputs[0]
     layout = "channels_last" if x.shape[1] > 1 and x.stride(1) == 1 else "contiguous"
     autocast = "" if lower is None else f" autocast to {lower}"
-    return f"{kind} | {shapes} {x.dtype} {layout}{autocast} | {mode(inputs, tensors)}".replace("torch.", "")
+    precision = " in tf32" if (lower or x.dtype) == torch.float32 and allows_tf32() else ""
+    return f"{kind} | {shapes} {x.dtype} {layout}{autocast}{precision} | {mode(inputs, tensors)}".replace("torch.", "")
 
 
 def mode(inputs: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> str:
@@ -85,9 +97,27 @@ def against(
         make_reference: makes the reference block; None where only what is known is asked for.
     """
     index = inputs[0].device.index
+    if torch.compiler.is_compiling():
+        return _against_traced(engine, wanted, index, " ".join(candidates()))
     known = _decisions.remembered(index, wanted)
-    if known is None and not torch.compiler.is_compiling():
+    if known is None:
         known = _decide(index, wanted, inputs, lower, candidates(), make_reference)
+    return _verdict(engine, known)
+
+
+@torch.compiler.assume_constant_result
+def _against_traced(engine: str, wanted: str, index: int | None, candidates: str) -> str:
+    """`against` where a tracer asks, which may not read files nor make trials itself."""
+    able = candidates.split()
+    known = _decisions.remembered(index, wanted) or _decisions.look_up(index, wanted)
+    if known is not None and known.engine not in able:
+        # What was faster than the reference was judged; the reference itself is always able.
+        equal = [name for name in able if name in known.milliseconds and name not in known.refused]
+        known = replace(known, engine=min(equal, key=lambda name: known.milliseconds[name], default="reference"))
+    return _verdict(engine, known)
+
+
+def _verdict(engine: str, known: Decision | None) -> str:
     if known is None:
         return "no trial on this card has shown it to be equal and faster"
     if known.engine == engine:
@@ -153,7 +183,10 @@ def _in_thread(call: Callable[[], Decision]) -> Decision:
 def _try(
     block: nn.Module, candidates: Sequence[str], inputs: Sequence[Tensor], mode: Any, lower: torch.dtype | None
 ) -> Decision:
-    """Time the candidates on copies of a call; the fastest that is equal to the reference wins."""
+    """Time the candidates on copies of a call; the fastest that is equal to the reference wins.
+
+    All that are faster than the reference are judged: a call that is traced may have to take the second.
+    """
     # Not copy.deepcopy alone: a parameter may be the result of a computation, which it refuses to copy.
     memo: dict[int, Any] = {id(t): _private(t) for t in itertools.chain(block.parameters(), block.buffers())}
     plain = copy.deepcopy(block, memo)
@@ -162,13 +195,12 @@ def _try(
     device = copies[0].device
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         seconds, refused = _seconds(modules, copies, mode, lower)
-        engine = "reference"
-        for name in sorted(seconds, key=lambda name: seconds[name]):
-            fault = "" if name == "reference" else _fault(plain, modules[name], copies, mode, lower)
-            if not fault:
-                engine = name
-                break
-            refused[name] = fault
+        bound = seconds.get("reference", math.inf)
+        able = [name for name in seconds if name != "reference" and seconds[name] <= bound]
+        faster = sorted(able, key=lambda name: seconds[name])
+        faults = {name: _fault(plain, modules[name], copies, mode, lower) for name in faster}
+        refused |= {name: fault for name, fault in faults.items() if fault}
+        engine = next((name for name in faster if not faults[name]), "reference")
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     return Decision(engine, {name: round(s * 1e3, 4) for name, s in seconds.items()}, refused, today)
 
@@ -181,7 +213,7 @@ def _private(t: Tensor) -> Tensor:
 def _as_twin(plain: nn.Module, engine: str) -> nn.Module:
     kind = type(plain)
     twin: Any = copy.deepcopy(plain)
-    twin.__class__ = twin_of(kind) or twin_of(ancestor_of(kind) or kind)
+    twin.__class__ = getattr(kind, "fused_twin", None) or twin_of(kind) or twin_of(ancestor_of(kind) or kind)
     twin.engine = engine
     return twin
 

@@ -188,7 +188,9 @@ def _engines(block: nn.Module, x: Tensor | None) -> _Engines:
     if not hasattr(block, "why_not"):
         return (_OWN,), ""
     asked = getattr(block, "engine", "auto")
-    names = [name for name in _dispatch.ENGINES if name != "auto" and asked in ("auto", name)]
+    # Left to itself, nobody asks for the engines of another device.
+    wanted = (asked,) if asked != "auto" else [n for n in _dispatch.ENGINES[1:] if not _dispatch.elsewhere(n, x)]
+    names = [name for name in _dispatch.ENGINES[1:] if name in wanted]
     ask = _dispatch.would_use if asked == "auto" else _dispatch.can_use
     found = [(name, *ask(name, block, x)) for name in names]
     able = tuple(name for name, can, _ in found if can)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastode
-from fastode import _build, _cuda, _decisions, _dispatch, _trial, reference
+from fastode import _build, _cuda, _decisions, _dispatch, _one_step, _trial, functional, reference
 from fastode._decisions import Decision
+from fastode.ops import resident
+from fastode.reference.skew import skew_field
 from fastode.testing import compare_tensors, sample_input
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -96,7 +100,7 @@ def test_the_fastest_that_is_equal_is_taken_and_remembered(bench: Bench) -> None
     assert used(module, x) == "resident"
     assert bench.trials == ["train"]
     ((key, entry),) = bench.decisions.items()
-    assert key.startswith("shu_osher ") and key.endswith(" | 2x4x3x3 float32 contiguous | train")
+    assert key.startswith("shu_osher ") and key.endswith(" | 2x4x3x3 float32 contiguous in tf32 | train")
     assert entry["engine"] == "resident" and entry["refused"] == {}
     assert entry["milliseconds"] == {"resident": 1.0, "staged": 2.0, "reference": 3.0}
     assert used(module, x) == "resident" and bench.trials == ["train"]
@@ -268,6 +272,58 @@ def test_tracing_takes_what_is_known_and_makes_no_trial(bench: Bench) -> None:
         assert comparison.ok, comparison.describe()
 
 
+def test_tracing_takes_what_a_file_holds_whatever_the_batch(bench: Bench) -> None:
+    module = block()
+    for batch in (2, 3, 4):
+        module(sample_input(batch, 4, 3, 3))
+    bench.forget()
+    torch.compiler.reset()
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    with pytest.MonkeyPatch.context() as patch:
+        taken: list[str] = []
+        function = functional.shu_osher_function
+        patch.setattr(functional, "shu_osher_function", lambda engine: taken.append(engine) or function(engine))
+        for batch in (2, 3, 4, 5):  # the second of them makes the batch a symbol
+            compiled(sample_input(batch, 4, 3, 3))
+    # Dynamo may look at a frame more than once; for the last batch no file holds anything.
+    assert set(taken) == {"resident"} and len(taken) >= 3 and len(bench.trials) == 3
+    torch.compiler.reset()
+
+
+def test_tracing_takes_the_second_best_that_is_equal_where_the_best_cannot_be_traced(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    able = resident.why_not
+    monkeypatch.setattr(resident, "why_not", lambda *rest: "no" if torch.compiler.is_compiling() else able(*rest))
+    module, x = block(), sample_input(2, 4, 3, 3)
+    assert used(module, x) == "resident"
+    ((key, entry),) = bench.decisions.items()
+    traced = functools.partial(_trial._against_traced, wanted=key, index=None, candidates="staged reference")
+    assert traced("staged") == ""
+    torch.compiler.reset()
+    graphs: list[str] = []
+    torch.compile(module, backend=lambda g, _: graphs.append(g.code) or g.forward, fullgraph=True)(x)
+    assert "autograd_function_apply" in graphs[0]
+    torch.compiler.reset()
+    # Nothing that was not equal is taken, and nothing that was slower than the reference: that was not judged.
+    for changes in (
+        {"refused": {"staged": "was not equal"}},
+        {"milliseconds": entry["milliseconds"] | {"staged": 9.0}},
+    ):
+        _decisions._memory[f"None {key}"] = Decision(**(entry | changes))
+        assert traced("staged") != "" and traced("reference") == ""
+
+
+def test_every_engine_faster_than_the_reference_is_judged(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged: list[str] = []
+    fault = _trial._fault
+    monkeypatch.setattr(_trial, "_fault", lambda p, m, *rest: judged.append(m.engine) or fault(p, m, *rest))
+    block()(sample_input(2, 4, 3, 3))
+    bench.seconds["staged"] = 0.004
+    block()(sample_input(3, 4, 3, 3))
+    assert judged == ["resident", "staged", "resident"]
+
+
 MODES: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "forward": lambda module, x: torch.no_grad()(module)(x),
     "forward, inference": lambda module, x: torch.inference_mode()(module)(x.clone()),
@@ -322,10 +378,60 @@ def test_calls_that_differ_are_tried_apart(bench: Bench) -> None:
         module(given)
         module(given)
         assert len(bench.trials) == len(bench.decisions) == count
+    with tf32_forbidden():
+        block()(x)
+    assert len(bench.trials) == len(bench.decisions) == len(calls) + 1
+    bench.trials.pop()
     # What changes no kernel changes no decision.
     block("IESkip", step_size=0.2)(x)
     fastode.functional.ie_skip(x, reference.PreActBranch(4, norm="layer", activation="tanh"))
     assert len(bench.trials) == len(calls)
+
+
+@contextmanager
+def tf32_forbidden() -> Iterator[None]:
+    settings = torch.backends.cudnn.conv
+    before, settings.fp32_precision = settings.fp32_precision, "ieee"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+def test_what_tf32_cannot_change_does_not_depend_on_it(bench: Bench) -> None:
+    x = sample_input(2, 4, 3, 3)
+    doubled, lowered = block().double(), block()
+    for _ in range(2):
+        with tf32_forbidden():
+            doubled(x.double())
+            with torch.autocast("cpu", torch.bfloat16):
+                lowered(x)
+        doubled(x.double())
+        with torch.autocast("cpu", torch.bfloat16):
+            lowered(x)
+    assert len(bench.trials) == 2
+
+
+@pytest.mark.parametrize("mode", ["forward", "input_grad", "train"])
+@pytest.mark.parametrize("activation", [None, "tanh", nn.ELU(0.5)])
+def test_the_skew_pair_as_a_function_is_tried(bench: Bench, activation: Any, mode: str) -> None:
+    weight = torch.randn(4, 2, 4, 4, requires_grad=mode == "train")
+    y, z = sample_input(2, 4, 4, 4), sample_input(2, 2, 8, 8)
+    bench.seconds |= {"resident": 0.009}
+    z.requires_grad_(mode != "forward")
+    options = {"stride": 2, "activation": activation, "gamma": 0.1}
+    for _ in range(2):
+        found = functional.skew_pair(y, z, weight, **options)
+    assert bench.trials == [mode]
+    ((_, entry),) = bench.decisions.items()
+    assert entry["engine"] == "staged" and entry["refused"] == {}
+    truth = skew_field(*(t.double() for t in (y, z, weight)), 2, 1, 0.1, make_activation(activation))
+    for a, b in zip(found, truth, strict=True):
+        assert torch.allclose(a.double(), b, atol=1e-4)
+
+
+def make_activation(activation: Any) -> Callable[[Tensor], Tensor]:
+    return torch.tanh if activation == "tanh" else activation or nn.Identity()
 
 
 def test_skew_blocks_are_tried_as_a_whole(bench: Bench) -> None:
@@ -339,6 +445,56 @@ def test_skew_blocks_are_tried_as_a_whole(bench: Bench) -> None:
     keys = sorted(bench.decisions)
     assert len(bench.trials) == 2 and keys[0].startswith("skew_pair ") and keys[1].startswith("skew_solution by rk4 ")
     assert all(entry["refused"] == {} for entry in bench.decisions.values())
+
+
+def test_fused_convolutions_are_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = block(), sample_input(2, 4, 3, 3)
+    assert module.why_not("fused_convolution", x) == "it runs on CUDA only"
+    assert fastode.nn.SkewPair(4, 4).why_not("fused_convolution", x) == "it runs on CUDA only"
+    module.engine = "fused_convolution"
+    message = "engine must be one that can run this block, got 'fused_convolution': it runs on CUDA only"
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        module(x)
+    monkeypatch.setattr(_cuda, "why_not", lambda: "there is no CUDA device")
+    assert module.why_not("fused_convolution", None) == "there is no CUDA device"
+    assert fastode.fuse(module, engine="fused_convolution").rows[0].engines == ()
+    assert "fused_convolution" not in str(fastode.fuse(module))  # nobody asked for it
+
+
+@pytest.mark.parametrize("kind", ["IESkip", "SSP3", "Ark", "ResBlock"])
+def test_fused_convolutions_are_the_staged_engine_with_another_plan(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    module, x = block(kind), sample_input(2, 4, 3, 3)
+    monkeypatch.setattr(_dispatch, "_HOME", {})  # the CPU stands for the card
+    plans: list[tuple[str, bool]] = []
+    real = _one_step.Plan
+
+    def planned(*rest: Any, **options: Any) -> Any:
+        plans.append((module.engine, options["fused"]))
+        return real(*rest, **(options | {"fused": False}))
+
+    monkeypatch.setattr(_one_step, "Plan", planned)
+    for module.engine in ("fused_convolution", "staged", "resident"):
+        assert used(module, x) == module.engine
+    assert plans == [("fused_convolution", True), ("staged", False), ("resident", False)]
+    assert (
+        module.double().why_not("fused_convolution", x.double()) == "there are no fused convolutions for torch.float64"
+    )
+
+
+def test_auto_takes_fused_convolutions_after_a_trial_only(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dispatch, "_HOME", {"resident": "cuda"})
+    real = _one_step.Plan
+    monkeypatch.setattr(_one_step, "Plan", lambda *rest, **options: real(*rest, **(options | {"fused": False})))
+    bench.seconds = {"fused_convolution": 0.001, "staged": 0.002, "reference": 0.003}
+    module, x = block(), sample_input(2, 4, 3, 3)
+    assert used(module, x) == "fused_convolution"
+    ((_, entry),) = bench.decisions.items()
+    assert entry["engine"] == "fused_convolution" and entry["refused"] == {}
+    bench.seconds["fused_convolution"] = 0.0025
+    assert used(module, x[:1]) == "staged"
+    assert module.against("fused_convolution", x[:1]) == ("in a trial on this card it took 2.5 ms, and staged 2 ms")
+    monkeypatch.setenv("FASTODE_TUNE", "0")
+    assert used(module, sample_input(5, 4, 3, 3)) == "reference"
 
 
 def test_a_device_without_kernels_is_named() -> None:

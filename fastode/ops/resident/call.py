@@ -37,8 +37,6 @@ def why_not(
         return "it does not lower convolutions as autocast asks"
     if x is None:
         return ""
-    if x.device.type != "cpu":
-        return "it runs on the CPU only"
     if any(tensor is not None and tensor.dtype != x.dtype for tensor in tensors):
         return "its parameters are not of the input's dtype"
     return ""
