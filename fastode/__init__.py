@@ -5,6 +5,7 @@ compiles nothing.
 """
 
 from . import branch, functional, nets, nn, reference, tableau
+from ._graphs import graphed
 from ._registry import register
 from .fuse import FusionReport, fuse, unfuse
 
@@ -15,6 +16,7 @@ __all__ = [
     "branch",
     "functional",
     "fuse",
+    "graphed",
     "nets",
     "nn",
     "reference",

@@ -172,6 +172,8 @@ def _in_thread(call: Callable[[], Decision]) -> Decision:
         except BaseException as error:
             errors.append(error)
 
+    if torch.cuda.is_initialized():
+        torch.cuda.current_stream().synchronize()  # that thread has another stream, and copies what this one makes
     thread = threading.Thread(target=run, name="fastode trial")
     thread.start()
     thread.join()
