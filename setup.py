@@ -30,7 +30,7 @@ class BuildWithSources(build_py):
 
 
 def prebuild(package: Path) -> None:
-    """Compile the operators for the baseline CPU into `package`."""
+    """Compile the operators into `package`, for each instruction set that is told apart when they are loaded."""
     if importlib.util.find_spec("torch") is None:
         sys.exit("FASTODE_PREBUILD=1 compiles against the installed torch: add --no-build-isolation")
     # By path: importing fastode itself would run more of the package than a build should.
@@ -41,7 +41,7 @@ def prebuild(package: Path) -> None:
     sys.modules[spec.name] = toolchain
     spec.loader.exec_module(toolchain)
     try:
-        print("fastode: built", toolchain.build_ahead(HERE / "csrc", package))
+        print("fastode: built", *toolchain.build_ahead(HERE / "csrc", package))
     except toolchain.BuildError as error:
         sys.exit(f"FASTODE_PREBUILD=1: {error}")
 

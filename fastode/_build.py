@@ -7,7 +7,6 @@ built earlier on a machine like this one, then a build. Nothing here runs on ``i
 from __future__ import annotations
 
 import os
-import platform
 import sys
 import threading
 import warnings
@@ -18,13 +17,13 @@ import torch
 
 from . import _cuda
 from ._toolchain import (
-    BASELINE_FEATURES,
     LIBRARY,
     BuildError,
     Recipe,
     build,
     cache_directory,
     cpu_features,
+    levels,
     prebuilt_name,
     recipe,
 )
@@ -41,13 +40,12 @@ def source_root() -> Path | None:
 
 
 def prebuilt() -> Path | None:
-    """The library that was built ahead of time from these very sources, if this machine's CPU can run it."""
+    """The best of the libraries built ahead of time from these very sources that this machine's CPU can run."""
     root = source_root()
     if root is None or os.environ.get("FASTODE_CXXFLAGS"):
         return None
-    needed = BASELINE_FEATURES.get(platform.machine(), set())
-    path = PACKAGE / prebuilt_name(root)
-    return path if path.exists() and needed <= set(cpu_features()) else None
+    able = (level for level in levels() if level.features <= set(cpu_features()))
+    return next((path for level in able if (path := PACKAGE / prebuilt_name(root, level)).exists()), None)
 
 
 @dataclass

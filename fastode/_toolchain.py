@@ -37,12 +37,35 @@ FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-math-errno",
 # The stable ABI of torch 2.10: one binary serves every later torch.
 STABLE_ABI = ("-DTORCH_TARGET_VERSION=0x020a000000000000",)
 NATIVE = ("-march=native",)
-# What a prebuilt library may use on each machine type, and the CPU features that must then be present. x86-64-v3 is
-# AVX2 + FMA: every x86 server since 2015. A machine below it, or whoever wants AVX-512, compiles instead.
-BASELINE = {"x86_64": ("-march=x86-64-v3",), "AMD64": ("-march=x86-64-v3",)}
-BASELINE_FEATURES = {"x86_64": {"avx2", "fma", "f16c", "bmi1", "bmi2", "movbe", "abm"}}
 BUILD_TIMEOUT = 600.0  # seconds; only a hung compiler takes longer
 LOCK_TIMEOUT = 300.0
+
+
+@dataclass(frozen=True)
+class Level:
+    """An instruction set that a prebuilt library is compiled for.
+
+    Args:
+        name: in the library's file name.
+        flags: of the compiler.
+        features: what the CPU must say it has.
+    """
+
+    name: str
+    flags: tuple[str, ...] = ()
+    features: frozenset[str] = frozenset()
+
+
+_AVX2 = frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2", "movbe", "abm"})
+_AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+_AMX = _AVX512 | {"avx512_bf16", "amx_tile", "amx_bf16"}
+# Best first; which of them runs is chosen when they are loaded. A CPU below the last one compiles instead.
+_X86 = (
+    Level("amx", ("-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"), _AMX),
+    Level("avx512", ("-march=x86-64-v4",), _AVX512),
+    Level("avx2", ("-march=x86-64-v3",), _AVX2),
+)
+LEVELS = {"x86_64": _X86, "AMD64": _X86}
 
 
 class BuildError(Exception):
@@ -311,18 +334,26 @@ def build(made: Recipe, cache: Path, *, announce: bool = True) -> Path:
 # ---- ahead of time
 
 
-def prebuilt_name(root: Path) -> str:
+def levels() -> tuple[Level, ...]:
+    """What is compiled ahead of time on this machine type, best first."""
+    return LEVELS.get(platform.machine(), (Level("generic"),))
+
+
+def prebuilt_name(root: Path, level: Level) -> str:
     """The file name of a prebuilt library: it names its sources, so an outdated one is not found."""
-    return f"libfastode-{source_hash(root)[:16]}.so"
+    return f"libfastode-{source_hash(root)[:16]}-{level.name}.so"
 
 
-def build_ahead(root: Path, package: Path) -> Path:
-    """Build the sources under ``root`` for the baseline CPU into the package directory ``package``; setup.py's part.
+def build_ahead(root: Path, package: Path) -> list[Path]:
+    """Build the sources under ``root`` at every level into the package directory ``package``; setup.py's part.
 
     Raises:
         BuildError: with the reason.
     """
-    made = recipe(root, BASELINE.get(platform.machine(), ()))
-    with tempfile.TemporaryDirectory() as work:
-        library = compile_into(made, Path(work), package.parent / "fastode-build.log")
-        return Path(shutil.move(library, package / prebuilt_name(root)))
+    built = []
+    for level in levels():
+        made = recipe(root, level.flags)
+        with tempfile.TemporaryDirectory() as work:
+            library = compile_into(made, Path(work), package.parent / "fastode-build.log")
+            built.append(Path(shutil.move(library, package / prebuilt_name(root, level))))
+    return built

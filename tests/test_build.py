@@ -187,27 +187,42 @@ def test_the_lock_times_out_and_names_its_holder(root: Path, tmp_path: Path, mon
 
 
 def test_a_prebuilt_library_comes_first_and_only_from_these_sources(package: Path) -> None:
-    library = _toolchain.build_ahead(package / "csrc", package)
-    assert answer(library) == 42
-    assert _build.prebuilt() == library
-    assert _build.find_or_build() == library
+    libraries = _toolchain.build_ahead(package / "csrc", package)
+    assert [answer(library) for library in libraries] == [42] * len(_toolchain.levels())
+    best = _build.prebuilt()
+    assert best in libraries
+    assert _build.find_or_build() == best
     assert not _toolchain.cache_directory().exists()
-    assert _build.available() == (True, f"built ahead of time: {library}")
+    assert _build.available() == (True, f"built ahead of time: {best}")
     (package / "csrc" / "cpu" / "answer.h").write_text("#define ANSWER 43\n")
     assert _build.prebuilt() is None
     assert answer(_build.find_or_build(announce=False)) == 43
 
 
-def test_a_prebuilt_library_is_not_opened_on_a_cpu_below_its_baseline(
+def test_the_best_prebuilt_library_that_the_cpu_can_run_is_opened(
     package: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
-    (package / _toolchain.prebuilt_name(package / "csrc")).write_text("")
-    needed = _toolchain.BASELINE_FEATURES["x86_64"]
-    monkeypatch.setattr(_build, "cpu_features", lambda: tuple(needed))
-    assert _build.prebuilt() is not None
-    monkeypatch.setattr(_build, "cpu_features", lambda: tuple(needed - {"avx2"}))
+    levels = _toolchain.levels()
+    assert [level.name for level in levels] == ["amx", "avx512", "avx2"]
+    for level in levels:
+        (package / _toolchain.prebuilt_name(package / "csrc", level)).write_text("")
+    for level in levels:
+        monkeypatch.setattr(_build, "cpu_features", lambda level=level: tuple(level.features))
+        assert _build.prebuilt() == package / _toolchain.prebuilt_name(package / "csrc", level)
+    monkeypatch.setattr(_build, "cpu_features", lambda: tuple(levels[-1].features - {"avx2"}))
     assert _build.prebuilt() is None
+
+
+def test_each_level_has_the_instructions_that_its_name_says(root: Path) -> None:
+    macros = {"amx": "__AMX_BF16__", "avx512": "__AVX512BW__", "avx2": "__AVX2__"}
+    command, _ = _toolchain.compiler()
+    for level in _toolchain.levels():
+        line = [*command, *level.flags, "-dM", "-E", "-x", "c++", os.devnull]
+        defined = subprocess.run(line, capture_output=True, text=True, check=True).stdout
+        assert {name for name, macro in macros.items() if macro in defined} == {
+            better.name for better in _toolchain.levels() if better.features <= level.features
+        } - {"generic"}
 
 
 def test_a_wheel_carries_the_sources_and_needs_no_compiler(tmp_path: Path) -> None:
