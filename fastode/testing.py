@@ -380,5 +380,7 @@ def compare_tensors(
         True
     """
     runs: list[Tensors] = [dict(run) for run in references]
-    rule = Rule(dict(truths), runs, longest_reduction, dtype, pointwise, lambda name: False)
+    exact: Tensors = dict(truths)
+    zero = functools.partial(is_rounding, truths=exact, again=lambda: exact, longest=longest_reduction)
+    rule = Rule(exact, runs, longest_reduction, dtype, pointwise, zero)
     return Comparison(tuple(rule.row(name, outputs[name]) for name in truths))
