@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import _check, _dispatch, _one_step, _rule, _trial, branch
 from .ops.rerun import Rerun
+from .ops.resident import skew as resident
 from .ops.skew_pair.autograd import March, MarchFunction, SkewFunction
 from .ops.skew_pair.engine import TENSORS_PER_NORM, Pair
 from .reference.branches import make_activation
@@ -45,10 +46,15 @@ class Field:
         """Why an engine cannot run it on these states (or, without any, on some); empty if it can."""
         if self.reason:
             return self.reason
-        if engine in ("resident", "fused_convolution"):
-            return _dispatch.elsewhere(engine, states[0] if states else None) or "it has one-step blocks only"
+        reason = _dispatch.elsewhere(engine, states[0] if states else None)
+        if reason or engine == "fused_convolution":
+            return reason or "it has one-step blocks only"
         reason = _dispatch.no_operators(states[0].device.type if states else "cpu")
-        return reason or (_dispatch.cannot_take(states, [self.weight, *self.tensors]) if states else "")
+        reason = reason or (_dispatch.cannot_take(states, [self.weight, *self.tensors]) if states else "")
+        if reason or engine != "resident":
+            return reason
+        x = states[0] if states else self.weight
+        return resident.why_not(self.pair(x), self.weight, self.tensors, states)
 
     def against(
         self, engine: str, states: Sequence[Tensor], kind: str, make_reference: Callable[[], nn.Module] | None = None
@@ -113,7 +119,7 @@ def read(
 ) -> Field:
     """Read a pair with σ = activation (None for the identity) and either four norms with their names, or none."""
     field = Field(weight, stride, padding, gamma, None, [branch.Reading(())] * 4)
-    if activation is not None:
+    if activation is not None and (type(activation) is not nn.Identity or has_hooks(activation)):
         reading = branch.read(activation)
         if reading.units is None:
             field.reason = reading.reason.replace("branch", "activation", 1)
@@ -135,10 +141,14 @@ def read(
     return field
 
 
-def evaluate(field: Field, y: Tensor, z: Tensor, make_reference: Callable[[], nn.Module]) -> tuple[Tensor, Tensor]:
-    """The slopes at (y, z), by the staged engine."""
+def evaluate(
+    field: Field, y: Tensor, z: Tensor, make_reference: Callable[[], nn.Module], engine: str
+) -> tuple[Tensor, Tensor]:
+    """The slopes at (y, z), by an engine that can run the field."""
     field.check(y, z)
     rerun = None if torch.compiler.is_compiling() else Rerun(make_reference)
+    if engine == "resident":
+        return resident.ResidentSkewFunction.apply(y, z, field.weight, field.pair(y), rerun, *field.tensors)
     dy, dz, *statistics = SkewFunction.apply(y, z, field.weight, field.pair(y), rerun, *field.tensors)
     field.update_running(statistics, y, z)
     return dy, dz
@@ -151,6 +161,14 @@ def march(field: Field, y: Tensor, z: Tensor, steps: March, make_reference: Call
     end, *statistics = MarchFunction.apply(y, z, field.weight, field.pair(y), steps, rerun, *field.tensors)
     field.update_running(statistics, y, z)
     return end
+
+
+def solve(field: Field, x: Tensor, steps: March, make_reference: Callable[[], nn.Module]) -> Tensor:
+    """y at the end of equal steps from the initial state that x gives, by the resident engine."""
+    y = x[:, :1, :: field.stride, :: field.stride].expand(-1, field.weight.shape[0], -1, -1)
+    field.check(y, x)
+    rerun = None if torch.compiler.is_compiling() else Rerun(make_reference)
+    return resident.ResidentMarchFunction.apply(x, field.weight, field.pair(x), steps, rerun, *field.tensors)
 
 
 class _PlainPair(nn.Module):
@@ -259,7 +277,7 @@ def _pair(
     )
     if chosen == "reference":
         return skew_field(y, z, weight, stride, padding, gamma, function)
-    return evaluate(field, y, z, lambda: _PlainPair(weight, *constants))
+    return evaluate(field, y, z, lambda: _PlainPair(weight, *constants), chosen)
 
 
 def has_hooks(module: nn.Module) -> bool:

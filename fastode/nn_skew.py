@@ -53,7 +53,7 @@ class SkewPair(_Fused, reference.SkewPair):
         _note(self, chosen)
         if chosen == "reference":
             return super().forward(y, z)
-        return _functional_skew.evaluate(field, y, z, lambda: _as_reference(self))
+        return _functional_skew.evaluate(field, y, z, lambda: _as_reference(self), chosen)
 
 
 @register(reference.SkewLinear)
@@ -103,25 +103,26 @@ class _FusedSolve(_Fused, reference.SOBlock):
         if chosen == "reference":
             return super().forward(x)
         _note(self.field, chosen)
-        make = partial(_FixedSolution, self)
         field = _read(self.field)
-        state = (_repeated(x, field.weight.shape[0], field.stride), x)
-        if self.solver in FIXED:
-            scheme = FIXED[self.solver]
-            steps = March(scheme.a, scheme.b, self.t1 / self.steps, self.steps)
-            end = _functional_skew.march(field, *state, steps, make)
-            return end if is_channels_last(x) else end.contiguous()
-        return self._adaptive(field, state)
+        if self.solver not in FIXED:
+            return self._adaptive(field, x, chosen)
+        scheme = FIXED[self.solver]
+        steps = March(scheme.a, scheme.b, self.t1 / self.steps, self.steps)
+        make = partial(_FixedSolution, self)
+        if chosen == "resident":
+            return _functional_skew.solve(field, x, steps, make)
+        end = _functional_skew.march(field, _repeated(x, field.weight.shape[0], field.stride), x, steps, make)
+        return end if is_channels_last(x) else end.contiguous()
 
-    def _adaptive(self, field: _functional_skew.Field, state: State) -> Tensor:
+    def _adaptive(self, field: _functional_skew.Field, x: Tensor, engine: str) -> Tensor:
         """torchdiffeq flattens its state: as [N, H, W, C], so that the field finds it in its own memory format."""
         make = partial(_as_reference, self.field)
 
         def slopes(y: Tensor, z: Tensor) -> State:
-            pair = _functional_skew.evaluate(field, _to_front(y), _to_front(z), make)
+            pair = _functional_skew.evaluate(field, _to_front(y), _to_front(z), make, engine)
             return _to_back(pair[0]), _to_back(pair[1])
 
-        back = (_to_back(state[0]), _to_back(state[1]))
+        back = (_to_back(_repeated(x, field.weight.shape[0], field.stride)), _to_back(x))
         end, _ = solve_adaptive(slopes, back, self.solver, self.rtol, self.atol, self.t1)
         return _to_front(end).contiguous()
 
@@ -137,14 +138,15 @@ class SOClassifier(_FusedSolve, reference.SOClassifier):
 
 
 class _FixedSolution(nn.Module):
-    """The reference solution by fixed steps, as a function of the initial state."""
+    """The reference solution by fixed steps, as a function of the initial state or of x, which gives one."""
 
     def __init__(self, block: Any) -> None:
         super().__init__()
         self.field = _as_reference(block.field)
         self.scheme, self.t1, self.steps = FIXED[block.solver], block.t1, block.steps
 
-    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+    def forward(self, *state: Tensor) -> Tensor:
+        y, z = state if len(state) == 2 else self.field.initial_state(*state)
         return solve_fixed(self.field, (y, z), self.scheme, self.t1, self.steps)[0]
 
 

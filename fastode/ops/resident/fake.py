@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import skew_fake
+
 
 def _feature_map(x: Tensor) -> Tensor:
     last = x.stride(1) == 1 and x.shape[1] > 1
@@ -50,7 +52,7 @@ def _rk_backward(x, cotangent, kept, parameters, units, numbers, table, gradient
 
 def register() -> None:
     """Register them all; the operators must have been loaded."""
-    for name, fake in _FAKES.items():
+    for name, fake in {**_FAKES, **skew_fake.FAKES}.items():
         torch.library.register_fake(f"fastode::resident_{name}", fake)
 
 

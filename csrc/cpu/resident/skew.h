@@ -1,0 +1,133 @@
+// The skew pair on one resident sample: an evaluation and its pull-back. Derivation and equation numbers: README.md of
+// fastode/ops/skew_pair.
+#pragma once
+
+#include "branch.h"
+#include "skew_conv.h"
+#include "skew_passes.h"
+
+namespace fastode::resident {
+
+enum { kPreY = 0, kPreZ, kPostY, kPostZ, kPairNorms };
+
+template <class A>
+struct PairNorm {
+  int64_t mode = kNoNorm, groups = 1, channels = 0;
+  double eps = 0;
+  const A *weight = nullptr, *bias = nullptr, *mean = nullptr, *rstd = nullptr;  // rows
+  int64_t weight_at = -1, bias_at = -1;  // of the gradients in a worker's accumulators, or -1
+  int64_t statistics_at = 0;             // of mean and rstd in an evaluation's statistics
+
+  bool measured() const { return mode == kGroupNorm; }
+  int64_t blocks() const { return blocks_of<A>(channels); }
+};
+
+template <class A>
+struct PairSpec {
+  SkewShape shape = {};
+  PairNorm<A> norms[kPairNorms];
+  Unary<A> act;
+  bool tells = false;  // act'(h) is act'(act(h))
+  A gamma = 0;
+  const A *down = nullptr, *up = nullptr, *zeros = nullptr, *ones = nullptr;  // rows
+  int64_t weight_at = -1, gradients = 0;                                      // elements of a worker's accumulators
+  int64_t statistics = 0;  // elements for each evaluation of a sample
+};
+
+// A state or a slope: one map in y's plane and one in z's.
+template <class A>
+struct Both {
+  View<A> y, z;
+};
+
+struct Want {
+  bool y = false, z = false;
+  bool any() const { return y || z; }
+};
+
+// What an evaluation leaves: h, or act(h) where that says enough, act(h) itself, and the statistics of the norms.
+template <class A>
+struct Trace {
+  Both<A> guide, s;
+  A* statistics = nullptr;
+  Want made;
+};
+
+template <class A>
+class SkewPair {
+ public:
+  SkewPair(const PairSpec<A>& spec, Arena& arena, bool backward)
+      : spec(spec), y_plane(spec.shape.template y_plane<A>()), z_plane(spec.shape.template z_plane<A>()) {
+    y_hat_ = padded(arena, true), z_hat_ = padded(arena, false);
+    if (backward) p_ = padded(arena, true), q_ = padded(arena, false);
+    width_ = kLanes<A> * std::max(y_blocks(), z_blocks());
+    sums_ = arena.take<A>(2 * width_), means_ = arena.take<A>(2 * width_);
+  }
+
+  int64_t y_blocks() const { return blocks_of<A>(spec.shape.channels); }
+  int64_t z_blocks() const { return blocks_of<A>(spec.shape.in_channels); }
+  int64_t y_size() const { return y_blocks() * y_plane.pixels() * kLanes<A>; }
+  int64_t z_size() const { return z_blocks() * z_plane.pixels() * kLanes<A>; }
+
+  View<A> y_map(Arena& arena) const { return y_plane.compact(arena.take<A>(y_size())); }
+  View<A> z_map(Arena& arena) const { return z_plane.compact(arena.take<A>(z_size())); }
+  Both<A> maps(Arena& arena) const { return {y_map(arena), z_map(arena)}; }
+
+  // Where a point may be made that the next evaluation, and nothing else, is about.
+  Both<A> workspace() const { return {y_hat_, z_hat_}; }
+
+  // (1) at `point`: the wanted act(h).
+  void evaluate(const Both<A>& point, Trace<A>& trace, Want want) const;
+
+  // (2) to (4) for the slopes' cotangents, sums of terms of which one without any is zero: adds the parameters'
+  // gradients and leaves the needed cotangents of the norms' results in the workspace; returns which are there, the
+  // others are zero.
+  Want pull(const Both<A>& point, const Trace<A>& trace, const Combine<A>& y_bar, const Combine<A>& z_bar, A* gradients,
+            Want need) const;
+
+  // out = combine(the pull-back of the norm of the point's half), for the cotangent that pull() has left.
+  void finish(bool y, const View<A>& point, const Trace<A>& trace, const View<A>& out, const Combine<A>& combine,
+              A* gradients) const;
+
+  // Which halves of a point an evaluation reads.
+  Want reads(Want want) const {
+    const bool damped = spec.gamma != 0;
+    return {want.z || (want.y && damped), want.y || (want.z && damped)};
+  }
+
+  // act(h) again, where the guide is h.
+  void restore(Trace<A>& trace) const;
+
+  // The norm `which`, and for a pull-back the means that the last settle() found.
+  NormRows<A> rows_of(int which, const A* statistics, bool settled = false) const;
+
+  const PairSpec<A>& spec;
+  const Plane<A> y_plane, z_plane;
+
+ private:
+  static bool is_y(int which) { return which == kPreY || which == kPostY; }
+  const Plane<A>& plane_of(int which) const { return is_y(which) ? y_plane : z_plane; }
+
+  View<A> padded(Arena& arena, bool y) const {
+    const Plane<A>& plane = y ? y_plane : z_plane;
+    const int64_t blocks = y ? y_blocks() : z_blocks();
+    A* base = arena.take<A>(blocks * plane.size);
+    if (!base) return {};
+    clear_halo(plane, plane.padded(base), blocks);
+    return plane.padded(base);
+  }
+
+  void measure(int which, const View<A>& map, A* statistics) const;
+  void normalise(int which, const View<A>& point, A* statistics, const View<A>& out) const;
+  void activate(bool y, const Trace<A>& trace) const;
+  // The means that the derivative of a norm needs, and the gradients of its parameters; the cotangent is scaled.
+  void settle(int which, const View<A>& x, const A* statistics, const View<A>& cotangent, A scale, A* gradients) const;
+  // out = sign times the cotangent of h for the cotangent `bar` of the slope.
+  void pull_half(bool y, const Trace<A>& trace, const Combine<A>& bar, A sign, A* gradients, const View<A>& out) const;
+
+  View<A> y_hat_, z_hat_, p_, q_;
+  int64_t width_ = 0;
+  A *sums_ = nullptr, *means_ = nullptr;
+};
+
+}  // namespace fastode::resident

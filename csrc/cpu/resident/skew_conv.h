@@ -1,0 +1,53 @@
+// The skew pair's W, its transpose and its weight gradient on one resident sample. W maps z to y: an odd kernel at
+// stride 1, or 4 x 4 at stride 2; the padding is (kernel - 1) / 2.
+#pragma once
+
+#include "conv.h"
+
+namespace fastode::resident {
+
+struct SkewShape {
+  int64_t channels, in_channels, kernel, stride;
+  int64_t height, width;  // of y; z is `stride` times as large
+
+  int64_t halo() const { return stride == 1 ? kernel / 2 : 1; }
+  ConvShape down() const { return {in_channels, channels, kernel, kernel}; }
+  // The transposed convolution at stride 2 is one 2 x 2 convolution for each parity of z's rows and columns.
+  ConvShape up() const { return {channels, in_channels, kernel / stride, kernel / stride}; }
+
+  template <class A>
+  Plane<A> y_plane() const {
+    return {height, width, halo()};
+  }
+  template <class A>
+  Plane<A> z_plane() const {
+    return {height * stride, width * stride, halo()};
+  }
+  template <class A>
+  int64_t down_size() const {
+    return down().template packed_size<A>();
+  }
+  template <class A>
+  int64_t up_size() const {
+    return stride * stride * up().template packed_size<A>();
+  }
+};
+
+// `weight` [channels, in_channels, kernel, kernel] with any strides.
+template <class A>
+void pack_skew(const SkewShape& shape, const A* weight, const int64_t* strides, A* down, A* up);
+
+// out = combine(W in), from z's plane to y's; `in` has a zero halo.
+template <class A>
+void skew_down(const SkewShape& shape, const A* packed, const ConvJob<A>& job);
+
+// out = combine(W^T in), from y's plane to z's; `in` has a zero halo.
+template <class A>
+void skew_up(const SkewShape& shape, const A* packed, const ConvJob<A>& job);
+
+// gradient += the sum over the pairs of W's gradient for an input in z's plane and a cotangent in y's, both with zero
+// halos; the layout is that of the shape down().
+template <class A>
+void skew_weight_gradient(const SkewShape& shape, const GradientPair<A>* pairs, int64_t count, A* gradient);
+
+}  // namespace fastode::resident

@@ -1,0 +1,134 @@
+// Packing and loops of the stride-2 pair around the micro-kernels. Included by one .cpp per arithmetic type.
+#pragma once
+
+#include "conv_impl.h"
+#include "skew_conv.h"
+
+namespace fastode::resident {
+
+// Four taps with two vectors of outputs, and their accumulators, need the larger register file.
+inline constexpr int kDownTaps = kTile == 16 ? 4 : 2;
+inline constexpr int kUpTaps = 2;
+
+// As pack_weights: `taps` horizontal taps share a set, and weight(out, in, ky, kx) is any weight.
+template <class A, class F>
+void pack_taps(const ConvShape& shape, int64_t taps, const F& weight, A* packed) {
+  constexpr int lanes = kLanes<A>;
+  const int64_t vectors = vectors_of<A>(shape.out_channels);
+  for (int64_t group = 0; group < blocks_of<A>(shape.out_channels); group += vectors)
+    for (int64_t first = 0; first < shape.in_channels; first += lanes) {
+      const int64_t last = std::min<int64_t>(first + lanes, shape.in_channels);
+      for (int64_t ky = 0; ky < shape.kernel_h; ++ky)
+        for (int64_t set = 0; set < shape.kernel_w; set += taps)
+          for (int64_t in = first; in < last; ++in)
+            for (int64_t kx = set; kx < set + taps; ++kx)
+              for (int64_t lane = 0; lane < vectors * lanes; ++lane, ++packed) {
+                const int64_t out = group * lanes + lane;
+                *packed = out < shape.out_channels ? weight(out, in, ky, kx) : A(0);
+              }
+    }
+}
+
+template <class A>
+void pack_skew(const SkewShape& shape, const A* weight, const int64_t* strides, A* down, A* up) {
+  if (shape.stride == 1) {
+    pack_weights(shape.down(), false, weight, strides, down);
+    return pack_weights(shape.up(), true, weight, strides, up);
+  }
+  const auto at = [&](int64_t out, int64_t in, int64_t ky, int64_t kx) {
+    return weight[out * strides[0] + in * strides[1] + ky * strides[2] + kx * strides[3]];
+  };
+  pack_taps<A>(shape.down(), kDownTaps, at, down);
+  // Row 2 i + parity of z meets row j of y where 2 j + ky - 1 is it: rows i - 1 and i, or i and i + 1.
+  for (int64_t py = 0; py < 2; ++py)
+    for (int64_t px = 0; px < 2; ++px, up += shape.up().template packed_size<A>())
+      pack_taps<A>(
+          shape.up(), kUpTaps,
+          [&](int64_t out, int64_t in, int64_t ky, int64_t kx) {
+            return at(in, out, 3 - py - 2 * ky, 3 - px - 2 * kx);
+          },
+          up);
+}
+
+template <class A, int taps, int step>
+void run_skew(const ConvShape& shape, const A* packed, const Plane<A>& out, int64_t up, int64_t left,
+              const ConvJob<A>& job) {
+  const int64_t vectors = vectors_of<A>(shape.out_channels);
+  const ConvPlan<A> plan{out.height,
+                         out.width,
+                         up,
+                         left,
+                         blocks_of<A>(shape.out_channels),
+                         vectors * kLanes<A> * shape.in_channels * shape.kernel_h * shape.kernel_w,
+                         packed,
+                         shape.in_channels,
+                         shape.kernel_h,
+                         shape.kernel_w / taps,
+                         nullptr};
+  vectors == 2 ? run_plan<A, 2, taps, step>(plan, &job, 1) : run_plan<A, 1, taps, step>(plan, &job, 1);
+}
+
+template <class A>
+void skew_down(const SkewShape& shape, const A* packed, const ConvJob<A>& job) {
+  const Plane<A> plane = shape.y_plane<A>();
+  if (shape.stride == 1) return convolve<A>(plane, shape.down(), packed, nullptr, &job, 1);
+  run_skew<A, kDownTaps, 2>(shape.down(), packed, plane, 1, 1, job);
+}
+
+// Every second row and column, from (py, px) on.
+template <class A>
+View<A> parity(View<A> view, int64_t py, int64_t px) {
+  view.at += py * view.row + px * view.pixel;
+  view.row *= 2, view.pixel *= 2;
+  return view;
+}
+
+template <class A>
+void skew_up(const SkewShape& shape, const A* packed, const ConvJob<A>& job) {
+  const Plane<A> plane = shape.y_plane<A>();
+  if (shape.stride == 1) return convolve<A>(plane, shape.up(), packed, nullptr, &job, 1);
+  for (int64_t py = 0; py < 2; ++py)
+    for (int64_t px = 0; px < 2; ++px, packed += shape.up().template packed_size<A>()) {
+      ConvJob<A> part = job;
+      part.out = parity(job.out, py, px);
+      for (int i = 0; i < job.combine.count; ++i) part.combine.term[i] = parity(job.combine.term[i], py, px);
+      run_skew<A, kUpTaps, 1>(shape.up(), packed, plane, 1 - py, 1 - px, part);
+    }
+}
+
+template <class A>
+void skew_weight_gradient(const SkewShape& shape, const GradientPair<A>* pairs, int64_t count, A* gradient) {
+  const ConvShape down = shape.down();
+  if (shape.stride == 1) return weight_gradient<A>(shape.y_plane<A>(), down, pairs, count, gradient);
+  if (count > kPairs) {
+    skew_weight_gradient(shape, pairs, kPairs, gradient);
+    return skew_weight_gradient(shape, pairs + kPairs, count - kPairs, gradient);
+  }
+  constexpr int lanes = kLanes<A>, inputs = lanes < kTile / 2 ? lanes : kTile / 2;
+  const int64_t out_blocks = blocks_of<A>(down.out_channels), in_blocks = blocks_of<A>(down.in_channels);
+  const int64_t vectors = vectors_of<A>(down.out_channels);
+  const int64_t vector_stride = in_blocks * lanes * lanes * down.kernel_h * down.kernel_w;
+  GradientTile<A> tiles[kPairs];
+  for (int64_t ob = 0; ob < out_blocks; ob += vectors)
+    for (int64_t ib = 0; ib < in_blocks; ++ib)
+      for (int64_t i = 0; i < std::min<int64_t>(lanes, down.in_channels - ib * lanes); i += inputs)
+        for (int64_t ky = 0; ky < down.kernel_h; ++ky)
+          for (int64_t kx = 0; kx < down.kernel_w; ++kx) {
+            for (int64_t n = 0; n < count; ++n)
+              tiles[n] = {pairs[n].in.pixel_at(ib, ky - 1, kx - 1) + i,
+                          pairs[n].cotangent.pixel_at(ob, 0, 0),
+                          shape.height,
+                          shape.width,
+                          2 * pairs[n].in.row,
+                          2 * lanes,
+                          pairs[n].cotangent.row,
+                          pairs[n].cotangent.block};
+            A* to = gradient + gradient_index<A>(down, ob * lanes, ib * lanes + i, ky, kx);
+            if (vectors == 2)
+              gradient_tile<A, 2, inputs>(tiles, count, to, down.kernel_w * lanes, vector_stride);
+            else
+              gradient_tile<A, 1, inputs>(tiles, count, to, down.kernel_w * lanes, vector_stride);
+          }
+}
+
+}  // namespace fastode::resident

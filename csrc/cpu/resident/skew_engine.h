@@ -1,0 +1,97 @@
+// One call of the skew pair on the resident engine: parameters packed, scratch allocated, samples shared out, gradients
+// summed in the workers' order.
+#pragma once
+
+#include "engine.h"
+#include "skew_programs.h"
+
+namespace fastode::resident {
+
+// The pair as the operators take it. `parameters`: W, then of each norm what is present of weight, bias, running mean
+// and variance. `integers`: W's stride, the activation's code, then norm code, groups and the bits of what is present
+// (as in BranchArguments) of each norm. `numbers`: gamma, the activation's p and q, then eps of each norm.
+struct PairArguments {
+  const std::vector<Tensor>& parameters;
+  const std::vector<int64_t>& integers;
+  const std::vector<double>& numbers;
+};
+
+// Which parameters' gradients are asked for.
+struct Asked {
+  bool weight = false, norms = false;
+};
+
+template <class A>
+class PackedPair {
+ public:
+  // `height` and `width` are y's.
+  PackedPair(const PairArguments& arguments, int64_t height, int64_t width, Asked asked);
+
+  // The gradients of `parameters`, empty where none is asked for.
+  std::vector<Tensor> gradients(const Tensor& accumulators, int64_t workers) const;
+
+  PairSpec<A> spec;
+
+ private:
+  void read(Arena& arena, int64_t height, int64_t width, Asked asked);
+
+  PairArguments arguments_;
+  Tensor storage_;
+};
+
+// A tensor's samples as views: in place where its channels lie next to each other in whole vectors, else by a copy.
+template <class A>
+class Port {
+ public:
+  Port(const Tensor& tensor, Arena& arena)
+      : feature_(feature_of<A>(tensor)),
+        plane_(feature_.height, feature_.width, 0),
+        direct_(feature_.channel == 1 && feature_.channels % kLanes<A> == 0) {
+    if (!direct_) copy_ = plane_.compact(arena.take<A>(blocks_of<A>(feature_.channels) * plane_.pixels() * kLanes<A>));
+  }
+
+  View<A> view(int64_t n) const {
+    if (!direct_) return copy_;
+    return {feature_.data + n * feature_.sample, feature_.row, feature_.pixel, kLanes<A>};
+  }
+  View<A> load(int64_t n) const {
+    if (!direct_)
+      load_sample<A, A>(plane_,
+                        {feature_.data, feature_.channels, feature_.height, feature_.width, feature_.sample,
+                         feature_.channel, feature_.row, feature_.pixel},
+                        n, copy_);
+    return view(n);
+  }
+  void store(int64_t n) const {
+    if (!direct_) store_sample<A, A>(plane_, copy_, feature_, n);
+  }
+
+ private:
+  Feature<A> feature_;
+  Plane<A> plane_;
+  bool direct_;
+  View<A> copy_;
+};
+
+struct PairCall {
+  const Tensor &y, &z;
+  const Tensor *y_bar, *z_bar;  // of the slopes; null: forward, or a zero cotangent
+  bool backward;
+  Tensor y_out, z_out;  // the slopes, or the gradients of y and z; one that is not needed is empty
+  Want need;
+};
+
+struct MarchCall {
+  const Tensor& x;
+  const Tensor* cotangent;  // null: forward
+  Tensor out;
+};
+
+// `kept` is made by a forward call and found by the backward one, in the same order; null: nothing is kept.
+template <class A>
+void run_pair(const PackedPair<A>& packed, const PairCall& call, std::vector<Tensor>* kept, const Tensor& gradients);
+template <class A>
+void run_march(const PackedPair<A>& packed, const March& march, const MarchCall& call, std::vector<Tensor>* kept,
+               const Tensor& gradients);
+
+}  // namespace fastode::resident

@@ -1,0 +1,284 @@
+// Included by one .cpp per arithmetic type.
+#pragma once
+
+#include "skew_engine.h"
+
+namespace fastode::resident {
+
+template <class A>
+PackedPair<A>::PackedPair(const PairArguments& arguments, int64_t height, int64_t width, Asked asked)
+    : arguments_(arguments) {
+  Arena count(nullptr);
+  read(count, height, width, asked);
+  storage_ = new_vector(arguments.parameters[0], count.used() / static_cast<int64_t>(sizeof(A)), scalar_type<A>());
+  Arena arena(storage_.data_ptr());
+  read(arena, height, width, asked);
+}
+
+// Takes every row and weight from the arena; fills them where it has memory.
+template <class A>
+void PackedPair<A>::read(Arena& arena, int64_t height, int64_t width, Asked asked) {
+  constexpr int64_t lanes = kLanes<A>;
+  const Tensor& weight = arguments_.parameters[0];
+  const int64_t* integers = arguments_.integers.data();
+  const double* numbers = arguments_.numbers.data();
+  spec = {};
+  spec.shape = {weight.size(0), weight.size(1), weight.size(2), integers[0], height, width};
+  spec.act = {integers[1], {static_cast<A>(numbers[1]), static_cast<A>(numbers[2])}};
+  spec.tells = spec.act.kind == kIdentity || spec.act.kind == kRelu || (spec.act.kind == kLeakyRelu && numbers[1] > 0);
+  spec.gamma = static_cast<A>(numbers[0]);
+  const int64_t length = lanes * blocks_of<A>(std::max(weight.size(0), weight.size(1)));
+  const auto constant = [&](A value, int64_t count) {
+    A* row = arena.take<A>(length);
+    if (row) std::fill(row, row + count, value), std::fill(row + count, row + length, A(0));
+    return row;
+  };
+  spec.zeros = constant(0, 0), spec.ones = constant(1, length);
+  size_t next = 1;
+  const auto row_of = [&](int64_t count) {
+    const Tensor& tensor = arguments_.parameters[next++];
+    A* row = constant(0, 0);
+    const A* data = static_cast<const A*>(tensor.data_ptr());
+    for (int64_t c = 0; row && c < count; ++c) row[c] = data[c * tensor.strides()[0]];
+    return row;
+  };
+  const auto accumulate = [&](int64_t count, bool wanted) {
+    if (!wanted) return int64_t{-1};
+    spec.gradients += divide_up(count, 16) * 16;
+    return spec.gradients - divide_up(count, 16) * 16;
+  };
+  for (int which = 0; which < kPairNorms; ++which) {
+    PairNorm<A>& norm = spec.norms[which];
+    const int64_t* code = integers + 2 + 3 * which;
+    const int64_t present = code[2];
+    norm.mode = code[0], norm.groups = code[1], norm.eps = numbers[3 + which];
+    norm.channels = which == kPreY || which == kPostY ? spec.shape.channels : spec.shape.in_channels;
+    norm.weight = present & kWeight ? row_of(norm.channels) : constant(1, norm.channels);
+    norm.bias = present & kBias ? row_of(norm.channels) : spec.zeros;
+    norm.weight_at = accumulate(norm.channels, asked.norms && (present & kWeight));
+    norm.bias_at = accumulate(norm.channels, asked.norms && (present & kBias));
+    norm.mean = present & kRunning ? row_of(norm.channels) : spec.zeros;
+    A* rstd = present & kRunning ? row_of(norm.channels) : constant(1, norm.channels);
+    for (int64_t c = 0; rstd && (present & kRunning) && c < norm.channels; ++c)
+      rstd[c] = static_cast<A>(1 / std::sqrt(static_cast<double>(rstd[c]) + norm.eps));
+    norm.rstd = rstd;
+    norm.statistics_at = spec.statistics;
+    if (norm.measured()) spec.statistics += 2 * norm.blocks() * lanes;
+  }
+  A* down = arena.take<A>(spec.shape.template down_size<A>());
+  A* up = arena.take<A>(spec.shape.template up_size<A>());
+  if (down) {
+    int64_t strides[4];
+    for (int d = 0; d < 4; ++d) strides[d] = weight.strides()[d];
+    pack_skew<A>(spec.shape, static_cast<const A*>(weight.data_ptr()), strides, down, up);
+  }
+  spec.down = down, spec.up = up;
+  spec.weight_at = accumulate(spec.shape.down().template gradient_size<A>(), asked.weight);
+}
+
+template <class A>
+std::vector<Tensor> PackedPair<A>::gradients(const Tensor& accumulators, int64_t workers) const {
+  const A* base = static_cast<const A*>(accumulators.data_ptr());
+  const std::vector<Tensor>& parameters = arguments_.parameters;
+  const Tensor none = new_vector(parameters[0], 0, scalar_type<A>());
+  std::vector<Tensor> result{none};
+  if (spec.weight_at >= 0) {
+    result[0] = torch::stable::empty(parameters[0].sizes(), parameters[0].scalar_type());
+    unpack_gradient(spec.shape.down(), base + spec.weight_at, spec.gradients, workers,
+                    static_cast<A*>(result[0].data_ptr()));
+  }
+  const auto row = [&](int64_t at, int64_t channels) {
+    result.push_back(at >= 0 ? new_vector(parameters[0], channels, scalar_type<A>()) : none);
+    A* sum = static_cast<A*>(result.back().data_ptr());
+    for (int64_t c = 0; at >= 0 && c < channels; ++c) {
+      sum[c] = base[at + c];
+      for (int64_t w = 1; w < workers; ++w) sum[c] += base[w * spec.gradients + at + c];
+    }
+  };
+  for (int which = 0; which < kPairNorms; ++which) {
+    const PairNorm<A>& norm = spec.norms[which];
+    const int64_t present = arguments_.integers[4 + 3 * which];
+    if (present & kWeight) row(norm.weight_at, norm.channels);
+    if (present & kBias) row(norm.bias_at, norm.channels);
+    for (int k = 0; k < 2 && (present & kRunning); ++k) row(-1, 0);
+  }
+  return result;
+}
+
+// The kept tensors as traces: a guide for each slope that is made, then the statistics; `make` creates them.
+template <class A>
+Traces<A> kept_traces(const SkewPair<A>& pair, const March& march, std::vector<Tensor>& kept, const Tensor& like,
+                      bool make) {
+  const int64_t samples = like.size(0);
+  size_t next = 0;
+  const auto take = [&](int64_t size) {
+    if (make) kept.push_back(new_vector(like, size * samples, scalar_type<A>()));
+    return static_cast<A*>(kept[next++].data_ptr());
+  };
+  Traces<A> traces;
+  traces.samples = samples;
+  for (int64_t e = 0; e < march.evaluations(); ++e) {
+    const Want made = march.want(e / march.stages, e % march.stages);
+    traces.y.push_back(made.y ? take(pair.y_size()) : nullptr);
+    traces.z.push_back(made.z ? take(pair.z_size()) : nullptr);
+  }
+  traces.statistics = take(march.evaluations() * pair.spec.statistics);
+  return traces;
+}
+
+// Runs Worker(arena) on every sample: first to count its scratch, then once in each worker.
+template <class A, class Make>
+void each_worker(const Tensor& like, const Make& make) {
+  const int64_t samples = like.size(0), workers = workers_for(samples);
+  Arena count(nullptr);
+  make(count, 0);
+  const int64_t bytes = count.used();
+  const Tensor scratch = new_vector(like, workers * bytes / static_cast<int64_t>(sizeof(A)), scalar_type<A>());
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t w = begin; w < end; ++w) {
+      Arena arena(static_cast<char*>(scratch.data_ptr()) + w * bytes);
+      auto worker = make(arena, w);
+      for (int64_t n = w * samples / workers; n < (w + 1) * samples / workers; ++n) worker(n);
+    }
+  });
+}
+
+template <class A>
+A* worker_gradients(const PairSpec<A>& spec, const Tensor& gradients, int64_t worker) {
+  return spec.gradients ? static_cast<A*>(gradients.data_ptr()) + worker * spec.gradients : nullptr;
+}
+
+template <class A>
+struct MarchWorker {
+  SkewMarch<A> march;
+  Port<A> x, cotangent, out;
+  A* gradients;
+  bool backward;
+
+  void operator()(int64_t n) {
+    const View<A> from = x.load(n);
+    if (backward)
+      march.backward(from, n, cotangent.load(n), out.view(n), gradients);
+    else
+      march.forward(from, n, out.view(n));
+    out.store(n);
+  }
+};
+
+template <class A>
+void run_march(const PackedPair<A>& packed, const March& march, const MarchCall& call, std::vector<Tensor>* kept,
+               const Tensor& gradients) {
+  const bool backward = call.cotangent != nullptr;
+  Traces<A> traces;
+  if (kept) {
+    Arena none(nullptr);
+    traces = kept_traces(SkewPair<A>(packed.spec, none, false), march, *kept, call.x, !backward);
+  }
+  each_worker<A>(call.x, [&](Arena& arena, int64_t w) {
+    return MarchWorker<A>{SkewMarch<A>(packed.spec, march, arena, kept ? &traces : nullptr, backward),
+                          Port<A>(call.x, arena),
+                          Port<A>(backward ? *call.cotangent : call.out, arena),
+                          Port<A>(call.out, arena),
+                          worker_gradients(packed.spec, gradients, w),
+                          backward};
+  });
+}
+
+// The pair alone, as a solution of one evaluation whose slopes are the result.
+template <class A>
+class PairWorker {
+ public:
+  PairWorker(const PairSpec<A>& spec, const PairCall& call, const March& once, const Traces<A>* kept, Arena& arena,
+             A* gradients)
+      : pair_(spec, arena, call.backward),
+        traces_(kept ? *kept : scratch_traces(pair_, once, arena, false)),
+        need_(call.need),
+        y_(call.y, arena),
+        z_(call.z, arena),
+        y_bar_(call.y_bar ? *call.y_bar : call.y, arena),
+        z_bar_(call.z_bar ? *call.z_bar : call.z, arena),
+        y_out_(call.need.y ? call.y_out : call.y, arena),
+        z_out_(call.need.z ? call.z_out : call.z, arena),
+        has_{call.y_bar != nullptr, call.z_bar != nullptr},
+        backward_(call.backward),
+        found_(kept && call.backward),
+        gradients_(gradients) {
+    if (!spec.tells) s_ = pair_.maps(arena);
+  }
+
+  void operator()(int64_t n) {
+    const Both<A> point{y_.load(n), z_.load(n)};
+    Trace<A> trace;
+    trace.guide = {pair_.y_plane.compact(traces_.of(traces_.y[0], pair_.y_size(), n)),
+                   pair_.z_plane.compact(traces_.of(traces_.z[0], pair_.z_size(), n))};
+    trace.s = pair_.spec.tells ? trace.guide : s_;
+    trace.statistics = traces_.of(traces_.statistics, pair_.spec.statistics, n);
+    trace.made = {true, true};
+    if (found_)
+      pair_.restore(trace);
+    else
+      pair_.evaluate(point, trace, {true, true});
+    backward_ ? pull(point, trace, n) : put(trace, n);
+    if (need_.y) y_out_.store(n);
+    if (need_.z) z_out_.store(n);
+  }
+
+ private:
+  void put(const Trace<A>& trace, int64_t n) const {
+    apply<A>(pair_.y_plane, pair_.y_blocks(), pair_.rows_of(kPostY, trace.statistics), {}, trace.s.y, y_out_.view(n),
+             {});
+    apply<A>(pair_.z_plane, pair_.z_blocks(), pair_.rows_of(kPostZ, trace.statistics), {}, trace.s.z, z_out_.view(n),
+             {});
+  }
+
+  void pull(const Both<A>& point, const Trace<A>& trace, int64_t n) const {
+    Combine<A> y_bar, z_bar;
+    if (has_.y) y_bar.add(1, y_bar_.load(n));
+    if (has_.z) z_bar.add(1, z_bar_.load(n));
+    // The norms before W have gradients of their own, which are found on the way.
+    const auto parameters = [&](int which) {
+      const PairNorm<A>& norm = pair_.spec.norms[which];
+      return norm.weight_at >= 0 || norm.bias_at >= 0;
+    };
+    const Want left = pair_.pull(point, trace, y_bar, z_bar, gradients_,
+                                 {need_.y || parameters(kPreY), need_.z || parameters(kPreZ)});
+    const auto finish = [&](bool y, bool here, bool needed, const View<A>& at, const Port<A>& out) {
+      if (here)
+        pair_.finish(y, at, trace,
+                     needed ? out.view(n)
+                     : y    ? pair_.workspace().y
+                            : pair_.workspace().z,
+                     {}, gradients_);
+      else if (needed)
+        combine_maps<A>(y ? pair_.y_plane : pair_.z_plane, y ? pair_.y_blocks() : pair_.z_blocks(), out.view(n), {});
+    };
+    finish(true, left.y, need_.y, point.y, y_out_);
+    finish(false, left.z, need_.z, point.z, z_out_);
+  }
+
+  SkewPair<A> pair_;
+  Traces<A> traces_;
+  Want need_;
+  Port<A> y_, z_, y_bar_, z_bar_, y_out_, z_out_;
+  Want has_;
+  bool backward_, found_;
+  A* gradients_;
+  Both<A> s_;
+};
+
+template <class A>
+void run_pair(const PackedPair<A>& packed, const PairCall& call, std::vector<Tensor>* kept, const Tensor& gradients) {
+  static constexpr int64_t both[2] = {1, 1};
+  const March once{1, 1, nullptr, nullptr, both};
+  Traces<A> traces;
+  if (kept) {
+    Arena none(nullptr);
+    traces = kept_traces(SkewPair<A>(packed.spec, none, false), once, *kept, call.y, !call.backward);
+  }
+  each_worker<A>(call.y, [&](Arena& arena, int64_t w) {
+    return PairWorker<A>(packed.spec, call, once, kept ? &traces : nullptr, arena,
+                         worker_gradients(packed.spec, gradients, w));
+  });
+}
+
+}  // namespace fastode::resident

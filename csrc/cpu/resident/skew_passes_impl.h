@@ -1,0 +1,174 @@
+// Included by one .cpp per arithmetic type.
+#pragma once
+
+#include <cmath>
+
+#include "skew_passes.h"
+
+namespace fastode::resident {
+
+template <class A>
+inline Vec<A> row_at(const A* row, int64_t block) {
+  return load<Vec<A>>(row + block * kLanes<A>);
+}
+
+template <int count, class A>
+void advance_by(const Plane<A>& plane, int64_t blocks, const View<A>& base, const Slope<A>* slopes,
+                const View<A>& out) {
+  using V = Vec<A>;
+  for (int64_t b = 0; b < blocks; ++b) {
+    V mean[count + 1], scale[count + 1], shift = {};
+    for (int j = 0; j < count; ++j) {
+      const NormRows<A>& rows = slopes[j].rows;
+      mean[j] = row_at(rows.mean, b);
+      scale[j] = slopes[j].coefficient * row_at(rows.rstd, b) * row_at(rows.weight, b);
+      shift += slopes[j].coefficient * row_at(rows.bias, b);
+    }
+    for (int64_t y = 0; y < plane.height; ++y) {
+      const A* from[count + 1];
+      for (int j = 0; j < count; ++j) from[j] = slopes[j].s.pixel_at(b, y, 0);
+      const A* start = base.pixel_at(b, y, 0);
+      A* to = out.pixel_at(b, y, 0);
+      for (int64_t x = 0; x < plane.width; ++x) {
+        V value = load<V>(start + x * base.pixel) + shift;
+        for (int j = 0; j < count; ++j) value += (load<V>(from[j] + x * slopes[j].s.pixel) - mean[j]) * scale[j];
+        store<V>(to + x * out.pixel, value);
+      }
+    }
+  }
+}
+
+template <class A>
+void advance(const Plane<A>& plane, int64_t blocks, const View<A>& base, const Slope<A>* slopes, int64_t count,
+             const View<A>& out) {
+  switch (count) {
+    case 0:
+      return advance_by<0>(plane, blocks, base, slopes, out);
+    case 1:
+      return advance_by<1>(plane, blocks, base, slopes, out);
+    case 2:
+      return advance_by<2>(plane, blocks, base, slopes, out);
+    case 3:
+      return advance_by<3>(plane, blocks, base, slopes, out);
+    default:
+      return advance_by<4>(plane, blocks, base, slopes, out);
+  }
+}
+
+template <class A>
+void pull_slope(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows, const Unary<A>& act, A factor,
+                const View<A>& guide, const View<A>& s, const View<A>& cotangent, const View<A>& out) {
+  using V = Vec<A>;
+  // Without statistics of its own a norm only scales; 0 times an infinite s would be NaN.
+  const auto sweep = [&](auto kind, auto measured) {
+    for (int64_t b = 0; b < blocks; ++b) {
+      const V mean = row_at(rows.mean, b), rstd = row_at(rows.rstd, b), outer = factor * rstd;
+      const V scale = outer * row_at(rows.weight, b), constant = outer * row_at(rows.n, b);
+      const V slope = outer * rstd * row_at(rows.xn, b);
+      for (int64_t y = 0; y < plane.height; ++y) {
+        const A *g = guide.pixel_at(b, y, 0), *from = s.pixel_at(b, y, 0), *c = cotangent.pixel_at(b, y, 0);
+        A* to = out.pixel_at(b, y, 0);
+        for (int64_t x = 0; x < plane.width; ++x) {
+          V value = scale * load<V>(c + x * cotangent.pixel);
+          if constexpr (measured()) value = value - constant - slope * (load<V>(from + x * s.pixel) - mean);
+          if constexpr (kind() != kIdentity)
+            value *= activate_first<kind(), V>(load<V>(g + x * guide.pixel), act.arguments);
+          store<V>(to + x * out.pixel, value);
+        }
+      }
+    }
+  };
+  with_activation(act.kind,
+                  [&](auto kind) { rows.measured ? sweep(kind, std::true_type{}) : sweep(kind, std::false_type{}); });
+}
+
+// The channels of a pixel lie one after the other in `row`, as far as they are channels, and begin anew behind the
+// last.
+template <class A, class F>
+void each_repeated(const Plane<A>& plane, int64_t in_channels, int64_t channels, const F& f) {
+  constexpr int64_t lanes = kLanes<A>;
+  for (int64_t y = 0; y < plane.height; ++y)
+    for (int64_t x = 0; x < plane.width; ++x) f(y, x, blocks_of<A>(in_channels), blocks_of<A>(channels) * lanes);
+}
+
+inline constexpr int64_t kMostRepeated = 1024;  // channels of the input
+
+template <class A>
+void repeat_channels(const Plane<A>& plane, int64_t in_channels, int64_t channels, int64_t stride, const View<A>& in,
+                     const View<A>& out) {
+  using V = Vec<A>;
+  constexpr int64_t lanes = kLanes<A>;
+  A row[kMostRepeated + 2 * lanes];
+  each_repeated(plane, in_channels, channels, [&](int64_t y, int64_t x, int64_t in_blocks, int64_t end) {
+    for (int64_t b = 0; b < in_blocks; ++b) store<V>(row + b * lanes, load<V>(in.pixel_at(b, y * stride, x * stride)));
+    for (int64_t c = 0; c < lanes; ++c) row[in_channels + c] = row[c % in_channels];
+    for (int64_t c = 0; c < end; c += lanes) {
+      A* to = out.pixel_at(c / lanes, y, x);
+      store<V>(to, load<V>(row + c % in_channels));
+      for (int64_t l = channels - c; l < lanes; ++l) to[l] = 0;
+    }
+  });
+}
+
+template <class A>
+void add_repeated(const Plane<A>& plane, int64_t in_channels, int64_t channels, int64_t stride, const View<A>& in,
+                  const View<A>& out) {
+  using V = Vec<A>;
+  constexpr int64_t lanes = kLanes<A>;
+  A row[kMostRepeated + 2 * lanes];
+  each_repeated(plane, in_channels, channels, [&](int64_t y, int64_t x, int64_t in_blocks, int64_t end) {
+    std::fill(row, row + in_channels + lanes, A(0));
+    for (int64_t c = 0; c < end; c += lanes) {
+      A* to = row + c % in_channels;
+      const A* from = out.pixel_at(c / lanes, y, x);
+      if (c + lanes <= channels)
+        store<V>(to, load<V>(to) + load<V>(from));
+      else
+        for (int64_t l = 0; l < channels - c; ++l) to[l] += from[l];
+    }
+    for (int64_t c = 0; c < lanes; ++c) {
+      const A wrapped = row[in_channels + c];
+      row[in_channels + c] = 0;
+      row[c % in_channels] += wrapped;
+    }
+    for (int64_t b = 0; b < in_blocks; ++b) {
+      A* to = in.pixel_at(b, y * stride, x * stride);
+      store<V>(to, load<V>(to) + load<V>(row + b * lanes));
+    }
+  });
+}
+
+template <class A>
+void group_statistics(int64_t pixels, int64_t channels, int64_t groups, double eps, const A* means, const A* squares,
+                      A* mean, A* rstd) {
+  const int64_t group = channels / groups, end = blocks_of<A>(channels) * kLanes<A>;
+  const double members = static_cast<double>(group), count = static_cast<double>(pixels);
+  for (int64_t first = 0; first < channels; first += group) {
+    double sum = 0, deviations = 0;
+    for (int64_t c = first; c < first + group; ++c) sum += static_cast<double>(means[c]);
+    const double average = sum / members;
+    for (int64_t c = first; c < first + group; ++c) {
+      const double delta = static_cast<double>(means[c]) - average;
+      deviations += static_cast<double>(squares[c]) + count * delta * delta;
+    }
+    std::fill(mean + first, mean + first + group, static_cast<A>(average));
+    std::fill(rstd + first, rstd + first + group, static_cast<A>(1 / std::sqrt(deviations / (count * members) + eps)));
+  }
+  std::fill(mean + channels, mean + end, A(0));
+  std::fill(rstd + channels, rstd + end, A(0));
+}
+
+template <class A>
+void group_means(int64_t pixels, int64_t channels, int64_t groups, const A* sums, const A* weight, A* means) {
+  const int64_t group = channels / groups, end = blocks_of<A>(channels) * kLanes<A>;
+  const double members = static_cast<double>(pixels * group);
+  for (int64_t first = 0; first < channels; first += group) {
+    double total = 0;
+    for (int64_t c = first; c < first + group; ++c)
+      total += static_cast<double>(sums[c]) * static_cast<double>(weight[c]);
+    std::fill(means + first, means + first + group, static_cast<A>(total / members));
+  }
+  std::fill(means + channels, means + end, A(0));
+}
+
+}  // namespace fastode::resident
