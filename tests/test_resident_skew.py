@@ -1,0 +1,220 @@
+"""The skew pair and its fixed-step solutions on the resident engine: equal, deterministic, and nothing done in vain."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastode
+from fastode import functional, nn_skew, reference
+from fastode.reference.skew import skew_field
+from fastode.testing import assert_blocks_equal, sample_input
+
+FIXED = ("euler", "midpoint", "rk4")
+MODES = ("forward", "input_grad", "train")
+NORMS: dict[str, Any] = {"group": "group", "none": "none", "channel": "instance", "fixed": nn.BatchNorm2d}
+ACTIVATIONS: dict[str, Any] = {
+    **{name: name for name in ("leaky_relu", "tanh", "softplus", "elu", "relu", "silu")},
+    "none": nn.Identity,
+    "falling": lambda: nn.LeakyReLU(-0.2),
+}
+# (in, out, stride, height, width)
+SHAPES = [
+    (3, 16, 1, 7, 5), (16, 16, 1, 6, 8), (64, 64, 1, 4, 4), (1, 5, 1, 4, 3),
+    (3, 8, 2, 6, 10), (32, 64, 2, 4, 8), (20, 1, 2, 6, 8),
+]  # fmt: skip
+# Of one pixel: a norm over one value is a constant, and what its gradient has beside zero is rounding.
+PIXELS = [(1, 5, 1, 1, 1), (20, 1, 2, 2, 2)]
+
+
+def fused(block: nn.Module) -> nn.Module:
+    """A fused copy, which refuses to run on another engine."""
+    twin = copy.deepcopy(block)
+    fastode.fuse(twin, engine="resident")
+    return twin
+
+
+def field_of(shape: tuple[int, ...], gamma: float, activation: Any, norm: str, dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(3)
+    in_channels, channels, stride = shape[:3]
+    if norm == "group" and any(c > 8 and c % 8 for c in (channels, in_channels)):
+        norm = "layer"
+    field = reference.SkewPair(in_channels, channels, stride, gamma, activation, NORMS.get(norm, norm)).to(dtype)
+    for module in field.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.5, 0.5)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+        if isinstance(module, nn.GroupNorm | nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.4, 1.2)
+            nn.init.uniform_(module.bias, -0.3, 0.3)
+    return field.eval()
+
+
+def maps_of(shape: tuple[int, ...], batch: int = 3, **options: Any) -> tuple[Tensor, Tensor]:
+    in_channels, channels, stride, height, width = shape
+    y = sample_input(batch, channels, height // stride, width // stride, seed=1, **options)
+    return y, sample_input(batch, in_channels, height, width, seed=2, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equal_on_every_shape(shape: tuple[int, ...], norm: str, dtype: torch.dtype) -> None:
+    for gamma, layout in ((0.0, "channels_last"), (0.3, "contiguous")):
+        field = field_of(shape, gamma, "tanh", norm, dtype)
+        y, z = maps_of(shape, dtype=dtype, layout=layout)
+        for mode in MODES:
+            assert_blocks_equal(field, fused(field), (y, z), mode=mode)
+        for solver, steps in (("euler", 1), ("euler", 2), ("midpoint", 2), ("rk4", 1)):
+            block = reference.SOBlock(field, solver=solver, t1=0.8, steps=steps)
+            assert_blocks_equal(block, fused(block), z)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("shape", PIXELS, ids=str)
+def test_equal_on_one_pixel(shape: tuple[int, ...], norm: str) -> None:
+    field = field_of(shape, 0.3, "tanh", norm, torch.float64)
+    y, z = maps_of(shape, dtype=torch.float64)
+    block = reference.SOBlock(field, solver="rk4", t1=0.8)
+    for mode in MODES if norm in ("none", "fixed") else ("forward",):
+        assert_blocks_equal(field, fused(field), (y, z), mode=mode)
+        assert_blocks_equal(block, fused(block), z, mode=mode)
+
+
+# In float64, where no pre-activation is within rounding of a kink (in float32 one at 2.5e-8 fell on its other side);
+# norms over twelve values and more: over six they amplify rounding several times more, in every engine.
+@pytest.mark.parametrize("solver", FIXED)
+@pytest.mark.parametrize("gamma", [0.0, 0.3])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_equal_with_every_activation(activation: str, gamma: float, solver: str) -> None:
+    for shape in ((3, 16, 1, 5, 4), (16, 8, 2, 6, 8)):
+        field = field_of(shape, gamma, ACTIVATIONS[activation], "group", torch.float64)
+        y, z = maps_of(shape, dtype=torch.float64)
+        assert_blocks_equal(field, fused(field), (y, z))
+        for mode in MODES:
+            block = reference.SOBlock(field, solver=solver, t1=0.7, steps=2)
+            assert_blocks_equal(block, fused(block), z, mode=mode)
+
+
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+def test_function_with_every_odd_kernel(kernel: int) -> None:
+    weight = torch.randn(5, 3, kernel, kernel, dtype=torch.float64)
+    given = (torch.randn(2, 5, 4, 6).double(), torch.randn(2, 3, 4, 6).double(), weight)
+    y, z, weight = (x.requires_grad_() for x in given)
+    options: dict[str, Any] = {"padding": kernel // 2, "gamma": 0.2, "activation": "tanh"}
+    found = functional.skew_pair(y, z, weight, **options)
+    assert "ResidentSkewFunction" in type(found[0].grad_fn).__name__
+    torch.testing.assert_close(found, skew_field(y, z, weight, 1, kernel // 2, 0.2, torch.tanh))
+    assert torch.autograd.gradcheck(lambda *x: functional.skew_pair(*x, **options), (y, z, weight), fast_mode=True)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_gradients_of_gradients_are_the_references(stride: int) -> None:
+    field = fused(field_of((2, 3, stride, 4, 4), 0.3, "tanh", "channel", torch.float64))
+    y, z = maps_of((2, 3, stride, 4, 4), 2, dtype=torch.float64)
+    inputs = (y.requires_grad_(), z.requires_grad_(), *field.parameters())
+    assert torch.autograd.gradcheck(lambda y, z, *_: field(y, z), inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda y, z, *_: field(y, z), inputs, fast_mode=True)
+    for solver in FIXED:
+        solve = nn_skew.SOBlock(field, solver=solver, steps=2)
+        solve.engine = "resident"
+        assert torch.autograd.gradcheck(lambda z, *_, solve=solve: solve(z), inputs[1:], fast_mode=True)
+        assert torch.autograd.gradgradcheck(lambda z, *_, solve=solve: solve(z), inputs[1:], fast_mode=True)
+
+
+def test_one_slope_is_enough() -> None:
+    shape = (3, 8, 1, 4, 5)
+    field = field_of(shape, 0.0, "tanh", "group", torch.float64)
+    for which, half in itertools.product((0, 1), (0, 1)):
+        grads = []
+        for block in (field, fused(field)):
+            inputs = [x.requires_grad_() for x in maps_of(shape, dtype=torch.float64)]
+            loss = block(*inputs)[which].square().sum()
+            grads.append(torch.autograd.grad(loss, [inputs[half], block.weight], allow_unused=True))
+        assert [g is None for g in grads[1]] == [g is None for g in grads[0]]
+        for found, expected in zip(grads[1], grads[0], strict=True):
+            torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("solver", FIXED)
+def test_same_input_same_bits(solver: str) -> None:
+    shape = (3, 16, 1, 8, 8)
+    twin = fused(reference.SOBlock(field_of(shape, 0.0, "leaky_relu", "group", torch.float32), solver=solver))
+    x = maps_of(shape, 7)[1].requires_grad_()
+
+    def run() -> list[Tensor]:
+        y = twin(x)
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *twin.parameters()], allow_unused=True)]
+
+    first = run()
+    for _ in range(3):
+        pairs = list(zip(run(), first, strict=True))
+        assert all(a is b is None or torch.equal(a, b) for a, b in pairs)
+        assert sum(a is not None for a, _ in pairs) > 3
+
+
+def test_nothing_is_read_before_it_is_written() -> None:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # which fills new tensors with NaN, scratch included
+    try:
+        assert torch.empty(3).isnan().all()
+        for shape, activation in itertools.product(SHAPES, ("leaky_relu", "silu")):
+            field = field_of(shape, 0.2, activation, "group", torch.float64)
+            y, z = maps_of(shape, dtype=torch.float64)
+            assert_blocks_equal(field, fused(field), (y, z))
+            block = reference.SOBlock(field, solver="midpoint", steps=2)
+            assert_blocks_equal(block, fused(block), z)
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def test_frozen_weight_skips_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = fused(reference.SOBlock(reference.SkewPair(3, 8), solver="euler"))
+    block.field.weight.requires_grad_(False)
+    operator, asked = torch.ops.fastode.resident_march_backward, []
+
+    def noted(*arguments: Any) -> Any:
+        asked.append(arguments[-2:])
+        return operator(*arguments)
+
+    monkeypatch.setattr(torch.ops.fastode, "resident_march_backward", noted)
+    block(sample_input(2, 3, 6, 6).requires_grad_()).sum().backward()
+    block.requires_grad_(False)
+    block(sample_input(2, 3, 6, 6).requires_grad_()).sum().backward()
+    assert asked == [(False, True), (False, False)]
+
+
+@pytest.mark.parametrize("solver", FIXED)
+def test_compiles_without_a_graph_break(solver: str) -> None:
+    block = fused(reference.SOBlock(reference.SkewPair(3, 6, stride=2, gamma=0.1, activation="tanh"), solver=solver))
+    x = sample_input(2, 3, 4, 4).requires_grad_()
+    torch._dynamo.reset()
+    compiled = torch.compile(copy.deepcopy(block), backend="aot_eager", fullgraph=True)
+    expected, found = block(x), compiled(x)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found.sum(), x), torch.autograd.grad(expected.sum(), x))
+
+
+@pytest.mark.parametrize(
+    ("norm", "dtype", "reason"),
+    [
+        ("batch", torch.float32, "a batch norm of the skew pair couples the samples"),
+        ("none", torch.bfloat16, "it has the skew pair in float32 and float64, not in bfloat16"),
+    ],
+)
+def test_named_engine_refuses_with_the_reason(norm: str, dtype: torch.dtype, reason: str) -> None:
+    block = fused(reference.SOBlock(reference.SkewPair(3, 4, norm=norm).to(dtype), solver="euler"))
+    with pytest.raises(ValueError, match=reason):
+        block(sample_input(1, 3, 4, 4, dtype=dtype))
+
+
+def test_function_of_another_geometry_is_staged() -> None:
+    y, z, weight = torch.randn(1, 3, 4, 4), torch.randn(1, 2, 6, 6), torch.randn(3, 2, 3, 3, requires_grad=True)
+    found = functional.skew_pair(y, z, weight, padding=0, activation="tanh")
+    assert type(found[0].grad_fn).__name__ == "SkewFunctionBackward"
+    torch.testing.assert_close(found, skew_field(y, z, weight, 1, 0, 0.0, torch.tanh))
