@@ -1,37 +1,62 @@
-"""`python -m benchmarks.gpu`: equality and speed on the machine's card, within a budget of minutes.
+"""`python -m benchmarks.gpu`: equality, trials and speed on the machine's card, within a budget of minutes.
 
-It needs torch, triton and pytest, nothing else, and no network. What it writes, at most 8 files: check.txt (pytest's
-output), equality.json, gpu.json and gpu.png (the measurements), summary.md. Each is on disk as soon as it is known.
+It needs torch and triton, nothing else, and no network; with pytest the tests that need a card run too. What it writes:
+summary.md, check.txt (pytest's output), random.json and equality.json (comparisons), decisions.json (what "auto" takes,
+as the package ships it), gpu.json and gpu.png (the measurements) and kernels.json. Each is on disk as soon as it is
+known. `--dry` prints the plan and what each part may take, and needs no card.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import os
-import signal
 import subprocess
 import sys
-import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import contenders, header, measure, report, run, timing, workloads
+from fastode import _build
+
+from . import gpu_check, gpu_kernels, header, report, run, timing, workloads
 from .contenders import BASELINES
+from .gpu_check import DTYPES, Report
 from .workloads import Workload
 
 MINUTES = 9.0
 STEPS = ("check", "bench", "all")
-# Shares of the budget: what pytest and the equality of the workloads may take when both steps run.
-PYTEST_SHARE, EQUALITY_SHARE = 0.35, 0.15
-DTYPES = ("bfloat16", "tf32", "float32")
 FAMILIES = {"ie": "k1", "ssp2": "", "ssp3": "", "ark": "", "skew": "pair"}
 COMPILED = ("compile-cl", "compile-ro", "vjp-compile")
-SECONDS = 0.8
+SECONDS = 0.4
+MODES = ("train", "forward", "input_grad")
+WARMERS = 6  # processes that compile kernels while the checks run
+LAST = 5.0  # seconds of the budget that are left for the plot and the summary
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the run.
+
+    Attributes:
+        name: in a word or two.
+        step: "check" or "bench".
+        share: of the budget; what it leaves falls to those behind it.
+        what: it will do.
+        run: does it until a time on time.monotonic's clock; True if nothing was wrong.
+    """
+
+    name: str
+    step: str
+    share: float
+    what: str
+    run: Callable[[Report, torch.device, float], bool]
 
 
 def measured() -> list[Workload]:
@@ -39,137 +64,128 @@ def measured() -> list[Workload]:
     return [w for w in workloads.everything() if w.statistics == "train" and FAMILIES.get(w.id) == w.variant]
 
 
-def plan(dtypes: Sequence[str] = DTYPES) -> list[run.Item]:
-    """What is timed, the most wanted first: every block against eager, then one shape of each against compiled."""
+def blocks() -> list[Workload]:
+    """What is tried: the measured workloads, then the papers' other blocks."""
+    first = measured()
+    names = {(w.name, w.statistics) for w in first}
+    rest = [w for w in workloads.everything() if not w.network and w.id != "conv"]
+    return first + [w for w in rest if (w.name, w.statistics) not in names]
+
+
+def plan() -> list[run.Item]:
+    """What is timed against eager, the most wanted first."""
     chosen = measured()
-    items = [run.Item(w, mode, dtype, ()) for dtype in dtypes[:2] for w in chosen for mode in w.modes]
-    first = {w.id: w for w in reversed(chosen)}
-    for dtype in dtypes[:1]:
-        for family in FAMILIES:
-            rivals = tuple(name for name in COMPILED if name != "vjp-compile" or family == "ie")
-            items += [run.Item(first[family], mode, dtype, rivals) for mode in first[family].modes]
+    return [run.Item(w, mode, dtype, ()) for dtype in DTYPES[:2] for mode in MODES for w in chosen]
+
+
+def compiled_plan() -> list[run.Item]:
+    """One shape of each family against the compiled contenders."""
+    first = {w.id: w for w in reversed(measured())}
+    items = []
+    for mode, family in itertools.product(MODES, FAMILIES):
+        rivals = tuple(name for name in COMPILED if name != "vjp-compile" or family == "ie")
+        items.append(run.Item(first[family], mode, DTYPES[0], rivals))
     return items
 
 
-class Report:
-    """The summary, rewritten whenever a line is added."""
+def stages() -> list[Stage]:
+    """The parts of the run, in order."""
+    chosen = measured()
+    trials, timed = partial(gpu_check.trials, chosen=blocks()), partial(bench, name="gpu", items=plan())
+    rivals = partial(bench, name="gpu-compiled", items=compiled_plan())
+    dtypes = ", ".join(DTYPES)
+    return [
+        Stage("tests", "check", 0.16, "the tests marked gpu, if there is pytest", gpu_check.card_tests),
+        Stage("random", "check", 0.10, "blocks of random shapes on every engine", gpu_check.random_blocks),
+        Stage(
+            "workloads", "check", 0.10, f"{len(chosen)} workloads on every engine in {dtypes}",
+            partial(gpu_check.workload_blocks, chosen=chosen),
+        ),
+        Stage("trials", "check", 0.12, f'what "auto" takes for {len(blocks())} blocks', trials),
+        Stage("eager", "bench", 0.28, f"{len(plan())} rows against {', '.join(BASELINES)}", timed),
+        Stage("compiled", "bench", 0.18, f"{len(compiled_plan())} rows against {', '.join(COMPILED)}", rivals),
+        Stage("kernels", "bench", 0.06, "each kernel's share of its roofline", partial(
+            gpu_kernels.rooflines, chosen=chosen,
+        )),
+    ]  # fmt: skip
 
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
-        self.lines: list[str] = []
 
-    def say(self, text: str) -> None:
-        """Print a line and keep it on disk."""
-        print(text, flush=True)
-        self.lines.append(text)
-        (self.folder / "summary.md").write_text("\n\n".join(self.lines) + "\n")
+def deadlines(chosen: Sequence[Stage], start: float, seconds: float) -> list[float]:
+    """When each stage has to end: what an earlier one leaves falls to the next.
 
-    def write(self, name: str, value: Any) -> None:
-        """Write a JSON file whole."""
-        (self.folder / name).write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
-
-
-def stream(command: Sequence[str], log: Path, seconds: float, echo: Callable[[str], object] = print) -> int | None:
-    """Run a command, echoing its lines as they come and keeping them in a file.
-
-    Args:
-        command: the program and its arguments, run from the repository's root.
-        log: where its output goes.
-        seconds: after which it and its children are stopped.
-        echo: called with each line.
-
-    Returns:
-        Its exit status, or None if it was stopped.
+    Example:
+        >>> two = [Stage("a", "check", 0.1, "", None), Stage("b", "check", 0.3, "", None)]
+        >>> deadlines(two, 100.0, 80.0)
+        [120.0, 180.0]
     """
-    process = subprocess.Popen(
-        list(command),
-        cwd=header.ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    stopped = threading.Event()
-
-    def stop() -> None:
-        stopped.set()
-        os.killpg(process.pid, signal.SIGKILL)
-
-    timer = threading.Timer(max(seconds, 1.0), stop)
-    timer.start()
-    try:
-        assert process.stdout is not None
-        with log.open("w") as file:
-            for text in process.stdout:
-                file.write(text)
-                file.flush()
-                echo(text.rstrip("\n"))
-        status = process.wait()
-    finally:
-        timer.cancel()
-    return None if stopped.is_set() else status
+    total = sum(stage.share for stage in chosen)
+    return [start + seconds * part / total for part in itertools.accumulate(stage.share for stage in chosen)]
 
 
-def check_tests(report_: Report, seconds: float) -> bool:
-    """The tests that need a card; True if they passed."""
-    command = [sys.executable, "-m", "pytest", "tests", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
-    status = stream(
-        [*command, "--continue-on-collection-errors"],
-        report_.folder / "check.txt",
-        seconds,
-        lambda text: print(text, flush=True),
-    )
-    words = {None: f"stopped after {seconds:.0f} s", 0: "passed", 5: "none collected"}
-    report_.say(f"tests on the card: {words.get(status, f'failed (status {status})')}; see check.txt")
-    return status == 0
-
-
-def check_equality(report_: Report, device: torch.device, deadline: float) -> bool:
-    """Every engine on every workload, dtype and mode through fastode.testing; True if all that ran are equal."""
-    rows: list[dict[str, Any]] = []
-    cases = [(w, dtype, mode) for dtype in DTYPES for w in measured() for mode in w.modes]
-    done = 0
-    for workload, dtype, mode in cases:
-        if time.monotonic() > deadline:
-            break
-        measure.set_precision(dtype, device)
-        block, inputs = workloads.make(workload, device, measure.DTYPES[dtype])
-        for engine, reason in contenders.engines(block, inputs).items():
-            row = {"workload": workload.name, "dtype": dtype, "mode": mode, "engine": engine}
-            if reason:
-                rows.append(row | {"left_out": reason})
-                continue
-            contender = contenders.fused(engine)
-            try:
-                module, own = contender.make(block, inputs)
-                rows.append(row | measure.equality(contender, block, module, own, mode))
-            except Exception as error:  # a kernel that does not launch is a finding, not the end of the run
-                rows.append(row | {"ok": False, "errors": timing.message(error)})
-            if not rows[-1]["ok"]:
-                print(f"NOT EQUAL: {rows[-1]}", flush=True)
-        done += 1
-        report_.write("equality.json", {"header": header.header(device, "equality"), "results": rows})
-    judged = [row for row in rows if "ok" in row]
-    equal = sum(row["ok"] for row in judged)
-    report_.say(f"equality: {equal} of {len(judged)} comparisons equal, {done} of {len(cases)} cases reached")
-    left = sorted({f"{row['engine']}: {row['left_out']}" for row in rows if "left_out" in row})
-    if left:
-        report_.say("engines that took no part: " + "; ".join(left))
-    return bool(judged) and equal == len(judged)
-
-
-def bench(report_: Report, device: torch.device, deadline: float) -> None:
-    """Time the plan until the deadline; gpu.json is rewritten after every measurement."""
-    record = run.Record(report_.folder / "gpu.json", header.header(device, "gpu"))
-    run.go(plan(), record, device, seconds=SECONDS, deadline=deadline, graphs=device.type == "cuda")
+def bench(told: Report, device: torch.device, deadline: float, name: str, items: Sequence[run.Item]) -> bool:
+    """Time a plan until the deadline; its file is rewritten after every measurement."""
+    path = told.folder / f"{name}.json"
+    record = run.Record(path, header.header(device, name))
+    run.go(items, record, device, seconds=SECONDS, deadline=deadline, graphs=device.type == "cuda")
+    left = f"; {len(record.head['left_out'])} of {len(items)} out of time" if "left_out" in record.head else ""
     if not record.rows:
-        report_.say("no measurement was made: out of time")
-        return
-    fused = [row for row in record.rows if row["contender"] == "fused"]
-    report_.say(f"measured: {len(record.rows)} rows, {len(fused)} of this project; {report.rates(record.head)}")
-    report_.say("\n".join(report.readme_table(record.rows)))
-    report.plots([report_.folder / "gpu.json"])
+        told.say(f"{name}: no measurement was made{left}")
+        return True
+    told.say(f"{name}: {len(record.rows)} rows{left}; {report.rates(record.head)}; see {path.name}")
+    told.say("\n".join(report.readme_table(record.rows)))
+    report.plots([path])
+    return not any(row["errors"] and row["contender"] == "fused" for row in record.rows)
+
+
+def go(chosen: Sequence[Stage], told: Report, device: torch.device, start: float, seconds: float) -> bool:
+    """Run the stages; one that fails is told of, and the next goes on. True if nothing was wrong."""
+    good = True
+    for stage, deadline in zip(chosen, deadlines(chosen, start, seconds), strict=True):
+        began = time.monotonic()
+        print(f"== {stage.name}: {stage.what}; until {deadline - start:.0f} s", flush=True)
+        try:
+            good &= stage.run(told, device, deadline)
+        except Exception as error:  # whatever it is, what comes behind it is still wanted
+            told.say(f"{stage.name} failed: {timing.message(error)}")
+            good = False
+        print(f"== {stage.name} took {time.monotonic() - began:.0f} s", flush=True)
+    return good
+
+
+def start_warmers(folder: Path, device: torch.device) -> list[subprocess.Popen[bytes]]:
+    """Processes that compile the kernels of the workloads while other things are checked."""
+    count = min(WARMERS, (os.cpu_count() or 1) // 2 - 1)
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", str(device)]
+    with (folder / "warm.txt").open("wb") as log:
+        return [
+            subprocess.Popen(
+                [*command, "--warm", f"{part}/{count}"], cwd=header.ROOT, stdout=log, stderr=log, start_new_session=True
+            )
+            for part in range(count)
+        ]
+
+
+def dry(chosen: Sequence[Stage], seconds: float) -> None:
+    """Print the plan."""
+    began = 0.0
+    for stage, end in zip(chosen, deadlines(chosen, 0.0, seconds), strict=True):
+        print(f"{began:5.0f}-{end:3.0f} s  {stage.step}  {stage.name:<10}{stage.what}")
+        began = end
+        for item in plan() if stage.name == "eager" else compiled_plan() if stage.name == "compiled" else ():
+            print(f"{'':24}{item.name}{': ' + ', '.join(item.rivals) if item.rivals else ''}")
+
+
+def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
+    environment = os.environ.get
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("--step", choices=STEPS, default=environment("STEP") or "all")
+    parser.add_argument("--results", type=Path, default=environment("RESULTS") or None)
+    parser.add_argument("--minutes", type=float, default=MINUTES)
+    parser.add_argument("--device", default="cuda", help="cpu tries the command itself out on a machine without a card")
+    parser.add_argument("--dry", action="store_true", help="print the plan and the time of each part, and stop")
+    parser.add_argument("--ship", type=Path, default=None, help="add a run's decisions.json to the package, and stop")
+    parser.add_argument("--warm", default=None, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -178,38 +194,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 if everything that was asked for ran and was equal, 1 if not, 2 without a card.
     """
-    environment = os.environ.get
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument("--step", choices=STEPS, default=environment("STEP") or "all")
-    parser.add_argument("--results", type=Path, default=environment("RESULTS") or None)
-    parser.add_argument("--minutes", type=float, default=MINUTES)
-    parser.add_argument("--device", default="cuda", help="cpu tries the command itself out on a machine without a card")
-    arguments = parser.parse_args(argv)
+    start = time.monotonic()
+    arguments = arguments_of(argv)
+    seconds = 60 * arguments.minutes - LAST
+    chosen = [stage for stage in stages() if arguments.step in (stage.step, "all")]
+    if arguments.dry or arguments.ship:
+        print(gpu_check.ship(arguments.ship)) if arguments.ship else dry(chosen, seconds)
+        return 0
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         print("no CUDA device: torch.cuda.is_available() is false")
         return 2
-    start = time.monotonic()
-    budget = 60 * arguments.minutes
-    end = start + budget
+    if device.type == "cuda":  # with an index, as a tensor there has one
+        device = torch.device("cuda", torch.cuda.current_device())
+    with warnings.catch_warnings(record=True) as caught:  # without a C++ compiler there is still Triton
+        _build.load()
+    if arguments.warm:
+        part, parts = map(int, arguments.warm.split("/"))
+        gpu_check.warm(device, measured(), part, parts)
+        return 0
     folder = Path(arguments.results or header.RESULTS / header.folder_name(device))
     told = Report(folder)
-    head = header.header(device, "gpu")
+    head: dict[str, Any] = header.header(device, "gpu")
     told.say(f"{head['device']}, torch {head['versions']['torch']}, commit {head['commit'][:12]}, {head['date']}")
-    steps = STEPS[:2] if arguments.step == "all" else (arguments.step,)
-    alone = len(steps) == 1
-    what = {
-        "check": f"the tests marked gpu, then {len(measured())} workloads' equality in {', '.join(DTYPES)}",
-        "bench": f"{len(plan())} measurements against {', '.join(BASELINES)} and compiled, with graph replays",
-    }
-    told.say(f"will run within {arguments.minutes:g} minutes: {'; '.join(what[step] for step in steps)}; in {folder}")
+    for warning in caught:
+        told.say(str(warning.message))
+    what = "; ".join(f"{stage.name}: {stage.what}" for stage in chosen)
+    told.say(f"will run within {arguments.minutes:g} minutes, in {folder}: {what}")
+    warmers = start_warmers(folder, device) if device.type == "cuda" else []
+    checks = [stage for stage in chosen if stage.step == "check"]
+    end = start + seconds
     good = True
-    if "check" in steps:
-        good &= check_tests(told, budget * (0.7 if alone else PYTEST_SHARE))
-        stop = end if alone else min(end, time.monotonic() + budget * EQUALITY_SHARE)
-        good &= check_equality(told, device, stop)
-    if "bench" in steps:
-        bench(told, device, end - 10)  # the plot and the summary come after the last measurement
+    try:
+        if checks:
+            share = sum(s.share for s in checks) / sum(s.share for s in chosen)
+            good &= go(checks, told, device, start, seconds * share)
+    finally:
+        for process in warmers:  # nothing may run beside what is timed
+            process.terminate()
+            process.wait()
+    now = time.monotonic()
+    good &= go([stage for stage in chosen if stage.step == "bench"], told, device, now, end - now)
     told.say(f"took {time.monotonic() - start:.0f} s")
     return 0 if good else 1
 

@@ -141,7 +141,7 @@ def measure(
             row |= _speed(contender.label, times, flops, moved, matmul, copy)
     _ratios(rows, taking_part, times)
     if graphs:
-        _graphs(rows, taking_part, turns, clock)
+        _graphs(rows, taking_part, turns, clock, min(seconds, 2.0))
     for turn in turns.values():
         turn.clear()
     _forget(device)
@@ -238,7 +238,9 @@ def _ratios(rows: Sequence[Row], taking_part: Sequence[Contender], times: timing
             }
 
 
-def _graphs(rows: Sequence[Row], taking_part: Sequence[Contender], turns: dict[str, Work], clock: timing.Clock) -> None:
+def _graphs(
+    rows: Sequence[Row], taking_part: Sequence[Contender], turns: dict[str, Work], clock: timing.Clock, seconds: float
+) -> None:
     """The same turns as CUDA-graph replays; "compile-ro" replays graphs of its own already."""
     replays: dict[str, timing.Run] = {}
     timed = {c.label: row for row, c in zip(rows, taking_part, strict=True) if not row["errors"]}
@@ -250,7 +252,7 @@ def _graphs(rows: Sequence[Row], taking_part: Sequence[Contender], turns: dict[s
             replays[label] = timing.graphed(turns[label].run)
         except Exception as error:
             row["graph"] = {"errors": timing.message(error)}
-    times = timing.interleave(replays, clock, seconds=2.0)
+    times = timing.interleave(replays, clock, seconds=seconds)
     eager = min((b for b in BASELINES if b in times.seconds), key=lambda b: times.spread(b).median, default=None)
     for label in times.seconds:
         spread = times.spread(label)

@@ -85,6 +85,11 @@ def path() -> Path:
     return cache_directory() / NAME
 
 
+def entries(index: int | None) -> dict[str, Any]:
+    """The decisions of the user's file for a card, by kind of call."""
+    return _load(path()).get(card(index), {})
+
+
 def count() -> int:
     """How many decisions the user's file holds, for any card."""
     return sum(len(entries) for entries in _load(path()).values())

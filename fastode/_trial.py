@@ -22,7 +22,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,8 @@ DEVICES = ("cuda",)  # on which there are trials
 _ROUNDS = 7
 _JUDGED_ENTRIES = 1 << 22  # of the inputs: as many samples as that are judged, because truth takes float64
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
 _lock = threading.RLock()
 _state = threading.local()
 
@@ -44,7 +46,13 @@ def under_way() -> bool:
     return getattr(_state, "under_way", False)
 
 
-@torch.compiler.assume_constant_result
+def _constant(function: _Function) -> _Function:
+    """torch.compiler.assume_constant_result, a result that a tracer keeps, without importing all of Dynamo for it."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant
 def allows_tf32() -> bool:
     """Whether float32 convolutions may round their factors to tf32: then they are judged and timed so."""
     settings = getattr(torch.backends.cudnn, "conv", None)
@@ -105,7 +113,7 @@ def against(
     return _verdict(engine, known)
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _against_traced(engine: str, wanted: str, index: int | None, candidates: str) -> str:
     """`against` where a tracer asks, which may not read files nor make trials itself."""
     able = candidates.split()

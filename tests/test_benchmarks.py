@@ -17,7 +17,6 @@ from benchmarks import (
     contenders,
     counts,
     data,
-    gpu,
     measure,
     memory,
     report,
@@ -321,18 +320,3 @@ def test_report_makes_table_and_plot_from_the_record(tmp_path: Any) -> None:
 def test_a_readme_without_markers_is_refused() -> None:
     with pytest.raises(ValueError, match="must contain"):
         report.between("no markers")
-
-
-def test_the_gpu_command_stops_what_runs_too_long(tmp_path: Any) -> None:
-    lines: list[str] = []
-    code = "import time; print('started', flush=True); time.sleep(60)"
-    status = gpu.stream([gpu.sys.executable, "-c", code], tmp_path / "log.txt", 3.0, lines.append)
-    assert status is None and lines == ["started"] and (tmp_path / "log.txt").read_text() == "started\n"
-
-
-def test_the_gpu_command_says_that_there_is_no_card(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Any, capsys: Any
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu.main(["--results", str(tmp_path / "none")]) == 2
-    assert "no CUDA device" in capsys.readouterr().out and not (tmp_path / "none").exists()

@@ -497,6 +497,12 @@ def test_auto_takes_fused_convolutions_after_a_trial_only(bench: Bench, monkeypa
     assert used(module, sample_input(5, 4, 3, 3)) == "reference"
 
 
+def test_importing_imports_no_tracer_and_no_triton() -> None:
+    code = "import sys, fastode; print([name for name in ('torch._dynamo', 'triton') if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout == "[]\n"
+
+
 def test_a_device_without_kernels_is_named() -> None:
     module = block()
     assert module.why_not("staged", torch.empty(2, 4, 3, 3, device="meta")) == (
