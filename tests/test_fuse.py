@@ -308,7 +308,7 @@ def test_a_block_the_example_does_not_reach_is_named():
 def test_a_part_that_a_fused_block_runs_itself_is_reported():
     module = reference.SOBlock(reference.SkewPair(4, 4), solver="euler")
     report = fastode.fuse(module, example=torch.randn(2, 4, 4, 4))
-    assert [(row.name, row.engines) for row in report.rows] == [("", ("staged",)), ("field", ("staged",))]
+    assert [(row.name, row.engines) for row in report.rows] == [("", ("resident",)), ("field", ("resident",))]
 
 
 @pytest.mark.parametrize("engine", ["auto", "reference"])

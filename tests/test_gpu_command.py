@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import gpu, gpu_check, gpu_kernels, header, run
+from benchmarks import gpu, gpu_check, gpu_kernels, header, run, timing
 from benchmarks.gpu_check import Report
 from benchmarks.workloads import Workload
 from fastode import _build, _decisions, _trial, reference
@@ -98,30 +98,39 @@ def test_the_plan_has_every_target_once_and_training_steps_first() -> None:
     assert len(set(names)) == len(names) > 40 and not any(w.network for w in gpu.blocks())
 
 
+def small_machine(dtype: torch.dtype = torch.float32, device: Any = "cpu") -> timing.Machine:
+    x = torch.ones(64, 64, dtype=dtype)
+    return timing.Machine(lambda: x @ x, lambda: x.clone(), 2.0 * 64**3, 2.0 * 64**2)
+
+
 @pytest.mark.parametrize("with_pytest", [False, True])
-def test_everything_that_runs_is_on_disk(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any, with_pytest: bool
+def test_the_tests_run_where_there_is_pytest(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, with_pytest: bool
 ) -> None:
+    monkeypatch.setattr(gpu_check, "find_spec", lambda name: with_pytest or None)
+    streamed: list[str] = []
+    for status, good, word in ((0, True, "passed"), (1, False, "failed (status 1)"), (5, False, "none collected")):
+        monkeypatch.setattr(gpu_check, "stream", lambda command, *_, s=status: streamed.extend(command) or s)
+        told = Report(tmp_path)
+        assert gpu_check.card_tests(told, CPU, time.monotonic() + 9) == (good or not with_pytest)
+        assert told.lines[0].startswith(f"tests on the card: {word if with_pytest else 'pytest is not installed'}")
+    assert ("gpu" in streamed) == with_pytest
+
+
+def test_everything_that_runs_is_on_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
     monkeypatch.setattr(gpu, "measured", lambda: [tiny()])
     monkeypatch.setattr(gpu, "blocks", lambda: [tiny()])
     monkeypatch.setattr(gpu, "FAMILIES", {"ie": "k1"})
     monkeypatch.setattr(gpu, "COMPILED", ())
     monkeypatch.setattr(gpu_check, "random_blocks", partial(gpu_check.random_blocks, most=2))
-    monkeypatch.setattr(gpu_check, "find_spec", lambda name: with_pytest or None)
-    streamed: list[str] = []
-
-    def stream(command: Any, log: Path, *_: Any) -> int:
-        streamed[:] = command
-        log.write_text("5 passed\n")
-        return 0
-
-    monkeypatch.setattr(gpu_check, "stream", stream)
+    monkeypatch.setattr(gpu_check, "stream", lambda *_: 0)
+    monkeypatch.setattr(gpu, "MODES", ("train",))
+    monkeypatch.setattr(gpu, "SECONDS", 0.0)
+    monkeypatch.setattr(timing, "machine", small_machine)
     assert gpu.main(["--device", "cpu", "--minutes", "3", "--results", str(tmp_path)]) == 0
     summary = (tmp_path / "summary.md").read_text()
     out = capsys.readouterr().out
     assert out.index("will run within 3 minutes") < out.index("== tests") < out.index("== kernels")
-    assert ("tests on the card: passed" in summary) == with_pytest == ("gpu" in streamed)
-    assert ("pytest is not installed" in summary) != with_pytest
     for line in summary.splitlines():
         assert not line or line in out
     read = {path.name: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
