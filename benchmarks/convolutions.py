@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastode.ops.triton import convolution, passes
+from fastode.branch import Activation, Norm
+from fastode.ops.skew_pair.engine import POST_Y, POST_Z, Pair
+from fastode.ops.triton import convolution, passes, skew
 
 RELU, SILU = 1, 6
 
@@ -69,12 +71,22 @@ def allowed(dtype: str) -> Iterator[None]:
         settings.fp32_precision = before
 
 
+def call_allowed(dtype: str, call: Callable[[], Any]) -> None:
+    """Call with PyTorch's setting for `dtype`."""
+    with allowed(dtype):
+        call()
+
+
 def _map(each: Convolution, dtype: str) -> Tensor:
     return torch.empty(each.shape, dtype=STORAGE[dtype], device="meta", memory_format=torch.channels_last)
 
 
-def operators(each: Convolution, dtype: str) -> dict[str, Callable[[], Any]]:
+def operators(each: Convolution | SkewPair, dtype: str) -> dict[str, Callable[[], Any]]:
     """What a block's forward and backward launch, by name; call them with `allowed(dtype)`."""
+    return _of_pair(each, dtype) if isinstance(each, SkewPair) else _of_convolution(each, dtype)
+
+
+def _of_convolution(each: Convolution, dtype: str) -> dict[str, Callable[[], Any]]:
     x, channels = _map(each, dtype), each.shape[1]
     weight = torch.empty(channels, channels, each.kernel, each.kernel, dtype=x.dtype, device="meta")
     row = torch.empty(channels, device="meta") if each.norm != passes.NONE else None
@@ -103,5 +115,74 @@ def operators(each: Convolution, dtype: str) -> dict[str, Callable[[], Any]]:
         ),
         "weight gradient of a pulled map": lambda: convolution.weight_gradient(
             value, pulled().operand, (each.kernel, each.kernel), bias=True
+        ),
+    }
+
+
+@dataclass(frozen=True)
+class SkewPair:
+    """A skew pair with GroupNorm before and after it, and damping.
+
+    Attributes:
+        name: in the table.
+        channels: of y and of z.
+        size: (H, W) of y.
+        stride: of W.
+        dtypes: as of a Convolution.
+    """
+
+    name: str
+    channels: tuple[int, int]
+    size: tuple[int, int]
+    stride: int = 1
+    dtypes: tuple[str, ...] = ("bfloat16", "tf32", "float32")
+
+
+PAIRS = (
+    SkewPair("pair 64 with 64 channels, 32×32", (64, 64), (32, 32)),
+    SkewPair("pair 128 with 64 channels, stride 2, 16×16", (128, 64), (16, 16), 2),
+    SkewPair("pair 64 with 3 channels, 32×32", (64, 3), (32, 32), dtypes=("bfloat16", "tf32")),
+    SkewPair("pair 256 with 128 channels, stride 2, 8×8", (256, 128), (8, 8), 2, ("bfloat16", "tf32")),
+)
+
+
+def _of_pair(each: SkewPair, dtype: str) -> dict[str, Callable[[], Any]]:
+    storage, (height, width) = STORAGE[dtype], each.size
+    activation = Activation("leaky_relu", 0.01, 0.0)
+    norm = Norm("group", 8, 1e-5)
+    pair = Pair(each.stride, 1, 0.1, activation, (norm,) * 4, (False,) * 4, None)
+    side = each.stride + 2
+    weight = torch.empty(*each.channels, side, side, dtype=storage, device="meta")
+    states = []
+    for channels, scale in zip(each.channels, (1, each.stride), strict=True):
+        shape = (128, channels, height * scale, width * scale)
+        x = torch.empty(shape, dtype=storage, device="meta", memory_format=torch.channels_last)
+        row = torch.empty(channels, device="meta")
+        unit = convolution.Unit(x, passes.GROUP, 8 if channels % 8 == 0 else 1, 1e-5, 0, 0.0, 0.0)
+        states.append(convolution.value_of(unit, unit.statistics(), row, row))
+    y, z = states
+    codes = (2, 0.01, 0.0)
+
+    def forward(want_y: bool = True, want_z: bool = True) -> Any:
+        halves = (
+            skew.slope_half(pair, POST_Y, y, z, weight, 1.0, want_y),
+            skew.slope_half(pair, POST_Z, z, y, weight, -1.0, want_z),
+        )
+        return skew.launch_pair(pair, weight, *halves, codes)
+
+    def backward() -> Any:
+        halves = (
+            skew.image_half(y.x, z.x, y, True, -0.1, True),
+            skew.image_half(z.x, y.x, z, True, 0.1, True),
+        )
+        return skew.launch_pair(pair, weight, *halves, pull=True)
+
+    pairs = [(z, convolution.Operand(y.x)), (convolution.Operand(z.x), y)]
+    return {
+        "pair": forward,
+        "pair, y alone": lambda: forward(want_z=False),
+        "pull of a pair": backward,
+        "weight gradient": lambda: convolution.sum_weight_gradients(
+            pairs, (side, side), (1, 1), each.stride, (1, 1), False, storage
         ),
     }

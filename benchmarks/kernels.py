@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from fastode.ops.triton import launch as launching
 from fastode.ops.triton import passes
 
 from . import convolutions, header
-from .convolutions import CONVOLUTIONS, Convolution
+from .convolutions import CONVOLUTIONS, PAIRS, Convolution, SkewPair
 
 ARCHITECTURES = (80, 90, 100)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -86,19 +88,21 @@ class Launch:
 
 
 @contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """Collect the launches of the operators instead of making them."""
+def recording(architecture: int = 90) -> Iterator[list[Launch]]:
+    """Collect the launches that the operators would make on a card, instead of making them."""
     launches: list[Launch] = []
 
     def record(kernel: Any, programs: int, *arguments: Any, warps: int = 4, **constants: Any) -> None:
         launches.append(Launch(kernel, arguments, tuple(constants.items()), warps))
 
-    real = launching.launch
+    real, assumed = launching.launch, launching.ASSUMED
+    launching.ASSUMED = architecture
     for module in MODULES:
         module.launch = record
     try:
         yield launches
     finally:
+        launching.ASSUMED = assumed
         for module in MODULES:
             module.launch = real
 
@@ -208,33 +212,59 @@ def compile_offline(launch: Launch, configuration: str, architecture: int) -> Co
     )
 
 
-def launches(maps: Sequence[Maps], dtypes: Sequence[torch.dtype]) -> list[tuple[Launch, str]]:
-    """Every different launch of the operators, with the first configuration that makes it."""
-    found: dict[str, tuple[Launch, str]] = {}
-    for each in maps:
-        for dtype in dtypes:
-            for act in each.activations:
-                words = f"{each.name}, {str(dtype).removeprefix('torch.')}, {'silu' if act == SILU else 'relu'}"
-                for operator, call in operators(each, dtype, act).items():
-                    with recording() as recorded:
-                        call()
-                    for launch in recorded:
-                        key, _ = source(launch, GPUTarget("cuda", 90, 32))
-                        found.setdefault(f"{key.hash()} {launch.warps}", (launch, f"{words}: {operator}"))
-    return list(found.values())
+Call = tuple[str, Callable[[], Any]]
+Wanted = tuple[Launch, str, int]
 
 
-def convolution_launches(chosen: Sequence[tuple[str, Convolution]]) -> list[tuple[Launch, str]]:
-    """Every different launch of the fused convolutions, with the first configuration that makes it."""
-    found: dict[str, tuple[Launch, str]] = {}
-    for dtype, each in chosen:
-        for operator, call in convolutions.operators(each, dtype).items():
-            with convolutions.allowed(dtype), recording() as recorded:
+def distinct(calls: Iterable[Call], architectures: Sequence[int]) -> list[Wanted]:
+    """The launches of some calls that compile to different code, each with the first configuration that makes it."""
+    found: dict[str, Wanted] = {}
+    for configuration, call in calls:
+        for architecture in architectures:
+            with recording(architecture) as recorded:
                 call()
             for launch in recorded:
-                key, _ = source(launch, GPUTarget("cuda", 90, 32))
-                found.setdefault(f"{key.hash()} {launch.warps}", (launch, f"{each.name}, {dtype}: {operator}"))
+                key, _ = source(launch, GPUTarget("cuda", architecture, 32))
+                known = f"{key.hash()} {launch.warps} {architecture}"
+                found.setdefault(known, (launch, configuration, architecture))
     return list(found.values())
+
+
+def launches(
+    maps: Sequence[Maps], dtypes: Sequence[torch.dtype], architectures: Sequence[int] = ARCHITECTURES
+) -> list[Wanted]:
+    """Every different launch of the operators, with the first configuration that makes it."""
+    calls = (
+        (f"{each.name}, {str(dtype).removeprefix('torch.')}, {'silu' if act == SILU else 'relu'}: {operator}", call)
+        for each in maps
+        for dtype in dtypes
+        for act in each.activations
+        for operator, call in operators(each, dtype, act).items()
+    )
+    return distinct(calls, architectures)
+
+
+def convolution_launches(
+    chosen: Iterable[tuple[str, Convolution | SkewPair]], architectures: Sequence[int] = ARCHITECTURES
+) -> list[Wanted]:
+    """Every different launch of the fused convolutions, with the first configuration that makes it."""
+    calls = (
+        (f"{each.name}, {dtype}: {operator}", partial(convolutions.call_allowed, dtype, call))
+        for dtype, each in chosen
+        for operator, call in convolutions.operators(each, dtype).items()
+    )
+    return distinct(calls, architectures)
+
+
+_remembered: list[Wanted] = []
+
+
+def _remember(todo: list[Wanted]) -> None:
+    _remembered[:] = todo
+
+
+def _compile_remembered(number: int) -> Compiled:
+    return compile_offline(*_remembered[number])
 
 
 def markdown(rows: Sequence[Compiled]) -> str:
@@ -274,15 +304,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=header.RESULTS / "offline")
     folder = parser.parse_args(argv).results
     about = {"commit": header.commit(), "versions": header.versions()}
-    rows: list[Compiled] = []
     todo = launches(MAPS, DTYPES)
-    todo += convolution_launches([(dtype, each) for each in CONVOLUTIONS for dtype in each.dtypes])
-    print(f"{len(todo)} launches for {', '.join(f'sm_{a}' for a in ARCHITECTURES)}", flush=True)
-    for done, (launch, configuration) in enumerate(todo, 1):
-        rows += [compile_offline(launch, configuration, architecture) for architecture in ARCHITECTURES]
-        if done % 50 == 0:
-            print(f"{done} compiled", flush=True)
-    rows.sort(key=lambda row: row.kernel)
+    todo += convolution_launches((dtype, each) for each in (*CONVOLUTIONS, *PAIRS) for dtype in each.dtypes)
+    print(f"{len(todo)} kernels for {', '.join(f'sm_{a}' for a in ARCHITECTURES)}", flush=True)
+    rows: list[Compiled] = []
+    # Forked, because a recorded launch cannot be sent to another process: each finds its own by number.
+    with multiprocessing.get_context("fork").Pool(initializer=_remember, initargs=(todo,)) as pool:
+        for done, row in enumerate(pool.imap(_compile_remembered, range(len(todo))), 1):
+            rows.append(row)
+            if done % 100 == 0:
+                print(f"{done} compiled", flush=True)
+    rows.sort(key=lambda row: (row.kernel, row.configuration, row.architecture))
     folder.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(asdict(row), ensure_ascii=False) for row in rows)
     (folder / "kernels.json").write_text(f'{{"header": {json.dumps(about)},\n"results": [\n{lines}\n]}}\n')

@@ -198,7 +198,7 @@ def check_pull(case: Case, device: str = "cpu") -> None:
         bars = pulled.bars
         out = pulled.operand.x
         if pulled.waits:
-            out = conv_sweeps._pull_set(pulled.operand, s.addends, _coefficients(s.coefs))
+            out = conv_sweeps.pull_set(pulled.operand, s.addends, _coefficients(s.coefs))
     names = [("norm weight", s.norm_weight), ("norm bias", s.norm_bias)]
     asked = case["param_grads"] and case["norm"] != "none"
     assert bars is not None or not asked

@@ -6,10 +6,9 @@ The C++ library stays out of it: the operators are defined from csrc/ops.cpp as 
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
-import interpreting  # noqa: F401  (before any kernel is made)
+import interpreting  # before any kernel is made
 import pytest
 import torch
 from block_cases import ACTIVATIONS
@@ -18,12 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastode
 from benchmarks import kernels
-from fastode import _build, _cuda, _one_step, reference
+from fastode import _one_step, reference
 from fastode.ops import sweeps
 from fastode.ops.triton import launch, passes
 from fastode.testing import assert_blocks_equal, sample_input
 
-SOURCE = Path(__file__).parent.parent / "csrc" / "ops.cpp"
 NORMS = {"group": lambda c: nn.GroupNorm(2, c), "batch": nn.BatchNorm2d}
 BLOCKS = {
     "ie": lambda m, f: m.IESkip(f, 2, 0.1, theta=0.5),
@@ -34,9 +32,7 @@ BLOCKS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _triton_operators() -> None:
-    _cuda.define(SOURCE)
-    _cuda.implement("CPU")
-    _build._state.path = SOURCE  # what says that the operators are there
+    interpreting.use_operators()
 
 
 def branch(norm: str, activation: str) -> nn.Sequential:
@@ -52,9 +48,13 @@ def fuse_convolutions(monkeypatch: pytest.MonkeyPatch, fused: bool) -> None:
 # A bfloat16 pre-activation on the other side of a kink would be no fault of a kernel: smooth activations.
 UNITS = [("group", "tanh"), ("batch", "silu")]
 DTYPES = [torch.float32, torch.bfloat16]
-CASES = [(False, block, *unit, dtype) for block in BLOCKS for unit in UNITS for dtype in DTYPES]
-# With fused convolutions, which tests of their own judge, every unit in one dtype for each block.
-CASES += [(True, block, *UNITS[j], DTYPES[(i + j) % 2]) for i, block in enumerate(BLOCKS) for j in range(2)]
+# The operators have tests of their own in every dtype: here every unit is in one dtype for each block and engine.
+CASES = [
+    (fused, block, *UNITS[j], DTYPES[(i + j + fused) % 2])
+    for fused in (False, True)
+    for i, block in enumerate(BLOCKS)
+    for j in range(2)
+]
 
 
 @pytest.mark.parametrize(("fused_convolutions", "block", "norm", "activation", "dtype"), CASES)

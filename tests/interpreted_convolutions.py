@@ -38,7 +38,7 @@ def few_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # An interpreted program takes as long as it takes steps.
-SEVERAL = [c for c in CASES if c["size"] == (7, 9) and c["inputs"] * c["outputs"] * c["kernel"][0] < 300]
+SEVERAL = [c for c in CASES if c["size"] == (7, 9) and c["inputs"] * c["outputs"] * c["kernel"][0] < 200]
 OTHERS = [(change, case) for i, case in enumerate(SEVERAL) for change in ((small_blocks, few_chunks)[i % 2],)]
 
 

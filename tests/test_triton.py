@@ -44,9 +44,9 @@ def test_interpreted(file: str, which: str) -> None:
 def test_compiles_for_hopper_without_spills(maps: kernels.Maps, dtype: torch.dtype) -> None:
     # The others of `make kernels` differ from these in sizes only.
     rows = [
-        kernels.compile_offline(launch, configuration, 90)
-        for launch, configuration in kernels.launches([maps], [dtype])
-        if "silu" in configuration and "two" not in configuration
+        kernels.compile_offline(*each)
+        for each in kernels.launches([maps], [dtype], [90])
+        if "silu" in each[1] and "two" not in each[1]
     ]
     assert {row.kernel.split("_")[0] for row in rows} >= {"value", "cotangent", "tangent", "second"}
     assert [row for row in rows if row.spills or not row.registers] == []

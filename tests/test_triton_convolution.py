@@ -12,22 +12,26 @@ import pytest
 import torch
 from block_cases import name_of
 from convolution_cases import CASES, CHECKS, LARGE
+from test_skew import field_of, fused
 from torch import Tensor, nn
 
 from benchmarks import convolutions, kernels
+from fastode import _functional_skew
 from fastode import branch as reader
 from fastode.functional import scheme_of
 from fastode.ops import sweeps
 from fastode.ops.implicit_euler.autograd import Descent
-from fastode.ops.triton import conv_blocks, convolution
+from fastode.ops.skew_pair.engine import Pair
+from fastode.ops.triton import conv_blocks, convolution, skew
 from fastode.tableau import SSP3
+from fastode.testing import assert_blocks_equal
 
 HERE = Path(__file__).parent
 
 
 def test_interpreted() -> None:
-    file = str(HERE / "interpreted_convolutions.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
+    files = [str(HERE / f"interpreted_{name}.py") for name in ("convolutions", "pairs")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
@@ -38,9 +42,9 @@ def test_interpreted() -> None:
 )
 def test_compiles_for_hopper_without_spills(dtype: str, each: convolutions.Convolution) -> None:
     rows = [
-        kernels.compile_offline(launch, configuration, 90)
-        for launch, configuration in kernels.convolution_launches([(dtype, each)])
-        if "pulled" not in configuration and ("two" in configuration or "weight" in configuration)
+        kernels.compile_offline(*wanted)
+        for wanted in kernels.convolution_launches([(dtype, each)], [90])
+        if "pulled" not in wanted[1] and ("two" in wanted[1] or "weight" in wanted[1])
     ]
     assert {row.kernel for row in rows} >= {"convolution_kernel", "weight_gradient_kernel"}
     assert [row for row in rows if row.spills or not row.registers] == []
@@ -48,6 +52,34 @@ def test_compiles_for_hopper_without_spills(dtype: str, each: convolutions.Convo
     products = [row for row in rows if row.kernel in ("convolution_kernel", "weight_gradient_kernel")]
     assert {row.tensor_core for row in products} == {"wgmma.mma_async"}
     assert {row.widest for row in products} == {128}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "tf32"])
+def test_pair_compiles_for_hopper_without_spills(dtype: str) -> None:
+    wanted = kernels.convolution_launches([(dtype, convolutions.PAIRS[0])], [90])
+    rows = [kernels.compile_offline(*each) for each in wanted if each[0].kernel.__name__ == "pair_kernel"]
+    assert len(rows) == 3
+    assert [row for row in rows if row.spills or not row.registers] == []
+    assert {(row.tensor_core, row.widest) for row in rows} == {("wgmma.mma_async", 128)}
+
+
+PAIR = Pair(2, 1, 0.0, None, (None,) * 4, (False,) * 4, None)
+PAIRS_REFUSED: dict[str, tuple[Pair, Tensor, str]] = {
+    "kernel": (
+        PAIR, torch.zeros(2, 2, 3, 3),
+        "the fused skew pair has a 3×3 kernel of stride 1 or a 4×4 kernel of stride 2, with padding 1",
+    ),
+    "float64": (
+        PAIR, torch.zeros(2, 2, 4, 4, dtype=torch.float64), "there are no fused convolutions for torch.float64"
+    ),
+    "none": (PAIR, torch.zeros(2, 2, 4, 4), ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PAIRS_REFUSED)
+def test_why_not_a_pair(case: str) -> None:
+    pair, weight, reason = PAIRS_REFUSED[case]
+    assert skew.why_not(pair, weight, [], []) == reason
 
 
 def test_precision_is_what_pytorch_allows() -> None:
@@ -128,6 +160,16 @@ def block_pair(channels: int, norm: type[nn.Module]) -> tuple[sweeps.Plan, list[
     reading = reader.read(two_units(channels, norm).cuda())
     assert reading.units is not None
     return sweeps.Plan(reading.units, (False, False), None, fused=True), reading.tensors
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", [(64, 64, 1, 32, 32), (64, 128, 2, 32, 32), (128, 256, 2, 8, 8)])
+def test_pair_on_the_card(monkeypatch: pytest.MonkeyPatch, case: tuple[int, ...], dtype: torch.dtype) -> None:
+    monkeypatch.setattr(_functional_skew, "Pair", lambda *rest: Pair(*rest, fused=True))
+    for norm in ("group", "batch", "none"):
+        field, (y, z) = field_of((*case, 0.1, "tanh", norm, 4), dtype)
+        assert_blocks_equal(field.cuda(), fused(field), (y.cuda(), z.cuda()))
 
 
 @pytest.mark.gpu

@@ -82,7 +82,7 @@ def coefficients(*values: float) -> Tensor:
 
 def combine(terms: Sequence[Tensor], coefs: Tensor) -> Tensor:
     """The sum of coefs[i] terms[i], in the dtype that PyTorch promotes the terms to."""
-    terms, coefs = _few(_promoted(terms), coefs)
+    terms, coefs = _few(promoted(terms), coefs)
     return torch.ops.fastode.combine(terms, coefs, 0, 0.0, 0.0)
 
 
@@ -95,7 +95,7 @@ def dots(v: Tensor, terms: Sequence[Tensor]) -> Tensor:
 
 def combine_pair(first: Sequence[Tensor], second: Sequence[Tensor], coefs: Tensor) -> Tensor:
     """Two combinations stacked along the batch; coefs are the first's, then the second's."""
-    terms = _promoted([*first, *second])
+    terms = promoted([*first, *second])
     return torch.ops.fastode.combine_pair(terms[: len(first)], terms[len(first) :], coefs)
 
 
@@ -103,7 +103,7 @@ def value(
     plan: Plan, tensors: MaybeTensors, terms: Sequence[Tensor], coefs: Tensor
 ) -> tuple[Tensor, Tensor, list[Record]]:
     """f at the combination of `terms`: that combination, f of it, and the records (without convolution inputs)."""
-    terms, coefs = _few(_promoted(terms), coefs)
+    terms, coefs = _few(promoted(terms), coefs)
     point = terms[0]
     records: list[Record] = []
     for index in range(len(plan.units)):
@@ -349,7 +349,7 @@ def _few(terms: list[Tensor], coefs: Tensor) -> tuple[list[Tensor], Tensor]:
     return terms, coefs
 
 
-def _promoted(terms: Sequence[Tensor]) -> list[Tensor]:
+def promoted(terms: Sequence[Tensor]) -> list[Tensor]:
     dtype = terms[0].dtype
     for term in terms[1:]:
         dtype = torch.promote_types(dtype, term.dtype)

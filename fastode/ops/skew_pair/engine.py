@@ -36,6 +36,7 @@ class Pair:
         norms: before W on y and on z, after σ on each.
         tracked: which of the norms update running statistics.
         lower: the dtype that autocast lowers W to, None where it is off.
+        fused: whether W is fastode/ops/triton/skew.py's, which reads and writes for the passes.
     """
 
     stride: int
@@ -45,6 +46,7 @@ class Pair:
     norms: tuple[Norm | None, Norm | None, Norm | None, Norm | None]
     tracked: tuple[bool, bool, bool, bool]
     lower: torch.dtype | None
+    fused: bool = False
 
 
 class Kept(NamedTuple):
@@ -111,6 +113,10 @@ def evaluate(
     want: tuple[bool, bool] = (True, True),
 ) -> tuple[MaybeTensor, MaybeTensor, Kept]:
     """(1) at the combinations of y_terms and of z_terms: the wanted slopes, and what the pull-back needs."""
+    if pair.fused:
+        from ..triton import skew
+
+        return skew.evaluate(pair, weight, tensors, y_terms, z_terms, y_coefs, z_coefs, want)
     want_y, want_z = want
     y = z = y_hat = z_hat = None
     stats: list[MaybeTensor] = [None] * 4
@@ -140,6 +146,10 @@ def pull_back(
     scale: float = 1.0,
 ) -> tuple[MaybeTensor, MaybeTensor]:
     """The cotangents of y and z for the slopes' cotangents `scale` × bars, of which an absent one is zero."""
+    if pair.fused:
+        from ..triton import skew
+
+        return skew.pull_back(pair, weight, tensors, kept, bars, grads, need, scale)
     # (2): the cotangents p and q of W's two results, the second with its sign turned
     p = _pull_slope(pair, POST_Y, tensors, kept.h_y, kept.stats[POST_Y], bars[0], grads, scale, scale)
     q_turned = _pull_slope(pair, POST_Z, tensors, kept.h_z, kept.stats[POST_Z], bars[1], grads, -scale, scale)

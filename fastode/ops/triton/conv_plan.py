@@ -10,12 +10,16 @@ from .plan import power_of_two
 # The least sides of a tensor core's product, as Triton takes them.
 LEAST = 16
 # Pixels of a block, where a normalised set does not fit into one; output channels of a block.
-PIXELS, CHANNELS = 128, 128
+PIXELS, CHANNELS = 128, 64
 # Bytes of a step's columns, of its left tile, and of all tiles that a program has on the way.
 STEP_BYTES, TILE_BYTES, SHARED_BYTES = 128, 1 << 15, 96 << 10
-# Accumulators of a program that has a whole set, and of a thread.
-SET_ACCUMULATORS, THREAD_ACCUMULATORS = 1 << 14, 32
+# Accumulators of a program that has a whole set, and of a thread; bytes of a left tile that a thread makes.
+SET_ACCUMULATORS, THREAD_ACCUMULATORS, THREAD_BYTES = 1 << 14, 32, 128
 MAX_WARPS = 16
+# Channels, of y and z together, of a skew pair whose programs make both halves, their pixels of y, and their warps.
+PAIR_CHANNELS, PAIR_PIXELS, PAIR_WARPS = 128, 64, 8
+# Registers of a multiprocessor, and the most that a thread is given.
+REGISTERS, THREAD_REGISTERS = 1 << 16, 224
 # Of a weight gradient: rows (taps and channels), pixels of a step, and programs in all.
 WEIGHT_ROWS, WEIGHT_PIXELS, WEIGHT_PROGRAMS = 128, 64, 264
 SUM_TILE, SUM_COLUMNS = 2048, 64
@@ -55,8 +59,14 @@ class Product:
         return self.blocks == 1 and self.programs == self.spans
 
 
-def _warps(rows: int, columns: int) -> int:
-    return max(4, min(MAX_WARPS, rows * columns // (32 * THREAD_ACCUMULATORS)))
+def _warps(accumulators: int, left_bytes: int) -> int:
+    threads = max(accumulators // THREAD_ACCUMULATORS, left_bytes // THREAD_BYTES)
+    return max(4, min(MAX_WARPS, threads // 32))
+
+
+def registers(warps: int) -> int:
+    """What a thread may use."""
+    return min(THREAD_REGISTERS, REGISTERS // (32 * warps))
 
 
 def _stages(entries: int, itemsize: int) -> int:
@@ -66,7 +76,7 @@ def _stages(entries: int, itemsize: int) -> int:
 @cache
 def product(
     samples: int, pixels: int, channels_in: int, channels_out: int, taps: int, itemsize: int, by_sample: bool,
-    coupled: bool, halves: int = 1,
+    coupled: bool, tensor_cores: bool = True,
 ) -> Product:  # fmt: skip
     """The blocks of a convolution.
 
@@ -79,22 +89,98 @@ def product(
         itemsize: bytes of what is multiplied.
         by_sample: whether something in it belongs to single samples, as GroupNorm's statistics.
         coupled: whether its result is normalised, so that a block that holds a set saves a launch.
-        halves: accumulators of a program for each of its places.
+        tensor_cores: whether they multiply: without them a thread keeps what it multiplies in registers.
     """
     spans, length = (samples, pixels) if by_sample else (1, samples * pixels)
-    columns = max(LEAST, min(power_of_two(channels_out), CHANNELS // halves))
+    columns = max(LEAST, min(power_of_two(channels_out), CHANNELS))
     whole = max(LEAST, power_of_two(length))
     rows = min(whole, PIXELS * max(1, 32 // columns))
-    fits = whole * columns * halves <= SET_ACCUMULATORS and whole * LEAST * itemsize <= TILE_BYTES
+    fits = whole * columns <= SET_ACCUMULATORS and whole * LEAST * itemsize <= TILE_BYTES
     if coupled and by_sample and columns >= channels_out and fits:
         rows = whole
     padded = power_of_two(channels_in)
-    step = min(STEP_BYTES // itemsize, power_of_two(taps * padded), TILE_BYTES // (rows * itemsize))
+    step = LEAST if not tensor_cores else STEP_BYTES // itemsize
+    step = min(step, power_of_two(taps * padded), TILE_BYTES // (rows * itemsize))
     step = max(LEAST, step)
     stages = _stages(step * (rows + columns), itemsize)
     blocks = -(-length // rows)
     programs = spans * blocks * -(-channels_out // columns)
-    return Product(spans, length, rows, columns, step, padded, _warps(rows, columns * halves), stages, blocks, programs)
+    warps = _warps(rows * columns, rows * step * itemsize)
+    return Product(spans, length, rows, columns, step, padded, warps, stages, blocks, programs)
+
+
+@dataclass(frozen=True)
+class PairProduct:
+    """Blocks of a skew pair, `rows` pixels of y each.
+
+    Attributes:
+        spans: as of a Product.
+        pixels: of y in a span.
+        rows: pixels of y of a block, BM.
+        shared: whether a program makes both halves, from the same tiles of the weight.
+        columns: channels of y and of z of a block, BNY and BNZ.
+        steps: columns of a step that reads y and of one that reads z, BKY and BKZ.
+        padded: channels of a tap, CYP and CZP.
+        warps: of a program.
+        stages: steps whose tiles are on the way at a time.
+        blocks: of a span.
+        programs: in all.
+    """
+
+    spans: int
+    pixels: int
+    rows: int
+    shared: bool
+    columns: tuple[int, int]
+    steps: tuple[int, int]
+    padded: tuple[int, int]
+    warps: int
+    stages: int
+    blocks: int
+    programs: int
+
+
+@cache
+def pair_product(
+    samples: int, pixels: int, channels: tuple[int, int], taps: int, itemsize: int, by_sample: bool,
+    wanted: tuple[bool, bool], sharing: bool,
+) -> PairProduct:  # fmt: skip
+    """The blocks of a skew pair.
+
+    Args:
+        samples: N.
+        pixels: of a sample of y.
+        channels: of y and of z.
+        taps: of the kernel.
+        itemsize: bytes of what is multiplied.
+        by_sample: whether something in it belongs to single samples.
+        wanted: which halves are made, y's and z's.
+        sharing: whether both halves may be one program's.
+    """
+    spans, length = (samples, pixels) if by_sample else (1, samples * pixels)
+    padded = (power_of_two(channels[0]), power_of_two(channels[1]))
+    whole = (max(LEAST, padded[0]), max(LEAST, padded[1]))
+    shared = sharing and all(wanted) and sum(whole) <= PAIR_CHANNELS
+    least = max(LEAST, power_of_two(length))
+    if shared:
+        columns = steps = whole
+        accumulators, widest = sum(whole), max(whole)
+        rows = min(least, PAIR_PIXELS)
+    else:
+        columns = (min(whole[0], CHANNELS), min(whole[1], CHANNELS))
+        accumulators, rows = max(columns), min(least, PIXELS)
+        limit = min(STEP_BYTES // itemsize, TILE_BYTES // (rows * itemsize))
+        steps = (max(LEAST, min(limit, taps * padded[0])), max(LEAST, min(limit, taps * padded[1])))
+        steps = (power_of_two(steps[0]), power_of_two(steps[1]))
+        widest = max(steps)
+    stages = _stages((rows + max(columns)) * widest, itemsize)
+    blocks = -(-length // rows)
+    warps = power_of_two(min(PAIR_WARPS, _warps(rows * accumulators, rows * widest * itemsize)))
+    column_blocks = sum(-(-c // n) for c, n, made in zip(channels, columns, wanted, strict=True) if made)
+    return PairProduct(
+        spans, length, rows, shared, columns, steps, padded, warps, stages, blocks,
+        spans * blocks * (1 if shared else column_blocks),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -121,7 +207,7 @@ def weight_product(
     """The blocks of a weight gradient; arguments as of `product`."""
     spans, length = (samples, pixels) if by_sample else (1, samples * pixels)
     padded = power_of_two(channels_in)
-    columns = max(LEAST, min(power_of_two(channels_out), CHANNELS // 2))
+    columns = max(LEAST, min(power_of_two(channels_out), CHANNELS))
     rows = max(LEAST, min(power_of_two(taps * padded), WEIGHT_ROWS))
     step = max(LEAST, min(WEIGHT_PIXELS, power_of_two(length)))
     tiles = -(-taps * padded // rows) * -(-channels_out // columns)
@@ -130,6 +216,7 @@ def weight_product(
     chunk_blocks = -(-blocks // chunks)
     chunks = -(-blocks // chunk_blocks)
     stages = _stages(step * (rows + columns), itemsize)
+    warps = _warps(rows * columns, rows * step * itemsize)
     return WeightProduct(
-        spans, length, rows, columns, step, padded, _warps(rows, columns), stages, chunks, chunk_blocks, chunks * tiles
+        spans, length, rows, columns, step, padded, warps, stages, chunks, chunk_blocks, chunks * tiles
     )

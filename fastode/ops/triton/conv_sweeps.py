@@ -116,11 +116,11 @@ def pull_branch(
             grads.add(at + NORM_WEIGHT, pulled.bars[0], scale)
             grads.add(at + NORM_BIAS, pulled.bars[1], scale)
         if first and pulled.waits:
-            return _pull_set(left, own, coefs)
+            return pull_set(left, own, coefs)
     return left.x
 
 
-def _pull_set(pulled: Operand, addends: Sequence[Tensor], coefs: Tensor) -> Tensor:
+def pull_set(pulled: Operand, addends: Sequence[Tensor], coefs: Tensor) -> Tensor:
     """coefs[0] h̄ + sum_i coefs[i + 1] addends[i] where h̄ waited for sums: a last sweep over the map."""
     unit = pulled.unit
     assert unit is not None
@@ -129,8 +129,8 @@ def _pull_set(pulled: Operand, addends: Sequence[Tensor], coefs: Tensor) -> Tens
     programs, sizes, shape = launching.apply_shape(unit)
     launching.launch(
         cotangent_apply_kernel, programs, unit.x, pulled.x, tuple(addends) or None, values, out, pulled.stats,
-        pulled.sets, pulled.weight, pulled.bias, *sizes, *unit.numbers, **shape, NORMED=True, COUPLED=True, ACT=0,
-        LEARNED=learned,
+        pulled.sets, pulled.weight, pulled.bias, *sizes, *unit.numbers, **shape, NORMED=True,
+        COUPLED=unit.map.coupled, ACT=0, LEARNED=learned,
     )  # fmt: skip
     return out
 
@@ -177,4 +177,4 @@ def _convolve(
     )  # fmt: skip
 
 
-__all__ = ["Evaluated", "evaluate", "pull_branch", "revisit"]
+__all__ = ["Evaluated", "evaluate", "pull_branch", "pull_set", "revisit"]

@@ -109,6 +109,11 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and allowed else "ieee"
 
 
+def on_tensor_cores(dtype: torch.dtype) -> bool:
+    """Whether products of this dtype are for tensor cores."""
+    return dtype != torch.float32 or precision(dtype) == "tf32"
+
+
 def weight_memory(weight: Tensor) -> Tensor:
     """The weight as kernels read it, [out, kernel's rows, its columns, in]; a copy only where it lies otherwise."""
     return weight.contiguous(memory_format=torch.channels_last)
@@ -188,7 +193,7 @@ def _with_statistics(left: Operand, blocks: conv_plan.Product) -> tuple[Operand,
     unit = left.unit
     if unit.norm == GROUP and blocks.alone:
         return replace(left, stats=unit.statistics()), True
-    return replace(left, stats=passes.statistics(unit.x, unit.norm, unit.groups)), False
+    return replace(left, stats=passes.statistics([unit.x], None, unit.norm, unit.groups)[1]), False
 
 
 @dataclass(frozen=True)
@@ -253,8 +258,15 @@ def _blocks(
     samples, inputs, height, width = left.x.shape
     return conv_plan.product(
         samples, height * width, inputs, channels, weight.shape[2] * weight.shape[3], lower.itemsize,
-        by_sample or left.by_sample, coupled,
+        by_sample or left.by_sample, coupled, on_tensor_cores(lower),
     )  # fmt: skip
+
+
+def _registers(left: Operand, blocks: conv_plan.Product, pull: bool) -> Shape:
+    """Where ptxas, left to itself, spills a few bytes to fit one more program on a multiprocessor: what it may use."""
+    if blocks.warps > 8 or (pull and (blocks.warps < 8 or left.kind == gather.PLAIN.value)):
+        return {}
+    return {"maxnreg": conv_plan.registers(blocks.warps)}
 
 
 def _launch(
@@ -271,13 +283,13 @@ def _launch(
         KH=weight.shape[2], KW=weight.shape[3], DH=dilation[0], DW=dilation[1], TRANSPOSED=transposed,
         BM=blocks.rows, BN=blocks.columns, BK=blocks.step, ACC=tl.float32, DOT=DTYPES[lower],
         PRECISION=precision(lower), PB=max(1, blocks.warps * ENTRIES // blocks.padded), warps=blocks.warps,
-        num_stages=blocks.stages, **constants,
+        num_stages=blocks.stages, **constants, **_registers(left, blocks, constants["PULL"]),
     )  # fmt: skip
 
 
 def weight_gradient(
     left: Operand, right: Operand, kernel: tuple[int, int], dilation: tuple[int, int] = (1, 1), bias: bool = False,
-    lower: torch.dtype | None = None, stride: int = 1, padding: tuple[int, int] | None = None,
+    lower: torch.dtype | None = None,
 ) -> tuple[Tensor, MaybeTensor]:  # fmt: skip
     """The gradients of a convolution's weight, [C_out, C_in, K_h, K_w] in channels_last memory, and bias; float32.
 
@@ -288,33 +300,58 @@ def weight_gradient(
         dilation: of the kernel.
         bias: whether the bias's is wanted.
         lower: the dtype in which it multiplies, by default that of `right`.
-        stride: of the convolution.
-        padding: of the convolution; by default what keeps the size at stride 1.
     """
-    samples, inputs, height, width = left.x.shape
-    channels, out_height, out_width = right.x.shape[1:]
-    lower = lower or right.x.dtype
-    pad = padding or (dilation[0] * (kernel[0] // 2), dilation[1] * (kernel[1] // 2))
+    padding = (dilation[0] * (kernel[0] // 2), dilation[1] * (kernel[1] // 2))
+    return sum_weight_gradients([(left, right)], kernel, padding, 1, dilation, bias, lower or right.x.dtype)
+
+
+def sum_weight_gradients(
+    pairs: Sequence[tuple[Operand, Operand]], kernel: tuple[int, int], padding: tuple[int, int], stride: int,
+    dilation: tuple[int, int], bias: bool, lower: torch.dtype,
+) -> tuple[Tensor, MaybeTensor]:  # fmt: skip
+    """The sum of `weight_gradient` over several inputs with the cotangents of their results, all of one shape.
+
+    Args:
+        pairs: inputs and cotangents.
+        kernel: (K_h, K_w).
+        padding: of the convolution.
+        stride: of the convolution.
+        dilation: of the kernel.
+        bias: whether the bias's gradient is wanted.
+        lower: the dtype in which it multiplies.
+    """
+    left, right = (operand.x for operand in pairs[0])
+    samples, inputs, height, width = left.shape
+    channels, out_height, out_width = right.shape[1:]
     taps = kernel[0] * kernel[1]
-    blocks = conv_plan.weight_product(
-        samples, out_height * out_width, inputs, channels, taps, lower.itemsize, left.by_sample or right.by_sample
-    )
+    cuts = [
+        conv_plan.weight_product(
+            samples, out_height * out_width, inputs, channels, taps, lower.itemsize, a.by_sample or b.by_sample
+        )
+        for a, b in pairs
+    ]
     weights = taps * inputs * channels
     entries = weights + (channels if bias else 0)
-    partial = right.x.new_empty(blocks.chunks, entries, dtype=torch.float32)
-    launching.launch(
-        weight_gradient_kernel, blocks.programs, *left.pointers, *right.pointers, partial, blocks.spans, blocks.length,
-        height, width, out_height, out_width, blocks.chunk_blocks, entries, *left.numbers, *right.numbers,
-        **left.constants("_IN"), **right.constants(""), CI=inputs, CP=blocks.padded, CO=channels, KH=kernel[0],
-        KW=kernel[1], STEP=stride, DH=dilation[0], DW=dilation[1], PH=pad[0], PW=pad[1], BIAS=bias, BP=blocks.pixels,
-        BK=blocks.rows, BN=blocks.columns, ACC=tl.float32, DOT=DTYPES[lower], PRECISION=precision(lower),
-        warps=blocks.warps, num_stages=blocks.stages,
-    )  # fmt: skip
-    total = partial[0] if blocks.chunks == 1 else partial.new_empty(entries)
-    if blocks.chunks > 1:
-        rows = min(plan.power_of_two(blocks.chunks), conv_plan.SUM_TILE // conv_plan.SUM_COLUMNS)
+    chunks = sum(blocks.chunks for blocks in cuts)
+    partial = right.new_empty(chunks, entries, dtype=torch.float32)
+    done = 0
+    for (a, b), blocks in zip(pairs, cuts, strict=True):
         launching.launch(
-            sum_chunks_kernel, -(-entries // conv_plan.SUM_COLUMNS), partial, total, blocks.chunks, entries,
+            weight_gradient_kernel, blocks.programs, *a.pointers, *b.pointers, partial[done:], blocks.spans,
+            blocks.length, height, width, out_height, out_width, blocks.chunk_blocks, entries, *a.numbers, *b.numbers,
+            **a.constants("_IN"), **b.constants(""), CI=inputs, CP=blocks.padded, CO=channels, KH=kernel[0],
+            KW=kernel[1], STEP=stride, DH=dilation[0], DW=dilation[1], PH=padding[0], PW=padding[1], BIAS=bias,
+            BP=blocks.pixels, BK=blocks.rows, BN=blocks.columns, ACC=tl.float32, DOT=DTYPES[lower],
+            PRECISION=precision(lower), warps=blocks.warps, num_stages=blocks.stages,
+            maxnreg=conv_plan.registers(blocks.warps),
+        )  # fmt: skip
+        done += blocks.chunks
+    total = partial[0]
+    if chunks > 1:
+        total = partial.new_empty(entries)
+        rows = min(plan.power_of_two(chunks), conv_plan.SUM_TILE // conv_plan.SUM_COLUMNS)
+        launching.launch(
+            sum_chunks_kernel, -(-entries // conv_plan.SUM_COLUMNS), partial, total, chunks, entries,
             BLOCK=conv_plan.SUM_COLUMNS, RB=rows,
         )  # fmt: skip
     weight_bar = total[:weights].view(channels, *kernel, inputs).permute(0, 3, 1, 2)

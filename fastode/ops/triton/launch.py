@@ -20,6 +20,18 @@ Pair = tuple[Tensor, Tensor]
 Shape = dict[str, Any]
 
 
+# Of a card that is not there: what kernels are compiled for without one, as in sm_90.
+ASSUMED = 90
+
+
+def architecture(x: Tensor) -> int:
+    """Of the card that x is on, as in sm_90."""
+    if x.device.type != "cuda":
+        return ASSUMED
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor
+
+
 def launch(kernel: Any, programs: int, *arguments: Any, warps: int = 4, **constants: Any) -> None:
     """Every launch of this package: the one place to count them, and to compile them where there is no card."""
     kernel[(programs,)](*arguments, **constants, num_warps=warps)

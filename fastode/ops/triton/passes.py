@@ -15,6 +15,7 @@ from .launch import (
     GROUP,
     NONE,
     MaybeTensor,
+    Pair,
     Unit,
     apply_shape,
     coefficients,
@@ -105,16 +106,22 @@ def _apply_value(
     )  # fmt: skip
 
 
-def statistics(x: Tensor, norm: int, groups: int) -> Tensor:
-    """The statistics of a map for a norm that takes its own, and nothing else."""
+def statistics(terms: Maps, coefs: MaybeTensor, norm: int, groups: int) -> Pair:
+    """A combination, or without coefficients a map, and its statistics for a norm that takes its own."""
+    x = terms[0]
     unit = Unit(x, norm, groups, 0.0, 0, 0.0, 0.0)
-    stats = unit.statistics()
+    u = x if coefs is None else feature_map(x)
+    written, stats = None if coefs is None else u, unit.statistics()
     if plan.one_program_per_set(unit.map, x.element_size()):
+        values, learned = coefficients(coefs, x)
         programs, shape = set_shape(unit, "value")
-        launch(set_moments_kernel, programs, x, stats, unit.map.samples, unit.map.pixels, **shape)
+        launch(
+            set_moments_kernel, programs, tuple(terms), values, written, stats, unit.map.samples, unit.map.pixels,
+            **shape, LEARNED=learned,
+        )  # fmt: skip
     else:
-        _moments(unit, [x], None, None, stats)
-    return stats
+        _moments(unit, terms, coefs, written, stats)
+    return u, stats
 
 
 def _moments(unit: Unit, terms: Maps, coefs: MaybeTensor, u: MaybeTensor, stats: Tensor) -> None:

@@ -20,7 +20,7 @@ def over_group(values, cols, C: tl.constexpr, G: tl.constexpr):
     """For each channel the sum over its group, where a program has every channel; those beyond C are zero."""
     CPG: tl.constexpr = C // G
     if G == 1:
-        return tl.zeros_like(values) + tl.sum(values, 0)
+        return tl.zeros_like(values) + tl.sum(values[:, None], 0)  # Triton 3.6 cannot compile sum(values) for sm_100
     elif CPG == 1:
         return values
     else:

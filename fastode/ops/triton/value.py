@@ -110,11 +110,12 @@ def set_moments(
 
 @triton.jit(do_not_specialize=SIZES)
 def set_moments_kernel(
-    x, stats, S, L, C: tl.constexpr, G: tl.constexpr, CB: tl.constexpr, PB: tl.constexpr, ACC: tl.constexpr
-):
-    """The statistics alone, a normalised set to a program."""
+    terms, coefs, u, stats, S, L, C: tl.constexpr, G: tl.constexpr, CB: tl.constexpr, PB: tl.constexpr,
+    LEARNED: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """u and its statistics alone, a normalised set to a program."""
     s, cols, column_mask = set_of(C, G, CB)
-    set_moments((x,), None, None, stats, s, S, L, cols, column_mask, C, G, CB, PB, False, ACC)
+    set_moments(terms, coefs, u, stats, s, S, L, cols, column_mask, C, G, CB, PB, LEARNED, ACC)
 
 
 @triton.jit(do_not_specialize=SIZES)
