@@ -1,8 +1,8 @@
-# make test | bench [SUITE=cpu|all] [ARGS=...] | lint | gpu [PYTHON=python3] [STEP=check|bench] [RESULTS=folder] | kernels | choose | sanitize | clean
+# make test | bench [SUITE=cpu|all] [ARGS=...] | lint | gpu [PYTHON=python3] [STEP=check|bench] [RESULTS=folder] | kernels | choose | sanitize | portable | clean
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: test bench lint format gpu kernels choose sanitize clean setup
+.PHONY: test bench lint format gpu kernels choose sanitize portable clean setup
 
 PYTHON ?= python3
 SUITE ?= default
@@ -68,16 +68,30 @@ kernels: $(STAMP)
 choose: $(STAMP)
 	$(BIN)/python -m benchmarks.choose $(ARGS)
 
-# Everything that compiles or starts processes runs before the sanitizer is preloaded.
-SANITIZER := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined -DFASTODE_DEBUG
+# Everything that compiles or starts processes runs before the sanitizer is preloaded. Two processes of two threads each
+# on two cores: waiting threads have to sleep.
+SANITIZER := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined
 RUNTIMES = $(shell g++ -print-file-name=libasan.so):$(shell g++ -print-file-name=libstdc++.so)
 sanitize: export CXX := g++
 sanitize: export FASTODE_CXXFLAGS := $(SANITIZER)
+sanitize: export FASTODE_DEBUG := 1
+sanitize: export FASTODE_ONE_DESIGN := 1
 sanitize: export OMP_NUM_THREADS := 2
+sanitize: export OMP_WAIT_POLICY := passive
 sanitize: $(STAMP)
 	$(BIN)/python -m fastode build --no-load
 	LD_PRELOAD=$(RUNTIMES) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	    $(BIN)/python -m pytest -q -p no:cacheprovider $(SANITIZE_TESTS)
+	    $(BIN)/python -m pytest -q -p no:cacheprovider -n 2 --dist worksteal $(SANITIZE_TESTS)
+
+# The same sources for machines without AVX-512 (vectors of 32 bytes), and without AVX (16 bytes, as NEON's are).
+PORTABLE_TESTS ?= tests/test_resident.py tests/test_resident_bf16.py tests/test_operators.py
+portable: export FASTODE_ONE_DESIGN := 1
+portable: export OMP_NUM_THREADS := 1
+portable: $(STAMP)
+	for level in x86-64-v3 x86-64-v2; do \
+	    export FASTODE_CXXFLAGS="-march=$$level"; \
+	    $(BIN)/python -m fastode build && $(BIN)/python -m pytest -q -p no:cacheprovider -n 2 $(PORTABLE_TESTS) || exit 1; \
+	done
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks fastode/libfastode-*.so

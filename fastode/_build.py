@@ -6,7 +6,6 @@ built earlier on a machine like this one, then a build. Nothing here runs on ``i
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 import warnings
@@ -23,6 +22,7 @@ from ._toolchain import (
     build,
     cache_directory,
     cpu_features,
+    extra_flags,
     levels,
     prebuilt_name,
     recipe,
@@ -42,7 +42,7 @@ def source_root() -> Path | None:
 def prebuilt() -> Path | None:
     """The best of the libraries built ahead of time from these very sources that this machine's CPU can run."""
     root = source_root()
-    if root is None or os.environ.get("FASTODE_CXXFLAGS"):
+    if root is None or extra_flags():
         return None
     able = (level for level in levels() if level.features <= set(cpu_features()))
     return next((path for level in able if (path := PACKAGE / prebuilt_name(root, level)).exists()), None)

@@ -3,8 +3,9 @@
 Knows nothing of the package around it, so that setup.py can load this file by itself.
 
 Environment: ``CXX`` names the compiler (with arguments if need be, such as ``ccache g++``), ``FASTODE_CXXFLAGS`` adds
-flags, ``FASTODE_CACHE`` names the cache directory, ``FASTODE_LOCK_TIMEOUT`` the seconds to wait for another process
-that is building, ``MAX_JOBS`` how many files are compiled at a time.
+flags, ``FASTODE_DEBUG=1`` asks for a debug build, ``FASTODE_CACHE`` names the cache directory,
+``FASTODE_LOCK_TIMEOUT`` the seconds to wait for another process that is building, ``MAX_JOBS`` how many files are
+compiled at a time.
 """
 
 from __future__ import annotations
@@ -147,6 +148,12 @@ def _environment() -> dict[str, str]:
     return {**kept, "LC_ALL": "C"}
 
 
+def extra_flags() -> tuple[str, ...]:
+    """The flags that the environment adds; where there are some, a prebuilt library is not what was asked for."""
+    debug = ("-DFASTODE_DEBUG",) if os.environ.get("FASTODE_DEBUG", "0") not in ("", "0") else ()
+    return (*shlex.split(os.environ.get("FASTODE_CXXFLAGS", "")), *debug)
+
+
 def recipe(root: Path, machine_flags: tuple[str, ...] = NATIVE) -> Recipe:
     """Everything needed to build the sources under ``root``.
 
@@ -162,7 +169,7 @@ def recipe(root: Path, machine_flags: tuple[str, ...] = NATIVE) -> Recipe:
         raise BuildError(f"no C++ sources were found under {root}")
     command, version = compiler()
     torch_home = Path(torch.__file__).resolve().parent
-    extra = tuple(shlex.split(os.environ.get("FASTODE_CXXFLAGS", "")))
+    extra = extra_flags()
     includes = ("-isystem", f"{torch_home}/include", "-isystem", f"{torch_home}/include/torch/csrc/api/include")
     compile_flags = (*FLAGS, *machine_flags, *STABLE_ABI, f"-I{root}", *includes, *extra)
     link_flags: tuple[str, ...] = ("-shared", *extra, f"-L{torch_home}/lib", "-ltorch_cpu", "-lc10")

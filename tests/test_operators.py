@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from operators_plain import ACTIVATIONS, NORMS, Pointwise, combination, gradients, value_and_tangent
-from pairwise import Case, all_pairs, covering, pairs_of
+from pairwise import SEEDS, Case, all_pairs, covering, pairs_of
 from torch import Tensor
 
 from fastode import _build
@@ -29,7 +29,7 @@ FACTORS = {
 }
 GROUPS = {1: 1, 3: 3, 8: 4, 16: 2, 20: 5, 33: 11}
 COEFFICIENTS = [0.75, -0.2, 1.0, 1.0 / 3.0, -1.25]
-CASES = covering(FACTORS, seed=1) + covering(FACTORS, seed=2)
+CASES = [case for seed in SEEDS for case in covering(FACTORS, seed=seed)]
 
 
 @pytest.fixture(scope="module")

@@ -25,9 +25,9 @@ using Numbers = std::vector<double>;
 Tensor like(const Tensor& x) {
   const auto strides = x.strides();
   const bool last = strides[1] == 1 && x.size(1) > 1;
-  return torch::stable::empty(
+  return fresh(torch::stable::empty(
       x.sizes(), x.scalar_type(), std::nullopt, x.device(), std::nullopt,
-      last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous);
+      last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous));
 }
 
 template <class F>

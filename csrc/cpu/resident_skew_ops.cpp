@@ -16,9 +16,9 @@ using MaybeTensor = std::optional<Tensor>;
 
 Tensor new_map(const Tensor& like, int64_t channels, int64_t height, int64_t width, bool last) {
   const int64_t sizes[] = {like.size(0), channels, height, width};
-  return torch::stable::empty(
+  return fresh(torch::stable::empty(
       torch::headeronly::IntHeaderOnlyArrayRef(sizes, 4), like.scalar_type(), std::nullopt, like.device(), std::nullopt,
-      last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous);
+      last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous));
 }
 
 Tensor new_map(const Tensor& like, bool last) { return new_map(like, like.size(1), like.size(2), like.size(3), last); }

@@ -42,9 +42,14 @@ constexpr ScalarType scalar_type() {
   return std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
 }
 
+inline Tensor fresh(const Tensor& made) {
+  fill_fresh(made.data_ptr(), made.numel() * static_cast<int64_t>(made.element_size()));
+  return made;
+}
+
 inline Tensor new_vector(const Tensor& like, int64_t length, ScalarType type, bool zero = false) {
   const torch::headeronly::IntHeaderOnlyArrayRef sizes(&length, 1);
-  return zero ? torch::stable::new_zeros(like, sizes, type) : torch::stable::new_empty(like, sizes, type);
+  return zero ? torch::stable::new_zeros(like, sizes, type) : fresh(torch::stable::new_empty(like, sizes, type));
 }
 
 // The parameters of a branch in the program's type, padded and packed.
@@ -154,6 +159,7 @@ void run_typed(const Call<A>& call, const Rule& rule) {
       for (int64_t i = 0; i < range.count; ++i) store_sample(plane, ends.result.at(range, i), result, range.first + i);
     });
   schedule.flush();
+  memory.check();
 }
 
 }  // namespace fastode::resident

@@ -17,6 +17,7 @@ Packed<A>::Packed(const BranchArguments& arguments, const Tensor& x, bool backwa
   storage_ = new_vector(x, count.used() / static_cast<int64_t>(sizeof(A)), scalar_type<A>());
   Arena arena(storage_.data_ptr());
   read(arena, backward, gradients);
+  arena.check();
 }
 
 // Takes every row and weight from the arena; fills them where it has memory.
@@ -121,7 +122,7 @@ std::vector<Tensor> Packed<A>::gradients(const Tensor& accumulators, int64_t wor
   std::vector<Tensor> result;
   const auto next = [&]() -> Tensor& {
     const Tensor& parameter = arguments_.parameters[result.size()];
-    result.push_back(torch::stable::new_empty(parameter, parameter.sizes()));
+    result.push_back(fresh(torch::stable::new_empty(parameter, parameter.sizes())));
     return result.back();
   };
   const auto row = [&](int64_t at) {

@@ -102,12 +102,14 @@ class Scratch {
   T* take(int64_t count) {
     Arena needed(nullptr);
     needed.take<T>(count);
-    if (needed.used() > kChunk / 2) {
-      Arena own(allocate(needed.used()));
-      return own.take<T>(count);
-    }
-    if (shared_.used() + needed.used() > size_) shared_ = Arena(allocate(size_ = kChunk));
-    return shared_.take<T>(count);
+    if (needed.used() > kChunk / 2) return arenas_.emplace_back(allocate(needed.used())).template take<T>(count);
+    if (shared_ == nullptr || shared_->used() + needed.used() > kChunk)
+      shared_ = &arenas_.emplace_back(allocate(kChunk));
+    return shared_->template take<T>(count);
+  }
+
+  void check() const {
+    for (const Arena& arena : arenas_) arena.check();
   }
 
  private:
@@ -121,8 +123,8 @@ class Scratch {
 
   const torch::stable::Tensor& like_;
   std::vector<torch::stable::Tensor> tensors_;
-  Arena shared_{nullptr};
-  int64_t size_ = 0;
+  std::list<Arena> arenas_;
+  Arena* shared_ = nullptr;
 };
 
 // What forward leaves to backward, piece by piece in tensors of their own: made by a forward program and found again,
@@ -138,6 +140,7 @@ class Kept {
       const auto type =
           std::is_same_v<A, double> ? torch::headeronly::ScalarType::Double : torch::headeronly::ScalarType::Float;
       pieces_.push_back(torch::stable::new_empty(like_, torch::headeronly::IntHeaderOnlyArrayRef(&length, 1), type));
+      fill_fresh(pieces_.back().data_ptr(), length * static_cast<int64_t>(sizeof(A)));
     }
     return static_cast<A*>(pieces_[next_++].data_ptr());
   }
@@ -213,6 +216,9 @@ class Memory {
   T* per_worker(int64_t length) {
     return scratch_.take<T>(length * schedule_.workers);
   }
+
+  // Throws where something was written beside a piece of this memory; looks in debug builds only.
+  void check() const { scratch_.check(); }
 
   const Plane<A>& plane;
   const bool coupled;

@@ -6,10 +6,9 @@
 #include <cstdint>
 
 #include "../simd.h"
+#include "arena.h"
 
 namespace fastode::resident {
-
-inline constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // One sample's feature map wherever it lies: blocks of one vector of channels, strides in elements.
 template <class A>
@@ -47,41 +46,6 @@ template <class A>
 inline int64_t blocks_of(int64_t channels) {
   return divide_up(channels, kLanes<A>);
 }
-
-// Scratch handed out in order from one allocation; with a null base it only counts. Debug builds put guard words behind
-// every piece and `intact` checks them.
-class Arena {
- public:
-  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
-
-  template <class A>
-  A* take(int64_t count) {
-    A* piece = base_ ? reinterpret_cast<A*>(base_ + used_) : nullptr;
-    used_ += divide_up(count * static_cast<int64_t>(sizeof(A)), 64) * 64;
-#ifdef FASTODE_DEBUG
-    guard_();
-#endif
-    return piece;
-  }
-
-  int64_t used() const { return used_; }
-
-#ifdef FASTODE_DEBUG
-  static constexpr uint64_t kGuard = 0x5afe5afe5afe5afeull;
-  static constexpr int64_t kGuardWords = 8;
-#endif
-
- private:
-#ifdef FASTODE_DEBUG
-  void guard_() {
-    if (base_) std::fill_n(reinterpret_cast<uint64_t*>(base_ + used_), kGuardWords, kGuard);
-    used_ += kGuardWords * 8;
-  }
-#endif
-
-  char* base_;
-  int64_t used_ = 0;
-};
 
 template <class A>
 inline void clear_halo(const Plane<A>& plane, const View<A>& padded, int64_t blocks) {

@@ -13,6 +13,7 @@ PackedPair<A>::PackedPair(const PairArguments& arguments, int64_t height, int64_
   storage_ = new_vector(arguments.parameters[0], count.used() / static_cast<int64_t>(sizeof(A)), scalar_type<A>());
   Arena arena(storage_.data_ptr());
   read(arena, height, width, asked);
+  arena.check();
 }
 
 // Takes every row and weight from the arena; fills them where it has memory.
@@ -83,7 +84,7 @@ std::vector<Tensor> PackedPair<A>::gradients(const Tensor& accumulators, int64_t
   const Tensor none = new_vector(parameters[0], 0, scalar_type<A>());
   std::vector<Tensor> result{none};
   if (spec.weight_at >= 0) {
-    result[0] = torch::stable::empty(parameters[0].sizes(), parameters[0].scalar_type());
+    result[0] = fresh(torch::stable::empty(parameters[0].sizes(), parameters[0].scalar_type()));
     unpack_gradient(spec.shape.down(), base + spec.weight_at, spec.gradients, workers,
                     static_cast<A*>(result[0].data_ptr()));
   }
@@ -134,13 +135,15 @@ void each_worker(const Tensor& like, const Make& make) {
   make(count, 0);
   const int64_t bytes = count.used();
   const Tensor scratch = new_vector(like, workers * bytes / static_cast<int64_t>(sizeof(A)), scalar_type<A>());
+  std::vector<Arena> arenas;
+  for (int64_t w = 0; w < workers; ++w) arenas.emplace_back(static_cast<char*>(scratch.data_ptr()) + w * bytes);
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t w = begin; w < end; ++w) {
-      Arena arena(static_cast<char*>(scratch.data_ptr()) + w * bytes);
-      auto worker = make(arena, w);
+      auto worker = make(arenas[w], w);
       for (int64_t n = w * samples / workers; n < (w + 1) * samples / workers; ++n) worker(n);
     }
   });
+  for (const Arena& arena : arenas) arena.check();
 }
 
 template <class A>
