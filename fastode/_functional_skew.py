@@ -47,13 +47,16 @@ class Field:
         if self.reason:
             return self.reason
         reason = _dispatch.elsewhere(engine, states[0] if states else None)
-        if reason or engine == "fused_convolution":
-            return reason or "it has one-step blocks only"
-        reason = _dispatch.no_operators(states[0].device.type if states else "cpu")
+        device = states[0].device.type if states else "cuda" if engine == "fused_convolution" else "cpu"
+        reason = reason or _dispatch.no_operators(device)
         reason = reason or (_dispatch.cannot_take(states, [self.weight, *self.tensors]) if states else "")
-        if reason or engine != "resident":
+        if reason or engine not in ("resident", "fused_convolution"):
             return reason
         x = states[0] if states else self.weight
+        if engine == "fused_convolution":
+            from .ops.triton import skew
+
+            return skew.why_not(self.pair(x), self.weight, self.tensors, states)
         return resident.why_not(self.pair(x), self.weight, self.tensors, states)
 
     def against(
@@ -81,8 +84,8 @@ class Field:
         coupled = any(unit.norm is not None and unit.norm.mode == "batch" for r in self.norms for unit in r.units or ())
         return _rule.slower(kind.split(" ", 1)[0], coupled, states[-1], max(self.weight.shape[:2]))
 
-    def pair(self, x: Tensor) -> Pair:
-        """The constants, under the autocast that holds now."""
+    def pair(self, x: Tensor, engine: str = "staged") -> Pair:
+        """The constants, for an engine and under the autocast that holds now."""
         norms = [reading.units[0].norm if reading.units else None for reading in self.norms]
         tracked = [any(norm is not None for norm in reading.norms) for reading in self.norms]
         return Pair(
@@ -93,6 +96,7 @@ class Field:
             (norms[0], norms[1], norms[2], norms[3]),
             (tracked[0], tracked[1], tracked[2], tracked[3]),
             _dispatch.autocast_dtype(x),
+            fused=engine == "fused_convolution",
         )
 
     def check(self, y: Tensor, z: Tensor) -> None:
@@ -149,16 +153,18 @@ def evaluate(
     rerun = None if torch.compiler.is_compiling() else Rerun(make_reference)
     if engine == "resident":
         return resident.ResidentSkewFunction.apply(y, z, field.weight, field.pair(y), rerun, *field.tensors)
-    dy, dz, *statistics = SkewFunction.apply(y, z, field.weight, field.pair(y), rerun, *field.tensors)
+    dy, dz, *statistics = SkewFunction.apply(y, z, field.weight, field.pair(y, engine), rerun, *field.tensors)
     field.update_running(statistics, y, z)
     return dy, dz
 
 
-def march(field: Field, y: Tensor, z: Tensor, steps: March, make_reference: Callable[[], nn.Module]) -> Tensor:
-    """y at the end of equal steps from (y, z), by the staged engine."""
+def march(
+    field: Field, y: Tensor, z: Tensor, steps: March, make_reference: Callable[[], nn.Module], engine: str
+) -> Tensor:
+    """y at the end of equal steps from (y, z), by an engine other than the resident one."""
     field.check(y, z)
     rerun = None if torch.compiler.is_compiling() else Rerun(make_reference)
-    end, *statistics = MarchFunction.apply(y, z, field.weight, field.pair(y), steps, rerun, *field.tensors)
+    end, *statistics = MarchFunction.apply(y, z, field.weight, field.pair(y, engine), steps, rerun, *field.tensors)
     field.update_running(statistics, y, z)
     return end
 

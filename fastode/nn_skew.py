@@ -111,7 +111,7 @@ class _FusedSolve(_Fused, reference.SOBlock):
         make = partial(_FixedSolution, self)
         if chosen == "resident":
             return _functional_skew.solve(field, x, steps, make)
-        end = _functional_skew.march(field, _repeated(x, field.weight.shape[0], field.stride), x, steps, make)
+        end = _functional_skew.march(field, _repeated(x, field.weight.shape[0], field.stride), x, steps, make, chosen)
         return end if is_channels_last(x) else end.contiguous()
 
     def _adaptive(self, field: _functional_skew.Field, x: Tensor, engine: str) -> Tensor:

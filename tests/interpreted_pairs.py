@@ -25,7 +25,7 @@ def _triton_operators() -> None:
 
 def fuse_convolutions(monkeypatch: pytest.MonkeyPatch, fused_convolutions: bool = True) -> None:
     """Run what the staged engine would with fused convolutions: those are for CUDA tensors, and here there are none."""
-    monkeypatch.setattr(_functional_skew, "Pair", lambda *rest: Pair(*rest, fused=fused_convolutions))
+    monkeypatch.setattr(_functional_skew, "Pair", lambda *rest, **_: Pair(*rest, fused=fused_convolutions))
 
 
 def together(monkeypatch: pytest.MonkeyPatch) -> None:

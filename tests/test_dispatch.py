@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastode
-from fastode import _build, _cuda, _decisions, _dispatch, _one_step, _trial, functional, reference
+from fastode import _build, _cuda, _decisions, _dispatch, _functional_skew, _one_step, _trial, functional, reference
 from fastode._decisions import Decision
 from fastode.ops import resident
 from fastode.reference.skew import skew_field
@@ -479,6 +479,28 @@ def test_fused_convolutions_are_the_staged_engine_with_another_plan(monkeypatch:
     assert (
         module.double().why_not("fused_convolution", x.double()) == "there are no fused convolutions for torch.float64"
     )
+
+
+def test_a_skew_pair_has_fused_convolutions_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dispatch, "_HOME", {})
+    pairs: list[tuple[str, bool]] = []
+    real = _functional_skew.Pair
+
+    def made(*rest: Any, **options: Any) -> Any:
+        pairs.append((module.engine, options["fused"]))
+        return real(*rest)
+
+    monkeypatch.setattr(_functional_skew, "Pair", made)
+    y = sample_input(2, 4, 4, 4)
+    for kind in (fastode.nn.SkewPair(4, 4), fastode.nn.SOBlock(fastode.nn.SkewPair(4, 4), solver="rk4")):
+        module = kind
+        for module.engine in ("fused_convolution", "staged", "resident"):
+            assert used(module, *[y] * (1 + isinstance(module, reference.SkewPair))) == module.engine
+    # Whether an engine can run is asked with a pair of its own.
+    assert [fused for engine, fused in pairs if engine == "fused_convolution"] == [False, True] * 2
+    assert not any(fused for engine, fused in pairs if engine != "fused_convolution")
+    reason = fastode.nn.SkewPair(4, 4).double().why_not("fused_convolution", (y.double(), y.double()))
+    assert reason == "there are no fused convolutions for torch.float64"
 
 
 def test_auto_takes_fused_convolutions_after_a_trial_only(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
