@@ -53,6 +53,7 @@ class Maps:
         norm: its code, as in the operators' schemas.
         groups: of GroupNorm.
         activations: codes; SiLU has the longest derivatives.
+        layout: of the maps.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Maps:
     norm: int
     groups: int = 1
     activations: tuple[int, ...] = (RELU,)
+    layout: torch.memory_format = torch.channels_last
 
 
 MAPS = (
@@ -72,6 +74,8 @@ MAPS = (
     Maps("64 channels, 112×112, one group", (8, 64, 112, 112), passes.GROUP, 1),
     Maps("16 channels, 32×32, batch", (128, 16, 32, 32), passes.BATCH),
     Maps("64 channels, 32×32, fixed", (128, 64, 32, 32), passes.FIXED),
+    Maps("64 channels, 32×32, one group, NCHW", (128, 64, 32, 32), passes.GROUP, layout=torch.contiguous_format),
+    Maps("64 channels, 32×32, batch, NCHW", (128, 64, 32, 32), passes.BATCH, layout=torch.contiguous_format),
 )
 # The engine's own defaults on the papers' maps: what the tests compile.
 DEFAULTS = MAPS[:3]
@@ -116,7 +120,7 @@ def maps_moved(arguments: Sequence[Any], like: Tensor) -> float:
 
 def _map(maps: Maps, dtype: torch.dtype, samples: int = 1) -> Tensor:
     shape = (samples * maps.shape[0], *maps.shape[1:])
-    return torch.empty(shape, dtype=dtype, device="meta", memory_format=torch.channels_last)
+    return torch.empty(shape, dtype=dtype, device="meta", memory_format=maps.layout)
 
 
 def operators(maps: Maps, dtype: torch.dtype, act: int) -> dict[str, Callable[[], Any]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import interpreting  # noqa: F401  (before any kernel is made)
@@ -23,6 +24,9 @@ from test_operators import (  # noqa: F401  (its tests are this module's as well
 from fastode.ops.triton import passes, plan
 
 METHODS = sorted(name for name in vars(TestOperators) if name.startswith("test_"))
+# Of five samples each would only be interpreted for longer than of two.
+SMALL = {5: 2}
+PAIRWISE = [case | {"batch": SMALL.get(case["batch"], case["batch"])} for case in covering(FACTORS, seed=1)]
 check = TestOperators()
 del TestOperators  # or pytest would collect it here, with twice as many cases
 
@@ -33,7 +37,7 @@ def ops() -> Any:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("case", covering(FACTORS, seed=1), ids=name_of)
+@pytest.mark.parametrize("case", PAIRWISE, ids=name_of)
 def test_every_pair(ops: Any, case: Case, method: str) -> None:
     getattr(check, method)(ops, case)
 
@@ -48,6 +52,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "TILE", dict.fromkeys(plan.TILE, 256))
     monkeypatch.setattr(plan, "SET_BYTES", dict.fromkeys(plan.SET_BYTES, 1024))
     monkeypatch.setattr(plan, "MAX_COLUMNS", 16)
+    monkeypatch.setattr(plan, "PLANE_COLUMNS", 4)
     monkeypatch.setattr(plan, "PROGRAMS", 5)
     monkeypatch.setattr(plan, "FINISH_TILE", 16)
 
@@ -63,6 +68,19 @@ def learned_coefficients(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passes, "coefficients", lambda coefs, x: (coefs, coefs is not None))
 
 
+@contextmanager
+def planned(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], None] | None) -> Iterator[None]:
+    """With another plan."""
+    caches = [f for f in vars(plan).values() if hasattr(f, "cache_clear")]
+    if change is not None:
+        change(monkeypatch)
+    for cached in caches:
+        cached.cache_clear()
+    yield
+    for cached in caches:
+        cached.cache_clear()
+
+
 def large(case: Case) -> bool:
     """Whether another plan changes anything in a case."""
     return case["norm"] in ("group", "batch") and case["size"] in ((7, 7), (17, 9)) and case["batch"] > 0
@@ -73,9 +91,9 @@ def combining(case: Case) -> bool:
 
 
 PLANS = (
-    [(three_launches, case) for case in CASES if large(case) and case["norm"] == "group"]
-    + [(plans, case) for plans in (small_tiles, small_chunks) for case in CASES if large(case)][::5]
-    + [(learned_coefficients, case) for case in CASES if combining(case)]
+    [(three_launches, case) for case in PAIRWISE if large(case) and case["norm"] == "group"]
+    + [(plans, case) for plans in (small_tiles, small_chunks) for case in PAIRWISE if large(case)][::4]
+    + [(learned_coefficients, case) for case in PAIRWISE if combining(case)]
 )
 
 
@@ -84,16 +102,11 @@ PLANS = (
 def test_other_plans(
     ops: Any, monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], None], case: Case, method: str
 ) -> None:
-    caches = [f for f in vars(plan).values() if hasattr(f, "cache_clear")]
-    change(monkeypatch)
-    for cached in caches:
-        cached.cache_clear()
-    getattr(check, method)(ops, case)
-    for cached in caches:
-        cached.cache_clear()
+    with planned(monkeypatch, change):
+        getattr(check, method)(ops, case)
 
 
-HALF = [case | {"dtype": torch.float16} for case in CASES if case["dtype"] == torch.bfloat16][::3]
+HALF = [case | {"dtype": torch.float16} for case in PAIRWISE if case["dtype"] == torch.bfloat16][::3]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -102,7 +115,35 @@ def test_float16(ops: Any, case: Case, method: str) -> None:
     getattr(check, method)(ops, case)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case["terms"] > 1][::4], ids=name_of)
+PLANES = {
+    "groups": "some", "activation": "silu", "size": (5, 3), "channels": 8, "batch": 2, "terms": 2, "affine": "both",
+    "param_grads": True, "tangent": True,
+}  # fmt: skip
+NCHW = [
+    (change, {"norm": norm, "dtype": dtype} | PLANES)
+    for norm, dtype, change in (
+        ("group", torch.float32, small_tiles),
+        ("group", torch.bfloat16, small_chunks),
+        ("group", torch.float16, None),
+        ("batch", torch.float32, small_chunks),
+        ("batch", torch.bfloat16, None),
+        ("fixed", torch.bfloat16, small_tiles),
+        ("none", torch.float32, None),
+    )
+]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("change", "case"), NCHW, ids=[name_of(case) for _, case in NCHW])
+def test_nchw(
+    ops: Any, monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], None] | None, case: Case, method: str
+) -> None:
+    monkeypatch.setattr(Sample, "layout", "contiguous")
+    with planned(monkeypatch, change):
+        getattr(check, method)(ops, case)
+
+
+@pytest.mark.parametrize("case", [case for case in PAIRWISE if case["terms"] > 1][::4], ids=name_of)
 def test_combine_pair(ops: Any, case: Case) -> None:
     s = Sample(case)
     first, second = s.terms, s.terms[:-1]

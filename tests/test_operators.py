@@ -28,6 +28,7 @@ FACTORS = {
     "tangent": (True, False),
 }
 GROUPS = {1: 1, 3: 3, 8: 4, 16: 2, 20: 5, 33: 11}
+FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 COEFFICIENTS = [0.75, -0.2, 1.0, 1.0 / 3.0, -1.25]
 CASES = [case for seed in SEEDS for case in covering(FACTORS, seed=seed)]
 
@@ -49,6 +50,8 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 class Sample:
     """The operands of one case."""
+
+    layout = "channels_last"
 
     def __init__(self, case: Case) -> None:
         self.case, self.dtype = case, case["dtype"]
@@ -73,7 +76,7 @@ class Sample:
 
     def map(self, seed: int) -> Tensor:
         c = self.case
-        return sample_input(c["batch"], c["channels"], *c["size"], dtype=c["dtype"], layout="channels_last", seed=seed)
+        return sample_input(c["batch"], c["channels"], *c["size"], dtype=c["dtype"], layout=self.layout, seed=seed)
 
     @property
     def moving(self) -> bool:
@@ -100,7 +103,7 @@ def check(s: Sample, found: dict[str, Tensor], *plain: Any) -> None:
     assert comparison.ok, comparison.describe()
     for name in found:
         if found[name].dim() == 4:
-            assert found[name].is_contiguous(memory_format=torch.channels_last), name
+            assert found[name].is_contiguous(memory_format=FORMATS[s.layout]), name
             assert found[name].dtype == s.dtype, name
         else:
             assert found[name].dtype == s.acc, name
@@ -195,7 +198,7 @@ class TestOperators:
         coefs = torch.ones(1, dtype=torch.float64) if both else s.coef_tensor(1 + len(addends))
         _, stats, tstats = ops.norm_act_dual(s.h, s.t, s.weight, s.bias, s.fixed, *s.unit.codes)
         stats = stats if s.fixed is None else s.fixed
-        cotangents = torch.cat([s.cot, s.cot_tangent]).contiguous(memory_format=torch.channels_last)
+        cotangents = torch.cat([s.cot, s.cot_tangent]).contiguous(memory_format=FORMATS[s.layout])
         out, wbar, bbar = ops.norm_act_second(
             s.h, s.t, cotangents, stats, tstats, s.weight, s.bias, addends, coefs, case["param_grads"], both,
             *s.unit.codes,

@@ -132,8 +132,10 @@ def _registered() -> None:
 @pytest.mark.gpu
 @pytest.mark.usefixtures("_registered")
 @pytest.mark.parametrize("learned", [False, True], ids=["constants", "learned"])
+@pytest.mark.parametrize("layout", test_operators.FORMATS)
 @pytest.mark.parametrize("method", METHODS)
-def test_operators_on_the_card(method: str, learned: bool) -> None:
+def test_operators_on_the_card(monkeypatch: pytest.MonkeyPatch, method: str, layout: str, learned: bool) -> None:
+    monkeypatch.setattr(test_operators.Sample, "layout", layout)
     half = [case | {"dtype": torch.float16} for case in CASES if case["dtype"] == torch.bfloat16]
     for case in CASES + half:
         getattr(test_operators.TestOperators(), method)(OnCard("cuda", learned), case)

@@ -9,6 +9,7 @@ from .activation import activate_first
 from .tiles import (
     SIZES,
     chunk_of,
+    chunks_of,
     coefficient,
     combination,
     load,
@@ -38,14 +39,14 @@ def centred_cotangent(
 @triton.jit
 def sums(
     h, cot, mean, scale, shift, p, q, s, start, stop, L, cols, column_mask, C: tl.constexpr, CB: tl.constexpr,
-    PB: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr,
+    PB: tl.constexpr, PLANE: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Per column, over the rows from `start` to `stop`: the sums of n̄ and of n̄ (h - mean)."""
     p, q = tl.full([], p, ACC), tl.full([], q, ACC)
     first = tl.zeros([PB, CB], ACC)
     second = tl.zeros([PB, CB], ACC)
     for row in range(start, stop, PB):
-        begin, offsets, mask = tile(s, row, L, cols, column_mask, 0, C, True, PB)
+        begin, offsets, mask = tile(s, row, L, cols, column_mask, 0, C, True, PB, PLANE)
         d, nbar = centred_cotangent(h, cot, begin + offsets, mask, mean, scale, shift, p, q, True, ACT, ACC)
         first += nbar
         second += nbar * d
@@ -56,13 +57,13 @@ def sums(
 def apply(
     h, cot, addends, coefs, out, mean, rstd, scale, shift, mean_v, mean_dv, p, q, s, start, stop, L, total, cols,
     column_mask, C: tl.constexpr, NORMED: tl.constexpr, COUPLED: tl.constexpr, ACT: tl.constexpr, PB: tl.constexpr,
-    LEARNED: tl.constexpr, ACC: tl.constexpr,
+    PLANE: tl.constexpr, LEARNED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """out = coefs[0] h̄ + sum_i coefs[i + 1] addends[i]; mean_v and mean_dv: of v = scale n̄ and of (h - mean) v."""
     p, q = tl.full([], p, ACC), tl.full([], q, ACC)
     along = -rstd * rstd * mean_dv
     for row in range(start, stop, PB):
-        begin, offsets, mask = tile(s, row, L, cols, column_mask, total, C, NORMED, PB)
+        begin, offsets, mask = tile(s, row, L, cols, column_mask, total, C, NORMED, PB, PLANE)
         at = begin + offsets
         d, hbar = centred_cotangent(h, cot, at, mask, mean, scale, shift, p, q, NORMED, ACT, ACC)
         if NORMED:
@@ -78,15 +79,16 @@ def apply(
 @triton.jit(do_not_specialize=SIZES)
 def cotangent_sums_kernel(
     h, cot, stats, weight, bias, partial, S, L, chunk_rows, eps: tl.float64, p: tl.float64, q: tl.float64,
-    C: tl.constexpr, G: tl.constexpr, CB: tl.constexpr, PB: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr,
+    C: tl.constexpr, G: tl.constexpr, CB: tl.constexpr, PB: tl.constexpr, PLANE: tl.constexpr, ACT: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """[S, chunks, 2, C]: each chunk's sums."""
-    s, chunk, start, stop, cols, column_mask = chunk_of(L, chunk_rows, C, CB)
+    s, chunk, start, stop, cols, column_mask = chunk_of(L, chunk_rows, C, CB, PLANE)
     mean, _, scale, shift = value_rows(stats, weight, bias, eps, s, S, cols, column_mask, C, G, True, ACC)
     first, second = sums(
-        h, cot, mean, scale, shift, p, q, s, start, stop, L, cols, column_mask, C, CB, PB, ACT, ACC
+        h, cot, mean, scale, shift, p, q, s, start, stop, L, cols, column_mask, C, CB, PB, PLANE, ACT, ACC
     )  # fmt: skip
-    chunks = tl.cdiv(L, chunk_rows)
+    chunks = chunks_of(L, chunk_rows, PLANE)
     store_sums(partial, s, chunk, chunks, 0, 2, first, cols, column_mask, C)
     store_sums(partial, s, chunk, chunks, 1, 2, second, cols, column_mask, C)
 
@@ -94,11 +96,11 @@ def cotangent_sums_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def cotangent_apply_kernel(
     h, cot, addends, coefs, out, stats, sets, weight, bias, S, L, total, chunk_rows, eps: tl.float64, p: tl.float64,
-    q: tl.float64, C: tl.constexpr, G: tl.constexpr, CB: tl.constexpr, PB: tl.constexpr, NORMED: tl.constexpr,
-    COUPLED: tl.constexpr, ACT: tl.constexpr, LEARNED: tl.constexpr, ACC: tl.constexpr,
+    q: tl.float64, C: tl.constexpr, G: tl.constexpr, CB: tl.constexpr, PB: tl.constexpr, PLANE: tl.constexpr,
+    NORMED: tl.constexpr, COUPLED: tl.constexpr, ACT: tl.constexpr, LEARNED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """out from the means over each normalised set, `sets` [2, S, G]."""
-    s, _, start, stop, cols, column_mask = chunk_of(L, chunk_rows, C, CB)
+    s, _, start, stop, cols, column_mask = chunk_of(L, chunk_rows, C, CB, PLANE)
     mean, rstd, scale, shift = value_rows(stats, weight, bias, eps, s, S, cols, column_mask, C, G, NORMED, ACC)
     mean_v = mean
     mean_dv = mean
@@ -107,21 +109,21 @@ def cotangent_apply_kernel(
         mean_dv = per_channel(sets, 1, s, S, cols, column_mask, C, G)
     apply(
         h, cot, addends, coefs, out, mean, rstd, scale, shift, mean_v, mean_dv, p, q, s, start, stop, L, total, cols,
-        column_mask, C, NORMED, COUPLED, ACT, PB, LEARNED, ACC,
+        column_mask, C, NORMED, COUPLED, ACT, PB, PLANE, LEARNED, ACC,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)
 def cotangent_set_kernel(
     h, cot, addends, coefs, out, stats, weight, bias, parameters, S, L, eps: tl.float64, p: tl.float64, q: tl.float64,
-    C: tl.constexpr, G: tl.constexpr, CB: tl.constexpr, PB: tl.constexpr, ACT: tl.constexpr, LEARNED: tl.constexpr,
-    ACC: tl.constexpr,
+    C: tl.constexpr, G: tl.constexpr, CB: tl.constexpr, PB: tl.constexpr, PLANE: tl.constexpr, ACT: tl.constexpr,
+    LEARNED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """out, and the sample's share of the parameters' gradients, a normalised set to a program."""
     CPG: tl.constexpr = C // G
     s, cols, column_mask = set_of(C, G, CB)
     mean, rstd, scale, shift = value_rows(stats, weight, bias, eps, s, S, cols, column_mask, C, G, True, ACC)
-    first, second = sums(h, cot, mean, scale, shift, p, q, s, 0, L, L, cols, column_mask, C, CB, PB, ACT, ACC)
+    first, second = sums(h, cot, mean, scale, shift, p, q, s, 0, L, L, cols, column_mask, C, CB, PB, PLANE, ACT, ACC)
     if parameters is not None:
         store_parameters(parameters, s, rstd * second, first, cols, column_mask, C)
     zero = tl.zeros([CB], ACC)
@@ -129,5 +131,5 @@ def cotangent_set_kernel(
     mean_dv = zero + tl.sum(tl.where(column_mask, scale * second, 0.0), 0) / CPG / L
     apply(
         h, cot, addends, coefs, out, mean, rstd, scale, shift, mean_v, mean_dv, p, q, s, 0, L, L, 0, cols,
-        column_mask, C, True, True, ACT, PB, LEARNED, ACC,
+        column_mask, C, True, True, ACT, PB, PLANE, LEARNED, ACC,
     )  # fmt: skip

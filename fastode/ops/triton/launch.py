@@ -37,10 +37,16 @@ def launch(kernel: Any, programs: int, *arguments: Any, warps: int = 4, **consta
     kernel[(programs,)](*arguments, **constants, num_warps=warps)
 
 
+def is_channels_last(x: Tensor) -> bool:
+    """Whether a dense map lies channels_last; if not, it lies NCHW."""
+    return x.is_contiguous(memory_format=torch.channels_last)
+
+
 def feature_map(x: Tensor, samples: int | None = None) -> Tensor:
-    """A new channels_last map like x, with another batch if `samples` is given."""
+    """A new map that lies as x does, with another batch if `samples` is given."""
     shape = (x.shape[0] if samples is None else samples, *x.shape[1:])
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
 def vector(x: Tensor, *shape: int) -> Tensor:
@@ -84,9 +90,10 @@ class Unit:
         pixels, total = self.x.shape[2] * self.x.shape[3], self.x.numel()
         if self.norm == NONE:
             return plan.Geometry(1, -(-total // plan.FLAT), plan.FLAT, plan.FLAT, total, False, False)
+        plane = 0 if is_channels_last(self.x) else pixels
         if self.norm == GROUP:
-            return plan.Geometry(samples, pixels, channels, self.groups, total, True, True)
-        return plan.Geometry(1, samples * pixels, channels, channels, total, True, self.norm == BATCH)
+            return plan.Geometry(samples, pixels, channels, self.groups, total, True, True, plane)
+        return plan.Geometry(1, samples * pixels, channels, channels, total, True, self.norm == BATCH, plane)
 
     @property
     def numbers(self) -> tuple[float, float, float]:
@@ -177,5 +184,12 @@ def _finish(unit: Unit, chunked: plan.Blocks) -> tuple[int, Shape]:
 
 def _shape(unit: Unit, blocks: plan.Blocks) -> tuple[int, Shape]:
     g = unit.map
-    constants = {"C": g.channels, "G": g.groups, "CB": blocks.columns, "PB": blocks.rows, "warps": blocks.warps}
+    constants = {
+        "C": g.channels,
+        "G": g.groups,
+        "CB": blocks.columns,
+        "PB": blocks.rows,
+        "PLANE": g.plane,
+        "warps": blocks.warps,
+    }
     return blocks.programs, constants | of_float(unit.x)

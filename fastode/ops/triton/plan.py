@@ -20,6 +20,8 @@ SET_THREAD_BYTES = {"value": 32, "cotangent": 32, "tangent": 32, "second": 16}
 MAX_WARPS = 16
 # A row of this many channels is read in whole 128-byte lines in every dtype.
 MAX_COLUMNS = 128
+# Of an NCHW map a tile has few channels, so that it has long rows of pixels.
+PLANE_COLUMNS = 8
 # Enough programs to fill a card of 132 to 160 multiprocessors three times.
 PROGRAMS = 480
 # A normalised set is one program's where the sets fill half a card, or where a set is soon done.
@@ -32,7 +34,10 @@ FINISH_TILE = 2048
 
 @dataclass(frozen=True)
 class Geometry:
-    """A map [samples, pixels, channels] as normalised sets [samples, groups]; coupled: of the map's own statistics."""
+    """A map [samples, pixels, channels] as normalised sets [samples, groups]; coupled: of the map's own statistics.
+
+    plane: 0 for a channels_last map, the pixels of a plane for an NCHW one.
+    """
 
     samples: int
     pixels: int
@@ -41,6 +46,7 @@ class Geometry:
     total: int
     normed: bool
     coupled: bool
+    plane: int = 0
 
     @property
     def set_entries(self) -> int:
@@ -77,7 +83,10 @@ def _warps(entries: int, per_thread: int) -> int:
 def one_program_per_set(g: Geometry, itemsize: int) -> bool:
     """Whether a normalised set is swept twice by one program, rather than by three launches."""
     width = g.channels // g.groups
-    if (g.groups > 1 and width * itemsize < MIN_GROUP_BYTES) or power_of_two(width) > SET_BYTES["second"] // itemsize:
+    if g.plane and g.pixels != g.plane:  # sets of several samples, whose planes of one channel lie apart
+        return False
+    small = g.plane == 0 and g.groups > 1 and width * itemsize < MIN_GROUP_BYTES
+    if small or power_of_two(width) > SET_BYTES["second"] // itemsize:
         return False
     return g.set_entries <= SMALL_SET or (g.set_entries <= LARGE_SET and g.samples * g.groups >= MIN_SETS)
 
@@ -105,15 +114,18 @@ def apply_blocks(g: Geometry) -> Blocks:
 
 
 def _chunked(g: Geometry, kind: str, wanted: Callable[[int, int], int]) -> Blocks:
-    columns = min(power_of_two(g.channels), MAX_COLUMNS if g.normed else FLAT)
-    rows = max(1, min(TILE[kind] // columns, power_of_two(g.pixels)))
+    most = PLANE_COLUMNS if g.plane else MAX_COLUMNS if g.normed else FLAT
+    columns = min(power_of_two(g.channels), most)
+    spans = g.pixels // g.plane if g.plane else 1
+    length = g.pixels // spans
+    rows = max(1, min(TILE[kind] // columns, power_of_two(length)))
     column_blocks = -(-g.channels // columns)
-    tiles = -(-g.pixels // rows)
-    chunks = max(1, min(wanted(rows, column_blocks), tiles))
+    tiles = -(-length // rows)
+    chunks = max(1, min(wanted(rows, column_blocks) // spans, tiles))
     chunk_rows = -(-tiles // chunks) * rows
-    chunks = -(-g.pixels // chunk_rows)
+    chunks = spans * -(-length // chunk_rows)
     warps = _warps(rows * columns, ENTRIES_PER_THREAD[kind])
-    return Blocks(columns, rows, chunk_rows, warps, g.samples * chunks * column_blocks, chunks)
+    return Blocks(columns, rows, chunk_rows, warps, g.samples * chunks * column_blocks, chunks, spans)
 
 
 @cache

@@ -146,7 +146,7 @@ def convolution_kernel(
     start = s.to(tl.int64) * L + first * (IH * IW)
     if OWN:
         channel = tl.arange(0, CP)
-        mean, squares = moments((x,), None, None, s, 0, L, L, channel, channel < CI, CI, CP, PB, False, ACC)
+        mean, squares = moments((x,), None, None, s, 0, L, L, channel, channel < CI, CI, CP, PB, 0, False, ACC)
         store_set(mean, squares, L.to(ACC), stats_in, s, S, channel, channel < CI, CI, G_IN)
         tl.debug_barrier()  # they are read again by this program's own threads
     total = convolve(

@@ -13,6 +13,7 @@ from .activation import activate_first, activate_second
 from .tiles import (
     SIZES,
     chunk_of,
+    chunks_of,
     coefficient,
     combination,
     load,
@@ -54,7 +55,8 @@ def cotangents(
 @triton.jit
 def sums(
     h, t, cot, mean, rstd, scale, shift, mean_t, mean_xt, p, q, s, start, stop, L, total, cols, column_mask,
-    C: tl.constexpr, CB: tl.constexpr, PB: tl.constexpr, COUPLED: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr,
+    C: tl.constexpr, CB: tl.constexpr, PB: tl.constexpr, PLANE: tl.constexpr, COUPLED: tl.constexpr, ACT: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """Per column, over the rows from `start` to `stop`: the sums of n̄, n̄ d, n̄', n̄' d and n̄' τ."""
     p, q = tl.full([], p, ACC), tl.full([], q, ACC)
@@ -65,7 +67,7 @@ def sums(
     of_tangent_d = tl.zeros([PB, CB], ACC)
     of_tangent_tau = tl.zeros([PB, CB], ACC)
     for row in range(start, stop, PB):
-        begin, offsets, mask = tile(s, row, L, cols, column_mask, 0, C, True, PB)
+        begin, offsets, mask = tile(s, row, L, cols, column_mask, 0, C, True, PB, PLANE)
         d, centred, nbar, nbardot = cotangents(
             h, t, cot, total, begin + offsets, mask, mean, scale, shift, mean_t, slope, p, q, True, COUPLED, ACT, ACC
         )
@@ -84,7 +86,7 @@ def sums(
 def apply(
     h, t, cot, addends, coefs, out, mean, rstd, scale, shift, mean_t, mean_xt, v, dv, c, dc, tc, p, q, s, start, stop,
     L, total, cols, column_mask, C: tl.constexpr, NORMED: tl.constexpr, COUPLED: tl.constexpr, BOTH: tl.constexpr,
-    ACT: tl.constexpr, PB: tl.constexpr, LEARNED: tl.constexpr, ACC: tl.constexpr,
+    ACT: tl.constexpr, PB: tl.constexpr, PLANE: tl.constexpr, LEARNED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """h̄, and `total` entries behind it t̄ if BOTH, else coefs[0] h̄ + sum_i coefs[i + 1] addends[i].
 
@@ -97,7 +99,7 @@ def apply(
     constant = rstd * mean_xt * c - v
     along_tangent = -rstd * rstd * dc
     for row in range(start, stop, PB):
-        begin, offsets, mask = tile(s, row, L, cols, column_mask, total, C, NORMED, PB)
+        begin, offsets, mask = tile(s, row, L, cols, column_mask, total, C, NORMED, PB, PLANE)
         at = begin + offsets
         d, centred, nbar, nbardot = cotangents(
             h, t, cot, total, at, mask, mean, scale, shift, mean_t, slope, p, q, NORMED, COUPLED, ACT, ACC
@@ -127,11 +129,11 @@ def weight_gradient(of_value_d, of_tangent_d, of_tangent_tau, rstd, mean_xt):
 @triton.jit(do_not_specialize=SIZES)
 def second_sums_kernel(
     h, t, cot, stats, tstats, weight, bias, partial, S, L, total, chunk_rows, eps: tl.float64, p: tl.float64,
-    q: tl.float64, C: tl.constexpr, G: tl.constexpr, CB: tl.constexpr, PB: tl.constexpr, COUPLED: tl.constexpr,
-    ACT: tl.constexpr, ACC: tl.constexpr,
+    q: tl.float64, C: tl.constexpr, G: tl.constexpr, CB: tl.constexpr, PB: tl.constexpr, PLANE: tl.constexpr,
+    COUPLED: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """[S, chunks, 5, C]: each chunk's sums."""
-    s, chunk, start, stop, cols, column_mask = chunk_of(L, chunk_rows, C, CB)
+    s, chunk, start, stop, cols, column_mask = chunk_of(L, chunk_rows, C, CB, PLANE)
     mean, rstd, scale, shift = value_rows(stats, weight, bias, eps, s, S, cols, column_mask, C, G, True, ACC)
     mean_t = tl.zeros([CB], ACC)
     mean_xt = mean_t
@@ -140,9 +142,9 @@ def second_sums_kernel(
         mean_xt = per_channel(tstats, 1, s, S, cols, column_mask, C, G)
     v, dv, c, dc, tc = sums(
         h, t, cot, mean, rstd, scale, shift, mean_t, mean_xt, p, q, s, start, stop, L, total, cols, column_mask, C, CB,
-        PB, COUPLED, ACT, ACC,
+        PB, PLANE, COUPLED, ACT, ACC,
     )  # fmt: skip
-    chunks = tl.cdiv(L, chunk_rows)
+    chunks = chunks_of(L, chunk_rows, PLANE)
     store_sums(partial, s, chunk, chunks, 0, 5, v, cols, column_mask, C)
     store_sums(partial, s, chunk, chunks, 1, 5, dv, cols, column_mask, C)
     store_sums(partial, s, chunk, chunks, 2, 5, c, cols, column_mask, C)
@@ -154,11 +156,11 @@ def second_sums_kernel(
 def second_apply_kernel(
     h, t, cot, addends, coefs, out, stats, tstats, sets, weight, bias, S, L, total, chunk_rows, eps: tl.float64,
     p: tl.float64, q: tl.float64, C: tl.constexpr, G: tl.constexpr, CB: tl.constexpr, PB: tl.constexpr,
-    NORMED: tl.constexpr, COUPLED: tl.constexpr, BOTH: tl.constexpr, ACT: tl.constexpr, LEARNED: tl.constexpr,
-    ACC: tl.constexpr,
+    PLANE: tl.constexpr, NORMED: tl.constexpr, COUPLED: tl.constexpr, BOTH: tl.constexpr, ACT: tl.constexpr,
+    LEARNED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """out from the means over each normalised set, `sets` [5, S, G]."""
-    s, _, start, stop, cols, column_mask = chunk_of(L, chunk_rows, C, CB)
+    s, _, start, stop, cols, column_mask = chunk_of(L, chunk_rows, C, CB, PLANE)
     mean, rstd, scale, shift = value_rows(stats, weight, bias, eps, s, S, cols, column_mask, C, G, NORMED, ACC)
     mean_t = tl.zeros([CB], ACC)
     mean_xt, v, dv, c, dc, tc = mean_t, mean_t, mean_t, mean_t, mean_t, mean_t
@@ -172,7 +174,7 @@ def second_apply_kernel(
         tc = per_channel(sets, 4, s, S, cols, column_mask, C, G)
     apply(
         h, t, cot, addends, coefs, out, mean, rstd, scale, shift, mean_t, mean_xt, v, dv, c, dc, tc, p, q, s, start,
-        stop, L, total, cols, column_mask, C, NORMED, COUPLED, BOTH, ACT, PB, LEARNED, ACC,
+        stop, L, total, cols, column_mask, C, NORMED, COUPLED, BOTH, ACT, PB, PLANE, LEARNED, ACC,
     )  # fmt: skip
 
 
@@ -186,7 +188,7 @@ def mean_over_set(scale, sums, column_mask, L, CPG: tl.constexpr):
 def second_set_kernel(
     h, t, cot, addends, coefs, out, stats, tstats, weight, bias, parameters, S, L, total, eps: tl.float64,
     p: tl.float64, q: tl.float64, C: tl.constexpr, G: tl.constexpr, CB: tl.constexpr, PB: tl.constexpr,
-    BOTH: tl.constexpr, ACT: tl.constexpr, LEARNED: tl.constexpr, ACC: tl.constexpr,
+    PLANE: tl.constexpr, BOTH: tl.constexpr, ACT: tl.constexpr, LEARNED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """out, and the sample's share of the parameters' gradients, a normalised set to a program."""
     CPG: tl.constexpr = C // G
@@ -196,7 +198,7 @@ def second_set_kernel(
     mean_xt = per_channel(tstats, 1, s, S, cols, column_mask, C, G)
     v, dv, c, dc, tc = sums(
         h, t, cot, mean, rstd, scale, shift, mean_t, mean_xt, p, q, s, 0, L, L, total, cols, column_mask, C, CB, PB,
-        True, ACT, ACC,
+        PLANE, True, ACT, ACC,
     )  # fmt: skip
     if parameters is not None:
         store_parameters(parameters, s, weight_gradient(dv, dc, tc, rstd, mean_xt), v, cols, column_mask, C)
@@ -207,5 +209,5 @@ def second_set_kernel(
     tc = mean_over_set(scale, tc, column_mask, L, CPG)
     apply(
         h, t, cot, addends, coefs, out, mean, rstd, scale, shift, mean_t, mean_xt, v, dv, c, dc, tc, p, q, s, 0, L, L,
-        total, cols, column_mask, C, True, True, BOTH, ACT, PB, LEARNED, ACC,
+        total, cols, column_mask, C, True, True, BOTH, ACT, PB, PLANE, LEARNED, ACC,
     )  # fmt: skip

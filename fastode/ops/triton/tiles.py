@@ -3,6 +3,8 @@
 A map is [S, L, C]: S normalised batches of L pixels. GroupNorm: S = N, L = H W. BatchNorm in training is the same with
 S = 1, L = N H W and one channel in a group; fixed statistics likewise. Without a norm the map is a flat array, C is
 only a width, and `total` cuts off the last row.
+
+PLANE is 0 where the map is channels_last, and H W where it is NCHW: then a tile has pixels of one sample only.
 """
 
 from __future__ import annotations
@@ -44,15 +46,31 @@ def store(pointers, value, mask):
 
 
 @triton.jit
-def chunk_of(L, chunk_rows, C: tl.constexpr, CB: tl.constexpr):
+def chunks_of(L, chunk_rows, PLANE: tl.constexpr):
+    """How many chunks L pixels are in; of an NCHW map none has pixels of two samples."""
+    if PLANE == 0:
+        return tl.cdiv(L, chunk_rows)
+    else:
+        return (L // PLANE) * tl.cdiv(PLANE, chunk_rows)
+
+
+@triton.jit
+def chunk_of(L, chunk_rows, C: tl.constexpr, CB: tl.constexpr, PLANE: tl.constexpr):
     """This program's sample, chunk, first and last row, columns and their mask; programs are [S, chunks, C / CB]."""
     COLUMN_BLOCKS: tl.constexpr = (C + CB - 1) // CB
-    chunks = tl.cdiv(L, chunk_rows)
+    chunks = chunks_of(L, chunk_rows, PLANE)
     pid = tl.program_id(0)
     cols = (pid % COLUMN_BLOCKS) * CB + tl.arange(0, CB)
     chunk = (pid // COLUMN_BLOCKS) % chunks
-    start = chunk * chunk_rows
-    return pid // COLUMN_BLOCKS // chunks, chunk, start, tl.minimum(start + chunk_rows, L), cols, cols < C
+    if PLANE == 0:
+        start = chunk * chunk_rows
+        stop = tl.minimum(start + chunk_rows, L)
+    else:
+        of_sample = tl.cdiv(PLANE, chunk_rows)
+        first = chunk // of_sample * PLANE
+        start = first + chunk % of_sample * chunk_rows
+        stop = tl.minimum(start + chunk_rows, first + PLANE)
+    return pid // COLUMN_BLOCKS // chunks, chunk, start, stop, cols, cols < C
 
 
 @triton.jit
@@ -65,12 +83,21 @@ def set_of(C: tl.constexpr, G: tl.constexpr, CB: tl.constexpr):
 
 
 @triton.jit
-def tile(s, row, L, cols, column_mask, total, C: tl.constexpr, NORMED: tl.constexpr, PB: tl.constexpr):
+def tile(
+    s, row, L, cols, column_mask, total, C: tl.constexpr, NORMED: tl.constexpr, PB: tl.constexpr, PLANE: tl.constexpr
+):
     """Where [PB, CB] entries from `row` on are, as (scalar start, offsets from it), and which of them exist."""
     rows = tl.arange(0, PB)
-    start = (s.to(tl.int64) * L + row) * C
-    offsets = rows[:, None] * C + cols[None, :]
-    exists = (row + rows < L)[:, None] & column_mask[None, :] if NORMED else offsets < total - start
+    if PLANE == 0:
+        start = (s.to(tl.int64) * L + row) * C
+        offsets = rows[:, None] * C + cols[None, :]
+        exists = (row + rows < L)[:, None] & column_mask[None, :] if NORMED else offsets < total - start
+    else:
+        first = row // PLANE * PLANE  # of this sample
+        inside = tl.multiple_of(row - first, PB)  # chunks are whole tiles
+        start = (s.to(tl.int64) * L + first) * C + inside
+        offsets = rows[:, None] + (cols * PLANE)[None, :]
+        exists = (inside + rows < PLANE)[:, None] & column_mask[None, :]
     return start, offsets, exists
 
 

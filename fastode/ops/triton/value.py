@@ -10,6 +10,7 @@ from .tiles import (
     SIZES,
     affine_rows,
     chunk_of,
+    chunks_of,
     combination,
     load,
     merge_rows,
@@ -36,13 +37,13 @@ def point(terms, coefs, u, at, mask, LEARNED: tl.constexpr, ACC: tl.constexpr):
 @triton.jit
 def moments(
     terms, coefs, u, s, start, stop, L, cols, column_mask, C: tl.constexpr, CB: tl.constexpr, PB: tl.constexpr,
-    LEARNED: tl.constexpr, ACC: tl.constexpr,
+    PLANE: tl.constexpr, LEARNED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Per column: mean and squares about it, over the rows from `start` to `stop`."""
     mean = tl.zeros([PB, CB], ACC)
     squares = tl.zeros([PB, CB], ACC)
     for row in range(start, stop, PB):
-        begin, offsets, mask = tile(s, row, L, cols, column_mask, 0, C, True, PB)
+        begin, offsets, mask = tile(s, row, L, cols, column_mask, 0, C, True, PB, PLANE)
         h = point(terms, coefs, u, begin + offsets, mask, LEARNED, ACC)
         count = (row - start) // PB + 1
         mean, squares = welford(h, mean, squares, mask, count.to(ACC))
@@ -52,12 +53,13 @@ def moments(
 @triton.jit
 def apply(
     terms, coefs, u, a, mean, scale, shift, p, q, s, start, stop, L, total, cols, column_mask, C: tl.constexpr,
-    NORMED: tl.constexpr, ACT: tl.constexpr, PB: tl.constexpr, LEARNED: tl.constexpr, ACC: tl.constexpr,
+    NORMED: tl.constexpr, ACT: tl.constexpr, PB: tl.constexpr, PLANE: tl.constexpr, LEARNED: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """a = act((h - mean) * scale + shift) over the rows from `start` to `stop`."""
     p, q = tl.full([], p, ACC), tl.full([], q, ACC)
     for row in range(start, stop, PB):
-        begin, offsets, mask = tile(s, row, L, cols, column_mask, total, C, NORMED, PB)
+        begin, offsets, mask = tile(s, row, L, cols, column_mask, total, C, NORMED, PB, PLANE)
         h = point(terms, coefs, u, begin + offsets, mask, LEARNED, ACC)
         if NORMED:
             h = (h - mean[None, :]) * scale[None, :] + shift[None, :]
@@ -67,12 +69,12 @@ def apply(
 @triton.jit(do_not_specialize=SIZES)
 def value_moments_kernel(
     terms, coefs, u, partial, L, chunk_rows,
-    C: tl.constexpr, CB: tl.constexpr, PB: tl.constexpr, LEARNED: tl.constexpr, ACC: tl.constexpr,
+    C: tl.constexpr, CB: tl.constexpr, PB: tl.constexpr, PLANE: tl.constexpr, LEARNED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """[S, chunks, 2, C]: each chunk's mean and squares about it; writes u."""
-    s, chunk, start, stop, cols, column_mask = chunk_of(L, chunk_rows, C, CB)
-    mean, squares = moments(terms, coefs, u, s, start, stop, L, cols, column_mask, C, CB, PB, LEARNED, ACC)
-    chunks = tl.cdiv(L, chunk_rows)
+    s, chunk, start, stop, cols, column_mask = chunk_of(L, chunk_rows, C, CB, PLANE)
+    mean, squares = moments(terms, coefs, u, s, start, stop, L, cols, column_mask, C, CB, PB, PLANE, LEARNED, ACC)
+    chunks = chunks_of(L, chunk_rows, PLANE)
     store_sums(partial, s, chunk, chunks, 0, 2, mean, cols, column_mask, C)
     store_sums(partial, s, chunk, chunks, 1, 2, squares, cols, column_mask, C)
 
@@ -80,26 +82,26 @@ def value_moments_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def value_apply_kernel(
     terms, coefs, u, a, stats, weight, bias, S, L, total, chunk_rows, eps: tl.float64, p: tl.float64, q: tl.float64,
-    C: tl.constexpr, G: tl.constexpr, CB: tl.constexpr, PB: tl.constexpr, NORMED: tl.constexpr, ACT: tl.constexpr,
-    LEARNED: tl.constexpr, ACC: tl.constexpr,
+    C: tl.constexpr, G: tl.constexpr, CB: tl.constexpr, PB: tl.constexpr, PLANE: tl.constexpr, NORMED: tl.constexpr,
+    ACT: tl.constexpr, LEARNED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """u and a from known statistics."""
-    s, _, start, stop, cols, column_mask = chunk_of(L, chunk_rows, C, CB)
+    s, _, start, stop, cols, column_mask = chunk_of(L, chunk_rows, C, CB, PLANE)
     mean, _, scale, shift = value_rows(stats, weight, bias, eps, s, S, cols, column_mask, C, G, NORMED, ACC)
     apply(
         terms, coefs, u, a, mean, scale, shift, p, q, s, start, stop, L, total, cols, column_mask, C, NORMED, ACT, PB,
-        LEARNED, ACC,
+        PLANE, LEARNED, ACC,
     )  # fmt: skip
 
 
 @triton.jit
 def set_moments(
     terms, coefs, u, stats, s, S, L, cols, column_mask, C: tl.constexpr, G: tl.constexpr, CB: tl.constexpr,
-    PB: tl.constexpr, LEARNED: tl.constexpr, ACC: tl.constexpr,
+    PB: tl.constexpr, PLANE: tl.constexpr, LEARNED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Mean and variance of this program's set, also written to `stats`."""
     CPG: tl.constexpr = C // G
-    means, squares = moments(terms, coefs, u, s, 0, L, L, cols, column_mask, C, CB, PB, LEARNED, ACC)
+    means, squares = moments(terms, coefs, u, s, 0, L, L, cols, column_mask, C, CB, PB, PLANE, LEARNED, ACC)
     mean = tl.sum(tl.where(column_mask, means, 0.0), 0) / CPG
     off = means - mean
     variance = tl.sum(tl.where(column_mask, squares + off * off * L, 0.0), 0) / CPG / L
@@ -111,23 +113,23 @@ def set_moments(
 @triton.jit(do_not_specialize=SIZES)
 def set_moments_kernel(
     terms, coefs, u, stats, S, L, C: tl.constexpr, G: tl.constexpr, CB: tl.constexpr, PB: tl.constexpr,
-    LEARNED: tl.constexpr, ACC: tl.constexpr,
+    PLANE: tl.constexpr, LEARNED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """u and its statistics alone, a normalised set to a program."""
     s, cols, column_mask = set_of(C, G, CB)
-    set_moments(terms, coefs, u, stats, s, S, L, cols, column_mask, C, G, CB, PB, LEARNED, ACC)
+    set_moments(terms, coefs, u, stats, s, S, L, cols, column_mask, C, G, CB, PB, PLANE, LEARNED, ACC)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def value_set_kernel(
     terms, coefs, u, a, stats, weight, bias, S, L, eps: tl.float64, p: tl.float64, q: tl.float64,
-    C: tl.constexpr, G: tl.constexpr, CB: tl.constexpr, PB: tl.constexpr, ACT: tl.constexpr, LEARNED: tl.constexpr,
-    ACC: tl.constexpr,
+    C: tl.constexpr, G: tl.constexpr, CB: tl.constexpr, PB: tl.constexpr, PLANE: tl.constexpr, ACT: tl.constexpr,
+    LEARNED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """u, a and the statistics, a normalised set to a program: the second sweep finds the set in cache."""
     s, cols, column_mask = set_of(C, G, CB)
     mean, variance = set_moments(
-        terms, coefs, u, stats, s, S, L, cols, column_mask, C, G, CB, PB, LEARNED, ACC
+        terms, coefs, u, stats, s, S, L, cols, column_mask, C, G, CB, PB, PLANE, LEARNED, ACC
     )  # fmt: skip
     rstd = tl.zeros([CB], ACC) + reciprocal_deviation(variance, eps, ACC)
     scale, shift = affine_rows(rstd, weight, bias, cols, column_mask)
@@ -135,13 +137,13 @@ def value_set_kernel(
     if u is None:
         apply(
             terms, coefs, None, a, mean_row, scale, shift, p, q, s, 0, L, L, 0, cols, column_mask, C, True, ACT, PB,
-            LEARNED, ACC,
+            PLANE, LEARNED, ACC,
         )  # fmt: skip
     else:
         tl.debug_barrier()  # u was written by this program's own threads
         apply(
             (u,), None, None, a, mean_row, scale, shift, p, q, s, 0, L, L, 0, cols, column_mask, C, True, ACT, PB,
-            LEARNED, ACC,
+            PLANE, LEARNED, ACC,
         )  # fmt: skip
 
 
