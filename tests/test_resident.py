@@ -140,9 +140,18 @@ def test_python_threads_do_not_disturb_each_other(norm: str) -> None:
             assert all(torch.equal(a, b) for a, b in zip(run, expected, strict=True))
 
 
-@pytest.mark.parametrize("norm", ["layer", "batch"])
-@pytest.mark.parametrize(("scheme", "maps"), [(lambda b: reference.IESkip(b, 1, 0.1), 4), (reference.SSP3, 3)])
-def test_what_forward_keeps_and_backward_needs(scheme: Callable[..., nn.Module], maps: int, norm: str) -> None:
+@pytest.mark.parametrize(
+    ("scheme", "norm", "maps", "most"),
+    [
+        pytest.param(lambda b: reference.IESkip(b, 1, 0.1), "layer", 4, 7, id="ie-layer"),
+        pytest.param(lambda b: reference.IESkip(b, 1, 0.1), "batch", 3, 7, id="ie-batch"),
+        pytest.param(reference.SSP3, "layer", 3, 5, id="ssp3-layer"),
+        pytest.param(reference.SSP3, "batch", 3, 5, id="ssp3-batch"),
+    ],
+)
+def test_what_forward_keeps_and_backward_needs(
+    scheme: Callable[..., nn.Module], norm: str, maps: int, most: int
+) -> None:
     x = channels_last(sample_input(64, 16, 16, 16, dtype=torch.float32)).requires_grad_()
     twin = fused(scheme(preactivation(16, norm)))
     size, bar = x.numel() * x.element_size(), torch.ones_like(x)
@@ -151,9 +160,8 @@ def test_what_forward_keeps_and_backward_needs(scheme: Callable[..., nn.Module],
     assert sum(piece.numel() for piece in kept) * x.element_size() // size == maps
     y.backward(bar, retain_graph=True)
     assert not y.grad_fn.kept  # type: ignore[union-attr]
-    if norm == "batch" and maps == 3:  # beside these the result and the input's gradient, in which the backward works
-        x.grad = None
-        assert peak_bytes(lambda: twin(x).backward(bar)) < 5.5 * size
+    x.grad = None  # the maps are the result and the input's gradient, in which the backward works, beside what is kept
+    assert peak_bytes(lambda: twin(x).backward(bar)) < (most + 0.5) * size
 
 
 @pytest.fixture

@@ -99,7 +99,8 @@ class Branch {
   // mix(J^T image), in `out` or, if that is null, in a map of the memory's. With `parameters` their gradients are added
   // to the worker's accumulators. The image is read before anything is written, the mix's terms where the result is.
   Map<A> cotangent(const Evaluation<A>& e, const Mix<A>& image, const Map<A>* out, const Mix<A>& mix, bool parameters);
-  // mix(gradient of <v, f> + <q, J t>), t being the last tangent sweep's, whose maps are given back.
+  // mix(gradient of <v, f> + <q, J t>), t being the last tangent sweep's, whose maps are given back. Nothing of q is
+  // left where the samples are coupled.
   Map<A> second(const Evaluation<A>& e, const Map<A>& v, const Map<A>& q, const Mix<A>& mix, bool parameters);
 
   template <class F>
@@ -115,6 +116,8 @@ class Branch {
   int64_t width() const { return spec_.blocks * kLanes<A>; }
   A* gradients_of(const Range& range) const { return gradients_ + range.worker * spec_.gradients; }
   Means<A> means();
+  // Whether a sweep that has read a map of the batch may write over it, which would cost as much memory again.
+  bool takes_over(const Map<A>& map) const { return memory_.coupled && !map.pinned && map.blocks == spec_.blocks; }
   // A mix of as many terms as a combination takes; whatever it was reduced into is in `made`.
   Mix<A> few(Mix<A> mix, std::vector<Map<A>>& made);
   void give(const std::vector<Map<A>>& maps);

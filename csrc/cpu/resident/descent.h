@@ -27,7 +27,8 @@ class DescentPoints {
         points(descent.steps),
         residuals(descent.steps),
         at_input(branch.evaluation(keep)) {
-    if (keep_) branch.keep_inputs(at_input);
+    // Where the samples are coupled every map holds the batch, and these would be idle until the end.
+    if (keep_ && !branch.memory().coupled) branch.keep_inputs(at_input);
     for (int64_t k = 0; k < descent.steps; ++k) {
       at_point.push_back(branch.evaluation(keep));
       if (!keep_) continue;
@@ -137,7 +138,7 @@ class DescentBackward {
       at.find();
     } else {
       at.points[0] = memory.take(ends.input.blocks);
-      at.start(branch, at.points[0], true);
+      at.start(branch, at.points[0], !memory.coupled);
       for (int64_t k = 0; k + 1 < steps; ++k) {
         at.evaluate(branch, k);
         at.points[k + 1] = at.step(branch, k, nullptr);
@@ -170,6 +171,7 @@ class DescentBackward {
       out.terms.push_back({1, sum});
       if (theta != 1) image.terms.push_back({1 - theta, sum});
     }
+    if (!at.at_input.inputs.back()) branch.value(at.at_input, ends.input, nullptr, {}, true);
     branch.cotangent(at.at_input, image, &ends.result, out, wishes.parameters);
   }
 };

@@ -219,7 +219,7 @@ Map<A> Branch<A>::cotangent(const Evaluation<A>& e, const Mix<A>& image, const M
 template <class A>
 Map<A> Branch<A>::second(const Evaluation<A>& e, const Map<A>& v, const Map<A>& q, const Mix<A>& mix, bool parameters) {
   const size_t units = spec_.units.size();
-  const Map<A> n = map(), m = map();
+  const Map<A> n = map(), m = takes_over(q) ? q : map();
   for (size_t j = units; j-- > 0;) {
     const UnitSpec<A>& unit = spec_.units[j];
     const int64_t blocks = blocks_of<A>(unit.in_channels), out_blocks = blocks_of<A>(unit.out_channels);
@@ -262,7 +262,7 @@ Map<A> Branch<A>::second(const Evaluation<A>& e, const Map<A>& v, const Map<A>& 
                   t.at(range, i), n.at(range, i), m.at(range, i), n.at(range, i), static_cast<const View<A>*>(nullptr),
                   mix.at(range, i));
   });
-  memory_.give(m);
+  if (!takes_over(q)) memory_.give(m);
   for (size_t j = 1; j < units; ++j) memory_.give(tangents_[j]);
   Map<A> result = n;
   result.blocks = blocks_of<A>(spec_.units[0].in_channels);
