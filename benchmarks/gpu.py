@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -158,9 +159,7 @@ def start_warmers(folder: Path, device: torch.device) -> list[subprocess.Popen[b
     command = [sys.executable, "-m", "benchmarks.gpu", "--device", str(device)]
     with (folder / "warm.txt").open("wb") as log:
         return [
-            subprocess.Popen(
-                [*command, "--warm", f"{part}/{count}"], cwd=header.ROOT, stdout=log, stderr=log, start_new_session=True
-            )
+            subprocess.Popen([*command, "--warm", f"{part}/{count}"], cwd=header.ROOT, stdout=log, stderr=log)
             for part in range(count)
         ]
 
@@ -221,7 +220,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         told.say(str(warning.message))
     what = "; ".join(f"{stage.name}: {stage.what}" for stage in chosen)
     told.say(f"will run within {arguments.minutes:g} minutes, in {folder}: {what}")
-    warmers = start_warmers(folder, device) if device.type == "cuda" else []
+    warmers = []
+    if device.type == "cuda":
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that they are stopped then too
+        warmers = start_warmers(folder, device)
     checks = [stage for stage in chosen if stage.step == "check"]
     end = start + seconds
     good = True

@@ -93,6 +93,8 @@ def stream(command: Sequence[str], log: Path, seconds: float, echo: Callable[[st
         status = process.wait()
     finally:
         timer.cancel()
+        if process.poll() is None:  # interrupted: it has a session of its own, which no signal to this one reaches
+            os.killpg(process.pid, signal.SIGKILL)
     return None if stopped.is_set() else status
 
 

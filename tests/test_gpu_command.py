@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -291,6 +293,19 @@ def test_a_command_that_runs_too_long_is_stopped(tmp_path: Path) -> None:
     code = "import time; print('started', flush=True); time.sleep(60)"
     status = gpu_check.stream([sys.executable, "-c", code], tmp_path / "log.txt", 3.0, lines.append)
     assert status is None and lines == ["started"] and (tmp_path / "log.txt").read_text() == "started\n"
+
+
+def test_a_command_does_not_outlive_its_caller(tmp_path: Path) -> None:
+    pids: list[int] = []
+
+    def interrupt(line: str) -> None:
+        pids.append(int(line))
+        raise KeyboardInterrupt
+
+    code = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    with pytest.raises(KeyboardInterrupt):
+        gpu_check.stream([sys.executable, "-c", code], tmp_path / "log.txt", 50.0, interrupt)
+    assert os.waitpid(pids[0], 0)[1] == signal.SIGKILL
 
 
 def test_a_machine_without_a_card_is_told_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
