@@ -46,7 +46,7 @@ def _info() -> int:
         print(f"{name:<10}{value}")
     print("\nengines")
     for engine, device, usable, reason in _dispatch.describe():
-        print(f"  {engine:<12}{device:<6}{'yes' if usable else 'no':<5}{reason}")
+        print(f"  {engine:<18}{device:<6}{'yes' if usable else 'no':<5}{reason}")
     rule = _rule.current()
     print(f'\nwhere "auto" takes resident before staged on the CPU ({rule.source})')
     for name, line in rule.lines.items() if rule.measured else [("all blocks", _rule.DEFAULT)]:

@@ -20,7 +20,7 @@ def test_info_prints_versions_engines_and_cache(capsys: pytest.CaptureFixture[st
     assert str(_toolchain.cache_directory()) in lines["cache"]
     for engine, device, usable, reason in _dispatch.describe():
         assert reason, engine
-        assert f"  {engine:<12}{device:<6}{'yes' if usable else 'no':<5}{reason}" in printed.splitlines()
+        assert f"  {engine:<18}{device:<6}{'yes' if usable else 'no':<5}{reason}" in printed.splitlines()
 
 
 def test_info_says_why_there_are_no_operators(
