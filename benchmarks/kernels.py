@@ -287,7 +287,8 @@ def markdown(rows: Sequence[Compiled]) -> str:
             own = [row for row in rows if (row.kernel, row.architecture) == (kernel, architecture)]
             cells = [
                 kernel, f"sm_{architecture}", len(own), max(r.registers for r in own), max(r.spills for r in own),
-                max(r.shared for r in own), min(r.widest for r in own), own[0].tensor_core or "none",
+                max(r.shared for r in own), min(r.widest for r in own),
+                ", ".join(sorted({r.tensor_core or "none" for r in own})),
             ]  # fmt: skip
             lines.append("| " + " | ".join(map(str, cells)) + " |")
     lines += ["", "| kernel | configuration | architecture | warps | registers | spilled bytes | shared bytes |"]

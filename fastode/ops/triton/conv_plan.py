@@ -18,8 +18,8 @@ SET_ACCUMULATORS, THREAD_ACCUMULATORS, THREAD_BYTES = 1 << 14, 32, 128
 MAX_WARPS = 16
 # Channels, of y and z together, of a skew pair whose programs make both halves, their pixels of y, and their warps.
 PAIR_CHANNELS, PAIR_PIXELS, PAIR_WARPS = 128, 64, 8
-# Registers of a multiprocessor, and the most that a thread is given.
-REGISTERS, THREAD_REGISTERS = 1 << 16, 224
+# Registers of a multiprocessor, and the most that a thread is given; that of a skew pair may have all.
+REGISTERS, THREAD_REGISTERS, PAIR_REGISTERS = 1 << 16, 224, 255
 # Of a weight gradient: rows (taps and channels), pixels of a step, and programs in all.
 WEIGHT_ROWS, WEIGHT_PIXELS, WEIGHT_PROGRAMS = 128, 64, 264
 SUM_TILE, SUM_COLUMNS = 2048, 64
@@ -59,14 +59,15 @@ class Product:
         return self.blocks == 1 and self.programs == self.spans
 
 
-def _warps(accumulators: int, left_bytes: int) -> int:
-    threads = max(accumulators // THREAD_ACCUMULATORS, left_bytes // THREAD_BYTES)
+def _warps(accumulators: int, left_bytes: int, tensor_cores: bool = True) -> int:
+    each = THREAD_ACCUMULATORS if tensor_cores else THREAD_ACCUMULATORS // 2
+    threads = max(accumulators // each, left_bytes // THREAD_BYTES)
     return max(4, min(MAX_WARPS, threads // 32))
 
 
-def registers(warps: int) -> int:
+def registers(warps: int, most: int = THREAD_REGISTERS) -> int:
     """What a thread may use."""
-    return min(THREAD_REGISTERS, REGISTERS // (32 * warps))
+    return min(most, REGISTERS // (32 * warps))
 
 
 def _stages(entries: int, itemsize: int) -> int:
@@ -105,7 +106,7 @@ def product(
     stages = _stages(step * (rows + columns), itemsize)
     blocks = -(-length // rows)
     programs = spans * blocks * -(-channels_out // columns)
-    warps = _warps(rows * columns, rows * step * itemsize)
+    warps = _warps(rows * columns, rows * step * itemsize, tensor_cores)
     return Product(spans, length, rows, columns, step, padded, warps, stages, blocks, programs)
 
 
@@ -143,7 +144,7 @@ class PairProduct:
 @cache
 def pair_product(
     samples: int, pixels: int, channels: tuple[int, int], taps: int, itemsize: int, by_sample: bool,
-    wanted: tuple[bool, bool], sharing: bool,
+    wanted: tuple[bool, bool], sharing: bool, tensor_cores: bool = True,
 ) -> PairProduct:  # fmt: skip
     """The blocks of a skew pair.
 
@@ -156,6 +157,7 @@ def pair_product(
         by_sample: whether something in it belongs to single samples.
         wanted: which halves are made, y's and z's.
         sharing: whether both halves may be one program's.
+        tensor_cores: as of `product`.
     """
     spans, length = (samples, pixels) if by_sample else (1, samples * pixels)
     padded = (power_of_two(channels[0]), power_of_two(channels[1]))
@@ -169,13 +171,14 @@ def pair_product(
     else:
         columns = (min(whole[0], CHANNELS), min(whole[1], CHANNELS))
         accumulators, rows = max(columns), min(least, PIXELS)
-        limit = min(STEP_BYTES // itemsize, TILE_BYTES // (rows * itemsize))
+        limit = min(STEP_BYTES // itemsize, TILE_BYTES // (rows * itemsize)) if tensor_cores else LEAST
         steps = (max(LEAST, min(limit, taps * padded[0])), max(LEAST, min(limit, taps * padded[1])))
         steps = (power_of_two(steps[0]), power_of_two(steps[1]))
         widest = max(steps)
     stages = _stages((rows + max(columns)) * widest, itemsize)
     blocks = -(-length // rows)
-    warps = power_of_two(min(PAIR_WARPS, _warps(rows * accumulators, rows * widest * itemsize)))
+    warps = _warps(rows * accumulators, rows * widest * itemsize, tensor_cores)
+    warps = power_of_two(min(PAIR_WARPS, warps))
     column_blocks = sum(-(-c // n) for c, n, made in zip(channels, columns, wanted, strict=True) if made)
     return PairProduct(
         spans, length, rows, shared, columns, steps, padded, warps, stages, blocks,
@@ -202,21 +205,22 @@ class WeightProduct:
 
 @cache
 def weight_product(
-    samples: int, pixels: int, channels_in: int, channels_out: int, taps: int, itemsize: int, by_sample: bool
-) -> WeightProduct:
+    samples: int, pixels: int, channels_in: int, channels_out: int, taps: int, itemsize: int, by_sample: bool,
+    tensor_cores: bool = True,
+) -> WeightProduct:  # fmt: skip
     """The blocks of a weight gradient; arguments as of `product`."""
     spans, length = (samples, pixels) if by_sample else (1, samples * pixels)
     padded = power_of_two(channels_in)
     columns = max(LEAST, min(power_of_two(channels_out), CHANNELS))
     rows = max(LEAST, min(power_of_two(taps * padded), WEIGHT_ROWS))
-    step = max(LEAST, min(WEIGHT_PIXELS, power_of_two(length)))
+    step = max(LEAST, min(WEIGHT_PIXELS if tensor_cores else LEAST, power_of_two(length)))
     tiles = -(-taps * padded // rows) * -(-channels_out // columns)
     blocks = spans * -(-length // step)
     chunks = max(1, min(blocks, WEIGHT_PROGRAMS // tiles))
     chunk_blocks = -(-blocks // chunks)
     chunks = -(-blocks // chunk_blocks)
     stages = _stages(step * (rows + columns), itemsize)
-    warps = _warps(rows * columns, rows * step * itemsize)
+    warps = _warps(rows * columns, rows * step * itemsize, tensor_cores)
     return WeightProduct(
         spans, length, rows, columns, step, padded, warps, stages, chunks, chunk_blocks, chunks * tiles
     )

@@ -262,9 +262,9 @@ def _blocks(
     )  # fmt: skip
 
 
-def _registers(left: Operand, blocks: conv_plan.Product, pull: bool) -> Shape:
+def _registers(left: Operand, blocks: conv_plan.Product, pull: bool, tensor_cores: bool) -> Shape:
     """Where ptxas, left to itself, spills a few bytes to fit one more program on a multiprocessor: what it may use."""
-    if blocks.warps > 8 or (pull and (blocks.warps < 8 or left.kind == gather.PLAIN.value)):
+    if (blocks.warps > 8 and tensor_cores) or (pull and (blocks.warps < 8 or left.kind == gather.PLAIN.value)):
         return {}
     return {"maxnreg": conv_plan.registers(blocks.warps)}
 
@@ -283,7 +283,7 @@ def _launch(
         KH=weight.shape[2], KW=weight.shape[3], DH=dilation[0], DW=dilation[1], TRANSPOSED=transposed,
         BM=blocks.rows, BN=blocks.columns, BK=blocks.step, ACC=tl.float32, DOT=DTYPES[lower],
         PRECISION=precision(lower), PB=max(1, blocks.warps * ENTRIES // blocks.padded), warps=blocks.warps,
-        num_stages=blocks.stages, **constants, **_registers(left, blocks, constants["PULL"]),
+        num_stages=blocks.stages, **constants, **_registers(left, blocks, constants["PULL"], on_tensor_cores(lower)),
     )  # fmt: skip
 
 
@@ -326,7 +326,14 @@ def sum_weight_gradients(
     taps = kernel[0] * kernel[1]
     cuts = [
         conv_plan.weight_product(
-            samples, out_height * out_width, inputs, channels, taps, lower.itemsize, a.by_sample or b.by_sample
+            samples,
+            out_height * out_width,
+            inputs,
+            channels,
+            taps,
+            lower.itemsize,
+            a.by_sample or b.by_sample,
+            on_tensor_cores(lower),
         )
         for a, b in pairs
     ]

@@ -122,11 +122,15 @@ def launch_pair(
     samples, height, width = known.shape[0], known.shape[2] // scale, known.shape[3] // scale
     wanted = (y.out is not None, z.out is not None)
     # Only later architectures' tensor cores read their factors from shared memory and leave registers for both halves.
-    sharing = on_tensor_cores(weight.dtype) and launch.architecture(known) >= 90
+    tensor_cores = on_tensor_cores(weight.dtype)
+    sharing = tensor_cores and launch.architecture(known) >= 90
     blocks = conv_plan.pair_product(
         samples, height * width, (channels_y, channels_z), weight.shape[2] ** 2, weight.dtype.itemsize,
         any(half.by_sample for half in halves), wanted, sharing,
+        tensor_cores,
     )  # fmt: skip
+    free = blocks.shared or pull
+    told = {} if free else {"maxnreg": conv_plan.registers(blocks.warps, conv_plan.PAIR_REGISTERS)}
     sums = [y.partial(blocks, 1), z.partial(blocks, pair.stride**2)]
     read = [known if half.x is None else half.x for half in halves]
     points = [half.point or Operand(known) for half in halves]
@@ -141,7 +145,7 @@ def launch_pair(
         STRIDE=pair.stride, **y.constants("Y"), **z.constants("Z"), ACT=act[0], PULL=pull, SHARED=blocks.shared,
         BM=blocks.rows, BNY=blocks.columns[0], BNZ=blocks.columns[1], BKY=blocks.steps[0], BKZ=blocks.steps[1],
         ACC=tl.float32, DOT=DTYPES[weight.dtype], PRECISION=precision(weight.dtype), warps=blocks.warps,
-        num_stages=blocks.stages,
+        num_stages=blocks.stages, **told,
     )  # fmt: skip
     return sums
 
