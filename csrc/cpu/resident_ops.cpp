@@ -45,7 +45,7 @@ Forward forward(const Tensor& x, const BranchArguments& branch, const Rule& rule
                 bool backward_weights, bool keep, int64_t products) {
   return with_arithmetic(x, [&](auto zero) {
     using A = decltype(zero);
-    const Packed<A> packed(branch, x, backward_weights, false);
+    const Packed<A> packed(branch, x, {.transposed = backward_weights});
     Kept kept(x, {});
     Call<A> call{packed, x, nullptr, like(x), keep ? &kept : nullptr};
     call.statistics = new_vector(x, packed.statistics * evaluations, scalar_type<A>());
@@ -57,10 +57,10 @@ Forward forward(const Tensor& x, const BranchArguments& branch, const Rule& rule
 
 template <template <class> class Program, class Rule>
 Backward backward(const Tensor& x, const Tensor& cotangent, const BranchArguments& branch, const Rule& rule,
-                  const Tensors& kept_pieces, bool parameters, int64_t products) {
+                  const Tensors& kept_pieces, const Wanted& wanted, int64_t products) {
   return with_arithmetic(x, [&](auto zero) {
     using A = decltype(zero);
-    const Packed<A> packed(branch, x, true, parameters);
+    const Packed<A> packed(branch, x, wanted);
     const int64_t workers = workers_for(x.size(0));
     Kept kept(x, kept_pieces);
     Call<A> call{packed, x, &cotangent, like(x), kept_pieces.empty() ? nullptr : &kept};
@@ -71,7 +71,7 @@ Backward backward(const Tensor& x, const Tensor& cotangent, const BranchArgument
     const Tensor total = new_vector(x, products, ScalarType::Double, true);
     const double* partial = static_cast<const double*>(call.products.data_ptr());
     for (int64_t i = 0; i < workers * products; ++i) static_cast<double*>(total.data_ptr())[i % products] += partial[i];
-    return Backward(call.result, parameters ? packed.gradients(call.gradients, workers) : Tensors{}, total);
+    return Backward(call.result, wanted.gradients ? packed.gradients(call.gradients, workers) : Tensors{}, total);
   });
 }
 
@@ -84,8 +84,9 @@ Forward ie_forward(Tensor x, Tensors parameters, Integers units, Numbers numbers
 std::tuple<Tensor, Tensors> ie_backward(Tensor x, Tensor cotangent, Tensors kept, Tensors parameters, Integers units,
                                         Numbers numbers, int64_t steps, double gamma, double theta, bool detach,
                                         bool gradients) {
-  auto [bar, bars, none] = backward<DescentBackward>(x, cotangent, {parameters, units, numbers},
-                                                     Descent{steps, gamma, theta, detach}, kept, gradients, 0);
+  auto [bar, bars, none] =
+      backward<DescentBackward>(x, cotangent, {parameters, units, numbers}, Descent{steps, gamma, theta, detach}, kept,
+                                {.gradients = gradients}, 0);
   return {bar, bars};
 }
 
@@ -104,7 +105,9 @@ Forward rk_forward(Tensor x, Tensors parameters, Integers units, Numbers numbers
 
 Backward rk_backward(Tensor x, Tensor cotangent, Tensors kept, Tensors parameters, Integers units, Numbers numbers,
                      Tensor table, bool gradients, bool table_gradient) {
-  return backward<SchemeBackward>(x, cotangent, {parameters, units, numbers}, scheme_of(table), kept, gradients,
+  // Where the stages are kept, no evaluation is computed again to its end.
+  const Wanted wanted{.gradients = gradients, .last = kept.empty()};
+  return backward<SchemeBackward>(x, cotangent, {parameters, units, numbers}, scheme_of(table), kept, wanted,
                                   table_gradient ? table.numel() : 0);
 }
 

@@ -52,11 +52,17 @@ inline Tensor new_vector(const Tensor& like, int64_t length, ScalarType type, bo
   return zero ? torch::stable::new_zeros(like, sizes, type) : fresh(torch::stable::new_empty(like, sizes, type));
 }
 
+// What a program asks of the parameters: the weights of transposed convolutions, gradients, and the weights of a last
+// convolution that ends the branch.
+struct Wanted {
+  bool transposed = true, gradients = false, last = true;
+};
+
 // The parameters of a branch in the program's type, padded and packed.
 template <class A>
 class Packed {
  public:
-  Packed(const BranchArguments& arguments, const Tensor& x, bool backward, bool gradients);
+  Packed(const BranchArguments& arguments, const Tensor& x, const Wanted& wanted);
 
   // The gradients of `parameters` (those of running statistics stay empty), each in its parameter's dtype.
   std::vector<Tensor> gradients(const Tensor& accumulators, int64_t workers) const;
@@ -65,7 +71,7 @@ class Packed {
   int64_t statistics = 0;  // elements per evaluation: two rows for each batch norm
 
  private:
-  void read(Arena& arena, bool backward, bool gradients);
+  void read(Arena& arena, const Wanted& wanted);
 
   BranchArguments arguments_;
   int64_t channels_;

@@ -8,21 +8,21 @@
 namespace fastode::resident {
 
 template <class A>
-Packed<A>::Packed(const BranchArguments& arguments, const Tensor& x, bool backward, bool gradients)
+Packed<A>::Packed(const BranchArguments& arguments, const Tensor& x, const Wanted& wanted)
     : arguments_(arguments),
       channels_(x.size(1)),
       lowers_(x.scalar_type() == ScalarType::BFloat16 && x.size(2) * x.size(3) >= kTilePixels && has_tiles()) {
   Arena count(nullptr);
-  read(count, backward, gradients);
+  read(count, wanted);
   storage_ = new_vector(x, count.used() / static_cast<int64_t>(sizeof(A)), scalar_type<A>());
   Arena arena(storage_.data_ptr());
-  read(arena, backward, gradients);
+  read(arena, wanted);
   arena.check();
 }
 
 // Takes every row and weight from the arena; fills them where it has memory.
 template <class A>
-void Packed<A>::read(Arena& arena, bool backward, bool gradients) {
+void Packed<A>::read(Arena& arena, const Wanted& wanted) {
   constexpr int64_t lanes = kLanes<A>;
   const int64_t units = static_cast<int64_t>(arguments_.units.size()) / kUnitIntegers;
   spec = {};
@@ -52,7 +52,7 @@ void Packed<A>::read(Arena& arena, bool backward, bool gradients) {
   };
   const auto accumulate = [&](int64_t length) {
     const int64_t at = spec.gradients;
-    if (!gradients) return int64_t{-1};
+    if (!wanted.gradients) return int64_t{-1};
     spec.gradients += divide_up(length, 16) * 16;
     return at;
   };
@@ -88,9 +88,10 @@ void Packed<A>::read(Arena& arena, bool backward, bool gradients) {
       const auto size = [&](const ConvShape& shape) {
         return spec.narrow ? tile_weights_size(shape) : shape.template packed_size<A>();
       };
-      A* forward = arena.take<A>(size(unit.shape));
-      A* flipped = backward ? arena.take<A>(size(unit.shape.transposed())) : nullptr;
-      if (forward) {
+      const bool straight = wanted.last || j + 1 < units;
+      A* forward = straight ? arena.take<A>(size(unit.shape)) : nullptr;
+      A* flipped = wanted.transposed ? arena.take<A>(size(unit.shape.transposed())) : nullptr;
+      if (forward || flipped) {
         int64_t strides[4];
         for (int d = 0; d < 4; ++d) strides[d] = weight.strides()[d];
         with_data<A>(weight, [&](auto* data) {
@@ -101,8 +102,8 @@ void Packed<A>::read(Arena& arena, bool backward, bool gradients) {
             }
             pack_weights<A, T>(shape, flip, data, strides, to);
           };
-          pack(unit.shape, false, forward);
-          if (backward) pack(unit.shape.transposed(), true, flipped);
+          if (forward) pack(unit.shape, false, forward);
+          if (flipped) pack(unit.shape.transposed(), true, flipped);
         });
       }
       unit.forward = forward, unit.backward = flipped;
