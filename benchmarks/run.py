@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import contenders, header, measure, report, suites, targets, workloads
+from . import contenders, header, measure, memory, report, suites, targets, workloads
 from .contenders import BASELINES, CONTENDERS, Contender
 from .suites import Item
 
@@ -226,6 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     deadline = None if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
     folder = arguments.results or header.RESULTS / header.folder_name(device)
     failed = False
+    memory.keep_freed_memory()
     for name, kept, items in chosen_sessions:
         head = header.header(device, name)
         print(f"{name}: {head['device']}, {head['threads']} threads, torch {head['versions']['torch']}, {head['data']}")
