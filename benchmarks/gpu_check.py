@@ -95,6 +95,7 @@ def stream(command: Sequence[str], log: Path, seconds: float, echo: Callable[[st
         timer.cancel()
         if process.poll() is None:  # interrupted: it has a session of its own, which no signal to this one reaches
             os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     return None if stopped.is_set() else status
 
 
