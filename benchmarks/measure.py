@@ -30,6 +30,9 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+# Moved inputs per layout by which R is taken again where four runs of the reference say "not equal" and a kink is
+# within rounding: among millions of pre-activations a mask may flip in one run of ten.
+MOVES = 16
 # What the equality check asks of a network whose mode is made of several calls.
 GATES = {"pgd_step": "input_grad", "pgd10": "input_grad", "adv_train": "train"}
 
@@ -43,23 +46,39 @@ def set_precision(dtype: str, device: torch.device) -> None:
 
 
 def equality(
-    contender: Contender, reference: nn.Module, module: nn.Module, inputs: Inputs, mode: str, judge: Callable[[], Judge]
+    contender: Contender,
+    reference: nn.Module,
+    module: nn.Module,
+    inputs: Inputs,
+    mode: str,
+    judge: Callable[..., Judge],
 ) -> Row:
-    """The result of the equality check: ok, the worst err/allowed and whose it is."""
+    """The result of the equality check: ok, the worst err/allowed and whose it is; a note where R took more runs."""
     if contender.name in BASELINES:
         return {"ok": True, "worst": 0.0, "tensor": "", "note": "is the reference"}
-    training = {p: p.requires_grad for p in module.parameters()}
-    comparison = judge().compare(module, inputs)
-    for parameter, required in training.items():  # a compiled module is judged itself, not a copy
-        parameter.requires_grad_(required)
-    module.zero_grad(set_to_none=True)
-    rows = comparison.rows
+    unused: set[str] = set()
     if contender.name in OTHER_LIBRARIES and mode == "train":
         # They send a zero gradient where the reference sends none (the last evaluation's unused half).
         unused = {f"gradient of {name}" for name in _without_gradient(reference, inputs)}
-        rows = tuple(row for row in rows if row.name not in unused)
-    worst = max(rows, key=lambda row: row.ratio)
-    return {"ok": all(row.ok for row in rows), "worst": _finite(worst.ratio), "tensor": worst.name}
+
+    def judged(by: Judge) -> Row:
+        training = {p: p.requires_grad for p in module.parameters()}
+        rows = [row for row in by.compare(module, inputs).rows if row.name not in unused]
+        for parameter, required in training.items():  # a compiled module is judged itself, not a copy
+            parameter.requires_grad_(required)
+        module.zero_grad(set_to_none=True)
+        worst = max(rows, key=lambda row: row.ratio)
+        return {"ok": all(row.ok for row in rows), "worst": _finite(worst.ratio), "tensor": worst.name}
+
+    found = judged(judge())
+    if found["ok"] or judge().smooth or isinstance(found["worst"], str):
+        return found
+    again = judged(judge(moves=MOVES))
+    again["note"] = (
+        f"a kink within rounding: {found['worst']:.2g} of allowed by 4 runs of the reference, "
+        f"{again['worst']:.2g} by {2 + 2 * MOVES}"
+    )
+    return again
 
 
 def _without_gradient(reference: nn.Module, inputs: Inputs) -> list[str]:
@@ -103,7 +122,7 @@ def measure(
     flops, moved = count(workload, reference, inputs, mode)
     # The reference's own runs are made once, for all contenders, on the very input that is timed.
     gate = GATES.get(mode, mode)
-    judge: Callable[[], Judge] = functools.cache(lambda: Judge(reference, inputs, mode=gate))  # type: ignore[arg-type]
+    judge: Callable[..., Judge] = functools.cache(functools.partial(Judge, reference, inputs, mode=gate))
     rows: list[Row] = []
     turns: dict[str, Work] = {}
     for contender in taking_part:
@@ -155,7 +174,7 @@ def _ready(
     inputs: Inputs,
     mode: str,
     row: Row,
-    judge: Callable[[], Judge],
+    judge: Callable[..., Judge],
 ) -> Work:
     """A contender's warmed turn, once it has shown that it is equal and, if compiled, that it is compiled."""
     breaks = contenders_module.graph_breaks() if contender.compiled else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -188,6 +189,35 @@ def test_a_contender_that_is_not_equal_has_no_speed() -> None:
     for row in (unequal, failed):
         assert not {"median_ms", "gflops", "ratio_to_eager", "peak_mb"} & set(row)
         assert row["errors"] in report.line(row)
+
+
+class Clipped(nn.Module):
+    """What exceeds 1; its slope at 1 is `slope`."""
+
+    def __init__(self, slope: float, scale: float = 1.0) -> None:
+        super().__init__()
+        self.slope, self.scale = slope, scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        above = torch.relu(self.scale * (x - 1))
+        return above + self.slope * torch.where(x == 1, x - 1, 0)
+
+
+def test_a_mask_that_the_reference_flips_too_is_no_error() -> None:
+    x = 2 * data.feature_maps(2, 4, 8)
+    low = (testing.moved(x, 0) < x) & (testing.moved(x, 1) < x)  # where four runs do not see the other side
+    x[tuple(low.nonzero()[0])] = 1.0
+    rival = Contender("fused", "any", True, False, lambda module, inputs: module)
+    judge = functools.cache(functools.partial(testing.Judge, Clipped(0.0), (x,)))
+
+    def found(module: nn.Module) -> dict[str, Any]:
+        return measure.equality(rival, Clipped(0.0), module, (x,), "train", judge)
+
+    assert found(Clipped(0.0)) == {"ok": True, "worst": 0.0, "tensor": "output"}
+    flipped = found(Clipped(1.0))
+    assert flipped["ok"] and "by 4 runs of the reference" in flipped["note"]
+    assert not judge().compare(Clipped(1.0)).ok and not found(Clipped(2.5))["ok"]
+    assert not found(Clipped(0.0, scale=0.99))["ok"]
 
 
 def test_the_project_takes_part_and_is_equal() -> None:
