@@ -170,7 +170,7 @@ def pair_product(
         rows = min(least, PAIR_PIXELS)
     else:
         columns = (min(whole[0], CHANNELS), min(whole[1], CHANNELS))
-        accumulators, rows = max(columns), min(least, PIXELS)
+        accumulators, rows = max(columns), min(least, PIXELS if tensor_cores else PAIR_PIXELS)
         limit = min(STEP_BYTES // itemsize, TILE_BYTES // (rows * itemsize)) if tensor_cores else LEAST
         steps = (max(LEAST, min(limit, taps * padded[0])), max(LEAST, min(limit, taps * padded[1])))
         steps = (power_of_two(steps[0]), power_of_two(steps[1]))

@@ -264,7 +264,7 @@ def _blocks(
 
 def _registers(left: Operand, blocks: conv_plan.Product, pull: bool, tensor_cores: bool) -> Shape:
     """Where ptxas, left to itself, spills a few bytes to fit one more program on a multiprocessor: what it may use."""
-    if (blocks.warps > 8 and tensor_cores) or (pull and (blocks.warps < 8 or left.kind == gather.PLAIN.value)):
+    if tensor_cores and (blocks.warps > 8 or (pull and (blocks.warps < 8 or left.kind == gather.PLAIN.value))):
         return {}
     return {"maxnreg": conv_plan.registers(blocks.warps)}
 

@@ -11,7 +11,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from . import plan
+from . import conv_plan, plan
 from .finish import finish_moments_kernel, finish_sums_kernel, sum_samples_kernel
 
 NONE, GROUP, BATCH, FIXED = range(4)
@@ -133,7 +133,11 @@ class Unit:
 
 def set_shape(unit: Unit, kind: str) -> tuple[int, Shape]:
     """Programs and constants for one program per normalised set."""
-    return _shape(unit, plan.set_blocks(unit.map, kind, unit.x.element_size()))
+    blocks = plan.set_blocks(unit.map, kind, unit.x.element_size())
+    programs, shape = _shape(unit, blocks)
+    if kind == "tangent" and unit.map.plane:  # left to itself ptxas spills, to fit a second program
+        shape["maxnreg"] = conv_plan.registers(blocks.warps)
+    return programs, shape
 
 
 def apply_shape(unit: Unit) -> tuple[int, Sequence[int], Shape]:
