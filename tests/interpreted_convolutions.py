@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import interpreting  # noqa: F401  (before any kernel is made)
 import pytest
+import torch
 from block_cases import name_of
 from convolution_cases import CASES, CHECKS
 from pairwise import Case
 
-from fastode.ops.triton import conv_plan
+from fastode.ops.triton import conv_plan, convolution
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -33,13 +35,20 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def few_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of several blocks, the last of them shorter, and blocks that do not divide a sample."""
     small_blocks(monkeypatch)
-    monkeypatch.setattr(conv_plan, "WEIGHT_PROGRAMS", 4)
+    monkeypatch.setattr(conv_plan, "WEIGHT_PROGRAMS", 6)
     monkeypatch.setattr(conv_plan, "PIXELS", 32)
+
+
+def ieee(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Float32 that is not to be rounded: shorter steps, of which several make one tap, and shorter chunks."""
+    monkeypatch.setattr(torch.backends.cudnn, "conv", SimpleNamespace(fp32_precision="ieee"))
+    assert not convolution.on_tensor_cores(torch.float32)
 
 
 # An interpreted program takes as long as it takes steps.
 SEVERAL = [c for c in CASES if c["size"] == (7, 9) and c["inputs"] * c["outputs"] * c["kernel"][0] < 200]
 OTHERS = [(change, case) for i, case in enumerate(SEVERAL) for change in ((small_blocks, few_chunks)[i % 2],)]
+OTHERS += [(ieee, case) for case in CASES if case["dtype"] == torch.float32 and case["inputs"] == 21]
 
 
 @pytest.mark.parametrize("check", CHECKS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import interpreting  # before any kernel is made
@@ -43,6 +44,12 @@ def apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conv_plan, "STEP_BYTES", 32)
 
 
+def ieee(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The halves in programs of their own, with the shorter steps of float32 that is not to be rounded."""
+    monkeypatch.setattr(torch.backends.cudnn, "conv", SimpleNamespace(fp32_precision="ieee"))
+    monkeypatch.setattr(conv_plan, "PAIR_PIXELS", 16)
+
+
 CASES = [
     # in, out, stride, height, width, gamma, activation, norm, batch
     (3, 16, 1, 5, 3, 0.0, "leaky_relu", "group", 2),
@@ -52,6 +59,7 @@ CASES = [
 DTYPES = (torch.float32, torch.bfloat16)
 PLANS = (together, apart)
 PAIRS = [(PLANS[(i + j) % 2], case, dtype) for i, case in enumerate(CASES) for j, dtype in enumerate(DTYPES)]
+PAIRS.append((ieee, CASES[2], torch.float32))
 
 
 @pytest.mark.parametrize(("change", "case", "dtype"), PAIRS)
