@@ -50,6 +50,12 @@ struct Mix {
   A scale = 1;
   std::vector<std::pair<A, Map<A>>> terms = {};
 
+  // Its maps and these.
+  std::vector<Map<A>> with(std::vector<Map<A>> maps) const {
+    for (const auto& [coefficient, map] : terms) maps.push_back(map);
+    return maps;
+  }
+
   Combine<A> at(const Range& range, int64_t i) const {
     Combine<A> combine;
     combine.scale = scale;
@@ -103,9 +109,14 @@ class Branch {
   // left where the samples are coupled.
   Map<A> second(const Evaluation<A>& e, const Map<A>& v, const Map<A>& q, const Mix<A>& mix, bool parameters);
 
+  // Queues f, which goes over these maps.
   template <class F>
-  void each(const F& f) {
-    schedule_.each(f);
+  void each(const std::vector<Map<A>>& maps, const F& f) {
+    std::vector<Touched> touched;
+    for (const Map<A>& map : maps)
+      if (map && map.extent == Extent::kBatch)
+        touched.push_back({reinterpret_cast<const char*>(map.view.at), map.stride * static_cast<int64_t>(sizeof(A))});
+    schedule_.each(f, touched);
   }
   const Plane<A>& plane() const { return memory_.plane; }
   Memory<A>& memory() { return memory_; }

@@ -99,7 +99,7 @@ Mix<A> Branch<A>::few(Mix<A> mix, std::vector<Map<A>>& made) {
   while (mix.terms.size() > most) {
     made.push_back(map());
     const Mix<A> part{0, {mix.terms.end() - most, mix.terms.end()}};
-    schedule_.each([=, this, to = made.back()](const Range& range) {
+    each(part.with({made.back()}), [=, this, to = made.back()](const Range& range) {
       for (int64_t i = 0; i < range.count; ++i) combine_maps(plane_, to.blocks, to.at(range, i), part.at(range, i));
     });
     mix.terms.resize(mix.terms.size() - most);
@@ -116,8 +116,9 @@ void Branch<A>::give(const std::vector<Map<A>>& maps) {
 template <class A>
 void Branch<A>::combine(const Map<A>& out, const Mix<A>& mix) {
   std::vector<Map<A>> made;
-  each([=, this, mix = few(mix, made)](const Range& range) {
-    for (int64_t i = 0; i < range.count; ++i) combine_maps(plane_, out.blocks, out.at(range, i), mix.at(range, i));
+  const Mix<A> sum = few(mix, made);
+  each(sum.with({out}), [=, this](const Range& range) {
+    for (int64_t i = 0; i < range.count; ++i) combine_maps(plane_, out.blocks, out.at(range, i), sum.at(range, i));
   });
   give(made);
 }
@@ -144,13 +145,13 @@ NormRows<A> Branch<A>::rows_of(const Evaluation<A>& e, size_t j, const Range& ra
 template <class A>
 void Branch<A>::prepare(const Evaluation<A>& e, size_t j) {
   if (!spec_.units[j].measured() || e.measured) return;
-  each([=, this](const Range& range) { measure(e, j, range); });
+  each({e.inputs[j]}, [=, this](const Range& range) { measure(e, j, range); });
   measure_batch(e, j);
 }
 
 template <class A>
 void Branch<A>::find_groups(const Evaluation<A>& e, size_t j) {
-  each([=, this, &unit = spec_.units[j]](const Range& range) {
+  each({}, [=, this, &unit = spec_.units[j]](const Range& range) {
     const int64_t lanes = spec_.lanes_of(unit), size = unit.in_channels / unit.groups;
     for (int64_t i = 0; i < range.count; ++i) {
       const A* found = e.groups[j].at(range, i);

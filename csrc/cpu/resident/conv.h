@@ -54,10 +54,38 @@ struct ConvJob {
   Combine<A> combine = {};
 };
 
+// What a worker will go over next, in this order. Convolutions ask for a line of it at every step, and so it is in the
+// cache by then; a step takes longer than a line.
+class Ahead {
+ public:
+  static constexpr int64_t line = 64;  // bytes
+
+  void add(const char* at, int64_t bytes) {
+    if (count_ < kCapacity) stretches_[count_++] = {at, bytes};
+  }
+  // Where the next `lines` lines lie, or null; the last of a stretch may lie behind it.
+  const char* take(int64_t lines) {
+    if (next_ == count_) return nullptr;
+    Stretch& stretch = stretches_[next_];
+    const char* at = stretch.at;
+    stretch.at += lines * line, stretch.bytes -= lines * line;
+    if (stretch.bytes <= 0) ++next_;
+    return at;
+  }
+
+ private:
+  static constexpr int kCapacity = 12;
+  struct Stretch {
+    const char* at;
+    int64_t bytes;
+  } stretches_[kCapacity];
+  int next_ = 0, count_ = 0;
+};
+
 // Every job, for one slice of the weights after the other, so that all samples share its way into the cache.
 template <class A>
 void convolve(const Plane<A>& plane, const ConvShape& shape, const A* packed, const A* bias, const ConvJob<A>* jobs,
-              int64_t count);
+              int64_t count, Ahead* ahead = nullptr);
 
 // `in` has a zero halo where the kernel is neither 1 nor 3 wide, `cotangent` where it is 3 wide; both have neighbouring
 // pixels.

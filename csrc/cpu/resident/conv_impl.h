@@ -39,7 +39,7 @@ void pack_weights(const ConvShape& shape, bool flip, const T* weight, const int6
 
 template <class A>
 void convolve(const Plane<A>& plane, const ConvShape& shape, const A* packed, const A* bias, const ConvJob<A>* jobs,
-              int64_t count) {
+              int64_t count, Ahead* ahead) {
   constexpr int lanes = kLanes<A>;
   const int taps = taps_of(shape), vectors = vectors_of<A>(shape.out_channels);
   const ConvPlan<A> plan{plane.height,
@@ -54,9 +54,9 @@ void convolve(const Plane<A>& plane, const ConvShape& shape, const A* packed, co
                          shape.kernel_w / taps,
                          bias};
   if (taps == 3)
-    vectors == 2 ? run_plan<A, 2, 3, 1>(plan, jobs, count) : run_plan<A, 1, 3, 1>(plan, jobs, count);
+    vectors == 2 ? run_plan<A, 2, 3, 1>(plan, jobs, count, ahead) : run_plan<A, 1, 3, 1>(plan, jobs, count, ahead);
   else
-    vectors == 2 ? run_plan<A, 2, 1, 1>(plan, jobs, count) : run_plan<A, 1, 1, 1>(plan, jobs, count);
+    vectors == 2 ? run_plan<A, 2, 1, 1>(plan, jobs, count, ahead) : run_plan<A, 1, 1, 1>(plan, jobs, count, ahead);
 }
 
 // The accumulator's layout: [output block][input block][ky][input channel][kx][output channel].

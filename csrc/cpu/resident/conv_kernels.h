@@ -26,6 +26,8 @@ struct TileArguments {
   int64_t b, y, x;  // the tile's first output
   const A* bias;    // or null
   const Combine<A>* combine;
+  const char* ahead;   // what to ask for at the first step
+  int64_t ahead_step;  // bytes from there to the next step's
 };
 
 template <class A>
@@ -41,12 +43,15 @@ void convolve_tile(const TileArguments<A>& k) {
   const int64_t row = k.in_row;
   const A* weights = k.weights;
   const A* block = k.in;
+  const char* ahead = k.ahead;
   for (int64_t left = k.in_channels; left > 0; left -= lanes, block += k.in_block) {
     const int64_t channels = left < lanes ? left : lanes;
     for (int64_t ky = 0; ky < k.kernel_h; ++ky) {
       for (int64_t set = 0; set < k.tap_sets; ++set) {
         const A* in = block + ky * row + set * taps * lanes;
         for (int64_t c = 0; c < channels; ++c, ++in, weights += taps * vectors * lanes) {
+          __builtin_prefetch(ahead, 0, 2);
+          ahead += k.ahead_step;
           V w[taps][vectors];
           FASTODE_UNROLL for (int t = 0; t < taps; ++t) {
             FASTODE_UNROLL for (int v = 0; v < vectors; ++v) w[t][v] = load<V>(weights + (t * vectors + v) * lanes);
@@ -123,11 +128,12 @@ struct ConvPlan {
 
 // One slice of the weights for all jobs, then the next.
 template <class A, int vectors, int taps, int step>
-void run_plan(const ConvPlan<A>& plan, const ConvJob<A>* jobs, int64_t count) {
+void run_plan(const ConvPlan<A>& plan, const ConvJob<A>* jobs, int64_t count, Ahead* ahead = nullptr) {
   constexpr int area = kTile / vectors, lanes = kLanes<A>;
   TileArguments<A> tile{};
   tile.weights = plan.packed, tile.bias = plan.bias;
   tile.in_channels = plan.in_channels, tile.kernel_h = plan.kernel_h, tile.tap_sets = plan.tap_sets;
+  const int64_t steps = plan.in_channels * plan.kernel_h * plan.tap_sets;
   for (tile.b = 0; tile.b < plan.out_blocks; tile.b += vectors) {
     for (const ConvJob<A>* job = jobs; job < jobs + count; ++job) {
       const View<A>& in = job->in;
@@ -141,6 +147,8 @@ void run_plan(const ConvPlan<A>& plan, const ConvJob<A>* jobs, int64_t count) {
           for (tile.y = 0; tile.y < plan.out_height;) {
             const bool whole = tile.y + rows <= plan.out_height;
             tile.in = in.at + (tile.y * step - plan.up) * in.row + (tile.x * step - plan.left) * lanes;
+            const char* soon = ahead ? ahead->take(steps) : nullptr;
+            tile.ahead = soon ? soon : reinterpret_cast<const char*>(tile.in), tile.ahead_step = soon ? Ahead::line : 0;
             (whole ? full : single)(tile);
             tile.y += whole ? rows : 1;
           }

@@ -3,7 +3,8 @@
 // A program is recorded: each of its steps queues segments, which know how to do their part for a few samples. `flush`
 // takes a range of samples through everything that is queued, while it stays in the cache, before it takes the next.
 // Only a batch norm in training needs all samples at one point and so a flush there; with other norms the whole
-// program is one flush.
+// program is one flush. Flushes go up and down the samples in turn, because those at which one ends are in the cache
+// when the next begins.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -14,15 +15,22 @@
 #include <utility>
 #include <vector>
 
-#include "plane.h"
+#include "conv.h"
 
 namespace fastode::resident {
 
 inline constexpr int64_t kGroup = 16;  // samples in a range at most
 
-// The samples a segment works on now: [first, first + count) of the batch.
+// The samples a segment works on now: [first, first + count) of the batch; and what the worker goes over after them.
 struct Range {
   int64_t worker, first, count;
+  Ahead* ahead;
+};
+
+// A map of the batch: where it begins, and bytes of a sample.
+struct Touched {
+  const char* at;
+  int64_t stride;
 };
 
 // Whose samples a piece of memory holds: all of the batch's, or those of each worker's current range.
@@ -33,18 +41,34 @@ class Schedule {
   // Worker w of W takes the samples [w N / W, (w + 1) N / W), `group` of them at a time.
   Schedule(int64_t samples, int64_t workers, int64_t group) : samples(samples), workers(workers), group(group) {}
 
+  // `touched`: the maps of the batch that f goes over.
   template <class F>
-  void each(F f) {
+  void each(F f, const std::vector<Touched>& touched = {}) {
     queue_.emplace_back(std::move(f));
+    for (const Touched& map : touched) {
+      const auto same = [&](const Touched& other) { return other.at == map.at; };
+      if (std::none_of(touched_.begin(), touched_.end(), same)) touched_.push_back(map);
+    }
   }
+
+  // The next flush goes up, whatever ran before: what follows sums in the same order each time.
+  void rewind() { down_ = false; }
 
   void flush() {
     if (queue_.empty()) return;
     const auto work = [&](int64_t begin, int64_t end) {
       for (int64_t w = begin; w < end; ++w) {
-        const int64_t last = (w + 1) * samples / workers;
-        for (int64_t n = w * samples / workers; n < last; n += group) {
-          const Range range{w, n, std::min(group, last - n)};
+        const int64_t first = w * samples / workers, last = (w + 1) * samples / workers;
+        const int64_t ranges = divide_up(last - first, group);
+        for (int64_t r = 0; r < ranges; ++r) {
+          const auto begin_of = [&](int64_t k) { return first + (down_ ? ranges - 1 - k : k) * group; };
+          const auto count_from = [&](int64_t n) { return std::min(group, last - n); };
+          Ahead ahead;
+          for (const Touched& map : touched_)
+            if (const int64_t n = begin_of(r + 1); r + 1 < ranges)
+              ahead.add(map.at + n * map.stride, count_from(n) * map.stride);
+          const int64_t n = begin_of(r);
+          const Range range{w, n, count_from(n), &ahead};
           for (const auto& segment : queue_) segment(range);
         }
       }
@@ -54,12 +78,16 @@ class Schedule {
     else
       torch::stable::parallel_for(0, workers, 1, work);
     queue_.clear();
+    touched_.clear();
+    down_ = !down_;
   }
 
   const int64_t samples, workers, group;
 
  private:
   std::vector<std::function<void(const Range&)>> queue_;
+  std::vector<Touched> touched_;
+  bool down_ = false;
 };
 
 // One feature map of several samples.
@@ -168,7 +196,7 @@ class Memory {
     auto best = free_.end();
     for (auto it = free_.begin(); it != free_.end(); ++it)
       if (it->view.pixel == Plane<A>::lanes ? it->stride >= stride : it->blocks == blocks)
-        if (best == free_.end() || it->stride < best->stride) best = it;
+        if (best == free_.end() || it->stride <= best->stride) best = it;  // of equals the last, still in the cache
     if (best != free_.end()) {
       Map<A> map = *best;
       free_.erase(best);

@@ -166,16 +166,17 @@ class SchemeBackward {
   static void products(Branch<A>& branch, const Stages<A>& stages, const Map<A>& bar, int64_t i,
                        const Wishes<A>& wishes) {
     const int64_t s = static_cast<int64_t>(stages.points.size());
-    branch.each([=, &plane = branch.plane(), points = stages.points, values = stages.values](const Range& range) {
-      double* alpha = wishes.products + range.worker * wishes.products_stride + (i - 1) * s;
-      double* beta = alpha + s * s;
-      for (int64_t n = 0; n < range.count; ++n) {
-        for (int64_t k = 0; k < i; ++k) {
-          alpha[k] += inner_product(plane, bar.blocks, bar.at(range, n), points[k].at(range, n));
-          beta[k] += inner_product(plane, bar.blocks, bar.at(range, n), values[k].at(range, n));
-        }
-      }
-    });
+    branch.each({bar},
+                [=, &plane = branch.plane(), points = stages.points, values = stages.values](const Range& range) {
+                  double* alpha = wishes.products + range.worker * wishes.products_stride + (i - 1) * s;
+                  double* beta = alpha + s * s;
+                  for (int64_t n = 0; n < range.count; ++n) {
+                    for (int64_t k = 0; k < i; ++k) {
+                      alpha[k] += inner_product(plane, bar.blocks, bar.at(range, n), points[k].at(range, n));
+                      beta[k] += inner_product(plane, bar.blocks, bar.at(range, n), values[k].at(range, n));
+                    }
+                  }
+                });
   }
 };
 

@@ -32,7 +32,7 @@ void Branch<A>::convolve_input(const Evaluation<A>& e, size_t j, const Range& ra
     jobs[i] = {active_.at(range, i), out.at(range, i), mix.at(range, i)};
     apply(plane_, blocks, rows_of(e, j, range, i), unit.act, input(i), jobs[i].in, Combine<A>{});
   }
-  convolve<A>(plane_, unit.shape, unit.forward, unit.conv_bias, jobs, range.count);
+  convolve<A>(plane_, unit.shape, unit.forward, unit.conv_bias, jobs, range.count, range.ahead);
 }
 
 template <class A>
@@ -64,7 +64,7 @@ void Branch<A>::convolve_tangent(const Evaluation<A>& e, size_t j, const Range& 
     tangent_apply(plane_, blocks, rows_of(e, j, range, i), unit.act, input(i), t.at(range, i), jobs[i].in,
                   Combine<A>{});
   }
-  convolve<A>(plane_, unit.shape, unit.forward, nullptr, jobs, range.count);
+  convolve<A>(plane_, unit.shape, unit.forward, nullptr, jobs, range.count, range.ahead);
 }
 
 template <class A>
@@ -82,7 +82,7 @@ void Branch<A>::convolve_back(const UnitSpec<A>& unit, const Range& range, const
   }
   ConvJob<A> jobs[kGroup];
   for (int64_t i = 0; i < range.count; ++i) jobs[i] = {g.at(range, i), n.at(range, i)};
-  convolve<A>(plane_, unit.shape.transposed(), unit.backward, nullptr, jobs, range.count);
+  convolve<A>(plane_, unit.shape.transposed(), unit.backward, nullptr, jobs, range.count, range.ahead);
 }
 
 template <class A>
@@ -129,16 +129,23 @@ void Branch<A>::value(Evaluation<A>& e, const Map<A>& in, const Map<A>* out, con
   std::vector<Map<A>> made;
   const Mix<A> last_mix = few(mix, made);
   e.inputs[0] = in;
+  // The last input may lie where the result goes: it is read before, and that memory is then in the cache.
+  const auto is_out = [&](const auto& map) { return map.view.at == out->view.at; };
+  const bool shares =
+      out && units > 1 && !hold && !e.inputs.back() && !is_out(in) &&
+      out->blocks == blocks_of<A>(spec_.units.back().in_channels) &&
+      std::none_of(last_mix.terms.begin(), last_mix.terms.end(), [&](const auto& term) { return is_out(term.second); });
+  if (shares) e.inputs.back() = *out;
   prepare(e, 0);
   for (size_t j = 0; j + (out ? 0 : 1) < units; ++j) {
     const bool last = j + 1 == units;
     if (!last && !e.inputs[j + 1]) e.inputs[j + 1] = memory_.take(blocks_of<A>(spec_.units[j + 1].in_channels));
-    each([=, this, to = last ? *out : e.inputs[j + 1], mix = last ? last_mix : Mix<A>{}](const Range& range) {
-      convolve_input(e, j, range, to, mix);
-    });
+    const Map<A> to = last ? *out : e.inputs[j + 1];
+    const Mix<A> here = last ? last_mix : Mix<A>{};
+    each(here.with({e.inputs[j], to}), [=, this](const Range& range) { convolve_input(e, j, range, to, here); });
     if (!last) prepare(e, j + 1);
     if (!hold && j > 0) {
-      memory_.give(e.inputs[j]);
+      if (!last || !shares) memory_.give(e.inputs[j]);
       e.inputs[j] = {};
     }
   }
@@ -164,11 +171,12 @@ void Branch<A>::tangent(const Evaluation<A>& e, const Map<A>& t, const Map<A>& o
     const bool last = j + 1 == units;
     const Map<A> from = tangents_[j];
     if (!last) tangents_.push_back(memory_.take(blocks_of<A>(spec_.units[j + 1].in_channels)));
-    each([=, this](const Range& range) { sum_tangent(e, j, range, from); });
+    each({e.inputs[j], from}, [=, this](const Range& range) { sum_tangent(e, j, range, from); });
     settle_batch(j, false, {mean_t_[j], mean_xt_[j]});
-    each([=, this, to = last ? out : tangents_[j + 1], mix = last ? mix : Mix<A>{}](const Range& range) {
-      convolve_tangent(e, j, range, from, to, mix);
-    });
+    const Map<A> to = last ? out : tangents_[j + 1];
+    const Mix<A> here = last ? mix : Mix<A>{};
+    each(here.with({e.inputs[j], from, to}),
+         [=, this](const Range& range) { convolve_tangent(e, j, range, from, to, here); });
   }
 }
 
@@ -180,10 +188,13 @@ Map<A> Branch<A>::cotangent(const Evaluation<A>& e, const Mix<A>& image, const M
   const Mix<A> last_mix = few(mix, made), few_image = few(image, made_of_image);
   give(made_of_image);
   const Map<A> n = map();
+  schedule_.rewind();
   for (size_t j = units; j-- > 0;) {
     const UnitSpec<A>& unit = spec_.units[j];
     const int64_t blocks = blocks_of<A>(unit.in_channels), out_blocks = blocks_of<A>(unit.out_channels);
-    each([=, this, &unit](const Range& range) {
+    const std::vector<Map<A>> maps =
+        j + 1 == units ? few_image.with({e.inputs[j], n}) : std::vector{e.inputs[j + 1], n, e.inputs[j]};
+    each(maps, [=, this, &unit](const Range& range) {
       for (int64_t i = 0; i < range.count; ++i) {
         const View<A> g = g_.at(range, i);
         if (j + 1 == units)
@@ -206,7 +217,7 @@ Map<A> Branch<A>::cotangent(const Evaluation<A>& e, const Mix<A>& image, const M
   }
   Map<A> result = out ? *out : n;
   result.blocks = blocks_of<A>(spec_.units[0].in_channels);
-  each([=, this](const Range& range) {
+  each(last_mix.with({e.inputs[0], n, result}), [=, this](const Range& range) {
     for (int64_t i = 0; i < range.count; ++i)
       cotangent_last(plane_, blocks_of<A>(spec_.units[0].in_channels), rows_of(e, 0, range, i),
                      e.inputs[0].at(range, i), n.at(range, i), result.at(range, i), last_mix.at(range, i));
@@ -220,14 +231,18 @@ template <class A>
 Map<A> Branch<A>::second(const Evaluation<A>& e, const Map<A>& v, const Map<A>& q, const Mix<A>& mix, bool parameters) {
   const size_t units = spec_.units.size();
   const Map<A> n = map(), m = takes_over(q) ? q : map();
+  schedule_.rewind();
   for (size_t j = units; j-- > 0;) {
     const UnitSpec<A>& unit = spec_.units[j];
     const int64_t blocks = blocks_of<A>(unit.in_channels), out_blocks = blocks_of<A>(unit.out_channels);
     const int64_t lanes = blocks * kLanes<A>;
-    each([=, this, &unit, t = tangents_[j], above = tangents_[std::min(j + 1, units - 1)]](const Range& range) {
+    const bool top = j + 1 == units;
+    const Map<A> t = tangents_[j], above = tangents_[std::min(j + 1, units - 1)];
+    const std::vector<Map<A>> maps = top ? std::vector{v, q} : std::vector{e.inputs[j + 1], above, n, m};
+    each(Mix<A>{1, {{1, e.inputs[j]}, {1, t}, {1, n}, {1, m}}}.with(maps), [=, this, &unit](const Range& range) {
       for (int64_t i = 0; i < range.count; ++i) {
         const View<A> g = g_.at(range, i), tangent_g = tangent_g_.at(range, i);
-        if (j + 1 == units) {
+        if (top) {
           combine_maps(plane_, out_blocks, g, Combine<A>{}.add(1, v.at(range, i)));
           combine_maps(plane_, out_blocks, tangent_g, Combine<A>{}.add(1, q.at(range, i)));
         } else {
@@ -256,7 +271,7 @@ Map<A> Branch<A>::second(const Evaluation<A>& e, const Map<A>& v, const Map<A>& 
     });
     settle_batch(j, true, {mean_n_, mean_xn_, mean_c_, mean_xc_});
   }
-  each([=, this, t = tangents_[0]](const Range& range) {
+  each(mix.with({e.inputs[0], tangents_[0], n, m}), [=, this, t = tangents_[0]](const Range& range) {
     for (int64_t i = 0; i < range.count; ++i)
       second_last(plane_, blocks_of<A>(spec_.units[0].in_channels), rows_of(e, 0, range, i), e.inputs[0].at(range, i),
                   t.at(range, i), n.at(range, i), m.at(range, i), n.at(range, i), static_cast<const View<A>*>(nullptr),
