@@ -62,6 +62,7 @@ class SkewPair {
     if (backward) p_ = padded(arena, true), q_ = padded(arena, false);
     width_ = kLanes<A> * std::max(y_blocks(), z_blocks());
     sums_ = arena.take<A>(2 * width_), means_ = arena.take<A>(2 * width_);
+    scratch_ = arena.take<A>(spec.shape.template up_scratch<A>());
   }
 
   int64_t y_blocks() const { return blocks_of<A>(spec.shape.channels); }
@@ -127,7 +128,7 @@ class SkewPair {
 
   View<A> y_hat_, z_hat_, p_, q_;
   int64_t width_ = 0;
-  A *sums_ = nullptr, *means_ = nullptr;
+  A *sums_ = nullptr, *means_ = nullptr, *scratch_ = nullptr;
 };
 
 }  // namespace fastode::resident

@@ -2,7 +2,7 @@
 // stride 1, or 4 x 4 at stride 2; the padding is (kernel - 1) / 2.
 #pragma once
 
-#include "conv.h"
+#include "norm.h"
 
 namespace fastode::resident {
 
@@ -29,8 +29,20 @@ struct SkewShape {
   }
   template <class A>
   int64_t up_size() const {
-    return stride * stride * up().template packed_size<A>();
+    return narrow<A>() ? channels * narrow_taps<A>() : stride * stride * up().template packed_size<A>();
   }
+  // Whether z's channels fill so little of a vector that skew_narrow.h is faster, and its products of a pixel of y.
+  template <class A>
+  bool narrow() const {
+    return 2 * in_channels <= kLanes<A>;
+  }
+  template <class A>
+  int64_t narrow_taps() const {
+    return blocks_of<A>(in_channels * kernel * kernel) * kLanes<A>;
+  }
+  // Elements that skew_up works in.
+  template <class A>
+  int64_t up_scratch() const;
 };
 
 // `weight` [channels, in_channels, kernel, kernel] with any strides.
@@ -41,9 +53,10 @@ void pack_skew(const SkewShape& shape, const A* weight, const int64_t* strides, 
 template <class A>
 void skew_down(const SkewShape& shape, const A* packed, const ConvJob<A>& job);
 
-// out = combine(W^T in), from y's plane to z's; `in` has a zero halo.
+// out = combine(W^T in), from y's plane to z's; `in` has a zero halo, except where the shape is narrow: there `norm`,
+// if there is one, is applied to it first.
 template <class A>
-void skew_up(const SkewShape& shape, const A* packed, const ConvJob<A>& job);
+void skew_up(const SkewShape& shape, const A* packed, const NormRows<A>* norm, const ConvJob<A>& job, A* scratch);
 
 // gradient += the sum over the pairs of W's gradient for an input in z's plane and a cotangent in y's, both with zero
 // halos; the layout is that of the shape down().

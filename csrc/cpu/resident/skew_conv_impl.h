@@ -1,8 +1,7 @@
 // Packing and loops of the stride-2 pair around the micro-kernels. Included by one .cpp per arithmetic type.
 #pragma once
 
-#include "conv_impl.h"
-#include "skew_conv.h"
+#include "skew_narrow.h"
 
 namespace fastode::resident {
 
@@ -30,15 +29,24 @@ void pack_taps(const ConvShape& shape, int64_t taps, const F& weight, A* packed)
 }
 
 template <class A>
+int64_t SkewShape::up_scratch() const {
+  return narrow<A>() ? NarrowRows<A>(*this).size() : 0;
+}
+
+template <class A>
 void pack_skew(const SkewShape& shape, const A* weight, const int64_t* strides, A* down, A* up) {
+  const bool narrow = shape.narrow<A>();
+  if (narrow) pack_narrow(shape, weight, strides, up);
   if (shape.stride == 1) {
     pack_weights(shape.down(), false, weight, strides, down);
-    return pack_weights(shape.up(), true, weight, strides, up);
+    if (!narrow) pack_weights(shape.up(), true, weight, strides, up);
+    return;
   }
   const auto at = [&](int64_t out, int64_t in, int64_t ky, int64_t kx) {
     return weight[out * strides[0] + in * strides[1] + ky * strides[2] + kx * strides[3]];
   };
   pack_taps<A>(shape.down(), kDownTaps, at, down);
+  if (narrow) return;
   // Row 2 i + parity of z meets row j of y where 2 j + ky - 1 is it: rows i - 1 and i, or i and i + 1.
   for (int64_t py = 0; py < 2; ++py)
     for (int64_t px = 0; px < 2; ++px, up += shape.up().template packed_size<A>())
@@ -84,7 +92,8 @@ View<A> parity(View<A> view, int64_t py, int64_t px) {
 }
 
 template <class A>
-void skew_up(const SkewShape& shape, const A* packed, const ConvJob<A>& job) {
+void skew_up(const SkewShape& shape, const A* packed, const NormRows<A>* norm, const ConvJob<A>& job, A* scratch) {
+  if (shape.narrow<A>()) return narrow_up(shape, packed, norm, job, scratch);
   const Plane<A> plane = shape.y_plane<A>();
   if (shape.stride == 1) return convolve<A>(plane, shape.up(), packed, nullptr, &job, 1);
   for (int64_t py = 0; py < 2; ++py)
@@ -99,6 +108,8 @@ void skew_up(const SkewShape& shape, const A* packed, const ConvJob<A>& job) {
 template <class A>
 void skew_weight_gradient(const SkewShape& shape, const GradientPair<A>* pairs, int64_t count, A* gradient) {
   const ConvShape down = shape.down();
+  if (shape.narrow<A>() && shape.stride == 1 && shape.kernel == 3 && count <= 2)
+    return narrow_weight_gradient(shape, pairs, count, gradient);
   if (shape.stride == 1) return weight_gradient<A>(shape.y_plane<A>(), down, pairs, count, gradient);
   if (count > kPairs) {
     skew_weight_gradient(shape, pairs, kPairs, gradient);

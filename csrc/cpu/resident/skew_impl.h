@@ -56,7 +56,10 @@ void SkewPair<A>::restore(Trace<A>& trace) const {
 
 template <class A>
 void SkewPair<A>::evaluate(const Both<A>& point, Trace<A>& trace, Want want) const {
-  if (want.z || (want.y && spec.gamma != 0)) normalise(kPreY, point.y, trace.statistics, y_hat_);
+  // A narrow W^T normalises on its way.
+  const bool normalised = spec.gamma != 0 || !spec.shape.template narrow<A>();
+  if (want.z || (want.y && spec.gamma != 0))
+    normalised ? normalise(kPreY, point.y, trace.statistics, y_hat_) : measure(kPreY, point.y, trace.statistics);
   if (want.y || (want.z && spec.gamma != 0)) normalise(kPreZ, point.z, trace.statistics, z_hat_);
   if (want.y) {
     ConvJob<A> job{z_hat_, trace.guide.y};
@@ -69,7 +72,12 @@ void SkewPair<A>::evaluate(const Both<A>& point, Trace<A>& trace, Want want) con
     ConvJob<A> job{y_hat_, trace.guide.z};
     job.combine.scale = -1;
     job.combine.add(-spec.gamma, z_hat_);
-    skew_up<A>(spec.shape, spec.up, job);
+    NormRows<A> norm;
+    if (!normalised) {
+      norm = rows_of(kPreY, trace.statistics);
+      job.in = point.y;
+    }
+    skew_up<A>(spec.shape, spec.up, normalised ? nullptr : &norm, job, scratch_);
     activate(false, trace);
     measure(kPostZ, trace.s.z, trace.statistics);
   }
@@ -143,7 +151,7 @@ Want SkewPair<A>::pull(const Both<A>& point, const Trace<A>& trace, const Combin
   if (need.z && has_p) {
     ConvJob<A> job{p_, z_hat_};
     if (has_q) job.combine.add(spec.gamma, q_);
-    skew_up<A>(spec.shape, spec.up, job);
+    skew_up<A>(spec.shape, spec.up, nullptr, job, scratch_);
   } else if (need.z && left.z) {
     combine_maps<A>(z_plane, z_blocks(), z_hat_, Combine<A>{}.add(spec.gamma, q_));
   }

@@ -1,0 +1,213 @@
+// The skew pair's transpose and weight gradient where z has few channels, so that those of one tap leave most of a
+// vector empty: all taps of all channels of a pixel lie in a row here. Included by skew_conv_impl.h.
+#pragma once
+
+#include "conv_impl.h"
+#include "norm.h"
+#include "skew_conv.h"
+
+namespace fastode::resident {
+
+// Products of `pixels` pixels of y with `vectors` vectors of (tap, channel).
+template <class A, int vectors, int pixels>
+void multiply_pixels(const A* in, int64_t pixel, int64_t block, int64_t channels, const A* weights, int64_t taps,
+                     A* out) {
+  using V = Vec<A>;
+  constexpr int64_t lanes = kLanes<A>;
+  V sums[pixels][vectors] = {};
+  for (int64_t left = channels; left > 0; left -= lanes, in += block) {
+    const int64_t count = std::min(left, lanes);
+    for (int64_t c = 0; c < count; ++c, weights += taps) {
+      V w[vectors];
+      FASTODE_UNROLL for (int v = 0; v < vectors; ++v) w[v] = load<V>(weights + v * lanes);
+      FASTODE_UNROLL for (int x = 0; x < pixels; ++x) {
+        const V value = splat<V>(in[x * pixel + c]);
+        FASTODE_UNROLL for (int v = 0; v < vectors; ++v) sums[x][v] += value * w[v];
+      }
+    }
+  }
+  FASTODE_UNROLL for (int x = 0; x < pixels; ++x) {
+    FASTODE_UNROLL for (int v = 0; v < vectors; ++v) store<V>(out + x * taps + v * lanes, sums[x][v]);
+  }
+}
+
+template <class A, int vectors, int pixels = kTile / 2>
+void multiply_row(const View<A>& in, int64_t width, int64_t channels, const A* weights, int64_t taps, A* out) {
+  int64_t x = 0;
+  for (; x + pixels <= width; x += pixels)
+    multiply_pixels<A, vectors, pixels>(in.pixel_at(0, 0, x), in.pixel, in.block, channels, weights, taps,
+                                        out + x * taps);
+  View<A> rest = in;
+  rest.at += x * in.pixel;
+  if constexpr (pixels > 1)
+    multiply_row<A, vectors, pixels / 2>(rest, width - x, channels, weights, taps, out + x * taps);
+}
+
+// Rows of products, as many as one row of z meets, and one row of normalised input.
+template <class A>
+struct NarrowRows {
+  static constexpr int64_t lanes = kLanes<A>, unroll = 8;  // pixels of z at a time
+  const SkewShape& shape;
+  const int64_t taps, row;
+
+  explicit NarrowRows(const SkewShape& shape)
+      : shape(shape), taps(shape.template narrow_taps<A>()), row((shape.width + 2 * shape.halo()) * taps) {}
+
+  int64_t size() const {
+    return shape.kernel * row + unroll * taps + lanes + blocks_of<A>(shape.channels) * shape.width * lanes;
+  }
+  A* products(A* scratch, int64_t y, int64_t x) const {
+    return scratch + y % shape.kernel * row + (x + shape.halo()) * taps;
+  }
+  View<A> normalised(A* scratch) const {
+    return {scratch + shape.kernel * row + unroll * taps + lanes, 0, lanes, shape.width * lanes};
+  }
+
+  // Row `at` of z: every product that falls on a pixel of it.
+  void gather(A* scratch, int64_t at, const ConvJob<A>& job) const {
+    using V = Vec<A>;
+    const int64_t kernel = shape.kernel, step = shape.stride, pad = shape.halo();
+    V inside = {};
+    for (int64_t c = 0; c < shape.in_channels; ++c) inside[c] = 1;
+    for (int64_t first = 0; first < step; ++first)
+      for (int64_t x = first; x < shape.width * step; x += unroll * step) {
+        V sums[unroll] = {};
+        for (int64_t ky = 0; ky < kernel; ++ky) {
+          const int64_t from_y = at + pad - ky;
+          if (from_y < 0 || from_y % step || from_y / step >= shape.height) continue;
+          for (int64_t kx = 0; kx < kernel; ++kx) {
+            const int64_t from_x = x + pad - kx;
+            if (from_x % step) continue;
+            const A* from = products(scratch, from_y / step, from_x / step) + (ky * kernel + kx) * shape.in_channels;
+            FASTODE_UNROLL for (int64_t i = 0; i < unroll; ++i) sums[i] += load<V>(from + i * taps);
+          }
+        }
+        for (int64_t i = 0, to = x; i < unroll && to < shape.width * step; ++i, to += step) {
+          V value = inside != 0 ? sums[i] * job.combine.scale : V{};
+          for (int t = 0; t < job.combine.count; ++t)
+            value += job.combine.coef[t] * load<V>(job.combine.term[t].pixel_at(0, at, to));
+          store<V>(job.out.pixel_at(0, at, to), value);
+        }
+      }
+  }
+};
+
+template <class A>
+void pack_narrow(const SkewShape& shape, const A* weight, const int64_t* strides, A* packed) {
+  const int64_t taps = shape.narrow_taps<A>();
+  std::fill(packed, packed + shape.channels * taps, A(0));
+  for (int64_t out = 0; out < shape.channels; ++out, packed += taps)
+    for (int64_t ky = 0; ky < shape.kernel; ++ky)
+      for (int64_t kx = 0; kx < shape.kernel; ++kx)
+        for (int64_t in = 0; in < shape.in_channels; ++in)
+          packed[(ky * shape.kernel + kx) * shape.in_channels + in] =
+              weight[out * strides[0] + in * strides[1] + ky * strides[2] + kx * strides[3]];
+}
+
+// As skew_up, of norm(in) where there is one; `in` needs no halo.
+template <class A>
+void narrow_up(const SkewShape& shape, const A* packed, const NormRows<A>* norm, const ConvJob<A>& job, A* scratch) {
+  constexpr int64_t lanes = kLanes<A>;
+  const NarrowRows<A> rows(shape);
+  const Plane<A> line(1, shape.width, 0);
+  for (int64_t y = 0; y < shape.kernel; ++y) {
+    std::fill(rows.products(scratch, y, -shape.halo()), rows.products(scratch, y, 0), A(0));
+    A* right = rows.products(scratch, y, shape.width);
+    std::fill(right, right + shape.halo() * rows.taps, A(0));
+  }
+  int64_t gathered = 0;
+  for (int64_t y = 0; y < shape.height; ++y) {
+    View<A> in = job.in;
+    in.at += y * in.row;
+    if (norm) {
+      apply<A>(line, blocks_of<A>(shape.channels), *norm, {}, in, rows.normalised(scratch), {});
+      in = rows.normalised(scratch);
+    }
+    int64_t done = 0;
+    for (A* to = rows.products(scratch, y, 0); done < rows.taps;) {
+      const bool two = done + 2 * lanes <= rows.taps;
+      two ? multiply_row<A, 2>(in, shape.width, shape.channels, packed + done, rows.taps, to + done)
+          : multiply_row<A, 1>(in, shape.width, shape.channels, packed + done, rows.taps, to + done);
+      done += two ? 2 * lanes : lanes;
+    }
+    const bool last = y + 1 == shape.height;
+    const int64_t ready = last ? shape.height * shape.stride : (y + 1) * shape.stride - shape.halo();
+    for (; gathered < ready; ++gathered) rows.gather(scratch, gathered, job);
+  }
+}
+
+// The three taps of a row of W, `inputs` channels of z and `vectors` vectors of y's.
+template <class A, int inputs, int vectors>
+void narrow_gradient_tile(const GradientTile<A>* tiles, int64_t count, A* gradient, int64_t vector_stride) {
+  using V = Vec<A>;
+  constexpr int lanes = kLanes<A>, taps = 3;
+  V sums[inputs][taps][vectors] = {};
+  for (int64_t n = 0; n < count; ++n) {
+    const GradientTile<A>& k = tiles[n];
+    for (int64_t y = 0; y < k.rows; ++y) {
+      const A* in = k.in + y * k.in_row;
+      const A* cotangent = k.cotangent + y * k.cotangent_row;
+      for (int64_t x = 0; x < k.width; ++x, in += lanes, cotangent += lanes) {
+        V g[vectors];
+        FASTODE_UNROLL for (int v = 0; v < vectors; ++v) g[v] = load<V>(cotangent + v * k.cotangent_plane);
+        FASTODE_UNROLL for (int t = 0; t < taps; ++t) {
+          FASTODE_UNROLL for (int i = 0; i < inputs; ++i) {
+            const V value = splat<V>(in[t * lanes + i]);
+            FASTODE_UNROLL for (int v = 0; v < vectors; ++v) sums[i][t][v] += value * g[v];
+          }
+        }
+      }
+    }
+  }
+  FASTODE_UNROLL for (int i = 0; i < inputs; ++i) {
+    FASTODE_UNROLL for (int t = 0; t < taps; ++t) {
+      FASTODE_UNROLL for (int v = 0; v < vectors; ++v) {
+        A* to = gradient + (i * taps + t) * lanes + v * vector_stride;
+        store<V>(to, load<V>(to) + sums[i][t][v]);
+      }
+    }
+  }
+}
+
+template <class A, int vectors>
+void narrow_gradient_tile(int64_t inputs, const GradientTile<A>* tiles, int64_t count, A* to, int64_t vector_stride) {
+  switch (inputs) {
+    case 1:
+      return narrow_gradient_tile<A, 1, vectors>(tiles, count, to, vector_stride);
+    case 2:
+      return narrow_gradient_tile<A, 2, vectors>(tiles, count, to, vector_stride);
+    case 3:
+      return narrow_gradient_tile<A, 3, vectors>(tiles, count, to, vector_stride);
+    default:
+      return narrow_gradient_tile<A, 4, vectors>(tiles, count, to, vector_stride);
+  }
+}
+
+// As skew_weight_gradient, for 3 x 3 at stride 1; the cotangents need no halo.
+template <class A>
+void narrow_weight_gradient(const SkewShape& shape, const GradientPair<A>* pairs, int64_t count, A* gradient) {
+  constexpr int64_t lanes = kLanes<A>, most = 4;  // channels of a tile
+  constexpr int wide = kTile == 16 ? 2 : 1;
+  const ConvShape down = shape.down();
+  const int64_t blocks = blocks_of<A>(down.out_channels), vector_stride = lanes * lanes * 9;
+  GradientTile<A> tiles[2];
+  for (int64_t ob = 0; ob < blocks; ob += wide)
+    for (int64_t ky = 0; ky < 3; ++ky)
+      for (int64_t i = 0; i < down.in_channels; i += most) {
+        for (int64_t n = 0; n < count; ++n)
+          tiles[n] = {pairs[n].in.pixel_at(0, ky - 1, -1) + i,
+                      pairs[n].cotangent.pixel_at(ob, 0, 0),
+                      shape.height,
+                      shape.width,
+                      pairs[n].in.row,
+                      lanes,
+                      pairs[n].cotangent.row,
+                      pairs[n].cotangent.block};
+        A* to = gradient + gradient_index<A>(down, ob * lanes, i, ky, 0);
+        const int64_t inputs = std::min(most, down.in_channels - i);
+        ob + wide <= blocks ? narrow_gradient_tile<A, wide>(inputs, tiles, count, to, vector_stride)
+                            : narrow_gradient_tile<A, 1>(inputs, tiles, count, to, vector_stride);
+      }
+}
+
+}  // namespace fastode::resident
