@@ -118,9 +118,14 @@ class SkewPair {
     return plane.padded(base);
   }
 
+  // Adds to the moments at hand those of a band that begins at row y; a norm that has no statistics needs none.
+  void add_moments(int which, const Plane<A>& band, int64_t y, const View<A>& map) const;
+  void settle_moments(int which, A* statistics) const;
   void measure(int which, const View<A>& map, A* statistics) const;
-  void normalise(int which, const View<A>& point, A* statistics, const View<A>& out) const;
-  void activate(bool y, const Trace<A>& trace) const;
+  void normalise(int which, const View<A>& point, const A* statistics, const View<A>& out) const;
+  void activate(bool y, const Trace<A>& trace, const Plane<A>& band, int64_t at) const;
+  // act(h) and its moments, of a band that a convolution has just written.
+  void complete(bool y, const Trace<A>& trace, const Plane<A>& band, int64_t at) const;
   // The means that the derivative of a norm needs, and the gradients of its parameters; the cotangent is scaled.
   void settle(int which, const View<A>& x, const A* statistics, const View<A>& cotangent, A scale, A* gradients) const;
   // out = sign times the cotangent of h for the cotangent `bar` of the slope.

@@ -228,10 +228,14 @@ class PairWorker {
 
  private:
   void put(const Trace<A>& trace, int64_t n) const {
-    apply<A>(pair_.y_plane, pair_.y_blocks(), pair_.rows_of(kPostY, trace.statistics), {}, trace.s.y, y_out_.view(n),
-             {});
-    apply<A>(pair_.z_plane, pair_.z_blocks(), pair_.rows_of(kPostZ, trace.statistics), {}, trace.s.z, z_out_.view(n),
-             {});
+    const auto half = [&](bool y, const View<A>& s, const View<A>& out) {
+      const NormRows<A> rows = pair_.rows_of(y ? kPostY : kPostZ, trace.statistics);
+      each_band(y ? pair_.y_plane : pair_.z_plane, [&](const Plane<A>& band, int64_t at) {
+        apply<A>(band, y ? pair_.y_blocks() : pair_.z_blocks(), rows, {}, below(s, at), below(out, at), {});
+      });
+    };
+    half(true, trace.s.y, y_out_.view(n));
+    half(false, trace.s.z, z_out_.view(n));
   }
 
   void pull(const Both<A>& point, const Trace<A>& trace, int64_t n) const {

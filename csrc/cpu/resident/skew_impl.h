@@ -20,66 +20,96 @@ NormRows<A> SkewPair<A>::rows_of(int which, const A* statistics, bool settled) c
 }
 
 template <class A>
-void SkewPair<A>::measure(int which, const View<A>& map, A* statistics) const {
+void SkewPair<A>::add_moments(int which, const Plane<A>& band, int64_t y, const View<A>& map) const {
   const PairNorm<A>& norm = spec.norms[which];
   if (!norm.measured()) return;
-  moments<A>(plane_of(which), norm.blocks(), map, sums_, sums_ + width_);
+  A* found = y == 0 ? sums_ : means_;
+  moments<A>(band, norm.blocks(), below(map, y), found, found + width_);
+  if (y > 0)
+    merge_moments<A>(norm.blocks(), y * band.width, band.pixels(), means_, means_ + width_, sums_, sums_ + width_);
+}
+
+template <class A>
+void SkewPair<A>::settle_moments(int which, A* statistics) const {
+  const PairNorm<A>& norm = spec.norms[which];
+  if (!norm.measured()) return;
   A* mean = statistics + norm.statistics_at;
   group_statistics<A>(plane_of(which).pixels(), norm.channels, norm.groups, norm.eps, sums_, sums_ + width_, mean,
                       mean + norm.blocks() * kLanes<A>);
 }
 
 template <class A>
-void SkewPair<A>::normalise(int which, const View<A>& point, A* statistics, const View<A>& out) const {
-  measure(which, point, statistics);
-  if (spec.norms[which].mode == kNoNorm && point.at == out.at) return;
-  apply<A>(plane_of(which), spec.norms[which].blocks(), rows_of(which, statistics), {}, point, out, {});
+void SkewPair<A>::measure(int which, const View<A>& map, A* statistics) const {
+  if (!spec.norms[which].measured()) return;
+  each_band(plane_of(which), [&](const Plane<A>& band, int64_t y) {
+    touch(band, spec.norms[which].blocks(), below(map, y));
+    add_moments(which, band, y, map);
+  });
+  settle_moments(which, statistics);
 }
 
 template <class A>
-void SkewPair<A>::activate(bool y, const Trace<A>& trace) const {
+void SkewPair<A>::normalise(int which, const View<A>& point, const A* statistics, const View<A>& out) const {
+  if (spec.norms[which].mode == kNoNorm && point.at == out.at) return;
+  const NormRows<A> rows = rows_of(which, statistics);
+  each_band(plane_of(which), [&](const Plane<A>& band, int64_t y) {
+    touch(band, spec.norms[which].blocks(), below(point, y));
+    apply<A>(band, spec.norms[which].blocks(), rows, {}, below(point, y), below(out, y), {});
+  });
+}
+
+template <class A>
+void SkewPair<A>::activate(bool y, const Trace<A>& trace, const Plane<A>& band, int64_t at) const {
   if (spec.act.kind == kIdentity) return;
-  const int which = y ? kPostY : kPostZ;
   NormRows<A> plain{};
   plain.mean = plain.bias = spec.zeros;
   plain.rstd = plain.weight = spec.ones;
-  apply<A>(plane_of(which), spec.norms[which].blocks(), plain, spec.act, y ? trace.guide.y : trace.guide.z,
-           y ? trace.s.y : trace.s.z, {});
+  apply<A>(band, spec.norms[y ? kPostY : kPostZ].blocks(), plain, spec.act,
+           below(y ? trace.guide.y : trace.guide.z, at), below(y ? trace.s.y : trace.s.z, at), {});
+}
+
+template <class A>
+void SkewPair<A>::complete(bool y, const Trace<A>& trace, const Plane<A>& band, int64_t at) const {
+  activate(y, trace, band, at);
+  add_moments(y ? kPostY : kPostZ, band, at, y ? trace.s.y : trace.s.z);
 }
 
 template <class A>
 void SkewPair<A>::restore(Trace<A>& trace) const {
   if (spec.tells) return;
-  if (trace.made.y) activate(true, trace);
-  if (trace.made.z) activate(false, trace);
+  for (const bool y : {true, false})
+    if (y ? trace.made.y : trace.made.z)
+      each_band(y ? y_plane : z_plane, [&](const Plane<A>& band, int64_t at) { activate(y, trace, band, at); });
 }
 
 template <class A>
 void SkewPair<A>::evaluate(const Both<A>& point, Trace<A>& trace, Want want) const {
   // A narrow W^T normalises on its way.
-  const bool normalised = spec.gamma != 0 || !spec.shape.template narrow<A>();
-  if (want.z || (want.y && spec.gamma != 0))
-    normalised ? normalise(kPreY, point.y, trace.statistics, y_hat_) : measure(kPreY, point.y, trace.statistics);
-  if (want.y || (want.z && spec.gamma != 0)) normalise(kPreZ, point.z, trace.statistics, z_hat_);
+  const bool narrow = spec.shape.template narrow<A>(), normalised = spec.gamma != 0 || !narrow;
+  const Want read = reads(want);
+  if (read.y) measure(kPreY, point.y, trace.statistics);
+  if (read.y && normalised) normalise(kPreY, point.y, trace.statistics, y_hat_);
+  if (read.z) measure(kPreZ, point.z, trace.statistics);
+  if (read.z) normalise(kPreZ, point.z, trace.statistics, z_hat_);
+  SkewShape part = spec.shape;
   if (want.y) {
-    ConvJob<A> job{z_hat_, trace.guide.y};
-    job.combine.add(-spec.gamma, y_hat_);
-    skew_down<A>(spec.shape, spec.down, job);
-    activate(true, trace);
-    measure(kPostY, trace.s.y, trace.statistics);
+    Combine<A> damping;
+    damping.add(-spec.gamma, y_hat_);
+    each_band(y_plane, [&](const Plane<A>& band, int64_t at) {
+      part.height = band.height;
+      skew_down<A>(part, spec.down, {below(z_hat_, at * part.stride), below(trace.guide.y, at), below(damping, at)});
+      complete(true, trace, band, at);
+    });
+    settle_moments(kPostY, trace.statistics);
   }
   if (want.z) {
-    ConvJob<A> job{y_hat_, trace.guide.z};
+    const NormRows<A> rows = rows_of(kPreY, trace.statistics);
+    ConvJob<A> job{normalised ? y_hat_ : point.y, trace.guide.z};
     job.combine.scale = -1;
     job.combine.add(-spec.gamma, z_hat_);
-    NormRows<A> norm;
-    if (!normalised) {
-      norm = rows_of(kPreY, trace.statistics);
-      job.in = point.y;
-    }
-    skew_up<A>(spec.shape, spec.up, normalised ? nullptr : &norm, job, scratch_);
-    activate(false, trace);
-    measure(kPostZ, trace.s.z, trace.statistics);
+    skew_up<A>(spec.shape, spec.up, normalised ? nullptr : &rows, job, scratch_);
+    each_band(z_plane, [&](const Plane<A>& band, int64_t at) { complete(false, trace, band, at); });
+    settle_moments(kPostZ, trace.statistics);
   }
   trace.made = want;
 }
@@ -90,8 +120,14 @@ void SkewPair<A>::settle(int which, const View<A>& x, const A* statistics, const
   const PairNorm<A>& norm = spec.norms[which];
   const bool parameters = gradients && (norm.weight_at >= 0 || norm.bias_at >= 0);
   if (!norm.measured() && !parameters) return;
-  tangent_sums<A>(plane_of(which), norm.blocks(), rows_of(which, statistics), x, cotangent, sums_);
   const int64_t lanes = norm.blocks() * kLanes<A>;
+  const NormRows<A> rows = rows_of(which, statistics);
+  std::fill(sums_, sums_ + 2 * lanes, A(0));
+  each_band(plane_of(which), [&](const Plane<A>& band, int64_t y) {
+    touch(band, norm.blocks(), below(cotangent, y));
+    tangent_sums<A>(band, norm.blocks(), rows, below(x, y), below(cotangent, y), means_);
+    for (int64_t c = 0; c < 2 * lanes; ++c) sums_[c] += means_[c];
+  });
   for (int64_t c = 0; parameters && c < norm.channels; ++c) {
     if (norm.bias_at >= 0) gradients[norm.bias_at + c] += scale * sums_[c];
     if (norm.weight_at >= 0) gradients[norm.weight_at + c] += scale * sums_[lanes + c];
@@ -115,9 +151,12 @@ void SkewPair<A>::pull_half(bool y, const Trace<A>& trace, const Combine<A>& bar
     cotangent = out, scale = 1;
   }
   settle(which, s, trace.statistics, cotangent, scale, gradients);
-  const bool settled = spec.norms[which].measured();
-  pull_slope<A>(plane_of(which), blocks, rows_of(which, trace.statistics, settled), spec.act, sign * scale,
-                y ? trace.guide.y : trace.guide.z, s, cotangent, out);
+  const NormRows<A> rows = rows_of(which, trace.statistics, spec.norms[which].measured());
+  const View<A>& guide = y ? trace.guide.y : trace.guide.z;
+  each_band(plane_of(which), [&](const Plane<A>& band, int64_t at) {
+    pull_slope<A>(band, blocks, rows, spec.act, sign * scale, below(guide, at), below(s, at), below(cotangent, at),
+                  below(out, at));
+  });
 }
 
 template <class A>
@@ -130,11 +169,11 @@ Want SkewPair<A>::pull(const Both<A>& point, const Trace<A>& trace, const Combin
     GradientPair<A> pairs[2];
     int64_t count = 0;
     if (has_p) {
-      apply<A>(z_plane, z_blocks(), rows_of(kPreZ, trace.statistics), {}, point.z, z_hat_, {});
+      normalise(kPreZ, point.z, trace.statistics, z_hat_);
       pairs[count++] = {z_hat_, p_};
     }
     if (has_q) {
-      apply<A>(y_plane, y_blocks(), rows_of(kPreY, trace.statistics), {}, point.y, y_hat_, {});
+      normalise(kPreY, point.y, trace.statistics, y_hat_);
       pairs[count++] = {q_, y_hat_};
     }
     skew_weight_gradient<A>(spec.shape, pairs, count, gradients + spec.weight_at);
@@ -164,8 +203,11 @@ void SkewPair<A>::finish(bool y, const View<A>& point, const Trace<A>& trace, co
   const int which = y ? kPreY : kPreZ;
   const View<A>& cotangent = y ? y_hat_ : z_hat_;
   settle(which, point, trace.statistics, cotangent, 1, gradients);
-  cotangent_last<A>(plane_of(which), spec.norms[which].blocks(),
-                    rows_of(which, trace.statistics, spec.norms[which].measured()), point, cotangent, out, combine);
+  const NormRows<A> rows = rows_of(which, trace.statistics, spec.norms[which].measured());
+  each_band(plane_of(which), [&](const Plane<A>& band, int64_t at) {
+    cotangent_last<A>(band, spec.norms[which].blocks(), rows, below(point, at), below(cotangent, at), below(out, at),
+                      below(combine, at));
+  });
 }
 
 }  // namespace fastode::resident

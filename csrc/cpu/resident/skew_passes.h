@@ -6,6 +6,38 @@
 
 namespace fastode::resident {
 
+// Calls f(the plane of a band, its first row) for every band of rows. A pass goes over one block of channels after the
+// other, so over a band that stays in the first cache, where a map in channels_last has the blocks of a pixel side by
+// side.
+template <class A, class F>
+void each_band(const Plane<A>& plane, const F& f) {
+  constexpr int64_t pixels = 64;
+  const int64_t rows = std::max<int64_t>(1, pixels / plane.width);
+  for (int64_t y = 0; y < plane.height; y += rows)
+    f(Plane<A>(std::min(rows, plane.height - y), plane.width, plane.halo), y);
+}
+
+template <class A>
+View<A> below(View<A> view, int64_t y) {
+  view.at += y * view.row;
+  return view;
+}
+
+template <class A>
+Combine<A> below(Combine<A> combine, int64_t y) {
+  for (int i = 0; i < combine.count; ++i) combine.term[i] = below(combine.term[i], y);
+  return combine;
+}
+
+// Reads a band of a map in channels_last from end to end, because that is faster than to wait for it block by block.
+template <class A>
+void touch(const Plane<A>& band, int64_t blocks, const View<A>& map) {
+  if (blocks == 1 || map.block != kLanes<A>) return;
+  for (int64_t y = 0; y < band.height; ++y)
+    for (int64_t x = 0; x < band.width; ++x)
+      for (int64_t b = 0; b < blocks; ++b) static_cast<void>(*static_cast<const volatile A*>(map.pixel_at(b, y, x)));
+}
+
 // coefficient * norm(s) for rows of the norm's statistics and parameters.
 template <class A>
 struct Slope {
@@ -34,6 +66,12 @@ void repeat_channels(const Plane<A>& plane, int64_t in_channels, int64_t channel
 template <class A>
 void add_repeated(const Plane<A>& plane, int64_t in_channels, int64_t channels, int64_t stride, const View<A>& in,
                   const View<A>& out);
+
+// Of a map with the moments `mean` and `squares` of its first `seen` pixels: those with the next ones, whose moments
+// are at `mean_next` and `squares_next`, by Chan's formula.
+template <class A>
+void merge_moments(int64_t blocks, int64_t seen, int64_t next, const A* mean_next, const A* squares_next, A* mean,
+                   A* squares);
 
 // Mean and reciprocal deviation of the groups of one sample, for every channel, from its channels' moments.
 template <class A>

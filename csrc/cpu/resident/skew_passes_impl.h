@@ -139,6 +139,18 @@ void add_repeated(const Plane<A>& plane, int64_t in_channels, int64_t channels, 
 }
 
 template <class A>
+void merge_moments(int64_t blocks, int64_t seen, int64_t next, const A* mean_next, const A* squares_next, A* mean,
+                   A* squares) {
+  using V = Vec<A>;
+  const A share = static_cast<A>(next) / static_cast<A>(seen + next), weight = share * static_cast<A>(seen);
+  for (int64_t at = 0; at < blocks * kLanes<A>; at += kLanes<A>) {
+    const V before = load<V>(mean + at), delta = load<V>(mean_next + at) - before;
+    store<V>(mean + at, before + delta * share);
+    store<V>(squares + at, load<V>(squares + at) + load<V>(squares_next + at) + delta * delta * weight);
+  }
+}
+
+template <class A>
 void group_statistics(int64_t pixels, int64_t channels, int64_t groups, double eps, const A* means, const A* squares,
                       A* mean, A* rstd) {
   const int64_t group = channels / groups, end = blocks_of<A>(channels) * kLanes<A>;
