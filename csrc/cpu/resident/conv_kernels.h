@@ -20,8 +20,10 @@ template <class A>
 struct TileArguments {
   const A* in;  // under the first tap of the tile's first output
   int64_t in_row, in_block;
+  int64_t in_step;  // from the input of one row of the tile to that of the next
   const A* weights;
   int64_t in_channels, kernel_h, tap_sets;
+  int64_t first, last;  // the kernel's rows that meet the image
   const View<A>* out;
   int64_t b, y, x;  // the tile's first output
   const A* bias;    // or null
@@ -33,20 +35,23 @@ struct TileArguments {
 template <class A>
 using TileKernel = void (*)(const TileArguments<A>&);
 
-// `step` input pixels (and rows) lie between neighbouring outputs.
-template <class A, int vectors, int rows, int pixels, int taps, int step>
+// `step` input pixels lie between neighbouring outputs. `whole`: the tile is as wide as the image, and the first and
+// the last input pixel under it are halo.
+template <class A, int vectors, int rows, int pixels, int taps, int step, bool whole>
 void convolve_tile(const TileArguments<A>& k) {
   using V = Vec<A>;
-  constexpr int lanes = kLanes<A>, reach = (pixels - 1) * step + taps;
+  constexpr int lanes = kLanes<A>, reach = (pixels - 1) * step + taps, left = whole ? 1 : 0, right = reach - left;
   V sums[rows][pixels][vectors] = {};
 
-  const int64_t row = k.in_row;
+  const int64_t row = k.in_row, next = k.in_step;
   const A* weights = k.weights;
   const A* block = k.in;
   const char* ahead = k.ahead;
-  for (int64_t left = k.in_channels; left > 0; left -= lanes, block += k.in_block) {
-    const int64_t channels = left < lanes ? left : lanes;
-    for (int64_t ky = 0; ky < k.kernel_h; ++ky) {
+  for (int64_t remaining = k.in_channels; remaining > 0; remaining -= lanes, block += k.in_block) {
+    const int64_t channels = remaining < lanes ? remaining : lanes;
+    const int64_t kernel_row = k.tap_sets * channels * taps * vectors * lanes;
+    weights += k.first * kernel_row;
+    for (int64_t ky = k.first; ky < k.last; ++ky) {
       for (int64_t set = 0; set < k.tap_sets; ++set) {
         const A* in = block + ky * row + set * taps * lanes;
         for (int64_t c = 0; c < channels; ++c, ++in, weights += taps * vectors * lanes) {
@@ -57,8 +62,8 @@ void convolve_tile(const TileArguments<A>& k) {
             FASTODE_UNROLL for (int v = 0; v < vectors; ++v) w[t][v] = load<V>(weights + (t * vectors + v) * lanes);
           }
           FASTODE_UNROLL for (int r = 0; r < rows; ++r) {
-            FASTODE_UNROLL for (int x = 0; x < reach; ++x) {
-              const V value = splat<V>(in[r * step * row + x * lanes]);
+            FASTODE_UNROLL for (int x = left; x < right; ++x) {
+              const V value = splat<V>(in[r * next + x * lanes]);
               FASTODE_UNROLL for (int t = 0; t < taps; ++t) {
                 if (x >= t && (x - t) % step == 0 && (x - t) / step < pixels) {
                   FASTODE_UNROLL for (int v = 0; v < vectors; ++v) sums[r][(x - t) / step][v] += value * w[t][v];
@@ -69,6 +74,7 @@ void convolve_tile(const TileArguments<A>& k) {
         }
       }
     }
+    weights += (k.kernel_h - k.last) * kernel_row;
   }
 
   const Combine<A>& combine = *k.combine;
@@ -100,7 +106,7 @@ void convolve_tile(const TileArguments<A>& k) {
 }
 
 // Tiles of 2^p pixels with as many rows as fit, or one row where fewer are left.
-template <class A, int vectors, int taps, int step, int power = 4>
+template <class A, int vectors, int taps, int step, bool whole, int power = 4>
 TileKernel<A> tile_kernel(int pixels, bool one_row) {
   if constexpr (power < 0) {
     return nullptr;
@@ -109,10 +115,10 @@ TileKernel<A> tile_kernel(int pixels, bool one_row) {
     if constexpr (here <= area) {
       constexpr int rows = area / here < 4 ? area / here : 4;
       if (pixels == here)
-        return one_row ? convolve_tile<A, vectors, 1, here, taps, step>
-                       : convolve_tile<A, vectors, rows, here, taps, step>;
+        return one_row ? convolve_tile<A, vectors, 1, here, taps, step, whole>
+                       : convolve_tile<A, vectors, rows, here, taps, step, whole>;
     }
-    return tile_kernel<A, vectors, taps, step, power - 1>(pixels, one_row);
+    return tile_kernel<A, vectors, taps, step, whole, power - 1>(pixels, one_row);
   }
 }
 
@@ -123,34 +129,91 @@ struct ConvPlan {
   int64_t out_blocks, group_weights;  // weights of one group of `vectors` output blocks
   const A* packed;
   int64_t in_channels, kernel_h, tap_sets;
-  const A* bias;  // or null
+  const A* bias;          // or null
+  int64_t in_height = 0;  // 0: taps are multiplied where they meet the halo, too
 };
+
+// Whether every sample's views lie as far behind the one before as the second's behind the first.
+template <class A>
+bool evenly_apart(const ConvJob<A>* jobs, int64_t count) {
+  const auto evenly = [&](const auto& at_of) {
+    for (int64_t n = 2; n < count; ++n)
+      if (at_of(jobs[n]) - at_of(jobs[n - 1]) != at_of(jobs[1]) - at_of(jobs[0])) return false;
+    return true;
+  };
+  for (int i = 0; i < jobs->combine.count; ++i)
+    if (!evenly([=](const ConvJob<A>& job) { return job.combine.term[i].at; })) return false;
+  return evenly([](const ConvJob<A>& job) { return job.in.at; }) &&
+         evenly([](const ConvJob<A>& job) { return job.out.at; });
+}
+
+// Row y of this sample and of those behind it, as the rows of one map.
+template <class A>
+ConvJob<A> across(const ConvJob<A>* jobs, int64_t y) {
+  const auto turn = [y](const View<A>& here, const View<A>& next) {
+    return View<A>{here.at + y * here.row, next.at - here.at, here.pixel, here.block};
+  };
+  ConvJob<A> job = {turn(jobs[0].in, jobs[1].in), turn(jobs[0].out, jobs[1].out), jobs->combine};
+  for (int i = 0; i < job.combine.count; ++i)
+    job.combine.term[i] = turn(jobs[0].combine.term[i], jobs[1].combine.term[i]);
+  return job;
+}
+
+// The input under the outputs of rows [y, y + rows), the kernel's rows that meet the image there, and what to ask for
+// meanwhile.
+template <class A>
+void place(TileArguments<A>& tile, const ConvPlan<A>& plan, const View<A>& in, int64_t y, int64_t rows, int step,
+           Ahead* ahead) {
+  tile.in = in.at + (y * step - plan.up) * in.row + (tile.x * step - plan.left) * kLanes<A>;
+  tile.in_row = in.row, tile.in_step = step * in.row, tile.in_block = in.block;
+  tile.first = 0, tile.last = plan.kernel_h;
+  if (plan.in_height > 0) {
+    tile.first = std::max<int64_t>(0, plan.up - (y + rows - 1) * step);
+    tile.last = std::min(plan.kernel_h, plan.in_height + plan.up - y * step);
+  }
+  const char* soon = ahead ? ahead->take(plan.in_channels * (tile.last - tile.first) * plan.tap_sets) : nullptr;
+  tile.ahead = soon ? soon : reinterpret_cast<const char*>(tile.in), tile.ahead_step = soon ? Ahead::line : 0;
+}
 
 // One slice of the weights for all jobs, then the next.
 template <class A, int vectors, int taps, int step>
 void run_plan(const ConvPlan<A>& plan, const ConvJob<A>* jobs, int64_t count, Ahead* ahead = nullptr) {
   constexpr int area = kTile / vectors, lanes = kLanes<A>;
+  constexpr bool three = taps == 3 && step == 1;
+  const bool padded = three && plan.tap_sets == 1 && plan.left == 1;
   TileArguments<A> tile{};
   tile.weights = plan.packed, tile.bias = plan.bias;
   tile.in_channels = plan.in_channels, tile.kernel_h = plan.kernel_h, tile.tap_sets = plan.tap_sets;
-  const int64_t steps = plan.in_channels * plan.kernel_h * plan.tap_sets;
+  const auto kernel = [&](int pixels, bool one_row) {
+    const bool whole = padded && pixels == plan.out_width;
+    return whole ? tile_kernel<A, vectors, taps, step, three>(pixels, one_row)
+                 : tile_kernel<A, vectors, taps, step, false>(pixels, one_row);
+  };
+  // A tile over one row of several samples leaves out what one over several rows cannot.
+  const int64_t many =
+      plan.in_height > 0 && area % plan.out_width == 0 ? std::min<int64_t>(4, area / plan.out_width) : 1;
+  const int64_t stacked = many > 1 && count >= many && evenly_apart(jobs, count) ? count / many * many : 0;
   for (tile.b = 0; tile.b < plan.out_blocks; tile.b += vectors) {
-    for (const ConvJob<A>* job = jobs; job < jobs + count; ++job) {
-      const View<A>& in = job->in;
-      tile.in_row = in.row, tile.in_block = in.block, tile.out = &job->out, tile.combine = &job->combine;
+    tile.x = 0;
+    for (int64_t n = 0; n < stacked; n += many)
+      for (int64_t y = 0; y < plan.out_height; ++y) {
+        const ConvJob<A> job = across(jobs + n, y);
+        place(tile, plan, jobs[n].in, y, 1, step, ahead);
+        tile.in_step = job.in.row, tile.y = 0, tile.out = &job.out, tile.combine = &job.combine;
+        kernel(static_cast<int>(plan.out_width), false)(tile);
+      }
+    for (const ConvJob<A>* job = jobs + stacked; job < jobs + count; ++job) {
+      tile.out = &job->out, tile.combine = &job->combine;
       tile.x = 0;
       for (int pixels = area; tile.x < plan.out_width; pixels /= 2) {
         const int64_t rows = std::min(4, area / pixels);
-        const auto full = tile_kernel<A, vectors, taps, step>(pixels, false);
-        const auto single = tile_kernel<A, vectors, taps, step>(pixels, true);
+        const auto full = kernel(pixels, false), single = kernel(pixels, true);
         for (; tile.x + pixels <= plan.out_width; tile.x += pixels) {
           for (tile.y = 0; tile.y < plan.out_height;) {
-            const bool whole = tile.y + rows <= plan.out_height;
-            tile.in = in.at + (tile.y * step - plan.up) * in.row + (tile.x * step - plan.left) * lanes;
-            const char* soon = ahead ? ahead->take(steps) : nullptr;
-            tile.ahead = soon ? soon : reinterpret_cast<const char*>(tile.in), tile.ahead_step = soon ? Ahead::line : 0;
-            (whole ? full : single)(tile);
-            tile.y += whole ? rows : 1;
+            const bool fits = tile.y + rows <= plan.out_height;
+            place(tile, plan, job->in, tile.y, fits ? rows : 1, step, ahead);
+            (fits ? full : single)(tile);
+            tile.y += fits ? rows : 1;
           }
         }
       }
@@ -198,26 +261,38 @@ void gradient_tile(const GradientTile<A>* tiles, int64_t count, A* gradient, int
   }
 }
 
-// Three taps at stride 1: an input pixel meets the three cotangents around it, so it is broadcast once. The input's
-// halo is zero and is skipped; the cotangent's halo is read and must be zero.
+// One input pixel of `inputs` channels meets the cotangents behind, at and before it: the taps [first, last) of three.
+template <class A, int inputs, int first, int last, class V>
+inline void gradient_pixel(const A* in, const A* cotangent, V (&sums)[inputs][3]) {
+  V g[3];
+  FASTODE_UNROLL for (int t = first; t < last; ++t) g[t] = load<V>(cotangent + (1 - t) * kLanes<A>);
+  FASTODE_UNROLL for (int i = 0; i < inputs; ++i) {
+    const V value = splat<V>(in[i]);
+    FASTODE_UNROLL for (int t = first; t < last; ++t) sums[i][t] += value * g[t];
+  }
+}
+
+// Three taps at stride 1: an input pixel meets the three cotangents around it, so it is broadcast once. No halo is
+// read.
 template <class A, int inputs>
 void gradient_tile_of_three(const GradientTile<A>* tiles, int64_t count, A* gradient) {
   using V = Vec<A>;
   constexpr int lanes = kLanes<A>, taps = 3;
+  // Wanted at the end, and of many channels far away.
+  FASTODE_UNROLL for (int i = 0; i < inputs * taps; ++i) __builtin_prefetch(gradient + i * lanes, 1);
   V sums[inputs][taps] = {};
   for (int64_t n = 0; n < count; ++n) {
     const GradientTile<A>& k = tiles[n];
     for (int64_t y = 0; y < k.rows; ++y) {
       const A* in = k.in + y * k.in_row + lanes;
       const A* cotangent = k.cotangent + y * k.cotangent_row;
-      for (int64_t x = 0; x < k.width; ++x, in += lanes, cotangent += lanes) {
-        V g[taps];
-        FASTODE_UNROLL for (int t = 0; t < taps; ++t) g[t] = load<V>(cotangent + (1 - t) * lanes);
-        FASTODE_UNROLL for (int i = 0; i < inputs; ++i) {
-          const V value = splat<V>(in[i]);
-          FASTODE_UNROLL for (int t = 0; t < taps; ++t) sums[i][t] += value * g[t];
-        }
+      if (k.width == 1) {
+        gradient_pixel<A, inputs, 1, 2>(in, cotangent, sums);
+        continue;
       }
+      gradient_pixel<A, inputs, 0, 2>(in, cotangent, sums);
+      for (int64_t x = 2; x < k.width; ++x) gradient_pixel<A, inputs, 0, 3>(in += lanes, cotangent += lanes, sums);
+      gradient_pixel<A, inputs, 1, 3>(in + lanes, cotangent + lanes, sums);
     }
   }
   FASTODE_UNROLL for (int i = 0; i < inputs; ++i) {
