@@ -43,7 +43,7 @@ BLOCKS: dict[str, Callable[[int], nn.Module]] = {
 }
 # (channels, size): the papers' own and on either side of where weights or maps leave a cache first, then outwards.
 SHAPES = (
-    (16, 32), (64, 8), (160, 8), (64, 32), (256, 8), (32, 16), (128, 4), (512, 4), (160, 32), (128, 16),
+    (16, 32), (64, 8), (160, 8), (64, 32), (256, 8), (512, 4), (32, 16), (128, 4), (160, 32), (128, 16),
     (256, 16), (8, 64), (256, 4), (512, 8), (16, 8), (64, 64), (8, 8), (320, 16), (640, 8), (256, 32), (96, 16),
 )  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -152,8 +152,8 @@ def draw(points: Mapping[str, Point], threads: int, itemsize: int) -> Line:
 
     The regret of a line is the sum of log ratios lost: inside it where resident is slower, outside where it is faster.
     Among lines of the same regret (to a hundredth) the one with fewer bounds wins, then the wider one. A bound on the
-    batch is drawn last, from the small batches within the others. Where nothing was lost, the largest that was measured
-    bounds the line.
+    batch, for all channels or from some on, is drawn last, from the small batches within the others. Where nothing was
+    lost, the largest that was measured bounds the line.
     """
     full = {text: p for text, p in points.items() if read_name(text)[2] > threads} or dict(points)
     channels = sorted({read_name(text)[0] for text in full})
@@ -171,14 +171,11 @@ def draw(points: Mapping[str, Point], threads: int, itemsize: int) -> Line:
             best, line = key, tried
     small = {text: p for text, p in points.items() if read_name(text)[2] <= threads}
     each = sorted({read_name(text)[2] / threads for text in small})
-    options = [None, *each[1:], 2.0 * each[-1]] if small else [None]
-    least = min(options, key=lambda b: round(_regret(small, _with_batch(line, b), threads, itemsize), 2))
-    line = _with_batch(line, least)
+    least = [*each[1:], 2.0 * each[-1]] if small else []
+    wide = [None, *sorted({read_name(text)[0] for text in small})[1:]]
+    tried = [line, *(replace(line, least_batch_per_thread=b, few_from_channels=c) for c in wide for b in least)]
+    line = min(tried, key=lambda t: round(_regret(small, t, threads, itemsize), 2))
     return replace(line, why=_why(points, line, threads, itemsize))
-
-
-def _with_batch(line: Line, least: float | None) -> Line:
-    return replace(line, least_batch_per_thread=least)
 
 
 def _kb(text: str, itemsize: int) -> int:

@@ -34,6 +34,7 @@ class Line:
     most_kb: int | None = None  # of that map of one sample, as the engine keeps it
     least_pixels: int | None = None  # of a map, H times W
     least_batch_per_thread: float | None = None
+    few_from_channels: int | None = None  # from where on the bound on the batch holds
     why: str = ""
 
     def beyond(self, channels: int, pixels: int, itemsize: int, batch: int, threads: int) -> str:
@@ -44,8 +45,9 @@ class Line:
             return f"with a feature map of one sample of more than {self.most_kb} KB"
         if self.least_pixels is not None and pixels < self.least_pixels:
             return f"with fewer than {self.least_pixels} pixels"
-        if self.least_batch_per_thread is not None and batch < self.least_batch_per_thread * threads:
-            return f"with fewer than {self.least_batch_per_thread:g} samples for each thread"
+        least, wide = self.least_batch_per_thread, self.few_from_channels
+        if least is not None and batch < least * threads and channels >= (wide or 0):
+            return f"with fewer than {least:g} samples for each thread" + (f" and {channels} channels" if wide else "")
         return ""
 
     def describe(self) -> str:
@@ -56,7 +58,8 @@ class Line:
             "at least {} pixels": self.least_pixels,
             "at least {:g} samples for each thread": self.least_batch_per_thread,
         }
-        return ", ".join(text.format(value) for text, value in bounds.items() if value is not None) or "always"
+        text = ", ".join(text.format(value) for text, value in bounds.items() if value is not None) or "always"
+        return text + (f" from {self.few_from_channels} channels on" if self.few_from_channels else "")
 
 
 NEVER = Line(most_channels=0)

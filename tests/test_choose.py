@@ -68,6 +68,15 @@ def test_small_batches_have_a_bound_of_their_own(small: dict[int, float], least:
         assert bool(drawn.beyond(16, 64, 4, batch, THREADS)) == (ratio < 1)
 
 
+def test_small_batches_may_be_bounded_for_wide_channels_only() -> None:
+    small = points({(c, 8, n): 0.5 if c >= 64 and n == 1 else 2.0 for c in (8, 16, 64, 256) for n in (1, 2)})
+    drawn = choose.draw(grid(lambda c, s: 2.0) | small, THREADS, 4)
+    assert (drawn.least_batch_per_thread, drawn.few_from_channels) == (1.0, 64)
+    assert drawn.describe().endswith("at least 1 samples for each thread from 64 channels on")
+    assert not drawn.beyond(16, 64, 4, 1, THREADS) and not drawn.beyond(64, 64, 4, 2, THREADS)
+    assert drawn.beyond(256, 64, 4, 1, THREADS).endswith("for each thread and 256 channels")
+
+
 def test_a_shape_beyond_a_clear_loss_is_not_measured() -> None:
     lost = points({(64, 8, FULL): 0.5, (16, 32, 1): 0.1})
     assert choose.beyond_a_loss(lost, 256, 8, THREADS)
