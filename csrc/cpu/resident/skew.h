@@ -96,6 +96,9 @@ class SkewPair {
     return {want.z || (want.y && damped), want.y || (want.z && damped)};
   }
 
+  // The half y of an evaluation again, from its statistics.
+  void remake_y(const Both<A>& point, const Trace<A>& trace) const;
+
   // act(h) again, where the guide is h.
   void restore(Trace<A>& trace) const;
 
@@ -124,8 +127,8 @@ class SkewPair {
   void measure(int which, const View<A>& map, A* statistics) const;
   void normalise(int which, const View<A>& point, const A* statistics, const View<A>& out) const;
   void activate(bool y, const Trace<A>& trace, const Plane<A>& band, int64_t at) const;
-  // act(h) and its moments, of a band that a convolution has just written.
-  void complete(bool y, const Trace<A>& trace, const Plane<A>& band, int64_t at) const;
+  // The half y of (1) from the workspace.
+  void make_y(const Trace<A>& trace, bool measured) const;
   // The means that the derivative of a norm needs, and the gradients of its parameters; the cotangent is scaled.
   void settle(int which, const View<A>& x, const A* statistics, const View<A>& cotangent, A scale, A* gradients) const;
   // out = sign times the cotangent of h for the cotangent `bar` of the slope.

@@ -106,10 +106,11 @@ std::vector<Tensor> PackedPair<A>::gradients(const Tensor& accumulators, int64_t
   return result;
 }
 
-// The kept tensors as traces: a guide for each slope that is made, then the statistics; `make` creates them.
+// The kept tensors as traces: a guide for each slope that is made, y's only if asked for, then the statistics; `make`
+// creates them.
 template <class A>
 Traces<A> kept_traces(const SkewPair<A>& pair, const March& march, std::vector<Tensor>& kept, const Tensor& like,
-                      bool make) {
+                      bool make, bool y = true) {
   const int64_t samples = like.size(0);
   size_t next = 0;
   const auto take = [&](int64_t size) {
@@ -120,7 +121,7 @@ Traces<A> kept_traces(const SkewPair<A>& pair, const March& march, std::vector<T
   traces.samples = samples;
   for (int64_t e = 0; e < march.evaluations(); ++e) {
     const Want made = march.want(e / march.stages, e % march.stages);
-    traces.y.push_back(made.y ? take(pair.y_size()) : nullptr);
+    traces.y.push_back(y && made.y ? take(pair.y_size()) : nullptr);
     traces.z.push_back(made.z ? take(pair.z_size()) : nullptr);
   }
   traces.statistics = take(march.evaluations() * pair.spec.statistics);
@@ -207,20 +208,25 @@ class PairWorker {
         found_(kept && call.backward),
         gradients_(gradients) {
     if (!spec.tells) s_ = pair_.maps(arena);
+    remakes_y_ = kept && !kept->y[0];
+    if (remakes_y_) y_guide_ = pair_.y_map(arena);
   }
 
   void operator()(int64_t n) {
     const Both<A> point{y_.load(n), z_.load(n)};
     Trace<A> trace;
-    trace.guide = {pair_.y_plane.compact(traces_.of(traces_.y[0], pair_.y_size(), n)),
+    trace.guide = {remakes_y_ ? y_guide_ : pair_.y_plane.compact(traces_.of(traces_.y[0], pair_.y_size(), n)),
                    pair_.z_plane.compact(traces_.of(traces_.z[0], pair_.z_size(), n))};
     trace.s = pair_.spec.tells ? trace.guide : s_;
     trace.statistics = traces_.of(traces_.statistics, pair_.spec.statistics, n);
-    trace.made = {true, true};
-    if (found_)
+    if (found_) {
+      if (remakes_y_) pair_.remake_y(point, trace);
+      trace.made = {!remakes_y_, true};
       pair_.restore(trace);
-    else
+      trace.made = {true, true};
+    } else {
       pair_.evaluate(point, trace, {true, true});
+    }
     backward_ ? pull(point, trace, n) : put(trace, n);
     if (need_.y) y_out_.store(n);
     if (need_.z) z_out_.store(n);
@@ -268,9 +274,10 @@ class PairWorker {
   Want need_;
   Port<A> y_, z_, y_bar_, z_bar_, y_out_, z_out_;
   Want has_;
-  bool backward_, found_;
+  bool backward_, found_, remakes_y_ = false;
   A* gradients_;
   Both<A> s_;
+  View<A> y_guide_;
 };
 
 template <class A>
@@ -280,7 +287,8 @@ void run_pair(const PackedPair<A>& packed, const PairCall& call, std::vector<Ten
   Traces<A> traces;
   if (kept) {
     Arena none(nullptr);
-    traces = kept_traces(SkewPair<A>(packed.spec, none, false), once, *kept, call.y, !call.backward);
+    traces = kept_traces(SkewPair<A>(packed.spec, none, false), once, *kept, call.y, !call.backward,
+                         !packed.spec.shape.template narrow<A>());
   }
   each_worker<A>(call.y, [&](Arena& arena, int64_t w) {
     return PairWorker<A>(packed.spec, call, once, kept ? &traces : nullptr, arena,

@@ -69,17 +69,31 @@ void SkewPair<A>::activate(bool y, const Trace<A>& trace, const Plane<A>& band, 
 }
 
 template <class A>
-void SkewPair<A>::complete(bool y, const Trace<A>& trace, const Plane<A>& band, int64_t at) const {
-  activate(y, trace, band, at);
-  add_moments(y ? kPostY : kPostZ, band, at, y ? trace.s.y : trace.s.z);
-}
-
-template <class A>
 void SkewPair<A>::restore(Trace<A>& trace) const {
   if (spec.tells) return;
   for (const bool y : {true, false})
     if (y ? trace.made.y : trace.made.z)
       each_band(y ? y_plane : z_plane, [&](const Plane<A>& band, int64_t at) { activate(y, trace, band, at); });
+}
+
+template <class A>
+void SkewPair<A>::make_y(const Trace<A>& trace, bool measured) const {
+  SkewShape part = spec.shape;
+  Combine<A> damping;
+  damping.add(-spec.gamma, y_hat_);
+  each_band(y_plane, [&](const Plane<A>& band, int64_t at) {
+    part.height = band.height;
+    skew_down<A>(part, spec.down, {below(z_hat_, at * part.stride), below(trace.guide.y, at), below(damping, at)});
+    activate(true, trace, band, at);
+    if (measured) add_moments(kPostY, band, at, trace.s.y);
+  });
+}
+
+template <class A>
+void SkewPair<A>::remake_y(const Both<A>& point, const Trace<A>& trace) const {
+  if (spec.gamma != 0) normalise(kPreY, point.y, trace.statistics, y_hat_);
+  normalise(kPreZ, point.z, trace.statistics, z_hat_);
+  make_y(trace, false);
 }
 
 template <class A>
@@ -91,15 +105,8 @@ void SkewPair<A>::evaluate(const Both<A>& point, Trace<A>& trace, Want want) con
   if (read.y && normalised) normalise(kPreY, point.y, trace.statistics, y_hat_);
   if (read.z) measure(kPreZ, point.z, trace.statistics);
   if (read.z) normalise(kPreZ, point.z, trace.statistics, z_hat_);
-  SkewShape part = spec.shape;
   if (want.y) {
-    Combine<A> damping;
-    damping.add(-spec.gamma, y_hat_);
-    each_band(y_plane, [&](const Plane<A>& band, int64_t at) {
-      part.height = band.height;
-      skew_down<A>(part, spec.down, {below(z_hat_, at * part.stride), below(trace.guide.y, at), below(damping, at)});
-      complete(true, trace, band, at);
-    });
+    make_y(trace, true);
     settle_moments(kPostY, trace.statistics);
   }
   if (want.z) {
@@ -108,7 +115,10 @@ void SkewPair<A>::evaluate(const Both<A>& point, Trace<A>& trace, Want want) con
     job.combine.scale = -1;
     job.combine.add(-spec.gamma, z_hat_);
     skew_up<A>(spec.shape, spec.up, normalised ? nullptr : &rows, job, scratch_);
-    each_band(z_plane, [&](const Plane<A>& band, int64_t at) { complete(false, trace, band, at); });
+    each_band(z_plane, [&](const Plane<A>& band, int64_t at) {
+      activate(false, trace, band, at);
+      add_moments(kPostZ, band, at, trace.s.z);
+    });
     settle_moments(kPostZ, trace.statistics);
   }
   trace.made = want;
