@@ -55,13 +55,16 @@ struct ConvJob {
 };
 
 // What a worker will go over next, in this order. Convolutions ask for a line of it at every step, and so it is in the
-// cache by then; a step takes longer than a line.
+// cache by then; a step takes longer than a line. Of much only the beginning is asked for, which would else drive out
+// what is worked on.
 class Ahead {
  public:
   static constexpr int64_t line = 64;  // bytes
 
   void add(const char* at, int64_t bytes) {
-    if (count_ < kCapacity) stretches_[count_++] = {at, bytes};
+    if (count_ == kCapacity || bytes > room_) return;
+    stretches_[count_++] = {at, bytes};
+    room_ -= bytes;
   }
   // Where the next `lines` lines lie, or null; the last of a stretch may lie behind it.
   const char* take(int64_t lines) {
@@ -80,6 +83,7 @@ class Ahead {
     int64_t bytes;
   } stretches_[kCapacity];
   int next_ = 0, count_ = 0;
+  int64_t room_ = 1 << 19;  // bytes, a quarter of a core's own cache
 };
 
 // Every job, for one slice of the weights after the other, so that all samples share its way into the cache.
