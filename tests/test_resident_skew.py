@@ -27,6 +27,8 @@ ACTIVATIONS: dict[str, Any] = {
 SHAPES = [
     (3, 16, 1, 7, 5), (16, 16, 1, 6, 8), (64, 64, 1, 4, 4), (1, 5, 1, 4, 3),
     (3, 8, 2, 6, 10), (32, 64, 2, 4, 8), (20, 1, 2, 6, 8),
+    # Of several bands, the last one shorter.
+    (3, 16, 1, 18, 20), (16, 16, 1, 16, 12), (32, 64, 2, 20, 24),
 ]  # fmt: skip
 # Of one pixel: a norm over one value is a constant, and what its gradient has beside zero is rounding.
 PIXELS = [(1, 5, 1, 1, 1), (20, 1, 2, 2, 2)]

@@ -79,8 +79,12 @@ void run_skew(const ConvShape& shape, const A* packed, const Plane<A>& out, int6
 template <class A>
 void skew_down(const SkewShape& shape, const A* packed, const ConvJob<A>& job) {
   const Plane<A> plane = shape.y_plane<A>();
-  if (shape.stride == 1) return convolve<A>(plane, shape.down(), packed, nullptr, &job, 1);
-  run_skew<A, kDownTaps, 2>(shape.down(), packed, plane, 1, 1, job);
+  const ConvShape down = shape.down();
+  if (shape.stride == 2) return run_skew<A, kDownTaps, 2>(down, packed, plane, 1, 1, job);
+  const int64_t pad = shape.halo();
+  // Not convolve(), which takes what lies above and below the plane for halo: here it may be the next band.
+  taps_of(down) == 3 ? run_skew<A, 3, 1>(down, packed, plane, pad, pad, job)
+                     : run_skew<A, 1, 1>(down, packed, plane, pad, pad, job);
 }
 
 // Every second row and column, from (py, px) on.
