@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -11,7 +12,7 @@ from block_cases import FAMILIES, case_of, make_input, make_pair
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from fastode import reference
+from fastode import fuse, reference
 from fastode.testing import assert_blocks_equal, compare_tensors, sample_input
 
 
@@ -105,3 +106,49 @@ def test_transforms(family: str, norm: str, transform: Transform) -> None:
     expected, found = ({"result": transform(block, x, t).detach()} for block in (plain, fused))
     comparison = compare_tensors(found, expected, [], 9 * case["channels"] * 15)
     assert comparison.ok, comparison.describe()
+
+
+def many_cotangents(block: nn.Module, x: Tensor, t: Tensor) -> Tensor:
+    point = x.clone().requires_grad_()
+    y = block(point)
+
+    def gradients(bar: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y, [point, *block.parameters()], bar, retain_graph=True, materialize_grads=True)
+
+    found = torch.func.vmap(gradients)(torch.stack([t, y.detach()]))
+    return torch.cat([g.detach().flatten() for g in found])
+
+
+@pytest.mark.parametrize("engine", ["resident", "staged"])
+@pytest.mark.parametrize("norm", ["layer", "batch", "none"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_many_cotangents_at_once(family: str, norm: str, engine: str) -> None:
+    case = case_of(family, norm=norm)
+    plain, fused = make_pair(case)
+    fused.engine = engine
+    x, t = make_input(case), make_input(case, seed=1)
+    expected, found = ({"result": many_cotangents(block, x, t)} for block in (plain, fused))
+    comparison = compare_tensors(found, expected, [], 9 * case["channels"] * 15)
+    assert comparison.ok, comparison.describe()
+
+
+@pytest.mark.parametrize("solver", ["euler", "dopri5"])
+@pytest.mark.parametrize("engine", ["resident", "staged"])
+def test_many_cotangents_of_a_skew_pair(solver: str, engine: str) -> None:
+    plain = reference.SOBlock(reference.SkewPair(3, 4), solver=solver).double()
+    fused = copy.deepcopy(plain)
+    fuse(fused, engine=engine)
+    x, t = (sample_input(2, c, 3, 5, dtype=torch.float64, seed=c) for c in (3, 4))
+    expected, found = ({"result": many_cotangents(block, x, t)} for block in (plain, fused))
+    comparison = compare_tensors(found, expected, [], 9 * 4 * 15)
+    assert comparison.ok, comparison.describe()
+
+
+@pytest.mark.parametrize("engine", ["resident", "staged"])
+def test_the_older_way_to_many_cotangents_is_refused(engine: str) -> None:
+    _, fused = make_pair(case_of())
+    fused.engine = engine
+    point = make_input(case_of()).requires_grad_()
+    y = fused(point)
+    with pytest.raises(RuntimeError, match=r"^is_grads_batched must be False for a fused block, got True"):
+        torch.autograd.grad(y, point, torch.stack([y.detach(), y.detach()]), is_grads_batched=True)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fastode
 from benchmarks.memory import peak_bytes
@@ -162,6 +163,17 @@ def test_what_forward_keeps_and_backward_needs(
     assert not y.grad_fn.kept  # type: ignore[union-attr]
     x.grad = None  # the maps are the result and the input's gradient, in which the backward works, beside what is kept
     assert peak_bytes(lambda: twin(x).backward(bar)) < (most + 0.5) * size
+
+
+@pytest.mark.parametrize("scheme", [lambda b: reference.IESkip(b, 1, 0.1), reference.SSP3], ids=["ie", "ssp3"])
+def test_a_checkpoint_holds_nothing_beside_its_input(scheme: Callable[..., nn.Module]) -> None:
+    x = channels_last(sample_input(4, 16, 8, 8, dtype=torch.float32)).requires_grad_()
+    twin = fused(scheme(preactivation(16, "layer")))
+    asked = [x, *twin.parameters()]
+    expected = torch.autograd.grad(twin(x).square().sum(), asked)
+    y = checkpoint(twin, x, use_reentrant=False)
+    assert not y.grad_fn.kept
+    assert all(map(torch.equal, torch.autograd.grad(y.square().sum(), asked), expected))
 
 
 @pytest.fixture

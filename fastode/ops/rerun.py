@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from ..reference.plain import plain_norms
 
@@ -20,6 +21,20 @@ class Rerun:
     """
 
     make: Callable[[], nn.Module]
+
+    def needed(self, *cotangents: Tensor | None) -> bool:
+        """Whether this backward is differentiated itself, or each cotangent is many at once, under torch.func.vmap.
+
+        Raises:
+            RuntimeError: they come from is_grads_batched, whose older vmap gives some plain sums wrong gradients.
+        """
+        bars = [bar for bar in cotangents if bar is not None]
+        if any(torch._C._functorch.is_legacy_batchedtensor(bar) for bar in bars):
+            raise RuntimeError(
+                "is_grads_batched must be False for a fused block, got True: "
+                "torch.func.vmap of a function that calls torch.autograd.grad takes many cotangents at once"
+            )
+        return torch.is_grad_enabled() or any(torch._C._functorch.is_batchedtensor(bar) for bar in bars)
 
     def gradients(
         self,
@@ -47,7 +62,9 @@ class Rerun:
                 for original, stand_in in zip(originals, alias[points:], strict=True):
                     if original is tensor and stand_in is not None:
                         names[name] = stand_in
-            result = torch.func.functional_call(block, names, tuple(alias[:points]))
+            # No transform of the cotangents is one of the inputs.
+            with temporarily_clear_interpreter_stack():
+                result = torch.func.functional_call(block, names, tuple(alias[:points]))
             results = (result,) if isinstance(result, Tensor) else result
             asked = [t for t, want in zip(alias, wanted, strict=True) if want and t is not None]
             found = iter(torch.autograd.grad(results, asked, cotangents, create_graph=True, allow_unused=True))

@@ -63,7 +63,7 @@ class IESkipFunction(torch.autograd.Function):
         wanted = (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:])
         if y_bar is None:
             return (None,) * (4 + len(tensors))
-        if torch.is_grad_enabled() and ctx.rerun is not None:
+        if ctx.rerun is not None and ctx.rerun.needed(y_bar):
             x_bar, *bars = ctx.rerun.gradients([x, *tensors], tensors, wanted, 1, [y_bar])
         else:
             grads = Gradients(tensors, wanted[1:]) if any(wanted[1:]) else None

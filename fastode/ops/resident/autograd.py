@@ -20,6 +20,13 @@ def keeps(ctx) -> bool:
     return any(ctx.needs_input_grad) and not torch.compiler.is_compiling()
 
 
+def keeps_beside(ctx) -> bool:
+    """The same for what is not among the saved tensors: where hooks save those, as torch.utils.checkpoint does to hold
+    less, it would stay here.
+    """
+    return keeps(ctx) and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+
+
 def take_kept(ctx) -> list[Tensor]:
     """What forward has left, for good: backward writes over it, and a second backward computes it again."""
     kept, ctx.kept = ctx.kept, []
@@ -32,7 +39,7 @@ class ResidentIESkipFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, plan: Plan, descent: Descent, rerun: Rerun | None, *tensors: Tensor | None):
         rule = (descent.steps, descent.step_size, descent.theta)
-        keep = keeps(ctx) and not descent.detach
+        keep = keeps_beside(ctx) and not descent.detach
         y, flat, kept = torch.ops.fastode.resident_ie_forward(x, *encode(plan, tensors), *rule, keep)
         statistics = decode_statistics(plan, tensors, flat, x.shape[1], descent.steps + 1)
         ctx.save_for_backward(x, *tensors)
@@ -47,7 +54,7 @@ class ResidentIESkipFunction(torch.autograd.Function):
         wanted = (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:])
         if y_bar is None:
             return (None,) * (4 + len(tensors))
-        if torch.is_grad_enabled() and ctx.rerun is not None:
+        if ctx.rerun is not None and ctx.rerun.needed(y_bar):
             x_bar, *bars = ctx.rerun.gradients([x, *tensors], tensors, wanted, 1, [y_bar])
             return (x_bar, None, None, None, *bars)
         descent = ctx.descent
@@ -68,7 +75,7 @@ class ResidentShuOsherFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, table: Tensor, plan: Plan, scheme: Scheme, rerun: Rerun | None, *tensors):
         y, flat, kept = torch.ops.fastode.resident_rk_forward(
-            x, *encode(plan, tensors), table.contiguous(), keeps(ctx), ctx.needs_input_grad[1]
+            x, *encode(plan, tensors), table.contiguous(), keeps_beside(ctx), ctx.needs_input_grad[1]
         )
         statistics = decode_statistics(plan, tensors, flat, x.shape[1], scheme.stages)
         ctx.save_for_backward(x, table, *tensors)
@@ -83,7 +90,7 @@ class ResidentShuOsherFunction(torch.autograd.Function):
         wanted = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[5:])
         if y_bar is None:
             return (None,) * (5 + len(tensors))
-        if torch.is_grad_enabled() and ctx.rerun is not None:
+        if ctx.rerun is not None and ctx.rerun.needed(y_bar):
             given = [x, *([table] if wanted[1] else []), *tensors]
             asked = wanted if wanted[1] else (wanted[0], *wanted[2:])
             found = ctx.rerun.gradients(given, tensors, asked, 2 if wanted[1] else 1, [y_bar])

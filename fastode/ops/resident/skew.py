@@ -119,7 +119,7 @@ class ResidentSkewFunction(torch.autograd.Function):
         given = dz_bar if dy_bar is None else dy_bar
         if given is None:
             return (None,) * (5 + len(tensors))
-        if torch.is_grad_enabled() and ctx.rerun is not None:
+        if ctx.rerun is not None and ctx.rerun.needed(dy_bar, dz_bar):
             bars = [torch.zeros_like(x) if bar is None else bar for bar, x in ((dy_bar, y), (dz_bar, z))]
             y_bar, z_bar, *grads = ctx.rerun.gradients([y, z, weight, *tensors], [weight, *tensors], wanted, 2, bars)
         else:
@@ -155,7 +155,7 @@ class ResidentMarchFunction(torch.autograd.Function):
         wanted = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[5:])
         if end_bar is None:
             return (None,) * (5 + len(tensors))
-        if torch.is_grad_enabled() and ctx.rerun is not None:
+        if ctx.rerun is not None and ctx.rerun.needed(end_bar):
             x_bar, *grads = ctx.rerun.gradients([x, weight, *tensors], [weight, *tensors], wanted, 1, [end_bar])
         else:
             slopes = [both for step in ctx.march.used(ctx.pair.gamma != 0) for both in step]

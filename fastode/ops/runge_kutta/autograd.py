@@ -69,7 +69,7 @@ class ShuOsherFunction(torch.autograd.Function):
         wanted = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[5:])
         if y_bar is None:
             return (None,) * (5 + len(tensors))
-        if torch.is_grad_enabled() and ctx.rerun is not None:
+        if ctx.rerun is not None and ctx.rerun.needed(y_bar):
             if wanted[1]:
                 x_bar, table_bar, *bars = ctx.rerun.gradients([x, table, *tensors], tensors, wanted, 2, [y_bar])
             else:

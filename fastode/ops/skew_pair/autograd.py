@@ -46,7 +46,7 @@ class SkewFunction(torch.autograd.Function):
         given = dz_bar if dy_bar is None else dy_bar
         if given is None:
             return (None,) * (5 + len(tensors))
-        if torch.is_grad_enabled() and ctx.rerun is not None:
+        if ctx.rerun is not None and ctx.rerun.needed(dy_bar, dz_bar):
             cotangents = [
                 torch.zeros_like(x, dtype=given.dtype) if bar is None else bar for bar, x in ((dy_bar, y), (dz_bar, z))
             ]
@@ -129,7 +129,7 @@ class MarchFunction(torch.autograd.Function):
         wanted = (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[6:])
         if end_bar is None:
             return (None,) * (6 + len(tensors))
-        if torch.is_grad_enabled() and ctx.rerun is not None:
+        if ctx.rerun is not None and ctx.rerun.needed(end_bar):
             given = [y, z, weight, *tensors]
             y_bar, z_bar, *grads = ctx.rerun.gradients(given, [weight, *tensors], wanted, 2, [end_bar])
         else:
