@@ -62,10 +62,14 @@ def equality(
         unused = {f"gradient of {name}" for name in _without_gradient(reference, inputs)}
 
     def judged(by: Judge) -> Row:
+        # A compiled module is judged itself, not a copy.
         training = {p: p.requires_grad for p in module.parameters()}
+        buffers = {b: b.clone() for b in module.buffers()}
         rows = [row for row in by.compare(module, inputs).rows if row.name not in unused]
-        for parameter, required in training.items():  # a compiled module is judged itself, not a copy
+        for parameter, required in training.items():
             parameter.requires_grad_(required)
+        for buffer, before in buffers.items():
+            buffer.copy_(before)
         module.zero_grad(set_to_none=True)
         worst = max(rows, key=lambda row: row.ratio)
         return {"ok": all(row.ok for row in rows), "worst": _finite(worst.ratio), "tensor": worst.name}

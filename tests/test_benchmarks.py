@@ -220,6 +220,40 @@ def test_a_mask_that_the_reference_flips_too_is_no_error() -> None:
     assert not found(Clipped(0.0, scale=0.99))["ok"]
 
 
+class Itself(Clipped):
+    """Judged itself and not a copy, as a compiled module is; counts its calls."""
+
+    calls: torch.Tensor
+
+    def __init__(self, slope: float) -> None:
+        super().__init__(slope)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls.add_(1)
+        return super().forward(x)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Itself:
+        return self
+
+
+def test_a_second_judgement_begins_where_the_first_did() -> None:
+    module = Itself(1.0)
+    seen = []
+
+    class Refuses:
+        smooth = False
+
+        def compare(self, module: nn.Module, inputs: workloads.Inputs) -> testing.Comparison:
+            seen.append(float(module.calls))
+            module(*inputs)
+            return testing.Comparison((testing.Row("output", 2.0, 1.0),))
+
+    rival = Contender("compile", None, False, False, lambda module, inputs: module)
+    row = measure.equality(rival, module, module, (torch.ones(1),), "train", lambda **options: Refuses())
+    assert seen == [0.0, 0.0] and not row["ok"] and "2 of allowed by 4 runs" in row["note"]
+
+
 def test_the_project_takes_part_and_is_equal() -> None:
     item = suites.Item(small(lambda: ie_skip(8), 8), "train", "float32", ())
     taking_part, _ = run.contenders_of(item, CPU, ())

@@ -13,7 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 import fastode
 from benchmarks.memory import peak_bytes
-from fastode import reference
+from fastode import _dispatch, branch, reference
+from fastode.ops.resident import ResidentShuOsherFunction
+from fastode.ops.runge_kutta.autograd import Scheme
+from fastode.ops.sweeps import Plan
 from fastode.testing import assert_blocks_equal, compare_tensors, sample_input
 
 SHAPES = [(16, 32, 32), (32, 16, 16), (64, 8, 8), (128, 4, 4), (3, 5, 7), (24, 9, 3), (20, 2, 1)]
@@ -250,3 +253,34 @@ def test_a_second_backward_finds_what_the_first_found(norm: str) -> None:
         y = twin(channels_last(x)).square().sum()
         first, second, third = (torch.autograd.grad(y, [x, *twin.parameters()], retain_graph=True) for _ in range(3))
         assert all(torch.equal(a, b) and torch.equal(b, c) for a, b, c in zip(first, second, third, strict=True))
+
+
+# Rows u_k, then F(u_k). In the second table stage 1 has nothing of F(u_0) and stage 2 nothing of F(u_1).
+TABLES = [
+    (((1.0,), (0.4, 0.6), (0.2, 0.3, 0.5)), ((0.5,), (0.1, 0.4), (0.2, 0.1, 0.3))),
+    (((1.0,), (0.4, 0.6), (0.2, 0.3, 0.5)), ((0.0,), (0.5, 0.0), (0.2, 0.1, 0.3))),
+]
+
+
+@pytest.mark.parametrize("norm", ["layer", "batch", "none"])
+@pytest.mark.parametrize("rows", TABLES)
+def test_the_gradient_of_any_schemes_coefficients(rows: tuple, norm: str) -> None:
+    padded = [[[*row, *[0.0] * (3 - len(row))] for row in part] for part in rows]
+    scheme = Scheme(*(tuple(tuple(k for k, entry in enumerate(row) if entry) for row in part) for part in rows))
+    module = reference.PreActBranch(5, norm=norm, activation="tanh").double()
+    x = sample_input(3, 5, 4, 6, dtype=torch.float64)
+    cotangent = sample_input(3, 5, 4, 6, dtype=torch.float64, seed=1)
+    reading = branch.read(module)
+    assert reading.units is not None and not _dispatch.no_operators()
+    plan = Plan(reading.units, tuple(False for _ in reading.units), None)
+
+    tables = [torch.tensor(padded, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    points, images = [x], []
+    for i in range(3):
+        images.append(module(points[-1]))
+        points.append(sum(tables[0][0, i, k] * points[k] + tables[0][1, i, k] * images[k] for k in range(i + 1)))
+    points[-1].backward(cotangent)
+    y, *_ = ResidentShuOsherFunction.apply(x, tables[1], plan, scheme, None, *reading.tensors)
+    y.backward(cotangent)
+    torch.testing.assert_close(y, points[-1])
+    torch.testing.assert_close(tables[1].grad, tables[0].grad)

@@ -42,14 +42,13 @@ using Backward = std::tuple<Tensor, Tensors, Tensor>;
 
 template <template <class> class Program, class Rule>
 Forward forward(const Tensor& x, const BranchArguments& branch, const Rule& rule, int64_t evaluations,
-                bool backward_weights, bool keep, int64_t products) {
+                bool backward_weights, bool keep) {
   return with_arithmetic(x, [&](auto zero) {
     using A = decltype(zero);
     const Packed<A> packed(branch, x, {.transposed = backward_weights});
     Kept kept(x, {});
     Call<A> call{packed, x, nullptr, like(x), keep ? &kept : nullptr};
     call.statistics = new_vector(x, packed.statistics * evaluations, scalar_type<A>());
-    call.products_stride = products;
     run<Program>(call, rule);
     return Forward(call.result, call.statistics, kept.pieces());
   });
@@ -78,7 +77,7 @@ Backward backward(const Tensor& x, const Tensor& cotangent, const BranchArgument
 Forward ie_forward(Tensor x, Tensors parameters, Integers units, Numbers numbers, int64_t steps, double gamma,
                    double theta, bool keep) {
   return forward<DescentForward>(x, {parameters, units, numbers}, Descent{steps, gamma, theta, !keep}, steps + 1,
-                                 steps > 0, keep, 0);
+                                 steps > 0, keep);
 }
 
 std::tuple<Tensor, Tensors> ie_backward(Tensor x, Tensor cotangent, Tensors kept, Tensors parameters, Integers units,
@@ -97,18 +96,19 @@ Scheme scheme_of(const Tensor& table) {
   return {stages, alpha, alpha + stages * stages};
 }
 
-Forward rk_forward(Tensor x, Tensors parameters, Integers units, Numbers numbers, Tensor table, bool keep,
-                   bool table_gradient) {
-  return forward<SchemeForward>(x, {parameters, units, numbers}, scheme_of(table), table.size(1), false, keep,
-                                table_gradient ? table.numel() : 0);
+Forward rk_forward(Tensor x, Tensors parameters, Integers units, Numbers numbers, Tensor table, bool keep) {
+  return forward<SchemeForward>(x, {parameters, units, numbers}, scheme_of(table), table.size(1), false, keep);
 }
 
 Backward rk_backward(Tensor x, Tensor cotangent, Tensors kept, Tensors parameters, Integers units, Numbers numbers,
                      Tensor table, bool gradients, bool table_gradient) {
-  // Where the stages are kept, no evaluation is computed again to its end.
-  const Wanted wanted{.gradients = gradients, .last = kept.empty()};
-  return backward<SchemeBackward>(x, cotangent, {parameters, units, numbers}, scheme_of(table), kept, wanted,
-                                  table_gradient ? table.numel() : 0);
+  // Where the stages are kept, no evaluation is computed again to its end but for the coefficients' gradients.
+  const Wanted wanted{.gradients = gradients, .last = kept.empty() || table_gradient};
+  const Scheme scheme = scheme_of(table);
+  const Backward result = backward<SchemeBackward>(x, cotangent, {parameters, units, numbers}, scheme, kept, wanted,
+                                                   table_gradient ? table.numel() : 0);
+  if (table_gradient) find_images(scheme, static_cast<double*>(std::get<2>(result).data_ptr()));
+  return result;
 }
 
 }  // namespace
@@ -124,7 +124,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastode, m) {
   m.def("resident_ie_backward(Tensor x, Tensor cotangent, Tensor[] kept, " FASTODE_BRANCH
         ", int steps, float step_size, float theta, bool detach, bool gradients) -> (Tensor x_bar, Tensor[] bars)");
   m.def("resident_rk_forward(Tensor x, " FASTODE_BRANCH
-        ", Tensor table, bool keep, bool table_gradient) -> (Tensor y, Tensor statistics, Tensor[] kept)");
+        ", Tensor table, bool keep) -> (Tensor y, Tensor statistics, Tensor[] kept)");
   m.def("resident_rk_backward(Tensor x, Tensor cotangent, Tensor[] kept, " FASTODE_BRANCH
         ", Tensor table, bool gradients, bool table_gradient) -> (Tensor x_bar, Tensor[] bars, Tensor table_bar)");
 }

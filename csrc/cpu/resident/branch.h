@@ -118,6 +118,14 @@ class Branch {
         touched.push_back({reinterpret_cast<const char*>(map.view.at), map.stride * static_cast<int64_t>(sizeof(A))});
     schedule_.each(f, touched);
   }
+  // Queues f(range, n, image) for every sample n of a range; the image is that of an evaluation whose inputs are held.
+  template <class F>
+  void each_image(const Evaluation<A>& e, const F& f) {
+    each({e.inputs.back()}, [=, this](const Range& range) {
+      convolve_input(e, spec_.units.size() - 1, range, g_, {});
+      for (int64_t n = 0; n < range.count; ++n) f(range, n, g_.at(range, n));
+    });
+  }
   const Plane<A>& plane() const { return memory_.plane; }
   Memory<A>& memory() { return memory_; }
 

@@ -137,7 +137,7 @@ void run_typed(const Call<A>& call, const Rule& rule) {
     wishes.statistics_stride = call.packed.statistics;
   }
   wishes.products_stride = call.products_stride;
-  if (!forward && call.products_stride) wishes.products = static_cast<double*>(call.products.data_ptr());
+  if (call.products_stride) wishes.products = static_cast<double*>(call.products.data_ptr());
 
   const auto read = [&](const Tensor& tensor) {
     const Feature<const T> feature = feature_of<const T>(tensor);

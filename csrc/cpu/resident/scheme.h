@@ -13,6 +13,8 @@ struct Scheme {
   double a(int64_t i, int64_t k) const { return alpha[(i - 1) * stages + k]; }
   double b(int64_t i, int64_t k) const { return beta[(i - 1) * stages + k]; }
   bool uses(int64_t i, int64_t k) const { return a(i, k) != 0 || b(i, k) != 0; }
+  // Whether u_{k+1} is a point of evaluation that has F(u_k) in it.
+  bool leads(int64_t k) const { return k + 1 < stages && b(k + 1, k) != 0; }
   // Whether F(u_k) is used by another stage than the one right after it.
   bool reused(int64_t k) const {
     for (int64_t i = k + 2; i <= stages; ++i)
@@ -21,21 +23,20 @@ struct Scheme {
   }
 };
 
-// The stages of a scheme: u_k and, where they are wanted later, F(u_k). What an evaluation went through stays only of
-// the last one, where the way back begins; of the others backward computes it again, by one convolution less than F
-// has.
+// The stages of a scheme: u_k and, as long as another stage asks for it, F(u_k). What an evaluation went through stays
+// only of the last one, where the way back begins; of the others backward computes it again, by one convolution less
+// than F has.
 template <class A>
 class Stages {
  public:
-  // `keep`: for a backward program, here or later. `images`: every F(u_k) is wanted.
-  Stages(Branch<A>& branch, const Scheme& scheme, const Map<A>& input, bool keep, bool images)
+  // `keep`: for a backward program, here or later.
+  Stages(Branch<A>& branch, const Scheme& scheme, const Map<A>& input, bool keep)
       : scheme_(scheme),
         keep_(keep),
-        images_(images),
         // What lies in the cache costs nothing to hold.
         hold_all_(keep && !branch.memory().kept && !branch.memory().coupled),
-        points(scheme.stages),
-        values(scheme.stages) {
+        values_(scheme.stages),
+        points(scheme.stages) {
     Memory<A>& memory = branch.memory();
     const bool left = keep && memory.kept;
     points[0] = input;
@@ -44,7 +45,6 @@ class Stages {
       evaluations[k].inputs[0] = points[k];
       if (!left) continue;
       if (k > 0) evaluations[k].inputs[0] = points[k] = memory.keep(input.blocks);
-      if (images) values[k] = memory.keep(input.blocks);
       if (k + 1 == scheme.stages) branch.keep_inputs(evaluations[k]);
     }
   }
@@ -60,11 +60,11 @@ class Stages {
       Mix<A> mix{static_cast<A>(scheme_.b(i, k)), {}};
       for (int64_t j = 0; j <= k; ++j) {
         if (scheme_.a(i, j) != 0) mix.terms.push_back({static_cast<A>(scheme_.a(i, j)), points[j]});
-        if (j < k && scheme_.b(i, j) != 0) mix.terms.push_back({static_cast<A>(scheme_.b(i, j)), values[j]});
+        if (j < k && scheme_.b(i, j) != 0) mix.terms.push_back({static_cast<A>(scheme_.b(i, j)), values_[j]});
       }
-      const bool image = images_ || scheme_.reused(k);
-      if (image && !values[k]) values[k] = memory.take(points[0].blocks);
-      const Map<A> value = values[k];
+      const bool image = scheme_.reused(k);
+      if (image) values_[k] = memory.take(points[0].blocks);
+      const Map<A> value = values_[k];
       if (image) branch.value(e, points[k], &value, {}, holds(k));
       std::vector<Map<A>> dead = take_dead(i);
       if (!last && !points[i] && !dead.empty()) {  // the result goes where a term is read for the last time
@@ -92,7 +92,6 @@ class Stages {
 
   void release(Branch<A>& branch, int64_t k) {
     branch.release(evaluations[k]);
-    branch.memory().give(values[k]);
     if (k > 0) branch.memory().give(points[k]);
   }
 
@@ -107,17 +106,18 @@ class Stages {
       for (int64_t later = i + 1; later <= scheme_.stages; ++later) used = used || scheme_.uses(later, k);
       if (used) continue;
       if (k > 0 && !keep_) dead.push_back(std::exchange(points[k], {}));
-      if (values[k] && !(keep_ && images_)) dead.push_back(std::exchange(values[k], {}));
+      dead.push_back(std::exchange(values_[k], {}));
     }
     std::erase_if(dead, [](const Map<A>& map) { return !map; });
     return dead;
   }
 
   Scheme scheme_;
-  bool keep_, images_, hold_all_;
+  bool keep_, hold_all_;
+  std::vector<Map<A>> values_;
 
  public:
-  std::vector<Map<A>> points, values;
+  std::vector<Map<A>> points;
   std::vector<Evaluation<A>> evaluations;
 };
 
@@ -127,7 +127,7 @@ class SchemeForward {
   static Need need(const Scheme&) { return Need::kValue; }
 
   static void record(Branch<A>& branch, const Ends<A>& ends, const Scheme& scheme, const Wishes<A>& wishes) {
-    Stages<A> stages(branch, scheme, ends.input, branch.memory().kept != nullptr, wishes.products_stride > 0);
+    Stages<A> stages(branch, scheme, ends.input, branch.memory().kept != nullptr);
     stages.run(branch, &ends.result, wishes);
   }
 };
@@ -139,22 +139,23 @@ class SchemeBackward {
 
   static void record(Branch<A>& branch, const Ends<A>& ends, const Scheme& scheme, const Wishes<A>& wishes) {
     Memory<A>& memory = branch.memory();
-    Stages<A> stages(branch, scheme, ends.input, true, wishes.products_stride > 0);
-    if (!memory.kept) stages.run(branch, nullptr, {.products_stride = wishes.products_stride});
+    Stages<A> stages(branch, scheme, ends.input, true);
+    if (!memory.kept) stages.run(branch, nullptr, {});
     std::vector<Map<A>> bars(scheme.stages + 1);
     bars.back() = ends.cotangent;
     for (int64_t k = scheme.stages; k-- > 0;) {
-      if (wishes.products) products(branch, stages, bars[k + 1], k + 1, wishes);
       Mix<A> image{0, {}}, out{1, {}};
       for (int64_t i = k + 1; i <= scheme.stages; ++i) {
         if (scheme.b(i, k) != 0) image.terms.push_back({static_cast<A>(scheme.b(i, k)), bars[i]});
         if (scheme.a(i, k) != 0) out.terms.push_back({static_cast<A>(scheme.a(i, k)), bars[i]});
       }
       stages.recall(branch, k);
+      if (wishes.products) products(branch, scheme, stages, bars, k, wishes);
       bars[k] = branch.cotangent(stages.evaluations[k], image, k == 0 ? &ends.result : nullptr, out, wishes.parameters);
+      if (wishes.products && k > 0) product(branch, bars[k], stages.points[k], (k - 1) * scheme.stages + k, wishes);
       stages.release(branch, k);
       for (int64_t i = k + 1; i <= scheme.stages; ++i) {
-        bool needed = false;
+        bool needed = wishes.products && k > 0;
         for (int64_t j = 0; j < k; ++j) needed = needed || scheme.uses(i, j);
         if (!needed) memory.give(bars[i]), bars[i] = {};
       }
@@ -162,22 +163,45 @@ class SchemeBackward {
   }
 
  private:
-  // Row i of the coefficients' gradient: inner products of the cotangent of u_i with every u_k and F(u_k).
-  static void products(Branch<A>& branch, const Stages<A>& stages, const Map<A>& bar, int64_t i,
-                       const Wishes<A>& wishes) {
-    const int64_t s = static_cast<int64_t>(stages.points.size());
-    branch.each({bar},
-                [=, &plane = branch.plane(), points = stages.points, values = stages.values](const Range& range) {
-                  double* alpha = wishes.products + range.worker * wishes.products_stride + (i - 1) * s;
-                  double* beta = alpha + s * s;
-                  for (int64_t n = 0; n < range.count; ++n) {
-                    for (int64_t k = 0; k < i; ++k) {
-                      alpha[k] += inner_product(plane, bar.blocks, bar.at(range, n), points[k].at(range, n));
-                      beta[k] += inner_product(plane, bar.blocks, bar.at(range, n), values[k].at(range, n));
-                    }
-                  }
-                });
+  static void product(Branch<A>& branch, const Map<A>& bar, const Map<A>& other, int64_t at, const Wishes<A>& wishes) {
+    branch.each({bar, other}, [=, &plane = branch.plane()](const Range& range) {
+      double* sum = wishes.products + range.worker * wishes.products_stride + at;
+      for (int64_t n = 0; n < range.count; ++n)
+        *sum += inner_product(plane, bar.blocks, bar.at(range, n), other.at(range, n));
+    });
+  }
+
+  // Column k of the coefficients' gradient: inner products of the cotangent of every later u_i with u_k and, unless
+  // `find_images` finds them, with F(u_k), made again for that. To have kept it would be a map of the batch per stage.
+  static void products(Branch<A>& branch, const Scheme& scheme, const Stages<A>& stages,
+                       const std::vector<Map<A>>& bars, int64_t k, const Wishes<A>& wishes) {
+    const int64_t s = scheme.stages;
+    for (int64_t i = k + 1; i <= s; ++i) product(branch, bars[i], stages.points[k], (i - 1) * s + k, wishes);
+    if (scheme.leads(k)) return;
+    const auto add = [=, &plane = branch.plane()](const Range& range, int64_t n, const View<A>& image) {
+      double* beta = wishes.products + range.worker * wishes.products_stride + s * s + k;
+      for (int64_t i = k + 1; i <= s; ++i)
+        beta[(i - 1) * s] += inner_product(plane, bars[i].blocks, bars[i].at(range, n), image);
+    };
+    branch.each_image(stages.evaluations[k], add);
   }
 };
+
+// Completes the inner products [2, stages, stages] of a backward program: <bar_i, F(u_k)> where u_{k+1} leads from
+// F(u_k), from those of bar_i with u_{k+1} and with what else it is made of.
+inline void find_images(const Scheme& scheme, double* products) {
+  const int64_t s = scheme.stages;
+  for (int64_t i = 1; i <= s; ++i) {
+    double *alpha = products + (i - 1) * s, *beta = alpha + s * s;
+    for (int64_t k = 0; k < i; ++k) {
+      if (!scheme.leads(k)) continue;
+      beta[k] = alpha[k + 1];
+      for (int64_t j = 0; j <= k; ++j) beta[k] -= scheme.a(k + 1, j) * alpha[j];
+      for (int64_t j = 0; j < k; ++j) beta[k] -= scheme.b(k + 1, j) * beta[j];
+      beta[k] /= scheme.b(k + 1, k);
+    }
+    for (int64_t k = i; k < s; ++k) alpha[k] = beta[k] = 0;
+  }
+}
 
 }  // namespace fastode::resident

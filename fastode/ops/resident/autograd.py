@@ -75,7 +75,7 @@ class ResidentShuOsherFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, table: Tensor, plan: Plan, scheme: Scheme, rerun: Rerun | None, *tensors):
         y, flat, kept = torch.ops.fastode.resident_rk_forward(
-            x, *encode(plan, tensors), table.contiguous(), keeps_beside(ctx), ctx.needs_input_grad[1]
+            x, *encode(plan, tensors), table.contiguous(), keeps_beside(ctx)
         )
         statistics = decode_statistics(plan, tensors, flat, x.shape[1], scheme.stages)
         ctx.save_for_backward(x, table, *tensors)

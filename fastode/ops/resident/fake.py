@@ -41,7 +41,7 @@ def _ie_backward(x, cotangent, kept, parameters, units, numbers, steps, step_siz
     return _feature_map(x), _gradients(parameters, gradients)
 
 
-def _rk_forward(x, parameters, units, numbers, table, keep, table_gradient):
+def _rk_forward(x, parameters, units, numbers, table, keep):
     return _feature_map(x), _statistics(x, units, table.shape[1]), []
 
 
