@@ -92,6 +92,12 @@ def module(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be an nn.Module, got {what(value)}")
 
 
+def tensor(name: str, value: Any) -> None:
+    """Refuse anything but a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {what(value)}")
+
+
 def feature_map(name: str, x: Any, channels: int | None = None) -> None:
     """Refuse anything but a floating-point tensor [N, C, H, W], with C = `channels` where that is given."""
     wanted = "C" if channels is None else channels

@@ -99,6 +99,8 @@ def cannot_take(inputs: Sequence[Tensor], tensors: Iterable[Tensor | None]) -> s
     for x in inputs:
         if type(x) is not Tensor and type(x) is not nn.Parameter:
             return f"the input is a {type(x).__name__}, not a plain tensor"
+        if x.layout is not torch.strided:
+            return f"the input's layout is {x.layout}, not strided"
         device = x.device.type
         if device not in _STORAGE:
             return f"the input is on {device}, and there are kernels for the CPU and CUDA only"

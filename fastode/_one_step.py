@@ -110,8 +110,10 @@ def run(
         _check.feature_map("x", x, branch.channels(reading.units))
         _check.same_kind(x, reading.tensors)
         _check.enough_values(reading, x)
-    elif isinstance(x, Tensor) and x.dim() == 4:
-        _check.keeps_shape(reading, x)
+    else:
+        _check.tensor("x", x)
+        if x.dim() == 4:
+            _check.keeps_shape(reading, x)
     chosen = _dispatch.choose(
         engine,
         lambda name: why_not(name, reading, x),

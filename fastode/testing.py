@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from fastode import _check
 from fastode._testing_record import Recorder, clear_of_kinks, warm_up
 from fastode._testing_rule import Comparison, Row, Rule, Tensors, is_rounding
 
@@ -234,6 +235,11 @@ class Judge:
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+        for t in x if isinstance(x, tuple) else (x,):
+            if not isinstance(t, Tensor):
+                raise TypeError(f"x must be a tensor or a tuple of tensors, got {_check.what(t)}")
+        if autocast is not None and not isinstance(autocast, torch.dtype):
+            raise TypeError(f"autocast must be a torch.dtype or None, got {_check.what(autocast)}")
         if moves < 1:
             raise ValueError(f"moves must be at least 1, got {moves}")
         _warm_once()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fastode
-from fastode import functional, reference
+from fastode import functional, reference, testing
 from fastode import nn as fused
 from fastode.tableau import SSP3, Tableau
 
@@ -218,6 +218,54 @@ def test_a_branch_that_changes_the_shape(name, case):
 def test_the_reference_names_a_branch_that_changes_the_shape(name):
     with refused(ValueError, "branch must be a map to the shape [2, 4, 5, 6], got an output of [2, 8, 5, 6]"):
         getattr(reference, name)(branch(2 * C))(image())
+
+
+class Returns(nn.Module):
+    """A branch that cannot be read and returns what it was given."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def forward(self, x):
+        return self.value
+
+
+@pytest.mark.parametrize(("value", "got"), [(None, "None"), ((1, 2), "an object of type tuple")])
+@pytest.mark.parametrize("name", TWINS)
+def test_a_branch_that_returns_no_tensor(name, value, got):
+    with refused(TypeError, f"branch must be a map to the shape [2, 4, 5, 6], got {got} from it"):
+        TWINS[name](Returns(value))(image())
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_no_tensor_for_a_branch_that_cannot_be_read(name):
+    with refused(TypeError, "x must be a tensor, got None"):
+        TWINS[name](Returns(None))(None)
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_an_operator_is_given_no_layout_but_strided(name):
+    block, x = TWINS[name](branch(norm="layer")), image()
+    torch.testing.assert_close(block(x.to_mkldnn().to_dense()), block(x))
+    with pytest.raises(RuntimeError) as expected:
+        reference_of(block)(x.to_sparse())
+    with pytest.raises(type(expected.value), match=re.escape(str(expected.value)[:60])):
+        block(x.to_sparse())
+
+
+def test_a_field_without_an_initial_state():
+    message = "field must be a module with initial_state(x), as SkewPair is, got an object of type Conv2d"
+    for module in (reference, fused):
+        with refused(TypeError, message):
+            module.SOBlock(nn.Conv2d(3, 3, 3))
+
+
+def test_a_comparison_of_nothing():
+    with refused(TypeError, "x must be a tensor or a tuple of tensors, got None"):
+        testing.compare_blocks(nn.Tanh(), nn.Tanh(), None)
+    with refused(TypeError, "autocast must be a torch.dtype or None, got 'bf16'"):
+        testing.compare_blocks(nn.Tanh(), nn.Tanh(), image(), autocast="bf16")
 
 
 @pytest.mark.parametrize("name", TWINS)

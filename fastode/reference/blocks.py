@@ -33,6 +33,8 @@ class _OneStep(nn.Module):
         call = self.branch if branch is None else branch
         out = call(_unshared(x, self.branch))
         shape = x.shape if shape is None else shape
+        if not isinstance(out, Tensor):
+            raise TypeError(f"branch must be a map to the shape {list(shape)}, got {_check.what(out)} from it")
         if out.shape != shape:
             raise ValueError(f"branch must be a map to the shape {list(shape)}, got an output of {list(out.shape)}")
         return out

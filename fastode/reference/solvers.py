@@ -57,6 +57,8 @@ class SOBlock(nn.Module):
     ) -> None:
         super().__init__()
         _check.module("field", field)
+        if not callable(getattr(field, "initial_state", None)):
+            raise TypeError(f"field must be a module with initial_state(x), as SkewPair is, got {_check.what(field)}")
         _check.solver(solver, (*FIXED, *ADAPTIVE))
         _check.step_size(rtol, "rtol")
         _check.step_size(atol, "atol")
