@@ -53,7 +53,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Part:
-    """One file of the suite "cpu": at most six minutes on two idle cores.
+    """One file of the suite "cpu": at most nine minutes on two idle cores.
 
     Args:
         name: of the part, and in the file's name.
