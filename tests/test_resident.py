@@ -255,6 +255,13 @@ def test_a_second_backward_finds_what_the_first_found(norm: str) -> None:
         assert all(torch.equal(a, b) and torch.equal(b, c) for a, b, c in zip(first, second, third, strict=True))
 
 
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_gradient_of_arks_first_step_where_that_is_short(seed: int, norm: str) -> None:
+    block = reference.Ark(preactivation(16, norm), b10=-4.0)
+    assert_blocks_equal(block, fused(block), sample_input(5, 16, 9, 8, seed=seed))
+
+
 # Rows u_k, then F(u_k). In the second table stage 1 has nothing of F(u_0) and stage 2 nothing of F(u_1).
 TABLES = [
     (((1.0,), (0.4, 0.6), (0.2, 0.3, 0.5)), ((0.5,), (0.1, 0.4), (0.2, 0.1, 0.3))),

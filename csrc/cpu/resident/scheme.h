@@ -1,6 +1,8 @@
 // Explicit schemes in Shu-Osher form, forwards and backwards. Derivation: README.md of fastode/ops/runge_kutta.
 #pragma once
 
+#include <cmath>
+
 #include "programs.h"
 
 namespace fastode::resident {
@@ -13,8 +15,9 @@ struct Scheme {
   double a(int64_t i, int64_t k) const { return alpha[(i - 1) * stages + k]; }
   double b(int64_t i, int64_t k) const { return beta[(i - 1) * stages + k]; }
   bool uses(int64_t i, int64_t k) const { return a(i, k) != 0 || b(i, k) != 0; }
-  // Whether u_{k+1} is a point of evaluation that has F(u_k) in it.
-  bool leads(int64_t k) const { return k + 1 < stages && b(k + 1, k) != 0; }
+  // Whether u_{k+1} is a point of evaluation that has so much of F(u_k) in it that its rounding, which grows by the
+  // inverse of that share, spoils no inner product with F(u_k).
+  bool leads(int64_t k) const { return k + 1 < stages && std::abs(b(k + 1, k)) >= 0.5; }
   // Whether F(u_k) is used by another stage than the one right after it.
   bool reused(int64_t k) const {
     for (int64_t i = k + 2; i <= stages; ++i)
