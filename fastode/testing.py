@@ -215,6 +215,7 @@ class Judge:
             among millions of pre-activations, is seen in most judgements by 16.
 
     Raises:
+        TypeError: x is no tensor or tuple of tensors, or autocast no dtype.
         ValueError: the mode is not one of the three, or there are no moves.
 
     Example:
@@ -315,7 +316,7 @@ def compare_blocks(
         The comparison, one row per tensor.
 
     Raises:
-        ValueError: the mode is not one of the three.
+        TypeError, ValueError: as in Judge.
 
     Example:
         >>> block = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.Tanh())

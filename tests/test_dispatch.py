@@ -19,7 +19,7 @@ from trial_bench import Bench, block, tf32_forbidden, trials_on_the_cpu, used  #
 import fastode
 from fastode import _cuda, _decisions, _dispatch, _trial, functional, reference
 from fastode.reference.skew import skew_field
-from fastode.testing import sample_input
+from fastode.testing import compare_tensors, sample_input
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -270,9 +270,13 @@ def test_the_skew_pair_as_a_function_is_tried(bench: Bench, activation: Any, mod
     assert bench.trials == [mode]
     ((_, entry),) = bench.decisions.items()
     assert entry["engine"] == "staged" and entry["refused"] == {}
-    truth = skew_field(*(t.double() for t in (y, z, weight)), 2, 1, 0.1, make_activation(activation))
-    for a, b in zip(found, truth, strict=True):
-        assert torch.allclose(a.double(), b, atol=1e-4)
+    truth, run = (
+        skew_field(*(t.to(dtype) for t in (y, z, weight)), 2, 1, 0.1, make_activation(activation))
+        for dtype in (torch.float64, torch.float32)
+    )
+    halves = [dict(zip("yz", (t.detach() for t in pair), strict=True)) for pair in (found, truth, run)]
+    comparison = compare_tensors(halves[0], halves[1], [halves[2]], weight[0].numel())
+    assert comparison.ok, comparison.describe()
 
 
 def make_activation(activation: Any) -> Callable[[Tensor], Tensor]:
