@@ -89,6 +89,9 @@ PARTS: dict[str, tuple[Part, ...]] = {
     "bfloat16": (
         Part("ie", "ie", ("k1",), (), ("forward", "train")),
         Part("ssp3", "ssp3", ("",), (), ("forward", "train")),
+        Part("skew-pair", "skew", ("pair",), (), ("forward", "train")),
+        Part("skew-euler", "skew", ("soblock-euler",), (), ("forward", "train")),
+        Part("skew-rk4", "skew", ("soblock-rk4",), (), ("forward", "train"), (3, 40)),
     ),
 }
 

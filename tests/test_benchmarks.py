@@ -318,7 +318,9 @@ def test_the_middle_suite_is_as_documented() -> None:
     assert all(parts.values())
     blocks = {name: {(i.workload.shape, i.mode) for i in items} for name, items in parts.items()}
     assert len(blocks["cpu-ie"]) == 4 * 3 and len(blocks["cpu-ssp3"]) == len(blocks["cpu-skew-rk4"]) == 3 * 3
+    assert {m for _, m in blocks["cpu-bfloat16-ie"]} == {m for _, m in blocks["cpu-bfloat16-skew-pair"]}
     assert {m for _, m in blocks["cpu-bfloat16-ie"]} == {"forward", "train"}
+    assert len(blocks["cpu-bfloat16-skew-pair"]) == len(blocks["cpu-bfloat16-skew-rk4"]) == 3 * 2
     assert {i.rivals for i in parts["cpu-ie"]} == {("compile", "compile-cl", "vjp-compile")}
     assert {i.own for items in parts.values() for i in items} == {"fused:auto"}
     assert [name for name, _ in suites.parts(("float32",), ("sspnet",))] == ["cpu-sspnet"]

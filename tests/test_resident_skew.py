@@ -63,7 +63,7 @@ def maps_of(shape: tuple[int, ...], batch: int = 3, **options: Any) -> tuple[Ten
     return y, sample_input(batch, in_channels, height, width, seed=2, **options)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equal_on_every_shape(shape: tuple[int, ...], norm: str, dtype: torch.dtype) -> None:
@@ -206,7 +206,8 @@ def test_compiles_without_a_graph_break(solver: str) -> None:
     ("norm", "dtype", "reason"),
     [
         ("batch", torch.float32, "a batch norm of the skew pair couples the samples"),
-        ("none", torch.bfloat16, "it has the skew pair in float32 and float64, not in bfloat16"),
+        ("batch", torch.bfloat16, "a batch norm of the skew pair couples the samples"),
+        ("none", torch.float16, "there are no CPU kernels for torch.float16"),
     ],
 )
 def test_named_engine_refuses_with_the_reason(norm: str, dtype: torch.dtype, reason: str) -> None:

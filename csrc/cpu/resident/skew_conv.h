@@ -46,8 +46,8 @@ struct SkewShape {
 };
 
 // `weight` [channels, in_channels, kernel, kernel] with any strides.
-template <class A>
-void pack_skew(const SkewShape& shape, const A* weight, const int64_t* strides, A* down, A* up);
+template <class A, class T>
+void pack_skew(const SkewShape& shape, const T* weight, const int64_t* strides, A* down, A* up);
 
 // out = combine(W in), from z's plane to y's; `in` has a zero halo.
 template <class A>

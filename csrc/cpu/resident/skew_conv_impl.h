@@ -33,9 +33,9 @@ int64_t SkewShape::up_scratch() const {
   return narrow<A>() ? NarrowRows<A>(*this).size() : 0;
 }
 
-template <class A>
-void pack_skew(const SkewShape& shape, const A* weight, const int64_t* strides, A* down, A* up) {
-  const bool narrow = shape.narrow<A>();
+template <class A, class T>
+void pack_skew(const SkewShape& shape, const T* weight, const int64_t* strides, A* down, A* up) {
+  const bool narrow = shape.template narrow<A>();
   if (narrow) pack_narrow(shape, weight, strides, up);
   if (shape.stride == 1) {
     pack_weights(shape.down(), false, weight, strides, down);
@@ -43,7 +43,7 @@ void pack_skew(const SkewShape& shape, const A* weight, const int64_t* strides, 
     return;
   }
   const auto at = [&](int64_t out, int64_t in, int64_t ky, int64_t kx) {
-    return weight[out * strides[0] + in * strides[1] + ky * strides[2] + kx * strides[3]];
+    return to_accumulator<A>(weight[out * strides[0] + in * strides[1] + ky * strides[2] + kx * strides[3]]);
   };
   pack_taps<A>(shape.down(), kDownTaps, at, down);
   if (narrow) return;

@@ -39,14 +39,17 @@ class PackedPair {
   Tensor storage_;
 };
 
-// A tensor's samples as views: in place where its channels lie next to each other in whole vectors, else by a copy.
+// A tensor's samples as views: in place where it has the program's type and its channels lie next to each other in
+// whole vectors, else by a copy.
 template <class A>
 class Port {
  public:
   Port(const Tensor& tensor, Arena& arena)
       : feature_(feature_of<A>(tensor)),
+        rounded_(feature_of<bfloat16>(tensor)),
         plane_(feature_.height, feature_.width, 0),
-        direct_(feature_.channel == 1 && feature_.channels % kLanes<A> == 0) {
+        is_rounded_(tensor.scalar_type() == ScalarType::BFloat16),
+        direct_(!is_rounded_ && feature_.channel == 1 && feature_.channels % kLanes<A> == 0) {
     if (!direct_) copy_ = plane_.compact(arena.take<A>(blocks_of<A>(feature_.channels) * plane_.pixels() * kLanes<A>));
   }
 
@@ -55,21 +58,25 @@ class Port {
     return {feature_.data + n * feature_.sample, feature_.row, feature_.pixel, kLanes<A>};
   }
   View<A> load(int64_t n) const {
-    if (!direct_)
-      load_sample<A, A>(plane_,
-                        {feature_.data, feature_.channels, feature_.height, feature_.width, feature_.sample,
-                         feature_.channel, feature_.row, feature_.pixel},
-                        n, copy_);
+    if (!direct_) is_rounded_ ? load_from(rounded_, n) : load_from(feature_, n);
     return view(n);
   }
   void store(int64_t n) const {
-    if (!direct_) store_sample<A, A>(plane_, copy_, feature_, n);
+    if (!direct_) is_rounded_ ? store_sample(plane_, copy_, rounded_, n) : store_sample(plane_, copy_, feature_, n);
   }
 
  private:
+  template <class T>
+  void load_from(const Feature<T>& from, int64_t n) const {
+    load_sample<A, T>(
+        plane_, {from.data, from.channels, from.height, from.width, from.sample, from.channel, from.row, from.pixel}, n,
+        copy_);
+  }
+
   Feature<A> feature_;
+  Feature<bfloat16> rounded_;
   Plane<A> plane_;
-  bool direct_;
+  bool is_rounded_, direct_;
   View<A> copy_;
 };
 

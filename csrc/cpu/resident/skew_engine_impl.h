@@ -39,8 +39,11 @@ void PackedPair<A>::read(Arena& arena, int64_t height, int64_t width, Asked aske
   const auto row_of = [&](int64_t count) {
     const Tensor& tensor = arguments_.parameters[next++];
     A* row = constant(0, 0);
-    const A* data = static_cast<const A*>(tensor.data_ptr());
-    for (int64_t c = 0; row && c < count; ++c) row[c] = data[c * tensor.strides()[0]];
+    const int64_t stride = tensor.strides()[0];
+    if (row)
+      with_data<A>(tensor, [&](auto* data) {
+        for (int64_t c = 0; c < count; ++c) row[c] = to_accumulator<A>(data[c * stride]);
+      });
     return row;
   };
   const auto accumulate = [&](int64_t count, bool wanted) {
@@ -71,7 +74,7 @@ void PackedPair<A>::read(Arena& arena, int64_t height, int64_t width, Asked aske
   if (down) {
     int64_t strides[4];
     for (int d = 0; d < 4; ++d) strides[d] = weight.strides()[d];
-    pack_skew<A>(spec.shape, static_cast<const A*>(weight.data_ptr()), strides, down, up);
+    with_data<A>(weight, [&](auto* data) { pack_skew(spec.shape, data, strides, down, up); });
   }
   spec.down = down, spec.up = up;
   spec.weight_at = accumulate(spec.shape.down().template gradient_size<A>(), asked.weight);
@@ -81,20 +84,29 @@ template <class A>
 std::vector<Tensor> PackedPair<A>::gradients(const Tensor& accumulators, int64_t workers) const {
   const A* base = static_cast<const A*>(accumulators.data_ptr());
   const std::vector<Tensor>& parameters = arguments_.parameters;
-  const Tensor none = new_vector(parameters[0], 0, scalar_type<A>());
-  std::vector<Tensor> result{none};
+  std::vector<Tensor> result;
+  const auto next = [&](int64_t length) -> const Tensor& {
+    const Tensor& parameter = parameters[result.size()];
+    return result.emplace_back(new_vector(parameter, length, parameter.scalar_type()));
+  };
   if (spec.weight_at >= 0) {
-    result[0] = fresh(torch::stable::empty(parameters[0].sizes(), parameters[0].scalar_type()));
-    unpack_gradient(spec.shape.down(), base + spec.weight_at, spec.gradients, workers,
-                    static_cast<A*>(result[0].data_ptr()));
+    result.push_back(fresh(torch::stable::empty(parameters[0].sizes(), parameters[0].scalar_type())));
+    with_data<A>(result[0], [&](auto* data) {
+      unpack_gradient(spec.shape.down(), base + spec.weight_at, spec.gradients, workers, data);
+    });
+  } else {
+    next(0);
   }
   const auto row = [&](int64_t at, int64_t channels) {
-    result.push_back(at >= 0 ? new_vector(parameters[0], channels, scalar_type<A>()) : none);
-    A* sum = static_cast<A*>(result.back().data_ptr());
-    for (int64_t c = 0; at >= 0 && c < channels; ++c) {
-      sum[c] = base[at + c];
-      for (int64_t w = 1; w < workers; ++w) sum[c] += base[w * spec.gradients + at + c];
-    }
+    if (at < 0) return void(next(0));
+    with_data<A>(next(channels), [&](auto* sums) {
+      using T = std::remove_pointer_t<decltype(sums)>;
+      for (int64_t c = 0; c < channels; ++c) {
+        A sum = base[at + c];
+        for (int64_t w = 1; w < workers; ++w) sum += base[w * spec.gradients + at + c];
+        sums[c] = to_storage<T>(sum);
+      }
+    });
   };
   for (int which = 0; which < kPairNorms; ++which) {
     const PairNorm<A>& norm = spec.norms[which];

@@ -92,8 +92,8 @@ struct NarrowRows {
   }
 };
 
-template <class A>
-void pack_narrow(const SkewShape& shape, const A* weight, const int64_t* strides, A* packed) {
+template <class A, class T>
+void pack_narrow(const SkewShape& shape, const T* weight, const int64_t* strides, A* packed) {
   const int64_t taps = shape.narrow_taps<A>();
   std::fill(packed, packed + shape.channels * taps, A(0));
   for (int64_t out = 0; out < shape.channels; ++out, packed += taps)
@@ -101,7 +101,7 @@ void pack_narrow(const SkewShape& shape, const A* weight, const int64_t* strides
       for (int64_t kx = 0; kx < shape.kernel; ++kx)
         for (int64_t in = 0; in < shape.in_channels; ++in)
           packed[(ky * shape.kernel + kx) * shape.in_channels + in] =
-              weight[out * strides[0] + in * strides[1] + ky * strides[2] + kx * strides[3]];
+              to_accumulator<A>(weight[out * strides[0] + in * strides[1] + ky * strides[2] + kx * strides[3]]);
 }
 
 // As skew_up, of norm(in) where there is one; `in` needs no halo.

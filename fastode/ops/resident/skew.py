@@ -49,10 +49,7 @@ def why_not(pair: Pair, weight: Tensor, tensors: MaybeTensors, states: Sequence[
         return f"it has the skew pair for at most {_CHANNELS} channels"
     if not states:
         return ""
-    x = states[-1]
-    if x.dtype not in (torch.float32, torch.float64):
-        return f"it has the skew pair in float32 and float64, not in {x.dtype}".replace("torch.", "")
-    if any(tensor is not None and tensor.dtype != x.dtype for tensor in (weight, *tensors)):
+    if any(tensor is not None and tensor.dtype != states[-1].dtype for tensor in (weight, *tensors)):
         return "its parameters are not of the input's dtype"
     return ""
 
