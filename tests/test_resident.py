@@ -146,19 +146,22 @@ def test_python_threads_do_not_disturb_each_other(norm: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("scheme", "norm", "maps", "most"),
+    ("scheme", "norm", "frozen", "maps", "most"),
     [
-        pytest.param(lambda b: reference.IESkip(b, 1, 0.1), "layer", 4, 7, id="ie-layer"),
-        pytest.param(lambda b: reference.IESkip(b, 1, 0.1), "batch", 3, 7, id="ie-batch"),
-        pytest.param(reference.SSP3, "layer", 3, 5, id="ssp3-layer"),
-        pytest.param(reference.SSP3, "batch", 3, 5, id="ssp3-batch"),
+        pytest.param(lambda b: reference.IESkip(b, 1, 0.1), "layer", False, 4, 7, id="ie-layer"),
+        pytest.param(lambda b: reference.IESkip(b, 1, 0.1), "batch", False, 3, 7, id="ie-batch"),
+        pytest.param(lambda b: reference.IESkip(b, 1, 0.1), "batch", True, 4, 8, id="ie-batch-frozen"),
+        pytest.param(reference.SSP3, "layer", False, 3, 5, id="ssp3-layer"),
+        pytest.param(reference.SSP3, "batch", False, 3, 5, id="ssp3-batch"),
+        pytest.param(reference.SSP3, "layer", True, 5, 7, id="ssp3-layer-frozen"),
+        pytest.param(reference.SSP3, "batch", True, 5, 7, id="ssp3-batch-frozen"),
     ],
 )
 def test_what_forward_keeps_and_backward_needs(
-    scheme: Callable[..., nn.Module], norm: str, maps: int, most: int
+    scheme: Callable[..., nn.Module], norm: str, frozen: bool, maps: int, most: int
 ) -> None:
     x = channels_last(sample_input(64, 16, 16, 16, dtype=torch.float32)).requires_grad_()
-    twin = fused(scheme(preactivation(16, norm)))
+    twin = fused(scheme(preactivation(16, norm))).requires_grad_(not frozen)
     size, bar = x.numel() * x.element_size(), torch.ones_like(x)
     y = twin(x)
     kept = y.grad_fn.kept  # type: ignore[union-attr]
@@ -259,12 +262,13 @@ def test_equal_wherever_the_tensors_lie(shape: tuple[int, int, int], norm: str) 
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_a_second_backward_finds_what_the_first_found(norm: str) -> None:
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_second_backward_finds_what_the_first_found(norm: str, frozen: bool) -> None:
     x = sample_input(5, 16, 6, 7, dtype=torch.float32).requires_grad_()
     for block in blocks(preactivation(16, norm)):
-        twin = fused(block)
-        y = twin(channels_last(x)).square().sum()
-        first, second, third = (torch.autograd.grad(y, [x, *twin.parameters()], retain_graph=True) for _ in range(3))
+        twin = fused(block).requires_grad_(not frozen)
+        y, asked = twin(channels_last(x)).square().sum(), [x] if frozen else [x, *twin.parameters()]
+        first, second, third = (torch.autograd.grad(y, asked, retain_graph=True) for _ in range(3))
         assert all(torch.equal(a, b) and torch.equal(b, c) for a, b, c in zip(first, second, third, strict=True))
 
 

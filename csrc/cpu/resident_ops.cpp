@@ -75,36 +75,38 @@ Backward backward(const Tensor& x, const Tensor& cotangent, const BranchArgument
 }
 
 Forward ie_forward(Tensor x, Tensors parameters, Integers units, Numbers numbers, int64_t steps, double gamma,
-                   double theta, bool keep) {
-  return forward<DescentForward>(x, {parameters, units, numbers}, Descent{steps, gamma, theta, !keep}, steps + 1,
-                                 steps > 0, keep);
+                   double theta, bool keep, bool frozen) {
+  return forward<DescentForward>(x, {parameters, units, numbers}, Descent{steps, gamma, theta, !keep, frozen},
+                                 steps + 1, steps > 0, keep);
 }
 
 std::tuple<Tensor, Tensors> ie_backward(Tensor x, Tensor cotangent, Tensors kept, Tensors parameters, Integers units,
                                         Numbers numbers, int64_t steps, double gamma, double theta, bool detach,
                                         bool gradients) {
+  const Descent descent{steps, gamma, theta, detach, !gradients};
   auto [bar, bars, none] =
-      backward<DescentBackward>(x, cotangent, {parameters, units, numbers}, Descent{steps, gamma, theta, detach}, kept,
-                                {.gradients = gradients}, 0);
+      backward<DescentBackward>(x, cotangent, {parameters, units, numbers}, descent, kept, {.gradients = gradients}, 0);
   return {bar, bars};
 }
 
 // `table` [2, stages, stages], float64, contiguous: alpha and beta.
-Scheme scheme_of(const Tensor& table) {
+Scheme scheme_of(const Tensor& table, bool frozen) {
   const int64_t stages = table.size(1);
   const double* alpha = static_cast<const double*>(table.data_ptr());
-  return {stages, alpha, alpha + stages * stages};
+  return {stages, alpha, alpha + stages * stages, frozen};
 }
 
-Forward rk_forward(Tensor x, Tensors parameters, Integers units, Numbers numbers, Tensor table, bool keep) {
-  return forward<SchemeForward>(x, {parameters, units, numbers}, scheme_of(table), table.size(1), false, keep);
+Forward rk_forward(Tensor x, Tensors parameters, Integers units, Numbers numbers, Tensor table, bool keep,
+                   bool frozen) {
+  const Scheme scheme = scheme_of(table, frozen);
+  return forward<SchemeForward>(x, {parameters, units, numbers}, scheme, scheme.stages, false, keep);
 }
 
 Backward rk_backward(Tensor x, Tensor cotangent, Tensors kept, Tensors parameters, Integers units, Numbers numbers,
                      Tensor table, bool gradients, bool table_gradient) {
   // Where the stages are kept, no evaluation is computed again to its end but for the coefficients' gradients.
   const Wanted wanted{.gradients = gradients, .last = kept.empty() || table_gradient};
-  const Scheme scheme = scheme_of(table);
+  const Scheme scheme = scheme_of(table, !gradients && !table_gradient);
   const Backward result = backward<SchemeBackward>(x, cotangent, {parameters, units, numbers}, scheme, kept, wanted,
                                                    table_gradient ? table.numel() : 0);
   if (table_gradient) find_images(scheme, static_cast<double*>(std::get<2>(result).data_ptr()));
@@ -116,15 +118,17 @@ Backward rk_backward(Tensor x, Tensor cotangent, Tensors kept, Tensors parameter
 
 #define FASTODE_BRANCH "Tensor[] parameters, int[] units, float[] numbers"
 
-// A backward writes over what is kept. Its schema does not say so, because tracers refuse such lists of tensors; under
+// `frozen`: what is kept is for a backward without `gradients` and `table_gradient`; else for one with either. A
+// backward writes over what is kept. Its schema does not say so, because tracers refuse such lists of tensors; under
 // one the list is empty.
 STABLE_TORCH_LIBRARY_FRAGMENT(fastode, m) {
   m.def("resident_ie_forward(Tensor x, " FASTODE_BRANCH
-        ", int steps, float step_size, float theta, bool keep) -> (Tensor y, Tensor statistics, Tensor[] kept)");
+        ", int steps, float step_size, float theta, bool keep, bool frozen) -> (Tensor y, Tensor statistics, Tensor[] "
+        "kept)");
   m.def("resident_ie_backward(Tensor x, Tensor cotangent, Tensor[] kept, " FASTODE_BRANCH
         ", int steps, float step_size, float theta, bool detach, bool gradients) -> (Tensor x_bar, Tensor[] bars)");
   m.def("resident_rk_forward(Tensor x, " FASTODE_BRANCH
-        ", Tensor table, bool keep) -> (Tensor y, Tensor statistics, Tensor[] kept)");
+        ", Tensor table, bool keep, bool frozen) -> (Tensor y, Tensor statistics, Tensor[] kept)");
   m.def("resident_rk_backward(Tensor x, Tensor cotangent, Tensor[] kept, " FASTODE_BRANCH
         ", Tensor table, bool gradients, bool table_gradient) -> (Tensor x_bar, Tensor[] bars, Tensor table_bar)");
 }

@@ -10,6 +10,7 @@ struct Descent {
   int64_t steps;
   double gamma, theta;
   bool detach;  // the derivative takes the descent's direction as a constant
+  bool frozen;  // the input's gradient is the only one that is ever asked for
 
   // Whether the derivative is the residual block's. With theta = 0 the descent starts where it ends.
   bool plain() const { return detach || steps == 0 || theta == 0; }
@@ -24,11 +25,11 @@ class DescentPoints {
         scale_(2 * static_cast<A>(descent.gamma) * theta_),
         input_(input),
         keep_(keep && branch.memory().kept),
+        hold_first_(descent.frozen || !branch.memory().coupled),
         points(descent.steps),
         residuals(descent.steps),
         at_input(branch.evaluation(keep)) {
-    // Where the samples are coupled every map holds the batch, and these would be idle until the end.
-    if (keep_ && !branch.memory().coupled) branch.keep_inputs(at_input);
+    if (keep_ && hold_first_) branch.keep_inputs(at_input);
     for (int64_t k = 0; k < descent.steps; ++k) {
       at_point.push_back(branch.evaluation(keep));
       if (!keep_) continue;
@@ -44,8 +45,9 @@ class DescentPoints {
     for (size_t k = 0; k < points.size(); ++k) at_point[k].inputs[0] = points[k];
   }
 
-  // y_0 = x + f(x), in `to`
-  void start(Branch<A>& branch, const Map<A>& to, bool hold) {
+  // y_0 = x + f(x), in `to`; with `keep`, for a backward program
+  void start(Branch<A>& branch, const Map<A>& to, bool keep) {
+    const bool hold = keep && hold_first_;
     if (theta_ == 1) return branch.value(at_input, input_, &to, {1, {{1, input_}}}, hold);
     skip_ = branch.memory().take(input_.blocks);
     branch.value(at_input, input_, &skip_, {}, hold);
@@ -76,6 +78,9 @@ class DescentPoints {
   A theta_, scale_;
   Map<A> input_, skip_;
   bool keep_;
+  // Where the samples are coupled every map holds the batch, and what f(x) went through would be idle until the end: it
+  // is held where no training step's memory is at stake.
+  bool hold_first_;
 
  public:
   std::vector<Map<A>> points, residuals;
@@ -138,7 +143,7 @@ class DescentBackward {
       at.find();
     } else {
       at.points[0] = memory.take(ends.input.blocks);
-      at.start(branch, at.points[0], !memory.coupled);
+      at.start(branch, at.points[0], true);
       for (int64_t k = 0; k + 1 < steps; ++k) {
         at.evaluate(branch, k);
         at.points[k + 1] = at.step(branch, k, nullptr);

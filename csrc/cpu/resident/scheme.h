@@ -11,6 +11,7 @@ namespace fastode::resident {
 struct Scheme {
   int64_t stages;
   const double *alpha, *beta;
+  bool frozen;  // the input's gradient is the only one that is ever asked for
 
   double a(int64_t i, int64_t k) const { return alpha[(i - 1) * stages + k]; }
   double b(int64_t i, int64_t k) const { return beta[(i - 1) * stages + k]; }
@@ -27,8 +28,9 @@ struct Scheme {
 };
 
 // The stages of a scheme: u_k and, as long as another stage asks for it, F(u_k). What an evaluation went through stays
-// only of the last one, where the way back begins; of the others backward computes it again, by one convolution less
-// than F has.
+// of all of them where parameters are frozen, which is when the convolutions of the way back are the fewest; else only
+// of the last one, where that way begins, and of the others backward computes it again, by one convolution less than F
+// has.
 template <class A>
 class Stages {
  public:
@@ -37,7 +39,7 @@ class Stages {
       : scheme_(scheme),
         keep_(keep),
         // What lies in the cache costs nothing to hold.
-        hold_all_(keep && !branch.memory().kept && !branch.memory().coupled),
+        hold_all_(keep && (scheme.frozen || (!branch.memory().kept && !branch.memory().coupled))),
         values_(scheme.stages),
         points(scheme.stages) {
     Memory<A>& memory = branch.memory();
@@ -48,7 +50,7 @@ class Stages {
       evaluations[k].inputs[0] = points[k];
       if (!left) continue;
       if (k > 0) evaluations[k].inputs[0] = points[k] = memory.keep(input.blocks);
-      if (k + 1 == scheme.stages) branch.keep_inputs(evaluations[k]);
+      if (holds(k)) branch.keep_inputs(evaluations[k]);
     }
   }
 

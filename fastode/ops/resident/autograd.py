@@ -27,6 +27,11 @@ def keeps_beside(ctx) -> bool:
     return keeps(ctx) and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
 
+def frozen(ctx) -> bool:
+    """Whether backward will be asked for no gradient but that of the input, which is argument 0."""
+    return not any(ctx.needs_input_grad[1:])
+
+
 def take_kept(ctx) -> list[Tensor]:
     """What forward has left, for good: backward writes over it, and a second backward computes it again."""
     kept, ctx.kept = ctx.kept, []
@@ -40,7 +45,7 @@ class ResidentIESkipFunction(torch.autograd.Function):
     def forward(ctx, x: Tensor, plan: Plan, descent: Descent, rerun: Rerun | None, *tensors: Tensor | None):
         rule = (descent.steps, descent.step_size, descent.theta)
         keep = keeps_beside(ctx) and not descent.detach
-        y, flat, kept = torch.ops.fastode.resident_ie_forward(x, *encode(plan, tensors), *rule, keep)
+        y, flat, kept = torch.ops.fastode.resident_ie_forward(x, *encode(plan, tensors), *rule, keep, frozen(ctx))
         statistics = decode_statistics(plan, tensors, flat, x.shape[1], descent.steps + 1)
         ctx.save_for_backward(x, *tensors)
         ctx.plan, ctx.descent, ctx.rerun, ctx.kept = plan, descent, rerun, kept
@@ -75,7 +80,7 @@ class ResidentShuOsherFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, table: Tensor, plan: Plan, scheme: Scheme, rerun: Rerun | None, *tensors):
         y, flat, kept = torch.ops.fastode.resident_rk_forward(
-            x, *encode(plan, tensors), table.contiguous(), keeps_beside(ctx)
+            x, *encode(plan, tensors), table.contiguous(), keeps_beside(ctx), frozen(ctx)
         )
         statistics = decode_statistics(plan, tensors, flat, x.shape[1], scheme.stages)
         ctx.save_for_backward(x, table, *tensors)

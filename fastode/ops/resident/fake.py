@@ -33,7 +33,7 @@ def _gradients(parameters: Sequence[Tensor], wanted: bool) -> list[Tensor]:
     return [torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters] if wanted else []
 
 
-def _ie_forward(x, parameters, units, numbers, steps, step_size, theta, keep):
+def _ie_forward(x, parameters, units, numbers, steps, step_size, theta, keep, frozen):
     return _feature_map(x), _statistics(x, units, steps + 1), []
 
 
@@ -41,7 +41,7 @@ def _ie_backward(x, cotangent, kept, parameters, units, numbers, steps, step_siz
     return _feature_map(x), _gradients(parameters, gradients)
 
 
-def _rk_forward(x, parameters, units, numbers, table, keep):
+def _rk_forward(x, parameters, units, numbers, table, keep, frozen):
     return _feature_map(x), _statistics(x, units, table.shape[1]), []
 
 
