@@ -215,6 +215,24 @@ def test_named_engine_refuses_with_the_reason(branch: nn.Module, shape: tuple[in
         twin(torch.zeros(1, *shape))
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_convolutions_in_a_row(shape: tuple[int, int, int]) -> None:
+    channels, inner = shape[0], shape[0] + 20
+    branch = randomized(
+        nn.Sequential(
+            nn.Conv2d(channels, inner, 3, padding=1), nn.Conv2d(inner, inner, 1), nn.BatchNorm2d(inner), nn.ReLU(),
+            nn.Conv2d(inner, channels, 3, padding=1), nn.Conv2d(channels, channels, 3, padding=1),
+        )
+    )  # fmt: skip
+    block = reference.SSP2(branch)
+    judge, x = Judge(block, sample_input(3, *shape)), channels_last(sample_input(3, *shape))
+    twin = fused(block)
+    comparison = judge.compare(twin, x)
+    assert comparison.ok, comparison.describe()
+    block.eval()
+    assert_blocks_equal(block, fused(block), x, mode="forward")
+
+
 def part_of_a_larger_one(x: Tensor) -> Tensor:
     n, c, h, w = x.shape
     larger = torch.randn(n + 1, c + 32, h + 2, w + 1, dtype=x.dtype).contiguous(memory_format=torch.channels_last)

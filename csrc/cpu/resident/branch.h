@@ -141,6 +141,13 @@ class Branch {
   Mix<A> few(Mix<A> mix, std::vector<Map<A>>& made);
   void give(const std::vector<Map<A>>& maps);
   void take_tiles(Need need);
+  // Whether unit j's convolution reads its input as it is.
+  bool goes_straight(size_t j) const {
+    const UnitSpec<A>& unit = spec_.units[j];
+    return unit.has_conv && unit.norm == kNoNorm && unit.act.kind == kIdentity && !spec_.narrow;
+  }
+  // For the input of unit j, with a halo where that goes straight into a convolution and is not held.
+  Map<A> input_map(size_t j, bool hold);
 
   // On all samples of a range. out = combine(conv(act(norm(input j))) + bias), and of the tangent; n = transposed
   // conv(g). Without a convolution there is the rest.
@@ -172,7 +179,7 @@ class Branch {
   Memory<A>& memory_;
   const Plane<A>& plane_;
   A* gradients_;
-  Map<A> active_, tangent_active_, g_, tangent_g_;
+  Map<A> active_, tangent_active_, g_, tangent_g_, bare_[2];
   bfloat16* narrow_ = nullptr;
   char* tile_scratch_ = nullptr;
   int64_t narrow_stride_ = 0, tile_scratch_stride_ = 0;

@@ -99,6 +99,7 @@ struct Map {
   Extent extent = Extent::kBatch;
   int64_t per_worker = 0;  // samples per worker, for kRange
   bool pinned = false;     // is no one's scratch
+  bool halo = false;       // has a zero one around it
 
   explicit operator bool() const { return blocks > 0; }
   View<A> at(const Range& range, int64_t i) const {
@@ -220,7 +221,7 @@ class Memory {
       sample.at += n * stride;
       clear_halo(plane, sample, blocks);
     }
-    return {view, stride, blocks, Extent::kRange, schedule_.group};
+    return {view, stride, blocks, Extent::kRange, schedule_.group, false, true};
   }
 
   // Left to backward where there is a place for it. A backward program may write over it.

@@ -29,8 +29,9 @@ void Branch<A>::convolve_input(const Evaluation<A>& e, size_t j, const Range& ra
   }
   ConvJob<A> jobs[kGroup];
   for (int64_t i = 0; i < range.count; ++i) {
-    jobs[i] = {active_.at(range, i), out.at(range, i), mix.at(range, i)};
-    apply(plane_, blocks, rows_of(e, j, range, i), unit.act, input(i), jobs[i].in, Combine<A>{});
+    const bool direct = e.inputs[j].halo && goes_straight(j);
+    jobs[i] = {direct ? input(i) : active_.at(range, i), out.at(range, i), mix.at(range, i)};
+    if (!direct) apply(plane_, blocks, rows_of(e, j, range, i), unit.act, input(i), jobs[i].in, Combine<A>{});
   }
   convolve<A>(plane_, unit.shape, unit.forward, unit.conv_bias, jobs, range.count, range.ahead);
 }
@@ -124,6 +125,17 @@ void Branch<A>::add_norm_gradients(const UnitSpec<A>& unit, const Range& range, 
 }
 
 template <class A>
+Map<A> Branch<A>::input_map(size_t j, bool hold) {
+  const int64_t blocks = blocks_of<A>(spec_.units[j].in_channels);
+  if (hold || !goes_straight(j)) return memory_.take(blocks);
+  Map<A>& map = bare_[j % 2];  // the other one is read meanwhile
+  if (!map) map = memory_.padded(spec_.blocks), map.pinned = true;
+  Map<A> part = map;
+  part.blocks = blocks;
+  return part;
+}
+
+template <class A>
 void Branch<A>::value(Evaluation<A>& e, const Map<A>& in, const Map<A>* out, const Mix<A>& mix, bool hold) {
   const size_t units = spec_.units.size();
   std::vector<Map<A>> made;
@@ -132,14 +144,14 @@ void Branch<A>::value(Evaluation<A>& e, const Map<A>& in, const Map<A>* out, con
   // The last input may lie where the result goes: it is read before, and that memory is then in the cache.
   const auto is_out = [&](const auto& map) { return map.view.at == out->view.at; };
   const bool shares =
-      out && units > 1 && !hold && !e.inputs.back() && !is_out(in) &&
+      out && units > 1 && !hold && !goes_straight(units - 1) && !e.inputs.back() && !is_out(in) &&
       out->blocks == blocks_of<A>(spec_.units.back().in_channels) &&
       std::none_of(last_mix.terms.begin(), last_mix.terms.end(), [&](const auto& term) { return is_out(term.second); });
   if (shares) e.inputs.back() = *out;
   prepare(e, 0);
   for (size_t j = 0; j + (out ? 0 : 1) < units; ++j) {
     const bool last = j + 1 == units;
-    if (!last && !e.inputs[j + 1]) e.inputs[j + 1] = memory_.take(blocks_of<A>(spec_.units[j + 1].in_channels));
+    if (!last && !e.inputs[j + 1]) e.inputs[j + 1] = input_map(j + 1, hold);
     const Map<A> to = last ? *out : e.inputs[j + 1];
     const Mix<A> here = last ? last_mix : Mix<A>{};
     each(here.with({e.inputs[j], to}), [=, this](const Range& range) { convolve_input(e, j, range, to, here); });
