@@ -61,6 +61,8 @@ class Ahead {
  public:
   static constexpr int64_t line = 64;  // bytes
 
+  explicit Ahead(int64_t room = 1 << 19) : room_(room) {}  // bytes, a quarter of a core's own cache
+
   void add(const char* at, int64_t bytes) {
     if (count_ == kCapacity || bytes > room_) return;
     stretches_[count_++] = {at, bytes};
@@ -83,7 +85,7 @@ class Ahead {
     int64_t bytes;
   } stretches_[kCapacity];
   int next_ = 0, count_ = 0;
-  int64_t room_ = 1 << 19;  // bytes, a quarter of a core's own cache
+  int64_t room_;
 };
 
 // Every job, for one slice of the weights after the other, so that all samples share its way into the cache.

@@ -107,6 +107,7 @@ class SkewPair {
 
   const PairSpec<A>& spec;
   const Plane<A> y_plane, z_plane;
+  Ahead* ahead = nullptr;  // what the convolutions ask for meanwhile
 
  private:
   static bool is_y(int which) { return which == kPreY || which == kPostY; }

@@ -51,12 +51,13 @@ void pack_skew(const SkewShape& shape, const T* weight, const int64_t* strides, 
 
 // out = combine(W in), from z's plane to y's; `in` has a zero halo.
 template <class A>
-void skew_down(const SkewShape& shape, const A* packed, const ConvJob<A>& job);
+void skew_down(const SkewShape& shape, const A* packed, const ConvJob<A>& job, Ahead* ahead);
 
 // out = combine(W^T in), from y's plane to z's; `in` has a zero halo, except where the shape is narrow: there `norm`,
 // if there is one, is applied to it first.
 template <class A>
-void skew_up(const SkewShape& shape, const A* packed, const NormRows<A>* norm, const ConvJob<A>& job, A* scratch);
+void skew_up(const SkewShape& shape, const A* packed, const NormRows<A>* norm, const ConvJob<A>& job, A* scratch,
+             Ahead* ahead);
 
 // gradient += the sum over the pairs of W's gradient for an input in z's plane and a cotangent in y's, both with zero
 // halos; the layout is that of the shape down().

@@ -60,7 +60,7 @@ void pack_skew(const SkewShape& shape, const T* weight, const int64_t* strides, 
 
 template <class A, int taps, int step>
 void run_skew(const ConvShape& shape, const A* packed, const Plane<A>& out, int64_t up, int64_t left,
-              const ConvJob<A>& job) {
+              const ConvJob<A>& job, Ahead* ahead) {
   const int64_t vectors = vectors_of<A>(shape.out_channels);
   const ConvPlan<A> plan{out.height,
                          out.width,
@@ -73,18 +73,18 @@ void run_skew(const ConvShape& shape, const A* packed, const Plane<A>& out, int6
                          shape.kernel_h,
                          shape.kernel_w / taps,
                          nullptr};
-  vectors == 2 ? run_plan<A, 2, taps, step>(plan, &job, 1) : run_plan<A, 1, taps, step>(plan, &job, 1);
+  vectors == 2 ? run_plan<A, 2, taps, step>(plan, &job, 1, ahead) : run_plan<A, 1, taps, step>(plan, &job, 1, ahead);
 }
 
 template <class A>
-void skew_down(const SkewShape& shape, const A* packed, const ConvJob<A>& job) {
+void skew_down(const SkewShape& shape, const A* packed, const ConvJob<A>& job, Ahead* ahead) {
   const Plane<A> plane = shape.y_plane<A>();
   const ConvShape down = shape.down();
-  if (shape.stride == 2) return run_skew<A, kDownTaps, 2>(down, packed, plane, 1, 1, job);
+  if (shape.stride == 2) return run_skew<A, kDownTaps, 2>(down, packed, plane, 1, 1, job, ahead);
   const int64_t pad = shape.halo();
   // Not convolve(), which takes what lies above and below the plane for halo: here it may be the next band.
-  taps_of(down) == 3 ? run_skew<A, 3, 1>(down, packed, plane, pad, pad, job)
-                     : run_skew<A, 1, 1>(down, packed, plane, pad, pad, job);
+  taps_of(down) == 3 ? run_skew<A, 3, 1>(down, packed, plane, pad, pad, job, ahead)
+                     : run_skew<A, 1, 1>(down, packed, plane, pad, pad, job, ahead);
 }
 
 // Every second row and column, from (py, px) on.
@@ -96,16 +96,17 @@ View<A> parity(View<A> view, int64_t py, int64_t px) {
 }
 
 template <class A>
-void skew_up(const SkewShape& shape, const A* packed, const NormRows<A>* norm, const ConvJob<A>& job, A* scratch) {
-  if (shape.narrow<A>()) return narrow_up(shape, packed, norm, job, scratch);
+void skew_up(const SkewShape& shape, const A* packed, const NormRows<A>* norm, const ConvJob<A>& job, A* scratch,
+             Ahead* ahead) {
+  if (shape.narrow<A>()) return narrow_up(shape, packed, norm, job, scratch, ahead);
   const Plane<A> plane = shape.y_plane<A>();
-  if (shape.stride == 1) return convolve<A>(plane, shape.up(), packed, nullptr, &job, 1);
+  if (shape.stride == 1) return convolve<A>(plane, shape.up(), packed, nullptr, &job, 1, ahead);
   for (int64_t py = 0; py < 2; ++py)
     for (int64_t px = 0; px < 2; ++px, packed += shape.up().template packed_size<A>()) {
       ConvJob<A> part = job;
       part.out = parity(job.out, py, px);
       for (int i = 0; i < job.combine.count; ++i) part.combine.term[i] = parity(job.combine.term[i], py, px);
-      run_skew<A, kUpTaps, 1>(shape.up(), packed, plane, 1 - py, 1 - px, part);
+      run_skew<A, kUpTaps, 1>(shape.up(), packed, plane, 1 - py, 1 - px, part, ahead);
     }
 }
 

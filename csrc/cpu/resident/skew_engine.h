@@ -39,6 +39,8 @@ class PackedPair {
   Tensor storage_;
 };
 
+inline constexpr int64_t kAhead = 1 << 20;  // bytes of the next maps; one sample's own fill the rest of a core's cache
+
 // A tensor's samples as views: in place where it has the program's type and its channels lie next to each other in
 // whole vectors, else by a copy.
 template <class A>
@@ -48,6 +50,8 @@ class Port {
       : feature_(feature_of<A>(tensor)),
         rounded_(feature_of<bfloat16>(tensor)),
         plane_(feature_.height, feature_.width, 0),
+        samples_(tensor.size(0)),
+        element_(static_cast<int64_t>(tensor.element_size())),
         is_rounded_(tensor.scalar_type() == ScalarType::BFloat16),
         direct_(!is_rounded_ && feature_.channel == 1 && feature_.channels % kLanes<A> == 0) {
     if (!direct_) copy_ = plane_.compact(arena.take<A>(blocks_of<A>(feature_.channels) * plane_.pixels() * kLanes<A>));
@@ -60,6 +64,12 @@ class Port {
   View<A> load(int64_t n) const {
     if (!direct_) is_rounded_ ? load_from(rounded_, n) : load_from(feature_, n);
     return view(n);
+  }
+  // Asks for sample n, if there is one.
+  void expect(Ahead& ahead, int64_t n) const {
+    if (n < samples_)
+      ahead.add(reinterpret_cast<const char*>(feature_.data) + n * feature_.sample * element_,
+                feature_.channels * plane_.pixels() * element_);
   }
   void store(int64_t n) const {
     if (!direct_) is_rounded_ ? store_sample(plane_, copy_, rounded_, n) : store_sample(plane_, copy_, feature_, n);
@@ -76,6 +86,7 @@ class Port {
   Feature<A> feature_;
   Feature<bfloat16> rounded_;
   Plane<A> plane_;
+  int64_t samples_, element_;
   bool is_rounded_, direct_;
   View<A> copy_;
 };

@@ -172,6 +172,11 @@ struct MarchWorker {
   bool backward;
 
   void operator()(int64_t n) {
+    Ahead ahead(kAhead);
+    out.expect(ahead, n);
+    x.expect(ahead, n + 1);
+    if (backward) cotangent.expect(ahead, n + 1);
+    march.expect(ahead, n);
     const View<A> from = x.load(n);
     if (backward)
       march.backward(from, n, cotangent.load(n), out.view(n), gradients);
@@ -225,6 +230,8 @@ class PairWorker {
   }
 
   void operator()(int64_t n) {
+    Ahead ahead(kAhead);
+    expect(ahead, n);
     const Both<A> point{y_.load(n), z_.load(n)};
     Trace<A> trace;
     trace.guide = {remakes_y_ ? y_guide_ : pair_.y_plane.compact(traces_.of(traces_.y[0], pair_.y_size(), n)),
@@ -245,6 +252,19 @@ class PairWorker {
   }
 
  private:
+  // What the convolutions ask for meanwhile, as it is needed.
+  void expect(Ahead& ahead, int64_t n) {
+    if (backward_) y_.expect(ahead, n);
+    if (need_.y) y_out_.expect(ahead, n);
+    if (need_.z) z_out_.expect(ahead, n);
+    if (backward_ && has_.y) y_bar_.expect(ahead, n + 1);
+    if (backward_ && has_.z) z_bar_.expect(ahead, n + 1);
+    if (!backward_) y_.expect(ahead, n + 1);
+    z_.expect(ahead, n + 1);
+    traces_.expect(pair_, ahead, n + 1);
+    pair_.ahead = &ahead;
+  }
+
   void put(const Trace<A>& trace, int64_t n) const {
     const auto half = [&](bool y, const View<A>& s, const View<A>& out) {
       const NormRows<A> rows = pair_.rows_of(y ? kPostY : kPostZ, trace.statistics);

@@ -83,7 +83,8 @@ void SkewPair<A>::make_y(const Trace<A>& trace, bool measured) const {
   damping.add(-spec.gamma, y_hat_);
   each_band(y_plane, [&](const Plane<A>& band, int64_t at) {
     part.height = band.height;
-    skew_down<A>(part, spec.down, {below(z_hat_, at * part.stride), below(trace.guide.y, at), below(damping, at)});
+    skew_down<A>(part, spec.down, {below(z_hat_, at * part.stride), below(trace.guide.y, at), below(damping, at)},
+                 ahead);
     activate(true, trace, band, at);
     if (measured) add_moments(kPostY, band, at, trace.s.y);
   });
@@ -114,7 +115,7 @@ void SkewPair<A>::evaluate(const Both<A>& point, Trace<A>& trace, Want want) con
     ConvJob<A> job{normalised ? y_hat_ : point.y, trace.guide.z};
     job.combine.scale = -1;
     job.combine.add(-spec.gamma, z_hat_);
-    skew_up<A>(spec.shape, spec.up, normalised ? nullptr : &rows, job, scratch_);
+    skew_up<A>(spec.shape, spec.up, normalised ? nullptr : &rows, job, scratch_, ahead);
     each_band(z_plane, [&](const Plane<A>& band, int64_t at) {
       activate(false, trace, band, at);
       add_moments(kPostZ, band, at, trace.s.z);
@@ -193,14 +194,14 @@ Want SkewPair<A>::pull(const Both<A>& point, const Trace<A>& trace, const Combin
   if (need.y && has_q) {
     ConvJob<A> job{q_, y_hat_};
     if (has_p) job.combine.add(-spec.gamma, p_);
-    skew_down<A>(spec.shape, spec.down, job);
+    skew_down<A>(spec.shape, spec.down, job, ahead);
   } else if (need.y && left.y) {
     combine_maps<A>(y_plane, y_blocks(), y_hat_, Combine<A>{}.add(-spec.gamma, p_));
   }
   if (need.z && has_p) {
     ConvJob<A> job{p_, z_hat_};
     if (has_q) job.combine.add(spec.gamma, q_);
-    skew_up<A>(spec.shape, spec.up, nullptr, job, scratch_);
+    skew_up<A>(spec.shape, spec.up, nullptr, job, scratch_, ahead);
   } else if (need.z && left.z) {
     combine_maps<A>(z_plane, z_blocks(), z_hat_, Combine<A>{}.add(spec.gamma, q_));
   }

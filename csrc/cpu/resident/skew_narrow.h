@@ -11,13 +11,17 @@ namespace fastode::resident {
 // Products of `pixels` pixels of y with `vectors` vectors of (tap, channel).
 template <class A, int vectors, int pixels>
 void multiply_pixels(const A* in, int64_t pixel, int64_t block, int64_t channels, const A* weights, int64_t taps,
-                     A* out) {
+                     A* out, Ahead* ahead) {
   using V = Vec<A>;
   constexpr int64_t lanes = kLanes<A>;
   V sums[pixels][vectors] = {};
+  const char* soon = ahead ? ahead->take(channels) : nullptr;
+  const int64_t soon_step = soon ? Ahead::line : 0;
+  if (!soon) soon = reinterpret_cast<const char*>(in);
   for (int64_t left = channels; left > 0; left -= lanes, in += block) {
     const int64_t count = std::min(left, lanes);
-    for (int64_t c = 0; c < count; ++c, weights += taps) {
+    for (int64_t c = 0; c < count; ++c, weights += taps, soon += soon_step) {
+      __builtin_prefetch(soon, 0, 2);
       V w[vectors];
       FASTODE_UNROLL for (int v = 0; v < vectors; ++v) w[v] = load<V>(weights + v * lanes);
       FASTODE_UNROLL for (int x = 0; x < pixels; ++x) {
@@ -32,15 +36,16 @@ void multiply_pixels(const A* in, int64_t pixel, int64_t block, int64_t channels
 }
 
 template <class A, int vectors, int pixels = kTile / 2>
-void multiply_row(const View<A>& in, int64_t width, int64_t channels, const A* weights, int64_t taps, A* out) {
+void multiply_row(const View<A>& in, int64_t width, int64_t channels, const A* weights, int64_t taps, A* out,
+                  Ahead* ahead) {
   int64_t x = 0;
   for (; x + pixels <= width; x += pixels)
     multiply_pixels<A, vectors, pixels>(in.pixel_at(0, 0, x), in.pixel, in.block, channels, weights, taps,
-                                        out + x * taps);
+                                        out + x * taps, ahead);
   View<A> rest = in;
   rest.at += x * in.pixel;
   if constexpr (pixels > 1)
-    multiply_row<A, vectors, pixels / 2>(rest, width - x, channels, weights, taps, out + x * taps);
+    multiply_row<A, vectors, pixels / 2>(rest, width - x, channels, weights, taps, out + x * taps, ahead);
 }
 
 // Rows of products, as many as one row of z meets, and one row of normalised input.
@@ -106,7 +111,8 @@ void pack_narrow(const SkewShape& shape, const T* weight, const int64_t* strides
 
 // As skew_up, of norm(in) where there is one; `in` needs no halo.
 template <class A>
-void narrow_up(const SkewShape& shape, const A* packed, const NormRows<A>* norm, const ConvJob<A>& job, A* scratch) {
+void narrow_up(const SkewShape& shape, const A* packed, const NormRows<A>* norm, const ConvJob<A>& job, A* scratch,
+               Ahead* ahead) {
   constexpr int64_t lanes = kLanes<A>;
   const NarrowRows<A> rows(shape);
   const Plane<A> line(1, shape.width, 0);
@@ -126,8 +132,8 @@ void narrow_up(const SkewShape& shape, const A* packed, const NormRows<A>* norm,
     int64_t done = 0;
     for (A* to = rows.products(scratch, y, 0); done < rows.taps;) {
       const bool two = done + 2 * lanes <= rows.taps;
-      two ? multiply_row<A, 2>(in, shape.width, shape.channels, packed + done, rows.taps, to + done)
-          : multiply_row<A, 1>(in, shape.width, shape.channels, packed + done, rows.taps, to + done);
+      two ? multiply_row<A, 2>(in, shape.width, shape.channels, packed + done, rows.taps, to + done, ahead)
+          : multiply_row<A, 1>(in, shape.width, shape.channels, packed + done, rows.taps, to + done, ahead);
       done += two ? 2 * lanes : lanes;
     }
     const bool last = y + 1 == shape.height;

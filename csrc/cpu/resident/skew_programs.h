@@ -28,6 +28,14 @@ struct Traces {
   int64_t samples = 0;  // 0: of the sample at hand
 
   A* of(A* base, int64_t size, int64_t n) const { return base && samples ? base + n * size : base; }
+
+  // Asks for the guides of sample n of the batch.
+  void expect(const SkewPair<A>& pair, Ahead& ahead, int64_t n) const {
+    const auto half = [&](A* base, int64_t size) {
+      if (base && n < samples) ahead.add(reinterpret_cast<const char*>(base + n * size), size * sizeof(A));
+    };
+    for (size_t e = 0; e < y.size(); ++e) half(y[e], pair.y_size()), half(z[e], pair.z_size());
+  }
 };
 
 // Every evaluation's guides from the arena, or `every` evaluations' in turn.
@@ -61,6 +69,12 @@ class SkewMarch {
     if (backward) point_ = pair_.maps(arena), sum_ = pair_.maps(arena);
     for (int64_t step = 0; step < march.steps; ++step)
       for (int64_t i = 0; i < march.stages; ++i) reads_y_ = reads_y_ || pair_.reads(march.want(step, i)).y;
+  }
+
+  // What the convolutions of the next sample, `n`, ask for meanwhile, and behind it the guides of sample n + 1.
+  void expect(Ahead& ahead, int64_t n) {
+    traces_.expect(pair_, ahead, n + 1);
+    pair_.ahead = &ahead;
   }
 
   // The solution from x, sample n of the batch.
