@@ -290,26 +290,32 @@ def test_a_second_backward_finds_what_the_first_found(norm: str, frozen: bool) -
         assert all(torch.equal(a, b) and torch.equal(b, c) for a, b, c in zip(first, second, third, strict=True))
 
 
+# Before the sigmoid. F(x) is a map of its own up to about -0.5, where too much of a point would stand for it.
 @pytest.mark.parametrize("norm", ["layer", "batch"])
-@pytest.mark.parametrize("seed", range(4))
-def test_the_gradient_of_arks_first_step_where_that_is_short(seed: int, norm: str) -> None:
-    block = reference.Ark(preactivation(16, norm), b10=-4.0)
-    assert_blocks_equal(block, fused(block), sample_input(5, 16, 9, 8, seed=seed))
+@pytest.mark.parametrize("b10", [-4.0, -1.0, -0.5, -0.2, 0.0, 0.1, 1.0, 4.0])
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.LeakyReLU(0.2), nn.Softplus()], ids=["relu", "leaky", "softplus"])
+def test_arks_first_step_of_any_length(activation: nn.Module, b10: float, norm: str) -> None:
+    block = reference.Ark(preactivation(16, norm, activation), b10=b10, learn_a21=True)
+    for seed in range(2):
+        assert_blocks_equal(block, fused(block), sample_input(5, 16, 9, 8, seed=seed))
 
 
-# Rows u_k, then F(u_k). In the second table stage 1 has nothing of F(u_0) and stage 2 nothing of F(u_1).
+# Rows u_k, then F(u_k). In the second table stage 1 has nothing of F(u_0) and stage 2 nothing of F(u_1); in the third
+# no point stands for F(u_0), of which stage 3 has the most, and one does for F(u_1) that has F(u_0) in it too.
 TABLES = [
     (((1.0,), (0.4, 0.6), (0.2, 0.3, 0.5)), ((0.5,), (0.1, 0.4), (0.2, 0.1, 0.3))),
     (((1.0,), (0.4, 0.6), (0.2, 0.3, 0.5)), ((0.0,), (0.5, 0.0), (0.2, 0.1, 0.3))),
+    (((1.0,), (0.4, 0.6), (0.2, 0.3, 0.5)), ((0.3,), (0.2, 0.7), (-0.4, -0.5, 0.3))),
 ]
 
 
 @pytest.mark.parametrize("norm", ["layer", "batch", "none"])
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
 @pytest.mark.parametrize("rows", TABLES)
-def test_the_gradient_of_any_schemes_coefficients(rows: tuple, norm: str) -> None:
+def test_the_gradient_of_any_schemes_coefficients(rows: tuple, activation: str, norm: str) -> None:
     padded = [[[*row, *[0.0] * (3 - len(row))] for row in part] for part in rows]
     scheme = Scheme(*(tuple(tuple(k for k, entry in enumerate(row) if entry) for row in part) for part in rows))
-    module = reference.PreActBranch(5, norm=norm, activation="tanh").double()
+    module = reference.PreActBranch(5, norm=norm, activation=activation).double()
     x = sample_input(3, 5, 4, 6, dtype=torch.float64)
     cotangent = sample_input(3, 5, 4, 6, dtype=torch.float64, seed=1)
     reading = branch.read(module)

@@ -91,9 +91,7 @@ std::tuple<Tensor, Tensors> ie_backward(Tensor x, Tensor cotangent, Tensors kept
 
 // `table` [2, stages, stages], float64, contiguous: alpha and beta.
 Scheme scheme_of(const Tensor& table, bool frozen) {
-  const int64_t stages = table.size(1);
-  const double* alpha = static_cast<const double*>(table.data_ptr());
-  return {stages, alpha, alpha + stages * stages, frozen};
+  return {table.size(1), static_cast<const double*>(table.data_ptr()), frozen};
 }
 
 Forward rk_forward(Tensor x, Tensors parameters, Integers units, Numbers numbers, Tensor table, bool keep,
@@ -109,7 +107,7 @@ Backward rk_backward(Tensor x, Tensor cotangent, Tensors kept, Tensors parameter
   const Scheme scheme = scheme_of(table, !gradients && !table_gradient);
   const Backward result = backward<SchemeBackward>(x, cotangent, {parameters, units, numbers}, scheme, kept, wanted,
                                                    table_gradient ? table.numel() : 0);
-  if (table_gradient) find_images(scheme, static_cast<double*>(std::get<2>(result).data_ptr()));
+  if (table_gradient) scheme.complete(static_cast<double*>(std::get<2>(result).data_ptr()));
   return result;
 }
 

@@ -82,6 +82,14 @@ struct Means {
   const Rows<A>& of(const UnitSpec<A>& unit) const { return unit.norm == kBatchNorm ? all : each; }
 };
 
+// Where a cotangent sweep adds scale * <image, f>, for each worker.
+template <class A>
+struct Along {
+  double scale = 0;
+  double* sum = nullptr;  // null: it does not
+  int64_t stride = 0;
+};
+
 enum class Need { kValue, kCotangent, kSecond };
 
 template <class A>
@@ -104,7 +112,11 @@ class Branch {
   void tangent(const Evaluation<A>& e, const Map<A>& t, const Map<A>& out, const Mix<A>& mix);
   // mix(J^T image), in `out` or, if that is null, in a map of the memory's. With `parameters` their gradients are added
   // to the worker's accumulators. The image is read before anything is written, the mix's terms where the result is.
-  Map<A> cotangent(const Evaluation<A>& e, const Mix<A>& image, const Map<A>* out, const Mix<A>& mix, bool parameters);
+  Map<A> cotangent(const Evaluation<A>& e, const Mix<A>& image, const Map<A>* out, const Mix<A>& mix, bool parameters,
+                   const Along<A>& along = {});
+  // Whether it can be told `along`: the last unit's activation is a(z) = a'(z) z, so that <image, f> is, but for the
+  // bias, the inner product of z with the cotangent that reaches it, which the norm's sums have in them.
+  bool finds_image() const;
   // mix(gradient of <v, f> + <q, J t>), t being the last tangent sweep's, whose maps are given back. Nothing of q is
   // left where the samples are coupled.
   Map<A> second(const Evaluation<A>& e, const Map<A>& v, const Map<A>& q, const Mix<A>& mix, bool parameters);
@@ -157,6 +169,9 @@ class Branch {
   void convolve_back(const UnitSpec<A>& unit, const Range& range, const Map<A>& g, const Map<A>& n) const;
   // Accumulates the weight's and bias' gradients from g and unit j's input, and, with `t`, from those of the tangent.
   void add_gradients(const Evaluation<A>& e, size_t j, const Range& range, const Map<A>* t) const;
+  // Adds <g, bias> of the convolution behind a unit, and <n, z> from the sums of n, z's cotangent, and of n x.
+  void add_bias_product(const UnitSpec<A>& unit, const Range& range, int64_t i, const Along<A>& along) const;
+  void add_product(const UnitSpec<A>& unit, const Range& range, const A* sums, const Along<A>& along) const;
   void add_norm_gradients(const UnitSpec<A>& unit, const Range& range, const A* sums) const;
 
   NormRows<A> rows_of(const Evaluation<A>& e, size_t j, const Range& range, int64_t i) const;

@@ -1,31 +1,10 @@
 // Explicit schemes in Shu-Osher form, forwards and backwards. Derivation: README.md of fastode/ops/runge_kutta.
 #pragma once
 
-#include <cmath>
-
 #include "programs.h"
+#include "tableau.h"
 
 namespace fastode::resident {
-
-// u_i = sum_k alpha[i, k] u_k + beta[i, k] F(u_k), rows i = 1 ... stages, both [stages, stages].
-struct Scheme {
-  int64_t stages;
-  const double *alpha, *beta;
-  bool frozen;  // the input's gradient is the only one that is ever asked for
-
-  double a(int64_t i, int64_t k) const { return alpha[(i - 1) * stages + k]; }
-  double b(int64_t i, int64_t k) const { return beta[(i - 1) * stages + k]; }
-  bool uses(int64_t i, int64_t k) const { return a(i, k) != 0 || b(i, k) != 0; }
-  // Whether u_{k+1} is a point of evaluation that has so much of F(u_k) in it that its rounding, which grows by the
-  // inverse of that share, spoils no inner product with F(u_k).
-  bool leads(int64_t k) const { return k + 1 < stages && std::abs(b(k + 1, k)) >= 0.5; }
-  // Whether F(u_k) is used by another stage than the one right after it.
-  bool reused(int64_t k) const {
-    for (int64_t i = k + 2; i <= stages; ++i)
-      if (b(i, k) != 0) return true;
-    return false;
-  }
-};
 
 // The stages of a scheme: u_k and, as long as another stage asks for it, F(u_k). What an evaluation went through stays
 // of all of them where parameters are frozen, which is when the convolutions of the way back are the fewest; else only
@@ -155,8 +134,9 @@ class SchemeBackward {
         if (scheme.a(i, k) != 0) out.terms.push_back({static_cast<A>(scheme.a(i, k)), bars[i]});
       }
       stages.recall(branch, k);
-      if (wishes.products) products(branch, scheme, stages, bars, k, wishes);
-      bars[k] = branch.cotangent(stages.evaluations[k], image, k == 0 ? &ends.result : nullptr, out, wishes.parameters);
+      const Along<A> along = wishes.products ? products(branch, scheme, stages, bars, k, wishes) : Along<A>{};
+      const Map<A>* to = k == 0 ? &ends.result : nullptr;
+      bars[k] = branch.cotangent(stages.evaluations[k], image, to, out, wishes.parameters, along);
       if (wishes.products && k > 0) product(branch, bars[k], stages.points[k], (k - 1) * scheme.stages + k, wishes);
       stages.release(branch, k);
       for (int64_t i = k + 1; i <= scheme.stages; ++i) {
@@ -177,36 +157,24 @@ class SchemeBackward {
   }
 
   // Column k of the coefficients' gradient: inner products of the cotangent of every later u_i with u_k and, unless
-  // `find_images` finds them, with F(u_k), made again for that. To have kept it would be a map of the batch per stage.
-  static void products(Branch<A>& branch, const Scheme& scheme, const Stages<A>& stages,
-                       const std::vector<Map<A>>& bars, int64_t k, const Wishes<A>& wishes) {
+  // `Scheme::complete` finds them, with F(u_k): the pull-back's, if there is only the one that it finds on its way, and
+  // else with F(u_k) made again for that. To have kept it would be a map of the batch per stage.
+  static Along<A> products(Branch<A>& branch, const Scheme& scheme, const Stages<A>& stages,
+                           const std::vector<Map<A>>& bars, int64_t k, const Wishes<A>& wishes) {
     const int64_t s = scheme.stages;
     for (int64_t i = k + 1; i <= s; ++i) product(branch, bars[i], stages.points[k], (i - 1) * s + k, wishes);
-    if (scheme.leads(k)) return;
+    if (scheme.leads(k)) return {};
+    double* sums = wishes.products + s * s + k;
+    if (k + 1 == s && scheme.b(s, k) != 0 && branch.finds_image())
+      return {1 / scheme.b(s, k), sums + k * s, wishes.products_stride};
     const auto add = [=, &plane = branch.plane()](const Range& range, int64_t n, const View<A>& image) {
-      double* beta = wishes.products + range.worker * wishes.products_stride + s * s + k;
       for (int64_t i = k + 1; i <= s; ++i)
-        beta[(i - 1) * s] += inner_product(plane, bars[i].blocks, bars[i].at(range, n), image);
+        sums[range.worker * wishes.products_stride + (i - 1) * s] +=
+            inner_product(plane, bars[i].blocks, bars[i].at(range, n), image);
     };
     branch.each_image(stages.evaluations[k], add);
+    return {};
   }
 };
-
-// Completes the inner products [2, stages, stages] of a backward program: <bar_i, F(u_k)> where u_{k+1} leads from
-// F(u_k), from those of bar_i with u_{k+1} and with what else it is made of.
-inline void find_images(const Scheme& scheme, double* products) {
-  const int64_t s = scheme.stages;
-  for (int64_t i = 1; i <= s; ++i) {
-    double *alpha = products + (i - 1) * s, *beta = alpha + s * s;
-    for (int64_t k = 0; k < i; ++k) {
-      if (!scheme.leads(k)) continue;
-      beta[k] = alpha[k + 1];
-      for (int64_t j = 0; j <= k; ++j) beta[k] -= scheme.a(k + 1, j) * alpha[j];
-      for (int64_t j = 0; j < k; ++j) beta[k] -= scheme.b(k + 1, j) * beta[j];
-      beta[k] /= scheme.b(k + 1, k);
-    }
-    for (int64_t k = i; k < s; ++k) alpha[k] = beta[k] = 0;
-  }
-}
 
 }  // namespace fastode::resident

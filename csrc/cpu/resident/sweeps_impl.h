@@ -136,6 +136,33 @@ Map<A> Branch<A>::input_map(size_t j, bool hold) {
 }
 
 template <class A>
+bool Branch<A>::finds_image() const {
+  const UnitSpec<A>& last = spec_.units.back();
+  return last.has_conv && (last.act.kind == kIdentity || last.act.kind == kRelu || last.act.kind == kLeakyRelu);
+}
+
+template <class A>
+void Branch<A>::add_bias_product(const UnitSpec<A>& unit, const Range& range, int64_t i, const Along<A>& along) const {
+  if (!unit.conv_bias) return;
+  const int64_t blocks = blocks_of<A>(unit.out_channels);
+  A* sums = sums_.at(range, i);
+  std::fill_n(sums, blocks * kLanes<A>, A(0));
+  add_channel_sums(plane_, blocks, g_.at(range, i), sums);
+  double total = 0;
+  for (int64_t c = 0; c < unit.out_channels; ++c) total += static_cast<double>(sums[c]) * unit.conv_bias[c];
+  along.sum[range.worker * along.stride] += along.scale * total;
+}
+
+template <class A>
+void Branch<A>::add_product(const UnitSpec<A>& unit, const Range& range, const A* sums, const Along<A>& along) const {
+  const A* normalised = sums + spec_.lanes_of(unit);
+  double total = 0;
+  for (int64_t c = 0; c < unit.in_channels; ++c)
+    total += static_cast<double>(sums[c]) * unit.bias[c] + static_cast<double>(normalised[c]) * unit.weight[c];
+  along.sum[range.worker * along.stride] += along.scale * total;
+}
+
+template <class A>
 void Branch<A>::value(Evaluation<A>& e, const Map<A>& in, const Map<A>* out, const Mix<A>& mix, bool hold) {
   const size_t units = spec_.units.size();
   std::vector<Map<A>> made;
@@ -194,7 +221,7 @@ void Branch<A>::tangent(const Evaluation<A>& e, const Map<A>& t, const Map<A>& o
 
 template <class A>
 Map<A> Branch<A>::cotangent(const Evaluation<A>& e, const Mix<A>& image, const Map<A>* out, const Mix<A>& mix,
-                            bool parameters) {
+                            bool parameters, const Along<A>& along) {
   const size_t units = spec_.units.size();
   std::vector<Map<A>> made, made_of_image;
   const Mix<A> last_mix = few(mix, made), few_image = few(image, made_of_image);
@@ -219,8 +246,11 @@ Map<A> Branch<A>::cotangent(const Evaluation<A>& e, const Mix<A>& image, const M
       if (unit.has_conv) convolve_back(unit, range, g_, n);
       for (int64_t i = 0; i < range.count; ++i) {
         A* sums = sums_.at(range, i);
+        const bool tells = along.sum && j + 1 == units;
+        if (tells) add_bias_product(unit, range, i, along);
         cotangent_first(plane_, blocks, rows_of(e, j, range, i), unit.act, e.inputs[j].at(range, i),
                         (unit.has_conv ? n : g_).at(range, i), n.at(range, i), sums);
+        if (tells) add_product(unit, range, sums, along);
         if (parameters) add_norm_gradients(unit, range, sums);
         settle(j, range, i, true, {mean_n_, mean_xn_});
       }
