@@ -29,6 +29,8 @@ SHAPES = [
     (3, 8, 2, 6, 10), (32, 64, 2, 4, 8), (20, 1, 2, 6, 8),
     # Of several bands, the last one shorter.
     (3, 16, 1, 18, 20), (16, 16, 1, 16, 12), (32, 64, 2, 20, 24),
+    # Few channels repeated over several vectors, the last one not full.
+    (3, 72, 1, 5, 4), (6, 40, 2, 8, 6),
 ]  # fmt: skip
 # Of one pixel: a norm over one value is a constant, and what its gradient has beside zero is rounding.
 PIXELS = [(1, 5, 1, 1, 1), (20, 1, 2, 2, 2)]

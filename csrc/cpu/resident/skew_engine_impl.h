@@ -191,6 +191,8 @@ void run_march(const PackedPair<A>& packed, const March& march, const MarchCall&
                const Tensor& gradients) {
   const bool backward = call.cotangent != nullptr;
   Traces<A> traces;
+  // A single narrow W z is made again faster than it is written and read.
+  if (packed.spec.shape.template narrow<A>() && march.evaluations() == 1 && !march.want(0, 0).z) kept = nullptr;
   if (kept) {
     Arena none(nullptr);
     traces = kept_traces(SkewPair<A>(packed.spec, none, false), march, *kept, call.x, !backward);

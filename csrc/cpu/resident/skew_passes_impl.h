@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <numeric>
 
 #include "skew_passes.h"
 
@@ -93,11 +94,81 @@ void each_repeated(const Plane<A>& plane, int64_t in_channels, int64_t channels,
 
 inline constexpr int64_t kMostRepeated = 1024;  // channels of the input
 
+// The same where a pixel's channels are at most half a vector: block b of the repeated ones begins at channel b * lanes
+// % in_channels, and so there are few different blocks.
+template <class A, int in_channels>
+struct FewChannels {
+  using V = Vec<A>;
+  static constexpr int64_t lanes = kLanes<A>, kinds = in_channels / std::gcd(in_channels, kLanes<A>);
+  using Lanes = typename Lane<V>::Int;
+
+  // Which lanes of a block are channels, for the last one.
+  static Lanes inside(int64_t channels, int64_t b) {
+    Lanes mask;
+    for (int64_t l = 0; l < lanes; ++l) mask[l] = b * lanes + l < channels ? -1 : 0;
+    return mask;
+  }
+
+  static void repeat(const Plane<A>& plane, int64_t channels, int64_t stride, const View<A>& in, const View<A>& out) {
+    each_band(plane, [&](const Plane<A>& band, int64_t at) {
+      for (int64_t b = 0; b < blocks_of<A>(channels); ++b) {
+        Lanes is[in_channels] = {};
+        for (int64_t l = 0; l < lanes; ++l)
+          for (int64_t c = 0; c < in_channels; ++c) is[c][l] = (b * lanes + l) % in_channels == c ? -1 : 0;
+        const Lanes used = inside(channels, b);
+        for (int64_t y = at; y < at + band.height; ++y)
+          for (int64_t x = 0; x < band.width; ++x) {
+            const A* from = in.pixel_at(0, y * stride, x * stride);
+            V value = splat<V>(from[0]);
+            FASTODE_UNROLL for (int c = 1; c < in_channels; ++c) value = is[c] ? splat<V>(from[c]) : value;
+            store<V>(out.pixel_at(b, y, x), used ? value : V{});
+          }
+      }
+    });
+  }
+
+  static void add(const Plane<A>& plane, int64_t channels, int64_t stride, const View<A>& in, const View<A>& out) {
+    const int64_t blocks = blocks_of<A>(channels);
+    const Lanes used = inside(channels, blocks - 1);
+    for (int64_t y = 0; y < plane.height; ++y)
+      for (int64_t x = 0; x < plane.width; ++x) {
+        const A* from = out.pixel_at(0, y, x);
+        const V last = load<V>(from + (blocks - 1) * out.block);
+        V sums[kinds] = {};
+        for (int64_t b = 0; b < blocks; b += kinds) {
+          FASTODE_UNROLL for (int64_t k = 0; k < kinds; ++k) {
+            if (b + k < blocks - 1) sums[k] += load<V>(from + (b + k) * out.block);
+            if (b + k == blocks - 1) sums[k] += used ? last : V{};
+          }
+        }
+        A row[kinds * lanes];
+        FASTODE_UNROLL for (int64_t k = 0; k < kinds; ++k) store<V>(row + k * lanes, sums[k]);
+        A* to = in.pixel_at(0, y * stride, x * stride);
+        FASTODE_UNROLL for (int c = 0; c < in_channels; ++c) {
+          A sum = row[c];
+          FASTODE_UNROLL for (int64_t l = c + in_channels; l < kinds * lanes; l += in_channels) sum += row[l];
+          to[c] += sum;
+        }
+      }
+  }
+};
+
+// Calls f(FewChannels) where there are few channels; returns whether.
+template <class A, class F, int in_channels = kLanes<A> / 2>
+bool with_few_channels(int64_t channels, const F& f) {
+  if constexpr (in_channels > 0) {
+    if (channels == in_channels) return f(FewChannels<A, in_channels>{}), true;
+    return with_few_channels<A, F, in_channels - 1>(channels, f);
+  }
+  return false;
+}
+
 template <class A>
 void repeat_channels(const Plane<A>& plane, int64_t in_channels, int64_t channels, int64_t stride, const View<A>& in,
                      const View<A>& out) {
   using V = Vec<A>;
   constexpr int64_t lanes = kLanes<A>;
+  if (with_few_channels<A>(in_channels, [&](auto few) { few.repeat(plane, channels, stride, in, out); })) return;
   A row[kMostRepeated + 2 * lanes];
   each_repeated(plane, in_channels, channels, [&](int64_t y, int64_t x, int64_t in_blocks, int64_t end) {
     for (int64_t b = 0; b < in_blocks; ++b) store<V>(row + b * lanes, load<V>(in.pixel_at(b, y * stride, x * stride)));
@@ -115,6 +186,7 @@ void add_repeated(const Plane<A>& plane, int64_t in_channels, int64_t channels, 
                   const View<A>& out) {
   using V = Vec<A>;
   constexpr int64_t lanes = kLanes<A>;
+  if (with_few_channels<A>(in_channels, [&](auto few) { few.add(plane, channels, stride, in, out); })) return;
   A row[kMostRepeated + 2 * lanes];
   each_repeated(plane, in_channels, channels, [&](int64_t y, int64_t x, int64_t in_blocks, int64_t end) {
     std::fill(row, row + in_channels + lanes, A(0));

@@ -79,10 +79,13 @@ class SkewMarch {
 
   // The solution from x, sample n of the batch.
   void forward(const View<A>& x, int64_t n, const View<A>& out) {
-    Both<A> state{start(x, true), x};
+    // y(0) that only the end reads is made there.
+    const bool late = !reads_y_ && march_.steps == 1 && !same_start();
+    Both<A> state{late ? out : start(x, true), x};
     for (int64_t step = 0; step < march_.steps; ++step) {
       const bool last = step + 1 == march_.steps;
       run_step(step, n, state);
+      if (late) repeat(x, out);
       const Both<A>& next = states_[0];
       advance_by(step, n, true, march_.b, march_.stages, state.y, last ? out : next.y);
       if (!last) advance_by(step, n, false, march_.b, march_.stages, state.z, next.z);
@@ -126,10 +129,14 @@ class SkewMarch {
 
   // y(0), which is x where the shapes agree.
   View<A> start(const View<A>& x, bool wanted) const {
-    const SkewShape& shape = pair_.spec.shape;
     if (same_start()) return x;
-    if (wanted) repeat_channels<A>(pair_.y_plane, shape.in_channels, shape.channels, shape.stride, x, states_[0].y);
+    if (wanted) repeat(x, states_[0].y);
     return states_[0].y;
+  }
+
+  void repeat(const View<A>& x, const View<A>& y) const {
+    const SkewShape& shape = pair_.spec.shape;
+    repeat_channels<A>(pair_.y_plane, shape.in_channels, shape.channels, shape.stride, x, y);
   }
 
   Trace<A> trace(int64_t step, int64_t stage, int64_t n) const {
