@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fastode
-from fastode import functional, nn_skew, reference
+from fastode import _rule, functional, nn_skew, reference
 from fastode.reference.skew import skew_field
 from fastode.testing import assert_blocks_equal, sample_input
 
@@ -105,6 +105,46 @@ def test_equal_with_every_activation(activation: str, gamma: float, solver: str)
             assert_blocks_equal(block, fused(block), z, mode=mode)
 
 
+# Blocks of 16 and of 32 channels, an odd number of them; rows that tiles divide, and rows laid end to end.
+@pytest.mark.parametrize(
+    "shape", [(48, 40, 1, 5, 7), (16, 96, 1, 4, 16), (40, 48, 2, 8, 20), (5, 20, 2, 6, 32)], ids=str
+)
+def test_equal_on_tiles(shape: tuple[int, ...]) -> None:
+    for gamma, frozen in itertools.product((0.0, 0.3), (False, True)):
+        field = field_of(shape, gamma, "silu", "layer", torch.bfloat16)
+        field.weight.requires_grad_(not frozen)
+        y, z = maps_of(shape, dtype=torch.bfloat16, layout="sliced")
+        for mode in ("input_grad",) if frozen else MODES:
+            assert_blocks_equal(field, fused(field), (y, z), mode=mode)
+            for solver in FIXED:
+                block = reference.SOBlock(field, solver=solver, t1=0.8, steps=2)
+                assert_blocks_equal(block, fused(block), z, mode=mode)
+
+
+class Function(nn.Module):
+    """The function, or its reference, as a module of a kernel of any odd size."""
+
+    def __init__(self, kernel: int, fuse: bool) -> None:
+        super().__init__()
+        weight = sample_input(20, 6, kernel, kernel, dtype=torch.bfloat16, seed=4) * 0.1
+        self.weight, self.kernel, self.fuse = nn.Parameter(weight), kernel, fuse
+
+    def forward(self, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        pad = self.kernel // 2
+        if not self.fuse:
+            return skew_field(y, z, self.weight, 1, pad, 0.2, torch.tanh)
+        return functional.skew_pair(y, z, self.weight, padding=pad, gamma=0.2, activation="tanh")
+
+
+@pytest.mark.parametrize("kernel", [1, 3, 5, 7])
+def test_function_on_tiles(kernel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_rule, "_rule", _rule.Rule({"skew_pair sample bfloat16": _rule.Line()}, "a test", True))
+    given = maps_of((6, 20, 1, 9, 11), dtype=torch.bfloat16)
+    twin = Function(kernel, True)
+    assert "ResidentSkewFunction" in type(twin(*given)[0].grad_fn).__name__
+    assert_blocks_equal(Function(kernel, False), twin, given)
+
+
 @pytest.mark.parametrize("kernel", [1, 3, 5])
 def test_function_with_every_odd_kernel(kernel: int) -> None:
     weight = torch.randn(5, 3, kernel, kernel, dtype=torch.float64)
@@ -145,11 +185,12 @@ def test_one_slope_is_enough() -> None:
             torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("solver", FIXED)
-def test_same_input_same_bits(solver: str) -> None:
+def test_same_input_same_bits(solver: str, dtype: torch.dtype) -> None:
     shape = (3, 16, 1, 8, 8)
-    twin = fused(reference.SOBlock(field_of(shape, 0.0, "leaky_relu", "group", torch.float32), solver=solver))
-    x = maps_of(shape, 7)[1].requires_grad_()
+    twin = fused(reference.SOBlock(field_of(shape, 0.0, "leaky_relu", "group", dtype), solver=solver))
+    x = maps_of(shape, 7, dtype=dtype)[1].requires_grad_()
 
     def run() -> list[Tensor]:
         y = twin(x)
@@ -167,9 +208,10 @@ def test_nothing_is_read_before_it_is_written() -> None:
     torch.use_deterministic_algorithms(True)  # which fills new tensors with NaN, scratch included
     try:
         assert torch.empty(3).isnan().all()
-        for shape, activation in itertools.product(SHAPES, ("leaky_relu", "silu")):
-            field = field_of(shape, 0.2, activation, "group", torch.float64)
-            y, z = maps_of(shape, dtype=torch.float64)
+        cases = [*itertools.product(("leaky_relu", "silu"), (torch.float64,)), ("silu", torch.bfloat16)]
+        for shape, (activation, dtype) in itertools.product(SHAPES, cases):
+            field = field_of(shape, 0.2, activation, "group", dtype)
+            y, z = maps_of(shape, dtype=dtype)
             assert_blocks_equal(field, fused(field), (y, z))
             block = reference.SOBlock(field, solver="midpoint", steps=2)
             assert_blocks_equal(block, fused(block), z)

@@ -1,8 +1,7 @@
-#include "resident/conv_bf16.h"
+#include "resident/skew_bf16.h"
 
 #if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__AVX512BF16__) && defined(__AVX512BW__)
-#include "resident/conv_bf16_impl.h"
-#include "resident/gradient_bf16_impl.h"
+#include "resident/skew_bf16_impl.h"
 #else
 
 #include <cstdlib>
@@ -28,6 +27,27 @@ void convolve(const Plane<float>&, const ConvShape&, const float*, const float*,
 void weight_gradient(const Plane<float>&, const ConvShape&, const GradientPair<float>*, int64_t, float*, void*) {
   std::abort();
 }
+
+SkewTiles::SkewTiles(const SkewShape&) { std::abort(); }
+int64_t SkewTiles::down_size() const { std::abort(); }
+int64_t SkewTiles::up_size() const { std::abort(); }
+int64_t SkewTiles::gradient_scratch() const { std::abort(); }
+template <class T>
+void SkewTiles::pack(const T*, const int64_t*, float*, float*) const {
+  std::abort();
+}
+template void SkewTiles::pack(const float*, const int64_t*, float*, float*) const;
+template void SkewTiles::pack(const bfloat16*, const int64_t*, float*, float*) const;
+void SkewTiles::round(bool, const View<float>&, int64_t, int64_t, bfloat16*) const { std::abort(); }
+void SkewTiles::down(const float*, const bfloat16*, int64_t, int64_t, const View<float>&, const Combine<float>&,
+                     Ahead*) const {
+  std::abort();
+}
+void SkewTiles::up(const float*, const bfloat16*, int64_t, int64_t, const View<float>&, const Combine<float>&,
+                   Ahead*) const {
+  std::abort();
+}
+void SkewTiles::weight_gradient(const bfloat16*, const bfloat16*, float*, bfloat16*) const { std::abort(); }
 
 }  // namespace fastode::resident
 

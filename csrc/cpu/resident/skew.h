@@ -3,7 +3,7 @@
 #pragma once
 
 #include "branch.h"
-#include "skew_conv.h"
+#include "skew_bf16.h"
 #include "skew_passes.h"
 
 namespace fastode::resident {
@@ -27,7 +27,8 @@ struct PairSpec {
   SkewShape shape = {};
   PairNorm<A> norms[kPairNorms];
   Unary<A> act;
-  bool tells = false;  // act'(h) is act'(act(h))
+  bool tells = false;    // act'(h) is act'(act(h))
+  SkewTiles tiles = {};  // if set, W and its transpose are packed for these
   A gamma = 0;
   const A *down = nullptr, *up = nullptr, *zeros = nullptr, *ones = nullptr;  // rows
   int64_t weight_at = -1, gradients = 0;                                      // elements of a worker's accumulators
@@ -59,7 +60,12 @@ class SkewPair {
   SkewPair(const PairSpec<A>& spec, Arena& arena, bool backward)
       : spec(spec), y_plane(spec.shape.template y_plane<A>()), z_plane(spec.shape.template z_plane<A>()) {
     y_hat_ = padded(arena, true), z_hat_ = padded(arena, false);
-    if (backward) p_ = padded(arena, true), q_ = padded(arena, false);
+    // Of what tiles read only the damping reads more than a band.
+    if (backward && spec.tiles && spec.gamma == 0)
+      p_ = y_hat_, q_ = z_hat_;
+    else if (backward)
+      p_ = padded(arena, true), q_ = padded(arena, false);
+    if (spec.tiles) take_tiles(arena, backward);
     width_ = kLanes<A> * std::max(y_blocks(), z_blocks());
     sums_ = arena.take<A>(2 * width_), means_ = arena.take<A>(2 * width_);
     scratch_ = arena.take<A>(spec.shape.template up_scratch<A>());
@@ -110,6 +116,11 @@ class SkewPair {
   Ahead* ahead = nullptr;  // what the convolutions ask for meanwhile
 
  private:
+  // What tiles read, one map in y's plane and one in z's.
+  struct Rounded {
+    bfloat16 *y = nullptr, *z = nullptr;
+  };
+
   static bool is_y(int which) { return which == kPreY || which == kPostY; }
   const Plane<A>& plane_of(int which) const { return is_y(which) ? y_plane : z_plane; }
 
@@ -121,6 +132,20 @@ class SkewPair {
     clear_halo(plane, plane.padded(base), blocks);
     return plane.padded(base);
   }
+
+  void take_tiles(Arena& arena, bool backward);
+  // A band of what a pass writes for tiles to read: of the map where that is kept whole, else of a scratch.
+  View<A> band_of(const View<A>& map, bool whole, const Plane<A>& band, int64_t at) const {
+    return whole ? below(map, at) : View<A>{band_, band.width * kLanes<A>, kLanes<A>, band.pixels() * kLanes<A>};
+  }
+  void round(bool y, const Plane<A>& band, int64_t at, const View<A>& from, const Rounded& to) const;
+  // The norm's result at `point`, for a convolution to read, and as a whole map for the damping.
+  void feed(int which, const View<A>& point, const A* statistics, bool whole) const;
+  // Rows of combine(W z^), or of combine(W q), from `at` on; `out` and the terms are whole maps.
+  void down(bool cotangent, const Plane<A>& band, int64_t at, const View<A>& out, const Combine<A>& combine) const;
+  // combine(W^T y^), or of p, as z's map.
+  void up(bool cotangent, const View<A>& out, const Combine<A>& combine) const;
+  void add_weight_gradient(const Both<A>& point, const Trace<A>& trace, bool has_p, bool has_q, A* gradient) const;
 
   // Adds to the moments at hand those of a band that begins at row y; a norm that has no statistics needs none.
   void add_moments(int which, const Plane<A>& band, int64_t y, const View<A>& map) const;
@@ -137,7 +162,9 @@ class SkewPair {
 
   View<A> y_hat_, z_hat_, p_, q_;
   int64_t width_ = 0;
-  A *sums_ = nullptr, *means_ = nullptr, *scratch_ = nullptr;
+  A *sums_ = nullptr, *means_ = nullptr, *scratch_ = nullptr, *band_ = nullptr;
+  Rounded hat_, bar_;
+  bfloat16* tile_scratch_ = nullptr;
 };
 
 }  // namespace fastode::resident

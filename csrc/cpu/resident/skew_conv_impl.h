@@ -87,14 +87,6 @@ void skew_down(const SkewShape& shape, const A* packed, const ConvJob<A>& job, A
                      : run_skew<A, 1, 1>(down, packed, plane, pad, pad, job, ahead);
 }
 
-// Every second row and column, from (py, px) on.
-template <class A>
-View<A> parity(View<A> view, int64_t py, int64_t px) {
-  view.at += py * view.row + px * view.pixel;
-  view.row *= 2, view.pixel *= 2;
-  return view;
-}
-
 template <class A>
 void skew_up(const SkewShape& shape, const A* packed, const NormRows<A>* norm, const ConvJob<A>& job, A* scratch,
              Ahead* ahead) {

@@ -69,12 +69,20 @@ void PackedPair<A>::read(Arena& arena, int64_t height, int64_t width, Asked aske
     norm.statistics_at = spec.statistics;
     if (norm.measured()) spec.statistics += 2 * norm.blocks() * lanes;
   }
-  A* down = arena.take<A>(spec.shape.template down_size<A>());
-  A* up = arena.take<A>(spec.shape.template up_size<A>());
+  // As PyTorch's convolutions multiply such tensors; smaller maps would leave most of a tile empty.
+  if (std::is_same_v<A, float> && weight.scalar_type() == ScalarType::BFloat16 && height * width >= kTilePixels &&
+      has_tiles())
+    spec.tiles = SkewTiles(spec.shape);
+  A* down = arena.take<A>(spec.tiles ? spec.tiles.down_size() : spec.shape.template down_size<A>());
+  A* up = arena.take<A>(spec.tiles ? spec.tiles.up_size() : spec.shape.template up_size<A>());
   if (down) {
     int64_t strides[4];
     for (int d = 0; d < 4; ++d) strides[d] = weight.strides()[d];
-    with_data<A>(weight, [&](auto* data) { pack_skew(spec.shape, data, strides, down, up); });
+    with_data<A>(weight, [&](auto* data) {
+      if constexpr (std::is_same_v<A, float>)
+        if (spec.tiles) return spec.tiles.pack(data, strides, down, up);
+      pack_skew(spec.shape, data, strides, down, up);
+    });
   }
   spec.down = down, spec.up = up;
   spec.weight_at = accumulate(spec.shape.down().template gradient_size<A>(), asked.weight);

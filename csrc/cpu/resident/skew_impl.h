@@ -59,6 +59,66 @@ void SkewPair<A>::normalise(int which, const View<A>& point, const A* statistics
 }
 
 template <class A>
+void SkewPair<A>::take_tiles(Arena& arena, bool backward) {
+  const SkewTiles& tiles = spec.tiles;
+  const auto zeros = [&](int64_t size) {
+    bfloat16* map = arena.take<bfloat16>(size);
+    if (map) std::fill(map, map + size, bfloat16{0});
+    return map;
+  };
+  hat_ = {zeros(tiles.y_size()), zeros(tiles.z_size())};
+  if (backward) bar_ = {zeros(tiles.y_size()), zeros(tiles.z_size())};
+  if (backward) tile_scratch_ = arena.take<bfloat16>(tiles.gradient_scratch());
+  int64_t pixels = 0;
+  each_band(z_plane, [&](const Plane<A>& band, int64_t) { pixels = std::max(pixels, band.pixels()); });
+  each_band(y_plane, [&](const Plane<A>& band, int64_t) { pixels = std::max(pixels, band.pixels()); });
+  band_ = arena.take<A>(std::max(y_blocks(), z_blocks()) * pixels * kLanes<A>);
+}
+
+template <class A>
+void SkewPair<A>::round(bool y, const Plane<A>& band, int64_t at, const View<A>& from, const Rounded& to) const {
+  if constexpr (std::is_same_v<A, float>) spec.tiles.round(y, from, at, band.height, y ? to.y : to.z);
+}
+
+template <class A>
+void SkewPair<A>::feed(int which, const View<A>& point, const A* statistics, bool whole) const {
+  const View<A>& map = is_y(which) ? y_hat_ : z_hat_;
+  if (!spec.tiles || whole) normalise(which, point, statistics, map);
+  if (!spec.tiles) return;
+  const PairNorm<A>& norm = spec.norms[which];
+  const NormRows<A> rows = rows_of(which, statistics);
+  each_band(plane_of(which), [&](const Plane<A>& band, int64_t at) {
+    View<A> from = below(whole ? map : point, at);
+    if (!whole && norm.mode != kNoNorm) {
+      const View<A> to = band_of(map, false, band, at);
+      apply<A>(band, norm.blocks(), rows, {}, from, to, {});
+      from = to;
+    }
+    round(is_y(which), band, at, from, hat_);
+  });
+}
+
+template <class A>
+void SkewPair<A>::down(bool cotangent, const Plane<A>& band, int64_t at, const View<A>& out,
+                       const Combine<A>& combine) const {
+  if constexpr (std::is_same_v<A, float>)
+    if (spec.tiles)
+      return spec.tiles.down(spec.down, cotangent ? bar_.z : hat_.z, at, band.height, below(out, at),
+                             below(combine, at), ahead);
+  SkewShape part = spec.shape;
+  part.height = band.height;
+  skew_down<A>(part, spec.down, {below(cotangent ? q_ : z_hat_, at * part.stride), below(out, at), below(combine, at)},
+               ahead);
+}
+
+template <class A>
+void SkewPair<A>::up(bool cotangent, const View<A>& out, const Combine<A>& combine) const {
+  if constexpr (std::is_same_v<A, float>)
+    if (spec.tiles) return spec.tiles.up(spec.up, cotangent ? bar_.y : hat_.y, 0, y_plane.height, out, combine, ahead);
+  skew_up<A>(spec.shape, spec.up, nullptr, {cotangent ? p_ : y_hat_, out, combine}, scratch_, ahead);
+}
+
+template <class A>
 void SkewPair<A>::activate(bool y, const Trace<A>& trace, const Plane<A>& band, int64_t at) const {
   if (spec.act.kind == kIdentity) return;
   NormRows<A> plain{};
@@ -78,13 +138,10 @@ void SkewPair<A>::restore(Trace<A>& trace) const {
 
 template <class A>
 void SkewPair<A>::make_y(const Trace<A>& trace, bool measured) const {
-  SkewShape part = spec.shape;
   Combine<A> damping;
   damping.add(-spec.gamma, y_hat_);
   each_band(y_plane, [&](const Plane<A>& band, int64_t at) {
-    part.height = band.height;
-    skew_down<A>(part, spec.down, {below(z_hat_, at * part.stride), below(trace.guide.y, at), below(damping, at)},
-                 ahead);
+    down(false, band, at, trace.guide.y, damping);
     activate(true, trace, band, at);
     if (measured) add_moments(kPostY, band, at, trace.s.y);
   });
@@ -93,29 +150,30 @@ void SkewPair<A>::make_y(const Trace<A>& trace, bool measured) const {
 template <class A>
 void SkewPair<A>::remake_y(const Both<A>& point, const Trace<A>& trace) const {
   if (spec.gamma != 0) normalise(kPreY, point.y, trace.statistics, y_hat_);
-  normalise(kPreZ, point.z, trace.statistics, z_hat_);
+  feed(kPreZ, point.z, trace.statistics, false);
   make_y(trace, false);
 }
 
 template <class A>
 void SkewPair<A>::evaluate(const Both<A>& point, Trace<A>& trace, Want want) const {
   // A narrow W^T normalises on its way.
-  const bool narrow = spec.shape.template narrow<A>(), normalised = spec.gamma != 0 || !narrow;
+  const bool narrow = !spec.tiles && spec.shape.template narrow<A>(), damped = spec.gamma != 0;
+  const bool normalised = damped || !narrow;
   const Want read = reads(want);
   if (read.y) measure(kPreY, point.y, trace.statistics);
-  if (read.y && normalised) normalise(kPreY, point.y, trace.statistics, y_hat_);
+  if (read.y && normalised) feed(kPreY, point.y, trace.statistics, damped);
   if (read.z) measure(kPreZ, point.z, trace.statistics);
-  if (read.z) normalise(kPreZ, point.z, trace.statistics, z_hat_);
+  if (read.z) feed(kPreZ, point.z, trace.statistics, damped);
   if (want.y) {
     make_y(trace, true);
     settle_moments(kPostY, trace.statistics);
   }
   if (want.z) {
     const NormRows<A> rows = rows_of(kPreY, trace.statistics);
-    ConvJob<A> job{normalised ? y_hat_ : point.y, trace.guide.z};
+    ConvJob<A> job{point.y, trace.guide.z};
     job.combine.scale = -1;
     job.combine.add(-spec.gamma, z_hat_);
-    skew_up<A>(spec.shape, spec.up, normalised ? nullptr : &rows, job, scratch_, ahead);
+    normalised ? up(false, job.out, job.combine) : skew_up<A>(spec.shape, spec.up, &rows, job, scratch_, ahead);
     each_band(z_plane, [&](const Plane<A>& band, int64_t at) {
       activate(false, trace, band, at);
       add_moments(kPostZ, band, at, trace.s.z);
@@ -165,9 +223,27 @@ void SkewPair<A>::pull_half(bool y, const Trace<A>& trace, const Combine<A>& bar
   const NormRows<A> rows = rows_of(which, trace.statistics, spec.norms[which].measured());
   const View<A>& guide = y ? trace.guide.y : trace.guide.z;
   each_band(plane_of(which), [&](const Plane<A>& band, int64_t at) {
-    pull_slope<A>(band, blocks, rows, spec.act, sign * scale, below(guide, at), below(s, at), below(cotangent, at),
-                  below(out, at));
+    const View<A> to = band_of(out, !spec.tiles || spec.gamma != 0, band, at);
+    pull_slope<A>(band, blocks, rows, spec.act, sign * scale, below(guide, at), below(s, at), below(cotangent, at), to);
+    if (spec.tiles) round(y, band, at, to, bar_);
   });
+}
+
+template <class A>
+void SkewPair<A>::add_weight_gradient(const Both<A>& point, const Trace<A>& trace, bool has_p, bool has_q,
+                                      A* gradient) const {
+  if (has_p) feed(kPreZ, point.z, trace.statistics, false);
+  if (has_q) feed(kPreY, point.y, trace.statistics, false);
+  if constexpr (std::is_same_v<A, float>) {
+    if (has_p && spec.tiles) spec.tiles.weight_gradient(hat_.z, bar_.y, gradient, tile_scratch_);
+    if (has_q && spec.tiles) spec.tiles.weight_gradient(bar_.z, hat_.y, gradient, tile_scratch_);
+  }
+  if (spec.tiles) return;
+  GradientPair<A> pairs[2];
+  int64_t count = 0;
+  if (has_p) pairs[count++] = {z_hat_, p_};
+  if (has_q) pairs[count++] = {q_, y_hat_};
+  skew_weight_gradient<A>(spec.shape, pairs, count, gradient);
 }
 
 template <class A>
@@ -176,32 +252,20 @@ Want SkewPair<A>::pull(const Both<A>& point, const Trace<A>& trace, const Combin
   const bool has_p = trace.made.y && y_bar.count > 0, has_q = trace.made.z && z_bar.count > 0;
   if (has_p) pull_half(true, trace, y_bar, 1, gradients, p_);
   if (has_q) pull_half(false, trace, z_bar, -1, gradients, q_);
-  if (gradients && spec.weight_at >= 0) {
-    GradientPair<A> pairs[2];
-    int64_t count = 0;
-    if (has_p) {
-      normalise(kPreZ, point.z, trace.statistics, z_hat_);
-      pairs[count++] = {z_hat_, p_};
-    }
-    if (has_q) {
-      normalise(kPreY, point.y, trace.statistics, y_hat_);
-      pairs[count++] = {q_, y_hat_};
-    }
-    skew_weight_gradient<A>(spec.shape, pairs, count, gradients + spec.weight_at);
-  }
+  if (gradients && spec.weight_at >= 0) add_weight_gradient(point, trace, has_p, has_q, gradients + spec.weight_at);
   // (3), with q's sign turned; a cotangent that is zero is left out.
   const Want left = reads({has_p, has_q});
   if (need.y && has_q) {
-    ConvJob<A> job{q_, y_hat_};
-    if (has_p) job.combine.add(-spec.gamma, p_);
-    skew_down<A>(spec.shape, spec.down, job, ahead);
+    Combine<A> damping;
+    if (has_p) damping.add(-spec.gamma, p_);
+    down(true, y_plane, 0, y_hat_, damping);
   } else if (need.y && left.y) {
     combine_maps<A>(y_plane, y_blocks(), y_hat_, Combine<A>{}.add(-spec.gamma, p_));
   }
   if (need.z && has_p) {
-    ConvJob<A> job{p_, z_hat_};
-    if (has_q) job.combine.add(spec.gamma, q_);
-    skew_up<A>(spec.shape, spec.up, nullptr, job, scratch_, ahead);
+    Combine<A> damping;
+    if (has_q) damping.add(spec.gamma, q_);
+    up(true, z_hat_, damping);
   } else if (need.z && left.z) {
     combine_maps<A>(z_plane, z_blocks(), z_hat_, Combine<A>{}.add(spec.gamma, q_));
   }
