@@ -1,4 +1,4 @@
-#include "resident/norm_bf16_impl.h"
+#include "resident/norm_impl.h"
 
 namespace fastode::resident {
 

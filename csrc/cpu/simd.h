@@ -6,6 +6,10 @@
 #include <cstring>
 #include <type_traits>
 
+#if defined(__AVX512BW__)
+#include <immintrin.h>
+#endif
+
 namespace fastode {
 
 #if defined(__AVX512F__)
@@ -187,5 +191,41 @@ template <>
 struct AccumulatorOf<bfloat16> {
   using type = float;
 };
+template <class T>
+using Number = typename AccumulatorOf<T>::type;
+
+// As many stored numbers as fill a vector of what is computed with.
+template <class T>
+inline Vec<Number<T>> load_stored(const T* from) {
+  if constexpr (std::is_same_v<T, bfloat16>) {
+#if defined(__AVX512BW__)
+    // One shuffle that puts each number above 16 zeros; what the compiler makes of the lines below takes five.
+    const __m512i bits = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    const __m512i places = _mm512_set_epi32(0xf0000, 0xe0000, 0xd0000, 0xc0000, 0xb0000, 0xa0000, 0x90000, 0x80000,
+                                            0x70000, 0x60000, 0x50000, 0x40000, 0x30000, 0x20000, 0x10000, 0);
+    return (Vec<float>)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, places, bits);
+#else
+    typename VectorOf<uint16_t, kVectorBytes / 2>::type bits;
+    std::memcpy(&bits, from, sizeof(bits));
+    return (Vec<float>)(__builtin_convertvector(bits, VectorOf<uint32_t, kVectorBytes>::type) << 16);
+#endif
+  } else {
+    return load<Vec<T>>(from);
+  }
+}
+
+template <class T>
+inline void store_stored(T* to, Vec<Number<T>> value) {
+  if constexpr (std::is_same_v<T, bfloat16>) {
+#if defined(__AVX512BF16__)
+    const auto rounded = _mm512_cvtneps_pbh((__m512)value);
+    std::memcpy(to, &rounded, sizeof(rounded));
+#else
+    for (int lane = 0; lane < kLanes<float>; ++lane) to[lane] = narrow(value[lane]);
+#endif
+  } else {
+    store(to, value);
+  }
+}
 
 }  // namespace fastode

@@ -7,7 +7,6 @@
 #include <utility>
 #include <vector>
 
-#include "conv_bf16.h"
 #include "memory.h"
 #include "norm.h"
 
@@ -39,25 +38,32 @@ struct BranchSpec {
   int64_t gradients = 0;         // elements of one worker's accumulators
   const A* zeros = nullptr;      // a row
   bool couples_samples = false;
-  bool narrow = false;  // convolutions multiply in bfloat16, on tiles
+  bool narrow = false;  // maps are stored in bfloat16, and convolutions multiply on tiles
 
+  // Of the maps that convolutions read and write.
+  int64_t fewest_channels() const {
+    int64_t fewest = blocks * kLanes<A>;
+    for (const UnitSpec<A>& unit : units) fewest = std::min({fewest, unit.in_channels, unit.out_channels});
+    return fewest;
+  }
   int64_t lanes_of(const UnitSpec<A>& unit) const { return blocks_of<A>(unit.in_channels) * kLanes<A>; }
 };
 
 // scale * (what a sweep gives) + sum of coefficient * map
-template <class A>
+template <class T>
 struct Mix {
+  using A = Number<T>;
   A scale = 1;
-  std::vector<std::pair<A, Map<A>>> terms = {};
+  std::vector<std::pair<A, Map<T>>> terms = {};
 
   // Its maps and these.
-  std::vector<Map<A>> with(std::vector<Map<A>> maps) const {
+  std::vector<Map<T>> with(std::vector<Map<T>> maps) const {
     for (const auto& [coefficient, map] : terms) maps.push_back(map);
     return maps;
   }
 
-  Combine<A> at(const Range& range, int64_t i) const {
-    Combine<A> combine;
+  Combine<T> at(const Range& range, int64_t i) const {
+    Combine<T> combine;
     combine.scale = scale;
     for (const auto& [coefficient, map] : terms) combine.add(coefficient, map.at(range, i));
     return combine;
@@ -65,9 +71,10 @@ struct Mix {
 };
 
 // What one evaluation of the branch leaves for its derivatives: every unit's input and statistics.
-template <class A>
+template <class T>
 struct Evaluation {
-  std::vector<Map<A>> inputs;  // empty ones are not held
+  using A = Number<T>;
+  std::vector<Map<T>> inputs;  // empty ones are not held
   std::vector<Rows<A>> mean, rstd;
   std::vector<Rows<A>> groups;  // if kept: mean and rstd of each group of a group norm, [2, groups]
   A* statistics = nullptr;      // if set: mean and biased variance [2, C] of every batch norm, one after the other
@@ -83,7 +90,7 @@ struct Means {
 };
 
 // Where a cotangent sweep adds scale * <image, f>, for each worker.
-template <class A>
+template <class T>
 struct Along {
   double scale = 0;
   double* sum = nullptr;  // null: it does not
@@ -92,54 +99,58 @@ struct Along {
 
 enum class Need { kValue, kCotangent, kSecond };
 
-template <class A>
+// Its maps are stored as T.
+template <class T>
 class Branch {
  public:
-  Branch(const BranchSpec<A>& spec, Schedule& schedule, Memory<A>& memory, A* gradients, Need need);
+  using A = Number<T>;
+
+  Branch(const BranchSpec<A>& spec, Schedule& schedule, Memory<T>& memory, A* gradients, Need need);
 
   // With `keep` its statistics are left to backward, or found there.
-  Evaluation<A> evaluation(bool keep);
+  Evaluation<T> evaluation(bool keep);
   // Has a place for each input behind the first, which backward finds again.
-  void keep_inputs(Evaluation<A>& e);
+  void keep_inputs(Evaluation<T>& e);
   // Gives the inputs behind the first back, and forgets them.
-  void release(Evaluation<A>& e);
-  Map<A> map() { return memory_.take(spec_.blocks); }
+  void release(Evaluation<T>& e);
+  Map<T> map() { return memory_.take(spec_.blocks); }
 
-  void combine(const Map<A>& out, const Mix<A>& mix);
+  void combine(const Map<T>& out, const Mix<T>& mix);
   // out = mix(f(in)); without `out`, everything but the last convolution. Units' inputs are held if `hold` says so.
-  void value(Evaluation<A>& e, const Map<A>& in, const Map<A>* out, const Mix<A>& mix, bool hold);
+  void value(Evaluation<T>& e, const Map<T>& in, const Map<T>* out, const Mix<T>& mix, bool hold);
   // out = mix(J t), at the inputs of `e`.
-  void tangent(const Evaluation<A>& e, const Map<A>& t, const Map<A>& out, const Mix<A>& mix);
+  void tangent(const Evaluation<T>& e, const Map<T>& t, const Map<T>& out, const Mix<T>& mix);
   // mix(J^T image), in `out` or, if that is null, in a map of the memory's. With `parameters` their gradients are added
   // to the worker's accumulators. The image is read before anything is written, the mix's terms where the result is.
-  Map<A> cotangent(const Evaluation<A>& e, const Mix<A>& image, const Map<A>* out, const Mix<A>& mix, bool parameters,
-                   const Along<A>& along = {});
+  Map<T> cotangent(const Evaluation<T>& e, const Mix<T>& image, const Map<T>* out, const Mix<T>& mix, bool parameters,
+                   const Along<T>& along = {});
   // Whether it can be told `along`: the last unit's activation is a(z) = a'(z) z, so that <image, f> is, but for the
   // bias, the inner product of z with the cotangent that reaches it, which the norm's sums have in them.
   bool finds_image() const;
   // mix(gradient of <v, f> + <q, J t>), t being the last tangent sweep's, whose maps are given back. Nothing of q is
   // left where the samples are coupled.
-  Map<A> second(const Evaluation<A>& e, const Map<A>& v, const Map<A>& q, const Mix<A>& mix, bool parameters);
+  Map<T> second(const Evaluation<T>& e, const Map<T>& v, const Map<T>& q, const Mix<T>& mix, bool parameters);
 
   // Queues f, which goes over these maps.
   template <class F>
-  void each(const std::vector<Map<A>>& maps, const F& f) {
+  void each(const std::vector<Map<T>>& maps, const F& f) {
     std::vector<Touched> touched;
-    for (const Map<A>& map : maps)
+    for (const Map<T>& map : maps)
       if (map && map.extent == Extent::kBatch)
-        touched.push_back({reinterpret_cast<const char*>(map.view.at), map.stride * static_cast<int64_t>(sizeof(A))});
+        touched.push_back({reinterpret_cast<const char*>(map.view.at), map.stride * static_cast<int64_t>(sizeof(T))});
     schedule_.each(f, touched);
   }
   // Queues f(range, n, image) for every sample n of a range; the image is that of an evaluation whose inputs are held.
   template <class F>
-  void each_image(const Evaluation<A>& e, const F& f) {
+  void each_image(const Evaluation<T>& e, const F& f) {
     each({e.inputs.back()}, [=, this](const Range& range) {
-      convolve_input(e, spec_.units.size() - 1, range, g_, {});
-      for (int64_t n = 0; n < range.count; ++n) f(range, n, g_.at(range, n));
+      const Map<T> image = fit(g_, spec_.units.back().out_channels, range);
+      convolve_input(e, spec_.units.size() - 1, range, image, {});
+      for (int64_t n = 0; n < range.count; ++n) f(range, n, image.at(range, n));
     });
   }
   const Plane<A>& plane() const { return memory_.plane; }
-  Memory<A>& memory() { return memory_; }
+  Memory<T>& memory() { return memory_; }
 
  private:
   static constexpr int64_t kSums = 5;
@@ -148,10 +159,10 @@ class Branch {
   A* gradients_of(const Range& range) const { return gradients_ + range.worker * spec_.gradients; }
   Means<A> means();
   // Whether a sweep that has read a map of the batch may write over it, which would cost as much memory again.
-  bool takes_over(const Map<A>& map) const { return memory_.coupled && !map.pinned && map.blocks == spec_.blocks; }
+  bool takes_over(const Map<T>& map) const { return memory_.coupled && !map.pinned && map.blocks == spec_.blocks; }
   // A mix of as many terms as a combination takes; whatever it was reduced into is in `made`.
-  Mix<A> few(Mix<A> mix, std::vector<Map<A>>& made);
-  void give(const std::vector<Map<A>>& maps);
+  Mix<T> few(Mix<T> mix, std::vector<Map<T>>& made);
+  void give(const std::vector<Map<T>>& maps);
   void take_tiles(Need need);
   // Whether unit j's convolution reads its input as it is.
   bool goes_straight(size_t j) const {
@@ -159,49 +170,54 @@ class Branch {
     return unit.has_conv && unit.norm == kNoNorm && unit.act.kind == kIdentity && !spec_.narrow;
   }
   // For the input of unit j, with a halo where that goes straight into a convolution and is not held.
-  Map<A> input_map(size_t j, bool hold);
+  Map<T> input_map(size_t j, bool hold);
+  // A padded map as one of so many channels, its halo zero.
+  Map<T> fit(const Map<T>& padded, int64_t channels, const Range& range) const;
+  void convolve_jobs(const ConvShape& shape, const A* packed, const A* bias, const ConvJob<T>* jobs,
+                     const Range& range) const;
 
   // On all samples of a range. out = combine(conv(act(norm(input j))) + bias), and of the tangent; n = transposed
   // conv(g). Without a convolution there is the rest.
-  void convolve_input(const Evaluation<A>& e, size_t j, const Range& range, const Map<A>& out, const Mix<A>& mix) const;
-  void convolve_tangent(const Evaluation<A>& e, size_t j, const Range& range, const Map<A>& t, const Map<A>& out,
-                        const Mix<A>& mix) const;
-  void convolve_back(const UnitSpec<A>& unit, const Range& range, const Map<A>& g, const Map<A>& n) const;
+  void convolve_input(const Evaluation<T>& e, size_t j, const Range& range, const Map<T>& out, const Mix<T>& mix) const;
+  void convolve_tangent(const Evaluation<T>& e, size_t j, const Range& range, const Map<T>& t, const Map<T>& out,
+                        const Mix<T>& mix) const;
+  void convolve_back(const UnitSpec<A>& unit, const Range& range, const Map<T>& g, const Map<T>& n) const;
   // Accumulates the weight's and bias' gradients from g and unit j's input, and, with `t`, from those of the tangent.
-  void add_gradients(const Evaluation<A>& e, size_t j, const Range& range, const Map<A>* t) const;
+  void add_gradients(const Evaluation<T>& e, size_t j, const Range& range, const Map<T>& g, const Map<T>* t,
+                     const Map<T>& tangent_g) const;
   // Adds <g, bias> of the convolution behind a unit, and <n, z> from the sums of n, z's cotangent, and of n x.
-  void add_bias_product(const UnitSpec<A>& unit, const Range& range, int64_t i, const Along<A>& along) const;
-  void add_product(const UnitSpec<A>& unit, const Range& range, const A* sums, const Along<A>& along) const;
+  void add_bias_product(const UnitSpec<A>& unit, const Range& range, const View<T>& g, const Along<T>& along) const;
+  void add_product(const UnitSpec<A>& unit, const Range& range, const A* sums, const Along<T>& along) const;
   void add_norm_gradients(const UnitSpec<A>& unit, const Range& range, const A* sums) const;
 
-  NormRows<A> rows_of(const Evaluation<A>& e, size_t j, const Range& range, int64_t i) const;
+  NormRows<A> rows_of(const Evaluation<T>& e, size_t j, const Range& range, int64_t i) const;
 
   // The statistics of unit j's input, unless they are known.
-  void prepare(const Evaluation<A>& e, size_t j);
+  void prepare(const Evaluation<T>& e, size_t j);
   // Those of a group norm where forward has kept them.
-  void find_groups(const Evaluation<A>& e, size_t j);
+  void find_groups(const Evaluation<T>& e, size_t j);
   // They come from its channels' moments in `sums_`: of one sample, or of all at the barrier.
-  void measure(const Evaluation<A>& e, size_t j, const Range& range) const;
-  void measure_groups(const Evaluation<A>& e, size_t j, const Range& range, int64_t i) const;
-  void measure_batch(const Evaluation<A>& e, size_t j);
+  void measure(const Evaluation<T>& e, size_t j, const Range& range) const;
+  void measure_groups(const Evaluation<T>& e, size_t j, const Range& range, int64_t i) const;
+  void measure_batch(const Evaluation<T>& e, size_t j);
   // The means that the derivative of unit j's norm needs, from the channel sums in `sums_`; likewise.
   void settle(size_t j, const Range& range, int64_t i, bool weighted, std::initializer_list<Means<A>> means) const;
   void settle_batch(size_t j, bool weighted, std::initializer_list<Means<A>> means);
-  void sum_tangent(const Evaluation<A>& e, size_t j, const Range& range, const Map<A>& t) const;
+  void sum_tangent(const Evaluation<T>& e, size_t j, const Range& range, const Map<T>& t) const;
 
   BranchSpec<A> const& spec_;
   Schedule& schedule_;
-  Memory<A>& memory_;
+  Memory<T>& memory_;
   const Plane<A>& plane_;
   A* gradients_;
-  Map<A> active_, tangent_active_, g_, tangent_g_, bare_[2];
-  bfloat16* narrow_ = nullptr;
+  Map<T> active_, tangent_active_, g_, tangent_g_, bare_[2];  // padded, as wide as the widest
   char* tile_scratch_ = nullptr;
-  int64_t narrow_stride_ = 0, tile_scratch_stride_ = 0;
+  int64_t tile_scratch_stride_ = 0, together_ = 1;
+  bool uniform_ = true;  // all maps have as many channels
   double* totals_;
   Rows<A> sums_;
   Means<A> mean_n_, mean_xn_, mean_c_, mean_xc_;
-  std::vector<Map<A>> tangents_;
+  std::vector<Map<T>> tangents_;
   std::vector<Means<A>> mean_t_, mean_xt_;
 };
 

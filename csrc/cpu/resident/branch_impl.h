@@ -7,30 +7,34 @@
 
 namespace fastode::resident {
 
-template <class A>
-Branch<A>::Branch(const BranchSpec<A>& spec, Schedule& schedule, Memory<A>& memory, A* gradients, Need need)
+template <class T>
+Branch<T>::Branch(const BranchSpec<A>& spec, Schedule& schedule, Memory<T>& memory, A* gradients, Need need)
     : spec_(spec), schedule_(schedule), memory_(memory), plane_(memory.plane), gradients_(gradients) {
   const size_t units = spec.units.size();
   const int64_t kinds = need == Need::kSecond ? kSums : 2;
   sums_ = memory.rows(kinds * width());
   totals_ = memory.template per_worker<double>(kinds * width());
   const bool weights = gradients != nullptr && need != Need::kValue;
-  if (!spec.narrow || weights) active_ = memory.padded(spec.blocks);
-  if (spec.narrow) take_tiles(need);
+  for (const UnitSpec<A>& unit : spec.units)
+    for (const int64_t channels : {unit.in_channels, unit.out_channels})
+      uniform_ = uniform_ && channels == spec.units[0].in_channels;
+  take_tiles(need);
+  const auto padded = [&] { return memory.padded(spec.blocks, together_); };
+  active_ = padded();
   if (need != Need::kValue) {
-    g_ = memory.padded(spec.blocks);
+    g_ = padded();
     mean_n_ = means(), mean_xn_ = means();
   }
   if (need == Need::kSecond) {
-    if (weights) tangent_active_ = memory.padded(spec.blocks);
-    tangent_g_ = memory.padded(spec.blocks);
+    if (weights) tangent_active_ = padded();
+    tangent_g_ = padded();
     mean_c_ = means(), mean_xc_ = means();
     for (size_t j = 0; j < units; ++j) mean_t_.push_back(means()), mean_xt_.push_back(means());
   }
 }
 
-template <class A>
-Means<A> Branch<A>::means() {
+template <class T>
+Means<Number<T>> Branch<T>::means() {
   Means<A> means;
   for (const UnitSpec<A>& unit : spec_.units) {
     if (unit.norm == kGroupNorm && !means.each.base) means.each = memory_.rows(width());
@@ -39,27 +43,40 @@ Means<A> Branch<A>::means() {
   return means;
 }
 
-// Per worker, for convolutions on tiles: bfloat16 maps, and where there are weight gradients their scratch.
-template <class A>
-void Branch<A>::take_tiles(Need need) {
-  if constexpr (std::is_same_v<A, float>) {
-    const int64_t group = schedule_.group, pairs = (need == Need::kSecond ? 2 : 1) * group;
-    for (const UnitSpec<A>& unit : spec_.units) {
-      if (!unit.has_conv) continue;
-      const int64_t in = unit.in_channels, out = unit.out_channels;
-      narrow_stride_ = std::max(narrow_stride_, Narrow(plane_, std::max(in, out)).elements());
-      if (spec_.gradients > 0 && need != Need::kValue)
-        tile_scratch_stride_ = std::max(tile_scratch_stride_, tile_scratch_size(plane_, in, out, pairs));
-    }
-    narrow_stride_ = divide_up(narrow_stride_, 32) * 32;
-    narrow_ = memory_.template per_worker<bfloat16>(narrow_stride_ * group);
+// For convolutions on tiles: how many samples lie together, and scratch of the weight gradients.
+template <class T>
+void Branch<T>::take_tiles(Need need) {
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    const int64_t group = schedule_.group;
+    together_ = Narrow::samples_together(plane_, spec_.fewest_channels(), group);
+    if (spec_.gradients == 0 || need == Need::kValue) return;
+    const int64_t pairs = (need == Need::kSecond ? 2 : 1) * divide_up(group, together_) * together_;
+    for (const UnitSpec<A>& unit : spec_.units)
+      if (unit.has_conv)
+        tile_scratch_stride_ = std::max(tile_scratch_stride_, tile_scratch_size(plane_, unit.shape, together_, pairs));
+    tile_scratch_stride_ = divide_up(tile_scratch_stride_, 64) * 64;
     tile_scratch_ = memory_.template per_worker<char>(tile_scratch_stride_);
   }
 }
 
-template <class A>
-Evaluation<A> Branch<A>::evaluation(bool keep) {
-  Evaluation<A> e;
+template <class T>
+Map<T> Branch<T>::fit(const Map<T>& padded, int64_t channels, const Range& range) const {
+  Map<T> map = padded;
+  map.blocks = blocks_of<A>(channels);
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    if (uniform_) return map;
+    const Narrow widest(plane_, padded.blocks * Narrow::lanes, together_), narrow(plane_, channels, together_);
+    map.view = narrow.view(padded.view.at - widest.origin);
+    map.turn = narrow.depth;
+    for (int64_t i = 0; i < range.count; i += together_)
+      std::fill_n(map.at(range, i).at - narrow.origin, narrow.elements, T{});
+  }
+  return map;
+}
+
+template <class T>
+Evaluation<T> Branch<T>::evaluation(bool keep) {
+  Evaluation<T> e;
   keep = keep && memory_.kept;
   e.measured = keep && memory_.kept->found;
   e.inputs.resize(spec_.units.size());
@@ -80,25 +97,25 @@ Evaluation<A> Branch<A>::evaluation(bool keep) {
   return e;
 }
 
-template <class A>
-void Branch<A>::keep_inputs(Evaluation<A>& e) {
+template <class T>
+void Branch<T>::keep_inputs(Evaluation<T>& e) {
   for (size_t j = 1; j < spec_.units.size(); ++j) e.inputs[j] = memory_.keep(blocks_of<A>(spec_.units[j].in_channels));
 }
 
-template <class A>
-void Branch<A>::release(Evaluation<A>& e) {
+template <class T>
+void Branch<T>::release(Evaluation<T>& e) {
   for (size_t j = 1; j < spec_.units.size(); ++j) {
     memory_.give(e.inputs[j]);
     e.inputs[j] = {};
   }
 }
 
-template <class A>
-Mix<A> Branch<A>::few(Mix<A> mix, std::vector<Map<A>>& made) {
-  constexpr size_t most = Combine<A>::capacity;
+template <class T>
+Mix<T> Branch<T>::few(Mix<T> mix, std::vector<Map<T>>& made) {
+  constexpr size_t most = Combine<T>::capacity;
   while (mix.terms.size() > most) {
     made.push_back(map());
-    const Mix<A> part{0, {mix.terms.end() - most, mix.terms.end()}};
+    const Mix<T> part{0, {mix.terms.end() - most, mix.terms.end()}};
     each(part.with({made.back()}), [=, this, to = made.back()](const Range& range) {
       for (int64_t i = 0; i < range.count; ++i) combine_maps(plane_, to.blocks, to.at(range, i), part.at(range, i));
     });
@@ -108,23 +125,23 @@ Mix<A> Branch<A>::few(Mix<A> mix, std::vector<Map<A>>& made) {
   return mix;
 }
 
-template <class A>
-void Branch<A>::give(const std::vector<Map<A>>& maps) {
-  for (const Map<A>& map : maps) memory_.give(map);
+template <class T>
+void Branch<T>::give(const std::vector<Map<T>>& maps) {
+  for (const Map<T>& map : maps) memory_.give(map);
 }
 
-template <class A>
-void Branch<A>::combine(const Map<A>& out, const Mix<A>& mix) {
-  std::vector<Map<A>> made;
-  const Mix<A> sum = few(mix, made);
+template <class T>
+void Branch<T>::combine(const Map<T>& out, const Mix<T>& mix) {
+  std::vector<Map<T>> made;
+  const Mix<T> sum = few(mix, made);
   each(sum.with({out}), [=, this](const Range& range) {
     for (int64_t i = 0; i < range.count; ++i) combine_maps(plane_, out.blocks, out.at(range, i), sum.at(range, i));
   });
   give(made);
 }
 
-template <class A>
-NormRows<A> Branch<A>::rows_of(const Evaluation<A>& e, size_t j, const Range& range, int64_t i) const {
+template <class T>
+NormRows<Number<T>> Branch<T>::rows_of(const Evaluation<T>& e, size_t j, const Range& range, int64_t i) const {
   const UnitSpec<A>& unit = spec_.units[j];
   NormRows<A> rows;
   rows.mean = e.mean[j].at(range, i), rows.rstd = e.rstd[j].at(range, i);
@@ -142,15 +159,15 @@ NormRows<A> Branch<A>::rows_of(const Evaluation<A>& e, size_t j, const Range& ra
   return rows;
 }
 
-template <class A>
-void Branch<A>::prepare(const Evaluation<A>& e, size_t j) {
+template <class T>
+void Branch<T>::prepare(const Evaluation<T>& e, size_t j) {
   if (!spec_.units[j].measured() || e.measured) return;
   each({e.inputs[j]}, [=, this](const Range& range) { measure(e, j, range); });
   measure_batch(e, j);
 }
 
-template <class A>
-void Branch<A>::find_groups(const Evaluation<A>& e, size_t j) {
+template <class T>
+void Branch<T>::find_groups(const Evaluation<T>& e, size_t j) {
   each({}, [=, this, &unit = spec_.units[j]](const Range& range) {
     const int64_t lanes = spec_.lanes_of(unit), size = unit.in_channels / unit.groups;
     for (int64_t i = 0; i < range.count; ++i) {
@@ -164,8 +181,8 @@ void Branch<A>::find_groups(const Evaluation<A>& e, size_t j) {
   });
 }
 
-template <class A>
-void Branch<A>::measure(const Evaluation<A>& e, size_t j, const Range& range) const {
+template <class T>
+void Branch<T>::measure(const Evaluation<T>& e, size_t j, const Range& range) const {
   const UnitSpec<A>& unit = spec_.units[j];
   const int64_t lanes = spec_.lanes_of(unit);
   for (int64_t i = 0; i < range.count; ++i) {
@@ -175,8 +192,8 @@ void Branch<A>::measure(const Evaluation<A>& e, size_t j, const Range& range) co
   }
 }
 
-template <class A>
-void Branch<A>::measure_groups(const Evaluation<A>& e, size_t j, const Range& range, int64_t i) const {
+template <class T>
+void Branch<T>::measure_groups(const Evaluation<T>& e, size_t j, const Range& range, int64_t i) const {
   const UnitSpec<A>& unit = spec_.units[j];
   const int64_t lanes = spec_.lanes_of(unit), size = unit.in_channels / unit.groups;
   const A *channel_means = sums_.at(range, i), *channel_squares = channel_means + lanes;
@@ -201,8 +218,8 @@ void Branch<A>::measure_groups(const Evaluation<A>& e, size_t j, const Range& ra
   }
 }
 
-template <class A>
-void Branch<A>::measure_batch(const Evaluation<A>& e, size_t j) {
+template <class T>
+void Branch<T>::measure_batch(const Evaluation<T>& e, size_t j) {
   const UnitSpec<A>& unit = spec_.units[j];
   if (unit.norm != kBatchNorm) return;
   schedule_.flush();
@@ -231,8 +248,8 @@ void Branch<A>::measure_batch(const Evaluation<A>& e, size_t j) {
   }
 }
 
-template <class A>
-void Branch<A>::settle(size_t j, const Range& range, int64_t i, bool weighted,
+template <class T>
+void Branch<T>::settle(size_t j, const Range& range, int64_t i, bool weighted,
                        std::initializer_list<Means<A>> means) const {
   const UnitSpec<A>& unit = spec_.units[j];
   if (unit.norm != kGroupNorm) return;
@@ -252,8 +269,8 @@ void Branch<A>::settle(size_t j, const Range& range, int64_t i, bool weighted,
   }
 }
 
-template <class A>
-void Branch<A>::settle_batch(size_t j, bool weighted, std::initializer_list<Means<A>> means) {
+template <class T>
+void Branch<T>::settle_batch(size_t j, bool weighted, std::initializer_list<Means<A>> means) {
   const UnitSpec<A>& unit = spec_.units[j];
   if (unit.norm != kBatchNorm) return;
   schedule_.flush();

@@ -8,15 +8,16 @@ namespace fastode::resident {
 
 // result = scale * (what was computed) + sum_i coef[i] * term[i]; every term has the result's shape, in a layout of its
 // own, and may be the result itself, because each element is read before it is written.
-template <class A>
+template <class T>
 struct Combine {
+  using A = Number<T>;
   static constexpr int capacity = 8;
   A scale = 1;
   int count = 0;
   A coef[capacity] = {};
-  View<A> term[capacity] = {};
+  View<T> term[capacity] = {};
 
-  Combine& add(A coefficient, const View<A>& map) {
+  Combine& add(A coefficient, const View<T>& map) {
     if (coefficient != 0) {
       coef[count] = coefficient;
       term[count++] = map;

@@ -1,5 +1,6 @@
 // Convolutions of bfloat16 maps with float32 sums, on AMX tiles: for tensors stored in bfloat16, whose convolutions
-// PyTorch multiplies in bfloat16 too. Sums, statistics and everything between two convolutions stay float32 planes.
+// PyTorch multiplies in bfloat16 too. Statistics and what is done between two convolutions are float32 arithmetic on
+// maps stored in bfloat16, as PyTorch's are.
 #pragma once
 
 #include "conv.h"
@@ -11,29 +12,35 @@ inline constexpr int64_t kTilePixels = 16;  // of one tile; smaller maps would l
 // Whether this build has the kernels and the operating system lets this process use the tiles.
 bool has_tiles();
 
-// A bfloat16 map on the pixels of a Plane<float>: blocks of 32 channels, or of 16 if there are no more, so that a tile
-// row of 64 bytes is one pixel, or two neighbours. Behind the blocks come `slack` elements: one pixel of zeros, and
-// what tiles that reach over the last row read and drop.
+// Where what a convolution on tiles reads lies: the pixels of a Plane<float>, each with all of its channels, filled up
+// to a multiple of 32, so that a tile row of 64 bytes is a part of one pixel; up to 16 channels are filled up to 16,
+// and a row is two neighbouring pixels. Where the image has short rows, `together` samples take turns pixel by pixel,
+// and its rows are as much longer. Behind all lies what tiles that reach over the last row read and drop.
 struct Narrow {
-  static constexpr int64_t lanes = 16;  // a float32 map's
-  int64_t depth, blocks, size, slack;   // channels of a block, blocks, elements of a block and behind all
+  static constexpr int64_t lanes = 16;  // of a block of a View
+  int64_t together, depth;              // depth: elements of a pixel of one sample
+  int64_t pixel, row, origin, elements;
 
-  Narrow(const Plane<float>& plane, int64_t channels)
-      : depth(channels <= lanes ? lanes : 2 * lanes),
-        blocks(divide_up(channels, depth)),
-        size(plane.size / lanes * depth),
-        slack((plane.halo + 17) * depth) {}
+  Narrow(const Plane<float>& plane, int64_t channels, int64_t together)
+      : together(together),
+        depth(channels <= lanes ? lanes : divide_up(channels, 2 * lanes) * 2 * lanes),
+        pixel(together * depth),
+        row((plane.width + plane.halo) * pixel),
+        origin(plane.halo * (row + pixel)),
+        elements((plane.height + 2 * plane.halo) * row + 2 * plane.halo * pixel + 17 * depth) {}
 
-  int64_t elements() const { return blocks * size + slack; }
-  // Where the 16 channels of a float32 map's block `b` begin, at its first pixel; pixels are `depth` apart.
-  int64_t begin(int64_t b) const { return depth == lanes ? 0 : b / 2 * size + b % 2 * lanes; }
+  // Of the first sample; the others follow at distances of `depth`.
+  View<bfloat16> view(bfloat16* base) const { return {base + origin, row, pixel, lanes}; }
+
+  // How many samples of a group fill the rows of tiles; one where a tile row is two pixels.
+  static int64_t samples_together(const Plane<float>& plane, int64_t fewest_channels, int64_t group) {
+    constexpr int64_t wanted = 32;  // of a weight gradient's sum; two tiles of a convolution
+    int64_t together = 1;
+    if (fewest_channels <= lanes || plane.width > wanted / 2 || wanted % plane.width) return together;
+    while (2 * together <= group && 2 * together * plane.width <= wanted) together *= 2;
+    return together;
+  }
 };
-
-// Zeroes what is no pixel of an image, and the channels that fill the last block up.
-void clear_narrow_halo(const Plane<float>& plane, int64_t channels, bfloat16* map);
-
-// Rounds a map of `channels` channels; the halo becomes zero.
-void narrow_map(const Plane<float>& plane, int64_t channels, const View<float>& from, bfloat16* to);
 
 // In float32 elements.
 int64_t tile_weights_size(const ConvShape& shape);
@@ -42,21 +49,15 @@ int64_t tile_weights_size(const ConvShape& shape);
 template <class T>
 void pack_tile_weights(const ConvShape& shape, bool flip, const T* weight, const int64_t* strides, float* packed);
 
-// As ConvJob, from a Narrow map.
-struct TileJob {
-  const bfloat16* in;
-  View<float> out;
-  Combine<float> combine = {};
-};
+// As conv.h's; the inputs are Narrow maps, and `together` jobs one after the other are those of one of them.
+void convolve(const Plane<float>& plane, const ConvShape& shape, int64_t together, const float* packed,
+              const float* bias, const ConvJob<bfloat16>* jobs, int64_t count);
 
-void convolve(const Plane<float>& plane, const ConvShape& shape, const float* packed, const float* bias,
-              const TileJob* jobs, int64_t count);
+// gradient += sum over the pairs, both Narrow maps, in the layout of conv.h's weight_gradient. The pairs come in sets
+// of `together`; what is missing of the last set is zero. `scratch` holds tile_scratch_size bytes.
+void weight_gradient(const Plane<float>& plane, const ConvShape& shape, int64_t together,
+                     const GradientPair<bfloat16>* pairs, int64_t count, float* gradient, void* scratch);
 
-// gradient += sum over the pairs, both padded planes with zero halos and rounded here, in the layout of conv.h's
-// weight_gradient; `scratch` holds tile_scratch_size bytes.
-void weight_gradient(const Plane<float>& plane, const ConvShape& shape, const GradientPair<float>* pairs, int64_t count,
-                     float* gradient, void* scratch);
-
-int64_t tile_scratch_size(const Plane<float>& plane, int64_t in_channels, int64_t out_channels, int64_t pairs);
+int64_t tile_scratch_size(const Plane<float>& plane, const ConvShape& shape, int64_t together, int64_t pairs);
 
 }  // namespace fastode::resident

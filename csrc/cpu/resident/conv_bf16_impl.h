@@ -1,6 +1,8 @@
 // Included by one .cpp, where the compiler has AMX.
 #pragma once
 
+#include <bit>
+
 #include "conv_bf16.h"
 #include "tiles.h"
 
@@ -13,27 +15,18 @@ constexpr int64_t kTileRows = 16, kTileDepth = 32;           // rows of every ti
 constexpr int64_t kTileElements = kTileRows * kTileDepth;    // of a bfloat16 tile
 constexpr int64_t kSumElements = kTileRows * kLanes<float>;  // of a float32 tile
 
-static_assert(kLanes<float> == kTileRows);
+static_assert(kLanes<float> == kTileRows && Narrow::lanes == kTileRows);
 
-inline int64_t pixels_of(const Plane<float>& plane) { return plane.size / kLanes<float>; }
-inline int64_t row_of(const Plane<float>& plane) { return plane.row / kLanes<float>; }
-inline int64_t origin_of(const Plane<float>& plane) { return plane.origin / kLanes<float>; }
-
-// 32 bfloat16 numbers, the first half from `low`.
-inline void store_narrow(bfloat16* to, Vec<float> low, Vec<float> high) {
-  const auto value = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
-  std::memcpy(to, &value, sizeof(value));
-}
-
-// The steps of a convolution's sum: 32 channels of one tap, or 16 channels of two neighbouring taps. Either way the
-// next horizontal step lies kTileDepth elements further.
+// The steps of a convolution's sum: 32 channels of one tap, or 16 channels of two neighbouring taps.
 struct Steps {
+  bool paired;
   int64_t blocks, high, wide;
 
   explicit Steps(const ConvShape& shape)
-      : blocks(shape.in_channels <= 16 ? 1 : divide_up(shape.in_channels, 32)),
+      : paired(shape.in_channels <= Narrow::lanes),
+        blocks(paired ? 1 : divide_up(shape.in_channels, kTileDepth)),
         high(shape.kernel_h),
-        wide(shape.in_channels <= 16 ? divide_up(shape.kernel_w, 2) : shape.kernel_w) {}
+        wide(paired ? divide_up(shape.kernel_w, 2) : shape.kernel_w) {}
 
   int64_t count() const { return blocks * high * wide; }
 };
@@ -45,75 +38,129 @@ inline int64_t group_of(int64_t tiles) { return tiles % 2 == 0 ? 2 : 1; }
 
 struct TileRun {
   Steps steps;
-  int64_t block, row, pixel_bytes;
+  int64_t row, step, position_bytes;  // elements from a kernel row or step to the next; from a tile's row to the next
+  int64_t first, last;                // the kernel's rows that meet the image
   const bfloat16* weights;
 };
 
-// sums [M][N] tiles: of M times 16 pixels, from in[m], and N times 16 output channels.
-template <int M, int N>
-void multiply(const TileRun& run, const bfloat16* const* in, float* sums) {
+// sums [M][N] tiles: of M times 16 positions, from in[m], and N times 16 output channels. Calls beside() at every step,
+// for what the core can do while the tiles multiply.
+template <int M, int N, class F>
+void multiply(const TileRun& run, const bfloat16* const* in, float* sums, const F& beside) {
   static_assert(M * N <= 4 && N <= 2);
   constexpr int b = 4;
   tile_zero<0>();
   if constexpr (M * N > 1) tile_zero<1>();
   if constexpr (M * N > 2) tile_zero<2>();
   if constexpr (M * N > 3) tile_zero<3>();
-  const bfloat16* weights = run.weights;
-  for (int64_t block = 0; block < run.steps.blocks; ++block)
-    for (int64_t y = 0; y < run.steps.high; ++y) {
-      int64_t offset = block * run.block + y * run.row;
-      for (int64_t x = 0; x < run.steps.wide; ++x, offset += kTileDepth, weights += N * kTileElements) {
+  const int64_t kernel_row = run.steps.wide * N * kTileElements;
+  for (int64_t block = 0; block < run.steps.blocks; ++block) {
+    const bfloat16* weights = run.weights + (block * run.steps.high + run.first) * kernel_row;
+    for (int64_t y = run.first; y < run.last; ++y) {
+      int64_t offset = block * kTileDepth + y * run.row;
+      for (int64_t x = 0; x < run.steps.wide; ++x, offset += run.step, weights += N * kTileElements) {
         tile_load<b>(weights, 64);
         if constexpr (N == 2) tile_load<b + 1>(weights + kTileElements, 64);
-        tile_load<6>(in[0] + offset, run.pixel_bytes);
+        tile_load<6>(in[0] + offset, run.position_bytes);
         tile_multiply<0, 6, b>();
         if constexpr (N == 2) tile_multiply<1, 6, b + 1>();
         if constexpr (M > 1) {
-          tile_load<7>(in[1] + offset, run.pixel_bytes);
+          tile_load<7>(in[1] + offset, run.position_bytes);
           tile_multiply<N, 7, b>();
           if constexpr (N == 2) tile_multiply<N + 1, 7, b + 1>();
         }
         if constexpr (M > 2) {
-          tile_load<5>(in[2] + offset, run.pixel_bytes);
+          tile_load<5>(in[2] + offset, run.position_bytes);
           tile_multiply<2, 5, b>();
         }
         if constexpr (M > 3) {
-          tile_load<6>(in[3] + offset, run.pixel_bytes);
+          tile_load<6>(in[3] + offset, run.position_bytes);
           tile_multiply<3, 6, b>();
         }
+        beside();
       }
     }
+  }
   tile_store<0>(sums, 64);
   if constexpr (M * N > 1) tile_store<1>(sums + kSumElements, 64);
   if constexpr (M * N > 2) tile_store<2>(sums + 2 * kSumElements, 64);
   if constexpr (M * N > 3) tile_store<3>(sums + 3 * kSumElements, 64);
 }
 
-// Where a run of neighbouring pixels lies in the image.
-struct Place {
-  int64_t b, y, x, count;
+// The positions of a Narrow map in tiles of 16: cut out of its rows if they divide them, else out of the rows and their
+// halos laid end to end, whose sums in the halo are dropped.
+struct Tiling {
+  int64_t together, width, row, per_row, height, count;
+  int shift;  // of a division by `together`
+
+  Tiling(const Plane<float>& plane, int64_t together)
+      : together(together),
+        width(plane.width * together),
+        row((plane.width + plane.halo) * together),
+        per_row(width % kTileRows == 0 ? width / kTileRows : 0),
+        height(plane.height),
+        count(per_row ? plane.height * per_row : divide_up(plane.height * row, kTileRows)),
+        shift(std::countr_zero(static_cast<uint64_t>(together))) {}
 };
 
-// out = combine(sums + bias) on neighbouring pixels.
+// A tile's first position.
+struct Cursor {
+  int64_t y = 0, x = 0;
+
+  Cursor next(const Tiling& tiling) const {
+    Cursor to{y, x + kTileRows};
+    for (const int64_t end = tiling.per_row ? tiling.width : tiling.row; to.x >= end; to.x -= end) ++to.y;
+    return to;
+  }
+};
+
+// A tile of sums and what they belong to: positions from `at`, a block of outputs, some samples.
+struct Sums {
+  const float* sums;
+  Cursor at;
+  int64_t block;
+  const float* bias;  // or null
+  const ConvJob<bfloat16>* jobs;
+  int64_t samples;
+};
+
+// out = combine(sums + bias), for every sample's pixels inside the image
 template <int terms>
-void finish(const float* sums, const Place& place, Vec<float> bias, const Combine<float>& combine,
-            const View<float>& out) {
+void finish(const Tiling& tiling, const Sums& tile) {
   using V = Vec<float>;
-  for (int64_t i = 0; i < place.count; ++i) {
-    V value = (load<V>(sums + i * kLanes<float>) + bias) * combine.scale;
-    const auto add = [&](int t) {
-      value += combine.coef[t] * load<V>(combine.term[t].pixel_at(place.b, place.y, place.x + i));
-    };
-    if constexpr (terms >= 0) {
-      FASTODE_UNROLL for (int t = 0; t < terms; ++t) add(t);
-    } else {
-      for (int t = 0; t < combine.count; ++t) add(t);
+  const int64_t together = tiling.together, step = together * kLanes<float>;
+  const float* sums = tile.sums;
+  Cursor at = tile.at;
+  for (int64_t rows = kTileRows; rows > 0 && at.y < tiling.height; ++at.y, at.x = 0) {
+    const int64_t end = std::min(tiling.width - at.x, rows);
+    for (int64_t s = 0; s < std::min(together, end); ++s) {
+      const int64_t sample = (at.x + s) & (together - 1), x = (at.x + s) >> tiling.shift;
+      if (sample >= tile.samples) continue;
+      const ConvJob<bfloat16>& job = tile.jobs[sample];
+      const Combine<bfloat16>& combine = job.combine;
+      bfloat16* out = job.out.pixel_at(tile.block, at.y, x);
+      const bfloat16* term[terms > 0 ? terms : 1];
+      for (int t = 0; t < terms; ++t) term[t] = combine.term[t].pixel_at(tile.block, at.y, x);
+      const V bias = tile.bias ? load<V>(tile.bias) * combine.scale : V{};
+      const float* from = sums + s * kLanes<float>;
+      for (int64_t i = 0, pixel = 0; i < end - s; i += together, ++pixel, from += step) {
+        V value = load<V>(from) * combine.scale + bias;
+        if constexpr (terms >= 0) {
+          FASTODE_UNROLL for (int t = 0; t < terms; ++t) value +=
+              combine.coef[t] * load_stored(term[t] + pixel * combine.term[t].pixel);
+        } else {
+          for (int t = 0; t < combine.count; ++t)
+            value += combine.coef[t] * load_stored(combine.term[t].pixel_at(tile.block, at.y, x + pixel));
+        }
+        store_stored(out + pixel * job.out.pixel, value);
+      }
     }
-    store<V>(out.pixel_at(place.b, place.y, place.x + i), value);
+    const int64_t passed = tiling.row - at.x;
+    sums += passed * kLanes<float>, rows -= passed;
   }
 }
 
-using Finish = void (*)(const float*, const Place&, Vec<float>, const Combine<float>&, const View<float>&);
+using Finish = void (*)(const Tiling&, const Sums&);
 
 inline Finish finish_of(int terms) {
   switch (terms) {
@@ -130,102 +177,56 @@ inline Finish finish_of(int terms) {
   }
 }
 
-// The output pixels in tiles of 16: cut out of the rows if they divide the width, else out of the rows and their halos
-// laid end to end, whose sums in the halo are dropped.
-struct Tiling {
-  int64_t width, row, per_row, count, end;
+// The products of a convolution, for groups of N times 16 outputs. What one leaves is finished beside the next one.
+template <int N>
+class Products {
+ public:
+  Products(const Tiling& tiling, Finish last) : tiling_(tiling), last_(last) {}
+  ~Products() { settle(0); }
 
-  explicit Tiling(const Plane<float>& plane)
-      : width(plane.width),
-        row(row_of(plane)),
-        per_row(plane.width % kTileRows == 0 ? plane.width / kTileRows : 0),
-        count(per_row ? plane.height * per_row : divide_up(plane.height * row, kTileRows)),
-        end(plane.height * row) {}
-
-  int64_t first(int64_t tile) const {
-    return per_row ? tile / per_row * row + tile % per_row * kTileRows : tile * kTileRows;
-  }
-
-  // Calls f(row of the tile, y, x, how many) for every run of pixels inside the image.
-  template <class F>
-  void runs(int64_t tile, const F& f) const {
-    const int64_t start = first(tile), stop = std::min(start + kTileRows, end);
-    int64_t pixel = start, y = start / row, x = start % row;
-    if (per_row) return f(0, y, x, kTileRows);
-    while (pixel < stop) {
-      const int64_t run = std::min(width - x, stop - pixel);
-      if (run > 0) f(pixel - start, y, x, run);
-      pixel += row - x;
-      x = 0, ++y;
+  // Of M tiles of a set of samples, from `in`, which are `sums` but for what differs among the tiles. Goes to the next.
+  template <int M>
+  void add(TileRun& run, int64_t pad, const bfloat16* in, Sums& sums) {
+    const bfloat16* from[M];
+    Cursor tiles[M];
+    int64_t bottom = 0;
+    for (int m = 0; m < M; ++m) {
+      from[m] = in + (sums.at.y * tiling_.row + sums.at.x) * (run.position_bytes / 2);
+      bottom = sums.at.y, tiles[m] = sums.at, sums.at = sums.at.next(tiling_);
     }
+    if (!tiling_.per_row) bottom = std::min(sums.at.y, tiling_.height - 1);
+    run.first = std::max<int64_t>(0, pad - bottom);
+    run.last = std::min(run.steps.high, tiling_.height + pad - tiles[0].y);
+    const int64_t steps = std::max<int64_t>(1, run.steps.blocks * (run.last - run.first) * run.steps.wide);
+    const int share = left_ <= steps ? 1 : left_;
+    float* to = sums_[turn_];
+    multiply<M, N>(run, from, to, [&] { settle(left_ - share); });
+    settle(0);
+    for (int m = 0; m < M; ++m)
+      for (int n = 0; n < N; ++n, to += kSumElements)
+        tiles_[left_++] = {to,        tiles[m],    sums.block + n, sums.bias ? sums.bias + n * kLanes<float> : nullptr,
+                           sums.jobs, sums.samples};
+    turn_ = 1 - turn_;
   }
+
+ private:
+  // Finishes all but so many.
+  void settle(int remaining) {
+    while (left_ > 0 && left_ > remaining) last_(tiling_, tiles_[--left_]);
+  }
+
+  const Tiling& tiling_;
+  const Finish last_;
+  int left_ = 0, turn_ = 0;
+  Sums tiles_[4];
+  alignas(64) float sums_[2][4 * kSumElements];
 };
-
-template <int M, int N>
-void convolve_tiles(const TileRun& run, const Tiling& tiling, int64_t tile, int64_t block, const bfloat16* in,
-                    int64_t depth, const float* bias, const TileJob& job, Finish last) {
-  alignas(64) float sums[M * N * kSumElements];
-  const bfloat16* from[M];
-  for (int m = 0; m < M; ++m) from[m] = in + tiling.first(tile + m) * depth;
-  multiply<M, N>(run, from, sums);
-  for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n) {
-      const float* tile_sums = sums + (m * N + n) * kSumElements;
-      const Vec<float> channel_bias = bias ? load<Vec<float>>(bias + n * kLanes<float>) : Vec<float>{};
-      tiling.runs(tile + m, [&](int64_t at, int64_t y, int64_t x, int64_t count) {
-        last(tile_sums + at * kLanes<float>, Place{block + n, y, x, count}, channel_bias, job.combine, job.out);
-      });
-    }
-}
 
 }  // namespace
 
 bool has_tiles() {
   static const bool permitted = tiles_permitted();
   return permitted;
-}
-
-void narrow_map(const Plane<float>& plane, int64_t channels, const View<float>& from, bfloat16* to) {
-  const Narrow narrow(plane, channels);
-  const int64_t blocks = blocks_of<float>(channels), row = row_of(plane), depth = narrow.depth;
-  using V = Vec<float>;
-  clear_narrow_halo(plane, channels, to);
-  const auto value = [&](int64_t b, int64_t y, int64_t x) { return load<V>(from.pixel_at(b, y, x)); };
-  for (int64_t b = 0; b < blocks; b += depth / Narrow::lanes) {
-    bfloat16* image = to + narrow.begin(b) + origin_of(plane) * depth;
-    for (int64_t y = 0; y < plane.height; ++y, image += row * depth) {
-      int64_t x = 0;
-      if (depth == Narrow::lanes) {  // two pixels at a time
-        for (; x + 1 < plane.width; x += 2) store_narrow(image + x * depth, value(b, y, x), value(b, y, x + 1));
-        for (; x < plane.width; ++x)
-          for (int lane = 0; lane < Narrow::lanes; ++lane)
-            image[x * depth + lane] = round_to_narrow(from.pixel_at(b, y, x)[lane]);
-      } else if (b + 1 < blocks) {
-        for (; x < plane.width; ++x) store_narrow(image + x * depth, value(b, y, x), value(b + 1, y, x));
-      } else {
-        for (; x < plane.width; ++x) store_narrow(image + x * depth, value(b, y, x), V{});
-      }
-    }
-  }
-}
-
-void clear_narrow_halo(const Plane<float>& plane, int64_t channels, bfloat16* map) {
-  const Narrow narrow(plane, channels);
-  const int64_t depth = narrow.depth, row = row_of(plane), side = plane.halo * depth;
-  for (int64_t b = 0; b < narrow.blocks; ++b) {
-    bfloat16 *block = map + b * narrow.size, *image = block + origin_of(plane) * depth;
-    std::fill(block, image, bfloat16{0});
-    for (int64_t y = 0; y < plane.height && side; ++y) {
-      bfloat16* right = image + (y * row + plane.width) * depth;
-      std::fill(right, right + side, bfloat16{0});
-    }
-    std::fill(image + plane.height * row * depth, block + narrow.size, bfloat16{0});
-  }
-  bfloat16* end = map + narrow.blocks * narrow.size;
-  std::fill(end, end + depth, bfloat16{0});
-  if (depth > Narrow::lanes && blocks_of<float>(channels) % 2)
-    for (bfloat16* pixel = end - narrow.size; pixel < end; pixel += depth)
-      std::fill(pixel + Narrow::lanes, pixel + depth, bfloat16{0});
 }
 
 int64_t tile_weights_size(const ConvShape& shape) {
@@ -261,29 +262,30 @@ void pack_tile_weights(const ConvShape& shape, bool flip, const T* weight, const
 template void pack_tile_weights(const ConvShape&, bool, const float*, const int64_t*, float*);
 template void pack_tile_weights(const ConvShape&, bool, const bfloat16*, const int64_t*, float*);
 
-void convolve(const Plane<float>& plane, const ConvShape& shape, const float* packed, const float* bias,
-              const TileJob* jobs, int64_t count) {
+void convolve(const Plane<float>& plane, const ConvShape& shape, int64_t together, const float* packed,
+              const float* bias, const ConvJob<bfloat16>* jobs, int64_t count) {
   const TileScope scope;
-  const Narrow narrow(plane, shape.in_channels);
-  const Tiling tiling(plane);
-  const int64_t tiles = blocks_of<float>(shape.out_channels), row = row_of(plane);
-  TileRun run{Steps(shape), narrow.size, row * narrow.depth, narrow.depth * 2,
-              reinterpret_cast<const bfloat16*>(packed)};
-  const int64_t shift = (origin_of(plane) - shape.kernel_h / 2 * row - shape.kernel_w / 2) * narrow.depth;
+  const Narrow narrow(plane, shape.in_channels, together);
+  const Tiling tiling(plane, together);
+  const int64_t tiles = blocks_of<float>(shape.out_channels), pad = shape.kernel_h / 2;
+  const Steps steps(shape);
+  TileRun run{steps, narrow.row, steps.paired ? kTileDepth : narrow.pixel, narrow.depth * 2,
+              0,     0,          reinterpret_cast<const bfloat16*>(packed)};
+  const int64_t shift = -pad * narrow.row - shape.kernel_w / 2 * narrow.pixel;
   const auto walk = [&](auto many, auto group) {
     constexpr int M = many(), N = group();
+    Products<N> products(tiling, finish_of(jobs->combine.count));
     for (int64_t first = 0; first < tiles; first += N) {
-      for (const TileJob* job = jobs; job < jobs + count; ++job) {
-        const Finish last = finish_of(job->combine.count);
-        const bfloat16* in = job->in + shift;
+      for (int64_t begin = 0; begin < count; begin += together) {
+        const bfloat16* in = jobs[begin].in.at + shift;
+        Sums sums{nullptr,      {},
+                  first,        bias ? bias + first * kLanes<float> : nullptr,
+                  jobs + begin, std::min(together, count - begin)};
         int64_t tile = 0;
-        for (; tile + M <= tiling.count; tile += M)
-          convolve_tiles<M, N>(run, tiling, tile, first, in, narrow.depth, bias, *job, last);
-        for (; tile < tiling.count; ++tile)
-          convolve_tiles<1, N>(run, tiling, tile, first, in, narrow.depth, bias, *job, last);
+        for (; tile + M <= tiling.count; tile += M) products.template add<M>(run, pad, in, sums);
+        for (; tile < tiling.count; ++tile) products.template add<1>(run, pad, in, sums);
       }
       run.weights += run.steps.count() * N * kTileElements;
-      if (bias) bias += N * kLanes<float>;
     }
   };
   if (group_of(tiles) == 2)

@@ -21,8 +21,8 @@ template <class A>
 class DescentPoints {
  public:
   DescentPoints(Branch<A>& branch, const Descent& descent, const Map<A>& input, bool keep)
-      : theta_(static_cast<A>(descent.theta)),
-        scale_(2 * static_cast<A>(descent.gamma) * theta_),
+      : theta_(static_cast<Number<A>>(descent.theta)),
+        scale_(2 * static_cast<Number<A>>(descent.gamma) * theta_),
         input_(input),
         keep_(keep && branch.memory().kept),
         hold_first_(descent.frozen || !branch.memory().coupled),
@@ -75,7 +75,7 @@ class DescentPoints {
   }
 
  private:
-  A theta_, scale_;
+  Number<A> theta_, scale_;
   Map<A> input_, skip_;
   bool keep_;
   // Where the samples are coupled every map holds the batch, and what f(x) went through would be idle until the end: it
@@ -135,7 +135,7 @@ class DescentBackward {
       branch.cotangent(e, {0, {{1, ends.cotangent}}}, &ends.result, {1, {{1, ends.cotangent}}}, wishes.parameters);
       return;
     }
-    const A gamma = static_cast<A>(descent.gamma), theta = static_cast<A>(descent.theta);
+    const Number<A> gamma = static_cast<Number<A>>(descent.gamma), theta = static_cast<Number<A>>(descent.theta);
     const int64_t steps = descent.steps;
     const bool found = memory.kept != nullptr;
     DescentPoints<A> at(branch, descent, ends.input, true);

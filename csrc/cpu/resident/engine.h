@@ -87,8 +87,8 @@ Feature<T> feature_of(const Tensor& x) {
 }
 
 // How many samples go through a program together: more for small maps, whose weights would otherwise be read for few
-// pixels.
-int64_t group_for(int64_t samples, int64_t workers, int64_t pixels);
+// pixels, and more of those that are `stored` in fewer bytes.
+int64_t group_for(int64_t samples, int64_t workers, int64_t pixels, int64_t stored);
 
 template <class A>
 struct Call {
@@ -108,29 +108,30 @@ inline int64_t workers_for(int64_t samples) {
 }
 
 // The user's tensor as a program's map, if it has the program's type and its channels lie as vectors.
-template <class A, class T>
-Map<A> map_of(const Feature<T>& feature) {
-  if constexpr (std::is_same_v<std::remove_const_t<T>, A>) {
-    if (feature.channel == 1 && feature.channels % kLanes<A> == 0)
-      return {{const_cast<A*>(feature.data), feature.row, feature.pixel, kLanes<A>},
-              feature.sample,
-              blocks_of<A>(feature.channels)};
+template <class S, class T>
+Map<S> map_of(const Feature<T>& feature) {
+  constexpr int64_t lanes = kLanes<Number<S>>;
+  if constexpr (std::is_same_v<std::remove_const_t<T>, S>) {
+    if (feature.channel == 1 && feature.channels % lanes == 0)
+      return {
+          {const_cast<S*>(feature.data), feature.row, feature.pixel, lanes}, feature.sample, feature.channels / lanes};
   }
   return {};
 }
 
-template <template <class> class Program, class A, class T, class Rule>
+// On tensors of T, with maps stored as S.
+template <template <class> class Program, class S, class T, class Rule, class A>
 void run_typed(const Call<A>& call, const Rule& rule) {
   const BranchSpec<A>& spec = call.packed.spec;
   const int64_t samples = call.x.size(0), workers = workers_for(samples);
   const bool forward = call.cotangent == nullptr;
   const Plane<A> plane(call.x.size(2), call.x.size(3), spec.halo);
-  Schedule schedule(samples, workers, group_for(samples, workers, plane.pixels()));
-  Memory<A> memory(call.x, plane, schedule, spec.couples_samples, call.kept);
+  Schedule schedule(samples, workers, group_for(samples, workers, plane.pixels(), sizeof(S)));
+  Memory<S> memory(call.x, plane, schedule, spec.couples_samples, call.kept);
   A* gradients = spec.gradients ? static_cast<A*>(call.gradients.data_ptr()) : nullptr;
-  Branch<A> branch(spec, schedule, memory, gradients, Program<A>::need(rule));
+  Branch<S> branch(spec, schedule, memory, gradients, Program<S>::need(rule));
 
-  Wishes<A> wishes;
+  Wishes<S> wishes;
   wishes.parameters = spec.gradients > 0;
   if (forward && call.packed.statistics) {
     wishes.statistics = static_cast<A*>(call.statistics.data_ptr());
@@ -141,7 +142,7 @@ void run_typed(const Call<A>& call, const Rule& rule) {
 
   const auto read = [&](const Tensor& tensor) {
     const Feature<const T> feature = feature_of<const T>(tensor);
-    Map<A> map = map_of<A>(feature);
+    Map<S> map = map_of<S>(feature);
     if (!map) {
       map = memory.take(blocks_of<A>(feature.channels));
       schedule.each([=, &plane](const Range& range) {
@@ -151,15 +152,15 @@ void run_typed(const Call<A>& call, const Rule& rule) {
     map.pinned = true;
     return map;
   };
-  Ends<A> ends;
+  Ends<S> ends;
   ends.input = read(call.x);
   if (!forward) ends.cotangent = read(*call.cotangent);
   const Feature<T> result = feature_of<T>(call.result);
-  ends.result = map_of<A>(result);
+  ends.result = map_of<S>(result);
   const bool apart = !ends.result;
   if (apart) ends.result = memory.take(ends.input.blocks);
   memory.give(ends.result);
-  Program<A>::record(branch, ends, rule, wishes);
+  Program<S>::record(branch, ends, rule, wishes);
   if (apart)
     schedule.each([=, &plane](const Range& range) {
       for (int64_t i = 0; i < range.count; ++i) store_sample(plane, ends.result.at(range, i), result, range.first + i);

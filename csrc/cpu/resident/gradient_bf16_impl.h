@@ -5,36 +5,63 @@
 
 namespace fastode::resident {
 
-// The weight gradient sums over pixels. Its left factor is the input as rows of channels along the pixels of the plane,
-// so a tap is an offset; its right factor is the cotangent with neighbouring pixels paired, 32 pixels to a tile.
+// The weight gradient sums over positions: the pixels of an image and, in turn, of the samples that lie together. Its
+// left factor is the input as rows of channels along the positions, a copy for each of the kernel's columns, so that a
+// kernel's row is an offset by whole rows of the image: tiles that begin anywhere take six times as long to load. Its
+// right factor is the cotangent with neighbouring positions paired, 32 to a tile.
 namespace {
 
-struct PixelTiles {
-  int64_t first, chunks,
-      pitch;  // first pixel and number of cotangent tiles; length of an input row, which ends in zeros
+struct Positions {
+  int64_t span, pad, rows;  // span: positions of an image's row; rows: of a copy, with those that the kernel adds
+  int64_t chunks, pitch;    // chunks: of 32 positions; pitch: of a channel of a copy
 
-  explicit PixelTiles(const Plane<float>& plane)
-      : first(origin_of(plane)), chunks(divide_up(plane.height * row_of(plane), kTileDepth)) {
-    const int64_t length = first + chunks * kTileDepth + plane.halo * row_of(plane) + plane.halo;
-    pitch =
-        (divide_up(std::max(length, pixels_of(plane)), kTileDepth) | 1) * kTileDepth;  // odd: rows in different sets
+  Positions(const Plane<float>& plane, const ConvShape& shape, int64_t together)
+      : span(plane.width * together),
+        pad(shape.kernel_h / 2),
+        rows(plane.height + 2 * pad),
+        chunks(divide_up(plane.height * span, kTileDepth)),
+        // Odd, so that the channels lie in different sets of the cache.
+        pitch((divide_up(chunks * kTileDepth + 2 * pad * span, kTileDepth) | 1) * kTileDepth) {}
+
+  int64_t input(const ConvShape& shape) const {
+    return blocks_of<float>(shape.in_channels) * shape.kernel_w * kTileRows * pitch;
+  }
+  int64_t cotangent(const ConvShape& shape) const {
+    return blocks_of<float>(shape.out_channels) * chunks * kTileElements;
   }
 };
 
-typedef int16_t Pairs __attribute__((vector_size(64)));
-typedef int32_t Words __attribute__((vector_size(64)));  // pairs, one per lane
+// The positions of some rows of a Narrow map, one after the other, and zeros behind them.
+class Source {
+ public:
+  Source(const bfloat16* at, const Narrow& narrow, int64_t span, int64_t rows)
+      : at_(at), depth_(narrow.depth), gap_(narrow.row - span * narrow.depth), span_(span), left_(span), rows_(rows) {}
 
-// Pixels p and p + 1 of a block as 16 pairs, rounded; zero behind the plane.
-inline Words pair_of(const float* block, int64_t p, int64_t pixels) {
-  using V = Vec<float>;
-  constexpr int64_t lanes = kLanes<float>;
-  alignas(64) bfloat16 rounded[2 * lanes];
-  store_narrow(rounded, p < pixels ? load<V>(block + p * lanes) : V{},
-               p + 1 < pixels ? load<V>(block + (p + 1) * lanes) : V{});
-  Pairs value;
-  std::memcpy(&value, rounded, sizeof(value));
-  const Pairs pairs = __builtin_shufflevector(value, value, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8,
-                                              24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  const bfloat16* next() {
+    static constexpr bfloat16 zeros[Narrow::lanes] = {};
+    if (rows_ == 0) return zeros;
+    const bfloat16* here = at_;
+    at_ += depth_;
+    if (--left_ == 0) at_ += gap_, left_ = span_, --rows_;
+    return here;
+  }
+
+ private:
+  const bfloat16* at_;
+  int64_t depth_, gap_, span_, left_, rows_;
+};
+
+typedef int16_t Numbers __attribute__((vector_size(64)));
+typedef int32_t Words __attribute__((vector_size(64)));  // pairs of numbers, one per lane
+
+// 16 channels of two neighbouring positions as 16 pairs.
+inline Words pair_of(const bfloat16* low, const bfloat16* high) {
+  typedef int16_t Half __attribute__((vector_size(32)));
+  Half a, b;
+  std::memcpy(&a, low, sizeof(a));
+  std::memcpy(&b, high, sizeof(b));
+  const Numbers pairs = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9,
+                                                25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
   return reinterpret_cast<Words>(pairs);
 }
 
@@ -77,30 +104,32 @@ inline void transpose(Words* r) {
   }
 }
 
-// to: [block][channel][pitch]
-void transpose_input(const Plane<float>& plane, int64_t blocks, const PixelTiles& tiles, const float* in,
-                     bfloat16* to) {
-  for (int64_t b = 0; b < blocks; ++b, in += plane.size, to += kTileRows * tiles.pitch)
-    for (int64_t p = 0; p < tiles.pitch; p += kTileDepth) {
-      Words rows[16];
-      FASTODE_UNROLL for (int i = 0; i < 16; ++i) rows[i] = pair_of(in, p + 2 * i, pixels_of(plane));
-      transpose(rows);
-      FASTODE_UNROLL for (int i = 0; i < 16; ++i) std::memcpy(to + i * tiles.pitch + p, rows + i, sizeof(Words));
+// to: [channel][pitch], of one block and column of the kernel.
+void transpose_input(const Positions& positions, Source from, bfloat16* to) {
+  for (int64_t p = 0; p < positions.pitch; p += kTileDepth) {
+    Words rows[16];
+    for (int i = 0; i < 16; ++i) {
+      const bfloat16* low = from.next();
+      rows[i] = pair_of(low, from.next());
     }
+    transpose(rows);
+    FASTODE_UNROLL for (int i = 0; i < 16; ++i) std::memcpy(to + i * positions.pitch + p, rows + i, sizeof(Words));
+  }
 }
 
-// to: [block][chunk] tiles
-void pair_cotangent(const Plane<float>& plane, int64_t blocks, const PixelTiles& tiles, const float* in, bfloat16* to) {
-  for (int64_t b = 0; b < blocks; ++b, in += plane.size)
-    for (int64_t p = tiles.first; p < tiles.first + tiles.chunks * kTileDepth; p += 2, to += kTileDepth) {
-      const Words pairs = pair_of(in, p, pixels_of(plane));
-      std::memcpy(to, &pairs, sizeof(pairs));
-    }
+// to: [chunk] tiles, of one block.
+void pair_cotangent(const Positions& positions, Source from, bfloat16* to) {
+  for (int64_t p = 0; p < positions.chunks * kTileDepth; p += 2, to += kTileDepth) {
+    const bfloat16* low = from.next();
+    const Words pairs = pair_of(low, from.next());
+    std::memcpy(to, &pairs, sizeof(pairs));
+  }
 }
 
 struct GradientRun {
-  const bfloat16 *in, *cotangent;  // of the first pair
-  int64_t pairs, in_pair, cotangent_pair, chunks, in_bytes, cotangent_block, gradient_bytes;
+  const bfloat16 *in, *cotangent;  // of the first set
+  int64_t sets, in_set, cotangent_set, in_bytes, cotangent_block, gradient_bytes;
+  int64_t first, last;  // chunks
 };
 
 // Adds M x N tiles: of 16 input channels at one tap each, from offset[m] of the input, times N times 16 output
@@ -114,9 +143,10 @@ void add_gradient(const GradientRun& run, const int64_t* offset, float* const* g
   if constexpr (M > 1) tile_load<N>(gradient[1], run.gradient_bytes);
   if constexpr (M > 1 && N == 2) tile_load<N + 1>(gradient[1] + out_stride, run.gradient_bytes);
   if constexpr (M > 2) tile_load<2>(gradient[2], run.gradient_bytes);
-  for (int64_t n = 0; n < run.pairs; ++n) {
-    const bfloat16 *in = run.in + n * run.in_pair, *cotangent = run.cotangent + n * run.cotangent_pair;
-    for (int64_t k = 0; k < run.chunks; ++k, in += kTileDepth, cotangent += kTileElements) {
+  for (int64_t n = 0; n < run.sets; ++n) {
+    const bfloat16* in = run.in + n * run.in_set + run.first * kTileDepth;
+    const bfloat16* cotangent = run.cotangent + n * run.cotangent_set + run.first * kTileElements;
+    for (int64_t k = run.first; k < run.last; ++k, in += kTileDepth, cotangent += kTileElements) {
       tile_load<b>(cotangent, 64);
       if constexpr (N == 2) tile_load<b + 1>(cotangent + run.cotangent_block, 64);
       tile_load<6>(in + offset[0], run.in_bytes);
@@ -142,48 +172,59 @@ void add_gradient(const GradientRun& run, const int64_t* offset, float* const* g
 
 }  // namespace
 
-int64_t tile_scratch_size(const Plane<float>& plane, int64_t in_channels, int64_t out_channels, int64_t pairs) {
-  const PixelTiles tiles(plane);
-  const int64_t input = blocks_of<float>(in_channels) * kTileRows * tiles.pitch;
-  const int64_t cotangent = blocks_of<float>(out_channels) * tiles.chunks * kTileElements;
-  return pairs * (input + cotangent) * static_cast<int64_t>(sizeof(bfloat16));
+int64_t tile_scratch_size(const Plane<float>& plane, const ConvShape& shape, int64_t together, int64_t pairs) {
+  const Positions positions(plane, shape, together);
+  const int64_t set = positions.input(shape) + positions.cotangent(shape);
+  return divide_up(pairs, together) * set * static_cast<int64_t>(sizeof(bfloat16));
 }
 
-void weight_gradient(const Plane<float>& plane, const ConvShape& shape, const GradientPair<float>* pairs, int64_t count,
-                     float* gradient, void* scratch) {
-  const PixelTiles tiles(plane);
+void weight_gradient(const Plane<float>& plane, const ConvShape& shape, int64_t together,
+                     const GradientPair<bfloat16>* pairs, int64_t count, float* gradient, void* scratch) {
+  constexpr int64_t lanes = kLanes<float>;
+  const Positions positions(plane, shape, together);
+  const Narrow input(plane, shape.in_channels, together), cotangent(plane, shape.out_channels, together);
   const int64_t in_blocks = blocks_of<float>(shape.in_channels), out_blocks = blocks_of<float>(shape.out_channels);
-  const int64_t in_pair = in_blocks * kTileRows * tiles.pitch,
-                cotangent_pair = out_blocks * tiles.chunks * kTileElements;
+  const int64_t copy = kTileRows * positions.pitch, block = positions.chunks * kTileElements;
+  const int64_t in_set = positions.input(shape), cotangent_set = positions.cotangent(shape);
+  const int64_t sets = divide_up(count, together);
   bfloat16* inputs = static_cast<bfloat16*>(scratch);
-  bfloat16* cotangents = inputs + count * in_pair;
-  for (int64_t n = 0; n < count; ++n) {
-    transpose_input(plane, in_blocks, tiles, pairs[n].in.at - plane.origin, inputs + n * in_pair);
-    pair_cotangent(plane, out_blocks, tiles, pairs[n].cotangent.at - plane.origin, cotangents + n * cotangent_pair);
+  bfloat16* cotangents = inputs + sets * in_set;
+  for (int64_t n = 0; n < sets; ++n) {
+    const GradientPair<bfloat16>& pair = pairs[n * together];
+    const bfloat16* corner = pair.in.at - positions.pad * input.row - shape.kernel_w / 2 * input.pixel;
+    bfloat16* to = inputs + n * in_set;
+    for (int64_t ib = 0; ib < in_blocks; ++ib)
+      for (int64_t kx = 0; kx < shape.kernel_w; ++kx, to += copy)
+        transpose_input(positions, {corner + ib * lanes + kx * input.pixel, input, positions.span, positions.rows}, to);
+    for (int64_t ob = 0; ob < out_blocks; ++ob)
+      pair_cotangent(positions, {pair.cotangent.at + ob * lanes, cotangent, positions.span, plane.height},
+                     cotangents + n * cotangent_set + ob * block);
   }
 
   const TileScope scope;
-  constexpr int64_t lanes = kLanes<float>;
-  const int64_t taps = shape.kernel_h * shape.kernel_w, rows = in_blocks * taps;
-  const int64_t out_stride = rows * lanes * lanes, cotangent_block = tiles.chunks * kTileElements;
-  GradientRun run{inputs,          cotangents,      count,
-                  in_pair,         cotangent_pair,  tiles.chunks,
-                  tiles.pitch * 2, cotangent_block, shape.kernel_w * lanes * 4};
+  const int64_t out_stride = in_blocks * shape.kernel_h * shape.kernel_w * lanes * lanes;
+  GradientRun run{inputs,        cotangents,          sets,  in_set,
+                  cotangent_set, positions.pitch * 2, block, shape.kernel_w * lanes * 4};
   const auto walk = [&](auto many, auto group) {
     constexpr int M = many(), N = group();
-    for (int64_t ob = 0; ob < out_blocks; ob += N, run.cotangent += N * cotangent_block) {
-      int64_t offset[M];
-      float* to[M];
-      int64_t filled = 0;
-      for (int64_t row = 0; row < rows; ++row) {
-        const int64_t ib = row / taps, ky = row % taps / shape.kernel_w, kx = row % shape.kernel_w;
-        offset[filled] = ib * kTileRows * tiles.pitch + tiles.first + (ky - shape.kernel_h / 2) * row_of(plane) + kx -
-                         shape.kernel_w / 2;
-        to[filled] = gradient + ob * out_stride + ((ib * shape.kernel_h + ky) * lanes * shape.kernel_w + kx) * lanes;
-        if (++filled == M) add_gradient<M, N>(run, offset, to, out_stride), filled = 0;
+    for (int64_t ob = 0; ob < out_blocks; ob += N, run.cotangent += N * block)
+      for (int64_t ky = 0; ky < shape.kernel_h; ++ky) {
+        // Those with rows whose input row exists.
+        run.first = std::max<int64_t>(0, positions.pad - ky) * positions.span / kTileDepth;
+        const int64_t last = std::min(plane.height, plane.height + positions.pad - ky);
+        run.last = divide_up(last * positions.span, kTileDepth);
+        int64_t offset[M];
+        float* to[M];
+        int64_t filled = 0;
+        for (int64_t ib = 0; ib < in_blocks; ++ib)
+          for (int64_t kx = 0; kx < shape.kernel_w; ++kx) {
+            offset[filled] = (ib * shape.kernel_w + kx) * copy + ky * positions.span;
+            to[filled] =
+                gradient + ob * out_stride + ((ib * shape.kernel_h + ky) * lanes * shape.kernel_w + kx) * lanes;
+            if (++filled == M) add_gradient<M, N>(run, offset, to, out_stride), filled = 0;
+          }
+        for (int64_t i = 0; i < filled; ++i) add_gradient<1, N>(run, offset + i, to + i, out_stride);
       }
-      for (int64_t i = 0; i < filled; ++i) add_gradient<1, N>(run, offset + i, to + i, out_stride);
-    }
   };
   if (group_of(out_blocks) == 2)
     walk(std::integral_constant<int, 2>{}, std::integral_constant<int, 2>{});

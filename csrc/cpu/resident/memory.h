@@ -15,7 +15,7 @@
 #include <utility>
 #include <vector>
 
-#include "conv.h"
+#include "conv_bf16.h"
 
 namespace fastode::resident {
 
@@ -91,20 +91,23 @@ class Schedule {
 };
 
 // One feature map of several samples.
-template <class A>
+template <class T>
 struct Map {
-  View<A> view = {};   // of the first sample
-  int64_t stride = 0;  // elements from one sample to the next
+  View<T> view = {};   // of the first sample
+  int64_t stride = 0;  // elements from one sample to the next, or from one `together` to the next
   int64_t blocks = 0;
   Extent extent = Extent::kBatch;
   int64_t per_worker = 0;  // samples per worker, for kRange
   bool pinned = false;     // is no one's scratch
   bool halo = false;       // has a zero one around it
+  int64_t together = 1;    // samples whose pixels take turns
+  int64_t turn = 0;        // elements from one of these to the next
 
   explicit operator bool() const { return blocks > 0; }
-  View<A> at(const Range& range, int64_t i) const {
-    View<A> moved = view;
-    moved.at += (extent == Extent::kRange ? range.worker * per_worker + i : range.first + i) * stride;
+  View<T> at(const Range& range, int64_t i) const {
+    View<T> moved = view;
+    const int64_t n = extent == Extent::kRange ? range.worker * per_worker + i : range.first + i;
+    moved.at += together == 1 ? n * stride : n / together * stride + n % together * turn;
     return moved;
   }
 };
@@ -165,9 +168,11 @@ class Kept {
 
   template <class A>
   A* take(int64_t length) {
+    using torch::headeronly::ScalarType;
     if (!found) {
-      const auto type =
-          std::is_same_v<A, double> ? torch::headeronly::ScalarType::Double : torch::headeronly::ScalarType::Float;
+      const auto type = std::is_same_v<A, double>     ? ScalarType::Double
+                        : std::is_same_v<A, bfloat16> ? ScalarType::BFloat16
+                                                      : ScalarType::Float;
       pieces_.push_back(torch::stable::new_empty(like_, torch::headeronly::IntHeaderOnlyArrayRef(&length, 1), type));
       fill_fresh(pieces_.back().data_ptr(), length * static_cast<int64_t>(sizeof(A)));
     }
@@ -186,54 +191,64 @@ class Kept {
 // A program's maps. Those that cross a batch norm's barrier hold the batch, as all do where the samples are coupled;
 // otherwise a worker has room for its current range. A map that is given back is taken again by what is recorded later:
 // a sample's segments run in the order of their recording, so it is free by then.
-template <class A>
+template <class T>
 class Memory {
  public:
+  using A = Number<T>;
+
   Memory(const torch::stable::Tensor& like, const Plane<A>& plane, const Schedule& schedule, bool coupled, Kept* kept)
       : plane(plane), coupled(coupled), kept(kept), schedule_(schedule), scratch_(like) {}
 
-  Map<A> take(int64_t blocks) {
+  Map<T> take(int64_t blocks) {
     const int64_t stride = blocks * plane.pixels() * Plane<A>::lanes;
     auto best = free_.end();
     for (auto it = free_.begin(); it != free_.end(); ++it)
       if (it->view.pixel == Plane<A>::lanes ? it->stride >= stride : it->blocks == blocks)
         if (best == free_.end() || it->stride <= best->stride) best = it;  // of equals the last, still in the cache
     if (best != free_.end()) {
-      Map<A> map = *best;
+      Map<T> map = *best;
       free_.erase(best);
       map.blocks = blocks;
       return map;
     }
-    const auto [base, extent, per_worker] = own(stride);
+    const auto [base, extent, per_worker] = own<T>(stride);
     return {plane.compact(base), stride, blocks, extent, per_worker};
   }
 
-  void give(const Map<A>& map) {
+  void give(const Map<T>& map) {
     if (map && !map.pinned && (map.extent == Extent::kBatch) == coupled) free_.push_back(map);
   }
 
-  // Of each worker's current range, with a zero halo.
-  Map<A> padded(int64_t blocks) {
-    const int64_t stride = blocks * plane.size, count = schedule_.workers * schedule_.group;
-    const View<A> view = plane.padded(scratch_.take<A>(stride * count));
-    for (int64_t n = 0; n < count; ++n) {
-      View<A> sample = view;
-      sample.at += n * stride;
-      clear_halo(plane, sample, blocks);
+  // Of each worker's current range, with a zero halo: what a convolution reads.
+  Map<T> padded(int64_t blocks, int64_t together) {
+    if constexpr (std::is_same_v<T, bfloat16>) {
+      const Narrow narrow(plane, blocks * Narrow::lanes, together);
+      const int64_t stride = divide_up(narrow.elements, 32) * 32, sets = divide_up(schedule_.group, together);
+      T* base = scratch_.take<T>(stride * sets * schedule_.workers);
+      std::fill_n(base, stride * sets * schedule_.workers, T{});
+      return {narrow.view(base), stride, blocks, Extent::kRange, sets * together, false, true, together, narrow.depth};
+    } else {
+      const int64_t stride = blocks * plane.size, count = schedule_.workers * schedule_.group;
+      const View<T> view = plane.padded(scratch_.take<T>(stride * count));
+      for (int64_t n = 0; n < count; ++n) {
+        View<T> sample = view;
+        sample.at += n * stride;
+        clear_halo(plane, sample, blocks);
+      }
+      return {view, stride, blocks, Extent::kRange, schedule_.group, false, true};
     }
-    return {view, stride, blocks, Extent::kRange, schedule_.group, false, true};
   }
 
   // Left to backward where there is a place for it. A backward program may write over it.
-  Map<A> keep(int64_t blocks) {
+  Map<T> keep(int64_t blocks) {
     if (!kept) return take(blocks);
     const int64_t stride = blocks * plane.pixels() * Plane<A>::lanes;
-    A* base = kept->take<A>(stride * schedule_.samples);
+    T* base = kept->take<T>(stride * schedule_.samples);
     return {plane.compact(base), stride, blocks, Extent::kBatch, 0, !kept->found};
   }
 
   Rows<A> rows(int64_t length) {
-    const auto [base, extent, per_worker] = own(length);
+    const auto [base, extent, per_worker] = own<A>(length);
     return {base, length, extent, per_worker};
   }
   Rows<A> one_row(int64_t length) { return {scratch_.take<A>(length)}; }
@@ -241,9 +256,9 @@ class Memory {
   Rows<A> keep_one_row(int64_t length) { return {kept->take<A>(length)}; }
 
   // `length` elements for each worker.
-  template <class T>
-  T* per_worker(int64_t length) {
-    return scratch_.take<T>(length * schedule_.workers);
+  template <class U>
+  U* per_worker(int64_t length) {
+    return scratch_.take<U>(length * schedule_.workers);
   }
 
   // Throws where something was written beside a piece of this memory; looks in debug builds only.
@@ -254,20 +269,22 @@ class Memory {
   Kept* const kept;
 
  private:
+  template <class U>
   struct Own {
-    A* base;
+    U* base;
     Extent extent;
     int64_t per_worker;
   };
 
-  Own own(int64_t length) {
-    if (coupled) return {scratch_.take<A>(length * schedule_.samples), Extent::kBatch, 0};
-    return {scratch_.take<A>(length * schedule_.workers * schedule_.group), Extent::kRange, schedule_.group};
+  template <class U>
+  Own<U> own(int64_t length) {
+    if (coupled) return {scratch_.take<U>(length * schedule_.samples), Extent::kBatch, 0};
+    return {scratch_.take<U>(length * schedule_.workers * schedule_.group), Extent::kRange, schedule_.group};
   }
 
   const Schedule& schedule_;
   Scratch scratch_;
-  std::list<Map<A>> free_;
+  std::list<Map<T>> free_;
 };
 
 }  // namespace fastode::resident

@@ -1,6 +1,6 @@
 // Everything between two convolutions, on one resident sample: norm and activation in their value, tangent, cotangent
 // and second-order forms. A norm enters as rows of per-channel numbers, so group, batch and fixed statistics share
-// these passes, and "no norm" is mean 0, rstd 1, weight 1, bias 0.
+// these passes, and "no norm" is mean 0, rstd 1, weight 1, bias 0. Maps are stored as T.
 #pragma once
 
 #include "../activation.h"
@@ -28,62 +28,58 @@ struct Unary {
 };
 
 // Mean and sum of squared deviations of every channel, a stretch of pixels at a time, merged by Chan's formula.
-template <class A>
-void moments(const Plane<A>& plane, int64_t blocks, const View<A>& map, A* mean, A* squares);
+template <class T>
+void moments(const Plane<Number<T>>& plane, int64_t blocks, const View<T>& map, Number<T>* mean, Number<T>* squares);
 
 // out = combine(act(norm(h)))
-template <class A>
-void apply(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows, const Unary<A>& act, const View<A>& h,
-           const View<A>& out, const Combine<A>& combine);
-
-// The same rounded into a bfloat16 map, whose halo is set to zero.
-void apply(const Plane<float>& plane, int64_t channels, const NormRows<float>& rows, const Unary<float>& act,
-           const View<float>& h, bfloat16* out);
+template <class T>
+void apply(const Plane<Number<T>>& plane, int64_t blocks, const NormRows<Number<T>>& rows, const Unary<Number<T>>& act,
+           const View<T>& h, const View<T>& out, const Combine<T>& combine);
 
 // n = act'(norm(h)) cotangent; sums [2, channels]: of n and of x n.
-template <class A>
-void cotangent_first(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows, const Unary<A>& act,
-                     const View<A>& h, const View<A>& cotangent, const View<A>& n, A* sums);
+template <class T>
+void cotangent_first(const Plane<Number<T>>& plane, int64_t blocks, const NormRows<Number<T>>& rows,
+                     const Unary<Number<T>>& act, const View<T>& h, const View<T>& cotangent, const View<T>& n,
+                     Number<T>* sums);
 
 // out = combine(P(weight n))
-template <class A>
-void cotangent_last(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows, const View<A>& h, const View<A>& n,
-                    const View<A>& out, const Combine<A>& combine);
+template <class T>
+void cotangent_last(const Plane<Number<T>>& plane, int64_t blocks, const NormRows<Number<T>>& rows, const View<T>& h,
+                    const View<T>& n, const View<T>& out, const Combine<T>& combine);
 
 // sums [2, channels]: of t and of x t.
-template <class A>
-void tangent_sums(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows, const View<A>& h, const View<A>& t,
-                  A* sums);
+template <class T>
+void tangent_sums(const Plane<Number<T>>& plane, int64_t blocks, const NormRows<Number<T>>& rows, const View<T>& h,
+                  const View<T>& t, Number<T>* sums);
 
 // out = combine(act'(norm(h)) weight P(t))
-template <class A>
-void tangent_apply(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows, const Unary<A>& act,
-                   const View<A>& h, const View<A>& t, const View<A>& out, const Combine<A>& combine);
-
-void tangent_apply(const Plane<float>& plane, int64_t channels, const NormRows<float>& rows, const Unary<float>& act,
-                   const View<float>& h, const View<float>& t, bfloat16* out);
+template <class T>
+void tangent_apply(const Plane<Number<T>>& plane, int64_t blocks, const NormRows<Number<T>>& rows,
+                   const Unary<Number<T>>& act, const View<T>& h, const View<T>& t, const View<T>& out,
+                   const Combine<T>& combine);
 
 // From cotangents of the value and of the tangent, in place: n, of the norm's output, and m, of its tangent.
 // sums [5, channels]: of n, x n, m, x m and m P(t).
-template <class A>
-void second_first(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows, const Unary<A>& act, const View<A>& h,
-                  const View<A>& t, const View<A>& n, const View<A>& m, A* sums);
+template <class T>
+void second_first(const Plane<Number<T>>& plane, int64_t blocks, const NormRows<Number<T>>& rows,
+                  const Unary<Number<T>>& act, const View<T>& h, const View<T>& t, const View<T>& n, const View<T>& m,
+                  Number<T>* sums);
 
 // out = combine(cotangent of h); tangent_out (or null) = P(weight m), the cotangent of t.
-template <class A>
-void second_last(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows, const View<A>& h, const View<A>& t,
-                 const View<A>& n, const View<A>& m, const View<A>& out, const View<A>* tangent_out,
-                 const Combine<A>& combine);
+template <class T>
+void second_last(const Plane<Number<T>>& plane, int64_t blocks, const NormRows<Number<T>>& rows, const View<T>& h,
+                 const View<T>& t, const View<T>& n, const View<T>& m, const View<T>& out, const View<T>* tangent_out,
+                 const Combine<T>& combine);
 
 // out = sum of the terms.
-template <class A>
-void combine_maps(const Plane<A>& plane, int64_t blocks, const View<A>& out, const Combine<A>& combine);
+template <class T>
+void combine_maps(const Plane<Number<T>>& plane, int64_t blocks, const View<T>& out, const Combine<T>& combine);
 
 // sums [channels] += the sum over the pixels.
-template <class A>
-void add_channel_sums(const Plane<A>& plane, int64_t blocks, const View<A>& map, A* sums);
+template <class T>
+void add_channel_sums(const Plane<Number<T>>& plane, int64_t blocks, const View<T>& map, Number<T>* sums);
 
-template <class A>
-double inner_product(const Plane<A>& plane, int64_t blocks, const View<A>& a, const View<A>& b);
+template <class T>
+double inner_product(const Plane<Number<T>>& plane, int64_t blocks, const View<T>& a, const View<T>& b);
 
 }  // namespace fastode::resident

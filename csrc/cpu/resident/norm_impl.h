@@ -5,19 +5,20 @@
 
 namespace fastode::resident {
 
-template <class A>
-void moments(const Plane<A>& plane, int64_t blocks, const View<A>& map, A* mean_out, A* squares_out) {
-  using V = Vec<A>;
-  constexpr int lanes = kLanes<A>, unroll = 4;
+template <class T>
+void moments(const Plane<Number<T>>& plane, int64_t blocks, const View<T>& map, Number<T>* mean_out,
+             Number<T>* squares_out) {
+  using V = Vec<Number<T>>;
+  constexpr int lanes = kLanes<Number<T>>, unroll = 4;
   constexpr int64_t stretch = 64;  // pixels read twice, so while they are in the first cache
   const Area area = area_of(plane, map);
   for (int64_t b = 0; b < blocks; ++b) {
     V mean = {}, squares = {};
-    A seen = 0;
+    Number<T> seen = 0;
     for (int64_t y = 0; y < area.rows; ++y) {
       for (int64_t first = 0; first < area.width; first += stretch) {
         const int64_t last = std::min(first + stretch, area.width);
-        const A count = static_cast<A>(last - first);
+        const Number<T> count = static_cast<Number<T>>(last - first);
         V sums[unroll] = {}, deviations[unroll] = {};
         int64_t x = first;
         for (; x + unroll <= last; x += unroll) {
@@ -36,7 +37,7 @@ void moments(const Plane<A>& plane, int64_t blocks, const View<A>& map, A* mean_
           deviations[0] += d * d;
         }
         const V delta = here - mean;
-        const A share = count / (seen + count);
+        const Number<T> share = count / (seen + count);
         mean += delta * share;
         squares += (deviations[0] + deviations[1]) + (deviations[2] + deviations[3]) + delta * delta * (seen * share);
         seen += count;
@@ -48,11 +49,11 @@ void moments(const Plane<A>& plane, int64_t blocks, const View<A>& map, A* mean_
 }
 
 // Calls place(block, y, x, act(norm(h))).
-template <class A, class F>
-inline void each_value(const Area& area, int64_t blocks, const NormRows<A>& rows, const Unary<A>& act,
-                       const View<A>& map, const F& place) {
-  using V = Vec<A>;
-  const View<A> h = map;
+template <class T, class F>
+inline void each_value(const Area& area, int64_t blocks, const NormRows<Number<T>>& rows, const Unary<Number<T>>& act,
+                       const View<T>& map, const F& place) {
+  using V = Vec<Number<T>>;
+  const View<T> h = map;
   with_activation(act.kind, [&](auto kind) {
     for (int64_t b = 0; b < blocks; ++b) {
       const V mean = at(rows.mean, b), scale = at(rows.rstd, b) * at(rows.weight, b), bias = at(rows.bias, b);
@@ -64,11 +65,11 @@ inline void each_value(const Area& area, int64_t blocks, const NormRows<A>& rows
 }
 
 // Calls place(block, y, x, act'(norm(h)) weight P(t)).
-template <class A, class F>
-inline void each_tangent(const Area& area, int64_t blocks, const NormRows<A>& rows, const Unary<A>& act,
-                         const View<A>& input, const View<A>& input_tangent, const F& place) {
-  using V = Vec<A>;
-  const View<A> h = input, t = input_tangent;
+template <class T, class F>
+inline void each_tangent(const Area& area, int64_t blocks, const NormRows<Number<T>>& rows, const Unary<Number<T>>& act,
+                         const View<T>& input, const View<T>& input_tangent, const F& place) {
+  using V = Vec<Number<T>>;
+  const View<T> h = input, t = input_tangent;
   with_activation(act.kind, [&](auto kind) {
     with_flag(rows.measured, [&](auto measured) {
       for (int64_t b = 0; b < blocks; ++b) {
@@ -85,51 +86,52 @@ inline void each_tangent(const Area& area, int64_t blocks, const NormRows<A>& ro
 }
 
 // Calls f with what stores a value at a pixel of `map`, combined with other maps.
-template <class A, class F>
-inline void with_store(const Combine<A>& combine, const View<A>& map, const F& f) {
-  const View<A> out = map;
+template <class T, class F>
+inline void with_store(const Combine<T>& combine, const View<T>& map, const F& f) {
+  const View<T> out = map;
   if (combine.count == 0 && combine.scale == 1)
-    f([=](int64_t b, int64_t y, int64_t x, Vec<A> value) { put(out, b, y, x, value); });
+    f([=](int64_t b, int64_t y, int64_t x, Vec<Number<T>> value) { put(out, b, y, x, value); });
   else
-    f([=, combined = Combined<-1, A>(combine)](int64_t b, int64_t y, int64_t x, Vec<A> value) {
+    f([=, combined = Combined<-1, T>(combine)](int64_t b, int64_t y, int64_t x, Vec<Number<T>> value) {
       put(out, b, y, x, combined(value, b, y, x));
     });
 }
 
-template <class A>
-void apply(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows, const Unary<A>& act, const View<A>& h,
-           const View<A>& out, const Combine<A>& combine) {
+template <class T>
+void apply(const Plane<Number<T>>& plane, int64_t blocks, const NormRows<Number<T>>& rows, const Unary<Number<T>>& act,
+           const View<T>& h, const View<T>& out, const Combine<T>& combine) {
   const Area area = area_of(plane, h, out, combine);
   with_store(combine, out, [&](const auto& place) { each_value(area, blocks, rows, act, h, place); });
 }
 
-template <class A>
-void cotangent_first(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows, const Unary<A>& act,
-                     const View<A>& input, const View<A>& cotangent, const View<A>& out, A* sums) {
-  using V = Vec<A>;
-  const View<A> h = input, g = cotangent, n = out;
+template <class T>
+void cotangent_first(const Plane<Number<T>>& plane, int64_t blocks, const NormRows<Number<T>>& rows,
+                     const Unary<Number<T>>& act, const View<T>& input, const View<T>& cotangent, const View<T>& out,
+                     Number<T>* sums) {
+  using V = Vec<Number<T>>;
+  const View<T> h = input, g = cotangent, n = out;
   const Area area = area_of(plane, h, g, n);
   with_activation(act.kind, [&](auto kind) {
     for (int64_t b = 0; b < blocks; ++b) {
       const V mean = at(rows.mean, b), rstd = at(rows.rstd, b), weight = at(rows.weight, b), bias = at(rows.bias, b);
       V total[2];
-      walk_sums<2, A>(area, total, [&](int64_t y, int64_t x, V* sum) {
+      walk_sums<2, Number<T>>(area, total, [&](int64_t y, int64_t x, V* sum) {
         const V xhat = (at(h, b, y, x) - mean) * rstd;
         const V nbar = at(g, b, y, x) * activate_first<kind(), V>(xhat * weight + bias, act.arguments);
         put(n, b, y, x, nbar);
         sum[0] += nbar;
         sum[1] += nbar * xhat;
       });
-      for (int s = 0; s < 2; ++s) store<V>(sums + (s * blocks + b) * kLanes<A>, total[s]);
+      for (int s = 0; s < 2; ++s) store<V>(sums + (s * blocks + b) * kLanes<Number<T>>, total[s]);
     }
   });
 }
 
-template <class A>
-void cotangent_last(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows, const View<A>& input,
-                    const View<A>& n_map, const View<A>& out_map, const Combine<A>& combine) {
-  using V = Vec<A>;
-  const View<A> h = input, n = n_map, out = out_map;
+template <class T>
+void cotangent_last(const Plane<Number<T>>& plane, int64_t blocks, const NormRows<Number<T>>& rows,
+                    const View<T>& input, const View<T>& n_map, const View<T>& out_map, const Combine<T>& combine) {
+  using V = Vec<Number<T>>;
+  const View<T> h = input, n = n_map, out = out_map;
   const Area area = area_of(plane, h, n, out, combine);
   with_count(combine, [&](const auto& combined) {
     with_flag(rows.measured, [&](auto measured) {
@@ -146,38 +148,39 @@ void cotangent_last(const Plane<A>& plane, int64_t blocks, const NormRows<A>& ro
   });
 }
 
-template <class A>
-void tangent_sums(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows, const View<A>& input,
-                  const View<A>& input_tangent, A* sums) {
-  using V = Vec<A>;
-  const View<A> h = input, t = input_tangent;
+template <class T>
+void tangent_sums(const Plane<Number<T>>& plane, int64_t blocks, const NormRows<Number<T>>& rows, const View<T>& input,
+                  const View<T>& input_tangent, Number<T>* sums) {
+  using V = Vec<Number<T>>;
+  const View<T> h = input, t = input_tangent;
   const Area area = area_of(plane, h, t);
   for (int64_t b = 0; b < blocks; ++b) {
     const V mean = at(rows.mean, b), rstd = at(rows.rstd, b);
     V total[2];
-    walk_sums<2, A>(area, total, [&](int64_t y, int64_t x, V* sum) {
+    walk_sums<2, Number<T>>(area, total, [&](int64_t y, int64_t x, V* sum) {
       const V tangent = at(t, b, y, x);
       sum[0] += tangent;
       sum[1] += tangent * (at(h, b, y, x) - mean);
     });
     total[1] *= rstd;
-    for (int s = 0; s < 2; ++s) store<V>(sums + (s * blocks + b) * kLanes<A>, total[s]);
+    for (int s = 0; s < 2; ++s) store<V>(sums + (s * blocks + b) * kLanes<Number<T>>, total[s]);
   }
 }
 
-template <class A>
-void tangent_apply(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows, const Unary<A>& act,
-                   const View<A>& h, const View<A>& t, const View<A>& out, const Combine<A>& combine) {
+template <class T>
+void tangent_apply(const Plane<Number<T>>& plane, int64_t blocks, const NormRows<Number<T>>& rows,
+                   const Unary<Number<T>>& act, const View<T>& h, const View<T>& t, const View<T>& out,
+                   const Combine<T>& combine) {
   const Area area = area_of(plane, h, t, out, combine);
   with_store(combine, out, [&](const auto& place) { each_tangent(area, blocks, rows, act, h, t, place); });
 }
 
-template <class A>
-void second_first(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows, const Unary<A>& act,
-                  const View<A>& input, const View<A>& input_tangent, const View<A>& value_cotangent,
-                  const View<A>& tangent_cotangent, A* sums) {
-  using V = Vec<A>;
-  const View<A> h = input, t = input_tangent, n = value_cotangent, m = tangent_cotangent;
+template <class T>
+void second_first(const Plane<Number<T>>& plane, int64_t blocks, const NormRows<Number<T>>& rows,
+                  const Unary<Number<T>>& act, const View<T>& input, const View<T>& input_tangent,
+                  const View<T>& value_cotangent, const View<T>& tangent_cotangent, Number<T>* sums) {
+  using V = Vec<Number<T>>;
+  const View<T> h = input, t = input_tangent, n = value_cotangent, m = tangent_cotangent;
   const Area area = area_of(plane, h, t, n, m);
   with_activation(act.kind, [&](auto kind) {
     with_flag(rows.measured, [&](auto measured) {
@@ -185,7 +188,7 @@ void second_first(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows
         const V mean = at(rows.mean, b), rstd = at(rows.rstd, b), weight = at(rows.weight, b), bias = at(rows.bias, b);
         const V mean_t = at(rows.t, b), mean_xt = at(rows.xt, b);
         V total[5];
-        walk_sums<5, A>(area, total, [&](int64_t y, int64_t x, V* sum) {
+        walk_sums<5, Number<T>>(area, total, [&](int64_t y, int64_t x, V* sum) {
           const V xhat = (at(h, b, y, x) - mean) * rstd, normed = xhat * weight + bias;
           const V tangent = rstd * centred<measured()>(at(t, b, y, x), mean_t, xhat, mean_xt);
           const V first = activate_first<kind(), V>(normed, act.arguments);
@@ -202,19 +205,19 @@ void second_first(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows
           sum[3] += mbar * xhat;
           sum[4] += mbar * tangent;
         });
-        for (int s = 0; s < 5; ++s) store<V>(sums + (s * blocks + b) * kLanes<A>, total[s]);
+        for (int s = 0; s < 5; ++s) store<V>(sums + (s * blocks + b) * kLanes<Number<T>>, total[s]);
       }
     });
   });
 }
 
-template <class A>
-void second_last(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows, const View<A>& input,
-                 const View<A>& input_tangent, const View<A>& n_map, const View<A>& m_map, const View<A>& out_map,
-                 const View<A>* tangent_out, const Combine<A>& combine) {
-  using V = Vec<A>;
-  const View<A> h = input, t = input_tangent, n = n_map, m = m_map, out = out_map;
-  const View<A> second_out = tangent_out ? *tangent_out : out_map;
+template <class T>
+void second_last(const Plane<Number<T>>& plane, int64_t blocks, const NormRows<Number<T>>& rows, const View<T>& input,
+                 const View<T>& input_tangent, const View<T>& n_map, const View<T>& m_map, const View<T>& out_map,
+                 const View<T>* tangent_out, const Combine<T>& combine) {
+  using V = Vec<Number<T>>;
+  const View<T> h = input, t = input_tangent, n = n_map, m = m_map, out = out_map;
+  const View<T> second_out = tangent_out ? *tangent_out : out_map;
   const Area area = area_of(plane, h, t, n, m, out, second_out, combine);
   with_count(combine, [&](const auto& combined) {
     with_flag(rows.measured, [&](auto measured) {
@@ -250,38 +253,39 @@ void second_last(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows,
   });
 }
 
-template <class A>
-void combine_maps(const Plane<A>& plane, int64_t blocks, const View<A>& map, const Combine<A>& combine) {
-  const View<A> out = map;
+template <class T>
+void combine_maps(const Plane<Number<T>>& plane, int64_t blocks, const View<T>& map, const Combine<T>& combine) {
+  const View<T> out = map;
   const Area area = area_of(plane, out, combine);
   with_count(combine, [&](const auto& combined) {
     for (int64_t b = 0; b < blocks; ++b)
-      walk(area, [&](int64_t y, int64_t x) { put(out, b, y, x, combined(Vec<A>{}, b, y, x)); });
+      walk(area, [&](int64_t y, int64_t x) { put(out, b, y, x, combined(Vec<Number<T>>{}, b, y, x)); });
   });
 }
 
-template <class A>
-void add_channel_sums(const Plane<A>& plane, int64_t blocks, const View<A>& map, A* sums) {
-  using V = Vec<A>;
-  const View<A> from = map;
+template <class T>
+void add_channel_sums(const Plane<Number<T>>& plane, int64_t blocks, const View<T>& map, Number<T>* sums) {
+  using V = Vec<Number<T>>;
+  const View<T> from = map;
   const Area area = area_of(plane, from);
   for (int64_t b = 0; b < blocks; ++b) {
     V total[1];
-    walk_sums<1, A>(area, total, [&](int64_t y, int64_t x, V* sum) { sum[0] += at(from, b, y, x); });
-    store<V>(sums + b * kLanes<A>, at(sums, b) + total[0]);
+    walk_sums<1, Number<T>>(area, total, [&](int64_t y, int64_t x, V* sum) { sum[0] += at(from, b, y, x); });
+    store<V>(sums + b * kLanes<Number<T>>, at(sums, b) + total[0]);
   }
 }
 
-template <class A>
-double inner_product(const Plane<A>& plane, int64_t blocks, const View<A>& left, const View<A>& right) {
-  using V = Vec<A>;
-  const View<A> a = left, c = right;
+template <class T>
+double inner_product(const Plane<Number<T>>& plane, int64_t blocks, const View<T>& left, const View<T>& right) {
+  using V = Vec<Number<T>>;
+  const View<T> a = left, c = right;
   const Area area = area_of(plane, a, c);
   double result = 0;
   for (int64_t b = 0; b < blocks; ++b) {
     V total[1];
-    walk_sums<1, A>(area, total, [&](int64_t y, int64_t x, V* sum) { sum[0] += at(a, b, y, x) * at(c, b, y, x); });
-    for (int lane = 0; lane < kLanes<A>; ++lane) result += static_cast<double>(total[0][lane]);
+    walk_sums<1, Number<T>>(area, total,
+                            [&](int64_t y, int64_t x, V* sum) { sum[0] += at(a, b, y, x) * at(c, b, y, x); });
+    for (int lane = 0; lane < kLanes<Number<T>>; ++lane) result += static_cast<double>(total[0][lane]);
   }
   return result;
 }

@@ -10,13 +10,14 @@
 
 namespace fastode::resident {
 
-// One sample's feature map wherever it lies: blocks of one vector of channels, strides in elements.
-template <class A>
+// One sample's feature map of numbers stored as T, wherever it lies: blocks of one vector of channels, strides in
+// elements.
+template <class T>
 struct View {
-  A* at = nullptr;  // pixel (0, 0) of block 0
+  T* at = nullptr;  // pixel (0, 0) of block 0
   int64_t row = 0, pixel = 0, block = 0;
 
-  A* pixel_at(int64_t b, int64_t y, int64_t x) const { return at + b * block + y * row + x * pixel; }
+  T* pixel_at(int64_t b, int64_t y, int64_t x) const { return at + b * block + y * row + x * pixel; }
 };
 
 // The image's size and the layouts of maps of our own. With a halo, the right one of a row is the left one of the next,
@@ -39,7 +40,10 @@ struct Plane {
 
   int64_t pixels() const { return height * width; }
   View<A> padded(A* base) const { return {base ? base + origin : nullptr, row, lanes, size}; }
-  View<A> compact(A* base) const { return {base, width * lanes, lanes, pixels() * lanes}; }
+  template <class T>
+  View<T> compact(T* base) const {
+    return {base, width * lanes, lanes, pixels() * lanes};
+  }
 };
 
 template <class A>
@@ -72,7 +76,9 @@ struct Feature {
 
 template <class A, class T>
 inline A to_accumulator(T value) {
-  if constexpr (std::is_same_v<T, bfloat16>)
+  if constexpr (std::is_same_v<T, A>)
+    return value;
+  else if constexpr (std::is_same_v<T, bfloat16>)
     return widen(value);
   else
     return static_cast<A>(value);
@@ -80,16 +86,18 @@ inline A to_accumulator(T value) {
 
 template <class T, class A>
 inline T to_storage(A value) {
-  if constexpr (std::is_same_v<T, bfloat16>)
+  if constexpr (std::is_same_v<T, A>)
+    return value;
+  else if constexpr (std::is_same_v<T, bfloat16>)
     return narrow(value);
   else
     return static_cast<T>(value);
 }
 
 template <class A, class T>
-void load_sample(const Plane<A>& plane, const Feature<const T>& from, int64_t n, const View<A>& to) {
-  constexpr int lanes = Plane<A>::lanes;
-  for (int64_t b = 0; b < blocks_of<A>(from.channels); ++b) {
+void load_sample(const Plane<Number<A>>& plane, const Feature<const T>& from, int64_t n, const View<A>& to) {
+  constexpr int lanes = Plane<Number<A>>::lanes;
+  for (int64_t b = 0; b < blocks_of<Number<A>>(from.channels); ++b) {
     const int64_t channels = std::min<int64_t>(lanes, from.channels - b * lanes);
     for (int64_t y = 0; y < plane.height; ++y) {
       const T* source = from.data + n * from.sample + b * lanes * from.channel + y * from.row;
@@ -99,7 +107,7 @@ void load_sample(const Plane<A>& plane, const Feature<const T>& from, int64_t n,
           for (int c = 0; c < lanes; ++c) target[x * to.pixel + c] = to_accumulator<A>(source[x * from.pixel + c]);
       } else {
         for (int64_t x = 0; x < plane.width && channels < lanes; ++x)
-          std::fill_n(target + x * to.pixel + channels, lanes - channels, A(0));
+          std::fill_n(target + x * to.pixel + channels, lanes - channels, A{});
         for (int64_t c = 0; c < channels; ++c)
           for (int64_t x = 0; x < plane.width; ++x)
             target[x * to.pixel + c] = to_accumulator<A>(source[x * from.pixel + c * from.channel]);
@@ -109,9 +117,9 @@ void load_sample(const Plane<A>& plane, const Feature<const T>& from, int64_t n,
 }
 
 template <class A, class T>
-void store_sample(const Plane<A>& plane, const View<A>& from, const Feature<T>& to, int64_t n) {
-  constexpr int lanes = Plane<A>::lanes;
-  for (int64_t b = 0; b < blocks_of<A>(to.channels); ++b) {
+void store_sample(const Plane<Number<A>>& plane, const View<A>& from, const Feature<T>& to, int64_t n) {
+  constexpr int lanes = Plane<Number<A>>::lanes;
+  for (int64_t b = 0; b < blocks_of<Number<A>>(to.channels); ++b) {
     const int64_t channels = std::min<int64_t>(lanes, to.channels - b * lanes);
     for (int64_t y = 0; y < plane.height; ++y) {
       const A* source = from.pixel_at(b, y, 0);

@@ -41,10 +41,10 @@ class Stages {
       const bool last = i == scheme_.stages;
       Evaluation<A>& e = evaluations[k];
       e.statistics = wishes.statistics_of(k);
-      Mix<A> mix{static_cast<A>(scheme_.b(i, k)), {}};
+      Mix<A> mix{static_cast<Number<A>>(scheme_.b(i, k)), {}};
       for (int64_t j = 0; j <= k; ++j) {
-        if (scheme_.a(i, j) != 0) mix.terms.push_back({static_cast<A>(scheme_.a(i, j)), points[j]});
-        if (j < k && scheme_.b(i, j) != 0) mix.terms.push_back({static_cast<A>(scheme_.b(i, j)), values_[j]});
+        if (scheme_.a(i, j) != 0) mix.terms.push_back({static_cast<Number<A>>(scheme_.a(i, j)), points[j]});
+        if (j < k && scheme_.b(i, j) != 0) mix.terms.push_back({static_cast<Number<A>>(scheme_.b(i, j)), values_[j]});
       }
       const bool image = scheme_.reused(k);
       if (image) values_[k] = memory.take(points[0].blocks);
@@ -130,8 +130,8 @@ class SchemeBackward {
     for (int64_t k = scheme.stages; k-- > 0;) {
       Mix<A> image{0, {}}, out{1, {}};
       for (int64_t i = k + 1; i <= scheme.stages; ++i) {
-        if (scheme.b(i, k) != 0) image.terms.push_back({static_cast<A>(scheme.b(i, k)), bars[i]});
-        if (scheme.a(i, k) != 0) out.terms.push_back({static_cast<A>(scheme.a(i, k)), bars[i]});
+        if (scheme.b(i, k) != 0) image.terms.push_back({static_cast<Number<A>>(scheme.b(i, k)), bars[i]});
+        if (scheme.a(i, k) != 0) out.terms.push_back({static_cast<Number<A>>(scheme.a(i, k)), bars[i]});
       }
       stages.recall(branch, k);
       const Along<A> along = wishes.products ? products(branch, scheme, stages, bars, k, wishes) : Along<A>{};

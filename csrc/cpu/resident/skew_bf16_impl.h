@@ -69,11 +69,42 @@ inline void put_sums(const float* sums, int64_t b, int64_t y, int64_t x, int64_t
   }
 }
 
+// The output pixels in tiles of 16: cut out of the rows if they divide the width, else out of the rows and their halos
+// laid end to end, whose sums in the halo are dropped.
+struct PixelTiling {
+  int64_t width, row, per_row, count, end;
+
+  explicit PixelTiling(const Plane<float>& plane)
+      : width(plane.width),
+        row(plane.row / kLanes<float>),
+        per_row(plane.width % kTileRows == 0 ? plane.width / kTileRows : 0),
+        count(per_row ? plane.height * per_row : divide_up(plane.height * row, kTileRows)),
+        end(plane.height * row) {}
+
+  int64_t first(int64_t tile) const {
+    return per_row ? tile / per_row * row + tile % per_row * kTileRows : tile * kTileRows;
+  }
+
+  // Calls f(row of the tile, y, x, how many) for every run of pixels inside the image.
+  template <class F>
+  void runs(int64_t tile, const F& f) const {
+    const int64_t start = first(tile), stop = std::min(start + kTileRows, end);
+    int64_t pixel = start, y = start / row, x = start % row;
+    if (per_row) return f(0, y, x, kTileRows);
+    while (pixel < stop) {
+      const int64_t run = std::min(width - x, stop - pixel);
+      if (run > 0) f(pixel - start, y, x, run);
+      pixel += row - x;
+      x = 0, ++y;
+    }
+  }
+};
+
 // Every output channel of the pixels of `plane`, which is a band; `in` is where its first pixel's sums begin.
 void convolve_rows(RowRun run, const Plane<float>& plane, int64_t out_channels, int64_t depth, const bfloat16* in,
                    const View<float>& out, const Combine<float>& combine) {
   const TileScope scope;
-  const Tiling tiling(plane);
+  const PixelTiling tiling(plane);
   const int64_t blocks = blocks_of<float>(out_channels);
   const auto walk = [&](auto many, auto group) {
     constexpr int N = group();
@@ -108,9 +139,51 @@ inline Words pair_at(const bfloat16* block, int64_t p, int64_t end, int64_t dept
   Half one = {}, two = {};
   if (p < end) std::memcpy(&one, block + p * depth, sizeof(one));
   if (p + 1 < end) std::memcpy(&two, block + (p + 1) * depth, sizeof(two));
-  const Pairs pairs = __builtin_shufflevector(one, two, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24,
-                                              9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  const Numbers pairs = __builtin_shufflevector(one, two, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24,
+                                                9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
   return reinterpret_cast<Words>(pairs);
+}
+
+struct TapRun {
+  const bfloat16 *in, *cotangent;  // of the first pair
+  int64_t pairs, in_pair, cotangent_pair, chunks, in_bytes, cotangent_block, gradient_bytes;
+};
+
+// Adds M x N tiles: of 16 input channels at one tap each, from offset[m] of the input, times N times 16 output
+// channels.
+template <int M, int N>
+void add_taps(const TapRun& run, const int64_t* offset, float* const* gradient, int64_t out_stride) {
+  static_assert((N == 2 && M <= 2) || (N == 1 && M <= 3));
+  constexpr int b = 4;
+  tile_load<0>(gradient[0], run.gradient_bytes);
+  if constexpr (N == 2) tile_load<1>(gradient[0] + out_stride, run.gradient_bytes);
+  if constexpr (M > 1) tile_load<N>(gradient[1], run.gradient_bytes);
+  if constexpr (M > 1 && N == 2) tile_load<N + 1>(gradient[1] + out_stride, run.gradient_bytes);
+  if constexpr (M > 2) tile_load<2>(gradient[2], run.gradient_bytes);
+  for (int64_t n = 0; n < run.pairs; ++n) {
+    const bfloat16 *in = run.in + n * run.in_pair, *cotangent = run.cotangent + n * run.cotangent_pair;
+    for (int64_t k = 0; k < run.chunks; ++k, in += kTileDepth, cotangent += kTileElements) {
+      tile_load<b>(cotangent, 64);
+      if constexpr (N == 2) tile_load<b + 1>(cotangent + run.cotangent_block, 64);
+      tile_load<6>(in + offset[0], run.in_bytes);
+      tile_multiply<0, 6, b>();
+      if constexpr (N == 2) tile_multiply<1, 6, b + 1>();
+      if constexpr (M > 1) {
+        tile_load<7>(in + offset[1], run.in_bytes);
+        tile_multiply<N, 7, b>();
+        if constexpr (N == 2) tile_multiply<N + 1, 7, b + 1>();
+      }
+      if constexpr (M > 2) {
+        tile_load<5>(in + offset[2], run.in_bytes);
+        tile_multiply<2, 5, b>();
+      }
+    }
+  }
+  tile_store<0>(gradient[0], run.gradient_bytes);
+  if constexpr (N == 2) tile_store<1>(gradient[0] + out_stride, run.gradient_bytes);
+  if constexpr (M > 1) tile_store<N>(gradient[1], run.gradient_bytes);
+  if constexpr (M > 1 && N == 2) tile_store<N + 1>(gradient[1] + out_stride, run.gradient_bytes);
+  if constexpr (M > 2) tile_store<2>(gradient[2], run.gradient_bytes);
 }
 
 }  // namespace
@@ -259,7 +332,7 @@ void SkewTiles::weight_gradient(const bfloat16* z, const bfloat16* y, float* gra
 
   const int64_t kernel = shape_.kernel, pad = shape_.halo(), block = chunks * kTileElements;
   const int64_t out_stride = in_blocks * kernel * kernel * lanes * lanes;
-  GradientRun run{scratch, cotangents, 1, 0, 0, chunks, pitch * 2, block, kernel * lanes * 4};
+  TapRun run{scratch, cotangents, 1, 0, 0, chunks, pitch * 2, block, kernel * lanes * 4};
   // Which plane tap k meets, and which row or column of it.
   const auto parity_of = [&](int64_t k) { return shape_.stride == 1 ? 0 : (k + 1) % 2; };
   const auto shift_of = [&](int64_t k) { return shape_.stride == 1 ? k - pad : (k + 1) / 2 - 1; };
@@ -275,9 +348,9 @@ void SkewTiles::weight_gradient(const bfloat16* z, const bfloat16* y, float* gra
             offset[filled] =
                 (plane * in_blocks + ib) * kTileRows * pitch + z_.origin + shift_of(ky) * z_.row + shift_of(kx);
             sums[filled] = gradient + ob * out_stride + ((ib * kernel + ky) * lanes * kernel + kx) * lanes;
-            if (++filled == M) add_gradient<M, N>(run, offset, sums, out_stride), filled = 0;
+            if (++filled == M) add_taps<M, N>(run, offset, sums, out_stride), filled = 0;
           }
-      for (int64_t i = 0; i < filled; ++i) add_gradient<1, N>(run, offset + i, sums + i, out_stride);
+      for (int64_t i = 0; i < filled; ++i) add_taps<1, N>(run, offset + i, sums + i, out_stride);
     }
   };
   if (group_of(out_blocks) == 2)

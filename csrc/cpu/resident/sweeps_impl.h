@@ -5,9 +5,18 @@
 
 namespace fastode::resident {
 
-template <class A>
-void Branch<A>::convolve_input(const Evaluation<A>& e, size_t j, const Range& range, const Map<A>& out,
-                               const Mix<A>& mix) const {
+template <class T>
+void Branch<T>::convolve_jobs(const ConvShape& shape, const A* packed, const A* bias, const ConvJob<T>* jobs,
+                              const Range& range) const {
+  if constexpr (std::is_same_v<T, bfloat16>)
+    convolve(plane_, shape, together_, packed, bias, jobs, range.count);
+  else
+    convolve<A>(plane_, shape, packed, bias, jobs, range.count, range.ahead);
+}
+
+template <class T>
+void Branch<T>::convolve_input(const Evaluation<T>& e, size_t j, const Range& range, const Map<T>& out,
+                               const Mix<T>& mix) const {
   const UnitSpec<A>& unit = spec_.units[j];
   const int64_t blocks = blocks_of<A>(unit.in_channels);
   const auto input = [&](int64_t i) { return e.inputs[j].at(range, i); };
@@ -16,29 +25,19 @@ void Branch<A>::convolve_input(const Evaluation<A>& e, size_t j, const Range& ra
       apply(plane_, blocks, rows_of(e, j, range, i), unit.act, input(i), out.at(range, i), mix.at(range, i));
     return;
   }
-  if constexpr (std::is_same_v<A, float>) {
-    if (spec_.narrow) {
-      TileJob jobs[kGroup];
-      for (int64_t i = 0; i < range.count; ++i) {
-        bfloat16* narrow = narrow_ + (range.worker * schedule_.group + i) * narrow_stride_;
-        apply(plane_, unit.in_channels, rows_of(e, j, range, i), unit.act, input(i), narrow);
-        jobs[i] = {narrow, out.at(range, i), mix.at(range, i)};
-      }
-      return convolve(plane_, unit.shape, unit.forward, unit.conv_bias, jobs, range.count);
-    }
-  }
-  ConvJob<A> jobs[kGroup];
+  const Map<T> active = fit(active_, unit.in_channels, range);
+  ConvJob<T> jobs[kGroup];
   for (int64_t i = 0; i < range.count; ++i) {
     const bool direct = e.inputs[j].halo && goes_straight(j);
-    jobs[i] = {direct ? input(i) : active_.at(range, i), out.at(range, i), mix.at(range, i)};
-    if (!direct) apply(plane_, blocks, rows_of(e, j, range, i), unit.act, input(i), jobs[i].in, Combine<A>{});
+    jobs[i] = {direct ? input(i) : active.at(range, i), out.at(range, i), mix.at(range, i)};
+    if (!direct) apply(plane_, blocks, rows_of(e, j, range, i), unit.act, input(i), jobs[i].in, Combine<T>{});
   }
-  convolve<A>(plane_, unit.shape, unit.forward, unit.conv_bias, jobs, range.count, range.ahead);
+  convolve_jobs(unit.shape, unit.forward, unit.conv_bias, jobs, range);
 }
 
-template <class A>
-void Branch<A>::convolve_tangent(const Evaluation<A>& e, size_t j, const Range& range, const Map<A>& t,
-                                 const Map<A>& out, const Mix<A>& mix) const {
+template <class T>
+void Branch<T>::convolve_tangent(const Evaluation<T>& e, size_t j, const Range& range, const Map<T>& t,
+                                 const Map<T>& out, const Mix<T>& mix) const {
   const UnitSpec<A>& unit = spec_.units[j];
   const int64_t blocks = blocks_of<A>(unit.in_channels);
   const auto input = [&](int64_t i) { return e.inputs[j].at(range, i); };
@@ -48,73 +47,62 @@ void Branch<A>::convolve_tangent(const Evaluation<A>& e, size_t j, const Range& 
                     mix.at(range, i));
     return;
   }
-  if constexpr (std::is_same_v<A, float>) {
-    if (spec_.narrow) {
-      TileJob jobs[kGroup];
-      for (int64_t i = 0; i < range.count; ++i) {
-        bfloat16* narrow = narrow_ + (range.worker * schedule_.group + i) * narrow_stride_;
-        tangent_apply(plane_, unit.in_channels, rows_of(e, j, range, i), unit.act, input(i), t.at(range, i), narrow);
-        jobs[i] = {narrow, out.at(range, i), mix.at(range, i)};
-      }
-      return convolve(plane_, unit.shape, unit.forward, nullptr, jobs, range.count);
-    }
-  }
-  ConvJob<A> jobs[kGroup];
+  const Map<T> active = fit(active_, unit.in_channels, range);
+  ConvJob<T> jobs[kGroup];
   for (int64_t i = 0; i < range.count; ++i) {
-    jobs[i] = {active_.at(range, i), out.at(range, i), mix.at(range, i)};
+    jobs[i] = {active.at(range, i), out.at(range, i), mix.at(range, i)};
     tangent_apply(plane_, blocks, rows_of(e, j, range, i), unit.act, input(i), t.at(range, i), jobs[i].in,
-                  Combine<A>{});
+                  Combine<T>{});
   }
-  convolve<A>(plane_, unit.shape, unit.forward, nullptr, jobs, range.count, range.ahead);
+  convolve_jobs(unit.shape, unit.forward, nullptr, jobs, range);
 }
 
-template <class A>
-void Branch<A>::convolve_back(const UnitSpec<A>& unit, const Range& range, const Map<A>& g, const Map<A>& n) const {
-  if constexpr (std::is_same_v<A, float>) {
-    if (spec_.narrow) {
-      TileJob jobs[kGroup];
-      for (int64_t i = 0; i < range.count; ++i) {
-        bfloat16* narrow = narrow_ + (range.worker * schedule_.group + i) * narrow_stride_;
-        narrow_map(plane_, unit.out_channels, g.at(range, i), narrow);
-        jobs[i] = {narrow, n.at(range, i)};
-      }
-      return convolve(plane_, unit.shape.transposed(), unit.backward, nullptr, jobs, range.count);
-    }
-  }
-  ConvJob<A> jobs[kGroup];
+template <class T>
+void Branch<T>::convolve_back(const UnitSpec<A>& unit, const Range& range, const Map<T>& g, const Map<T>& n) const {
+  ConvJob<T> jobs[kGroup];
   for (int64_t i = 0; i < range.count; ++i) jobs[i] = {g.at(range, i), n.at(range, i)};
-  convolve<A>(plane_, unit.shape.transposed(), unit.backward, nullptr, jobs, range.count, range.ahead);
+  convolve_jobs(unit.shape.transposed(), unit.backward, nullptr, jobs, range);
 }
 
-template <class A>
-void Branch<A>::add_gradients(const Evaluation<A>& e, size_t j, const Range& range, const Map<A>* t) const {
+template <class T>
+void Branch<T>::add_gradients(const Evaluation<T>& e, size_t j, const Range& range, const Map<T>& g, const Map<T>* t,
+                              const Map<T>& tangent_g) const {
   const UnitSpec<A>& unit = spec_.units[j];
   if (!unit.has_conv) return;
-  const int64_t blocks = blocks_of<A>(unit.in_channels);
+  const int64_t blocks = blocks_of<A>(unit.in_channels), out_blocks = blocks_of<A>(unit.out_channels);
   A* gradients = gradients_of(range);
-  GradientPair<A> pairs[2 * kGroup];
+  GradientPair<T> pairs[2 * kGroup];
   int64_t count = 0;
-  for (int64_t i = 0; i < range.count; ++i) {
-    const NormRows<A> rows = rows_of(e, j, range, i);
-    const View<A> input = e.inputs[j].at(range, i);
-    pairs[count++] = {active_.at(range, i), g_.at(range, i)};
-    apply(plane_, blocks, rows, unit.act, input, active_.at(range, i), Combine<A>{});
+  const auto add = [&](const Map<T>& in, const Map<T>& cotangent, const auto& fill) {
+    for (int64_t i = 0; i < range.count; ++i) {
+      pairs[count] = {in.at(range, i), cotangent.at(range, i)};
+      fill(i, pairs[count++]);
+    }
+    for (int64_t i = range.count; i % together_; ++i) {  // what lies together is summed together
+      pairs[count] = {in.at(range, i), cotangent.at(range, i)};
+      combine_maps(plane_, blocks, pairs[count].in, Combine<T>{});
+      combine_maps(plane_, out_blocks, pairs[count++].cotangent, Combine<T>{});
+    }
+  };
+  add(fit(active_, unit.in_channels, range), g, [&](int64_t i, const GradientPair<T>& pair) {
+    apply(plane_, blocks, rows_of(e, j, range, i), unit.act, e.inputs[j].at(range, i), pair.in, Combine<T>{});
     if (unit.conv_bias_at >= 0)  // the tangent stream has no bias
-      add_channel_sums(plane_, blocks_of<A>(unit.out_channels), g_.at(range, i), gradients + unit.conv_bias_at);
-    if (!t) continue;
-    pairs[count++] = {tangent_active_.at(range, i), tangent_g_.at(range, i)};
-    tangent_apply(plane_, blocks, rows, unit.act, input, t->at(range, i), tangent_active_.at(range, i), Combine<A>{});
-  }
-  if constexpr (std::is_same_v<A, float>) {
-    if (spec_.narrow)
-      return weight_gradient(plane_, unit.shape, pairs, count, gradients + unit.conv_at,
-                             tile_scratch_ + range.worker * tile_scratch_stride_);
-  }
-  weight_gradient<A>(plane_, unit.shape, pairs, count, gradients + unit.conv_at);
+      add_channel_sums(plane_, out_blocks, pair.cotangent, gradients + unit.conv_bias_at);
+  });
+  if (t)
+    add(fit(tangent_active_, unit.in_channels, range), tangent_g, [&](int64_t i, const GradientPair<T>& pair) {
+      tangent_apply(plane_, blocks, rows_of(e, j, range, i), unit.act, e.inputs[j].at(range, i), t->at(range, i),
+                    pair.in, Combine<T>{});
+    });
+  if constexpr (std::is_same_v<T, bfloat16>)
+    weight_gradient(plane_, unit.shape, together_, pairs, count, gradients + unit.conv_at,
+                    tile_scratch_ + range.worker * tile_scratch_stride_);
+  else
+    weight_gradient<A>(plane_, unit.shape, pairs, count, gradients + unit.conv_at);
 }
 
-template <class A>
-void Branch<A>::add_norm_gradients(const UnitSpec<A>& unit, const Range& range, const A* sums) const {
+template <class T>
+void Branch<T>::add_norm_gradients(const UnitSpec<A>& unit, const Range& range, const A* sums) const {
   const int64_t lanes = spec_.lanes_of(unit);
   const auto add_row = [&](const A* from, int64_t at) {
     A* to = gradients_of(range) + at;
@@ -124,37 +112,37 @@ void Branch<A>::add_norm_gradients(const UnitSpec<A>& unit, const Range& range, 
   if (unit.weight_at >= 0) add_row(sums + lanes, unit.weight_at);
 }
 
-template <class A>
-Map<A> Branch<A>::input_map(size_t j, bool hold) {
+template <class T>
+Map<T> Branch<T>::input_map(size_t j, bool hold) {
   const int64_t blocks = blocks_of<A>(spec_.units[j].in_channels);
   if (hold || !goes_straight(j)) return memory_.take(blocks);
-  Map<A>& map = bare_[j % 2];  // the other one is read meanwhile
-  if (!map) map = memory_.padded(spec_.blocks), map.pinned = true;
-  Map<A> part = map;
+  Map<T>& map = bare_[j % 2];  // the other one is read meanwhile
+  if (!map) map = memory_.padded(spec_.blocks, together_), map.pinned = true;
+  Map<T> part = map;
   part.blocks = blocks;
   return part;
 }
 
-template <class A>
-bool Branch<A>::finds_image() const {
+template <class T>
+bool Branch<T>::finds_image() const {
   const UnitSpec<A>& last = spec_.units.back();
   return last.has_conv && (last.act.kind == kIdentity || last.act.kind == kRelu || last.act.kind == kLeakyRelu);
 }
 
-template <class A>
-void Branch<A>::add_bias_product(const UnitSpec<A>& unit, const Range& range, int64_t i, const Along<A>& along) const {
+template <class T>
+void Branch<T>::add_bias_product(const UnitSpec<A>& unit, const Range& range, const View<T>& g,
+                                 const Along<T>& along) const {
   if (!unit.conv_bias) return;
   const int64_t blocks = blocks_of<A>(unit.out_channels);
-  A* sums = sums_.at(range, i);
-  std::fill_n(sums, blocks * kLanes<A>, A(0));
-  add_channel_sums(plane_, blocks, g_.at(range, i), sums);
+  std::vector<A> sums(blocks * kLanes<A>, A(0));
+  add_channel_sums(plane_, blocks, g, sums.data());
   double total = 0;
   for (int64_t c = 0; c < unit.out_channels; ++c) total += static_cast<double>(sums[c]) * unit.conv_bias[c];
   along.sum[range.worker * along.stride] += along.scale * total;
 }
 
-template <class A>
-void Branch<A>::add_product(const UnitSpec<A>& unit, const Range& range, const A* sums, const Along<A>& along) const {
+template <class T>
+void Branch<T>::add_product(const UnitSpec<A>& unit, const Range& range, const A* sums, const Along<T>& along) const {
   const A* normalised = sums + spec_.lanes_of(unit);
   double total = 0;
   for (int64_t c = 0; c < unit.in_channels; ++c)
@@ -162,11 +150,11 @@ void Branch<A>::add_product(const UnitSpec<A>& unit, const Range& range, const A
   along.sum[range.worker * along.stride] += along.scale * total;
 }
 
-template <class A>
-void Branch<A>::value(Evaluation<A>& e, const Map<A>& in, const Map<A>* out, const Mix<A>& mix, bool hold) {
+template <class T>
+void Branch<T>::value(Evaluation<T>& e, const Map<T>& in, const Map<T>* out, const Mix<T>& mix, bool hold) {
   const size_t units = spec_.units.size();
-  std::vector<Map<A>> made;
-  const Mix<A> last_mix = few(mix, made);
+  std::vector<Map<T>> made;
+  const Mix<T> last_mix = few(mix, made);
   e.inputs[0] = in;
   // The last input may lie where the result goes: it is read before, and that memory is then in the cache.
   const auto is_out = [&](const auto& map) { return map.view.at == out->view.at; };
@@ -179,8 +167,8 @@ void Branch<A>::value(Evaluation<A>& e, const Map<A>& in, const Map<A>* out, con
   for (size_t j = 0; j + (out ? 0 : 1) < units; ++j) {
     const bool last = j + 1 == units;
     if (!last && !e.inputs[j + 1]) e.inputs[j + 1] = input_map(j + 1, hold);
-    const Map<A> to = last ? *out : e.inputs[j + 1];
-    const Mix<A> here = last ? last_mix : Mix<A>{};
+    const Map<T> to = last ? *out : e.inputs[j + 1];
+    const Mix<T> here = last ? last_mix : Mix<T>{};
     each(here.with({e.inputs[j], to}), [=, this](const Range& range) { convolve_input(e, j, range, to, here); });
     if (!last) prepare(e, j + 1);
     if (!hold && j > 0) {
@@ -192,8 +180,8 @@ void Branch<A>::value(Evaluation<A>& e, const Map<A>& in, const Map<A>* out, con
   give(made);
 }
 
-template <class A>
-void Branch<A>::sum_tangent(const Evaluation<A>& e, size_t j, const Range& range, const Map<A>& t) const {
+template <class T>
+void Branch<T>::sum_tangent(const Evaluation<T>& e, size_t j, const Range& range, const Map<T>& t) const {
   const UnitSpec<A>& unit = spec_.units[j];
   for (int64_t i = 0; i < range.count && unit.measured(); ++i) {
     tangent_sums(plane_, blocks_of<A>(unit.in_channels), rows_of(e, j, range, i), e.inputs[j].at(range, i),
@@ -202,54 +190,54 @@ void Branch<A>::sum_tangent(const Evaluation<A>& e, size_t j, const Range& range
   }
 }
 
-template <class A>
-void Branch<A>::tangent(const Evaluation<A>& e, const Map<A>& t, const Map<A>& out, const Mix<A>& mix) {
+template <class T>
+void Branch<T>::tangent(const Evaluation<T>& e, const Map<T>& t, const Map<T>& out, const Mix<T>& mix) {
   const size_t units = spec_.units.size();
   tangents_ = {t};
   for (size_t j = 0; j < units; ++j) {
     const bool last = j + 1 == units;
-    const Map<A> from = tangents_[j];
+    const Map<T> from = tangents_[j];
     if (!last) tangents_.push_back(memory_.take(blocks_of<A>(spec_.units[j + 1].in_channels)));
     each({e.inputs[j], from}, [=, this](const Range& range) { sum_tangent(e, j, range, from); });
     settle_batch(j, false, {mean_t_[j], mean_xt_[j]});
-    const Map<A> to = last ? out : tangents_[j + 1];
-    const Mix<A> here = last ? mix : Mix<A>{};
+    const Map<T> to = last ? out : tangents_[j + 1];
+    const Mix<T> here = last ? mix : Mix<T>{};
     each(here.with({e.inputs[j], from, to}),
          [=, this](const Range& range) { convolve_tangent(e, j, range, from, to, here); });
   }
 }
 
-template <class A>
-Map<A> Branch<A>::cotangent(const Evaluation<A>& e, const Mix<A>& image, const Map<A>* out, const Mix<A>& mix,
-                            bool parameters, const Along<A>& along) {
+template <class T>
+Map<T> Branch<T>::cotangent(const Evaluation<T>& e, const Mix<T>& image, const Map<T>* out, const Mix<T>& mix,
+                            bool parameters, const Along<T>& along) {
   const size_t units = spec_.units.size();
-  std::vector<Map<A>> made, made_of_image;
-  const Mix<A> last_mix = few(mix, made), few_image = few(image, made_of_image);
+  std::vector<Map<T>> made, made_of_image;
+  const Mix<T> last_mix = few(mix, made), few_image = few(image, made_of_image);
   give(made_of_image);
-  const Map<A> n = map();
+  const Map<T> n = map();
   schedule_.rewind();
   for (size_t j = units; j-- > 0;) {
     const UnitSpec<A>& unit = spec_.units[j];
     const int64_t blocks = blocks_of<A>(unit.in_channels), out_blocks = blocks_of<A>(unit.out_channels);
-    const std::vector<Map<A>> maps =
+    const std::vector<Map<T>> maps =
         j + 1 == units ? few_image.with({e.inputs[j], n}) : std::vector{e.inputs[j + 1], n, e.inputs[j]};
     each(maps, [=, this, &unit](const Range& range) {
+      const Map<T> g = fit(g_, unit.out_channels, range);
       for (int64_t i = 0; i < range.count; ++i) {
-        const View<A> g = g_.at(range, i);
         if (j + 1 == units)
-          combine_maps(plane_, out_blocks, g, few_image.at(range, i));
+          combine_maps(plane_, out_blocks, g.at(range, i), few_image.at(range, i));
         else
           cotangent_last(plane_, out_blocks, rows_of(e, j + 1, range, i), e.inputs[j + 1].at(range, i), n.at(range, i),
-                         g, Combine<A>{});
+                         g.at(range, i), Combine<T>{});
       }
-      if (parameters) add_gradients(e, j, range, nullptr);
-      if (unit.has_conv) convolve_back(unit, range, g_, n);
+      if (parameters) add_gradients(e, j, range, g, nullptr, {});
+      if (unit.has_conv) convolve_back(unit, range, g, n);
       for (int64_t i = 0; i < range.count; ++i) {
         A* sums = sums_.at(range, i);
         const bool tells = along.sum && j + 1 == units;
-        if (tells) add_bias_product(unit, range, i, along);
+        if (tells) add_bias_product(unit, range, g.at(range, i), along);
         cotangent_first(plane_, blocks, rows_of(e, j, range, i), unit.act, e.inputs[j].at(range, i),
-                        (unit.has_conv ? n : g_).at(range, i), n.at(range, i), sums);
+                        (unit.has_conv ? n : g).at(range, i), n.at(range, i), sums);
         if (tells) add_product(unit, range, sums, along);
         if (parameters) add_norm_gradients(unit, range, sums);
         settle(j, range, i, true, {mean_n_, mean_xn_});
@@ -257,7 +245,7 @@ Map<A> Branch<A>::cotangent(const Evaluation<A>& e, const Mix<A>& image, const M
     });
     settle_batch(j, true, {mean_n_, mean_xn_});
   }
-  Map<A> result = out ? *out : n;
+  Map<T> result = out ? *out : n;
   result.blocks = blocks_of<A>(spec_.units[0].in_channels);
   each(last_mix.with({e.inputs[0], n, result}), [=, this](const Range& range) {
     for (int64_t i = 0; i < range.count; ++i)
@@ -269,39 +257,40 @@ Map<A> Branch<A>::cotangent(const Evaluation<A>& e, const Mix<A>& image, const M
   return result;
 }
 
-template <class A>
-Map<A> Branch<A>::second(const Evaluation<A>& e, const Map<A>& v, const Map<A>& q, const Mix<A>& mix, bool parameters) {
+template <class T>
+Map<T> Branch<T>::second(const Evaluation<T>& e, const Map<T>& v, const Map<T>& q, const Mix<T>& mix, bool parameters) {
   const size_t units = spec_.units.size();
-  const Map<A> n = map(), m = takes_over(q) ? q : map();
+  const Map<T> n = map(), m = takes_over(q) ? q : map();
   schedule_.rewind();
   for (size_t j = units; j-- > 0;) {
     const UnitSpec<A>& unit = spec_.units[j];
     const int64_t blocks = blocks_of<A>(unit.in_channels), out_blocks = blocks_of<A>(unit.out_channels);
     const int64_t lanes = blocks * kLanes<A>;
     const bool top = j + 1 == units;
-    const Map<A> t = tangents_[j], above = tangents_[std::min(j + 1, units - 1)];
-    const std::vector<Map<A>> maps = top ? std::vector{v, q} : std::vector{e.inputs[j + 1], above, n, m};
-    each(Mix<A>{1, {{1, e.inputs[j]}, {1, t}, {1, n}, {1, m}}}.with(maps), [=, this, &unit](const Range& range) {
+    const Map<T> t = tangents_[j], above = tangents_[std::min(j + 1, units - 1)];
+    const std::vector<Map<T>> maps = top ? std::vector{v, q} : std::vector{e.inputs[j + 1], above, n, m};
+    each(Mix<T>{1, {{1, e.inputs[j]}, {1, t}, {1, n}, {1, m}}}.with(maps), [=, this, &unit](const Range& range) {
+      const Map<T> g = fit(g_, unit.out_channels, range), tangent_g = fit(tangent_g_, unit.out_channels, range);
       for (int64_t i = 0; i < range.count; ++i) {
-        const View<A> g = g_.at(range, i), tangent_g = tangent_g_.at(range, i);
+        const View<T> to = g.at(range, i), tangent_to = tangent_g.at(range, i);
         if (top) {
-          combine_maps(plane_, out_blocks, g, Combine<A>{}.add(1, v.at(range, i)));
-          combine_maps(plane_, out_blocks, tangent_g, Combine<A>{}.add(1, q.at(range, i)));
+          combine_maps(plane_, out_blocks, to, Combine<T>{}.add(1, v.at(range, i)));
+          combine_maps(plane_, out_blocks, tangent_to, Combine<T>{}.add(1, q.at(range, i)));
         } else {
           second_last(plane_, out_blocks, rows_of(e, j + 1, range, i), e.inputs[j + 1].at(range, i), above.at(range, i),
-                      n.at(range, i), m.at(range, i), g, &tangent_g, Combine<A>{});
+                      n.at(range, i), m.at(range, i), to, &tangent_to, Combine<T>{});
         }
       }
-      if (parameters) add_gradients(e, j, range, &t);
+      if (parameters) add_gradients(e, j, range, g, &t, tangent_g);
       if (unit.has_conv) {
-        convolve_back(unit, range, g_, n);
-        convolve_back(unit, range, tangent_g_, m);
+        convolve_back(unit, range, g, n);
+        convolve_back(unit, range, tangent_g, m);
       }
       for (int64_t i = 0; i < range.count; ++i) {
         A* sums = sums_.at(range, i);
         if (!unit.has_conv) {
-          combine_maps(plane_, blocks, n.at(range, i), Combine<A>{}.add(1, g_.at(range, i)));
-          combine_maps(plane_, blocks, m.at(range, i), Combine<A>{}.add(1, tangent_g_.at(range, i)));
+          combine_maps(plane_, blocks, n.at(range, i), Combine<T>{}.add(1, g.at(range, i)));
+          combine_maps(plane_, blocks, m.at(range, i), Combine<T>{}.add(1, tangent_g.at(range, i)));
         }
         second_first(plane_, blocks, rows_of(e, j, range, i), unit.act, e.inputs[j].at(range, i), t.at(range, i),
                      n.at(range, i), m.at(range, i), sums);
@@ -316,12 +305,12 @@ Map<A> Branch<A>::second(const Evaluation<A>& e, const Map<A>& v, const Map<A>& 
   each(mix.with({e.inputs[0], tangents_[0], n, m}), [=, this, t = tangents_[0]](const Range& range) {
     for (int64_t i = 0; i < range.count; ++i)
       second_last(plane_, blocks_of<A>(spec_.units[0].in_channels), rows_of(e, 0, range, i), e.inputs[0].at(range, i),
-                  t.at(range, i), n.at(range, i), m.at(range, i), n.at(range, i), static_cast<const View<A>*>(nullptr),
+                  t.at(range, i), n.at(range, i), m.at(range, i), n.at(range, i), static_cast<const View<T>*>(nullptr),
                   mix.at(range, i));
   });
   if (!takes_over(q)) memory_.give(m);
   for (size_t j = 1; j < units; ++j) memory_.give(tangents_[j]);
-  Map<A> result = n;
+  Map<T> result = n;
   result.blocks = blocks_of<A>(spec_.units[0].in_channels);
   return result;
 }

@@ -16,14 +16,14 @@ inline Vec<A> at(const A* row, int64_t block) {
   return load<Vec<A>>(row + block * kLanes<A>);
 }
 
-template <class A>
-inline Vec<A> at(const View<A>& map, int64_t b, int64_t y, int64_t x) {
-  return load<Vec<A>>(map.pixel_at(b, y, x));
+template <class T>
+inline Vec<Number<T>> at(const View<T>& map, int64_t b, int64_t y, int64_t x) {
+  return load_stored(map.pixel_at(b, y, x));
 }
 
-template <class A>
-inline void put(const View<A>& map, int64_t b, int64_t y, int64_t x, Vec<A> value) {
-  store<Vec<A>>(map.pixel_at(b, y, x), value);
+template <class T>
+inline void put(const View<T>& map, int64_t b, int64_t y, int64_t x, Vec<Number<T>> value) {
+  store_stored(map.pixel_at(b, y, x), value);
 }
 
 // The pixels of a block: in one row, where every map at hand has them all equally far apart.
@@ -31,14 +31,14 @@ struct Area {
   int64_t rows, width;
 };
 
-template <class A>
-inline bool is_flat(const Plane<A>& plane, const View<A>& view) {
+template <class A, class T>
+inline bool is_flat(const Plane<A>& plane, const View<T>& view) {
   return view.row == plane.width * view.pixel;
 }
 
-template <class A>
-inline bool is_flat(const Plane<A>& plane, const Combine<A>& combine) {
-  return std::all_of(combine.term, combine.term + combine.count, [&](const View<A>& v) { return is_flat(plane, v); });
+template <class A, class T>
+inline bool is_flat(const Plane<A>& plane, const Combine<T>& combine) {
+  return std::all_of(combine.term, combine.term + combine.count, [&](const View<T>& v) { return is_flat(plane, v); });
 }
 
 template <class A, class... Maps>
@@ -72,13 +72,14 @@ inline void walk_sums(const Area& area, Vec<A>* total, const F& f) {
 }
 
 // combine() with the number of terms known to the compiler, -1 for any.
-template <int count, class A>
+template <int count, class T>
 struct Combined {
+  using A = Number<T>;
   A scale;
   A coef[count > 0 ? count : 1];
-  View<A> term[count > 0 ? count : 1];
+  View<T> term[count > 0 ? count : 1];
 
-  explicit Combined(const Combine<A>& combine) : scale(combine.scale) {
+  explicit Combined(const Combine<T>& combine) : scale(combine.scale) {
     for (int i = 0; i < count; ++i) coef[i] = combine.coef[i], term[i] = combine.term[i];
   }
   Vec<A> operator()(Vec<A> value, int64_t b, int64_t y, int64_t x) const {
@@ -88,11 +89,12 @@ struct Combined {
   }
 };
 
-template <class A>
-struct Combined<-1, A> {
-  const Combine<A>& combine;
+template <class T>
+struct Combined<-1, T> {
+  using A = Number<T>;
+  const Combine<T>& combine;
 
-  explicit Combined(const Combine<A>& combine) : combine(combine) {}
+  explicit Combined(const Combine<T>& combine) : combine(combine) {}
   Vec<A> operator()(Vec<A> value, int64_t b, int64_t y, int64_t x) const {
     value *= combine.scale;
     for (int i = 0; i < combine.count; ++i) value += combine.coef[i] * at(combine.term[i], b, y, x);
@@ -114,21 +116,21 @@ inline V centred(V v, V mean_v, V x, V mean_xv) {
 }
 
 // Calls f with the combination, its number of terms known to the compiler up to four.
-template <class A, class F>
-inline void with_count(const Combine<A>& combine, const F& f) {
+template <class T, class F>
+inline void with_count(const Combine<T>& combine, const F& f) {
   switch (combine.count) {
     case 0:
-      return f(Combined<0, A>(combine));
+      return f(Combined<0, T>(combine));
     case 1:
-      return f(Combined<1, A>(combine));
+      return f(Combined<1, T>(combine));
     case 2:
-      return f(Combined<2, A>(combine));
+      return f(Combined<2, T>(combine));
     case 3:
-      return f(Combined<3, A>(combine));
+      return f(Combined<3, T>(combine));
     case 4:
-      return f(Combined<4, A>(combine));
+      return f(Combined<4, T>(combine));
     default:
-      return f(Combined<-1, A>(combine));
+      return f(Combined<-1, T>(combine));
   }
 }
 
