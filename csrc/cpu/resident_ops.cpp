@@ -12,7 +12,7 @@ template <template <class> class Program, class A, class Rule>
 void run(const Call<A>& call, const Rule& rule);
 
 int64_t group_for(int64_t samples, int64_t workers, int64_t pixels, int64_t stored) {
-  const int64_t wanted = stored == sizeof(bfloat16) ? 256 : 128;  // pixels that should share one reading of the weights
+  const int64_t wanted = stored == sizeof(bfloat16) ? 512 : 128;  // pixels that should share one reading of the weights
   return std::max<int64_t>(1, std::min({kGroup, wanted / pixels, divide_up(samples, workers)}));
 }
 

@@ -15,19 +15,32 @@ struct Positions {
   int64_t span, pad, rows;  // span: positions of an image's row; rows: of a copy, with those that the kernel adds
   int64_t chunks, pitch;    // chunks: of 32 positions; pitch: of a channel of a copy
 
-  Positions(const Plane<float>& plane, const ConvShape& shape, int64_t together)
+  // Of `height` rows of an image.
+  Positions(const Plane<float>& plane, const ConvShape& shape, int64_t together, int64_t height)
       : span(plane.width * together),
         pad(shape.kernel_h / 2),
-        rows(plane.height + 2 * pad),
-        chunks(divide_up(plane.height * span, kTileDepth)),
+        rows(height + 2 * pad),
+        chunks(divide_up(height * span, kTileDepth)),
         // Odd, so that the channels lie in different sets of the cache.
         pitch((divide_up(chunks * kTileDepth + 2 * pad * span, kTileDepth) | 1) * kTileDepth) {}
 
-  int64_t input(const ConvShape& shape) const {
-    return blocks_of<float>(shape.in_channels) * shape.kernel_w * kTileRows * pitch;
-  }
-  int64_t cotangent(const ConvShape& shape) const {
-    return blocks_of<float>(shape.out_channels) * chunks * kTileElements;
+  bool whole() const { return span == kTileDepth; }   // a chunk is a row
+  int64_t copy() const { return kTileRows * pitch; }  // of one block and column of the kernel
+  int64_t block(const ConvShape& shape) const { return shape.kernel_w * copy(); }  // of the input
+  int64_t cotangent() const { return chunks * kTileElements; }                     // of one block
+};
+
+// How much of the sum is worked on at a time: some sets of samples, or some rows of one, so that a block's copies stay
+// in the first cache, beside the maps themselves where there is only one block.
+struct Portion {
+  int64_t sets, rows;
+
+  Portion(const Plane<float>& plane, const ConvShape& shape, int64_t together, int64_t all) : rows(plane.height) {
+    const int64_t room = shape.in_channels <= Narrow::lanes ? 1 << 14 : 9 << 12, second = 1 << 17;  // bytes
+    const auto bytes = [&] { return Positions(plane, shape, together, rows).block(shape) * 2; };
+    sets = std::clamp<int64_t>(second / bytes(), 1, all);
+    while (Positions(plane, shape, together, rows).whole() && rows > 4 && bytes() > room) rows = divide_up(rows, 2);
+    if (rows < plane.height) sets = 1;
   }
 };
 
@@ -53,6 +66,9 @@ class Source {
 
 typedef int16_t Numbers __attribute__((vector_size(64)));
 typedef int32_t Words __attribute__((vector_size(64)));  // pairs of numbers, one per lane
+
+constexpr int16_t kPlaces[kTileDepth] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
+                                         16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
 
 // 16 channels of two neighbouring positions as 16 pairs.
 inline Words pair_of(const bfloat16* low, const bfloat16* high) {
@@ -117,6 +133,27 @@ void transpose_input(const Positions& positions, Source from, bfloat16* to) {
   }
 }
 
+// Of all columns of the kernel, where a chunk is a row: what moves into it from beside the image is zero. `in` is row
+// `first` of the image, the copies' own row `at`.
+void transpose_rows(const Positions& positions, const ConvShape& shape, const Narrow& narrow, const bfloat16* in,
+                    int64_t at, int64_t count, bfloat16* to) {
+  const int64_t depth = narrow.depth;
+  for (int64_t y = at; y < at + count; ++y, in += narrow.row) {
+    Words rows[16];
+    FASTODE_UNROLL for (int i = 0; i < 16; ++i) rows[i] = pair_of(in + 2 * i * depth, in + (2 * i + 1) * depth);
+    transpose(rows);
+    for (int64_t kx = 0; kx < shape.kernel_w; ++kx) {
+      bfloat16* row = to + kx * positions.copy() + y * kTileDepth;
+      const int64_t shift = (kx - shape.kernel_w / 2) * narrow.together;
+      const __m512i places =
+          _mm512_add_epi16(_mm512_loadu_si512(kPlaces), _mm512_set1_epi16(static_cast<int16_t>(shift)));
+      const __mmask32 inside = _mm512_cmplt_epu16_mask(places, _mm512_set1_epi16(kTileDepth));
+      FASTODE_UNROLL for (int i = 0; i < 16; ++i) _mm512_storeu_si512(
+          row + i * positions.pitch, _mm512_maskz_permutexvar_epi16(inside, places, (__m512i)rows[i]));
+    }
+  }
+}
+
 // to: [chunk] tiles, of one block.
 void pair_cotangent(const Positions& positions, Source from, bfloat16* to) {
   for (int64_t p = 0; p < positions.chunks * kTileDepth; p += 2, to += kTileDepth) {
@@ -128,108 +165,113 @@ void pair_cotangent(const Positions& positions, Source from, bfloat16* to) {
 
 struct GradientRun {
   const bfloat16 *in, *cotangent;  // of the first set
-  int64_t sets, in_set, cotangent_set, in_bytes, cotangent_block, gradient_bytes;
+  int64_t sets, in_set, cotangent_set, in_bytes, gradient_bytes;
   int64_t first, last;  // chunks
 };
 
-// Adds M x N tiles: of 16 input channels at one tap each, from offset[m] of the input, times N times 16 output
-// channels.
-template <int M, int N>
-void add_gradient(const GradientRun& run, const int64_t* offset, float* const* gradient, int64_t out_stride) {
-  static_assert((N == 2 && M <= 2) || (N == 1 && M <= 3));
-  constexpr int b = 4;
-  tile_load<0>(gradient[0], run.gradient_bytes);
-  if constexpr (N == 2) tile_load<1>(gradient[0] + out_stride, run.gradient_bytes);
-  if constexpr (M > 1) tile_load<N>(gradient[1], run.gradient_bytes);
-  if constexpr (M > 1 && N == 2) tile_load<N + 1>(gradient[1] + out_stride, run.gradient_bytes);
-  if constexpr (M > 2) tile_load<2>(gradient[2], run.gradient_bytes);
+// Adds M tiles: of 16 input channels at neighbouring taps, `copy` apart, times 16 output channels.
+template <int M>
+void add_gradient(const GradientRun& run, int64_t copy, float* gradient) {
+  static_assert(M <= 3);
+  constexpr int64_t lanes = kLanes<float>;
+  tile_load<0>(gradient, run.gradient_bytes);
+  if constexpr (M > 1) tile_load<1>(gradient + lanes, run.gradient_bytes);
+  if constexpr (M > 2) tile_load<2>(gradient + 2 * lanes, run.gradient_bytes);
   for (int64_t n = 0; n < run.sets; ++n) {
     const bfloat16* in = run.in + n * run.in_set + run.first * kTileDepth;
     const bfloat16* cotangent = run.cotangent + n * run.cotangent_set + run.first * kTileElements;
     for (int64_t k = run.first; k < run.last; ++k, in += kTileDepth, cotangent += kTileElements) {
-      tile_load<b>(cotangent, 64);
-      if constexpr (N == 2) tile_load<b + 1>(cotangent + run.cotangent_block, 64);
-      tile_load<6>(in + offset[0], run.in_bytes);
-      tile_multiply<0, 6, b>();
-      if constexpr (N == 2) tile_multiply<1, 6, b + 1>();
+      tile_load<4>(cotangent, 64);
+      tile_load<5>(in, run.in_bytes);
+      tile_multiply<0, 5, 4>();
       if constexpr (M > 1) {
-        tile_load<7>(in + offset[1], run.in_bytes);
-        tile_multiply<N, 7, b>();
-        if constexpr (N == 2) tile_multiply<N + 1, 7, b + 1>();
+        tile_load<6>(in + copy, run.in_bytes);
+        tile_multiply<1, 6, 4>();
       }
       if constexpr (M > 2) {
-        tile_load<5>(in + offset[2], run.in_bytes);
-        tile_multiply<2, 5, b>();
+        tile_load<7>(in + 2 * copy, run.in_bytes);
+        tile_multiply<2, 7, 4>();
       }
     }
   }
-  tile_store<0>(gradient[0], run.gradient_bytes);
-  if constexpr (N == 2) tile_store<1>(gradient[0] + out_stride, run.gradient_bytes);
-  if constexpr (M > 1) tile_store<N>(gradient[1], run.gradient_bytes);
-  if constexpr (M > 1 && N == 2) tile_store<N + 1>(gradient[1] + out_stride, run.gradient_bytes);
-  if constexpr (M > 2) tile_store<2>(gradient[2], run.gradient_bytes);
+  tile_store<0>(gradient, run.gradient_bytes);
+  if constexpr (M > 1) tile_store<1>(gradient + lanes, run.gradient_bytes);
+  if constexpr (M > 2) tile_store<2>(gradient + 2 * lanes, run.gradient_bytes);
+}
+
+// Of some sets of samples, from rows of the image from `top` on.
+void add_portion(const Plane<float>& plane, const ConvShape& shape, int64_t together,
+                 const GradientPair<bfloat16>* pairs, int64_t sets, int64_t top, int64_t height, float* gradient,
+                 bfloat16* scratch) {
+  constexpr int64_t lanes = kLanes<float>;
+  const Positions positions(plane, shape, together, height);
+  const Narrow input(plane, shape.in_channels, together), cotangent(plane, shape.out_channels, together);
+  const int64_t in_blocks = blocks_of<float>(shape.in_channels), out_blocks = blocks_of<float>(shape.out_channels);
+  const int64_t in_set = positions.block(shape), cotangent_set = out_blocks * positions.cotangent();
+  const int64_t pad = positions.pad, taps = shape.kernel_h * shape.kernel_w;
+  bfloat16* cotangents = scratch + sets * in_set;
+  for (int64_t n = 0; n < sets; ++n)
+    for (int64_t ob = 0; ob < out_blocks; ++ob)
+      pair_cotangent(
+          positions,
+          {pairs[n * together].cotangent.at + top * cotangent.row + ob * lanes, cotangent, positions.span, height},
+          cotangents + n * cotangent_set + ob * positions.cotangent());
+  // The rows of the image that the copies have.
+  const int64_t first = std::max<int64_t>(0, top - pad), last = std::min(plane.height, top + height + pad);
+  GradientRun run{scratch, nullptr, sets, in_set, cotangent_set, positions.pitch * 2, shape.kernel_w * lanes * 4, 0, 0};
+  for (int64_t ib = 0; ib < in_blocks; ++ib) {
+    for (int64_t n = 0; n < sets; ++n) {
+      const bfloat16* in = pairs[n * together].in.at + ib * lanes;
+      bfloat16* to = scratch + n * in_set;
+      if (positions.whole()) {
+        transpose_rows(positions, shape, input, in + first * input.row, first - top + pad, last - first, to);
+      } else {
+        in += (top - pad) * input.row - shape.kernel_w / 2 * input.pixel;
+        for (int64_t kx = 0; kx < shape.kernel_w; ++kx)
+          transpose_input(positions, {in + kx * input.pixel, input, positions.span, positions.rows},
+                          to + kx * positions.copy());
+      }
+    }
+    for (int64_t ob = 0; ob < out_blocks; ++ob)
+      for (int64_t ky = 0; ky < shape.kernel_h; ++ky) {
+        // Those with rows whose input row exists.
+        const int64_t begin = std::max(top, pad - ky) - top,
+                      end = std::min(top + height, plane.height + pad - ky) - top;
+        if (begin >= end) continue;
+        run.first = begin * positions.span / kTileDepth, run.last = divide_up(end * positions.span, kTileDepth);
+        run.cotangent = cotangents + ob * positions.cotangent();
+        float* to = gradient + ((ob * in_blocks + ib) * taps + ky * shape.kernel_w) * lanes * lanes;
+        for (int64_t kx = 0; kx < shape.kernel_w; kx += 3, to += 3 * lanes) {
+          run.in = scratch + kx * positions.copy() + ky * positions.span;
+          if (kx + 3 <= shape.kernel_w)
+            add_gradient<3>(run, positions.copy(), to);
+          else if (kx + 2 == shape.kernel_w)
+            add_gradient<2>(run, positions.copy(), to);
+          else
+            add_gradient<1>(run, positions.copy(), to);
+        }
+      }
+  }
 }
 
 }  // namespace
 
 int64_t tile_scratch_size(const Plane<float>& plane, const ConvShape& shape, int64_t together, int64_t pairs) {
-  const Positions positions(plane, shape, together);
-  const int64_t set = positions.input(shape) + positions.cotangent(shape);
-  return divide_up(pairs, together) * set * static_cast<int64_t>(sizeof(bfloat16));
+  const Portion portion(plane, shape, together, divide_up(pairs, together));
+  const Positions positions(plane, shape, together, portion.rows);
+  const int64_t set = positions.block(shape) + blocks_of<float>(shape.out_channels) * positions.cotangent();
+  return portion.sets * set * static_cast<int64_t>(sizeof(bfloat16));
 }
 
 void weight_gradient(const Plane<float>& plane, const ConvShape& shape, int64_t together,
                      const GradientPair<bfloat16>* pairs, int64_t count, float* gradient, void* scratch) {
-  constexpr int64_t lanes = kLanes<float>;
-  const Positions positions(plane, shape, together);
-  const Narrow input(plane, shape.in_channels, together), cotangent(plane, shape.out_channels, together);
-  const int64_t in_blocks = blocks_of<float>(shape.in_channels), out_blocks = blocks_of<float>(shape.out_channels);
-  const int64_t copy = kTileRows * positions.pitch, block = positions.chunks * kTileElements;
-  const int64_t in_set = positions.input(shape), cotangent_set = positions.cotangent(shape);
   const int64_t sets = divide_up(count, together);
-  bfloat16* inputs = static_cast<bfloat16*>(scratch);
-  bfloat16* cotangents = inputs + sets * in_set;
-  for (int64_t n = 0; n < sets; ++n) {
-    const GradientPair<bfloat16>& pair = pairs[n * together];
-    const bfloat16* corner = pair.in.at - positions.pad * input.row - shape.kernel_w / 2 * input.pixel;
-    bfloat16* to = inputs + n * in_set;
-    for (int64_t ib = 0; ib < in_blocks; ++ib)
-      for (int64_t kx = 0; kx < shape.kernel_w; ++kx, to += copy)
-        transpose_input(positions, {corner + ib * lanes + kx * input.pixel, input, positions.span, positions.rows}, to);
-    for (int64_t ob = 0; ob < out_blocks; ++ob)
-      pair_cotangent(positions, {pair.cotangent.at + ob * lanes, cotangent, positions.span, plane.height},
-                     cotangents + n * cotangent_set + ob * block);
-  }
-
+  const Portion portion(plane, shape, together, sets);
   const TileScope scope;
-  const int64_t out_stride = in_blocks * shape.kernel_h * shape.kernel_w * lanes * lanes;
-  GradientRun run{inputs,        cotangents,          sets,  in_set,
-                  cotangent_set, positions.pitch * 2, block, shape.kernel_w * lanes * 4};
-  const auto walk = [&](auto many, auto group) {
-    constexpr int M = many(), N = group();
-    for (int64_t ob = 0; ob < out_blocks; ob += N, run.cotangent += N * block)
-      for (int64_t ky = 0; ky < shape.kernel_h; ++ky) {
-        // Those with rows whose input row exists.
-        run.first = std::max<int64_t>(0, positions.pad - ky) * positions.span / kTileDepth;
-        const int64_t last = std::min(plane.height, plane.height + positions.pad - ky);
-        run.last = divide_up(last * positions.span, kTileDepth);
-        int64_t offset[M];
-        float* to[M];
-        int64_t filled = 0;
-        for (int64_t ib = 0; ib < in_blocks; ++ib)
-          for (int64_t kx = 0; kx < shape.kernel_w; ++kx) {
-            offset[filled] = (ib * shape.kernel_w + kx) * copy + ky * positions.span;
-            to[filled] =
-                gradient + ob * out_stride + ((ib * shape.kernel_h + ky) * lanes * shape.kernel_w + kx) * lanes;
-            if (++filled == M) add_gradient<M, N>(run, offset, to, out_stride), filled = 0;
-          }
-        for (int64_t i = 0; i < filled; ++i) add_gradient<1, N>(run, offset + i, to + i, out_stride);
-      }
-  };
-  if (group_of(out_blocks) == 2)
-    walk(std::integral_constant<int, 2>{}, std::integral_constant<int, 2>{});
-  else
-    walk(std::integral_constant<int, 3>{}, std::integral_constant<int, 1>{});
+  for (int64_t set = 0; set < sets; set += portion.sets)
+    for (int64_t y = 0; y < plane.height; y += portion.rows)
+      add_portion(plane, shape, together, pairs + set * together, std::min(portion.sets, sets - set), y,
+                  std::min(portion.rows, plane.height - y), gradient, static_cast<bfloat16*>(scratch));
 }
 
 }  // namespace fastode::resident
