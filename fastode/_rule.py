@@ -147,7 +147,7 @@ def slower(family: str, coupled: bool, x: torch.Tensor, channels: int) -> str:
     """
     dtype = str(x.dtype).removeprefix("torch.")
     line = _rule.line(family, NORMS[coupled], dtype)
-    itemsize = 8 if x.dtype == torch.float64 else 4  # bfloat16 is kept in float32
+    itemsize = 8 if x.dtype == torch.float64 else 4  # bfloat16 is counted as float32
     beyond = line.beyond(channels, x.shape[2] * x.shape[3], itemsize, x.shape[0], threads())
     if not beyond:
         return ""

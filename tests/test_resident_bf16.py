@@ -10,7 +10,7 @@ from torch import nn
 
 import fastode
 from fastode import reference
-from fastode.testing import assert_blocks_equal, sample_input
+from fastode.testing import Layout, assert_blocks_equal, sample_input
 
 # One block of 16 channels and two, an odd number of them, several of 32; rows of whole tiles, and rows laid end to end.
 SHAPES = [(16, 4, 32), (8, 5, 20), (48, 6, 16), (40, 5, 7), (96, 4, 4), (128, 3, 9)]
@@ -23,6 +23,12 @@ def branch(channels: int, kernel: tuple[int, int], inner: int) -> nn.Sequential:
         nn.GroupNorm(1, channels), nn.Softplus(), nn.Conv2d(channels, inner, kernel, padding=padding),
         nn.GroupNorm(1, inner), nn.Softplus(), nn.Conv2d(inner, channels, kernel, padding=padding),
     ).to(torch.bfloat16)  # fmt: skip
+
+
+def coupled(channels: int) -> nn.Sequential:
+    torch.manual_seed(6)
+    units = [(nn.BatchNorm2d(channels), nn.Softplus(), nn.Conv2d(channels, channels, 3, padding=1)) for _ in range(2)]
+    return nn.Sequential(*units[0], *units[1])
 
 
 def fused(block: nn.Module) -> nn.Module:
@@ -39,6 +45,27 @@ def test_equal(shape: tuple[int, int, int], kernel: tuple[int, int]) -> None:
     for inner in (shape[0], 20):
         block = reference.IESkip(branch(shape[0], kernel, inner), 1, 0.1)
         assert_blocks_equal(block, fused(block), x)
+
+
+@pytest.mark.parametrize("batch", [2, 5])  # samples lie together in the tiles' rows, and are too few for that
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(16, 5, 32), (32, 5, 16), (64, 8, 8), (96, 4, 4), (40, 5, 7)], ids=str)
+def test_equal_where_a_norm_couples_the_samples(shape: tuple[int, int, int], layout: Layout, batch: int) -> None:
+    x = sample_input(batch, *shape, dtype=torch.bfloat16, layout=layout)
+    for scheme in (reference.SSP3, reference.Ark, lambda f: reference.IESkip(f, 2, 0.1)):
+        block = scheme(coupled(shape[0])).to(torch.bfloat16)
+        assert_blocks_equal(block, fused(block), x)
+
+
+def test_a_sample_is_not_changed_by_what_lies_beside_it() -> None:
+    block = reference.IESkip(branch(32, (3, 3), 48), 1, 0.1)
+    x = sample_input(9, 32, 4, 4, dtype=torch.bfloat16)
+    x[4] = torch.nan
+    twin = fused(block)
+    with torch.no_grad():
+        found, alone = twin(x), torch.cat([twin(part) for part in x.split(1)])
+    assert torch.equal(found.isnan(), alone.isnan())
+    assert torch.equal(found.nan_to_num(), alone.nan_to_num())
 
 
 def test_same_bits_among_convolutions_of_pytorch() -> None:
