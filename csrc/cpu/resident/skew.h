@@ -64,7 +64,7 @@ class SkewPair {
     if (backward && spec.tiles && spec.gamma == 0)
       p_ = y_hat_, q_ = z_hat_;
     else if (backward)
-      p_ = padded(arena, true), q_ = padded(arena, false);
+      p_ = spec.shape.template narrow<A>() ? y_map(arena) : padded(arena, true), q_ = padded(arena, false);
     if (spec.tiles) take_tiles(arena, backward);
     width_ = kLanes<A> * std::max(y_blocks(), z_blocks());
     sums_ = arena.take<A>(2 * width_), means_ = arena.take<A>(2 * width_);
@@ -87,14 +87,17 @@ class SkewPair {
   void evaluate(const Both<A>& point, Trace<A>& trace, Want want) const;
 
   // (2) to (4) for the slopes' cotangents, sums of terms of which one without any is zero: adds the parameters'
-  // gradients and leaves the needed cotangents of the norms' results in the workspace; returns which are there, the
-  // others are zero.
+  // gradients and leaves the needed cotangents of the norms' results in `to`; returns which are there, the others are
+  // zero.
   Want pull(const Both<A>& point, const Trace<A>& trace, const Combine<A>& y_bar, const Combine<A>& z_bar, A* gradients,
-            Want need) const;
+            Want need, const Both<A>& to) const;
 
-  // out = combine(the pull-back of the norm of the point's half), for the cotangent that pull() has left.
-  void finish(bool y, const View<A>& point, const Trace<A>& trace, const View<A>& out, const Combine<A>& combine,
-              A* gradients) const;
+  // out = combine(the pull-back of the norm of the point's half), for the cotangent of its result; it may lie in `out`.
+  void finish(bool y, const View<A>& point, const Trace<A>& trace, const View<A>& cotangent, const View<A>& out,
+              const Combine<A>& combine, A* gradients) const;
+
+  // Where y's guide may lie for a single pull-back with one term: what that finds goes over it.
+  const View<A>& guide_room() const { return p_; }
 
   // Which halves of a point an evaluation reads.
   Want reads(Want want) const {

@@ -31,6 +31,11 @@ struct SkewShape {
   int64_t up_size() const {
     return narrow<A>() ? channels * narrow_taps<A>() : stride * stride * up().template packed_size<A>();
   }
+  // Whether the weight gradient is that of skew_narrow.h, too.
+  template <class A>
+  bool narrow_gradient() const {
+    return narrow<A>() && stride == 1 && kernel == 3;
+  }
   // Whether z's channels fill so little of a vector that skew_narrow.h is faster, and its products of a pixel of y.
   template <class A>
   bool narrow() const {
@@ -40,7 +45,7 @@ struct SkewShape {
   int64_t narrow_taps() const {
     return blocks_of<A>(in_channels * kernel * kernel) * kLanes<A>;
   }
-  // Elements that skew_up works in.
+  // Elements that skew_up and skew_weight_gradient work in.
   template <class A>
   int64_t up_scratch() const;
 };
@@ -68,8 +73,10 @@ void skew_up(const SkewShape& shape, const A* packed, const NormRows<A>* norm, c
              Ahead* ahead);
 
 // gradient += the sum over the pairs of W's gradient for an input in z's plane and a cotangent in y's, both with zero
-// halos; the layout is that of the shape down().
+// halos; the layout is that of the shape down(). With a narrow gradient there are at most two, the cotangents need no
+// halo, and `norm`, if there is one, is applied to the last one first.
 template <class A>
-void skew_weight_gradient(const SkewShape& shape, const GradientPair<A>* pairs, int64_t count, A* gradient);
+void skew_weight_gradient(const SkewShape& shape, const GradientPair<A>* pairs, int64_t count, const NormRows<A>* norm,
+                          A* gradient, A* scratch, Ahead* ahead);
 
 }  // namespace fastode::resident

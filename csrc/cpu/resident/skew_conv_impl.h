@@ -103,15 +103,11 @@ void skew_up(const SkewShape& shape, const A* packed, const NormRows<A>* norm, c
 }
 
 template <class A>
-void skew_weight_gradient(const SkewShape& shape, const GradientPair<A>* pairs, int64_t count, A* gradient) {
+void skew_weight_gradient(const SkewShape& shape, const GradientPair<A>* pairs, int64_t count, const NormRows<A>* norm,
+                          A* gradient, A* scratch, Ahead* ahead) {
   const ConvShape down = shape.down();
-  if (shape.narrow<A>() && shape.stride == 1 && shape.kernel == 3 && count <= 2)
-    return narrow_weight_gradient(shape, pairs, count, gradient);
+  if (shape.narrow_gradient<A>()) return narrow_weight_gradient(shape, pairs, count, norm, gradient, scratch, ahead);
   if (shape.stride == 1) return weight_gradient<A>(shape.y_plane<A>(), down, pairs, count, gradient);
-  if (count > kPairs) {
-    skew_weight_gradient(shape, pairs, kPairs, gradient);
-    return skew_weight_gradient(shape, pairs + kPairs, count - kPairs, gradient);
-  }
   constexpr int lanes = kLanes<A>, inputs = lanes < kTile / 2 ? lanes : kTile / 2;
   const int64_t out_blocks = blocks_of<A>(down.out_channels), in_blocks = blocks_of<A>(down.in_channels);
   const int64_t vectors = vectors_of<A>(down.out_channels);

@@ -219,10 +219,8 @@ void run_march(const PackedPair<A>& packed, const March& march, const MarchCall&
 template <class A>
 class PairWorker {
  public:
-  PairWorker(const PairSpec<A>& spec, const PairCall& call, const March& once, const Traces<A>* kept, Arena& arena,
-             A* gradients)
+  PairWorker(const PairSpec<A>& spec, const PairCall& call, const Traces<A>* kept, Arena& arena, A* gradients)
       : pair_(spec, arena, call.backward),
-        traces_(kept ? *kept : scratch_traces(pair_, once, arena, false)),
         need_(call.need),
         y_(call.y, arena),
         z_(call.z, arena),
@@ -234,9 +232,14 @@ class PairWorker {
         backward_(call.backward),
         found_(kept && call.backward),
         gradients_(gradients) {
-    if (!spec.tells) s_ = pair_.maps(arena);
-    remakes_y_ = kept && !kept->y[0];
-    if (remakes_y_) y_guide_ = pair_.y_map(arena);
+    // Forward makes s where the result goes.
+    const bool guides = backward_ || !spec.tells;
+    if (backward_ && !spec.tells) s_ = pair_.maps(arena);
+    if (kept)
+      traces_ = *kept;
+    else
+      traces_ = {{nullptr}, {guides ? arena.take<A>(pair_.z_size()) : nullptr}, arena.take<A>(spec.statistics), 0};
+    if (guides && !traces_.y[0]) y_guide_ = backward_ ? pair_.guide_room() : pair_.y_map(arena);
   }
 
   void operator()(int64_t n) {
@@ -244,13 +247,20 @@ class PairWorker {
     expect(ahead, n);
     const Both<A> point{y_.load(n), z_.load(n)};
     Trace<A> trace;
-    trace.guide = {remakes_y_ ? y_guide_ : pair_.y_plane.compact(traces_.of(traces_.y[0], pair_.y_size(), n)),
-                   pair_.z_plane.compact(traces_.of(traces_.z[0], pair_.z_size(), n))};
-    trace.s = pair_.spec.tells ? trace.guide : s_;
+    const Both<A> end{y_out_.view(n), z_out_.view(n)}, &made = backward_ ? s_ : end;
+    const auto guide = [&](bool y, const View<A>& none) {
+      A* base = y ? traces_.y[0] : traces_.z[0];
+      if (!base) return none.at ? none : y ? made.y : made.z;
+      return y ? pair_.y_plane.compact(traces_.of(base, pair_.y_size(), n))
+               : pair_.z_plane.compact(traces_.of(base, pair_.z_size(), n));
+    };
+    trace.guide = {guide(true, y_guide_), guide(false, {})};
+    trace.s = pair_.spec.tells ? trace.guide : made;
     trace.statistics = traces_.of(traces_.statistics, pair_.spec.statistics, n);
     if (found_) {
-      if (remakes_y_) pair_.remake_y(point, trace);
-      trace.made = {!remakes_y_, true};
+      const bool remakes_y = !traces_.y[0];
+      if (remakes_y) pair_.remake_y(point, trace);
+      trace.made = {!remakes_y, true};
       pair_.restore(trace);
       trace.made = {true, true};
     } else {
@@ -264,14 +274,17 @@ class PairWorker {
  private:
   // What the convolutions ask for meanwhile, as it is needed.
   void expect(Ahead& ahead, int64_t n) {
-    if (backward_) y_.expect(ahead, n);
+    const bool late = backward_ && !gradients_;  // y is read at the end
+    if (late) y_.expect(ahead, n);
+    if (!backward_) traces_.expect(true, pair_, ahead, n);
     if (need_.y) y_out_.expect(ahead, n);
     if (need_.z) z_out_.expect(ahead, n);
+    if (backward_) traces_.expect(true, pair_, ahead, n + 1);
     if (backward_ && has_.y) y_bar_.expect(ahead, n + 1);
     if (backward_ && has_.z) z_bar_.expect(ahead, n + 1);
-    if (!backward_) y_.expect(ahead, n + 1);
+    if (!late) y_.expect(ahead, n + 1);
     z_.expect(ahead, n + 1);
-    traces_.expect(pair_, ahead, n + 1);
+    traces_.expect(false, pair_, ahead, n + 1);
     pair_.ahead = &ahead;
   }
 
@@ -295,20 +308,17 @@ class PairWorker {
       const PairNorm<A>& norm = pair_.spec.norms[which];
       return norm.weight_at >= 0 || norm.bias_at >= 0;
     };
+    const Both<A> to{need_.y ? y_out_.view(n) : pair_.workspace().y, need_.z ? z_out_.view(n) : pair_.workspace().z};
     const Want left = pair_.pull(point, trace, y_bar, z_bar, gradients_,
-                                 {need_.y || parameters(kPreY), need_.z || parameters(kPreZ)});
-    const auto finish = [&](bool y, bool here, bool needed, const View<A>& at, const Port<A>& out) {
+                                 {need_.y || parameters(kPreY), need_.z || parameters(kPreZ)}, to);
+    const auto finish = [&](bool y, bool here, bool needed, const View<A>& at, const View<A>& out) {
       if (here)
-        pair_.finish(y, at, trace,
-                     needed ? out.view(n)
-                     : y    ? pair_.workspace().y
-                            : pair_.workspace().z,
-                     {}, gradients_);
+        pair_.finish(y, at, trace, out, out, {}, gradients_);
       else if (needed)
-        combine_maps<A>(y ? pair_.y_plane : pair_.z_plane, y ? pair_.y_blocks() : pair_.z_blocks(), out.view(n), {});
+        combine_maps<A>(y ? pair_.y_plane : pair_.z_plane, y ? pair_.y_blocks() : pair_.z_blocks(), out, {});
     };
-    finish(true, left.y, need_.y, point.y, y_out_);
-    finish(false, left.z, need_.z, point.z, z_out_);
+    finish(true, left.y, need_.y, point.y, to.y);
+    finish(false, left.z, need_.z, point.z, to.z);
   }
 
   SkewPair<A> pair_;
@@ -316,7 +326,7 @@ class PairWorker {
   Want need_;
   Port<A> y_, z_, y_bar_, z_bar_, y_out_, z_out_;
   Want has_;
-  bool backward_, found_, remakes_y_ = false;
+  bool backward_, found_;
   A* gradients_;
   Both<A> s_;
   View<A> y_guide_;
@@ -333,7 +343,7 @@ void run_pair(const PackedPair<A>& packed, const PairCall& call, std::vector<Ten
                          !packed.spec.shape.template narrow<A>());
   }
   each_worker<A>(call.y, [&](Arena& arena, int64_t w) {
-    return PairWorker<A>(packed.spec, call, once, kept ? &traces : nullptr, arena,
+    return PairWorker<A>(packed.spec, call, kept ? &traces : nullptr, arena,
                          worker_gradients(packed.spec, gradients, w));
   });
 }

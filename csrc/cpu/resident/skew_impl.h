@@ -164,10 +164,6 @@ void SkewPair<A>::evaluate(const Both<A>& point, Trace<A>& trace, Want want) con
   if (read.y && normalised) feed(kPreY, point.y, trace.statistics, damped);
   if (read.z) measure(kPreZ, point.z, trace.statistics);
   if (read.z) feed(kPreZ, point.z, trace.statistics, damped);
-  if (want.y) {
-    make_y(trace, true);
-    settle_moments(kPostY, trace.statistics);
-  }
   if (want.z) {
     const NormRows<A> rows = rows_of(kPreY, trace.statistics);
     ConvJob<A> job{point.y, trace.guide.z};
@@ -179,6 +175,10 @@ void SkewPair<A>::evaluate(const Both<A>& point, Trace<A>& trace, Want want) con
       add_moments(kPostZ, band, at, trace.s.z);
     });
     settle_moments(kPostZ, trace.statistics);
+  }
+  if (want.y) {
+    make_y(trace, true);
+    settle_moments(kPostY, trace.statistics);
   }
   trace.made = want;
 }
@@ -233,7 +233,8 @@ template <class A>
 void SkewPair<A>::add_weight_gradient(const Both<A>& point, const Trace<A>& trace, bool has_p, bool has_q,
                                       A* gradient) const {
   if (has_p) feed(kPreZ, point.z, trace.statistics, false);
-  if (has_q) feed(kPreY, point.y, trace.statistics, false);
+  const bool normalises = !spec.tiles && spec.shape.template narrow_gradient<A>();
+  if (has_q && !normalises) feed(kPreY, point.y, trace.statistics, false);
   if constexpr (std::is_same_v<A, float>) {
     if (has_p && spec.tiles) spec.tiles.weight_gradient(hat_.z, bar_.y, gradient, tile_scratch_);
     if (has_q && spec.tiles) spec.tiles.weight_gradient(bar_.z, hat_.y, gradient, tile_scratch_);
@@ -242,41 +243,42 @@ void SkewPair<A>::add_weight_gradient(const Both<A>& point, const Trace<A>& trac
   GradientPair<A> pairs[2];
   int64_t count = 0;
   if (has_p) pairs[count++] = {z_hat_, p_};
-  if (has_q) pairs[count++] = {q_, y_hat_};
-  skew_weight_gradient<A>(spec.shape, pairs, count, gradient);
+  if (has_q) pairs[count++] = {q_, normalises ? point.y : y_hat_};
+  const NormRows<A> rows = rows_of(kPreY, trace.statistics);
+  skew_weight_gradient<A>(spec.shape, pairs, count, has_q && normalises ? &rows : nullptr, gradient, scratch_, ahead);
 }
 
 template <class A>
 Want SkewPair<A>::pull(const Both<A>& point, const Trace<A>& trace, const Combine<A>& y_bar, const Combine<A>& z_bar,
-                       A* gradients, Want need) const {
+                       A* gradients, Want need, const Both<A>& to) const {
   const bool has_p = trace.made.y && y_bar.count > 0, has_q = trace.made.z && z_bar.count > 0;
   if (has_p) pull_half(true, trace, y_bar, 1, gradients, p_);
   if (has_q) pull_half(false, trace, z_bar, -1, gradients, q_);
   if (gradients && spec.weight_at >= 0) add_weight_gradient(point, trace, has_p, has_q, gradients + spec.weight_at);
   // (3), with q's sign turned; a cotangent that is zero is left out.
   const Want left = reads({has_p, has_q});
-  if (need.y && has_q) {
-    Combine<A> damping;
-    if (has_p) damping.add(-spec.gamma, p_);
-    down(true, y_plane, 0, y_hat_, damping);
-  } else if (need.y && left.y) {
-    combine_maps<A>(y_plane, y_blocks(), y_hat_, Combine<A>{}.add(-spec.gamma, p_));
-  }
+  // W last: its result may go where no line is at hand before W^T has asked for it.
   if (need.z && has_p) {
     Combine<A> damping;
     if (has_q) damping.add(spec.gamma, q_);
-    up(true, z_hat_, damping);
+    up(true, to.z, damping);
   } else if (need.z && left.z) {
-    combine_maps<A>(z_plane, z_blocks(), z_hat_, Combine<A>{}.add(spec.gamma, q_));
+    combine_maps<A>(z_plane, z_blocks(), to.z, Combine<A>{}.add(spec.gamma, q_));
+  }
+  if (need.y && has_q) {
+    Combine<A> damping;
+    if (has_p) damping.add(-spec.gamma, p_);
+    down(true, y_plane, 0, to.y, damping);
+  } else if (need.y && left.y) {
+    combine_maps<A>(y_plane, y_blocks(), to.y, Combine<A>{}.add(-spec.gamma, p_));
   }
   return {need.y && left.y, need.z && left.z};
 }
 
 template <class A>
-void SkewPair<A>::finish(bool y, const View<A>& point, const Trace<A>& trace, const View<A>& out,
-                         const Combine<A>& combine, A* gradients) const {
+void SkewPair<A>::finish(bool y, const View<A>& point, const Trace<A>& trace, const View<A>& cotangent,
+                         const View<A>& out, const Combine<A>& combine, A* gradients) const {
   const int which = y ? kPreY : kPreZ;
-  const View<A>& cotangent = y ? y_hat_ : z_hat_;
   settle(which, point, trace.statistics, cotangent, 1, gradients);
   const NormRows<A> rows = rows_of(which, trace.statistics, spec.norms[which].measured());
   each_band(plane_of(which), [&](const Plane<A>& band, int64_t at) {

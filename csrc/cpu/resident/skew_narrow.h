@@ -3,10 +3,24 @@
 #pragma once
 
 #include "conv_impl.h"
-#include "norm.h"
 #include "skew_conv.h"
+#include "skew_passes.h"
 
 namespace fastode::resident {
+
+// The next `steps` lines of what is ahead, one for each step of a loop; without any, a line that is at hand.
+class Asking {
+ public:
+  Asking(Ahead* ahead, int64_t steps, const void* here) : line_(ahead ? ahead->take(steps) : nullptr) {
+    if (line_) step_ = Ahead::line;
+    if (!line_) line_ = static_cast<const char*>(here);
+  }
+  void at(int64_t step) const { __builtin_prefetch(line_ + step * step_, 0, 2); }
+
+ private:
+  const char* line_;
+  int64_t step_ = 0;
+};
 
 // Products of `pixels` pixels of y with `vectors` vectors of (tap, channel).
 template <class A, int vectors, int pixels>
@@ -15,13 +29,11 @@ void multiply_pixels(const A* in, int64_t pixel, int64_t block, int64_t channels
   using V = Vec<A>;
   constexpr int64_t lanes = kLanes<A>;
   V sums[pixels][vectors] = {};
-  const char* soon = ahead ? ahead->take(channels) : nullptr;
-  const int64_t soon_step = soon ? Ahead::line : 0;
-  if (!soon) soon = reinterpret_cast<const char*>(in);
-  for (int64_t left = channels; left > 0; left -= lanes, in += block) {
-    const int64_t count = std::min(left, lanes);
-    for (int64_t c = 0; c < count; ++c, weights += taps, soon += soon_step) {
-      __builtin_prefetch(soon, 0, 2);
+  const Asking asking(ahead, channels, in);
+  for (int64_t done = 0; done < channels; done += lanes, in += block) {
+    const int64_t count = std::min(channels - done, lanes);
+    for (int64_t c = 0; c < count; ++c, weights += taps) {
+      asking.at(done + c);
       V w[vectors];
       FASTODE_UNROLL for (int v = 0; v < vectors; ++v) w[v] = load<V>(weights + v * lanes);
       FASTODE_UNROLL for (int x = 0; x < pixels; ++x) {
@@ -58,8 +70,10 @@ struct NarrowRows {
   explicit NarrowRows(const SkewShape& shape)
       : shape(shape), taps(shape.template narrow_taps<A>()), row((shape.width + 2 * shape.halo()) * taps) {}
 
+  // Also of a band of y, for the weight gradient.
   int64_t size() const {
-    return shape.kernel * row + unroll * taps + lanes + blocks_of<A>(shape.channels) * shape.width * lanes;
+    const int64_t pixels = std::max(shape.width, kBandPixels);
+    return shape.kernel * row + unroll * taps + lanes + blocks_of<A>(shape.channels) * pixels * lanes;
   }
   A* products(A* scratch, int64_t y, int64_t x) const {
     return scratch + y % shape.kernel * row + (x + shape.halo()) * taps;
@@ -70,7 +84,13 @@ struct NarrowRows {
 
   // Row `at` of z: every product that falls on a pixel of it.
   void gather(A* scratch, int64_t at, const ConvJob<A>& job) const {
-    using V = Vec<A>;
+    shape.in_channels <= 4 ? gather_as<typename VectorOf<A, 4 * sizeof(A)>::type>(scratch, at, job)
+                           : gather_as<Vec<A>>(scratch, at, job);
+  }
+
+  // The channels of a pixel fit into a V: the products of a tap lie where a long vector often straddles two lines.
+  template <class V>
+  void gather_as(A* scratch, int64_t at, const ConvJob<A>& job) const {
     const int64_t kernel = shape.kernel, step = shape.stride, pad = shape.halo();
     V inside = {};
     for (int64_t c = 0; c < shape.in_channels; ++c) inside[c] = 1;
@@ -91,6 +111,7 @@ struct NarrowRows {
           V value = inside != 0 ? sums[i] * job.combine.scale : V{};
           for (int t = 0; t < job.combine.count; ++t)
             value += job.combine.coef[t] * load<V>(job.combine.term[t].pixel_at(0, at, to));
+          if (sizeof(V) < sizeof(Vec<A>)) store<Vec<A>>(job.out.pixel_at(0, at, to), Vec<A>{});
           store<V>(job.out.pixel_at(0, at, to), value);
         }
       }
@@ -144,7 +165,8 @@ void narrow_up(const SkewShape& shape, const A* packed, const NormRows<A>* norm,
 
 // The three taps of a row of W, `inputs` channels of z and `vectors` vectors of y's.
 template <class A, int inputs, int vectors>
-void narrow_gradient_tile(const GradientTile<A>* tiles, int64_t count, A* gradient, int64_t vector_stride) {
+void narrow_gradient_tile(const GradientTile<A>* tiles, int64_t count, A* gradient, int64_t vector_stride,
+                          Ahead* ahead) {
   using V = Vec<A>;
   constexpr int lanes = kLanes<A>, taps = 3;
   V sums[inputs][taps][vectors] = {};
@@ -153,7 +175,9 @@ void narrow_gradient_tile(const GradientTile<A>* tiles, int64_t count, A* gradie
     for (int64_t y = 0; y < k.rows; ++y) {
       const A* in = k.in + y * k.in_row;
       const A* cotangent = k.cotangent + y * k.cotangent_row;
+      const Asking asking(ahead, k.width, in);
       for (int64_t x = 0; x < k.width; ++x, in += lanes, cotangent += lanes) {
+        asking.at(x);
         V g[vectors];
         FASTODE_UNROLL for (int v = 0; v < vectors; ++v) g[v] = load<V>(cotangent + v * k.cotangent_plane);
         FASTODE_UNROLL for (int t = 0; t < taps; ++t) {
@@ -176,44 +200,55 @@ void narrow_gradient_tile(const GradientTile<A>* tiles, int64_t count, A* gradie
 }
 
 template <class A, int vectors>
-void narrow_gradient_tile(int64_t inputs, const GradientTile<A>* tiles, int64_t count, A* to, int64_t vector_stride) {
+void narrow_gradient_tile(int64_t inputs, const GradientTile<A>* tiles, int64_t count, A* to, int64_t vector_stride,
+                          Ahead* ahead) {
   switch (inputs) {
     case 1:
-      return narrow_gradient_tile<A, 1, vectors>(tiles, count, to, vector_stride);
+      return narrow_gradient_tile<A, 1, vectors>(tiles, count, to, vector_stride, ahead);
     case 2:
-      return narrow_gradient_tile<A, 2, vectors>(tiles, count, to, vector_stride);
+      return narrow_gradient_tile<A, 2, vectors>(tiles, count, to, vector_stride, ahead);
     case 3:
-      return narrow_gradient_tile<A, 3, vectors>(tiles, count, to, vector_stride);
+      return narrow_gradient_tile<A, 3, vectors>(tiles, count, to, vector_stride, ahead);
     default:
-      return narrow_gradient_tile<A, 4, vectors>(tiles, count, to, vector_stride);
+      return narrow_gradient_tile<A, 4, vectors>(tiles, count, to, vector_stride, ahead);
   }
 }
 
-// As skew_weight_gradient, for 3 x 3 at stride 1; the cotangents need no halo.
+// As skew_weight_gradient, for 3 x 3 at stride 1, in bands that stay in the first cache.
 template <class A>
-void narrow_weight_gradient(const SkewShape& shape, const GradientPair<A>* pairs, int64_t count, A* gradient) {
+void narrow_weight_gradient(const SkewShape& shape, const GradientPair<A>* pairs, int64_t count,
+                            const NormRows<A>* norm, A* gradient, A* scratch, Ahead* ahead) {
   constexpr int64_t lanes = kLanes<A>, most = 4;  // channels of a tile
   constexpr int wide = kTile == 16 ? 2 : 1;
   const ConvShape down = shape.down();
   const int64_t blocks = blocks_of<A>(down.out_channels), vector_stride = lanes * lanes * 9;
   GradientTile<A> tiles[2];
-  for (int64_t ob = 0; ob < blocks; ob += wide)
-    for (int64_t ky = 0; ky < 3; ++ky)
-      for (int64_t i = 0; i < down.in_channels; i += most) {
-        for (int64_t n = 0; n < count; ++n)
-          tiles[n] = {pairs[n].in.pixel_at(0, ky - 1, -1) + i,
-                      pairs[n].cotangent.pixel_at(ob, 0, 0),
-                      shape.height,
-                      shape.width,
-                      pairs[n].in.row,
-                      lanes,
-                      pairs[n].cotangent.row,
-                      pairs[n].cotangent.block};
-        A* to = gradient + gradient_index<A>(down, ob * lanes, i, ky, 0);
-        const int64_t inputs = std::min(most, down.in_channels - i);
-        ob + wide <= blocks ? narrow_gradient_tile<A, wide>(inputs, tiles, count, to, vector_stride)
-                            : narrow_gradient_tile<A, 1>(inputs, tiles, count, to, vector_stride);
-      }
+  each_band(shape.y_plane<A>(), [&](const Plane<A>& band, int64_t at) {
+    View<A> cotangents[2];
+    for (int64_t n = 0; n < count; ++n) cotangents[n] = below(pairs[n].cotangent, at);
+    if (norm) {
+      const View<A> here = Plane<A>(band.height, band.width, 0).compact(scratch);
+      apply<A>(band, blocks, *norm, {}, cotangents[count - 1], here, {});
+      cotangents[count - 1] = here;
+    }
+    for (int64_t ob = 0; ob < blocks; ob += wide)
+      for (int64_t ky = 0; ky < 3; ++ky)
+        for (int64_t i = 0; i < down.in_channels; i += most) {
+          for (int64_t n = 0; n < count; ++n)
+            tiles[n] = {pairs[n].in.pixel_at(0, at + ky - 1, -1) + i,
+                        cotangents[n].pixel_at(ob, 0, 0),
+                        band.height,
+                        band.width,
+                        pairs[n].in.row,
+                        lanes,
+                        cotangents[n].row,
+                        cotangents[n].block};
+          A* to = gradient + gradient_index<A>(down, ob * lanes, i, ky, 0);
+          const int64_t inputs = std::min(most, down.in_channels - i);
+          ob + wide <= blocks ? narrow_gradient_tile<A, wide>(inputs, tiles, count, to, vector_stride, ahead)
+                              : narrow_gradient_tile<A, 1>(inputs, tiles, count, to, vector_stride, ahead);
+        }
+  });
 }
 
 }  // namespace fastode::resident

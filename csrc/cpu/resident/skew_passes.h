@@ -6,13 +6,14 @@
 
 namespace fastode::resident {
 
+inline constexpr int64_t kBandPixels = 64;
+
 // Calls f(the plane of a band, its first row) for every band of rows. A pass goes over one block of channels after the
 // other, so over a band that stays in the first cache, where a map in channels_last has the blocks of a pixel side by
 // side.
 template <class A, class F>
 void each_band(const Plane<A>& plane, const F& f) {
-  constexpr int64_t pixels = 64;
-  const int64_t rows = std::max<int64_t>(1, pixels / plane.width);
+  const int64_t rows = std::max<int64_t>(1, kBandPixels / plane.width);
   for (int64_t y = 0; y < plane.height; y += rows)
     f(Plane<A>(std::min(rows, plane.height - y), plane.width, plane.halo), y);
 }

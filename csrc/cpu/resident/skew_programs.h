@@ -29,12 +29,11 @@ struct Traces {
 
   A* of(A* base, int64_t size, int64_t n) const { return base && samples ? base + n * size : base; }
 
-  // Asks for the guides of sample n of the batch.
-  void expect(const SkewPair<A>& pair, Ahead& ahead, int64_t n) const {
-    const auto half = [&](A* base, int64_t size) {
+  // Asks for a half of the guides of sample n of the batch.
+  void expect(bool half_y, const SkewPair<A>& pair, Ahead& ahead, int64_t n) const {
+    const int64_t size = half_y ? pair.y_size() : pair.z_size();
+    for (const A* base : half_y ? y : z)
       if (base && n < samples) ahead.add(reinterpret_cast<const char*>(base + n * size), size * sizeof(A));
-    };
-    for (size_t e = 0; e < y.size(); ++e) half(y[e], pair.y_size()), half(z[e], pair.z_size());
   }
 };
 
@@ -61,6 +60,7 @@ class SkewMarch {
   SkewMarch(const PairSpec<A>& spec, const March& march, Arena& arena, const Traces<A>* kept, bool backward)
       : pair_(spec, arena, backward), march_(march), found_(kept && backward) {
     traces_ = kept ? *kept : scratch_traces(pair_, march, arena, backward);
+    in_room_ = !kept && backward && march.evaluations() == 1;
     for (int64_t i = 0; i < march.stages; ++i) {
       if (!spec.tells) s_.push_back(pair_.maps(arena));
       if (backward) bars_.push_back(pair_.maps(arena));
@@ -73,7 +73,7 @@ class SkewMarch {
 
   // What the convolutions of the next sample, `n`, ask for meanwhile, and behind it the guides of sample n + 1.
   void expect(Ahead& ahead, int64_t n) {
-    traces_.expect(pair_, ahead, n + 1);
+    for (const bool y : {true, false}) traces_.expect(y, pair_, ahead, n + 1);
     pair_.ahead = &ahead;
   }
 
@@ -142,7 +142,7 @@ class SkewMarch {
   Trace<A> trace(int64_t step, int64_t stage, int64_t n) const {
     const int64_t e = step * march_.stages + stage, size = pair_.spec.statistics;
     Trace<A> trace;
-    trace.guide = {pair_.y_plane.compact(traces_.of(traces_.y[e], pair_.y_size(), n)),
+    trace.guide = {in_room_ ? pair_.guide_room() : pair_.y_plane.compact(traces_.of(traces_.y[e], pair_.y_size(), n)),
                    pair_.z_plane.compact(traces_.of(traces_.z[e], pair_.z_size(), n))};
     trace.s = s_.empty() ? trace.guide : s_[stage];
     trace.statistics = traces_.of(traces_.statistics + e * size * std::max<int64_t>(1, traces_.samples), size, n);
@@ -220,7 +220,7 @@ class SkewMarch {
       const Trace<A> made = trace(step, i, n);
       if (want.any()) {
         point = point_of(step, i, n, state, point_);
-        left = pair_.pull(point, made, y_bar, z_bar, gradients, {true, true});
+        left = pair_.pull(point, made, y_bar, z_bar, gradients, {true, true}, pair_.workspace());
       }
       const auto one = [](int64_t) { return 1.0; };
       for (const bool y : {true, false}) {
@@ -230,7 +230,8 @@ class SkewMarch {
         if (first && !y && out && same_start()) rest.add(1, y_total_.map);
         View<A> to = first ? (y ? sum_.y : out ? *out : sum_.z) : (y ? bars_[i].y : bars_[i].z);
         if (here)
-          pair_.finish(y, y ? point.y : point.z, made, to, rest, gradients);
+          pair_.finish(y, y ? point.y : point.z, made, y ? pair_.workspace().y : pair_.workspace().z, to, rest,
+                       gradients);
         else if (first && total.present && rest.count == 1 && (y || !out))
           to = total.map;
         else if (first)
@@ -245,7 +246,7 @@ class SkewMarch {
 
   SkewPair<A> pair_;
   March march_;
-  bool found_, reads_y_ = false;
+  bool found_, reads_y_ = false, in_room_ = false;
   Traces<A> traces_;
   std::vector<Both<A>> s_, bars_, states_;
   Both<A> point_, sum_;
