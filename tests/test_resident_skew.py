@@ -171,6 +171,52 @@ def test_gradients_of_gradients_are_the_references(stride: int) -> None:
         assert torch.autograd.gradgradcheck(lambda z, *_, solve=solve: solve(z), inputs[1:], fast_mode=True)
 
 
+def test_slopes_may_be_written_over() -> None:
+    for shape in ((3, 16, 1, 5, 4), (16, 32, 2, 4, 6)):
+        grads = []
+        field = field_of(shape, 0.0, "leaky_relu", "group", torch.float64)
+        for block in (field, fused(field)):
+            y, z = (x.requires_grad_() for x in maps_of(shape, dtype=torch.float64))
+            dy, dz = block(y, z)
+            dz.mul_(-3.0)
+            grads.append(torch.autograd.grad((dy.square().sum() + dz.sum()), [y, z, *block.parameters()]))
+        torch.testing.assert_close(grads[1], grads[0])
+
+
+def test_slopes_are_held_as_long_as_the_graph() -> None:
+    shape = (3, 16, 1, 5, 4)
+    block = fused(field_of(shape, 0.0, "leaky_relu", "group", torch.float32))
+    y, z = (x.requires_grad_() for x in maps_of(shape))
+    dy, dz = block(y, z)
+    loss = dy.square().sum() + dz.square().sum()
+    first, second = (torch.autograd.grad(loss, [y, z, *block.parameters()], retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert [slope.data_ptr() for slope in dy.grad_fn.slopes] == [dy.data_ptr(), dz.data_ptr()]
+    loss.backward()
+    assert dy.grad_fn.slopes == []
+
+
+# Where a norm's bias is large beside its weight, or the weight zero, a slope does not say what it was made from.
+@pytest.mark.parametrize("activation", ["leaky_relu", "relu", "none"])
+def test_equal_where_a_slope_tells_nothing(activation: str) -> None:
+    for shape, weight, bias in itertools.product(SHAPES[:2], (0.0, -1e-3, 1.0), (0.2, 30.0)):
+        field = field_of(shape, 0.0, ACTIVATIONS[activation], "group", torch.float64)
+        for norm in (field.post_norm_y, field.post_norm_z):
+            nn.init.constant_(norm.weight[-1:].detach(), weight)
+            nn.init.constant_(norm.bias[-1:].detach(), bias)
+        assert_blocks_equal(field, fused(field), maps_of(shape, dtype=torch.float64))
+
+
+def test_what_the_pair_keeps_is_small() -> None:
+    for shape, dtype in itertools.product(((3, 16, 1, 32, 32), (16, 32, 2, 64, 64)), (torch.float32, torch.float64)):
+        block = fused(field_of(shape, 0.0, "leaky_relu", "group", dtype))
+        y, z = (x.requires_grad_() for x in maps_of(shape, dtype=dtype))
+        kept = block(y, z)[0].grad_fn.saved_tensors[3:]
+        given = {tensor.data_ptr() for tensor in block.parameters()}
+        sizes = [x.numel() * x.element_size() for x in kept if x is not None and x.data_ptr() not in given]
+        assert 8 * sum(sizes) < (y.numel() + z.numel()) * y.element_size()
+
+
 def test_one_slope_is_enough() -> None:
     shape = (3, 8, 1, 4, 5)
     field = field_of(shape, 0.0, "tanh", "group", torch.float64)

@@ -41,8 +41,8 @@ Tensors with_gradients(const PairArguments& pair, const Tensor& y, Asked asked, 
 }
 
 std::tuple<Tensor, Tensor, Tensors> pair_forward(Tensor y, Tensor z, Tensors parameters, Integers integers,
-                                                 Numbers numbers, bool keep, bool y_last, bool z_last) {
-  PairCall call{y, z, nullptr, nullptr, false, new_map(y, y_last), new_map(z, z_last), {true, true}};
+                                                 Numbers numbers, bool keep, bool results, bool y_last, bool z_last) {
+  PairCall call{y, z, nullptr, nullptr, false, new_map(y, y_last), new_map(z, z_last), {true, true}, results};
   Tensors kept;
   with_arithmetic(y, [&](auto zero) {
     with_gradients<decltype(zero)>({parameters, integers, numbers}, y, {},
@@ -54,8 +54,8 @@ std::tuple<Tensor, Tensor, Tensors> pair_forward(Tensor y, Tensor z, Tensors par
 }
 
 std::tuple<Tensor, Tensor, Tensors> pair_backward(Tensor y, Tensor z, MaybeTensor y_bar, MaybeTensor z_bar,
-                                                  Tensors kept, Tensors parameters, Integers integers, Numbers numbers,
-                                                  bool need_y, bool need_z, bool weight, bool norms) {
+                                                  Tensors kept, Tensors ends, Tensors parameters, Integers integers,
+                                                  Numbers numbers, bool need_y, bool need_z, bool weight, bool norms) {
   const Tensor none = new_vector(y, 0, y.scalar_type());
   PairCall call{y,
                 z,
@@ -65,6 +65,7 @@ std::tuple<Tensor, Tensor, Tensors> pair_backward(Tensor y, Tensor z, MaybeTenso
                 need_y ? new_map(y, is_last(y)) : none,
                 need_z ? new_map(z, is_last(z)) : none,
                 {need_y, need_z}};
+  if (!ends.empty()) call.y_end = &ends[0], call.z_end = &ends[1];
   const Tensors bars = with_arithmetic(y, [&](auto zero) {
     return with_gradients<decltype(zero)>({parameters, integers, numbers}, y, {weight, norms},
                                           [&](const auto& packed, const Tensor& accumulators) {
@@ -116,9 +117,11 @@ std::tuple<Tensor, Tensors> march_backward(Tensor x, Tensor cotangent, Tensors k
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastode, m) {
   m.def("resident_skew_forward(Tensor y, Tensor z, " FASTODE_PAIR
-        ", bool keep, bool y_last, bool z_last) -> (Tensor dy, Tensor dz, Tensor[] kept)");
-  m.def("resident_skew_backward(Tensor y, Tensor z, Tensor? y_bar, Tensor? z_bar, Tensor[] kept, " FASTODE_PAIR
-        ", bool need_y, bool need_z, bool weight, bool norms) -> (Tensor y_bar, Tensor z_bar, Tensor[] bars)");
+        ", bool keep, bool results, bool y_last, bool z_last) -> (Tensor dy, Tensor dz, Tensor[] kept)");
+  m.def(
+      "resident_skew_backward(Tensor y, Tensor z, Tensor? y_bar, Tensor? z_bar, Tensor[] kept, Tensor[] "
+      "ends, " FASTODE_PAIR
+      ", bool need_y, bool need_z, bool weight, bool norms) -> (Tensor y_bar, Tensor z_bar, Tensor[] bars)");
   m.def("resident_march_forward(Tensor x, " FASTODE_PAIR ", " FASTODE_MARCH
         ", bool keep, bool last) -> (Tensor y, Tensor[] kept)");
   m.def("resident_march_backward(Tensor x, Tensor cotangent, Tensor[] kept, " FASTODE_PAIR ", " FASTODE_MARCH

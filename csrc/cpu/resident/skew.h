@@ -15,6 +15,7 @@ struct PairNorm {
   int64_t mode = kNoNorm, groups = 1, channels = 0;
   double eps = 0;
   const A *weight = nullptr, *bias = nullptr, *mean = nullptr, *rstd = nullptr;  // rows
+  const A* unit = nullptr;                                                       // 1 / weight
   int64_t weight_at = -1, bias_at = -1;  // of the gradients in a worker's accumulators, or -1
   int64_t statistics_at = 0;             // of mean and rstd in an evaluation's statistics
 
@@ -46,10 +47,12 @@ struct Want {
   bool any() const { return y || z; }
 };
 
-// What an evaluation leaves: h, or act(h) where that says enough, act(h) itself, and the statistics of the norms.
+// What an evaluation leaves: h, or act(h) where that says enough, act(h) itself, and the statistics of the norms. A
+// half that has signs leaves, instead of these, its result, norm(act(h)), in s.
 template <class A>
 struct Trace {
   Both<A> guide, s;
+  Signs<A> y_signs = {}, z_signs = {};
   A* statistics = nullptr;
   Want made;
 };
@@ -95,6 +98,17 @@ class SkewPair {
   // out = combine(the pull-back of the norm of the point's half), for the cotangent of its result; it may lie in `out`.
   void finish(bool y, const View<A>& point, const Trace<A>& trace, const View<A>& cotangent, const View<A>& out,
               const Combine<A>& combine, A* gradients) const;
+
+  // Whether a result says what s was, together with its signs, in a backward pass.
+  bool results_tell() const {
+    for (const int which : {kPostY, kPostZ})
+      for (int64_t c = 0; c < spec.norms[which].channels; ++c) {
+        // Beside a large bias the weighted part of the result would be rounded away.
+        const A weight = std::abs(spec.norms[which].weight[c]), bias = std::abs(spec.norms[which].bias[c]);
+        if (!(weight > A(1e-6) && weight < A(1e6) && bias <= 4 * weight)) return false;
+      }
+    return spec.tells;
+  }
 
   // Where y's guide may lie for a single pull-back with one term: what that finds goes over it.
   const View<A>& guide_room() const { return p_; }
@@ -159,7 +173,8 @@ class SkewPair {
   // The half y of (1) from the workspace.
   void make_y(const Trace<A>& trace, bool measured) const;
   // The means that the derivative of a norm needs, and the gradients of its parameters; the cotangent is scaled.
-  void settle(int which, const View<A>& x, const A* statistics, const View<A>& cotangent, A scale, A* gradients) const;
+  void settle(int which, const Standard<A>& x, const A* statistics, const View<A>& cotangent, A scale,
+              A* gradients) const;
   // out = sign times the cotangent of h for the cotangent `bar` of the slope.
   void pull_half(bool y, const Trace<A>& trace, const Combine<A>& bar, A sign, A* gradients, const View<A>& out) const;
 

@@ -97,6 +97,9 @@ struct PairCall {
   bool backward;
   Tensor y_out, z_out;  // the slopes, or the gradients of y and z; one that is not needed is empty
   Want need;
+  bool results =
+      false;  // forward: what is kept may build on the slopes, which backward will get as `y_end` and `z_end`
+  const Tensor *y_end = nullptr, *z_end = nullptr;
 };
 
 struct MarchCall {

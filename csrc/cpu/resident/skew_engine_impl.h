@@ -66,6 +66,9 @@ void PackedPair<A>::read(Arena& arena, int64_t height, int64_t width, Asked aske
     for (int64_t c = 0; rstd && (present & kRunning) && c < norm.channels; ++c)
       rstd[c] = static_cast<A>(1 / std::sqrt(static_cast<double>(rstd[c]) + norm.eps));
     norm.rstd = rstd;
+    A* unit = constant(0, 0);
+    for (int64_t c = 0; unit && c < norm.channels; ++c) unit[c] = 1 / norm.weight[c];
+    norm.unit = unit;
     norm.statistics_at = spec.statistics;
     if (norm.measured()) spec.statistics += 2 * norm.blocks() * lanes;
   }
@@ -148,6 +151,35 @@ Traces<A> kept_traces(const SkewPair<A>& pair, const March& march, std::vector<T
   return traces;
 }
 
+// What the pair alone leaves to its pull-back: guides or, with the results, signs; statistics either way.
+template <class A>
+struct KeptPair {
+  Traces<A> traces;
+  A *y_signs = nullptr, *z_signs = nullptr;  // of the batch, y's only where it is not made again
+  int64_t y_size = 0, z_size = 0;            // of a sample's
+};
+
+// As kept_traces.
+template <class A>
+KeptPair<A> kept_pair(const SkewPair<A>& pair, bool by_results, std::vector<Tensor>& kept, const Tensor& like,
+                      bool make) {
+  static constexpr int64_t both[2] = {1, 1}, neither[2] = {0, 0};
+  const bool y = !pair.spec.shape.template narrow<A>();
+  KeptPair<A> found;
+  found.traces = kept_traces(pair, March{1, 1, nullptr, nullptr, by_results ? neither : both}, kept, like, make, y);
+  if (!by_results) return found;
+  size_t next = 1;
+  const auto take = [&](const Plane<A>& plane, int64_t blocks, int64_t& size) {
+    size = blocks * Signs<A>(plane, nullptr).block;
+    if (make) kept.push_back(new_vector(like, size * like.size(0), scalar_type<A>()));
+    return static_cast<A*>(kept[next++].data_ptr());
+  };
+  if (y) found.y_signs = take(pair.y_plane, pair.y_blocks(), found.y_size);
+  found.z_signs = take(pair.z_plane, pair.z_blocks(), found.z_size);
+  if (make) kept.push_back(new_vector(like, 0, scalar_type<A>()));  // one more than guides would be
+  return found;
+}
+
 // Runs Worker(arena) on every sample: first to count its scratch, then once in each worker.
 template <class A, class Make>
 void each_worker(const Tensor& like, const Make& make) {
@@ -219,7 +251,7 @@ void run_march(const PackedPair<A>& packed, const March& march, const MarchCall&
 template <class A>
 class PairWorker {
  public:
-  PairWorker(const PairSpec<A>& spec, const PairCall& call, const Traces<A>* kept, Arena& arena, A* gradients)
+  PairWorker(const PairSpec<A>& spec, const PairCall& call, const KeptPair<A>* kept, Arena& arena, A* gradients)
       : pair_(spec, arena, call.backward),
         need_(call.need),
         y_(call.y, arena),
@@ -228,6 +260,8 @@ class PairWorker {
         z_bar_(call.z_bar ? *call.z_bar : call.z, arena),
         y_out_(call.need.y ? call.y_out : call.y, arena),
         z_out_(call.need.z ? call.z_out : call.z, arena),
+        y_end_(call.y_end ? *call.y_end : call.y, arena),
+        z_end_(call.z_end ? *call.z_end : call.z, arena),
         has_{call.y_bar != nullptr, call.z_bar != nullptr},
         backward_(call.backward),
         found_(kept && call.backward),
@@ -236,7 +270,7 @@ class PairWorker {
     const bool guides = backward_ || !spec.tells;
     if (backward_ && !spec.tells) s_ = pair_.maps(arena);
     if (kept)
-      traces_ = *kept;
+      traces_ = kept->traces, kept_ = *kept;
     else
       traces_ = {{nullptr}, {guides ? arena.take<A>(pair_.z_size()) : nullptr}, arena.take<A>(spec.statistics), 0};
     if (guides && !traces_.y[0]) y_guide_ = backward_ ? pair_.guide_room() : pair_.y_map(arena);
@@ -256,9 +290,13 @@ class PairWorker {
     };
     trace.guide = {guide(true, y_guide_), guide(false, {})};
     trace.s = pair_.spec.tells ? trace.guide : made;
+    if (kept_.y_signs) trace.y_signs = {pair_.y_plane, kept_.y_signs + n * kept_.y_size};
+    if (kept_.z_signs) trace.z_signs = {pair_.z_plane, kept_.z_signs + n * kept_.z_size};
+    if (backward_ && kept_.y_signs) trace.s.y = y_end_.load(n);
+    if (backward_ && kept_.z_signs) trace.s.z = z_end_.load(n);
     trace.statistics = traces_.of(traces_.statistics, pair_.spec.statistics, n);
     if (found_) {
-      const bool remakes_y = !traces_.y[0];
+      const bool remakes_y = !traces_.y[0] && !kept_.y_signs;
       if (remakes_y) pair_.remake_y(point, trace);
       trace.made = {!remakes_y, true};
       pair_.restore(trace);
@@ -280,6 +318,8 @@ class PairWorker {
     if (need_.y) y_out_.expect(ahead, n);
     if (need_.z) z_out_.expect(ahead, n);
     if (backward_) traces_.expect(true, pair_, ahead, n + 1);
+    if (backward_ && kept_.y_signs) y_end_.expect(ahead, n + 1);
+    if (backward_ && kept_.z_signs) z_end_.expect(ahead, n + 1);
     if (backward_ && has_.y) y_bar_.expect(ahead, n + 1);
     if (backward_ && has_.z) z_bar_.expect(ahead, n + 1);
     if (!late) y_.expect(ahead, n + 1);
@@ -289,14 +329,16 @@ class PairWorker {
   }
 
   void put(const Trace<A>& trace, int64_t n) const {
-    const auto half = [&](bool y, const View<A>& s, const View<A>& out) {
+    const auto half = [&](bool y, const View<A>& s, const Signs<A>& signs, const View<A>& out) {
       const NormRows<A> rows = pair_.rows_of(y ? kPostY : kPostZ, trace.statistics);
       each_band(y ? pair_.y_plane : pair_.z_plane, [&](const Plane<A>& band, int64_t at) {
-        apply<A>(band, y ? pair_.y_blocks() : pair_.z_blocks(), rows, {}, below(s, at), below(out, at), {});
+        const int64_t blocks = y ? pair_.y_blocks() : pair_.z_blocks();
+        if (signs.at) note_signs<A>(band, blocks, below(s, at), below(signs, at));
+        apply<A>(band, blocks, rows, {}, below(s, at), below(out, at), {});
       });
     };
-    half(true, trace.s.y, y_out_.view(n));
-    half(false, trace.s.z, z_out_.view(n));
+    half(true, trace.s.y, trace.y_signs, y_out_.view(n));
+    half(false, trace.s.z, trace.z_signs, z_out_.view(n));
   }
 
   void pull(const Both<A>& point, const Trace<A>& trace, int64_t n) const {
@@ -323,8 +365,9 @@ class PairWorker {
 
   SkewPair<A> pair_;
   Traces<A> traces_;
+  KeptPair<A> kept_;
   Want need_;
-  Port<A> y_, z_, y_bar_, z_bar_, y_out_, z_out_;
+  Port<A> y_, z_, y_bar_, z_bar_, y_out_, z_out_, y_end_, z_end_;
   Want has_;
   bool backward_, found_;
   A* gradients_;
@@ -334,16 +377,18 @@ class PairWorker {
 
 template <class A>
 void run_pair(const PackedPair<A>& packed, const PairCall& call, std::vector<Tensor>* kept, const Tensor& gradients) {
-  static constexpr int64_t both[2] = {1, 1};
-  const March once{1, 1, nullptr, nullptr, both};
-  Traces<A> traces;
+  KeptPair<A> found;
   if (kept) {
     Arena none(nullptr);
-    traces = kept_traces(SkewPair<A>(packed.spec, none, false), once, *kept, call.y, !call.backward,
-                         !packed.spec.shape.template narrow<A>());
+    const SkewPair<A> pair(packed.spec, none, false);
+    const size_t guides = packed.spec.shape.template narrow<A>() ? 2 : 3;  // with the statistics
+    const bool by_results = call.backward
+                                ? kept->size() > guides
+                                : call.results && call.y.scalar_type() == scalar_type<A>() && pair.results_tell();
+    found = kept_pair(pair, by_results, *kept, call.y, !call.backward);
   }
   each_worker<A>(call.y, [&](Arena& arena, int64_t w) {
-    return PairWorker<A>(packed.spec, call, kept ? &traces : nullptr, arena,
+    return PairWorker<A>(packed.spec, call, kept ? &found : nullptr, arena,
                          worker_gradients(packed.spec, gradients, w));
   });
 }

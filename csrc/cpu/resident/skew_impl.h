@@ -184,17 +184,18 @@ void SkewPair<A>::evaluate(const Both<A>& point, Trace<A>& trace, Want want) con
 }
 
 template <class A>
-void SkewPair<A>::settle(int which, const View<A>& x, const A* statistics, const View<A>& cotangent, A scale,
+void SkewPair<A>::settle(int which, const Standard<A>& x, const A* statistics, const View<A>& cotangent, A scale,
                          A* gradients) const {
   const PairNorm<A>& norm = spec.norms[which];
   const bool parameters = gradients && (norm.weight_at >= 0 || norm.bias_at >= 0);
   if (!norm.measured() && !parameters) return;
   const int64_t lanes = norm.blocks() * kLanes<A>;
-  const NormRows<A> rows = rows_of(which, statistics);
+  NormRows<A> rows = rows_of(which, statistics);
+  rows.mean = x.origin, rows.rstd = x.unit;
   std::fill(sums_, sums_ + 2 * lanes, A(0));
   each_band(plane_of(which), [&](const Plane<A>& band, int64_t y) {
     touch(band, norm.blocks(), below(cotangent, y));
-    tangent_sums<A>(band, norm.blocks(), rows, below(x, y), below(cotangent, y), means_);
+    tangent_sums<A>(band, norm.blocks(), rows, below(x.map, y), below(cotangent, y), means_);
     for (int64_t c = 0; c < 2 * lanes; ++c) sums_[c] += means_[c];
   });
   for (int64_t c = 0; parameters && c < norm.channels; ++c) {
@@ -212,7 +213,10 @@ void SkewPair<A>::pull_half(bool y, const Trace<A>& trace, const Combine<A>& bar
                             const View<A>& out) const {
   const int which = y ? kPostY : kPostZ;
   const int64_t blocks = spec.norms[which].blocks();
-  const View<A>& s = y ? trace.s.y : trace.s.z;
+  const Signs<A>& signs = y ? trace.y_signs : trace.z_signs;
+  const PairNorm<A>& norm = spec.norms[which];
+  const NormRows<A> plain = rows_of(which, trace.statistics);
+  const Standard<A> s{y ? trace.s.y : trace.s.z, signs.at ? norm.bias : plain.mean, signs.at ? norm.unit : plain.rstd};
   View<A> cotangent = bar.term[0];
   A scale = bar.coef[0];
   if (bar.count > 1) {
@@ -224,7 +228,8 @@ void SkewPair<A>::pull_half(bool y, const Trace<A>& trace, const Combine<A>& bar
   const View<A>& guide = y ? trace.guide.y : trace.guide.z;
   each_band(plane_of(which), [&](const Plane<A>& band, int64_t at) {
     const View<A> to = band_of(out, !spec.tiles || spec.gamma != 0, band, at);
-    pull_slope<A>(band, blocks, rows, spec.act, sign * scale, below(guide, at), below(s, at), below(cotangent, at), to);
+    pull_slope<A>(band, blocks, rows, spec.act, sign * scale, below(guide, at), below(signs, at),
+                  {below(s.map, at), s.origin, s.unit}, below(cotangent, at), to);
     if (spec.tiles) round(y, band, at, to, bar_);
   });
 }
@@ -279,7 +284,8 @@ template <class A>
 void SkewPair<A>::finish(bool y, const View<A>& point, const Trace<A>& trace, const View<A>& cotangent,
                          const View<A>& out, const Combine<A>& combine, A* gradients) const {
   const int which = y ? kPreY : kPreZ;
-  settle(which, point, trace.statistics, cotangent, 1, gradients);
+  const NormRows<A> plain = rows_of(which, trace.statistics);
+  settle(which, {point, plain.mean, plain.rstd}, trace.statistics, cotangent, 1, gradients);
   const NormRows<A> rows = rows_of(which, trace.statistics, spec.norms[which].measured());
   each_band(plane_of(which), [&](const Plane<A>& band, int64_t at) {
     cotangent_last<A>(band, spec.norms[which].blocks(), rows, below(point, at), below(cotangent, at), below(out, at),

@@ -39,6 +39,30 @@ void touch(const Plane<A>& band, int64_t blocks, const View<A>& map) {
       for (int64_t b = 0; b < blocks; ++b) static_cast<void>(*static_cast<const volatile A*>(map.pixel_at(b, y, x)));
 }
 
+// Which elements of a map are positive, a bit for each: word x / pixels of a row of pixels holds that of pixel x in bit
+// x % pixels, lane by lane.
+template <class A>
+struct Signs {
+  using Word = typename Lane<Vec<A>>::Int;
+  static constexpr int64_t pixels = 8 * sizeof(A);
+
+  A* at = nullptr;  // of block 0 and row 0; null for none
+  int64_t row = 0, block = 0;
+
+  Signs() = default;
+  Signs(const Plane<A>& plane, A* at)
+      : at(at), row(divide_up(plane.width, pixels) * kLanes<A>), block(plane.height * row) {}
+};
+
+template <class A>
+Signs<A> below(Signs<A> signs, int64_t y) {
+  signs.at += y * signs.row;
+  return signs;
+}
+
+template <class A>
+void note_signs(const Plane<A>& plane, int64_t blocks, const View<A>& map, const Signs<A>& signs);
+
 // coefficient * norm(s) for rows of the norm's statistics and parameters.
 template <class A>
 struct Slope {
@@ -53,10 +77,19 @@ template <class A>
 void advance(const Plane<A>& plane, int64_t blocks, const View<A>& base, const Slope<A>* slopes, int64_t count,
              const View<A>& out);
 
-// out = factor * act'(guide) P(weight cotangent); P is that of the norm of s.
+// How a map says what a norm takes for its standardised input: (map - origin) * unit.
+template <class A>
+struct Standard {
+  View<A> map;
+  const A *origin, *unit;  // rows
+};
+
+// out = factor * act' P(weight cotangent); P is that of the norm. act' is that of the guide or, where there are signs,
+// of any value with that sign.
 template <class A>
 void pull_slope(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows, const Unary<A>& act, A factor,
-                const View<A>& guide, const View<A>& s, const View<A>& cotangent, const View<A>& out);
+                const View<A>& guide, const Signs<A>& signs, const Standard<A>& s, const View<A>& cotangent,
+                const View<A>& out);
 
 // out = the channels of every `stride`-th pixel of `in`, repeated until there are `channels` of them; `plane` is out's.
 template <class A>

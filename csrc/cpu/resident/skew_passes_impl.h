@@ -57,30 +57,67 @@ void advance(const Plane<A>& plane, int64_t blocks, const View<A>& base, const S
 }
 
 template <class A>
-void pull_slope(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows, const Unary<A>& act, A factor,
-                const View<A>& guide, const View<A>& s, const View<A>& cotangent, const View<A>& out) {
+void note_signs(const Plane<A>& plane, int64_t blocks, const View<A>& map, const Signs<A>& signs) {
   using V = Vec<A>;
+  using Word = typename Signs<A>::Word;
+  constexpr int64_t pixels = Signs<A>::pixels;
+  for (int64_t b = 0; b < blocks; ++b)
+    for (int64_t y = 0; y < plane.height; ++y) {
+      A* to = signs.at + b * signs.block + y * signs.row;
+      for (int64_t first = 0; first < plane.width; first += pixels, to += kLanes<A>) {
+        const A* from = map.pixel_at(b, y, first);
+        Word word = {};
+        for (int64_t x = 0; x < std::min(pixels, plane.width - first); ++x)
+          word |= (load<V>(from + x * map.pixel) > 0) & ((Word{} + 1) << x);
+        std::memcpy(to, &word, sizeof(word));
+      }
+    }
+}
+
+template <class A>
+void pull_slope(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows, const Unary<A>& act, A factor,
+                const View<A>& guide, const Signs<A>& signs, const Standard<A>& s, const View<A>& cotangent,
+                const View<A>& out) {
+  using V = Vec<A>;
+  using Word = typename Signs<A>::Word;
+  constexpr int64_t pixels = Signs<A>::pixels;
   // Without statistics of its own a norm only scales; 0 times an infinite s would be NaN.
-  const auto sweep = [&](auto kind, auto measured) {
+  const auto sweep = [&](auto kind, auto measured, auto by_signs) {
     for (int64_t b = 0; b < blocks; ++b) {
-      const V mean = row_at(rows.mean, b), rstd = row_at(rows.rstd, b), outer = factor * rstd;
+      const V origin = row_at(s.origin, b), outer = factor * row_at(rows.rstd, b);
       const V scale = outer * row_at(rows.weight, b), constant = outer * row_at(rows.n, b);
-      const V slope = outer * rstd * row_at(rows.xn, b);
+      const V slope = outer * row_at(s.unit, b) * row_at(rows.xn, b);
       for (int64_t y = 0; y < plane.height; ++y) {
-        const A *g = guide.pixel_at(b, y, 0), *from = s.pixel_at(b, y, 0), *c = cotangent.pixel_at(b, y, 0);
+        const A *g = guide.pixel_at(b, y, 0), *from = s.map.pixel_at(b, y, 0), *c = cotangent.pixel_at(b, y, 0);
         A* to = out.pixel_at(b, y, 0);
-        for (int64_t x = 0; x < plane.width; ++x) {
+        const auto pixel = [&](int64_t x, const auto& guide_at) {
           V value = scale * load<V>(c + x * cotangent.pixel);
-          if constexpr (measured()) value = value - constant - slope * (load<V>(from + x * s.pixel) - mean);
-          if constexpr (kind() != kIdentity)
-            value *= activate_first<kind(), V>(load<V>(g + x * guide.pixel), act.arguments);
+          if constexpr (measured()) value = value - constant - slope * (load<V>(from + x * s.map.pixel) - origin);
+          if constexpr (kind() != kIdentity) value *= activate_first<kind(), V>(guide_at(x), act.arguments);
           store<V>(to + x * out.pixel, value);
+        };
+        if constexpr (by_signs()) {
+          for (int64_t first = 0; first < plane.width; first += pixels) {
+            Word word;
+            std::memcpy(&word, signs.at + b * signs.block + y * signs.row + first / pixels * kLanes<A>, sizeof(word));
+            for (int64_t x = first; x < std::min(first + pixels, plane.width); ++x)
+              pixel(x, [&](int64_t) { return (word << (pixels - 1 - x + first)) < 0 ? splat<V>(1) : splat<V>(-1); });
+          }
+        } else {
+          for (int64_t x = 0; x < plane.width; ++x) pixel(x, [&](int64_t at) { return load<V>(g + at * guide.pixel); });
         }
       }
     }
   };
-  with_activation(act.kind,
-                  [&](auto kind) { rows.measured ? sweep(kind, std::true_type{}) : sweep(kind, std::false_type{}); });
+  with_activation(act.kind, [&](auto kind) {
+    const auto choose = [&](auto measured) {
+      // An activation that the sign says enough about.
+      if constexpr (kind() == kIdentity || kind() == kRelu || kind() == kLeakyRelu)
+        if (signs.at) return sweep(kind, measured, std::true_type{});
+      sweep(kind, measured, std::false_type{});
+    };
+    rows.measured ? choose(std::true_type{}) : choose(std::false_type{});
+  });
 }
 
 // The channels of a pixel lie one after the other in `row`, as far as they are channels, and begin anew behind the
@@ -112,15 +149,14 @@ struct FewChannels {
   static void repeat(const Plane<A>& plane, int64_t channels, int64_t stride, const View<A>& in, const View<A>& out) {
     each_band(plane, [&](const Plane<A>& band, int64_t at) {
       for (int64_t b = 0; b < blocks_of<A>(channels); ++b) {
-        Lanes is[in_channels] = {};
-        for (int64_t l = 0; l < lanes; ++l)
-          for (int64_t c = 0; c < in_channels; ++c) is[c][l] = (b * lanes + l) % in_channels == c ? -1 : 0;
+        Lanes channel;
+        for (int64_t l = 0; l < lanes; ++l) channel[l] = (b * lanes + l) % in_channels;
         const Lanes used = inside(channels, b);
         for (int64_t y = at; y < at + band.height; ++y)
           for (int64_t x = 0; x < band.width; ++x) {
             const A* from = in.pixel_at(0, y * stride, x * stride);
             V value = splat<V>(from[0]);
-            FASTODE_UNROLL for (int c = 1; c < in_channels; ++c) value = is[c] ? splat<V>(from[c]) : value;
+            FASTODE_UNROLL for (int c = 1; c < in_channels; ++c) value = channel == c ? splat<V>(from[c]) : value;
             store<V>(out.pixel_at(b, y, x), used ? value : V{});
           }
       }

@@ -15,7 +15,7 @@ from ..rerun import Rerun
 from ..skew_pair.autograd import March, is_channels_last
 from ..skew_pair.engine import TENSORS_PER_NORM, MaybeTensor, Pair
 from ..sweeps import ACTIVATION_CODE, NORM_CODE, MaybeTensors
-from .autograd import keeps
+from .autograd import keeps, keeps_beside
 
 # The bit of each of a norm's tensors; running mean and variance come together.
 _PRESENT = (1, 2, 4, 0)
@@ -91,6 +91,14 @@ def _align(tensors: MaybeTensors, bars: Sequence[Tensor], wanted: Sequence[bool]
     return [bar if want else None for bar, want in zip(beside, wanted, strict=True)]
 
 
+def _slopes_of(ctx: Any) -> list[Tensor]:
+    """What forward has left beside the saved tensors; it goes when these go."""
+    slopes: list[Tensor] = ctx.slopes
+    if not torch._C._autograd._get_current_graph_task_keep_graph():
+        ctx.slopes = []
+    return slopes
+
+
 class ResidentSkewFunction(torch.autograd.Function):
     """(ẏ, ż) at (y, z)."""
 
@@ -100,9 +108,12 @@ class ResidentSkewFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         # The memory formats that PyTorch's convolution and its transpose give the slopes.
         last = [is_channels_last(x) or is_channels_last(weight) for x in (z, y)]
+        beside = keeps_beside(ctx)
         dy, dz, kept = torch.ops.fastode.resident_skew_forward(
-            y, z, *encode(pair, weight, tensors), keeps(ctx), last[0], last[1]
+            y, z, *encode(pair, weight, tensors), keeps(ctx), beside, last[0], last[1]
         )
+        # Beside the saved tensors, which may not be written to: the slopes are the user's.
+        ctx.slopes = [dy.detach(), dz.detach()] if beside else []
         ctx.save_for_backward(y, z, weight, *tensors, *kept)
         ctx.pair, ctx.rerun, ctx.count = pair, rerun, len(tensors)
         ctx.set_materialize_grads(False)
@@ -111,7 +122,9 @@ class ResidentSkewFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy_bar: MaybeTensor, dz_bar: MaybeTensor) -> tuple[MaybeTensor, ...]:
         y, z, weight, *rest = ctx.saved_tensors
-        tensors, kept = rest[: ctx.count], rest[ctx.count :]
+        tensors, kept, slopes = rest[: ctx.count], rest[ctx.count :], _slopes_of(ctx)
+        if any(slope._version for slope in slopes):  # written over since: everything is evaluated again
+            kept, slopes = [], []
         wanted = (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[5:])
         given = dz_bar if dy_bar is None else dy_bar
         if given is None:
@@ -123,8 +136,8 @@ class ResidentSkewFunction(torch.autograd.Function):
             used = _norms_used(ctx.pair, dy_bar is not None, dz_bar is not None)
             wanted = (wanted[0] and used[0], wanted[1] and used[1], wanted[2], *_of_tensors(used, wanted[3:]))
             y_bar, z_bar, bars = torch.ops.fastode.resident_skew_backward(
-                y, z, dy_bar, dz_bar, kept, *encode(ctx.pair, weight, tensors), wanted[0], wanted[1], wanted[2],
-                any(wanted[3:]),
+                y, z, dy_bar, dz_bar, kept, slopes, *encode(ctx.pair, weight, tensors), wanted[0], wanted[1],
+                wanted[2], any(wanted[3:]),
             )  # fmt: skip
             grads = _align([weight, *tensors], bars, wanted[2:])
         return (y_bar if wanted[0] else None, z_bar if wanted[1] else None, grads[0], None, None, *grads[1:])
