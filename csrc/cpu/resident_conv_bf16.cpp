@@ -20,7 +20,7 @@ void pack_tile_weights(const ConvShape&, bool, const T*, const int64_t*, float*)
 template void pack_tile_weights(const ConvShape&, bool, const float*, const int64_t*, float*);
 template void pack_tile_weights(const ConvShape&, bool, const bfloat16*, const int64_t*, float*);
 void convolve(const Plane<float>&, const ConvShape&, int64_t, const float*, const float*, const ConvJob<bfloat16>*,
-              int64_t) {
+              int64_t, Ahead*) {
   std::abort();
 }
 void weight_gradient(const Plane<float>&, const ConvShape&, int64_t, const GradientPair<bfloat16>*, int64_t, float*,

@@ -51,7 +51,7 @@ void pack_tile_weights(const ConvShape& shape, bool flip, const T* weight, const
 
 // As conv.h's; the inputs are Narrow maps, and `together` jobs one after the other are those of one of them.
 void convolve(const Plane<float>& plane, const ConvShape& shape, int64_t together, const float* packed,
-              const float* bias, const ConvJob<bfloat16>* jobs, int64_t count);
+              const float* bias, const ConvJob<bfloat16>* jobs, int64_t count, Ahead* ahead);
 
 // gradient += sum over the pairs, both Narrow maps, in the layout of conv.h's weight_gradient. The pairs come in sets
 // of `together`; what is missing of the last set is zero. `scratch` holds tile_scratch_size bytes.

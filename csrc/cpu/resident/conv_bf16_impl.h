@@ -34,6 +34,8 @@ struct Steps {
 inline bfloat16 round_to_narrow(float value) { return narrow(value); }
 inline bfloat16 round_to_narrow(bfloat16 value) { return value; }
 
+constexpr int64_t kLinesAhead = 10;  // lines of the next maps that are asked for at a step
+
 inline int64_t group_of(int64_t tiles) { return tiles % 2 == 0 ? 2 : 1; }
 
 struct TileRun {
@@ -181,7 +183,7 @@ inline Finish finish_of(int terms) {
 template <int N>
 class Products {
  public:
-  Products(const Tiling& tiling, Finish last) : tiling_(tiling), last_(last) {}
+  Products(const Tiling& tiling, Finish last, Ahead* ahead) : tiling_(tiling), last_(last), ahead_(ahead) {}
   ~Products() { settle(0); }
 
   // Of M tiles of a set of samples, from `in`, which are `sums` but for what differs among the tiles. Goes to the next.
@@ -200,7 +202,14 @@ class Products {
     const int64_t steps = std::max<int64_t>(1, run.steps.blocks * (run.last - run.first) * run.steps.wide);
     const int share = left_ <= steps ? 1 : left_;
     float* to = sums_[turn_];
-    multiply<M, N>(run, from, to, [&] { settle(left_ - share); });
+    const char* soon = ahead_ ? ahead_->take(steps * kLinesAhead) : nullptr;
+    if (soon)
+      multiply<M, N>(run, from, to, [&] {
+        FASTODE_UNROLL for (int i = 0; i < kLinesAhead; ++i, soon += Ahead::line) __builtin_prefetch(soon, 0, 2);
+        settle(left_ - share);
+      });
+    else
+      multiply<M, N>(run, from, to, [&] { settle(left_ - share); });
     settle(0);
     for (int m = 0; m < M; ++m)
       for (int n = 0; n < N; ++n, to += kSumElements)
@@ -217,6 +226,7 @@ class Products {
 
   const Tiling& tiling_;
   const Finish last_;
+  Ahead* const ahead_;
   int left_ = 0, turn_ = 0;
   Sums tiles_[4];
   alignas(64) float sums_[2][4 * kSumElements];
@@ -263,7 +273,7 @@ template void pack_tile_weights(const ConvShape&, bool, const float*, const int6
 template void pack_tile_weights(const ConvShape&, bool, const bfloat16*, const int64_t*, float*);
 
 void convolve(const Plane<float>& plane, const ConvShape& shape, int64_t together, const float* packed,
-              const float* bias, const ConvJob<bfloat16>* jobs, int64_t count) {
+              const float* bias, const ConvJob<bfloat16>* jobs, int64_t count, Ahead* ahead) {
   const TileScope scope;
   const Narrow narrow(plane, shape.in_channels, together);
   const Tiling tiling(plane, together);
@@ -274,7 +284,7 @@ void convolve(const Plane<float>& plane, const ConvShape& shape, int64_t togethe
   const int64_t shift = -pad * narrow.row - shape.kernel_w / 2 * narrow.pixel;
   const auto walk = [&](auto many, auto group) {
     constexpr int M = many(), N = group();
-    Products<N> products(tiling, finish_of(jobs->combine.count));
+    Products<N> products(tiling, finish_of(jobs->combine.count), ahead);
     for (int64_t first = 0; first < tiles; first += N) {
       for (int64_t begin = 0; begin < count; begin += together) {
         const bfloat16* in = jobs[begin].in.at + shift;

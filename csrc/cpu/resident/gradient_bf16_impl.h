@@ -133,8 +133,8 @@ void transpose_input(const Positions& positions, Source from, bfloat16* to) {
   }
 }
 
-// Of all columns of the kernel, where a chunk is a row: what moves into it from beside the image is zero. `in` is row
-// `first` of the image, the copies' own row `at`.
+// Of all columns of the kernel, where a chunk is a row: what moves into it from beside the image is zero. `in` is the
+// first of `count` rows, the copies' row `at`.
 void transpose_rows(const Positions& positions, const ConvShape& shape, const Narrow& narrow, const bfloat16* in,
                     int64_t at, int64_t count, bfloat16* to) {
   const int64_t depth = narrow.depth;
@@ -154,12 +154,25 @@ void transpose_rows(const Positions& positions, const ConvShape& shape, const Na
   }
 }
 
-// to: [chunk] tiles, of one block.
-void pair_cotangent(const Positions& positions, Source from, bfloat16* to) {
-  for (int64_t p = 0; p < positions.chunks * kTileDepth; p += 2, to += kTileDepth) {
-    const bfloat16* low = from.next();
-    const Words pairs = pair_of(low, from.next());
+// to: [chunk] tiles, of one block; `in` is the first row's.
+void pair_cotangent(const Positions& positions, const Narrow& narrow, const bfloat16* in, int64_t height,
+                    bfloat16* to) {
+  const auto put = [&](const bfloat16* low, const bfloat16* high) {
+    const Words pairs = pair_of(low, high);
     std::memcpy(to, &pairs, sizeof(pairs));
+    to += kTileDepth;
+  };
+  if (positions.whole()) {
+    const int64_t depth = narrow.depth;
+    for (int64_t y = 0; y < height; ++y, in += narrow.row) {
+      FASTODE_UNROLL for (int64_t i = 0; i < kTileDepth; i += 2) put(in + i * depth, in + (i + 1) * depth);
+    }
+    return;
+  }
+  Source from(in, narrow, positions.span, height);
+  for (int64_t p = 0; p < positions.chunks * kTileDepth; p += 2) {
+    const bfloat16* low = from.next();
+    put(low, from.next());
   }
 }
 
@@ -212,10 +225,8 @@ void add_portion(const Plane<float>& plane, const ConvShape& shape, int64_t toge
   bfloat16* cotangents = scratch + sets * in_set;
   for (int64_t n = 0; n < sets; ++n)
     for (int64_t ob = 0; ob < out_blocks; ++ob)
-      pair_cotangent(
-          positions,
-          {pairs[n * together].cotangent.at + top * cotangent.row + ob * lanes, cotangent, positions.span, height},
-          cotangents + n * cotangent_set + ob * positions.cotangent());
+      pair_cotangent(positions, cotangent, pairs[n * together].cotangent.at + top * cotangent.row + ob * lanes, height,
+                     cotangents + n * cotangent_set + ob * positions.cotangent());
   // The rows of the image that the copies have.
   const int64_t first = std::max<int64_t>(0, top - pad), last = std::min(plane.height, top + height + pad);
   GradientRun run{scratch, nullptr, sets, in_set, cotangent_set, positions.pitch * 2, shape.kernel_w * lanes * 4, 0, 0};

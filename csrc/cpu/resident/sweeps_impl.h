@@ -9,7 +9,7 @@ template <class T>
 void Branch<T>::convolve_jobs(const ConvShape& shape, const A* packed, const A* bias, const ConvJob<T>* jobs,
                               const Range& range) const {
   if constexpr (std::is_same_v<T, bfloat16>)
-    convolve(plane_, shape, together_, packed, bias, jobs, range.count);
+    convolve(plane_, shape, together_, packed, bias, jobs, range.count, range.ahead);
   else
     convolve<A>(plane_, shape, packed, bias, jobs, range.count, range.ahead);
 }
