@@ -42,6 +42,28 @@ struct Both {
   View<A> y, z;
 };
 
+template <class A>
+struct Point {
+  Stored<A> y, z;
+
+  Point(const Stored<A>& y, const Stored<A>& z) : y(y), z(z) {}
+  Point(const Both<A>& point) : y(point.y), z(point.z) {}
+};
+
+// A slope's: a sum of terms, or a stored map.
+template <class A>
+struct Cotangent {
+  Combine<A> terms = {};
+  Stored<A> stored = {};
+
+  Cotangent() = default;
+  Cotangent(const Combine<A>& terms) : terms(terms) {}
+  Cotangent(const Stored<A>& map) : stored(map) {
+    if (!map.rounded.at) terms.add(1, map.view);
+  }
+  bool present() const { return terms.count > 0 || stored.rounded.at; }
+};
+
 struct Want {
   bool y = false, z = false;
   bool any() const { return y || z; }
@@ -87,16 +109,16 @@ class SkewPair {
   Both<A> workspace() const { return {y_hat_, z_hat_}; }
 
   // (1) at `point`: the wanted act(h).
-  void evaluate(const Both<A>& point, Trace<A>& trace, Want want) const;
+  void evaluate(const Point<A>& point, Trace<A>& trace, Want want) const;
 
   // (2) to (4) for the slopes' cotangents, sums of terms of which one without any is zero: adds the parameters'
   // gradients and leaves the needed cotangents of the norms' results in `to`; returns which are there, the others are
   // zero.
-  Want pull(const Both<A>& point, const Trace<A>& trace, const Combine<A>& y_bar, const Combine<A>& z_bar, A* gradients,
-            Want need, const Both<A>& to) const;
+  Want pull(const Point<A>& point, const Trace<A>& trace, const Cotangent<A>& y_bar, const Cotangent<A>& z_bar,
+            A* gradients, Want need, const Both<A>& to) const;
 
   // out = combine(the pull-back of the norm of the point's half), for the cotangent of its result; it may lie in `out`.
-  void finish(bool y, const View<A>& point, const Trace<A>& trace, const View<A>& cotangent, const View<A>& out,
+  void finish(bool y, const Stored<A>& point, const Trace<A>& trace, const View<A>& cotangent, const Stored<A>& out,
               const Combine<A>& combine, A* gradients) const;
 
   // Whether a result says what s was, together with its signs, in a backward pass.
@@ -113,6 +135,21 @@ class SkewPair {
   // Where y's guide may lie for a single pull-back with one term: what that finds goes over it.
   const View<A>& guide_room() const { return p_; }
 
+  // Calls f(band, its first row, where it goes) for every band of a half.
+  template <class F>
+  void write(bool y, const Stored<A>& out, const F& f) const {
+    const int64_t blocks = y ? y_blocks() : z_blocks();
+    each_band(y ? y_plane : z_plane, [&](const Plane<A>& band, int64_t at) {
+      if constexpr (std::is_same_v<A, float>)
+        if (out.rounded.at) {
+          const View<A> to = compact_band(band, band_);
+          f(band, at, to);
+          return round_band(band, blocks, to, below(out.rounded, at));
+        }
+      f(band, at, below(out.view, at));
+    });
+  }
+
   // Which halves of a point an evaluation reads.
   Want reads(Want want) const {
     const bool damped = spec.gamma != 0;
@@ -120,7 +157,7 @@ class SkewPair {
   }
 
   // The half y of an evaluation again, from its statistics.
-  void remake_y(const Both<A>& point, const Trace<A>& trace) const;
+  void remake_y(const Point<A>& point, const Trace<A>& trace) const;
 
   // act(h) again, where the guide is h.
   void restore(Trace<A>& trace) const;
@@ -153,34 +190,47 @@ class SkewPair {
   void take_tiles(Arena& arena, bool backward);
   // A band of what a pass writes for tiles to read: of the map where that is kept whole, else of a scratch.
   View<A> band_of(const View<A>& map, bool whole, const Plane<A>& band, int64_t at) const {
-    return whole ? below(map, at) : View<A>{band_, band.width * kLanes<A>, kLanes<A>, band.pixels() * kLanes<A>};
+    return whole ? below(map, at) : compact_band(band, band_);
+  }
+  // A band of a map of either half; one that has to be widened lies at `scratch` then.
+  View<A> read(int which, const Stored<A>& map, const Plane<A>& band, int64_t at, A* scratch) const {
+    if constexpr (std::is_same_v<A, float>)
+      if (map.rounded.at) {
+        const View<A> to = compact_band(band, scratch);
+        widen_band(band, spec.norms[which].blocks(), below(map.rounded, at), to);
+        return to;
+      }
+    return below(map.view, at);
   }
   void round(bool y, const Plane<A>& band, int64_t at, const View<A>& from, const Rounded& to) const;
   // The norm's result at `point`, for a convolution to read, and as a whole map for the damping.
-  void feed(int which, const View<A>& point, const A* statistics, bool whole) const;
+  void feed(int which, const Stored<A>& point, const A* statistics, bool whole) const;
   // Rows of combine(W z^), or of combine(W q), from `at` on; `out` and the terms are whole maps.
   void down(bool cotangent, const Plane<A>& band, int64_t at, const View<A>& out, const Combine<A>& combine) const;
   // combine(W^T y^), or of p, as z's map.
   void up(bool cotangent, const View<A>& out, const Combine<A>& combine) const;
-  void add_weight_gradient(const Both<A>& point, const Trace<A>& trace, bool has_p, bool has_q, A* gradient) const;
+  void add_weight_gradient(const Point<A>& point, const Trace<A>& trace, bool has_p, bool has_q, A* gradient) const;
 
-  // Adds to the moments at hand those of a band that begins at row y; a norm that has no statistics needs none.
-  void add_moments(int which, const Plane<A>& band, int64_t y, const View<A>& map) const;
+  // Adds to the moments at hand those of `rows`, a band that begins at row y; a norm that has no statistics needs none.
+  void add_moments(int which, const Plane<A>& band, int64_t y, const View<A>& rows) const;
   void settle_moments(int which, A* statistics) const;
-  void measure(int which, const View<A>& map, A* statistics) const;
-  void normalise(int which, const View<A>& point, const A* statistics, const View<A>& out) const;
+  void measure(int which, const Stored<A>& map, A* statistics) const;
+  void normalise(int which, const Stored<A>& point, const A* statistics, const View<A>& out) const;
   void activate(bool y, const Trace<A>& trace, const Plane<A>& band, int64_t at) const;
   // The half y of (1) from the workspace.
   void make_y(const Trace<A>& trace, bool measured) const;
-  // The means that the derivative of a norm needs, and the gradients of its parameters; the cotangent is scaled.
-  void settle(int which, const Standard<A>& x, const A* statistics, const View<A>& cotangent, A scale,
-              A* gradients) const;
+  // The means that the derivative of a norm needs, and the gradients of its parameters; the cotangent is scaled. The
+  // norm's standardised input is (x - origin) * unit.
+  void settle(int which, const Stored<A>& x, const A* origin, const A* unit, const A* statistics,
+              const Stored<A>& cotangent, A scale, A* gradients) const;
   // out = sign times the cotangent of h for the cotangent `bar` of the slope.
-  void pull_half(bool y, const Trace<A>& trace, const Combine<A>& bar, A sign, A* gradients, const View<A>& out) const;
+  void pull_half(bool y, const Trace<A>& trace, const Cotangent<A>& bar, A sign, A* gradients,
+                 const View<A>& out) const;
 
   View<A> y_hat_, z_hat_, p_, q_;
   int64_t width_ = 0;
   A *sums_ = nullptr, *means_ = nullptr, *scratch_ = nullptr, *band_ = nullptr;
+  A *one_ = nullptr, *other_ = nullptr;  // bands that have been widened
   Rounded hat_, bar_;
   bfloat16* tile_scratch_ = nullptr;
 };

@@ -46,15 +46,18 @@ inline constexpr int64_t kAhead = 1 << 20;  // bytes of the next maps; one sampl
 template <class A>
 class Port {
  public:
-  Port(const Tensor& tensor, Arena& arena)
+  // With `banded` the program takes bfloat16 where it lies, by bands.
+  Port(const Tensor& tensor, Arena& arena, bool banded = false)
       : feature_(feature_of<A>(tensor)),
         rounded_(feature_of<bfloat16>(tensor)),
         plane_(feature_.height, feature_.width, 0),
         samples_(tensor.size(0)),
         element_(static_cast<int64_t>(tensor.element_size())),
         is_rounded_(tensor.scalar_type() == ScalarType::BFloat16),
-        direct_(!is_rounded_ && feature_.channel == 1 && feature_.channels % kLanes<A> == 0) {
-    if (!direct_) copy_ = plane_.compact(arena.take<A>(blocks_of<A>(feature_.channels) * plane_.pixels() * kLanes<A>));
+        direct_(!is_rounded_ && has_vectors()),
+        banded_(banded && is_rounded_ && has_vectors()) {
+    if (!direct_ && !banded_)
+      copy_ = plane_.compact(arena.take<A>(blocks_of<A>(feature_.channels) * plane_.pixels() * kLanes<A>));
   }
 
   View<A> view(int64_t n) const {
@@ -65,6 +68,11 @@ class Port {
     if (!direct_) is_rounded_ ? load_from(rounded_, n) : load_from(feature_, n);
     return view(n);
   }
+  Stored<A> stored(int64_t n) const {
+    if (!banded_) return view(n);
+    return Stored<A>({rounded_.data + n * rounded_.sample, rounded_.row, rounded_.pixel, kLanes<A>});
+  }
+  Stored<A> read(int64_t n) const { return banded_ ? stored(n) : load(n); }
   // Asks for sample n, if there is one.
   void expect(Ahead& ahead, int64_t n) const {
     if (n < samples_)
@@ -72,10 +80,13 @@ class Port {
                 feature_.channels * plane_.pixels() * element_);
   }
   void store(int64_t n) const {
-    if (!direct_) is_rounded_ ? store_sample(plane_, copy_, rounded_, n) : store_sample(plane_, copy_, feature_, n);
+    if (!direct_ && !banded_)
+      is_rounded_ ? store_sample(plane_, copy_, rounded_, n) : store_sample(plane_, copy_, feature_, n);
   }
 
  private:
+  bool has_vectors() const { return feature_.channel == 1 && feature_.channels % kLanes<A> == 0; }
+
   template <class T>
   void load_from(const Feature<T>& from, int64_t n) const {
     load_sample<A, T>(
@@ -87,7 +98,7 @@ class Port {
   Feature<bfloat16> rounded_;
   Plane<A> plane_;
   int64_t samples_, element_;
-  bool is_rounded_, direct_;
+  bool is_rounded_, direct_, banded_;
   View<A> copy_;
 };
 

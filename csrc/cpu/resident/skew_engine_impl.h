@@ -254,21 +254,22 @@ class PairWorker {
   PairWorker(const PairSpec<A>& spec, const PairCall& call, const KeptPair<A>* kept, Arena& arena, A* gradients)
       : pair_(spec, arena, call.backward),
         need_(call.need),
-        y_(call.y, arena),
-        z_(call.z, arena),
-        y_bar_(call.y_bar ? *call.y_bar : call.y, arena),
-        z_bar_(call.z_bar ? *call.z_bar : call.z, arena),
-        y_out_(call.need.y ? call.y_out : call.y, arena),
-        z_out_(call.need.z ? call.z_out : call.z, arena),
-        y_end_(call.y_end ? *call.y_end : call.y, arena),
-        z_end_(call.z_end ? *call.z_end : call.z, arena),
+        y_(call.y, arena, bool(spec.tiles)),
+        z_(call.z, arena, bool(spec.tiles)),
+        y_bar_(call.y_bar ? *call.y_bar : call.y, arena, bool(spec.tiles)),
+        z_bar_(call.z_bar ? *call.z_bar : call.z, arena, bool(spec.tiles)),
+        y_out_(call.need.y ? call.y_out : call.y, arena, bool(spec.tiles)),
+        z_out_(call.need.z ? call.z_out : call.z, arena, bool(spec.tiles)),
+        y_end_(call.y_end ? *call.y_end : call.y, arena, bool(spec.tiles)),
+        z_end_(call.z_end ? *call.z_end : call.z, arena, bool(spec.tiles)),
         has_{call.y_bar != nullptr, call.z_bar != nullptr},
         backward_(call.backward),
         found_(kept && call.backward),
         gradients_(gradients) {
-    // Forward makes s where the result goes.
-    const bool guides = backward_ || !spec.tells;
-    if (backward_ && !spec.tells) s_ = pair_.maps(arena);
+    // Forward makes s where the result goes, unless that is rounded.
+    apart_ = backward_ || spec.tiles;
+    const bool guides = apart_ || !spec.tells;
+    if (apart_ && !spec.tells) s_ = pair_.maps(arena);
     if (kept)
       traces_ = kept->traces, kept_ = *kept;
     else
@@ -279,9 +280,9 @@ class PairWorker {
   void operator()(int64_t n) {
     Ahead ahead(kAhead);
     expect(ahead, n);
-    const Both<A> point{y_.load(n), z_.load(n)};
+    const Point<A> point{y_.read(n), z_.read(n)};
     Trace<A> trace;
-    const Both<A> end{y_out_.view(n), z_out_.view(n)}, &made = backward_ ? s_ : end;
+    const Both<A> end{y_out_.view(n), z_out_.view(n)}, &made = apart_ ? s_ : end;
     const auto guide = [&](bool y, const View<A>& none) {
       A* base = y ? traces_.y[0] : traces_.z[0];
       if (!base) return none.at ? none : y ? made.y : made.z;
@@ -329,38 +330,43 @@ class PairWorker {
   }
 
   void put(const Trace<A>& trace, int64_t n) const {
-    const auto half = [&](bool y, const View<A>& s, const Signs<A>& signs, const View<A>& out) {
+    const auto half = [&](bool y, const View<A>& s, const Signs<A>& signs, const Stored<A>& out) {
       const NormRows<A> rows = pair_.rows_of(y ? kPostY : kPostZ, trace.statistics);
-      each_band(y ? pair_.y_plane : pair_.z_plane, [&](const Plane<A>& band, int64_t at) {
+      pair_.write(y, out, [&](const Plane<A>& band, int64_t at, const View<A>& to) {
         const int64_t blocks = y ? pair_.y_blocks() : pair_.z_blocks();
         if (signs.at) note_signs<A>(band, blocks, below(s, at), below(signs, at));
-        apply<A>(band, blocks, rows, {}, below(s, at), below(out, at), {});
+        apply<A>(band, blocks, rows, {}, below(s, at), to, {});
       });
     };
-    half(true, trace.s.y, trace.y_signs, y_out_.view(n));
-    half(false, trace.s.z, trace.z_signs, z_out_.view(n));
+    half(true, trace.s.y, trace.y_signs, y_out_.stored(n));
+    half(false, trace.s.z, trace.z_signs, z_out_.stored(n));
   }
 
-  void pull(const Both<A>& point, const Trace<A>& trace, int64_t n) const {
-    Combine<A> y_bar, z_bar;
-    if (has_.y) y_bar.add(1, y_bar_.load(n));
-    if (has_.z) z_bar.add(1, z_bar_.load(n));
+  void pull(const Point<A>& point, const Trace<A>& trace, int64_t n) const {
+    Cotangent<A> y_bar, z_bar;
+    if (has_.y) y_bar = y_bar_.read(n);
+    if (has_.z) z_bar = z_bar_.read(n);
     // The norms before W have gradients of their own, which are found on the way.
     const auto parameters = [&](int which) {
       const PairNorm<A>& norm = pair_.spec.norms[which];
       return norm.weight_at >= 0 || norm.bias_at >= 0;
     };
-    const Both<A> to{need_.y ? y_out_.view(n) : pair_.workspace().y, need_.z ? z_out_.view(n) : pair_.workspace().z};
+    Both<A> to = pair_.workspace();
+    if (need_.y && !pair_.spec.tiles) to.y = y_out_.view(n);
+    if (need_.z && !pair_.spec.tiles) to.z = z_out_.view(n);
     const Want left = pair_.pull(point, trace, y_bar, z_bar, gradients_,
                                  {need_.y || parameters(kPreY), need_.z || parameters(kPreZ)}, to);
-    const auto finish = [&](bool y, bool here, bool needed, const View<A>& at, const View<A>& out) {
+    const auto finish = [&](bool y, bool here, bool needed, const Stored<A>& at, const View<A>& found,
+                            const Port<A>& out) {
       if (here)
-        pair_.finish(y, at, trace, out, out, {}, gradients_);
+        pair_.finish(y, at, trace, found, needed ? out.stored(n) : found, {}, gradients_);
       else if (needed)
-        combine_maps<A>(y ? pair_.y_plane : pair_.z_plane, y ? pair_.y_blocks() : pair_.z_blocks(), out, {});
+        pair_.write(y, out.stored(n), [&](const Plane<A>& band, int64_t, const View<A>& zero) {
+          combine_maps<A>(band, y ? pair_.y_blocks() : pair_.z_blocks(), zero, {});
+        });
     };
-    finish(true, left.y, need_.y, point.y, to.y);
-    finish(false, left.z, need_.z, point.z, to.z);
+    finish(true, left.y, need_.y, point.y, to.y, y_out_);
+    finish(false, left.z, need_.z, point.z, to.z, z_out_);
   }
 
   SkewPair<A> pair_;
@@ -369,7 +375,7 @@ class PairWorker {
   Want need_;
   Port<A> y_, z_, y_bar_, z_bar_, y_out_, z_out_, y_end_, z_end_;
   Want has_;
-  bool backward_, found_;
+  bool backward_, found_, apart_ = false;
   A* gradients_;
   Both<A> s_;
   View<A> y_guide_;

@@ -20,11 +20,11 @@ NormRows<A> SkewPair<A>::rows_of(int which, const A* statistics, bool settled) c
 }
 
 template <class A>
-void SkewPair<A>::add_moments(int which, const Plane<A>& band, int64_t y, const View<A>& map) const {
+void SkewPair<A>::add_moments(int which, const Plane<A>& band, int64_t y, const View<A>& rows) const {
   const PairNorm<A>& norm = spec.norms[which];
   if (!norm.measured()) return;
   A* found = y == 0 ? sums_ : means_;
-  moments<A>(band, norm.blocks(), below(map, y), found, found + width_);
+  moments<A>(band, norm.blocks(), rows, found, found + width_);
   if (y > 0)
     merge_moments<A>(norm.blocks(), y * band.width, band.pixels(), means_, means_ + width_, sums_, sums_ + width_);
 }
@@ -39,22 +39,24 @@ void SkewPair<A>::settle_moments(int which, A* statistics) const {
 }
 
 template <class A>
-void SkewPair<A>::measure(int which, const View<A>& map, A* statistics) const {
+void SkewPair<A>::measure(int which, const Stored<A>& map, A* statistics) const {
   if (!spec.norms[which].measured()) return;
   each_band(plane_of(which), [&](const Plane<A>& band, int64_t y) {
-    touch(band, spec.norms[which].blocks(), below(map, y));
-    add_moments(which, band, y, map);
+    const View<A> rows = read(which, map, band, y, one_);
+    touch(band, spec.norms[which].blocks(), rows);
+    add_moments(which, band, y, rows);
   });
   settle_moments(which, statistics);
 }
 
 template <class A>
-void SkewPair<A>::normalise(int which, const View<A>& point, const A* statistics, const View<A>& out) const {
-  if (spec.norms[which].mode == kNoNorm && point.at == out.at) return;
+void SkewPair<A>::normalise(int which, const Stored<A>& point, const A* statistics, const View<A>& out) const {
+  if (spec.norms[which].mode == kNoNorm && point.view.at == out.at) return;
   const NormRows<A> rows = rows_of(which, statistics);
   each_band(plane_of(which), [&](const Plane<A>& band, int64_t y) {
-    touch(band, spec.norms[which].blocks(), below(point, y));
-    apply<A>(band, spec.norms[which].blocks(), rows, {}, below(point, y), below(out, y), {});
+    const View<A> from = read(which, point, band, y, one_);
+    touch(band, spec.norms[which].blocks(), from);
+    apply<A>(band, spec.norms[which].blocks(), rows, {}, from, below(out, y), {});
   });
 }
 
@@ -72,7 +74,8 @@ void SkewPair<A>::take_tiles(Arena& arena, bool backward) {
   int64_t pixels = 0;
   each_band(z_plane, [&](const Plane<A>& band, int64_t) { pixels = std::max(pixels, band.pixels()); });
   each_band(y_plane, [&](const Plane<A>& band, int64_t) { pixels = std::max(pixels, band.pixels()); });
-  band_ = arena.take<A>(std::max(y_blocks(), z_blocks()) * pixels * kLanes<A>);
+  for (A** band : {&band_, &one_, &other_})
+    *band = arena.take<A>(std::max(y_blocks(), z_blocks()) * pixels * kLanes<A>);
 }
 
 template <class A>
@@ -81,14 +84,14 @@ void SkewPair<A>::round(bool y, const Plane<A>& band, int64_t at, const View<A>&
 }
 
 template <class A>
-void SkewPair<A>::feed(int which, const View<A>& point, const A* statistics, bool whole) const {
+void SkewPair<A>::feed(int which, const Stored<A>& point, const A* statistics, bool whole) const {
   const View<A>& map = is_y(which) ? y_hat_ : z_hat_;
   if (!spec.tiles || whole) normalise(which, point, statistics, map);
   if (!spec.tiles) return;
   const PairNorm<A>& norm = spec.norms[which];
   const NormRows<A> rows = rows_of(which, statistics);
   each_band(plane_of(which), [&](const Plane<A>& band, int64_t at) {
-    View<A> from = below(whole ? map : point, at);
+    View<A> from = whole ? below(map, at) : read(which, point, band, at, one_);
     if (!whole && norm.mode != kNoNorm) {
       const View<A> to = band_of(map, false, band, at);
       apply<A>(band, norm.blocks(), rows, {}, from, to, {});
@@ -143,19 +146,19 @@ void SkewPair<A>::make_y(const Trace<A>& trace, bool measured) const {
   each_band(y_plane, [&](const Plane<A>& band, int64_t at) {
     down(false, band, at, trace.guide.y, damping);
     activate(true, trace, band, at);
-    if (measured) add_moments(kPostY, band, at, trace.s.y);
+    if (measured) add_moments(kPostY, band, at, below(trace.s.y, at));
   });
 }
 
 template <class A>
-void SkewPair<A>::remake_y(const Both<A>& point, const Trace<A>& trace) const {
+void SkewPair<A>::remake_y(const Point<A>& point, const Trace<A>& trace) const {
   if (spec.gamma != 0) normalise(kPreY, point.y, trace.statistics, y_hat_);
   feed(kPreZ, point.z, trace.statistics, false);
   make_y(trace, false);
 }
 
 template <class A>
-void SkewPair<A>::evaluate(const Both<A>& point, Trace<A>& trace, Want want) const {
+void SkewPair<A>::evaluate(const Point<A>& point, Trace<A>& trace, Want want) const {
   // A narrow W^T normalises on its way.
   const bool narrow = !spec.tiles && spec.shape.template narrow<A>(), damped = spec.gamma != 0;
   const bool normalised = damped || !narrow;
@@ -166,13 +169,13 @@ void SkewPair<A>::evaluate(const Both<A>& point, Trace<A>& trace, Want want) con
   if (read.z) feed(kPreZ, point.z, trace.statistics, damped);
   if (want.z) {
     const NormRows<A> rows = rows_of(kPreY, trace.statistics);
-    ConvJob<A> job{point.y, trace.guide.z};
+    ConvJob<A> job{point.y.view, trace.guide.z};
     job.combine.scale = -1;
     job.combine.add(-spec.gamma, z_hat_);
     normalised ? up(false, job.out, job.combine) : skew_up<A>(spec.shape, spec.up, &rows, job, scratch_, ahead);
     each_band(z_plane, [&](const Plane<A>& band, int64_t at) {
       activate(false, trace, band, at);
-      add_moments(kPostZ, band, at, trace.s.z);
+      add_moments(kPostZ, band, at, below(trace.s.z, at));
     });
     settle_moments(kPostZ, trace.statistics);
   }
@@ -184,18 +187,19 @@ void SkewPair<A>::evaluate(const Both<A>& point, Trace<A>& trace, Want want) con
 }
 
 template <class A>
-void SkewPair<A>::settle(int which, const Standard<A>& x, const A* statistics, const View<A>& cotangent, A scale,
-                         A* gradients) const {
+void SkewPair<A>::settle(int which, const Stored<A>& x, const A* origin, const A* unit, const A* statistics,
+                         const Stored<A>& cotangent, A scale, A* gradients) const {
   const PairNorm<A>& norm = spec.norms[which];
   const bool parameters = gradients && (norm.weight_at >= 0 || norm.bias_at >= 0);
   if (!norm.measured() && !parameters) return;
   const int64_t lanes = norm.blocks() * kLanes<A>;
   NormRows<A> rows = rows_of(which, statistics);
-  rows.mean = x.origin, rows.rstd = x.unit;
+  rows.mean = origin, rows.rstd = unit;
   std::fill(sums_, sums_ + 2 * lanes, A(0));
   each_band(plane_of(which), [&](const Plane<A>& band, int64_t y) {
-    touch(band, norm.blocks(), below(cotangent, y));
-    tangent_sums<A>(band, norm.blocks(), rows, below(x.map, y), below(cotangent, y), means_);
+    const View<A> bar = read(which, cotangent, band, y, one_);
+    touch(band, norm.blocks(), bar);
+    tangent_sums<A>(band, norm.blocks(), rows, read(which, x, band, y, other_), bar, means_);
     for (int64_t c = 0; c < 2 * lanes; ++c) sums_[c] += means_[c];
   });
   for (int64_t c = 0; parameters && c < norm.channels; ++c) {
@@ -209,7 +213,7 @@ void SkewPair<A>::settle(int which, const Standard<A>& x, const A* statistics, c
 }
 
 template <class A>
-void SkewPair<A>::pull_half(bool y, const Trace<A>& trace, const Combine<A>& bar, A sign, A* gradients,
+void SkewPair<A>::pull_half(bool y, const Trace<A>& trace, const Cotangent<A>& bar, A sign, A* gradients,
                             const View<A>& out) const {
   const int which = y ? kPostY : kPostZ;
   const int64_t blocks = spec.norms[which].blocks();
@@ -217,25 +221,23 @@ void SkewPair<A>::pull_half(bool y, const Trace<A>& trace, const Combine<A>& bar
   const PairNorm<A>& norm = spec.norms[which];
   const NormRows<A> plain = rows_of(which, trace.statistics);
   const Standard<A> s{y ? trace.s.y : trace.s.z, signs.at ? norm.bias : plain.mean, signs.at ? norm.unit : plain.rstd};
-  View<A> cotangent = bar.term[0];
-  A scale = bar.coef[0];
-  if (bar.count > 1) {
-    combine_maps<A>(plane_of(which), blocks, out, bar);
-    cotangent = out, scale = 1;
-  }
-  settle(which, s, trace.statistics, cotangent, scale, gradients);
+  Stored<A> cotangent = bar.stored;
+  A scale = 1;
+  if (bar.terms.count == 1) cotangent = bar.terms.term[0], scale = bar.terms.coef[0];
+  if (bar.terms.count > 1) combine_maps<A>(plane_of(which), blocks, out, bar.terms), cotangent = out;
+  settle(which, s.map, s.origin, s.unit, trace.statistics, cotangent, scale, gradients);
   const NormRows<A> rows = rows_of(which, trace.statistics, spec.norms[which].measured());
   const View<A>& guide = y ? trace.guide.y : trace.guide.z;
   each_band(plane_of(which), [&](const Plane<A>& band, int64_t at) {
     const View<A> to = band_of(out, !spec.tiles || spec.gamma != 0, band, at);
     pull_slope<A>(band, blocks, rows, spec.act, sign * scale, below(guide, at), below(signs, at),
-                  {below(s.map, at), s.origin, s.unit}, below(cotangent, at), to);
+                  {below(s.map, at), s.origin, s.unit}, read(which, cotangent, band, at, one_), to);
     if (spec.tiles) round(y, band, at, to, bar_);
   });
 }
 
 template <class A>
-void SkewPair<A>::add_weight_gradient(const Both<A>& point, const Trace<A>& trace, bool has_p, bool has_q,
+void SkewPair<A>::add_weight_gradient(const Point<A>& point, const Trace<A>& trace, bool has_p, bool has_q,
                                       A* gradient) const {
   if (has_p) feed(kPreZ, point.z, trace.statistics, false);
   const bool normalises = !spec.tiles && spec.shape.template narrow_gradient<A>();
@@ -248,15 +250,15 @@ void SkewPair<A>::add_weight_gradient(const Both<A>& point, const Trace<A>& trac
   GradientPair<A> pairs[2];
   int64_t count = 0;
   if (has_p) pairs[count++] = {z_hat_, p_};
-  if (has_q) pairs[count++] = {q_, normalises ? point.y : y_hat_};
+  if (has_q) pairs[count++] = {q_, normalises ? point.y.view : y_hat_};
   const NormRows<A> rows = rows_of(kPreY, trace.statistics);
   skew_weight_gradient<A>(spec.shape, pairs, count, has_q && normalises ? &rows : nullptr, gradient, scratch_, ahead);
 }
 
 template <class A>
-Want SkewPair<A>::pull(const Both<A>& point, const Trace<A>& trace, const Combine<A>& y_bar, const Combine<A>& z_bar,
-                       A* gradients, Want need, const Both<A>& to) const {
-  const bool has_p = trace.made.y && y_bar.count > 0, has_q = trace.made.z && z_bar.count > 0;
+Want SkewPair<A>::pull(const Point<A>& point, const Trace<A>& trace, const Cotangent<A>& y_bar,
+                       const Cotangent<A>& z_bar, A* gradients, Want need, const Both<A>& to) const {
+  const bool has_p = trace.made.y && y_bar.present(), has_q = trace.made.z && z_bar.present();
   if (has_p) pull_half(true, trace, y_bar, 1, gradients, p_);
   if (has_q) pull_half(false, trace, z_bar, -1, gradients, q_);
   if (gradients && spec.weight_at >= 0) add_weight_gradient(point, trace, has_p, has_q, gradients + spec.weight_at);
@@ -281,15 +283,15 @@ Want SkewPair<A>::pull(const Both<A>& point, const Trace<A>& trace, const Combin
 }
 
 template <class A>
-void SkewPair<A>::finish(bool y, const View<A>& point, const Trace<A>& trace, const View<A>& cotangent,
-                         const View<A>& out, const Combine<A>& combine, A* gradients) const {
+void SkewPair<A>::finish(bool y, const Stored<A>& point, const Trace<A>& trace, const View<A>& cotangent,
+                         const Stored<A>& out, const Combine<A>& combine, A* gradients) const {
   const int which = y ? kPreY : kPreZ;
   const NormRows<A> plain = rows_of(which, trace.statistics);
-  settle(which, {point, plain.mean, plain.rstd}, trace.statistics, cotangent, 1, gradients);
+  settle(which, point, plain.mean, plain.rstd, trace.statistics, cotangent, 1, gradients);
   const NormRows<A> rows = rows_of(which, trace.statistics, spec.norms[which].measured());
-  each_band(plane_of(which), [&](const Plane<A>& band, int64_t at) {
-    cotangent_last<A>(band, spec.norms[which].blocks(), rows, below(point, at), below(cotangent, at), below(out, at),
-                      below(combine, at));
+  write(y, out, [&](const Plane<A>& band, int64_t at, const View<A>& to) {
+    cotangent_last<A>(band, spec.norms[which].blocks(), rows, read(which, point, band, at, one_), below(cotangent, at),
+                      to, below(combine, at));
   });
 }
 

@@ -30,6 +30,26 @@ Combine<A> below(Combine<A> combine, int64_t y) {
   return combine;
 }
 
+// A map of the program's type or, where `rounded` is set, one stored in bfloat16: widened and rounded band by band.
+template <class A>
+struct Stored {
+  View<A> view = {};
+  View<bfloat16> rounded = {};
+
+  Stored() = default;
+  Stored(const View<A>& view) : view(view) {}
+  explicit Stored(const View<bfloat16>& rounded) : rounded(rounded) {}
+};
+
+// A band of its own.
+template <class A>
+View<A> compact_band(const Plane<A>& band, A* base) {
+  return {base, band.width * kLanes<A>, kLanes<A>, band.pixels() * kLanes<A>};
+}
+
+inline void widen_band(const Plane<float>& band, int64_t blocks, const View<bfloat16>& from, const View<float>& to);
+inline void round_band(const Plane<float>& band, int64_t blocks, const View<float>& from, const View<bfloat16>& to);
+
 // Reads a band of a map in channels_last from end to end, because that is faster than to wait for it block by block.
 template <class A>
 void touch(const Plane<A>& band, int64_t blocks, const View<A>& map) {

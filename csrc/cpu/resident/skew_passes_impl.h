@@ -13,6 +13,18 @@ inline Vec<A> row_at(const A* row, int64_t block) {
   return load<Vec<A>>(row + block * kLanes<A>);
 }
 
+inline void widen_band(const Plane<float>& band, int64_t blocks, const View<bfloat16>& from, const View<float>& to) {
+  for (int64_t y = 0; y < band.height; ++y)
+    for (int64_t x = 0; x < band.width; ++x)
+      for (int64_t b = 0; b < blocks; ++b) store<Vec<float>>(to.pixel_at(b, y, x), load_stored(from.pixel_at(b, y, x)));
+}
+
+inline void round_band(const Plane<float>& band, int64_t blocks, const View<float>& from, const View<bfloat16>& to) {
+  for (int64_t y = 0; y < band.height; ++y)
+    for (int64_t x = 0; x < band.width; ++x)
+      for (int64_t b = 0; b < blocks; ++b) store_stored(to.pixel_at(b, y, x), load<Vec<float>>(from.pixel_at(b, y, x)));
+}
+
 template <int count, class A>
 void advance_by(const Plane<A>& plane, int64_t blocks, const View<A>& base, const Slope<A>* slopes,
                 const View<A>& out) {
