@@ -221,8 +221,8 @@ class SkewPair {
   void make_y(const Trace<A>& trace, bool measured) const;
   // The means that the derivative of a norm needs, and the gradients of its parameters; the cotangent is scaled. The
   // norm's standardised input is (x - origin) * unit.
-  void settle(int which, const Stored<A>& x, const A* origin, const A* unit, const A* statistics,
-              const Stored<A>& cotangent, A scale, A* gradients) const;
+  void settle(int which, const Stored<A>& x, const A* origin, const A* unit, const Stored<A>& cotangent, A scale,
+              A* gradients) const;
   // out = sign times the cotangent of h for the cotangent `bar` of the slope.
   void pull_half(bool y, const Trace<A>& trace, const Cotangent<A>& bar, A sign, A* gradients,
                  const View<A>& out) const;

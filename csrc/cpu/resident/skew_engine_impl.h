@@ -314,10 +314,10 @@ class PairWorker {
   // What the convolutions ask for meanwhile, as it is needed.
   void expect(Ahead& ahead, int64_t n) {
     const bool late = backward_ && !gradients_;  // y is read at the end
-    if (late) y_.expect(ahead, n);
     if (!backward_) traces_.expect(true, pair_, ahead, n);
     if (need_.y) y_out_.expect(ahead, n);
     if (need_.z) z_out_.expect(ahead, n);
+    if (late) y_.expect(ahead, n);
     if (backward_) traces_.expect(true, pair_, ahead, n + 1);
     if (backward_ && kept_.y_signs) y_end_.expect(ahead, n + 1);
     if (backward_ && kept_.z_signs) z_end_.expect(ahead, n + 1);

@@ -187,20 +187,16 @@ void SkewPair<A>::evaluate(const Point<A>& point, Trace<A>& trace, Want want) co
 }
 
 template <class A>
-void SkewPair<A>::settle(int which, const Stored<A>& x, const A* origin, const A* unit, const A* statistics,
-                         const Stored<A>& cotangent, A scale, A* gradients) const {
+void SkewPair<A>::settle(int which, const Stored<A>& x, const A* origin, const A* unit, const Stored<A>& cotangent,
+                         A scale, A* gradients) const {
   const PairNorm<A>& norm = spec.norms[which];
   const bool parameters = gradients && (norm.weight_at >= 0 || norm.bias_at >= 0);
   if (!norm.measured() && !parameters) return;
   const int64_t lanes = norm.blocks() * kLanes<A>;
-  NormRows<A> rows = rows_of(which, statistics);
-  rows.mean = origin, rows.rstd = unit;
   std::fill(sums_, sums_ + 2 * lanes, A(0));
   each_band(plane_of(which), [&](const Plane<A>& band, int64_t y) {
-    const View<A> bar = read(which, cotangent, band, y, one_);
-    touch(band, norm.blocks(), bar);
-    tangent_sums<A>(band, norm.blocks(), rows, read(which, x, band, y, other_), bar, means_);
-    for (int64_t c = 0; c < 2 * lanes; ++c) sums_[c] += means_[c];
+    add_cotangent_sums<A>(band, norm.blocks(), {read(which, x, band, y, other_), origin, unit},
+                          read(which, cotangent, band, y, one_), sums_);
   });
   for (int64_t c = 0; parameters && c < norm.channels; ++c) {
     if (norm.bias_at >= 0) gradients[norm.bias_at + c] += scale * sums_[c];
@@ -225,7 +221,7 @@ void SkewPair<A>::pull_half(bool y, const Trace<A>& trace, const Cotangent<A>& b
   A scale = 1;
   if (bar.terms.count == 1) cotangent = bar.terms.term[0], scale = bar.terms.coef[0];
   if (bar.terms.count > 1) combine_maps<A>(plane_of(which), blocks, out, bar.terms), cotangent = out;
-  settle(which, s.map, s.origin, s.unit, trace.statistics, cotangent, scale, gradients);
+  settle(which, s.map, s.origin, s.unit, cotangent, scale, gradients);
   const NormRows<A> rows = rows_of(which, trace.statistics, spec.norms[which].measured());
   const View<A>& guide = y ? trace.guide.y : trace.guide.z;
   each_band(plane_of(which), [&](const Plane<A>& band, int64_t at) {
@@ -287,7 +283,7 @@ void SkewPair<A>::finish(bool y, const Stored<A>& point, const Trace<A>& trace, 
                          const Stored<A>& out, const Combine<A>& combine, A* gradients) const {
   const int which = y ? kPreY : kPreZ;
   const NormRows<A> plain = rows_of(which, trace.statistics);
-  settle(which, point, plain.mean, plain.rstd, trace.statistics, cotangent, 1, gradients);
+  settle(which, point, plain.mean, plain.rstd, cotangent, 1, gradients);
   const NormRows<A> rows = rows_of(which, trace.statistics, spec.norms[which].measured());
   write(y, out, [&](const Plane<A>& band, int64_t at, const View<A>& to) {
     cotangent_last<A>(band, spec.norms[which].blocks(), rows, read(which, point, band, at, one_), below(cotangent, at),

@@ -84,14 +84,18 @@ struct NarrowRows {
 
   // Row `at` of z: every product that falls on a pixel of it.
   void gather(A* scratch, int64_t at, const ConvJob<A>& job) const {
-    shape.in_channels <= 4 ? gather_as<typename VectorOf<A, 4 * sizeof(A)>::type>(scratch, at, job)
-                           : gather_as<Vec<A>>(scratch, at, job);
+    using Four = typename VectorOf<A, 4 * sizeof(A)>::type;
+    const bool few = shape.in_channels <= 4;
+    if (shape.stride == 1)
+      few ? gather_as<Four, 1>(scratch, at, job) : gather_as<Vec<A>, 1>(scratch, at, job);
+    else
+      few ? gather_as<Four, 2>(scratch, at, job) : gather_as<Vec<A>, 2>(scratch, at, job);
   }
 
   // The channels of a pixel fit into a V: the products of a tap lie where a long vector often straddles two lines.
-  template <class V>
+  template <class V, int64_t step>
   void gather_as(A* scratch, int64_t at, const ConvJob<A>& job) const {
-    const int64_t kernel = shape.kernel, step = shape.stride, pad = shape.halo();
+    const int64_t kernel = shape.kernel, pad = shape.halo();
     V inside = {};
     for (int64_t c = 0; c < shape.in_channels; ++c) inside[c] = 1;
     for (int64_t first = 0; first < step; ++first)
@@ -100,10 +104,11 @@ struct NarrowRows {
         for (int64_t ky = 0; ky < kernel; ++ky) {
           const int64_t from_y = at + pad - ky;
           if (from_y < 0 || from_y % step || from_y / step >= shape.height) continue;
+          const A* line = products(scratch, from_y / step, 0) + ky * kernel * shape.in_channels;
           for (int64_t kx = 0; kx < kernel; ++kx) {
             const int64_t from_x = x + pad - kx;
             if (from_x % step) continue;
-            const A* from = products(scratch, from_y / step, from_x / step) + (ky * kernel + kx) * shape.in_channels;
+            const A* from = line + from_x / step * taps + kx * shape.in_channels;
             FASTODE_UNROLL for (int64_t i = 0; i < unroll; ++i) sums[i] += load<V>(from + i * taps);
           }
         }

@@ -83,6 +83,17 @@ Signs<A> below(Signs<A> signs, int64_t y) {
 template <class A>
 void note_signs(const Plane<A>& plane, int64_t blocks, const View<A>& map, const Signs<A>& signs);
 
+// How a map says what a norm takes for its standardised input: (map - origin) * unit.
+template <class A>
+struct Standard {
+  View<A> map;
+  const A *origin, *unit;  // rows
+};
+
+// sums [2, channels] += the sum of the cotangent and of (x.map - x.origin) * x.unit times it, over a band.
+template <class A>
+void add_cotangent_sums(const Plane<A>& band, int64_t blocks, const Standard<A>& x, const View<A>& cotangent, A* sums);
+
 // coefficient * norm(s) for rows of the norm's statistics and parameters.
 template <class A>
 struct Slope {
@@ -96,13 +107,6 @@ inline constexpr int64_t kSlopes = 4;
 template <class A>
 void advance(const Plane<A>& plane, int64_t blocks, const View<A>& base, const Slope<A>* slopes, int64_t count,
              const View<A>& out);
-
-// How a map says what a norm takes for its standardised input: (map - origin) * unit.
-template <class A>
-struct Standard {
-  View<A> map;
-  const A *origin, *unit;  // rows
-};
 
 // out = factor * act' P(weight cotangent); P is that of the norm. act' is that of the guide or, where there are signs,
 // of any value with that sign.

@@ -68,6 +68,39 @@ void advance(const Plane<A>& plane, int64_t blocks, const View<A>& base, const S
   }
 }
 
+// Of `vectors` blocks at a time, whose channels of a pixel may lie side by side: a map in channels_last is read from
+// end to end.
+template <int vectors, class A>
+void add_cotangent_sums_of(const Plane<A>& band, int64_t blocks, int64_t b, const Standard<A>& s, const View<A>& given,
+                           A* sums) {
+  using V = Vec<A>;
+  const Standard<A> x = s;
+  const View<A> cotangent = given;
+  V origin[vectors], plain[vectors] = {}, weighted[vectors] = {};
+  for (int v = 0; v < vectors; ++v) origin[v] = row_at(x.origin, b + v);
+  for (int64_t row = 0; row < band.height; ++row)
+    for (int64_t column = 0; column < band.width; ++column) {
+      const A *at = x.map.pixel_at(b, row, column), *c = cotangent.pixel_at(b, row, column);
+      FASTODE_UNROLL for (int v = 0; v < vectors; ++v) {
+        const V value = load<V>(c + v * cotangent.block);
+        plain[v] += value;
+        weighted[v] += value * (load<V>(at + v * x.map.block) - origin[v]);
+      }
+    }
+  for (int v = 0; v < vectors; ++v) {
+    A *first = sums + (b + v) * kLanes<A>, *second = first + blocks * kLanes<A>;
+    store<V>(first, load<V>(first) + plain[v]);
+    store<V>(second, load<V>(second) + weighted[v] * row_at(x.unit, b + v));
+  }
+}
+
+template <class A>
+void add_cotangent_sums(const Plane<A>& band, int64_t blocks, const Standard<A>& x, const View<A>& cotangent, A* sums) {
+  int64_t b = 0;
+  for (; b + 4 <= blocks; b += 4) add_cotangent_sums_of<4>(band, blocks, b, x, cotangent, sums);
+  for (; b < blocks; ++b) add_cotangent_sums_of<1>(band, blocks, b, x, cotangent, sums);
+}
+
 template <class A>
 void note_signs(const Plane<A>& plane, int64_t blocks, const View<A>& map, const Signs<A>& signs) {
   using V = Vec<A>;
