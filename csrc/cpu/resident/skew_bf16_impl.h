@@ -302,18 +302,26 @@ int64_t SkewTiles::pitch() const {
 }
 
 int64_t SkewTiles::gradient_scratch() const {
-  const int64_t planes = shape_.stride * shape_.stride;
-  return planes * blocks_of<float>(shape_.in_channels) * kTileRows * pitch() +
+  if (shape_.stride == 1) return divide_up(tile_scratch_size(shape_.y_plane<float>(), part(), 1, 1), 2);
+  return 4 * blocks_of<float>(shape_.in_channels) * kTileRows * pitch() +
          blocks_of<float>(shape_.channels) * chunks() * kTileElements;
 }
 
 void SkewTiles::weight_gradient(const bfloat16* z, const bfloat16* y, float* gradient, bfloat16* scratch) const {
+  if (shape_.stride == 1) {  // where a TileMap is a Narrow map
+    const Plane<float> plane = shape_.y_plane<float>();
+    const auto view = [&](const bfloat16* map, int64_t channels) {
+      return Narrow(plane, channels, 1).view(const_cast<bfloat16*>(map));
+    };
+    const GradientPair<bfloat16> pair{view(z, shape_.in_channels), view(y, shape_.channels)};
+    return resident::weight_gradient(plane, part(), 1, &pair, 1, gradient, scratch);
+  }
   const TileScope scope;
   constexpr int64_t lanes = kLanes<float>;
   const int64_t in_blocks = blocks_of<float>(shape_.in_channels), out_blocks = blocks_of<float>(shape_.channels);
-  const int64_t planes = shape_.stride * shape_.stride, pitch = this->pitch(), chunks = this->chunks();
+  const int64_t pitch = this->pitch(), chunks = this->chunks();
   bfloat16* to = scratch;
-  for (int64_t plane = 0; plane < planes; ++plane)
+  for (int64_t plane = 0; plane < 4; ++plane)
     for (int64_t b = 0; b < in_blocks; ++b, to += kTileRows * pitch) {
       const bfloat16* block = z + plane * z_.size + b * lanes;
       for (int64_t p = 0; p < pitch; p += kTileDepth) {
@@ -330,12 +338,12 @@ void SkewTiles::weight_gradient(const bfloat16* z, const bfloat16* y, float* gra
       std::memcpy(to, &pairs, sizeof(pairs));
     }
 
-  const int64_t kernel = shape_.kernel, pad = shape_.halo(), block = chunks * kTileElements;
+  const int64_t kernel = shape_.kernel, block = chunks * kTileElements;
   const int64_t out_stride = in_blocks * kernel * kernel * lanes * lanes;
   TapRun run{scratch, cotangents, 1, 0, 0, chunks, pitch * 2, block, kernel * lanes * 4};
   // Which plane tap k meets, and which row or column of it.
-  const auto parity_of = [&](int64_t k) { return shape_.stride == 1 ? 0 : (k + 1) % 2; };
-  const auto shift_of = [&](int64_t k) { return shape_.stride == 1 ? k - pad : (k + 1) / 2 - 1; };
+  const auto parity_of = [](int64_t k) { return (k + 1) % 2; };
+  const auto shift_of = [](int64_t k) { return (k + 1) / 2 - 1; };
   const auto walk = [&](auto many, auto group) {
     constexpr int M = many(), N = group();
     for (int64_t ob = 0; ob < out_blocks; ob += N, run.cotangent += N * block) {
@@ -344,7 +352,7 @@ void SkewTiles::weight_gradient(const bfloat16* z, const bfloat16* y, float* gra
       for (int64_t ib = 0; ib < in_blocks; ++ib)
         for (int64_t ky = 0; ky < kernel; ++ky)
           for (int64_t kx = 0; kx < kernel; ++kx) {
-            const int64_t plane = parity_of(ky) * shape_.stride + parity_of(kx);
+            const int64_t plane = 2 * parity_of(ky) + parity_of(kx);
             offset[filled] =
                 (plane * in_blocks + ib) * kTileRows * pitch + z_.origin + shift_of(ky) * z_.row + shift_of(kx);
             sums[filled] = gradient + ob * out_stride + ((ib * kernel + ky) * lanes * kernel + kx) * lanes;
