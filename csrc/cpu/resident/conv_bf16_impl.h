@@ -45,48 +45,64 @@ struct TileRun {
   const bfloat16* weights;
 };
 
+template <int count>
+inline void zero_sums() {
+  tile_zero<0>();
+  if constexpr (count > 1) tile_zero<1>();
+  if constexpr (count > 2) tile_zero<2>();
+  if constexpr (count > 3) tile_zero<3>();
+}
+
+template <int count>
+inline void store_sums(float* sums) {
+  tile_store<0>(sums, 64);
+  if constexpr (count > 1) tile_store<1>(sums + kSumElements, 64);
+  if constexpr (count > 2) tile_store<2>(sums + 2 * kSumElements, 64);
+  if constexpr (count > 3) tile_store<3>(sums + 3 * kSumElements, 64);
+}
+
+// sums += the products of M tiles of 16 positions, `offset` behind in[m], with N tiles of weights.
+template <int M, int N>
+inline void multiply_step(const bfloat16* weights, const bfloat16* const* in, int64_t offset, int64_t position_bytes) {
+  static_assert(M * N <= 4 && N <= 2);
+  constexpr int b = 4;
+  tile_load<b>(weights, 64);
+  if constexpr (N == 2) tile_load<b + 1>(weights + kTileElements, 64);
+  tile_load<6>(in[0] + offset, position_bytes);
+  tile_multiply<0, 6, b>();
+  if constexpr (N == 2) tile_multiply<1, 6, b + 1>();
+  if constexpr (M > 1) {
+    tile_load<7>(in[1] + offset, position_bytes);
+    tile_multiply<N, 7, b>();
+    if constexpr (N == 2) tile_multiply<N + 1, 7, b + 1>();
+  }
+  if constexpr (M > 2) {
+    tile_load<5>(in[2] + offset, position_bytes);
+    tile_multiply<2, 5, b>();
+  }
+  if constexpr (M > 3) {
+    tile_load<6>(in[3] + offset, position_bytes);
+    tile_multiply<3, 6, b>();
+  }
+}
+
 // sums [M][N] tiles: of M times 16 positions, from in[m], and N times 16 output channels. Calls beside() at every step,
 // for what the core can do while the tiles multiply.
 template <int M, int N, class F>
 void multiply(const TileRun& run, const bfloat16* const* in, float* sums, const F& beside) {
-  static_assert(M * N <= 4 && N <= 2);
-  constexpr int b = 4;
-  tile_zero<0>();
-  if constexpr (M * N > 1) tile_zero<1>();
-  if constexpr (M * N > 2) tile_zero<2>();
-  if constexpr (M * N > 3) tile_zero<3>();
+  zero_sums<M * N>();
   const int64_t kernel_row = run.steps.wide * N * kTileElements;
   for (int64_t block = 0; block < run.steps.blocks; ++block) {
     const bfloat16* weights = run.weights + (block * run.steps.high + run.first) * kernel_row;
     for (int64_t y = run.first; y < run.last; ++y) {
       int64_t offset = block * kTileDepth + y * run.row;
       for (int64_t x = 0; x < run.steps.wide; ++x, offset += run.step, weights += N * kTileElements) {
-        tile_load<b>(weights, 64);
-        if constexpr (N == 2) tile_load<b + 1>(weights + kTileElements, 64);
-        tile_load<6>(in[0] + offset, run.position_bytes);
-        tile_multiply<0, 6, b>();
-        if constexpr (N == 2) tile_multiply<1, 6, b + 1>();
-        if constexpr (M > 1) {
-          tile_load<7>(in[1] + offset, run.position_bytes);
-          tile_multiply<N, 7, b>();
-          if constexpr (N == 2) tile_multiply<N + 1, 7, b + 1>();
-        }
-        if constexpr (M > 2) {
-          tile_load<5>(in[2] + offset, run.position_bytes);
-          tile_multiply<2, 5, b>();
-        }
-        if constexpr (M > 3) {
-          tile_load<6>(in[3] + offset, run.position_bytes);
-          tile_multiply<3, 6, b>();
-        }
+        multiply_step<M, N>(weights, in, offset, run.position_bytes);
         beside();
       }
     }
   }
-  tile_store<0>(sums, 64);
-  if constexpr (M * N > 1) tile_store<1>(sums + kSumElements, 64);
-  if constexpr (M * N > 2) tile_store<2>(sums + 2 * kSumElements, 64);
-  if constexpr (M * N > 3) tile_store<3>(sums + 3 * kSumElements, 64);
+  store_sums<M * N>(sums);
 }
 
 // The positions of a Narrow map in tiles of 16: cut out of its rows if they divide them, else out of the rows and their

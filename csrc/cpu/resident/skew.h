@@ -142,7 +142,7 @@ class SkewPair {
     each_band(y ? y_plane : z_plane, [&](const Plane<A>& band, int64_t at) {
       if constexpr (std::is_same_v<A, float>)
         if (out.rounded.at) {
-          const View<A> to = compact_band(band, band_);
+          const View<A> to = band.compact(band_);
           f(band, at, to);
           return round_band(band, blocks, to, below(out.rounded, at));
         }
@@ -190,13 +190,13 @@ class SkewPair {
   void take_tiles(Arena& arena, bool backward);
   // A band of what a pass writes for tiles to read: of the map where that is kept whole, else of a scratch.
   View<A> band_of(const View<A>& map, bool whole, const Plane<A>& band, int64_t at) const {
-    return whole ? below(map, at) : compact_band(band, band_);
+    return whole ? below(map, at) : band.compact(band_);
   }
   // A band of a map of either half; one that has to be widened lies at `scratch` then.
   View<A> read(int which, const Stored<A>& map, const Plane<A>& band, int64_t at, A* scratch) const {
     if constexpr (std::is_same_v<A, float>)
       if (map.rounded.at) {
-        const View<A> to = compact_band(band, scratch);
+        const View<A> to = band.compact(scratch);
         widen_band(band, spec.norms[which].blocks(), below(map.rounded, at), to);
         return to;
       }

@@ -20,42 +20,17 @@ constexpr int64_t kSoon = 4;  // lines of the next maps that are asked for at a 
 // As multiply(), of rows of taps that lie anywhere.
 template <int M, int N>
 void multiply_rows(const RowRun& run, const bfloat16* const* in, float* sums) {
-  static_assert(M * N <= 4 && N <= 2);
-  constexpr int b = 4;
-  tile_zero<0>();
-  if constexpr (M * N > 1) tile_zero<1>();
-  if constexpr (M * N > 2) tile_zero<2>();
-  if constexpr (M * N > 3) tile_zero<3>();
+  zero_sums<M * N>();
   const bfloat16* weights = run.weights;
   const char* soon = run.ahead ? run.ahead->take(static_cast<int64_t>(run.rows.size()) * run.wide * kSoon) : nullptr;
   const int64_t soon_step = soon ? Ahead::line : 0;
   if (!soon) soon = reinterpret_cast<const char*>(weights);
   for (int64_t offset : run.rows)
     for (int64_t x = 0; x < run.wide; ++x, offset += run.step, weights += N * kTileElements) {
-      tile_load<b>(weights, 64);
-      if constexpr (N == 2) tile_load<b + 1>(weights + kTileElements, 64);
       FASTODE_UNROLL for (int i = 0; i < kSoon; ++i, soon += soon_step) __builtin_prefetch(soon, 0, 2);
-      tile_load<6>(in[0] + offset, run.pixel_bytes);
-      tile_multiply<0, 6, b>();
-      if constexpr (N == 2) tile_multiply<1, 6, b + 1>();
-      if constexpr (M > 1) {
-        tile_load<7>(in[1] + offset, run.pixel_bytes);
-        tile_multiply<N, 7, b>();
-        if constexpr (N == 2) tile_multiply<N + 1, 7, b + 1>();
-      }
-      if constexpr (M > 2) {
-        tile_load<5>(in[2] + offset, run.pixel_bytes);
-        tile_multiply<2, 5, b>();
-      }
-      if constexpr (M > 3) {
-        tile_load<6>(in[3] + offset, run.pixel_bytes);
-        tile_multiply<3, 6, b>();
-      }
+      multiply_step<M, N>(weights, in, offset, run.pixel_bytes);
     }
-  tile_store<0>(sums, 64);
-  if constexpr (M * N > 1) tile_store<1>(sums + kSumElements, 64);
-  if constexpr (M * N > 2) tile_store<2>(sums + 2 * kSumElements, 64);
-  if constexpr (M * N > 3) tile_store<3>(sums + 3 * kSumElements, 64);
+  store_sums<M * N>(sums);
 }
 
 // out = combine(sums) on `count` neighbouring pixels.
@@ -145,8 +120,8 @@ inline Words pair_at(const bfloat16* block, int64_t p, int64_t end, int64_t dept
 }
 
 struct TapRun {
-  const bfloat16 *in, *cotangent;  // of the first pair
-  int64_t pairs, in_pair, cotangent_pair, chunks, in_bytes, cotangent_block, gradient_bytes;
+  const bfloat16 *in, *cotangent;
+  int64_t chunks, in_bytes, cotangent_block, gradient_bytes;
 };
 
 // Adds M x N tiles: of 16 input channels at one tap each, from offset[m] of the input, times N times 16 output
@@ -160,23 +135,21 @@ void add_taps(const TapRun& run, const int64_t* offset, float* const* gradient, 
   if constexpr (M > 1) tile_load<N>(gradient[1], run.gradient_bytes);
   if constexpr (M > 1 && N == 2) tile_load<N + 1>(gradient[1] + out_stride, run.gradient_bytes);
   if constexpr (M > 2) tile_load<2>(gradient[2], run.gradient_bytes);
-  for (int64_t n = 0; n < run.pairs; ++n) {
-    const bfloat16 *in = run.in + n * run.in_pair, *cotangent = run.cotangent + n * run.cotangent_pair;
-    for (int64_t k = 0; k < run.chunks; ++k, in += kTileDepth, cotangent += kTileElements) {
-      tile_load<b>(cotangent, 64);
-      if constexpr (N == 2) tile_load<b + 1>(cotangent + run.cotangent_block, 64);
-      tile_load<6>(in + offset[0], run.in_bytes);
-      tile_multiply<0, 6, b>();
-      if constexpr (N == 2) tile_multiply<1, 6, b + 1>();
-      if constexpr (M > 1) {
-        tile_load<7>(in + offset[1], run.in_bytes);
-        tile_multiply<N, 7, b>();
-        if constexpr (N == 2) tile_multiply<N + 1, 7, b + 1>();
-      }
-      if constexpr (M > 2) {
-        tile_load<5>(in + offset[2], run.in_bytes);
-        tile_multiply<2, 5, b>();
-      }
+  const bfloat16 *in = run.in, *cotangent = run.cotangent;
+  for (int64_t k = 0; k < run.chunks; ++k, in += kTileDepth, cotangent += kTileElements) {
+    tile_load<b>(cotangent, 64);
+    if constexpr (N == 2) tile_load<b + 1>(cotangent + run.cotangent_block, 64);
+    tile_load<6>(in + offset[0], run.in_bytes);
+    tile_multiply<0, 6, b>();
+    if constexpr (N == 2) tile_multiply<1, 6, b + 1>();
+    if constexpr (M > 1) {
+      tile_load<7>(in + offset[1], run.in_bytes);
+      tile_multiply<N, 7, b>();
+      if constexpr (N == 2) tile_multiply<N + 1, 7, b + 1>();
+    }
+    if constexpr (M > 2) {
+      tile_load<5>(in + offset[2], run.in_bytes);
+      tile_multiply<2, 5, b>();
     }
   }
   tile_store<0>(gradient[0], run.gradient_bytes);
@@ -340,7 +313,7 @@ void SkewTiles::weight_gradient(const bfloat16* z, const bfloat16* y, float* gra
 
   const int64_t kernel = shape_.kernel, block = chunks * kTileElements;
   const int64_t out_stride = in_blocks * kernel * kernel * lanes * lanes;
-  TapRun run{scratch, cotangents, 1, 0, 0, chunks, pitch * 2, block, kernel * lanes * 4};
+  TapRun run{scratch, cotangents, chunks, pitch * 2, block, kernel * lanes * 4};
   // Which plane tap k meets, and which row or column of it.
   const auto parity_of = [](int64_t k) { return (k + 1) % 2; };
   const auto shift_of = [](int64_t k) { return (k + 1) / 2 - 1; };

@@ -85,14 +85,6 @@ class Port {
 
  private:
   bool has_vectors() const { return feature_.channel == 1 && feature_.channels % kLanes<A> == 0; }
-  // Calls f with the number of channels where they are so few that a loop over them takes longer than what is in it.
-  template <class F>
-  static bool with_few(int64_t channels, const F& f) {
-    if (channels == 1) return f(std::integral_constant<int, 1>{}), true;
-    if (channels == 2) return f(std::integral_constant<int, 2>{}), true;
-    if (channels == 3) return f(std::integral_constant<int, 3>{}), true;
-    return false;
-  }
   // Calls f(the channels of a pixel of sample n, those of its copy) for every pixel.
   template <class T, class F>
   void each_pixel(const Feature<T>& map, int64_t n, const F& f) const {
@@ -109,7 +101,7 @@ class Port {
         for (int c = 0; c < channels(); ++c) target[c] = to_accumulator<A>(source[c * from.channel]);
       });
     };
-    if (with_few(from.channels, load_few)) return;
+    if (with_few<3>(from.channels, load_few)) return;
     load_sample<A, T>(
         plane_, {from.data, from.channels, from.height, from.width, from.sample, from.channel, from.row, from.pixel}, n,
         copy_);
@@ -122,7 +114,7 @@ class Port {
         for (int c = 0; c < channels(); ++c) target[c * to.channel] = to_storage<T>(source[c]);
       });
     };
-    if (!with_few(to.channels, store_few)) store_sample(plane_, copy_, to, n);
+    if (!with_few<3>(to.channels, store_few)) store_sample(plane_, copy_, to, n);
   }
 
   Feature<A> feature_;

@@ -232,7 +232,7 @@ void narrow_weight_gradient(const SkewShape& shape, const GradientPair<A>* pairs
     View<A> cotangents[2];
     for (int64_t n = 0; n < count; ++n) cotangents[n] = below(pairs[n].cotangent, at);
     if (norm) {
-      const View<A> here = Plane<A>(band.height, band.width, 0).compact(scratch);
+      const View<A> here = band.compact(scratch);
       apply<A>(band, blocks, *norm, {}, cotangents[count - 1], here, {});
       cotangents[count - 1] = here;
     }

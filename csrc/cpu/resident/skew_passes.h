@@ -30,6 +30,17 @@ Combine<A> below(Combine<A> combine, int64_t y) {
   return combine;
 }
 
+// Calls f with the number of channels, known to the compiler, where there are at most `most`; returns whether. A loop
+// over so few takes longer than what is in it.
+template <int most, class F>
+bool with_few(int64_t channels, const F& f) {
+  if constexpr (most > 0) {
+    if (channels == most) return f(std::integral_constant<int, most>{}), true;
+    return with_few<most - 1>(channels, f);
+  }
+  return false;
+}
+
 // A map of the program's type or, where `rounded` is set, one stored in bfloat16: widened and rounded band by band.
 template <class A>
 struct Stored {
@@ -40,12 +51,6 @@ struct Stored {
   Stored(const View<A>& view) : view(view) {}
   explicit Stored(const View<bfloat16>& rounded) : rounded(rounded) {}
 };
-
-// A band of its own.
-template <class A>
-View<A> compact_band(const Plane<A>& band, A* base) {
-  return {base, band.width * kLanes<A>, kLanes<A>, band.pixels() * kLanes<A>};
-}
 
 inline void widen_band(const Plane<float>& band, int64_t blocks, const View<bfloat16>& from, const View<float>& to);
 inline void round_band(const Plane<float>& band, int64_t blocks, const View<float>& from, const View<bfloat16>& to);

@@ -234,22 +234,13 @@ struct FewChannels {
   }
 };
 
-// Calls f(FewChannels) where there are few channels; returns whether.
-template <class A, class F, int in_channels = kLanes<A> / 2>
-bool with_few_channels(int64_t channels, const F& f) {
-  if constexpr (in_channels > 0) {
-    if (channels == in_channels) return f(FewChannels<A, in_channels>{}), true;
-    return with_few_channels<A, F, in_channels - 1>(channels, f);
-  }
-  return false;
-}
-
 template <class A>
 void repeat_channels(const Plane<A>& plane, int64_t in_channels, int64_t channels, int64_t stride, const View<A>& in,
                      const View<A>& out) {
   using V = Vec<A>;
   constexpr int64_t lanes = kLanes<A>;
-  if (with_few_channels<A>(in_channels, [&](auto few) { few.repeat(plane, channels, stride, in, out); })) return;
+  const auto few = [&](auto count) { FewChannels<A, count()>::repeat(plane, channels, stride, in, out); };
+  if (with_few<lanes / 2>(in_channels, few)) return;
   A row[kMostRepeated + 2 * lanes];
   each_repeated(plane, in_channels, channels, [&](int64_t y, int64_t x, int64_t in_blocks, int64_t end) {
     for (int64_t b = 0; b < in_blocks; ++b) store<V>(row + b * lanes, load<V>(in.pixel_at(b, y * stride, x * stride)));
@@ -267,7 +258,8 @@ void add_repeated(const Plane<A>& plane, int64_t in_channels, int64_t channels, 
                   const View<A>& out) {
   using V = Vec<A>;
   constexpr int64_t lanes = kLanes<A>;
-  if (with_few_channels<A>(in_channels, [&](auto few) { few.add(plane, channels, stride, in, out); })) return;
+  const auto few = [&](auto count) { FewChannels<A, count()>::add(plane, channels, stride, in, out); };
+  if (with_few<lanes / 2>(in_channels, few)) return;
   A row[kMostRepeated + 2 * lanes];
   each_repeated(plane, in_channels, channels, [&](int64_t y, int64_t x, int64_t in_blocks, int64_t end) {
     std::fill(row, row + in_channels + lanes, A(0));
