@@ -34,7 +34,7 @@ def prebuild(package: Path) -> None:
     if importlib.util.find_spec("torch") is None:
         sys.exit("FASTODE_PREBUILD=1 compiles against the installed torch: add --no-build-isolation")
     # By path: importing fastode itself would run more of the package than a build should.
-    spec = importlib.util.spec_from_file_location("fastode_toolchain", HERE / "fastode" / "_toolchain.py")
+    spec = importlib.util.spec_from_file_location("fastode_toolchain", HERE / "fastode" / "native" / "toolchain.py")
     assert spec is not None
     assert spec.loader is not None
     toolchain = importlib.util.module_from_spec(spec)

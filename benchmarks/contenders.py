@@ -168,9 +168,10 @@ def engines(block: nn.Module, inputs: Inputs) -> dict[str, str]:
         block: a reference block.
         inputs: its inputs.
     """
-    from fastode import _dispatch
+    from fastode.dispatch import choice
+    from fastode.dispatch.engines import NAMES
 
-    names = [name for name in _dispatch.ENGINES if name not in ("auto", "reference")]
+    names = [name for name in NAMES if name not in ("auto", "reference")]
     try:
         twin = _fused("auto", copy.deepcopy(block), inputs)
     except RuntimeWarning as warning:  # no compiler, or a build that failed
@@ -179,7 +180,7 @@ def engines(block: nn.Module, inputs: Inputs) -> dict[str, str]:
         return dict.fromkeys(names, f"{type(block).__name__} has no fused twin")
     reasons = {}
     for name in names:
-        able, reason = _dispatch.can_use(name, twin, inputs[0] if len(inputs) == 1 else inputs)
+        able, reason = choice.can_use(name, twin, inputs[0] if len(inputs) == 1 else inputs)
         reasons[name] = "" if able else reason
     return reasons
 

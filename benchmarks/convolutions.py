@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from fastode.branch import Activation, Norm
-from fastode.ops.skew_pair.engine import POST_Y, POST_Z, Pair
-from fastode.ops.triton import convolution, passes, skew
+from fastode.ops.fused import pair as fused_pair
+from fastode.ops.schemes.skew_pair.pair import POST_Y, POST_Z, Pair
+from fastode.ops.triton import convolution, passes
 
 RELU, SILU = 1, 6
 
@@ -165,17 +166,17 @@ def _of_pair(each: SkewPair, dtype: str) -> dict[str, Callable[[], Any]]:
 
     def forward(want_y: bool = True, want_z: bool = True) -> Any:
         halves = (
-            skew.slope_half(pair, POST_Y, y, z, weight, 1.0, want_y),
-            skew.slope_half(pair, POST_Z, z, y, weight, -1.0, want_z),
+            fused_pair.slope_half(pair, POST_Y, y, z, weight, 1.0, want_y),
+            fused_pair.slope_half(pair, POST_Z, z, y, weight, -1.0, want_z),
         )
-        return skew.launch_pair(pair, weight, *halves, codes)
+        return fused_pair.launch_pair(pair, weight, *halves, codes)
 
     def backward() -> Any:
         halves = (
-            skew.image_half(y.x, z.x, y, True, -0.1, True),
-            skew.image_half(z.x, y.x, z, True, 0.1, True),
+            fused_pair.image_half(y.x, z.x, y, True, -0.1, True),
+            fused_pair.image_half(z.x, y.x, z, True, 0.1, True),
         )
-        return skew.launch_pair(pair, weight, *halves, pull=True)
+        return fused_pair.launch_pair(pair, weight, *halves, pull=True)
 
     pairs = [(z, convolution.Operand(y.x)), (convolution.Operand(z.x), y)]
     return {

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from fastode import _build
+from fastode.native import operators
 
 from . import gpu_check, gpu_kernels, header, report, run, timing, workloads
 from .contenders import BASELINES
@@ -207,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if device.type == "cuda":  # with an index, as a tensor there has one
         device = torch.device("cuda", torch.cuda.current_device())
     with warnings.catch_warnings(record=True) as caught:  # without a C++ compiler there is still Triton
-        _build.load()
+        operators.load()
     if arguments.warm:
         part, parts = map(int, arguments.warm.split("/"))
         gpu_check.warm(device, measured(), part, parts)

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastode import _decisions, _dispatch
+from fastode.dispatch import decisions
+from fastode.dispatch.engines import NAMES
 from fastode.testing import compare_blocks
 
 from . import contenders, header, measure, timing, workloads
@@ -147,14 +148,14 @@ def random_blocks(report: Report, device: torch.device, deadline: float, most: i
         plain, fused = (block.to(device) for block in block_cases.make_pair(case))
         x = block_cases.make_input(case).to(device)
         named = {"case": block_cases.name_of(case), "precision": precision}
-        for engine in _dispatch.ENGINES[1:]:
+        for engine in NAMES[1:]:
             fused.engine = engine
             if engine == "reference" or not fused.why_not(engine, x):
                 rows.append(named | {"engine": engine} | judged(plain, fused, x, case["mode"]))
         if number % 20 == 0:
             report.write("random.json", {"header": header.header(device, "random"), "results": rows})
     report.write("random.json", {"header": header.header(device, "random"), "results": rows})
-    counts = {e: sum(row["engine"] == e for row in rows) for e in _dispatch.ENGINES[1:]}
+    counts = {e: sum(row["engine"] == e for row in rows) for e in NAMES[1:]}
     ran = ", ".join(f"{count} on {engine}" for engine, count in counts.items() if count)
     equal = sum(row["ok"] for row in rows)
     report.say(f"blocks of random shapes: {equal} of {len(rows)} comparisons equal ({ran or 'none was reached'})")
@@ -204,7 +205,7 @@ def workload_blocks(report: Report, device: torch.device, deadline: float, chose
 
 def trials(report: Report, device: torch.device, deadline: float, chosen: Sequence[Workload]) -> bool:
     """What "auto" decides for the workloads, in channels_last, kept as the package would ship it."""
-    before = _decisions.entries(device.index)
+    before = decisions.entries(device.index)
     for dtype, workload in itertools.product(DTYPES[:2], chosen):
         if time.monotonic() > deadline:
             break
@@ -213,27 +214,27 @@ def trials(report: Report, device: torch.device, deadline: float, chosen: Sequen
         for mode in workload.modes:
             module, own = contenders.fused("auto").make(block, inputs)
             workloads.work(module, own, mode).run()
-        report.write(_decisions.NAME, {_decisions.card(device.index): _decisions.entries(device.index)})
-    found = _decisions.entries(device.index)
+        report.write(decisions.NAME, {decisions.card(device.index): decisions.entries(device.index)})
+    found = decisions.entries(device.index)
     fresh = {key: entry for key, entry in found.items() if key not in before}
-    taken = {e: sum(entry["engine"] == e for entry in found.values()) for e in _dispatch.ENGINES[1:]}
+    taken = {e: sum(entry["engine"] == e for entry in found.values()) for e in NAMES[1:]}
     words = ", ".join(f"{engine} {count} times" for engine, count in taken.items() if count)
-    report.say(f"trials: {len(fresh)} made, {len(found)} known; taken: {words or 'none'}; see {_decisions.NAME}")
+    report.say(f"trials: {len(fresh)} made, {len(found)} known; taken: {words or 'none'}; see {decisions.NAME}")
     refused = sorted({f"{name}: {why}" for entry in found.values() for name, why in entry["refused"].items()})
     if refused:
         report.say("refused in trials: " + "; ".join(refused[:10]))
     return not refused
 
 
-def ship(folder: Path, package: Path = _decisions.PACKAGE) -> Path:
+def ship(folder: Path, package: Path = decisions.PACKAGE) -> Path:
     """Add the decisions of a run to those in the package.
 
     Args:
         folder: the results of the run.
         package: where the package's own file is.
     """
-    found = json.loads((folder / _decisions.NAME).read_text())
-    path = package / _decisions.NAME
+    found = json.loads((folder / decisions.NAME).read_text())
+    path = package / decisions.NAME
     known = json.loads(path.read_text()) if path.exists() else {}
     for card, entries in found.items():
         known.setdefault(card, {}).update(entries)

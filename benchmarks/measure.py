@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastode._dispatch import recording
+from fastode.dispatch.choice import recording
 from fastode.testing import Judge
 
 from . import contenders as contenders_module

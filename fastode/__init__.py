@@ -5,9 +5,10 @@ compiles nothing.
 """
 
 from . import branch, functional, nets, nn, reference, tableau
-from ._graphs import graphed
-from ._registry import register
-from .fuse import FusionReport, fuse, unfuse
+from .dispatch.registry import register
+from .fusion.graphs import graphed
+from .fusion.report import FusionReport
+from .fusion.swap import fuse, unfuse
 
 __version__ = "0.1.0"
 

@@ -12,7 +12,9 @@ import torch
 
 import fastode
 
-from . import _build, _decisions, _dispatch, _rule, _toolchain, _trial
+from .dispatch import choice, decisions, trial
+from .native import operators, toolchain
+from .ops.resident import rule as measured
 
 # The CPU features that a kernel of this project can make use of, by the names the Linux kernel gives them.
 _TELLING = (
@@ -45,29 +47,29 @@ def _info() -> int:
     for name, value in _machine():
         print(f"{name:<10}{value}")
     print("\nengines")
-    for engine, device, usable, reason in _dispatch.describe():
+    for engine, device, usable, reason in choice.describe():
         print(f"  {engine:<18}{device:<6}{'yes' if usable else 'no':<5}{reason}")
-    rule = _rule.current()
+    rule = measured.current()
     print(f'\nwhere "auto" takes resident before staged on the CPU ({rule.source})')
-    for name, line in rule.lines.items() if rule.measured else [("all blocks", _rule.DEFAULT)]:
+    for name, line in rule.lines.items() if rule.measured else [("all blocks", measured.DEFAULT)]:
         print(f"  {name:<32}{line.describe()}{f': {line.why}' if line.why else ''}")
     print('\nwhat "auto" takes on CUDA: the fastest in a trial on the card that is equal to the reference')
-    print(f"  {_decisions.path()}: {_decisions.count()} decisions; trials are {_trial.state()}")
+    print(f"  {decisions.path()}: {decisions.count()} decisions; trials are {trial.state()}")
     return 0
 
 
 def _machine() -> list[tuple[str, str]]:
     try:
-        command, version = _toolchain.compiler()
+        command, version = toolchain.compiler()
         compiler = f"{version.splitlines()[0]} ({' '.join(command)})"
-    except _toolchain.BuildError as error:
+    except toolchain.BuildError as error:
         compiler = f"none: {error}"
     try:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         triton = "none: it is not installed"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none: torch sees no CUDA device"
-    ready, where = _build.available()
+    ready, where = operators.available()
     return [
         ("fastode", f"{fastode.__version__} ({Path(fastode.__file__).parent})"),
         (
@@ -80,11 +82,11 @@ def _machine() -> list[tuple[str, str]]:
         ("GPU", device),
         (
             "CPU",
-            f"{_cpu_name()}: {', '.join(f for f in _TELLING if f in _toolchain.cpu_features()) or 'no known features'}",
+            f"{_cpu_name()}: {', '.join(f for f in _TELLING if f in toolchain.cpu_features()) or 'no known features'}",
         ),
         ("threads", str(torch.get_num_threads())),
         ("operators", f"{'ready' if ready else 'not ready'}: {where}"),
-        ("cache", str(_toolchain.cache_directory())),
+        ("cache", str(toolchain.cache_directory())),
     ]
 
 
@@ -99,9 +101,9 @@ def _build_now(*, load: bool) -> int:
     """Exit status 1, with the reason, when the operators cannot be had."""
     reason: str | None = None
     try:
-        where = _build.find_or_build()
-        reason = _build.load() if load else None
-    except _toolchain.BuildError as error:
+        where = operators.find_or_build()
+        reason = operators.load() if load else None
+    except toolchain.BuildError as error:
         reason = str(error)
     print(reason or f"the C++ operators are built: {where}", file=sys.stderr if reason else sys.stdout)
     return int(reason is not None)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import _check
+from . import checks
 
 Rows = tuple[tuple[float, ...], ...]
 
@@ -145,7 +145,7 @@ def euler(step_size: float) -> Tableau:
         >>> euler(0.1).beta
         ((0.1,),)
     """
-    _check.step_size(step_size)
+    checks.step_size(step_size)
     return Tableau("euler", alpha=((1.0,),), beta=((step_size,),), order=1)
 
 
@@ -168,8 +168,8 @@ def ark(a21: float = 0.25, b10: float = 1.0) -> Tableau:
         >>> ark(a21=0.0, b10=0.0).beta
         ((0.5,), (-0.25, 1.0))
     """
-    _check.finite("a21", a21)
-    _check.finite("b10", b10)
+    checks.finite("a21", a21)
+    checks.finite("b10", b10)
     alpha_21, beta_10 = _sigmoid(a21), _sigmoid(b10)
     if beta_10 == 0:
         raise ValueError(f"b10 must be a number whose sigmoid is above zero, got {b10}")
@@ -199,7 +199,7 @@ def _rows(argument: str, rows: Any) -> Rows:
         raise TypeError(f"{argument} must be rows of numbers, got {rows!r}")
     for row in rows:
         for value in row:
-            _check.finite(f"every entry of {argument}", value)
+            checks.finite(f"every entry of {argument}", value)
     return tuple(tuple(map(float, row)) for row in rows)
 
 
@@ -253,7 +253,7 @@ def _conditions(a: Rows, b: tuple[float, ...]) -> list[tuple[int, float, float]]
 
 def _check_order(order: Any, form: Callable[[Callable[[float], float]], tuple[Rows, tuple[float, ...]]]) -> None:
     """Refuse an order whose conditions fail; `form(function)` is (a, b) made of function(coefficient)."""
-    _check.steps(order, "order")
+    checks.steps(order, "order")
     (a, b), (magnitude_a, magnitude_b) = form(float), form(abs)
     step, magnitude_step = math.fsum(b), math.fsum(magnitude_b)
     for (p, side, gamma), (_, magnitude, _) in zip(

@@ -8,7 +8,8 @@ from collections.abc import Generator, Iterator
 import pytest
 import torch
 
-from fastode import _rule
+from fastode.dispatch import known
+from fastode.ops.resident import rule as measured
 
 NEEDS_GPU = "needs a CUDA device"
 
@@ -43,7 +44,8 @@ def _same_start(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The same random numbers for a test whatever ran before it, no test's thread count for the next, and no rule of
     choice that was measured on some machine.
     """
-    monkeypatch.setattr(_rule, "_rule", _rule.Rule({}, "a test", False))
+    known.forget()
+    monkeypatch.setattr(measured, "_rule", measured.Rule({}, "a test", False))
     threads = torch.get_num_threads()
     torch.manual_seed(0)
     yield

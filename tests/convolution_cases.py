@@ -183,7 +183,8 @@ def compare_statistics(found: Tensor, norm: Pointwise, x: Tensor, longest: int) 
 
 def check_pull(case: Case, device: str = "cpu") -> None:
     """The data gradient, through the norm and the activation of the convolution's input."""
-    from fastode.ops.triton import conv_sweeps, convolution
+    from fastode.ops.fused import sweeps
+    from fastode.ops.triton import convolution
 
     s = Sample(case, device)
     if s.operand.unit is None:
@@ -198,7 +199,7 @@ def check_pull(case: Case, device: str = "cpu") -> None:
         bars = pulled.bars
         out = pulled.operand.x
         if pulled.waits:
-            out = conv_sweeps.pull_set(pulled.operand, s.addends, _coefficients(s.coefs))
+            out = sweeps.pull_set(pulled.operand, s.addends, _coefficients(s.coefs))
     names = [("norm weight", s.norm_weight), ("norm bias", s.norm_bias)]
     asked = case["param_grads"] and case["norm"] != "none"
     assert bars is not None or not asked

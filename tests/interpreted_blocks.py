@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastode
 from benchmarks import kernels
-from fastode import _one_step, reference
-from fastode.ops import sweeps
+from fastode import reference
+from fastode.dispatch.engines import BY_NAME
 from fastode.ops.triton import launch, passes
 from fastode.testing import assert_blocks_equal, sample_input
 
@@ -43,9 +43,10 @@ def branch(norm: str, activation: str, channels: int = 4) -> nn.Sequential:
     return nn.Sequential(*(layer for unit in units for layer in unit))
 
 
-def fuse_convolutions(monkeypatch: pytest.MonkeyPatch, fused: bool) -> None:
-    """Run what the staged engine would with fused convolutions: those are for CUDA tensors, and here there are none."""
-    monkeypatch.setattr(_one_step, "Plan", lambda *rest, **options: sweeps.Plan(*rest, **(options | {"fused": fused})))
+def engine_of(monkeypatch: pytest.MonkeyPatch, fused: bool) -> str:
+    """The staged engine, or that of fused convolutions: it is for CUDA tensors, and here there are none."""
+    monkeypatch.setattr(BY_NAME["fused_convolution"], "devices", ("cpu", "cuda"))
+    return "fused_convolution" if fused else "staged"
 
 
 # A bfloat16 pre-activation on the other side of a kink would be no fault of a kernel: smooth activations.
@@ -66,10 +67,9 @@ def test_equal(
     activation: str,
     dtype: torch.dtype,
 ) -> None:
-    fuse_convolutions(monkeypatch, fused_convolutions)
     f = branch(norm, activation)
     plain, fused = (BLOCKS[block](m, copy.deepcopy(f)).to(dtype) for m in (reference, fastode.nn))
-    fused.engine = "staged"
+    fused.engine = engine_of(monkeypatch, fused_convolutions)
     assert_blocks_equal(plain, fused, sample_input(2, 4, 3, 5, dtype=dtype))
 
 
@@ -102,7 +102,7 @@ TRAFFIC = {
 
 @pytest.mark.parametrize(("block", "fused_convolutions"), TRAFFIC)
 def test_traffic(monkeypatch: pytest.MonkeyPatch, block: str, fused_convolutions: bool) -> None:
-    fuse_convolutions(monkeypatch, fused_convolutions)
+    engine = engine_of(monkeypatch, fused_convolutions)
     launches, moved, by_aten = [0, 0], [0.0, 0.0], [0.0, 0.0]
     backward = 0
     x = sample_input(2, 8, 3, 2).requires_grad_()
@@ -115,7 +115,7 @@ def test_traffic(monkeypatch: pytest.MonkeyPatch, block: str, fused_convolutions
         monkeypatch.setattr(module, "launch", counted)
     make = {"ie": lambda f: fastode.nn.IESkip(f, 1, 0.1), "ssp3": fastode.nn.SSP3}[block]
     fused = make(branch("group", "relu", 8))
-    fused.engine = "staged"
+    fused.engine = engine
     with Convolutions(x) as aten:
         y = fused(x)
         by_aten[0] = aten.moved

@@ -13,9 +13,10 @@ from test_skew import field_of, fused, pair_of_maps
 from torch import nn
 
 from benchmarks import kernels
-from fastode import _functional_skew, reference
-from fastode.ops.skew_pair.engine import Pair
-from fastode.ops.triton import conv_plan, launch, passes, skew
+from fastode import reference
+from fastode.dispatch.engines import BY_NAME
+from fastode.ops.fused import pair as fused_pair
+from fastode.ops.triton import conv_plan, launch, passes
 from fastode.testing import assert_blocks_equal
 
 
@@ -24,16 +25,17 @@ def _triton_operators() -> None:
     interpreting.use_operators()
 
 
-def fuse_convolutions(monkeypatch: pytest.MonkeyPatch, fused_convolutions: bool = True) -> None:
-    """Run what the staged engine would with fused convolutions: those are for CUDA tensors, and here there are none."""
-    monkeypatch.setattr(_functional_skew, "Pair", lambda *rest, **_: Pair(*rest, fused=fused_convolutions))
+def engine_of(monkeypatch: pytest.MonkeyPatch, fused_convolutions: bool = True) -> str:
+    """The staged engine, or that of fused convolutions: it is for CUDA tensors, and here there are none."""
+    monkeypatch.setattr(BY_NAME["fused_convolution"], "devices", ("cpu", "cuda"))
+    return "fused_convolution" if fused_convolutions else "staged"
 
 
 def together(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks to a sample, several samples to a block, and programs of both halves."""
     monkeypatch.setattr(conv_plan, "PIXELS", 16)
     monkeypatch.setattr(conv_plan, "PAIR_PIXELS", 16)
-    monkeypatch.setattr(skew, "on_tensor_cores", lambda dtype: True)
+    monkeypatch.setattr(fused_pair, "on_tensor_cores", lambda dtype: True)
 
 
 def apart(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,31 +68,31 @@ PAIRS.append((ieee, CASES[2], torch.float32))
 def test_pair_equals_reference(
     monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], None], case: tuple[Any, ...], dtype: torch.dtype
 ) -> None:
-    fuse_convolutions(monkeypatch)
+    engine = engine_of(monkeypatch)
     change(monkeypatch)
     caches = (conv_plan.pair_product, conv_plan.weight_product)
     for cached in caches:
         cached.cache_clear()
     field, maps = field_of(case, dtype)
-    assert_blocks_equal(field, fused(field), maps)
+    assert_blocks_equal(field, fused(field, engine), maps)
     if case[-2] == "batch":  # whose statistics are fixed then
-        assert_blocks_equal(field.eval(), fused(field), maps)
+        assert_blocks_equal(field.eval(), fused(field, engine), maps)
     for cached in caches:
         cached.cache_clear()
 
 
 def test_solution_equals_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     # Of whose slopes some are not wanted, and whose points are combinations.
-    fuse_convolutions(monkeypatch)
+    engine = engine_of(monkeypatch)
     field, (_, x) = field_of((2, 3, 2, 4, 2, 0.1, "tanh", "layer", 1), torch.bfloat16)
     block = reference.SOBlock(field, solver="midpoint", t1=0.8, steps=1)
-    assert_blocks_equal(block, fused(block), x)
+    assert_blocks_equal(block, fused(block, engine), x)
 
 
 def test_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
-    fuse_convolutions(monkeypatch)
+    engine = engine_of(monkeypatch)
     field, maps = field_of((3, 8, 1, 2, 3, 0.3, nn.Tanh, "group", 2), torch.float32)
-    assert_blocks_equal(field, fused(field), maps, autocast=torch.bfloat16)
+    assert_blocks_equal(field, fused(field, engine), maps, autocast=torch.bfloat16)
 
 
 # README.md of the Triton operators has these, forward and backward: launches, and the maps that they move.
@@ -104,9 +106,9 @@ TRAFFIC = {
 
 @pytest.mark.parametrize(("norm", "fused_convolutions"), TRAFFIC)
 def test_traffic(monkeypatch: pytest.MonkeyPatch, norm: str, fused_convolutions: bool) -> None:
-    fuse_convolutions(monkeypatch, fused_convolutions)
+    engine = engine_of(monkeypatch, fused_convolutions)
     launches, moved, backward = [0, 0], [0.0, 0.0], 0
-    field = fused(reference.SkewPair(8, 8, norm=norm))
+    field = fused(reference.SkewPair(8, 8, norm=norm), engine)
     y, z = (x.requires_grad_() for x in pair_of_maps(field, 2, 3, 2))
 
     def counted(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:

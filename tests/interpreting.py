@@ -16,7 +16,7 @@ import numpy as np
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
 
-from fastode import _build, _cuda
+from fastode.native import cuda, operators
 
 SOURCE = Path(__file__).parent.parent / "csrc" / "ops.cpp"
 _patch_tensor = interpreter._patch_lang_tensor
@@ -60,10 +60,10 @@ def _get_np_dtype(kind: Any) -> Any:
 
 def use_operators() -> None:
     """Make Triton's operators those of CPU tensors, defined as on a machine that cannot build the C++ library."""
-    if _build._state.path != SOURCE:
-        _cuda.define(SOURCE)
-        _cuda.implement("CPU")
-        _build._state.path = SOURCE  # what says that the operators are there
+    if operators._state.path != SOURCE:
+        cuda.define(SOURCE)
+        cuda.implement("CPU")
+        operators._state.path = SOURCE  # what says that the operators are there
 
 
 interpreter._patch_lang_tensor = _patch_lang_tensor

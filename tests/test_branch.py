@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from fastode import _check
+from fastode import checks
 from fastode.branch import TENSORS_PER_UNIT, Activation, Conv, Norm, Unit, channels, read
 from fastode.testing import compare_tensors
 
@@ -333,10 +333,10 @@ def test_whether_a_branch_keeps_the_size_is_known_beforehand(layers, size, kept)
     x = torch.randn(2, 8, *size)
     assert (branch(x).shape == x.shape) == kept
     if kept:
-        _check.keeps_shape(read(branch), x)
+        checks.keeps_shape(read(branch), x)
     else:
         with pytest.raises(ValueError, match=r"^branch must be a map that keeps the shape of x, got one that takes "):
-            _check.keeps_shape(read(branch), x)
+            checks.keeps_shape(read(branch), x)
 
 
 SINGLE = {
@@ -358,11 +358,11 @@ def test_one_value_for_each_set_is_refused_where_pytorch_does(name):
                 branch(x)
             except ValueError:
                 with pytest.raises(ValueError, match=message):
-                    _check.enough_values(read(branch), x)
+                    checks.enough_values(read(branch), x)
             else:
-                _check.enough_values(read(branch), x)
+                checks.enough_values(read(branch), x)
     with pytest.raises(ValueError, match=message):
-        _check.enough_values(read(nn.Sequential(norm)), torch.randn(shape))
+        checks.enough_values(read(nn.Sequential(norm)), torch.randn(shape))
 
 
 @pytest.mark.parametrize(
@@ -373,10 +373,10 @@ def test_reading_traces_without_a_graph_break(name):
 
     def call(x):
         reading = read(branch)
-        _check.feature_map("x", x, channels(reading.units))
-        _check.same_kind(x, reading.tensors)
-        _check.keeps_shape(reading, x)
-        _check.enough_values(reading, x)
+        checks.feature_map("x", x, channels(reading.units))
+        checks.same_kind(x, reading.tensors)
+        checks.keeps_shape(reading, x)
+        checks.enough_values(reading, x)
         return run(reading.units, reading.tensors, x)
 
     x = torch.randn(2, 8, 4, 4)

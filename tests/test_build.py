@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastode import _build, _toolchain
-from fastode._toolchain import BuildError
+from fastode.native import operators, toolchain
+from fastode.native.toolchain import BuildError
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 STUB = 'extern "C" __attribute__((visibility("default"))) int answer() { return ANSWER; }\n'
@@ -49,8 +49,8 @@ def compiler_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def package(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The stub in the place of the installed package, with nothing built or decided yet."""
-    monkeypatch.setattr(_build, "PACKAGE", root.parent)
-    monkeypatch.setattr(_build, "_state", _build._State())
+    monkeypatch.setattr(operators, "PACKAGE", root.parent)
+    monkeypatch.setattr(operators, "_state", operators._State())
     monkeypatch.setenv("FASTODE_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("FASTODE_CXXFLAGS", raising=False)
     return root.parent
@@ -74,29 +74,29 @@ CHANGES: dict[str, Callable[[Path, pytest.MonkeyPatch], object]] = {
     "a new header": lambda root, patch: (root / "cpu" / "new.h").write_text(""),
     "torch": lambda root, patch: patch.setattr(torch, "__version__", "2.99.0"),
     "python": lambda root, patch: patch.setattr(platform, "python_version", lambda: "3.99.0"),
-    "the compiler": lambda root, patch: patch.setattr(_toolchain, "compiler", lambda: (("g++",), "g++ 99")),
+    "the compiler": lambda root, patch: patch.setattr(toolchain, "compiler", lambda: (("g++",), "g++ 99")),
     "flags": lambda root, patch: patch.setenv("FASTODE_CXXFLAGS", "-DEXTRA"),
-    "CPU features": lambda root, patch: patch.setattr(_toolchain, "cpu_features", lambda: ("avx2",)),
+    "CPU features": lambda root, patch: patch.setattr(toolchain, "cpu_features", lambda: ("avx2",)),
 }
 
 
 @pytest.mark.parametrize("part", CHANGES)
 def test_the_key_changes_with(part: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = _toolchain.recipe(root).key
-    assert _toolchain.recipe(root).key == before
+    before = toolchain.recipe(root).key
+    assert toolchain.recipe(root).key == before
     CHANGES[part](root, monkeypatch)
-    assert _toolchain.recipe(root).key != before
+    assert toolchain.recipe(root).key != before
 
 
 def test_the_key_changes_with_the_instruction_set(root: Path) -> None:
-    assert _toolchain.recipe(root, ("-msse4.2",)).key != _toolchain.recipe(root).key
+    assert toolchain.recipe(root, ("-msse4.2",)).key != toolchain.recipe(root).key
 
 
 def test_the_key_does_not_depend_on_where_the_sources_lie_or_on_device_code(root: Path, tmp_path: Path) -> None:
-    before = _toolchain.recipe(root).key
+    before = toolchain.recipe(root).key
     moved = Path(shutil.copytree(root, tmp_path / "elsewhere"))
     (moved / "kernel.cu").write_text("")
-    assert _toolchain.recipe(moved).key == before
+    assert toolchain.recipe(moved).key == before
 
 
 # ---- building
@@ -105,22 +105,23 @@ def test_the_key_does_not_depend_on_where_the_sources_lie_or_on_device_code(root
 def test_a_build_is_made_once_and_again_when_the_sources_change(
     root: Path, tmp_path: Path, compiler_log: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    library = _toolchain.build(_toolchain.recipe(root), tmp_path / "cache")
+    library = toolchain.build(toolchain.recipe(root), tmp_path / "cache")
     assert answer(library) == 42
     said = capsys.readouterr().err
     assert said == f"fastode: building the C++ operators (2 files, once) into {tmp_path / 'cache'}\n"
     assert compiler_log.read_text().count("-shared") == 1
-    assert _toolchain.build(_toolchain.recipe(root), tmp_path / "cache") == library
+    assert toolchain.build(toolchain.recipe(root), tmp_path / "cache") == library
     assert compiler_log.read_text().count("-shared") == 1
     assert capsys.readouterr().err == ""
     (root / "cpu" / "answer.h").write_text("#define ANSWER 43\n")
-    assert answer(_toolchain.build(_toolchain.recipe(root), tmp_path / "cache")) == 43
+    assert answer(toolchain.build(toolchain.recipe(root), tmp_path / "cache")) == 43
 
 
 def test_two_processes_at_once_make_one_build(root: Path, tmp_path: Path, compiler_log: Path) -> None:
     cache = tmp_path / "cache"
     program = (
-        "import sys, pathlib; from fastode import _toolchain as t; print('ready', flush=True); sys.stdin.readline(); "
+        "import sys, pathlib; from fastode.native import toolchain as t; "
+        "print('ready', flush=True); sys.stdin.readline(); "
         f"print(t.build(t.recipe(pathlib.Path({str(root)!r})), pathlib.Path({str(cache)!r})))"
     )
     command, variables = [sys.executable, "-c", program], {**os.environ, "PYTHONPATH": str(CHECKOUT)}
@@ -145,19 +146,19 @@ def test_two_processes_at_once_make_one_build(root: Path, tmp_path: Path, compil
 
 def test_a_failed_build_names_the_error_and_leaves_no_library(root: Path, tmp_path: Path) -> None:
     (root / "cpu" / "other.cpp").write_text("int other() { return undeclared; }\n")
-    made = _toolchain.recipe(root)
+    made = toolchain.recipe(root)
     with pytest.raises(BuildError, match=r"other\.cpp:1:\d+: error: .*undeclared.*\(all of it: .*\.log\)"):
-        _toolchain.build(made, tmp_path / "cache", announce=False)
+        toolchain.build(made, tmp_path / "cache", announce=False)
     assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".lock", ".log"]
     assert "undeclared" in (tmp_path / "cache" / f"{made.key}.log").read_text()
 
 
 def test_what_a_killed_build_left_is_swept_away(root: Path, tmp_path: Path) -> None:
-    made = _toolchain.recipe(root)
+    made = toolchain.recipe(root)
     left_over = tmp_path / "cache" / f"{made.key}.half"
     left_over.mkdir(parents=True)
     (left_over / "ops.cpp.o").write_text("half")
-    library = _toolchain.build(made, tmp_path / "cache", announce=False)
+    library = toolchain.build(made, tmp_path / "cache", announce=False)
     assert answer(library) == 42
     assert not left_over.exists()
 
@@ -165,20 +166,20 @@ def test_what_a_killed_build_left_is_swept_away(root: Path, tmp_path: Path) -> N
 def test_a_cache_that_cannot_be_written_is_a_reason(root: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(BuildError, match=r"the cache directory .*file/cache cannot be used"):
-        _toolchain.build(_toolchain.recipe(root), tmp_path / "file" / "cache", announce=False)
+        toolchain.build(toolchain.recipe(root), tmp_path / "file" / "cache", announce=False)
 
 
 def test_the_lock_times_out_and_names_its_holder(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = _toolchain.recipe(root)
+    made = toolchain.recipe(root)
     lock = tmp_path / f"{made.key}.lock"
     monkeypatch.setenv("FASTODE_LOCK_TIMEOUT", "0.2")
     holder = f"process {os.getpid()} on {socket.gethostname()}"
     with (
-        _toolchain.locked(lock, timeout=0.0),
+        toolchain.locked(lock, timeout=0.0),
         pytest.raises(BuildError, match=rf"^{holder} has held the build lock .* for more than 0\.2 s$"),
     ):
-        _toolchain.build(made, tmp_path, announce=False)
-    with _toolchain.locked(lock, timeout=0.0):  # free again, and not by luck: the holder's name is gone as well
+        toolchain.build(made, tmp_path, announce=False)
+    with toolchain.locked(lock, timeout=0.0):  # free again, and not by luck: the holder's name is gone as well
         assert holder in lock.read_text()
     assert lock.read_text() == ""
 
@@ -187,41 +188,41 @@ def test_the_lock_times_out_and_names_its_holder(root: Path, tmp_path: Path, mon
 
 
 def test_a_prebuilt_library_comes_first_and_only_from_these_sources(package: Path) -> None:
-    libraries = _toolchain.build_ahead(package / "csrc", package)
-    assert [answer(library) for library in libraries] == [42] * len(_toolchain.levels())
-    best = _build.prebuilt()
+    libraries = toolchain.build_ahead(package / "csrc", package)
+    assert [answer(library) for library in libraries] == [42] * len(toolchain.levels())
+    best = operators.prebuilt()
     assert best in libraries
-    assert _build.find_or_build() == best
-    assert not _toolchain.cache_directory().exists()
-    assert _build.available() == (True, f"built ahead of time: {best}")
+    assert operators.find_or_build() == best
+    assert not toolchain.cache_directory().exists()
+    assert operators.available() == (True, f"built ahead of time: {best}")
     (package / "csrc" / "cpu" / "answer.h").write_text("#define ANSWER 43\n")
-    assert _build.prebuilt() is None
-    assert answer(_build.find_or_build(announce=False)) == 43
+    assert operators.prebuilt() is None
+    assert answer(operators.find_or_build(announce=False)) == 43
 
 
 def test_the_best_prebuilt_library_that_the_cpu_can_run_is_opened(
     package: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
-    levels = _toolchain.levels()
+    levels = toolchain.levels()
     assert [level.name for level in levels] == ["amx", "avx512", "avx2"]
     for level in levels:
-        (package / _toolchain.prebuilt_name(package / "csrc", level)).write_text("")
+        (package / toolchain.prebuilt_name(package / "csrc", level)).write_text("")
     for level in levels:
-        monkeypatch.setattr(_build, "cpu_features", lambda level=level: tuple(level.features))
-        assert _build.prebuilt() == package / _toolchain.prebuilt_name(package / "csrc", level)
-    monkeypatch.setattr(_build, "cpu_features", lambda: tuple(levels[-1].features - {"avx2"}))
-    assert _build.prebuilt() is None
+        monkeypatch.setattr(operators, "cpu_features", lambda level=level: tuple(level.features))
+        assert operators.prebuilt() == package / toolchain.prebuilt_name(package / "csrc", level)
+    monkeypatch.setattr(operators, "cpu_features", lambda: tuple(levels[-1].features - {"avx2"}))
+    assert operators.prebuilt() is None
 
 
 def test_each_level_has_the_instructions_that_its_name_says(root: Path) -> None:
     macros = {"amx": "__AMX_BF16__", "avx512": "__AVX512BW__", "avx2": "__AVX2__"}
-    command, _ = _toolchain.compiler()
-    for level in _toolchain.levels():
+    command, _ = toolchain.compiler()
+    for level in toolchain.levels():
         line = [*command, *level.flags, "-dM", "-E", "-x", "c++", os.devnull]
         defined = subprocess.run(line, capture_output=True, text=True, check=True).stdout
         assert {name for name, macro in macros.items() if macro in defined} == {
-            better.name for better in _toolchain.levels() if better.features <= level.features
+            better.name for better in toolchain.levels() if better.features <= level.features
         } - {"generic"}
 
 
@@ -239,7 +240,7 @@ def test_a_wheel_carries_the_sources_and_needs_no_compiler(tmp_path: Path) -> No
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     assert (tmp_path / "site" / "fastode" / "py.typed").exists()
     shipped = tmp_path / "site" / "fastode" / "csrc"
-    assert _toolchain.source_hash(shipped) == _toolchain.source_hash(CHECKOUT / "csrc")
+    assert toolchain.source_hash(shipped) == toolchain.source_hash(CHECKOUT / "csrc")
 
 
 # ---- what the package does with it
@@ -247,36 +248,36 @@ def test_a_wheel_carries_the_sources_and_needs_no_compiler(tmp_path: Path) -> No
 
 def test_the_operators_of_this_checkout_load() -> None:
     """Without this a machine on which nothing builds would compare the reference with itself and be green."""
-    assert _build.load() is None
-    assert _build.loaded()
-    assert _build.available()[0]
+    assert operators.load() is None
+    assert operators.loaded()
+    assert operators.available()[0]
 
 
 def test_a_failed_load_warns_once_and_is_not_tried_again(package: Path, compiler_log: Path) -> None:
     (package / "csrc" / "ops.cpp").write_text("#error not today\n")
     with pytest.warns(RuntimeWarning, match="runs its reference blocks.*not today") as caught:
-        reason = _build.load(announce=False)
+        reason = operators.load(announce=False)
     assert reason is not None
     assert len(caught) == 1
     runs = compiler_log.read_text()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert _build.load() == reason
+        assert operators.load() == reason
     assert compiler_log.read_text() == runs
-    assert _build.available() == (False, reason)
-    assert not _build.loaded()
+    assert operators.available() == (False, reason)
+    assert not operators.loaded()
 
 
 def test_neither_asking_nor_tracing_compiles(
     package: Path, compiler_log: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usable, reason = _build.available()
+    usable, reason = operators.available()
     assert not usable
     assert "not built yet" in reason
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert "before tracing" in str(_build.load())
+    assert "before tracing" in str(operators.load())
     assert "-shared" not in compiler_log.read_text()
-    assert not _toolchain.cache_directory().exists()
+    assert not toolchain.cache_directory().exists()
 
 
 def test_import_neither_compiles_nor_imports_triton(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from benchmarks import choose
-from fastode import _rule
-from fastode._rule import Line
+from fastode.ops.resident import rule as measured
+from fastode.ops.resident.rule import Line
 
 THREADS = 2
 FULL = 128
@@ -33,7 +33,7 @@ def grid(faster: Callable[[int, int], float], batches: tuple[int, ...] = (FULL,)
     ("faster", "line"),
     [
         (lambda c, s: 2.0, Line(256, 1024)),
-        (lambda c, s: 0.5, _rule.NEVER),
+        (lambda c, s: 0.5, measured.NEVER),
         (lambda c, s: 2.0 if c <= 64 else 0.5, Line(64, 1024)),
         (lambda c, s: 2.0 if c * s * s <= 16384 else 0.5, Line(256, 64)),
         (lambda c, s: 2.0 if s >= 8 else 0.5, Line(256, 1024, least_pixels=64)),
@@ -98,7 +98,7 @@ def test_the_plan_has_everything_once_and_what_is_used_most_first() -> None:
     # Wide channels on large and small maps, where weights and maps leave the caches, and the papers' own.
     assert set(choose.SHAPES) >= {(512, 4), (512, 8), (256, 4), (256, 8), (256, 16), (256, 32), (160, 8), (160, 32)}
     assert set(choose.SHAPES) >= {(16, 32), (32, 16), (64, 8), (128, 4), (64, 32)}
-    assert set(choose.BLOCKS) <= {f"{family} {norms}" for family in _rule.FAMILIES for norms in _rule.NORMS}
+    assert set(choose.BLOCKS) <= {f"{family} {norms}" for family in measured.FAMILIES for norms in measured.NORMS}
 
 
 @pytest.mark.parametrize("threads", [1, 2, 64])
@@ -115,7 +115,7 @@ def test_what_is_written_is_read_back_and_drawn_again(tmp_path: Path) -> None:
     found = {"ie sample float32": grid(lambda c, s: 2.0 if c <= 64 else 0.5), "skew_pair sample float64": {}}
     lines = choose.write(path, found, ["a shape: out of time"], THREADS)
     assert list(lines) == ["ie sample float32"] and "of 9 points faster" in lines["ie sample float32"].why
-    rule = _rule.read(path, _rule.cpu_kind())
+    rule = measured.read(path, measured.cpu_kind())
     assert rule.measured and rule.lines == lines
     content = json.loads(path.read_text())
     assert choose.rule_of(content["points"], THREADS) == lines
@@ -124,27 +124,27 @@ def test_what_is_written_is_read_back_and_drawn_again(tmp_path: Path) -> None:
 
 
 def test_the_recorded_rule_is_the_one_its_points_give() -> None:
-    if not _rule.PATH.exists():
-        assert _rule.read().source == "reasoned, not measured: there is no rule.json"
+    if not measured.PATH.exists():
+        assert measured.read().source == "reasoned, not measured: there is no rule.json"
         return
-    content = json.loads(_rule.PATH.read_text())
-    rule = _rule.read(kind=content["measured_on"]["kind"])
+    content = json.loads(measured.PATH.read_text())
+    rule = measured.read(kind=content["measured_on"]["kind"])
     assert rule.measured and rule.lines == choose.rule_of(content["points"], content["measured_on"]["threads"])
 
 
 def test_the_command_writes_the_rule_and_tells_of_what_is_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def measured(group: str, dtype: str, channels: int, size: int, threads: int) -> tuple[dict[str, choose.Point], str]:
+    def measure(group: str, dtype: str, channels: int, size: int, threads: int) -> tuple[dict[str, choose.Point], str]:
         if group == "ie batch":
             return {}, "NOT EQUAL: resident: output has 3 of what is allowed"
         return points({(channels, size, FULL): 3.0 if channels < 100 else 0.5}), ""
 
-    monkeypatch.setattr(choose, "measure", measured)
+    monkeypatch.setattr(choose, "measure", measure)
     path = tmp_path / "rule.json"
     arguments = ["--dtypes", "float32", "--out", str(path), "--groups"]
     assert choose.main([*arguments, "ie sample"]) == 0
-    assert _rule.read(path).line("ie", "sample", "float32").most_channels == 96
+    assert measured.read(path).line("ie", "sample", "float32").most_channels == 96
     assert any(line.endswith("beyond a loss") for line in json.loads(path.read_text())["left_out"])
     assert choose.main([*arguments, "ie batch", "ie sample"]) == 1
     assert "ie batch float32 16@32: NOT EQUAL: resident" in capsys.readouterr().out

@@ -11,22 +11,23 @@ from block_cases import FAMILIES, case_of, make_branch
 from torch import Tensor, nn
 
 import fastode
-from fastode import _build, _dispatch
+from fastode.dispatch import choice
+from fastode.native import operators
 from fastode.nn import SkewPair, SOBlock
+from fastode.ops import engine
 
 
 @pytest.fixture(autouse=True)
 def _meta_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _build.load(announce=False) is None
-    monkeypatch.setattr(_dispatch, "cannot_take", lambda inputs, tensors: "")
-    monkeypatch.setattr(_dispatch, "autocast_dtype", lambda x: None)
+    assert operators.load(announce=False) is None
+    monkeypatch.setattr(engine, "cannot_take", lambda call: "")
 
 
 def check_step(block: nn.Module, *shapes: tuple[int, ...]) -> None:
     """A training step of the block; everything it leaves is on the device."""
     block.to("meta").engine = "staged"
     inputs = [torch.empty(shape, device="meta", requires_grad=True) for shape in shapes]
-    with _dispatch.recording() as engines:
+    with choice.recording() as engines:
         outputs = block(*inputs)
     assert engines[block] == "staged"
     outputs = (outputs,) if isinstance(outputs, Tensor) else outputs

@@ -17,7 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from trial_bench import Bench, block, tf32_forbidden, trials_on_the_cpu, used  # noqa: F401 (a fixture)
 
 import fastode
-from fastode import _cuda, _decisions, _dispatch, _trial, functional, reference
+from fastode import functional, reference
+from fastode.dispatch import choice, decisions, trial
+from fastode.native import cuda
+from fastode.ops.engine import no_operators
 from fastode.reference.skew import skew_field
 from fastode.testing import compare_tensors, sample_input
 
@@ -69,7 +72,7 @@ class Fails(reference.ShuOsher):
 def test_an_engine_that_is_wrong_or_fails_is_not_taken(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, bad: type[nn.Module], verdict: str
 ) -> None:
-    as_twin = _trial._as_twin
+    as_twin = trial._as_twin
 
     def made(plain: nn.Module, engine: str) -> nn.Module:
         twin = as_twin(plain, engine)
@@ -77,7 +80,7 @@ def test_an_engine_that_is_wrong_or_fails_is_not_taken(
             twin.__class__ = bad
         return twin
 
-    monkeypatch.setattr(_trial, "_as_twin", made)
+    monkeypatch.setattr(trial, "_as_twin", made)
     if bad is Fails:  # it takes no further turn, and the clock tells by the turn whose it is
         bench.seconds = dict.fromkeys(bench.seconds, 0.001)
     module, x = block(), sample_input(2, 4, 3, 3)
@@ -104,17 +107,17 @@ def test_a_file_in_the_package_is_asked_too(bench: Bench, monkeypatch: pytest.Mo
     used(module, x)
     shipped = tmp_path / "package"
     shipped.mkdir()
-    _decisions.path().rename(shipped / _decisions.NAME)
-    versions = _decisions.versions()
-    monkeypatch.setattr(_decisions, "versions", lambda: versions)
-    monkeypatch.setattr(_decisions, "PACKAGE", shipped)
+    decisions.path().rename(shipped / decisions.NAME)
+    versions = decisions.versions()
+    monkeypatch.setattr(decisions, "versions", lambda: versions)
+    monkeypatch.setattr(decisions, "PACKAGE", shipped)
     bench.forget()
     assert used(module, x) == "resident" and len(bench.trials) == 1
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"card": 3}', ""])
 def test_a_broken_file_is_told_of_and_replaced(bench: Bench, text: str) -> None:
-    _decisions.path().write_text(text)
+    decisions.path().write_text(text)
     with pytest.warns(RuntimeWarning, match="fastode cannot read the decisions in .*decisions.json .*replace the file"):
         assert used(block(), sample_input(2, 4, 3, 3)) == "resident"
     assert len(bench.trials) == 1 and len(bench.decisions) == 1
@@ -125,10 +128,10 @@ def test_a_decision_that_cannot_be_used_is_made_again(bench: Bench) -> None:
     used(module, x)
     ((card, entries),) = bench.file.items()
     ((key, entry),) = entries.items()
-    _decisions.path().write_text(json.dumps({card: {key: entry | {"engine": "gone"}}}))
+    decisions.path().write_text(json.dumps({card: {key: entry | {"engine": "gone"}}}))
     bench.forget()
     assert used(module, x) == "resident" and len(bench.trials) == 2
-    _decisions.path().write_text(json.dumps({card: {key: {"winner": "staged"}}}))
+    decisions.path().write_text(json.dumps({card: {key: {"winner": "staged"}}}))
     bench.forget()
     with pytest.warns(RuntimeWarning, match="does not understand the decision"):
         assert used(module, x) == "resident"
@@ -148,10 +151,10 @@ def test_a_cache_that_cannot_be_written_is_told_of(
 
 WRITER = """
 import sys
-from fastode import _decisions
+from fastode.dispatch import decisions
 for i in range(15):
-    _decisions.remember(None, f"{sys.argv[1]} {i}", _decisions.Decision("staged", {}, {}, "2026-01-01"))
-    assert len(_decisions._load(_decisions.path())["no card, " + _decisions.versions()]) > i
+    decisions.remember(None, f"{sys.argv[1]} {i}", decisions.Decision("staged", {}, {}, "2026-01-01"))
+    assert len(decisions._load(decisions.path())["no card, " + decisions.versions()]) > i
 """
 
 
@@ -159,7 +162,7 @@ def test_processes_that_write_at_once_lose_nothing(bench: Bench) -> None:
     writers = [subprocess.Popen([sys.executable, "-c", WRITER, name], cwd=ROOT) for name in "abc"]
     assert [writer.wait(timeout=300) for writer in writers] == [0, 0, 0]
     assert sorted(bench.decisions) == sorted(f"{name} {i}" for name in "abc" for i in range(15))
-    assert {path.name for path in _decisions.path().parent.iterdir()} == {"decisions.json", "decisions.lock"}
+    assert {path.name for path in decisions.path().parent.iterdir()} == {"decisions.json", "decisions.lock"}
 
 
 def test_a_named_engine_needs_no_trial(bench: Bench) -> None:
@@ -171,10 +174,10 @@ def test_a_named_engine_needs_no_trial(bench: Bench) -> None:
 def test_no_trial_while_a_graph_is_captured_or_inside_a_trial(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     module, x = block(), sample_input(2, 4, 3, 3)
     with monkeypatch.context() as patch:
-        patch.setattr(_trial, "_capturing", lambda: True)
+        patch.setattr(trial, "_capturing", lambda: True)
         assert used(module, x) == "reference"
-    monkeypatch.setattr(_trial._state, "under_way", True, raising=False)
-    with _dispatch.recording() as engines:
+    monkeypatch.setattr(trial._state, "under_way", True, raising=False)
+    with choice.recording() as engines:
         module(x)
     assert bench.trials == [] and engines == {}  # what a trial runs is not reported either
 
@@ -292,7 +295,7 @@ def test_skew_blocks_are_tried_as_a_whole(bench: Bench) -> None:
     bench.seconds |= {"resident": 0.009}
     assert used(pair, y, y) == "staged" and used(solve, y) == "staged"
     keys = sorted(bench.decisions)
-    assert len(bench.trials) == 2 and keys[0].startswith("skew_pair ") and keys[1].startswith("skew_solution by rk4 ")
+    assert len(bench.trials) == 2 and keys[0].startswith("skew_pair, ") and keys[1].startswith("skew_solution by rk4 ")
     assert all(entry["refused"] == {} for entry in bench.decisions.values())
 
 
@@ -307,8 +310,8 @@ def test_a_triton_that_does_not_load_is_a_reason(monkeypatch: pytest.MonkeyPatch
     def fails(key: str = "CUDA") -> None:
         raise ImportError("no symbol\nof that name")
 
-    monkeypatch.setattr(_cuda, "_reason", None)
-    monkeypatch.setattr(_cuda, "why_not", lambda: "")
-    monkeypatch.setattr(_cuda, "implement", fails)
-    _cuda.register()
-    assert _dispatch.no_operators("cuda") == "Triton's operators cannot be registered: no symbol of that name"
+    monkeypatch.setattr(cuda, "_reason", None)
+    monkeypatch.setattr(cuda, "why_not", lambda: "")
+    monkeypatch.setattr(cuda, "implement", fails)
+    cuda.register()
+    assert no_operators("cuda") == "Triton's operators cannot be registered: no symbol of that name"

@@ -12,6 +12,7 @@ from block_cases import FAMILIES, case_of, make_input, make_pair
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+import fastode
 from fastode import fuse, reference
 from fastode.testing import assert_blocks_equal, compare_tensors, sample_input
 
@@ -144,11 +145,74 @@ def test_many_cotangents_of_a_skew_pair(solver: str, engine: str) -> None:
     assert comparison.ok, comparison.describe()
 
 
+def sources_of(block: nn.Module, leaves: list[Tensor]) -> dict[str, Tensor]:
+    """What gradients are asked of: all but Ark's a21, whose gradient is rounding."""
+    parameters = {name: p for name, p in block.named_parameters() if name != "a21"}
+    return {f"input {i}": x for i, x in enumerate(leaves)} | parameters
+
+
+def batched(block: nn.Module, inputs: tuple[Tensor, ...], create_graph: bool) -> dict[str, Tensor]:
+    """The gradients of inputs and parameters for three cotangents at once, as is_grads_batched gives them."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    outputs = block(*leaves)
+    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+    generator = torch.Generator().manual_seed(4)
+    bars = [torch.randn(3, *y.shape, dtype=y.dtype, generator=generator) for y in outputs]
+    sources = sources_of(block, leaves)
+    found = torch.autograd.grad(
+        outputs, list(sources.values()), bars, is_grads_batched=True, create_graph=create_graph, allow_unused=True
+    )
+    return {name: torch.zeros(3) if g is None else g for name, g in zip(sources, found, strict=True)}
+
+
+def looped(block: nn.Module, inputs: tuple[Tensor, ...], create_graph: bool) -> dict[str, Tensor]:
+    """The same, one cotangent after the other."""
+    rows = []
+    generator = torch.Generator().manual_seed(4)
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    outputs = block(*leaves)
+    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+    bars = [torch.randn(3, *y.shape, dtype=y.dtype, generator=generator) for y in outputs]
+    sources = sources_of(block, leaves)
+    for k in range(3):
+        rows.append(
+            torch.autograd.grad(
+                outputs, list(sources.values()), [b[k] for b in bars], retain_graph=True, allow_unused=True
+            )
+        )
+    columns = zip(*rows, strict=True)
+    return {n: torch.zeros(3) if c[0] is None else torch.stack(c) for n, c in zip(sources, columns, strict=True)}
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
 @pytest.mark.parametrize("engine", ["resident", "staged"])
-def test_the_older_way_to_many_cotangents_is_refused(engine: str) -> None:
-    _, fused = make_pair(case_of())
+@pytest.mark.parametrize("family", [*FAMILIES, "SkewPair", "SOBlock"])
+def test_is_grads_batched(family: str, engine: str, create_graph: bool) -> None:
+    if family in FAMILIES:
+        plain, fused = make_pair(case_of(family))
+        inputs: tuple[Tensor, ...] = (make_input(case_of(family)),)
+    else:
+        plain = reference.SkewPair(3, 4, norm="layer").double()
+        inputs = tuple(torch.randn(2, c, 3, 3, dtype=torch.float64) for c in (4, 3))
+        if family == "SOBlock":
+            plain, inputs = reference.SOBlock(plain, solver="midpoint"), inputs[1:]
+        fused = copy.deepcopy(plain)
+        fastode.fuse(fused)
     fused.engine = engine
-    point = make_input(case_of()).requires_grad_()
-    y = fused(point)
-    with pytest.raises(RuntimeError, match=r"^is_grads_batched must be False for a fused block, got True"):
-        torch.autograd.grad(y, point, torch.stack([y.detach(), y.detach()]), is_grads_batched=True)
+    comparison = compare_tensors(
+        batched(fused, inputs, create_graph), looped(plain.double(), inputs, create_graph), [], 9 * 16
+    )
+    assert comparison.ok, comparison.describe()
+
+
+@pytest.mark.parametrize("engine", ["resident", "staged"])
+def test_a_vectorized_jacobian(engine: str) -> None:
+    plain, fused = make_pair(case_of())
+    fused.engine = engine
+    x = make_input(case_of())[:1, :, :2, :2]
+    found, expected = (
+        torch.autograd.functional.jacobian(block, x, vectorize=vectorize)
+        for block, vectorize in ((fused, True), (plain, False))
+    )
+    comparison = compare_tensors({"jacobian": found}, {"jacobian": expected}, [], 9 * 16)
+    assert comparison.ok, comparison.describe()

@@ -9,12 +9,14 @@ import torch
 from torch import nn
 
 import fastode
-from fastode import _build, _dispatch, nets, reference
+from fastode import nets, reference
 from fastode import nn as fused
-from fastode._registry import _twins
+from fastode.dispatch.engines import NAMES
+from fastode.dispatch.registry import _twins
+from fastode.native import operators
 from fastode.tableau import SSP3
 
-ENGINES = ", ".join(repr(name) for name in _dispatch.ENGINES)
+ENGINES = ", ".join(repr(name) for name in NAMES)
 
 BLOCKS = {
     "IESkip": lambda branch: reference.IESkip(branch, steps=2, step_size=0.05, theta=0.5),
@@ -370,7 +372,7 @@ def test_a_scripted_part_is_reported(own_block):
 
 def test_the_operators_are_loaded_once_and_only_when_needed(monkeypatch):
     calls = []
-    monkeypatch.setattr(_build, "load", lambda: calls.append("load"))
+    monkeypatch.setattr(operators, "load", lambda: calls.append("load"))
     fastode.fuse(nn.Sequential(nn.ReLU()))
     fastode.fuse(block(), engine="reference")
     fastode.fuse(block(), filter=lambda name, module: False)

@@ -19,7 +19,9 @@ from torch import nn
 from benchmarks import gpu, gpu_check, gpu_kernels, header, run, timing
 from benchmarks.gpu_check import Report
 from benchmarks.workloads import Workload
-from fastode import _build, _decisions, _trial, reference
+from fastode import reference
+from fastode.dispatch import decisions, trial
+from fastode.native import operators
 from fastode.testing import sample_input
 
 CPU = torch.device("cpu")
@@ -34,7 +36,7 @@ def tiny() -> Workload:
 
 @pytest.fixture(autouse=True)
 def _built() -> None:
-    assert _build.load(announce=False) is None
+    assert operators.load(announce=False) is None
 
 
 def stage(name: str, share: float, run: Any = lambda *_: True) -> gpu.Stage:
@@ -197,25 +199,25 @@ def test_what_is_not_equal_is_found_and_recorded(
 
 def test_decisions_are_written_as_the_package_reads_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FASTODE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(_trial, "DEVICES", ("cpu",))
-    monkeypatch.setattr(_trial, "_clock", lambda device: lambda run: (run(), 1.0)[1])
-    _decisions._memory.clear()
+    monkeypatch.setattr(trial, "DEVICES", ("cpu",))
+    monkeypatch.setattr(trial, "_clock", lambda device: lambda run: (run(), 1.0)[1])
+    decisions._memory.clear()
     told = Report(tmp_path / "results")
     assert gpu_check.trials(told, CPU, time.monotonic() + 100, [tiny()])
     assert any(line.startswith("trials: 6 made, 6 known; taken: resident 6 times") for line in told.lines)
     package = tmp_path / "package"
     package.mkdir()
-    (package / _decisions.NAME).write_text('{"another card": {"key": {}}}')
+    (package / decisions.NAME).write_text('{"another card": {"key": {}}}')
     path = gpu_check.ship(told.folder, package)
-    assert set(json.loads(path.read_text())) == {"another card", _decisions.card(None)}
-    versions = _decisions.versions()
-    monkeypatch.setattr(_decisions, "versions", lambda: versions)
-    monkeypatch.setattr(_decisions, "PACKAGE", package)
-    for key in json.loads((told.folder / _decisions.NAME).read_text())[_decisions.card(None)]:
-        _decisions.path().unlink(missing_ok=True)
-        found = _decisions.look_up(None, key, ["resident", "reference"])
+    assert set(json.loads(path.read_text())) == {"another card", decisions.card(None)}
+    versions = decisions.versions()
+    monkeypatch.setattr(decisions, "versions", lambda: versions)
+    monkeypatch.setattr(decisions, "PACKAGE", package)
+    for key in json.loads((told.folder / decisions.NAME).read_text())[decisions.card(None)]:
+        decisions.path().unlink(missing_ok=True)
+        found = decisions.look_up(None, key, ["resident", "reference"])
         assert found is not None and found.engine == "resident"
-    _decisions._memory.clear()
+    decisions._memory.clear()
 
 
 def test_a_kernel_is_held_against_the_rates_of_the_card() -> None:

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import fastode
-from fastode import _build, _graphs, nets, reference
+from fastode import nets, reference
+from fastode.fusion import graphs
+from fastode.native import operators
 from fastode.testing import sample_input
 
 HERE = Path(__file__).resolve().parent
@@ -63,11 +65,11 @@ class Calls:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
-    assert _build.load(announce=False) is None
+    assert operators.load(announce=False) is None
     found = Calls()
-    monkeypatch.setattr(_graphs, "DEVICES", ("cpu",))
-    monkeypatch.setattr(_graphs, "capture", found.capture)
-    monkeypatch.setattr(_graphs, "pool_handle", lambda: None)
+    monkeypatch.setattr(graphs, "DEVICES", ("cpu",))
+    monkeypatch.setattr(graphs, "capture", found.capture)
+    monkeypatch.setattr(graphs, "pool_handle", lambda: None)
     return found
 
 
@@ -134,7 +136,7 @@ def test_a_capture_that_the_card_refuses_has_its_reason(calls: Calls, monkeypatc
     def fails(run: Any, pool: Any) -> Any:
         raise RuntimeError("CUDA error: operation not permitted\nwhen stream is capturing")
 
-    monkeypatch.setattr(_graphs, "capture", fails)
+    monkeypatch.setattr(graphs, "capture", fails)
     message = "the model cannot be captured: CUDA error: operation not permitted when stream is capturing"
     with refused(RuntimeError, message):
         fastode.graphed(network(), image())

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import fastode
-from fastode import _build, _dispatch, _toolchain
 from fastode.__main__ import main
+from fastode.dispatch import choice
+from fastode.native import operators, toolchain
 
 
 def test_info_prints_versions_engines_and_cache(capsys: pytest.CaptureFixture[str]) -> None:
@@ -17,8 +18,8 @@ def test_info_prints_versions_engines_and_cache(capsys: pytest.CaptureFixture[st
     assert fastode.__version__ in lines["fastode"]
     assert torch.__version__ in lines["torch"]
     assert str(torch.get_num_threads()) in lines["threads"]
-    assert str(_toolchain.cache_directory()) in lines["cache"]
-    for engine, device, usable, reason in _dispatch.describe():
+    assert str(toolchain.cache_directory()) in lines["cache"]
+    for engine, device, usable, reason in choice.describe():
         assert reason, engine
         assert f"  {engine:<18}{device:<6}{'yes' if usable else 'no':<5}{reason}" in printed.splitlines()
 
@@ -26,7 +27,7 @@ def test_info_prints_versions_engines_and_cache(capsys: pytest.CaptureFixture[st
 def test_info_says_why_there_are_no_operators(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_build, "_state", _build._State(reason="no C++ compiler was found (a test)"))
+    monkeypatch.setattr(operators, "_state", operators._State(reason="no C++ compiler was found (a test)"))
     monkeypatch.setenv("CXX", "/nonexistent/compiler")
     assert main(["info"]) == 0
     printed = capsys.readouterr().out

@@ -10,7 +10,7 @@ from operators_plain import ACTIVATIONS, NORMS, Pointwise, combination, gradient
 from pairwise import SEEDS, Case, all_pairs, covering, pairs_of
 from torch import Tensor
 
-from fastode import _build
+from fastode.native import operators
 from fastode.testing import compare_tensors, moved, sample_input
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -35,7 +35,7 @@ CASES = [case for seed in SEEDS for case in covering(FACTORS, seed=seed)]
 
 @pytest.fixture(scope="module")
 def ops() -> Any:
-    reason = _build.load(announce=False)
+    reason = operators.load(announce=False)
     assert reason is None, reason
     return torch.ops.fastode
 

@@ -14,10 +14,11 @@ from torch.utils.checkpoint import checkpoint
 
 import fastode
 from benchmarks.memory import peak_bytes
-from fastode import _dispatch, branch, reference
-from fastode.ops.resident import ResidentShuOsherFunction
-from fastode.ops.runge_kutta.autograd import Scheme
-from fastode.ops.sweeps import Plan
+from fastode import branch, reference
+from fastode.ops.engine import no_operators
+from fastode.ops.plan import Plan
+from fastode.ops.resident.functions import ResidentShuOsherFunction
+from fastode.ops.schemes.runge_kutta.stages import Scheme
 from fastode.testing import Judge, assert_blocks_equal, sample_input
 
 SHAPES = [(16, 32, 32), (32, 16, 16), (64, 8, 8), (128, 4, 4), (3, 5, 7), (24, 9, 3), (20, 2, 1)]
@@ -319,7 +320,7 @@ def test_the_gradient_of_any_schemes_coefficients(rows: tuple, activation: str, 
     x = sample_input(3, 5, 4, 6, dtype=torch.float64)
     cotangent = sample_input(3, 5, 4, 6, dtype=torch.float64, seed=1)
     reading = branch.read(module)
-    assert reading.units is not None and not _dispatch.no_operators()
+    assert reading.units is not None and not no_operators()
     plan = Plan(reading.units, tuple(False for _ in reading.units), None)
 
     tables = [torch.tensor(padded, dtype=torch.float64, requires_grad=True) for _ in range(2)]
@@ -328,7 +329,7 @@ def test_the_gradient_of_any_schemes_coefficients(rows: tuple, activation: str, 
         images.append(module(points[-1]))
         points.append(sum(tables[0][0, i, k] * points[k] + tables[0][1, i, k] * images[k] for k in range(i + 1)))
     points[-1].backward(cotangent)
-    y, *_ = ResidentShuOsherFunction.apply(x, tables[1], plan, scheme, None, *reading.tensors)
+    y, *_ = ResidentShuOsherFunction.apply(plan, scheme, None, x, tables[1], *reading.tensors)
     y.backward(cotangent)
     torch.testing.assert_close(y, points[-1])
     torch.testing.assert_close(tables[1].grad, tables[0].grad)

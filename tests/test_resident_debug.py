@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastode import _build, _toolchain
+from fastode.native import operators, toolchain
 
 PROGRAM = r"""
 #include <cmath>
@@ -49,9 +49,9 @@ DEBUG = "-DFASTODE_DEBUG"
 
 
 def compiled(folder: Path, *flags: str) -> Path:
-    root = _build.source_root()
+    root = operators.source_root()
     assert root is not None
-    command, _ = _toolchain.compiler()
+    command, _ = toolchain.compiler()
     source, program = folder / "guards.cpp", folder / "guards"
     source.write_text(PROGRAM)
     line = [*command, "-std=c++20", "-Wall", "-Werror", *flags, f"-I{root}", str(source), "-o", str(program)]
@@ -103,13 +103,13 @@ def test_scratch_starts_as_nan_in_debug_builds_only(guarded: Path, tmp_path: Pat
 
 
 def test_a_debug_build_has_a_key_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    root = _build.source_root()
+    root = operators.source_root()
     assert root is not None
     monkeypatch.delenv("FASTODE_DEBUG", raising=False)
     monkeypatch.delenv("FASTODE_CXXFLAGS", raising=False)
-    plain = _toolchain.recipe(root)
+    plain = toolchain.recipe(root)
     monkeypatch.setenv("FASTODE_DEBUG", "1")
-    debug = _toolchain.recipe(root)
+    debug = toolchain.recipe(root)
     assert DEBUG in debug.compile_flags and DEBUG not in plain.compile_flags
     assert debug.key != plain.key
-    assert _build.prebuilt() is None
+    assert operators.prebuilt() is None

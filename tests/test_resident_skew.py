@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import fastode
-from fastode import _rule, functional, nn_skew, reference
+from fastode import functional, reference
+from fastode.ops.resident import rule as measured
 from fastode.reference.skew import skew_field
 from fastode.testing import assert_blocks_equal, sample_input
 
@@ -138,7 +140,9 @@ class Function(nn.Module):
 
 @pytest.mark.parametrize("kernel", [1, 3, 5, 7])
 def test_function_on_tiles(kernel: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_rule, "_rule", _rule.Rule({"skew_pair sample bfloat16": _rule.Line()}, "a test", True))
+    monkeypatch.setattr(
+        measured, "_rule", measured.Rule({"skew_pair sample bfloat16": measured.Line()}, "a test", True)
+    )
     given = maps_of((6, 20, 1, 9, 11), dtype=torch.bfloat16)
     twin = Function(kernel, True)
     assert "ResidentSkewFunction" in type(twin(*given)[0].grad_fn).__name__
@@ -165,7 +169,7 @@ def test_gradients_of_gradients_are_the_references(stride: int) -> None:
     assert torch.autograd.gradcheck(lambda y, z, *_: field(y, z), inputs, fast_mode=True)
     assert torch.autograd.gradgradcheck(lambda y, z, *_: field(y, z), inputs, fast_mode=True)
     for solver in FIXED:
-        solve = nn_skew.SOBlock(field, solver=solver, steps=2)
+        solve = fastode.nn.SOBlock(field, solver=solver, steps=2)
         solve.engine = "resident"
         assert torch.autograd.gradcheck(lambda z, *_, solve=solve: solve(z), inputs[1:], fast_mode=True)
         assert torch.autograd.gradgradcheck(lambda z, *_, solve=solve: solve(z), inputs[1:], fast_mode=True)
@@ -268,13 +272,13 @@ def test_nothing_is_read_before_it_is_written() -> None:
 def test_frozen_weight_skips_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     block = fused(reference.SOBlock(reference.SkewPair(3, 8), solver="euler"))
     block.field.weight.requires_grad_(False)
-    operator, asked = torch.ops.fastode.resident_march_backward, []
+    packet, asked = torch.ops.fastode.resident_march_backward, []
 
     def noted(*arguments: Any) -> Any:
         asked.append(arguments[-2:])
-        return operator(*arguments)
+        return packet.default(*arguments)
 
-    monkeypatch.setattr(torch.ops.fastode, "resident_march_backward", noted)
+    monkeypatch.setattr(torch.ops.fastode, "resident_march_backward", SimpleNamespace(default=noted))
     block(sample_input(2, 3, 6, 6).requires_grad_()).sum().backward()
     block.requires_grad_(False)
     block(sample_input(2, 3, 6, 6).requires_grad_()).sum().backward()
@@ -309,5 +313,5 @@ def test_named_engine_refuses_with_the_reason(norm: str, dtype: torch.dtype, rea
 def test_function_of_another_geometry_is_staged() -> None:
     y, z, weight = torch.randn(1, 3, 4, 4), torch.randn(1, 2, 6, 6), torch.randn(3, 2, 3, 3, requires_grad=True)
     found = functional.skew_pair(y, z, weight, padding=0, activation="tanh")
-    assert type(found[0].grad_fn).__name__ == "SkewFunctionBackward"
+    assert type(found[0].grad_fn).__name__ == "SkewPairFunctionBackward"
     torch.testing.assert_close(found, skew_field(y, z, weight, 1, 0, 0.0, torch.tanh))

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import fastode
-from fastode import _dispatch, _rule, reference
-from fastode._rule import Line, Rule
+from fastode import reference
+from fastode.dispatch import choice, known
+from fastode.ops.resident import rule as measured
+from fastode.ops.resident.rule import Line, Rule
 
 MEASURED_ON = {"device": "a CPU", "threads": 2, "torch": "2.13.0", "date": "2026-01-02", "commit": "abc", "kind": "x86"}
 BOUNDS = {"most_channels": 8, "most_kb": 2, "least_pixels": 4, "least_batch_per_thread": 2.0}
@@ -26,25 +28,25 @@ def written(folder: Path, **changes: Any) -> Path:
 
 
 def test_a_measured_rule_is_read(tmp_path: Path) -> None:
-    rule = _rule.read(written(tmp_path), "x86")
+    rule = measured.read(written(tmp_path), "x86")
     assert rule.measured and rule.source == "measured on a CPU, 2 threads, torch 2.13.0, 2026-01-02, commit abc"
     assert rule.line("ie", "sample", "float32") == Line(**BOUNDS, why="so it is")
-    assert rule.line("ie", "batch", "float32") == _rule.DEFAULT
-    skew = Rule({"skew_pair sample float32": _rule.NEVER}, "a test", True)
-    assert skew.line("skew_pair", "batch", "float32") == _rule.NEVER
-    assert skew.line("skew_solution", "batch", "float32") == _rule.DEFAULT
-    assert _rule.as_json(rule.lines) == {"ie sample float32": BOUNDS | {"why": "so it is"}}
+    assert rule.line("ie", "batch", "float32") == measured.DEFAULT
+    skew = Rule({"skew_pair sample float32": measured.NEVER}, "a test", True)
+    assert skew.line("skew_pair", "batch", "float32") == measured.NEVER
+    assert skew.line("skew_solution", "batch", "float32") == measured.DEFAULT
+    assert measured.as_json(rule.lines) == {"ie sample float32": BOUNDS | {"why": "so it is"}}
 
 
 def test_what_stands_in_says_why(tmp_path: Path) -> None:
-    missing = _rule.read(tmp_path / "none.json", "x86")
-    other = _rule.read(written(tmp_path), "aarch64 asimd")
-    broken = _rule.read(written(tmp_path, measured_on={}), "x86")
+    missing = measured.read(tmp_path / "none.json", "x86")
+    other = measured.read(written(tmp_path), "aarch64 asimd")
+    broken = measured.read(written(tmp_path, measured_on={}), "x86")
     assert missing.source == "reasoned, not measured: there is no rule.json"
     assert other.source == "reasoned, not measured: the measured rule is for x86, and this is aarch64 asimd"
     assert broken.source.startswith("reasoned, not measured: ") and "cannot be read (KeyError" in broken.source
     for rule in (missing, other, broken):
-        assert not rule.measured and rule.line("ie", "sample", "float32") == _rule.DEFAULT
+        assert not rule.measured and rule.line("ie", "sample", "float32") == measured.DEFAULT
 
 
 @pytest.mark.parametrize(
@@ -63,8 +65,8 @@ def test_each_bound_has_its_sentence_and_its_number(
     torch.set_num_threads(2)
     block = reference.IESkip(reference.PreActBranch(shape[1], norm="layer"))
     fastode.fuse(block)
-    for measured, verdict in ((True, "was measured to be slower"), (False, "is expected to be slower")):
-        monkeypatch.setattr(_rule, "_rule", Rule({"ie sample float32": Line(**BOUNDS)}, "a test", measured))
+    for is_measured, verdict in ((True, "was measured to be slower"), (False, "is expected to be slower")):
+        monkeypatch.setattr(measured, "_rule", Rule({"ie sample float32": Line(**BOUNDS)}, "a test", is_measured))
         x = torch.zeros(shape)
         reason = f"{beyond} it {verdict} than staged" if beyond else ""
         assert block.against("resident", x) == reason and block.why_not("resident", x) == ""
@@ -76,7 +78,8 @@ def test_each_bound_has_its_sentence_and_its_number(
 
 
 def used(block: nn.Module, x: Tensor) -> str:
-    with _dispatch.recording() as engines:
+    known.forget()  # what was chosen under another rule: outside tests a process has one
+    with choice.recording() as engines:
         block(x)
     return engines[block]
 
@@ -96,15 +99,15 @@ def used(block: nn.Module, x: Tensor) -> str:
 def test_a_block_has_its_own_line(monkeypatch: pytest.MonkeyPatch, block: nn.Module, line: str) -> None:
     fastode.fuse(block)
     x = torch.zeros(2, 4, 3, 3, dtype=next(block.parameters()).dtype)
-    monkeypatch.setattr(_rule, "_rule", Rule({line: _rule.NEVER}, "a test", True))
+    monkeypatch.setattr(measured, "_rule", Rule({line: measured.NEVER}, "a test", True))
     assert used(block, x) == "staged"
-    others = {f"{f} {n} {d}" for f in _rule.FAMILIES for n in _rule.NORMS for d in _rule.DTYPES} - {line}
-    monkeypatch.setattr(_rule, "_rule", Rule(dict.fromkeys(others, _rule.NEVER), "a test", True))
+    others = {f"{f} {n} {d}" for f in measured.FAMILIES for n in measured.NORMS for d in measured.DTYPES} - {line}
+    monkeypatch.setattr(measured, "_rule", Rule(dict.fromkeys(others, measured.NEVER), "a test", True))
     assert used(block, x) == "resident"
 
 
 def test_the_widest_map_of_the_branch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_rule, "_rule", Rule({"shu_osher sample float32": Line(most_channels=8)}, "a test", True))
+    monkeypatch.setattr(measured, "_rule", Rule({"shu_osher sample float32": Line(most_channels=8)}, "a test", True))
     branch = nn.Sequential(nn.Conv2d(4, 9, 1), nn.ReLU(), nn.Conv2d(9, 4, 1))
     assert fastode.nn.SSP2(branch).against("resident", torch.zeros(2, 4, 3, 3)).startswith("with more than 8 channels")
 
@@ -118,13 +121,15 @@ def test_only_the_rule_keeps_resident_from_wide_blocks(
         block = fastode.nn.SSP2(reference.PreActBranch(channels, norm=norm, layers=1)).requires_grad_(False)
         assert block.against("resident", x) and block.why_not("resident", x) == ""
         with monkeypatch.context() as patch:
-            patch.setattr(_rule, "_rule", Rule({f"shu_osher {n} float32": Line() for n in _rule.NORMS}, "a test", True))
+            patch.setattr(
+                measured, "_rule", Rule({f"shu_osher {n} float32": Line() for n in measured.NORMS}, "a test", True)
+            )
             assert used(block, x) == "resident"
 
 
 def test_a_bound_on_the_batch_can_be_traced(monkeypatch: pytest.MonkeyPatch) -> None:
     line = Line(least_batch_per_thread=2.0)
-    monkeypatch.setattr(_rule, "_rule", Rule({"shu_osher sample float32": line}, "a test", True))
+    monkeypatch.setattr(measured, "_rule", Rule({"shu_osher sample float32": line}, "a test", True))
     torch.compiler.reset()
     block = fastode.nn.SSP2(reference.PreActBranch(4, norm="layer"))
     for batch in (1, 8):

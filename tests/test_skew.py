@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastode
-from fastode import _dispatch, functional, nn_skew, reference
+from fastode import functional, reference
+from fastode.dispatch import choice
 from fastode.reference.skew import skew_field
 from fastode.testing import assert_blocks_equal, sample_input
 
@@ -25,10 +26,10 @@ def pair_of_maps(field: nn.Module, batch: int, height: int, width: int, **option
     return y, sample_input(batch, in_channels, height, width, seed=2, **options)
 
 
-def fused(block: nn.Module) -> nn.Module:
-    """A fused copy, which refuses to run as the reference."""
+def fused(block: nn.Module, engine: str = "staged") -> nn.Module:
+    """A fused copy, which refuses to run on another engine."""
     twin = copy.deepcopy(block)
-    fastode.fuse(twin, engine="staged")
+    fastode.fuse(twin, engine=engine)
     return twin
 
 
@@ -163,7 +164,7 @@ def test_gradients_in_float64(norm: str, gamma: float, activation: str) -> None:
     assert torch.autograd.gradcheck(lambda y, z, *_: field(y, z), inputs)
     assert torch.autograd.gradgradcheck(lambda y, z, *_: field(y, z), inputs, fast_mode=True)
     for solver in FIXED:
-        solve = nn_skew.SOBlock(field, solver=solver, steps=2)
+        solve = fastode.nn.SOBlock(field, solver=solver, steps=2)
         assert torch.autograd.gradcheck(lambda z, *_, solve=solve: solve(z), inputs[1:], fast_mode=True)
         assert torch.autograd.gradgradcheck(lambda z, *_, solve=solve: solve(z), inputs[1:], fast_mode=True)
 
@@ -233,7 +234,7 @@ def test_state_dict_both_ways_and_unfuse() -> None:
         lambda kind: kind.SOBlock(kind.SkewPair(3, 8, norm="batch"), solver="rk4"),
         lambda kind: kind.SOClassifier(8, 3, released=True),
     ):
-        block, twin = make(reference), make(nn_skew)
+        block, twin = make(reference), make(fastode.nn)
         twin.load_state_dict(block.state_dict())
         block.load_state_dict(twin.state_dict())
         assert list(block.state_dict()) == list(twin.state_dict())
@@ -256,7 +257,7 @@ def test_report_names_the_engine_or_the_reason() -> None:
     rows = fastode.fuse(block).rows
     assert [row.engines for row in rows] == [("reference",)] * 2
     assert rows[1].reason == "resident, staged: activation (GELU) is of a type the reader does not know."
-    with _dispatch.recording() as used:
+    with choice.recording() as used:
         fused(reference.SOBlock(reference.SkewPair(3, 8), solver="dopri5"))(sample_input(1, 3, 4, 4))
     assert set(used.values()) == {"staged"}
 
@@ -318,7 +319,7 @@ REFUSALS = [
 ]
 
 
-@pytest.mark.parametrize("kind", [reference, nn_skew])
+@pytest.mark.parametrize("kind", [reference, fastode.nn])
 @pytest.mark.parametrize(("call", "error", "message"), REFUSALS)
 def test_refusals(kind: Any, call: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error) as caught:

@@ -14,7 +14,7 @@ import test_operators
 import torch
 
 from benchmarks import kernels
-from fastode import _build, _cuda
+from fastode.native import cuda, operators
 from fastode.ops.triton import passes
 from fastode.testing import sample_input
 
@@ -81,21 +81,21 @@ def test_launches(operator: str) -> None:
 
 
 def test_schemas_are_those_of_the_library() -> None:
-    assert _build.load(announce=False) is None
-    found = {str(torch._C.parse_schema(f"fastode::{schema}")) for schema in _cuda.schemas(SOURCE)}
+    assert operators.load(announce=False) is None
+    found = {str(torch._C.parse_schema(f"fastode::{schema}")) for schema in cuda.schemas(SOURCE)}
     assert {schema.split("(")[0] for schema in found} == {f"fastode::{f.__name__}" for f in passes.OPERATORS}
     assert found <= {str(schema) for schema in torch._C._jit_get_all_schemas()}
 
 
 def test_without_a_card_nothing_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(_cuda, "_reason", None)
-    assert _cuda.no_kernels() == "the operators were not loaded"
-    _cuda.register()
-    assert _cuda.no_kernels() == _cuda.why_not() == "there is no CUDA device"
+    monkeypatch.setattr(cuda, "_reason", None)
+    assert cuda.no_kernels() == "the operators were not loaded"
+    cuda.register()
+    assert cuda.no_kernels() == cuda.why_not() == "there is no CUDA device"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(_cuda.importlib.util, "find_spec", lambda name: None)
-    assert _cuda.why_not() == "Triton is not installed"
+    monkeypatch.setattr(cuda.importlib.util, "find_spec", lambda name: None)
+    assert cuda.why_not() == "Triton is not installed"
 
 
 class OnCard:
@@ -123,9 +123,9 @@ class OnCard:
 
 @pytest.fixture
 def _registered() -> None:
-    assert _build.load(announce=False) is None
-    _cuda.register()
-    assert _cuda.no_kernels() == ""
+    assert operators.load(announce=False) is None
+    cuda.register()
+    assert cuda.no_kernels() == ""
 
 
 @pytest.mark.gpu

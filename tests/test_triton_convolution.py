@@ -16,13 +16,15 @@ from test_skew import field_of, fused
 from torch import Tensor, nn
 
 from benchmarks import convolutions, kernels
-from fastode import _functional_skew
 from fastode import branch as reader
-from fastode.functional import scheme_of
-from fastode.ops import sweeps
-from fastode.ops.implicit_euler.autograd import Descent
-from fastode.ops.skew_pair.engine import Pair
-from fastode.ops.triton import conv_blocks, convolution, skew
+from fastode.dispatch.engines import BY_NAME
+from fastode.dispatch.one_step import constant_table, tableau_step
+from fastode.ops.engine import Call
+from fastode.ops.fused import blocks
+from fastode.ops.plan import Plan
+from fastode.ops.schemes.implicit_euler.descent import Descent
+from fastode.ops.schemes.skew_pair.pair import Pair
+from fastode.ops.triton import convolution
 from fastode.tableau import SSP3
 from fastode.testing import assert_blocks_equal
 
@@ -79,7 +81,7 @@ PAIRS_REFUSED: dict[str, tuple[Pair, Tensor, str]] = {
 @pytest.mark.parametrize("case", PAIRS_REFUSED)
 def test_why_not_a_pair(case: str) -> None:
     pair, weight, reason = PAIRS_REFUSED[case]
-    assert skew.why_not(pair, weight, [], []) == reason
+    assert BY_NAME["fused_convolution"].refuses(Call("skew_pair", "", pair, [weight])) == reason
 
 
 def test_precision_is_what_pytorch_allows() -> None:
@@ -113,14 +115,14 @@ def test_forward_launches(block: str, channels: int, norm: type[nn.Module]) -> N
     reading = reader.read(two_units(channels, norm))
     assert reading.units is not None
     tensors = [None if t is None else t.detach().to("meta", torch.bfloat16) for t in reading.tensors]
-    plan = sweeps.Plan(reading.units, (False, False), None, fused=True)
+    plan = Plan(reading.units, (False, False), None)
     x = torch.empty(128, channels, 32, 32, dtype=torch.bfloat16, device="meta", memory_format=torch.channels_last)
     with kernels.recording() as recorded:
         if block == "ie":
-            conv_blocks.ie_skip(plan, Descent(1, 0.1, 1.0, False), x, tensors)
+            blocks.ie_skip(plan, Descent(1, 0.1, 1.0, False), x, tensors)
         else:
-            scheme, rows = scheme_of(SSP3)
-            conv_blocks.shu_osher(plan, scheme, torch.tensor(rows, dtype=torch.float64), x, tensors)
+            step = tableau_step(SSP3)
+            blocks.shu_osher(plan, step.scheme, constant_table(step), x, tensors)
     products = sum(launch.kernel.__name__ == "convolution_kernel" for launch in recorded)
     moved = sum(kernels.maps_moved(launch.arguments, x) for launch in recorded)
     assert (products, len(recorded) - products, moved) == FORWARD[block, channels, norm]
@@ -141,7 +143,8 @@ def test_why_not(case: str) -> None:
     reading = reader.read(layer)
     assert reading.units is not None
     x = torch.zeros(1, 4, 3, 3, **options)
-    assert convolution.why_not(reading.units, reading.tensors, x, None) == reason
+    call = Call("ie", "", Plan(reading.units, (False,), None), reading.tensors, (x,))
+    assert BY_NAME["fused_convolution"].refuses(call) == reason
 
 
 @pytest.mark.gpu
@@ -156,33 +159,32 @@ def test_on_the_card(check: str) -> None:
                     raise AssertionError(f"{precision}: {name_of(case)}") from error
 
 
-def block_pair(channels: int, norm: type[nn.Module]) -> tuple[sweeps.Plan, list[Tensor | None]]:
+def block_pair(channels: int, norm: type[nn.Module]) -> tuple[Plan, list[Tensor | None]]:
     reading = reader.read(two_units(channels, norm).cuda())
     assert reading.units is not None
-    return sweeps.Plan(reading.units, (False, False), None, fused=True), reading.tensors
+    return Plan(reading.units, (False, False), None), reading.tensors
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", [(64, 64, 1, 32, 32), (64, 128, 2, 32, 32), (128, 256, 2, 8, 8)])
-def test_pair_on_the_card(monkeypatch: pytest.MonkeyPatch, case: tuple[int, ...], dtype: torch.dtype) -> None:
-    monkeypatch.setattr(_functional_skew, "Pair", lambda *rest: Pair(*rest, fused=True))
+def test_pair_on_the_card(case: tuple[int, ...], dtype: torch.dtype) -> None:
     for norm in ("group", "batch", "none"):
         field, (y, z) = field_of((*case, 0.1, "tanh", norm, 4), dtype)
-        assert_blocks_equal(field.cuda(), fused(field), (y.cuda(), z.cuda()))
+        assert_blocks_equal(field.cuda(), fused(field, "fused_convolution"), (y.cuda(), z.cuda()))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("norm", [nn.GroupNorm, nn.BatchNorm2d])
 def test_a_forward_pass_can_be_captured(norm: type[nn.Module]) -> None:
-    scheme, rows = scheme_of(SSP3)
-    table = torch.tensor(rows, dtype=torch.float64)
+    step = tableau_step(SSP3)
+    table = constant_table(step)
     plan, tensors = block_pair(16, norm)
     x = torch.randn(8, 16, 32, 32, device="cuda").contiguous(memory_format=torch.channels_last)
 
     def run() -> Tensor:
         with torch.no_grad():
-            return conv_blocks.shu_osher(plan, scheme, table, x, tensors)[0]
+            return blocks.shu_osher(plan, step.scheme, table, x, tensors)[0]
 
     run()  # compiles
     torch.cuda.synchronize()

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import fastode
-from fastode import _build, _decisions, _dispatch, _trial, reference
-from fastode._decisions import Decision
+from fastode import reference
+from fastode.dispatch import choice, decisions, known, trial
+from fastode.dispatch.decisions import Decision
+from fastode.native import operators
 
 
 class Bench:
@@ -26,7 +28,7 @@ class Bench:
 
     @property
     def file(self) -> dict[str, Any]:
-        return json.loads(_decisions.path().read_text())
+        return json.loads(decisions.path().read_text())
 
     @property
     def decisions(self) -> dict[str, Any]:
@@ -35,15 +37,16 @@ class Bench:
 
     def forget(self) -> None:
         """As a new process would start."""
-        _decisions._memory.clear()
-        _decisions._told.clear()
+        known.forget()
+        decisions._memory.clear()
+        decisions._told.clear()
 
 
 @pytest.fixture(name="bench")
 def trials_on_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Bench]:
-    assert _build.load(announce=False) is None
+    assert operators.load(announce=False) is None
     found = Bench()
-    real_try = _trial._try
+    real_try = trial._try
     running: list[str] = []
 
     def tried(block: nn.Module, names: Any, inputs: Any, mode: str, lower: Any) -> Decision:
@@ -64,9 +67,9 @@ def trials_on_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterat
 
     monkeypatch.setenv("FASTODE_CACHE", str(tmp_path))
     monkeypatch.delenv("FASTODE_TUNE", raising=False)
-    monkeypatch.setattr(_trial, "DEVICES", ("cpu",))
-    monkeypatch.setattr(_trial, "_try", tried)
-    monkeypatch.setattr(_trial, "_clock", clock)
+    monkeypatch.setattr(trial, "DEVICES", ("cpu",))
+    monkeypatch.setattr(trial, "_try", tried)
+    monkeypatch.setattr(trial, "_clock", clock)
     found.forget()
     yield found
     found.forget()
@@ -80,7 +83,7 @@ def block(kind: str = "SSP2", channels: int = 4, norm: str = "layer", **options:
 
 
 def used(module: nn.Module, *inputs: Tensor) -> str:
-    with _dispatch.recording() as engines:
+    with choice.recording() as engines:
         module(*inputs)
     return engines[module]
 

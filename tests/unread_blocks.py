@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastode
-from fastode import _build, _cuda, _dispatch, _fake, _one_step
-from fastode.ops import sweeps
+from fastode.dispatch import choice
+from fastode.dispatch.engines import ENGINES
+from fastode.native import cuda, fake, operators
+from fastode.ops import engine as engines_face
+from fastode.ops.schemes.runge_kutta import stages
 
 SOURCE = Path(__file__).resolve().parent.parent / "csrc" / "ops.cpp"
 aten = torch.ops.aten
@@ -48,10 +51,10 @@ class OnOneDevice(TorchDispatchMode):
 
 @pytest.fixture(scope="module", autouse=True)
 def _triton_operators() -> None:
-    _fake.register = lambda: None  # these would answer for meta tensors, and Triton's operators shall
-    _cuda.define(SOURCE)
-    _cuda.implement("Meta")
-    _build._state.path = SOURCE  # what says that the operators are there
+    fake.register = lambda: None  # these would answer for meta tensors, and Triton's operators shall
+    cuda.define(SOURCE)
+    cuda.implement("Meta")
+    operators._state.path = SOURCE  # what says that the operators are there
     from fastode.ops.triton import launch
 
     launched.clear()
@@ -68,9 +71,9 @@ def _launch(kernel: Any, programs: int, *arguments: Any, warps: int = 4, **const
 
 @pytest.fixture(autouse=True)
 def _meta_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_dispatch, "cannot_take", lambda inputs, tensors: "")
-    monkeypatch.setattr(_dispatch, "autocast_dtype", lambda x: None)
-    monkeypatch.setattr(_dispatch, "_HOME", {})
+    monkeypatch.setattr(engines_face, "cannot_take", lambda call: "")
+    for engine in ENGINES:
+        monkeypatch.setattr(engine, "devices", ("meta", *engine.devices))
     launched.clear()
 
 
@@ -100,7 +103,7 @@ def step(block: nn.Module, engine: str, *shapes: tuple[int, ...], dtype: torch.d
     """A training step."""
     block.to("meta", dtype).engine = engine
     inputs = [torch.empty(shape, device="meta", dtype=dtype, requires_grad=True) for shape in shapes]
-    with OnOneDevice(), _dispatch.recording() as engines:
+    with OnOneDevice(), choice.recording() as engines:
         outputs = block(*inputs)
         outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
         torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
@@ -139,23 +142,12 @@ READS = {
 
 @pytest.mark.parametrize("read", READS.values(), ids=READS)
 def test_what_waits_is_found(monkeypatch: pytest.MonkeyPatch, read: Any) -> None:
-    real = sweeps.tracked_statistics
+    real = stages.tracked_statistics
 
     def reads(plan: Any, statistics: Any) -> Any:
         read(statistics[0])
         return real(plan, statistics)
 
-    from fastode.ops.runge_kutta import autograd
-
-    monkeypatch.setattr(autograd, "tracked_statistics", reads)
+    monkeypatch.setattr(stages, "tracked_statistics", reads)
     with pytest.raises((AssertionError, RuntimeError, NotImplementedError)):
         step(fastode.nn.SSP3(branch("batch")), "staged", (4, 8, 5, 3))
-
-
-def test_a_plan_of_each_engine_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    plans: list[bool] = []
-    real = _one_step.Plan
-    monkeypatch.setattr(_one_step, "Plan", lambda *r, **o: plans.append(o["fused"]) or real(*r, **o))
-    for engine in ("staged", "fused_convolution"):
-        step(fastode.nn.SSP3(branch("group")), engine, (4, 8, 5, 3))
-    assert plans == [False, True]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from .. import _check
+from .. import checks
 from ..reference import IESkip, ResBlock
 from ..reference.branches import NORMS, make_norm
 
@@ -23,28 +23,28 @@ MakeBlock = Callable[[nn.Sequential], nn.Module]
 def check(in_channels: int, num_classes: int, width: int, norm: str) -> None:
     """Refuse sizes and a norm that no network can be built from."""
     for name, value in (("in_channels", in_channels), ("num_classes", num_classes), ("width", width)):
-        _check.steps(value, name)
+        checks.steps(value, name)
     check_norm(norm)
 
 
 def check_norm(norm: str, name: str = "norm") -> None:
     """Refuse a norm that no paper uses."""
-    _check.one_of(name, norm, (*NORMS, "none"))
+    checks.one_of(name, norm, (*NORMS, "none"))
 
 
 def check_shortcut(kernel: int) -> None:
     """Refuse a shortcut's kernel that no paper uses."""
-    _check.steps(kernel, "shortcut_kernel")
+    checks.steps(kernel, "shortcut_kernel")
     if kernel not in (1, 3):
         raise ValueError(f"shortcut_kernel must be 1 or 3, got {kernel}")
 
 
 def ie_skip(steps: int, step_size: float, theta: float, detach: bool) -> MakeBlock:
     """What makes a branch an IE-Skip; a bad argument is refused here, before the first layer is made."""
-    _check.steps(steps)
-    _check.step_size(step_size)
-    _check.theta(theta)
-    _check.flag("detach", detach)
+    checks.steps(steps)
+    checks.step_size(step_size)
+    checks.theta(theta)
+    checks.flag("detach", detach)
 
     def make(branch: nn.Sequential) -> nn.Module:
         return IESkip(branch, steps=steps, step_size=step_size, theta=theta, detach=detach)

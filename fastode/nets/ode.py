@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .. import _check
+from .. import checks
 from ..reference import ResBlock, SkewPair, SOBlock, SOClassifier
 from ..reference.branches import make_norm
 from ._stages import check, check_norm, conv, head, norm_act
@@ -52,7 +52,7 @@ def resnet56(
         >>> model(torch.ones(2, 3, 8, 8)).shape
         torch.Size([2, 10])
     """
-    _check.step_size(step_size)
+    checks.step_size(step_size)
     check(in_channels, num_classes, width, norm)
     parts: OrderedDict[str, nn.Module] = OrderedDict(stem=_stem(in_channels, width, norm))
     channels = width

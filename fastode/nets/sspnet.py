@@ -6,7 +6,7 @@ from collections import OrderedDict
 
 from torch import nn
 
-from .. import _check
+from .. import checks
 from ..reference import SSP2, SSP3, Ark, Midpoint, PreActBranch, ResBlock
 from ..reference.branches import make_norm
 from ._stages import MakeBlock, check, conv, expansive, head, norm_act
@@ -55,8 +55,8 @@ def sspnet(
         >>> model(torch.ones(2, 3, 8, 8)).shape
         torch.Size([2, 10])
     """
-    _check.one_of("block", block, _NAMES)
-    _check.steps(n, "n")
+    checks.one_of("block", block, _NAMES)
+    checks.steps(n, "n")
     check(in_channels, num_classes, width, norm)
     kinds = (Ark, ResBlock, SSP2) if block == "adap" else (_BLOCKS[block],) * 3
 
@@ -106,8 +106,8 @@ def sspnet_mnist(
         >>> model(torch.ones(2, 1, 28, 28)).shape
         torch.Size([2, 10])
     """
-    _check.one_of("block", block, _NAMES)
-    _check.steps(n, "n")
+    checks.one_of("block", block, _NAMES)
+    checks.steps(n, "n")
     check(in_channels, num_classes, width, norm)
     stem = nn.Sequential(
         nn.Conv2d(in_channels, width, 3),

@@ -6,7 +6,7 @@ from collections import OrderedDict
 
 from torch import nn
 
-from .. import _check
+from .. import checks
 from ..reference import PreActBranch, ResBlock
 from ._stages import MakeBlock, check, check_shortcut, conv, head, ie_skip, stage
 
@@ -56,7 +56,7 @@ def wide_resnet34_10(
         >>> model(torch.ones(2, 3, 8, 8)).shape
         torch.Size([2, 10])
     """
-    _check.one_of("skip", skip, ("ie", "res"))
+    checks.one_of("skip", skip, ("ie", "res"))
     implicit = ie_skip(steps, step_size, theta, detach)
     check(in_channels, num_classes, width, norm)
     check_shortcut(shortcut_kernel)

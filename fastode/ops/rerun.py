@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from ..reference.plain import plain_norms
+from .plan import MaybeTensor, MaybeTensors
 
 
 @dataclass(frozen=True)
@@ -18,59 +19,47 @@ class Rerun:
 
     Attributes:
         make: makes the reference block anew around its modules; it is called only when needed.
+        inputs: how many tensors the block is called with.
     """
 
     make: Callable[[], nn.Module]
+    inputs: int = 1
 
-    def needed(self, *cotangents: Tensor | None) -> bool:
-        """Whether this backward is differentiated itself, or each cotangent is many at once, under torch.func.vmap.
-
-        Raises:
-            RuntimeError: they come from is_grads_batched, whose older vmap gives some plain sums wrong gradients.
-        """
+    def needed(self, cotangents: Sequence[MaybeTensor]) -> bool:
+        """Whether this backward is differentiated itself, or each cotangent is many at once, under torch.func.vmap."""
         bars = [bar for bar in cotangents if bar is not None]
-        if any(torch._C._functorch.is_legacy_batchedtensor(bar) for bar in bars):
-            raise RuntimeError(
-                "is_grads_batched must be False for a fused block, got True: "
-                "torch.func.vmap of a function that calls torch.autograd.grad takes many cotangents at once"
-            )
         return torch.is_grad_enabled() or any(torch._C._functorch.is_batchedtensor(bar) for bar in bars)
 
     def gradients(
-        self,
-        inputs: Sequence[Tensor | None],
-        originals: Sequence[Tensor | None],
-        wanted: Sequence[bool],
-        points: int,
-        cotangents: Sequence[Tensor],
-    ) -> list[Tensor | None]:
-        """The block's gradients with a graph of their own, for the wanted of `inputs`.
+        self, given: MaybeTensors, wanted: Sequence[bool], cotangents: Sequence[MaybeTensor]
+    ) -> list[MaybeTensor]:
+        """The block's gradients with a graph of their own, for the wanted of `given`.
 
         Args:
-            inputs: the first `points` are the block's inputs, the rest stand in for `originals`.
-            originals: the modules' own parameters and buffers, aligned with inputs[points:].
+            given: the block's inputs, then the modules' own parameters and buffers.
             wanted: which gradients are asked for.
-            points: how many tensors the block is called with.
-            cotangents: one for each tensor that the block returns.
+            cotangents: one for each tensor that the block returns, None where it has none.
         """
         block = self.make()
         with torch.enable_grad(), plain_norms():
             # Aliases, so that the gradient with respect to a parameter does not run on through x.
-            alias = [t.view_as(t) if want and t is not None else t for t, want in zip(inputs, wanted, strict=True)]
+            alias = [t.view_as(t) if want and t is not None else t for t, want in zip(given, wanted, strict=True)]
             names: dict[str, Tensor] = {name: buffer.clone() for name, buffer in block.named_buffers()}
             for name, tensor in _named_tensors(block):
-                for original, stand_in in zip(originals, alias[points:], strict=True):
+                for original, stand_in in zip(given[self.inputs :], alias[self.inputs :], strict=True):
                     if original is tensor and stand_in is not None:
                         names[name] = stand_in
             # No transform of the cotangents is one of the inputs.
             with temporarily_clear_interpreter_stack():
-                result = torch.func.functional_call(block, names, tuple(alias[:points]))
+                result = torch.func.functional_call(block, names, tuple(alias[: self.inputs]))
             results = (result,) if isinstance(result, Tensor) else result
+            pairs = [(y, bar) for y, bar in zip(results, cotangents, strict=True) if bar is not None]
             asked = [t for t, want in zip(alias, wanted, strict=True) if want and t is not None]
-            found = iter(torch.autograd.grad(results, asked, cotangents, create_graph=True, allow_unused=True))
+            outputs, bars = [y for y, _ in pairs], [bar for _, bar in pairs]
+            found = iter(torch.autograd.grad(outputs, asked, bars, create_graph=True, allow_unused=True))
         return [next(found) if want and t is not None else None for t, want in zip(alias, wanted, strict=True)]
 
 
-def _named_tensors(block: nn.Module):
+def _named_tensors(block: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from block.named_parameters(remove_duplicate=False)
     yield from block.named_buffers(remove_duplicate=False)

@@ -11,7 +11,7 @@ from torch.autograd.forward_ad import unpack_dual
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from .. import _check, tableau
+from .. import checks, tableau
 from ..tableau import Tableau
 
 # Layers whose output never shares memory with their input.
@@ -23,7 +23,7 @@ class _OneStep(nn.Module):
 
     def __init__(self, branch: nn.Module) -> None:
         super().__init__()
-        _check.module("branch", branch)
+        checks.module("branch", branch)
         self.branch = branch
 
     def evaluate(
@@ -34,7 +34,7 @@ class _OneStep(nn.Module):
         out = call(_unshared(x, self.branch))
         shape = x.shape if shape is None else shape
         if not isinstance(out, Tensor):
-            raise TypeError(f"branch must be a map to the shape {list(shape)}, got {_check.what(out)} from it")
+            raise TypeError(f"branch must be a map to the shape {list(shape)}, got {checks.what(out)} from it")
         if out.shape != shape:
             raise ValueError(f"branch must be a map to the shape {list(shape)}, got an output of {list(out.shape)}")
         return out
@@ -62,9 +62,9 @@ class ResBlock(_OneStep):
 
     def __init__(self, branch: nn.Module, step_size: float = 1.0, shortcut: nn.Module | None = None) -> None:
         super().__init__(branch)
-        _check.step_size(step_size)
+        checks.step_size(step_size)
         if shortcut is not None:
-            _check.module("shortcut", shortcut)
+            checks.module("shortcut", shortcut)
         self.step_size = step_size
         self.shortcut = shortcut
 
@@ -102,10 +102,10 @@ class IESkip(_OneStep):
         self, branch: nn.Module, steps: int = 1, step_size: float = 0.1, theta: float = 1.0, detach: bool = False
     ) -> None:
         super().__init__(branch)
-        _check.steps(steps)
-        _check.step_size(step_size)
-        _check.theta(theta)
-        _check.flag("detach", detach)
+        checks.steps(steps)
+        checks.step_size(step_size)
+        checks.theta(theta)
+        checks.flag("detach", detach)
         self.steps = steps
         self.step_size = step_size
         self.theta = theta
@@ -182,7 +182,7 @@ class ShuOsher(_OneStep):
 
     def __init__(self, branch: nn.Module, tableau: Tableau) -> None:
         super().__init__(branch)
-        _check.tableau(tableau)
+        checks.tableau(tableau)
         self.tableau = tableau
 
     def forward(self, x: Tensor) -> Tensor:
@@ -298,8 +298,8 @@ class Ark(_OneStep):
     ) -> None:
         super().__init__(branch)
         for name, value, learn in (("a21", a21, learn_a21), ("b10", b10, learn_b10)):
-            _check.finite(name, value)
-            _check.flag(f"learn_{name}", learn)
+            checks.finite(name, value)
+            checks.flag(f"learn_{name}", learn)
             if learn:
                 self.register_parameter(name, nn.Parameter(torch.tensor(float(value))))
             else:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .. import _check
+from .. import checks
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {
     "batch": nn.BatchNorm2d,
@@ -45,7 +45,7 @@ def make_norm(norm: str | Callable[[int], nn.Module], channels: int) -> list[nn.
     if norm == "none":
         return []
     if not callable(norm):
-        _check.one_of("norm", norm, (*NORMS, "none"))
+        checks.one_of("norm", norm, (*NORMS, "none"))
         norm = NORMS[norm]
     return [norm(channels)]
 
@@ -63,7 +63,7 @@ def make_activation(activation: str | Callable[[], nn.Module]) -> nn.Module:
         TypeError, ValueError: activation is none of these.
     """
     if not callable(activation):
-        _check.one_of("activation", activation, tuple(ACTIVATIONS))
+        checks.one_of("activation", activation, tuple(ACTIVATIONS))
         activation = ACTIVATIONS[activation]
     return activation()
 
@@ -79,7 +79,7 @@ class _Branch(nn.Sequential):
 
 def _check_sizes(**sizes: int) -> None:
     for name, value in sizes.items():
-        _check.steps(value, name)
+        checks.steps(value, name)
 
 
 def _check_kernel(kernel_size: int) -> None:
@@ -127,7 +127,7 @@ class PreActBranch(_Branch):
         out_channels = in_channels if out_channels is None else out_channels
         _check_sizes(in_channels=in_channels, out_channels=out_channels, layers=layers, stride=stride)
         _check_kernel(kernel_size)
-        _check.flag("bias", bias)
+        checks.flag("bias", bias)
         modules: list[nn.Module] = []
         for layer in range(layers):
             channels, step = (in_channels, stride) if layer == 0 else (out_channels, 1)
@@ -174,7 +174,7 @@ class BottleneckBranch(_Branch):
         out_channels = in_channels if out_channels is None else out_channels
         _check_sizes(in_channels=in_channels, out_channels=out_channels, expansion=expansion, stride=stride)
         _check_kernel(kernel_size)
-        _check.flag("bias", bias)
+        checks.flag("bias", bias)
         if out_channels % expansion:
             raise ValueError(f"out_channels must be a multiple of expansion = {expansion}, got {out_channels}")
         width = out_channels // expansion

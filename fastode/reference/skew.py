@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _check
+from .. import checks
 from .branches import make_activation, make_norm
 
 PADDING = 1
@@ -93,9 +93,9 @@ class SkewPair(nn.Module):
         norm: str | Callable[[int], nn.Module] = "group",
     ) -> None:
         super().__init__()
-        _check.steps(in_channels, "in_channels")
-        _check.steps(channels, "channels")
-        _check.steps(stride, "stride")
+        checks.steps(in_channels, "in_channels")
+        checks.steps(channels, "channels")
+        checks.steps(stride, "stride")
         if stride not in KERNELS:
             raise ValueError(f"stride must be 1 or 2, got {stride}")
         check_gamma(gamma)
@@ -136,14 +136,14 @@ class SkewPair(nn.Module):
     def check_input(self, x: Tensor) -> None:
         """Refuse an x that `initial_state` cannot take."""
         in_channels = self.weight.shape[1]
-        _check.feature_map("x", x, in_channels)
-        _check.same_kind(x, (self.weight,))
+        checks.feature_map("x", x, in_channels)
+        checks.same_kind(x, (self.weight,))
         if x.shape[2] % self.stride or x.shape[3] % self.stride:
             shape = list(x.shape)
             raise ValueError(f"x must be a tensor [N, {in_channels}, H, W] with even H and W, got shape {shape}")
 
     def forward(self, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        _check.skew_pair(y, z, self.weight, self.stride, PADDING)
+        checks.skew_pair(y, z, self.weight, self.stride, PADDING)
         y, z = self.pre_norm_y(y), self.pre_norm_z(z)
         dy, dz = skew_field(y, z, self.weight, self.stride, PADDING, self.gamma, self.activation)
         return self.post_norm_y(dy), self.post_norm_z(dz)
@@ -192,10 +192,10 @@ class SkewLinear(nn.Module):
         released: bool = False,
     ) -> None:
         super().__init__()
-        _check.steps(in_features, "in_features")
-        _check.steps(num_classes, "num_classes")
+        checks.steps(in_features, "in_features")
+        checks.steps(num_classes, "num_classes")
         check_gamma(gamma)
-        _check.flag("released", released)
+        checks.flag("released", released)
         self.gamma = gamma
         self.released = released
         self.weight = nn.Parameter(torch.empty(num_classes, in_features))
@@ -226,15 +226,15 @@ class SkewLinear(nn.Module):
         """
         classes, features = self.weight.shape
         _check_matrix("x", x, None, features)
-        _check.same_kind(x, (self.weight,))
+        checks.same_kind(x, (self.weight,))
         return x.new_full((x.shape[0], classes), INITIAL_RELEASED if self.released else INITIAL), x
 
     def forward(self, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         classes, features = self.weight.shape
         _check_matrix("y", y, None, classes)
         _check_matrix("z", z, y.shape[0], features)
-        _check.same_kind(y, (self.weight,), "y")
-        _check.same_kind(z, (self.weight,), "z")
+        checks.same_kind(y, (self.weight,), "y")
+        checks.same_kind(z, (self.weight,), "z")
         if self.released:
             # The activation reads the state itself here, so one that works in place gets copies.
             inner_y, inner_z = self.activation(y.clone()), self.activation(z.clone())
@@ -257,7 +257,7 @@ def _damped(slope: Tensor, state: Tensor, gamma: float) -> Tensor:
 
 def check_gamma(gamma: Any) -> None:
     """Refuse anything but a finite number of at least zero."""
-    _check.finite("gamma", gamma)
+    checks.finite("gamma", gamma)
     if gamma < 0:
         raise ValueError(f"gamma must be a finite number >= 0, got {gamma}")
 

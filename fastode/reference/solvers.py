@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .. import _check
+from .. import checks
 from ..tableau import EULER_RK, MIDPOINT_RK, RK4_38, Butcher
 from .skew import SkewLinear
 
@@ -56,14 +56,14 @@ class SOBlock(nn.Module):
         steps: int = 1,
     ) -> None:
         super().__init__()
-        _check.module("field", field)
+        checks.module("field", field)
         if not callable(getattr(field, "initial_state", None)):
-            raise TypeError(f"field must be a module with initial_state(x), as SkewPair is, got {_check.what(field)}")
-        _check.solver(solver, (*FIXED, *ADAPTIVE))
-        _check.step_size(rtol, "rtol")
-        _check.step_size(atol, "atol")
-        _check.step_size(t1, "t1")
-        _check.steps(steps)
+            raise TypeError(f"field must be a module with initial_state(x), as SkewPair is, got {checks.what(field)}")
+        checks.solver(solver, (*FIXED, *ADAPTIVE))
+        checks.step_size(rtol, "rtol")
+        checks.step_size(atol, "atol")
+        checks.step_size(t1, "t1")
+        checks.steps(steps)
         self.field = field
         self.solver = solver
         self.rtol = rtol

@@ -1,62 +1,39 @@
-"""What the resident operators are called with, and what they can be called for."""
+"""What the resident operators are called with, and what their results are beside the tensors they were called for."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor
 
-from ...branch import TENSORS_PER_UNIT, Unit
-from ..sweeps import ACTIVATION_CODE, NORM_CODE, MaybeTensors, Plan
+from ...branch.layers import TENSORS_PER_UNIT
+from ..plan import ACTIVATION_CODE, NORM_CODE, MaybeTensor, MaybeTensors, Plan
 
 _PRESENT = (1, 2, 4, 0, 8, 16)  # the bit of each of a unit's tensors; running mean and variance come together
 
 Branch = tuple[list[Tensor], list[int], list[float]]
 
 
-def why_not(
-    units: Sequence[Unit], tracked: Sequence[bool], tensors: MaybeTensors, x: Tensor | None, lower: torch.dtype | None
-) -> str:
-    """Why the resident engine cannot run a branch on x (or on any input); empty if it can.
-
-    Args:
-        units: the branch.
-        tracked: for each unit, whether its norm updates running statistics.
-        tensors: six for each unit.
-        x: the input, or None.
-        lower: the dtype of autocast, None where it is off.
-    """
-    for unit, tracks in zip(units, tracked, strict=True):
-        conv, norm = unit.conv, unit.norm
-        if conv is not None and (conv.groups != 1 or tuple(conv.dilation) != (1, 1)):
-            return "it has kernels for convolutions without groups and dilation only"
-        if norm is not None and norm.mode == "group" and tracks:
-            return "it has no running statistics of an instance norm"
-    if lower is not None:
-        return "it does not lower convolutions as autocast asks"
-    if x is None:
-        return ""
-    if any(tensor is not None and tensor.dtype != x.dtype for tensor in tensors):
-        return "its parameters are not of the input's dtype"
-    return ""
-
-
 def encode(plan: Plan, tensors: MaybeTensors) -> Branch:
     """A branch as the operators take it (csrc/cpu/resident/engine.h): tensors that are present, integers, numbers."""
-    present: list[Tensor] = []
+    bits = tuple([sum(bit for bit, t in zip(_PRESENT, row, strict=True) if t is not None) for row in _rows(tensors)])
+    return [tensor for tensor in tensors if tensor is not None], *_constants(plan, bits)
+
+
+def _rows(tensors: MaybeTensors) -> Iterator[MaybeTensors]:
+    return (tensors[at : at + TENSORS_PER_UNIT] for at in range(0, len(tensors), TENSORS_PER_UNIT))
+
+
+def _constants(plan: Plan, bits: tuple[int, ...]) -> tuple[list[int], list[float]]:
     integers: list[int] = []
     numbers: list[float] = []
-    for index, unit in enumerate(plan.units):
-        row = tensors[index * TENSORS_PER_UNIT : (index + 1) * TENSORS_PER_UNIT]
+    for unit, present in zip(plan.units, bits, strict=True):
         norm, act, conv = unit.norm, unit.activation, unit.conv
-        bits = sum(bit for bit, tensor in zip(_PRESENT, row, strict=True) if tensor is not None)
         integers += [0, 1] if norm is None else [NORM_CODE[norm.mode], norm.groups]
         integers.append(0 if act is None else ACTIVATION_CODE[act.kind])
-        integers += [0, 1, 1, bits] if conv is None else [conv.out_channels, *conv.kernel, bits]
+        integers += [0, 1, 1, present] if conv is None else [conv.out_channels, *conv.kernel, present]
         numbers += [0.0 if norm is None else norm.eps, *((0.0, 0.0) if act is None else (act.p, act.q))]
-        present += [tensor for tensor in row if tensor is not None]
-    return present, integers, numbers
+    return integers, numbers
 
 
 def decode_statistics(plan: Plan, tensors: MaybeTensors, flat: Tensor, channels: int, evaluations: int) -> list[Tensor]:
@@ -73,8 +50,9 @@ def decode_statistics(plan: Plan, tensors: MaybeTensors, flat: Tensor, channels:
     return [piece.view(2, -1) for piece, keep in zip(pieces, kept * evaluations, strict=True) if keep]
 
 
-def align_gradients(tensors: MaybeTensors, bars: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
-    """The operator's gradients, one for each present tensor, beside all tensors; None where none is wanted."""
+def beside(tensors: MaybeTensors, bars: Sequence[Tensor]) -> list[MaybeTensor]:
+    """The operator's gradients, one for each present tensor or none at all, beside all tensors."""
+    if not bars:
+        return [None] * len(tensors)
     found = iter(bars)
-    beside = [None if tensor is None else next(found) for tensor in tensors]
-    return [bar if want else None for bar, want in zip(beside, wanted, strict=True)]
+    return [None if tensor is None else next(found) for tensor in tensors]

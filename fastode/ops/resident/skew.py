@@ -1,6 +1,7 @@
 """The skew pair, and its solution by equal steps from x, on the resident engine: one operator forwards, one backwards.
 
-Derivation: README.md of ops/skew_pair; equations are cited as (1) to (5) from there.
+Derivation: README.md of ops/schemes/skew_pair; equations are cited as (1) to (5) from there. `tensors` are W's weight
+and then four of each norm.
 """
 
 from __future__ import annotations
@@ -11,62 +12,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..function import gradients
+from ..maps import is_channels_last
+from ..plan import TENSORS_PER_NORM, MaybeTensor, MaybeTensors, activation_codes, norm_codes
 from ..rerun import Rerun
-from ..skew_pair.autograd import March, is_channels_last
-from ..skew_pair.engine import TENSORS_PER_NORM, MaybeTensor, Pair
-from ..sweeps import ACTIVATION_CODE, NORM_CODE, MaybeTensors
-from .autograd import keeps, keeps_beside
+from ..schemes.skew_pair.march import March
+from ..schemes.skew_pair.pair import Pair
+from .call import beside
+from .functions import keeps, keeps_beside
 
 # The bit of each of a norm's tensors; running mean and variance come together.
 _PRESENT = (1, 2, 4, 0)
 
-_CHANNELS = 1024  # csrc/cpu/resident/skew_passes_impl.h, kMostRepeated
+MOST_CHANNELS = 1024  # csrc/cpu/resident/skew_passes_impl.h, kMostRepeated
 
 PairCode = tuple[list[Tensor], list[int], list[float]]
 
 
-def why_not(pair: Pair, weight: Tensor, tensors: MaybeTensors, states: Sequence[Tensor]) -> str:
-    """Why the resident engine cannot run a pair on these states (or, without any, on some); empty if it can.
-
-    Args:
-        pair: the pair's constants.
-        weight: of W.
-        tensors: four for each norm.
-        states: y and z, or the z that a block starts from.
-    """
-    stride, padding, (height, width) = pair.stride, pair.padding, weight.shape[2:]
-    odd = stride == 1 and height % 2 == 1 and padding == height // 2
-    halving = stride == 2 and height == 4 and padding == 1
-    if height != width or not (odd or halving):
-        return "it has kernels for odd sides at stride 1 that keep the size, and for 4×4 at stride 2 with padding 1"
-    if any(norm is not None and norm.mode == "batch" for norm in pair.norms):
-        return "a batch norm of the skew pair couples the samples, which it takes one by one"
-    if any(pair.tracked):
-        return "it has no running statistics of an instance norm"
-    if pair.lower is not None:
-        return "it does not lower convolutions as autocast asks"
-    if max(weight.shape[:2]) > _CHANNELS:
-        return f"it has the skew pair for at most {_CHANNELS} channels"
-    if not states:
-        return ""
-    if any(tensor is not None and tensor.dtype != states[-1].dtype for tensor in (weight, *tensors)):
-        return "its parameters are not of the input's dtype"
-    return ""
-
-
-def encode(pair: Pair, weight: Tensor, tensors: MaybeTensors) -> PairCode:
+def encode(pair: Pair, tensors: MaybeTensors) -> PairCode:
     """A pair as the operators take it (csrc/cpu/resident/skew_engine.h): present tensors, integers, numbers."""
-    activation = pair.activation
-    present = [weight]
-    integers = [pair.stride, 0 if activation is None else ACTIVATION_CODE[activation.kind]]
-    numbers = [pair.gamma, *((0.0, 0.0) if activation is None else (activation.p, activation.q))]
+    kind, p, q = activation_codes(pair.activation)
+    integers, numbers = [pair.stride, kind], [pair.gamma, p, q]
     for which, norm in enumerate(pair.norms):
-        row = tensors[which * TENSORS_PER_NORM : (which + 1) * TENSORS_PER_NORM]
+        row = tensors[1 + which * TENSORS_PER_NORM :][:TENSORS_PER_NORM]
         bits = sum(bit for bit, tensor in zip(_PRESENT, row, strict=True) if tensor is not None)
-        integers += [0, 1, bits] if norm is None else [NORM_CODE[norm.mode], norm.groups, bits]
-        numbers.append(0.0 if norm is None else norm.eps)
-        present += [tensor for tensor in row if tensor is not None]
-    return present, integers, numbers
+        mode, groups, eps = norm_codes(norm)
+        integers += [mode, groups, bits]
+        numbers.append(eps)
+    return [tensor for tensor in tensors if tensor is not None], integers, numbers
 
 
 def _norms_used(pair: Pair, slope_y: bool, slope_z: bool) -> list[bool]:
@@ -78,17 +51,13 @@ def _norms_used(pair: Pair, slope_y: bool, slope_z: bool) -> list[bool]:
 
 
 def _of_tensors(norms_used: Sequence[bool], wanted: Sequence[bool]) -> list[bool]:
-    """Which of the norms' tensors have a gradient: as in the reference, not one that nothing depends on."""
-    return [want and norms_used[index // TENSORS_PER_NORM] for index, want in enumerate(wanted)]
+    """Of W's weight and the norms' tensors, those that have a gradient: not one that nothing depends on."""
+    rest = [want and norms_used[index // TENSORS_PER_NORM] for index, want in enumerate(wanted[1:])]
+    return [wanted[0], *rest]
 
 
-def _align(tensors: MaybeTensors, bars: Sequence[Tensor], wanted: Sequence[bool]) -> list[MaybeTensor]:
-    """The operator's gradients, one for each present tensor, beside all tensors; None where none is wanted."""
-    if not bars:
-        return [None] * len(tensors)
-    found = iter(bars)
-    beside = [None if tensor is None else next(found) for tensor in tensors]
-    return [bar if want else None for bar, want in zip(beside, wanted, strict=True)]
+def _only(bars: Sequence[MaybeTensor], wanted: Sequence[bool]) -> list[MaybeTensor]:
+    return [bar if want else None for bar, want in zip(bars, wanted, strict=True)]
 
 
 def _slopes_of(ctx: Any) -> list[Tensor]:
@@ -103,44 +72,40 @@ class ResidentSkewFunction(torch.autograd.Function):
     """(ẏ, ż) at (y, z)."""
 
     @staticmethod
-    def forward(
-        ctx: Any, y: Tensor, z: Tensor, weight: Tensor, pair: Pair, rerun: Rerun | None, *tensors: MaybeTensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, pair: Pair, rerun: Rerun | None, y: Tensor, z: Tensor, *tensors: MaybeTensor) -> Any:
+        weight = tensors[0]
+        assert weight is not None
         # The memory formats that PyTorch's convolution and its transpose give the slopes.
         last = [is_channels_last(x) or is_channels_last(weight) for x in (z, y)]
-        beside = keeps_beside(ctx)
-        dy, dz, kept = torch.ops.fastode.resident_skew_forward(
-            y, z, *encode(pair, weight, tensors), keeps(ctx), beside, last[0], last[1]
+        left = keeps_beside(ctx)
+        dy, dz, kept = torch.ops.fastode.resident_skew_forward.default(
+            y, z, *encode(pair, tensors), keeps(ctx), left, last[0], last[1]
         )
         # Beside the saved tensors, which may not be written to: the slopes are the user's.
-        ctx.slopes = [dy.detach(), dz.detach()] if beside else []
-        ctx.save_for_backward(y, z, weight, *tensors, *kept)
-        ctx.pair, ctx.rerun, ctx.count = pair, rerun, len(tensors)
+        ctx.slopes = [dy.detach(), dz.detach()] if left else []
+        ctx.save_for_backward(y, z, *tensors, *kept)
+        ctx.pair, ctx.rerun, ctx.count = pair, rerun, 2 + len(tensors)
         ctx.set_materialize_grads(False)
         return dy, dz
 
     @staticmethod
     def backward(ctx: Any, dy_bar: MaybeTensor, dz_bar: MaybeTensor) -> tuple[MaybeTensor, ...]:
-        y, z, weight, *rest = ctx.saved_tensors
-        tensors, kept, slopes = rest[: ctx.count], rest[ctx.count :], _slopes_of(ctx)
+        saved = ctx.saved_tensors
+        given, kept, slopes = saved[: ctx.count], saved[ctx.count :], _slopes_of(ctx)
         if any(slope._version for slope in slopes):  # written over since: everything is evaluated again
-            kept, slopes = [], []
-        wanted = (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[5:])
-        given = dz_bar if dy_bar is None else dy_bar
-        if given is None:
-            return (None,) * (5 + len(tensors))
-        if ctx.rerun is not None and ctx.rerun.needed(dy_bar, dz_bar):
-            bars = [torch.zeros_like(x) if bar is None else bar for bar, x in ((dy_bar, y), (dz_bar, z))]
-            y_bar, z_bar, *grads = ctx.rerun.gradients([y, z, weight, *tensors], [weight, *tensors], wanted, 2, bars)
-        else:
-            used = _norms_used(ctx.pair, dy_bar is not None, dz_bar is not None)
-            wanted = (wanted[0] and used[0], wanted[1] and used[1], wanted[2], *_of_tensors(used, wanted[3:]))
-            y_bar, z_bar, bars = torch.ops.fastode.resident_skew_backward(
-                y, z, dy_bar, dz_bar, kept, slopes, *encode(ctx.pair, weight, tensors), wanted[0], wanted[1],
-                wanted[2], any(wanted[3:]),
-            )  # fmt: skip
-            grads = _align([weight, *tensors], bars, wanted[2:])
-        return (y_bar if wanted[0] else None, z_bar if wanted[1] else None, grads[0], None, None, *grads[1:])
+            kept, slopes = (), []
+
+        def pull(bars: Sequence[MaybeTensor], wanted: Sequence[bool]) -> list[MaybeTensor]:
+            y, z, *tensors = given
+            used = _norms_used(ctx.pair, bars[0] is not None, bars[1] is not None)
+            ends = (wanted[0] and used[0], wanted[1] and used[1])
+            asked = _of_tensors(used, wanted[2:])
+            y_bar, z_bar, found = torch.ops.fastode.resident_skew_backward.default(
+                y, z, *bars, list(kept), slopes, *encode(ctx.pair, tensors), *ends, asked[0], any(asked[1:])
+            )
+            return [*_only((y_bar, z_bar), ends), *_only(beside(tensors, found), asked)]
+
+        return gradients(ctx, given, [dy_bar, dz_bar], pull)
 
 
 class ResidentMarchFunction(torch.autograd.Function):
@@ -148,35 +113,33 @@ class ResidentMarchFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, pair: Pair, march: March, rerun: Rerun | None, *tensors: MaybeTensor
-    ) -> Tensor:
-        end, kept = torch.ops.fastode.resident_march_forward(
-            x, *encode(pair, weight, tensors), *_march_code(march, pair), keeps(ctx), is_channels_last(x)
+        ctx: Any, pair: Pair, march: March, rerun: Rerun | None, x: Tensor, *tensors: MaybeTensor
+    ) -> tuple[Tensor]:
+        end, kept = torch.ops.fastode.resident_march_forward.default(
+            x, *encode(pair, tensors), *_march_code(march, pair), keeps(ctx), is_channels_last(x)
         )
-        ctx.save_for_backward(x, weight, *tensors, *kept)
-        ctx.pair, ctx.march, ctx.rerun, ctx.count = pair, march, rerun, len(tensors)
+        ctx.save_for_backward(x, *tensors, *kept)
+        ctx.pair, ctx.march, ctx.rerun, ctx.count = pair, march, rerun, 1 + len(tensors)
         ctx.set_materialize_grads(False)
-        return end
+        return (end,)
 
     @staticmethod
     def backward(ctx: Any, end_bar: MaybeTensor) -> tuple[MaybeTensor, ...]:
-        x, weight, *rest = ctx.saved_tensors
-        tensors, kept = rest[: ctx.count], rest[ctx.count :]
-        wanted = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[5:])
-        if end_bar is None:
-            return (None,) * (5 + len(tensors))
-        if ctx.rerun is not None and ctx.rerun.needed(end_bar):
-            x_bar, *grads = ctx.rerun.gradients([x, weight, *tensors], [weight, *tensors], wanted, 1, [end_bar])
-        else:
+        saved = ctx.saved_tensors
+        given, kept = saved[: ctx.count], saved[ctx.count :]
+
+        def pull(bars: Sequence[MaybeTensor], wanted: Sequence[bool]) -> list[MaybeTensor]:
+            x, *tensors = given
             slopes = [both for step in ctx.march.used(ctx.pair.gamma != 0) for both in step]
             used = _norms_used(ctx.pair, any(y for y, _ in slopes), any(z for _, z in slopes))
-            wanted = (*wanted[:2], *_of_tensors(used, wanted[2:]))
-            x_bar, bars = torch.ops.fastode.resident_march_backward(
-                x, end_bar, kept, *encode(ctx.pair, weight, tensors), *_march_code(ctx.march, ctx.pair), wanted[1],
-                any(wanted[2:]),
+            asked = _of_tensors(used, wanted[1:])
+            x_bar, found = torch.ops.fastode.resident_march_backward.default(
+                x, bars[0], list(kept), *encode(ctx.pair, tensors), *_march_code(ctx.march, ctx.pair), asked[0],
+                any(asked[1:]),
             )  # fmt: skip
-            grads = _align([weight, *tensors], bars, wanted[1:])
-        return (x_bar if wanted[0] else None, grads[0], None, None, None, *grads[1:])
+            return [x_bar, *_only(beside(tensors, found), asked)]
+
+        return gradients(ctx, given, [end_bar], pull)
 
 
 def _march_code(march: March, pair: Pair) -> tuple[list[float], int, list[int]]:

@@ -20,30 +20,6 @@ ENTRIES = 256
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def why_not(units: Sequence[Any], tensors: Sequence[MaybeTensor], x: MaybeTensor, lower: torch.dtype | None) -> str:
-    """Why a branch cannot run with fused convolutions on x (or, without x, on any input); empty if it can.
-
-    Args:
-        units: of the branch.
-        tensors: of the branch.
-        x: the input, or None.
-        lower: the dtype that autocast lowers convolutions to, None where it is off.
-    """
-    if torch.compiler.is_compiling():
-        return "torch.compile does not trace fused convolutions"
-    for unit in units:
-        if unit.conv is None:
-            return "a unit of the branch has no convolution"
-        if unit.conv.groups != 1:
-            return "fused convolutions have no groups"
-        if not (unit.conv.kernel[0] % 2 and unit.conv.kernel[1] % 2):
-            return "fused convolutions have kernels of odd sides"
-    for dtype in (None if x is None else x.dtype, lower, *(None if t is None else t.dtype for t in tensors)):
-        if dtype is not None and dtype not in DTYPES:
-            return f"there are no fused convolutions for {dtype}"
-    return ""
-
-
 @dataclass(frozen=True)
 class Operand:
     """A map as a convolution reads it.

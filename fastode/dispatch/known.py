@@ -1,0 +1,106 @@
+"""What earlier calls of a block have found, kept beside it: its reading, and the engine chosen for each kind of call.
+
+An entry is asked for at every call and is only taken where its snapshot holds, so that whatever a user changes between
+two calls is seen.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable
+from typing import Any, Generic, Protocol, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from ..branch.snapshot import Snapshot
+from ..ops.engine import Call, autocast_dtype, mode
+from ..ops.plan import MaybeTensors
+from . import trial
+
+_MOST_ANSWERS = 64  # of one reading; a block that is called with ever new shapes must not fill the memory
+
+
+class _Reading(Protocol):
+    reason: str  # why it could not be read, empty where it could
+
+    @property
+    def tensors(self) -> MaybeTensors: ...
+
+
+Reading = TypeVar("Reading", bound=_Reading)
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+class Known(Generic[Reading]):
+    """A reading, and what was decided for the calls that followed, by their kind."""
+
+    __slots__ = ("_answers", "_snapshot", "reading")
+
+    def __init__(self, snapshot: Snapshot | None, reading: Reading) -> None:
+        self._snapshot = snapshot
+        self.reading = reading
+        self._answers: dict[Hashable, Any] = {}
+
+    def holds(self, root: nn.Module) -> bool:
+        return self._snapshot is not None and self._snapshot.holds(root)
+
+    def answer(self, kind: Hashable) -> Any:
+        return self._answers.get(kind)
+
+    def keep(self, kind: Hashable, answer: Any, call: Call) -> None:
+        """Keep what was decided for a call, unless a trial that cannot be made now may decide otherwise later."""
+        if self._snapshot is None or (call.inputs[0].device.type in trial.DEVICES and not trial.is_known(call)):
+            return
+        if len(self._answers) >= _MOST_ANSWERS:
+            self._answers.clear()
+        self._answers[kind] = answer
+
+
+_known: WeakKeyDictionary[nn.Module, Known[Any]] = WeakKeyDictionary()
+
+
+def known(root: nn.Module, read: Callable[[], Reading]) -> Known[Reading]:
+    """What is known of a module; it is read where nothing is, or where something has changed since."""
+    found: Known[Reading] | None = _known.get(root)
+    if found is not None and found.holds(root):
+        return found
+    reading = read()
+    if reading.reason:  # nothing is known of modules that cannot be read, nor of what their snapshot would need
+        return Known(None, reading)
+    snapshot = Snapshot(root)
+    # Tensors that stand in for parameters during one call would be kept alive, with the graph behind them.
+    if any(tensor.grad_fn is not None for tensor in snapshot.tensors):
+        return Known(None, reading)
+    found = _known[root] = Known(snapshot, reading)
+    return found
+
+
+def forget() -> None:
+    """Forget all readings and choices."""
+    _known.clear()
+
+
+def kind_of_call(constants: Hashable, inputs: tuple[Tensor, ...], reading: _Reading) -> Hashable | None:
+    """Everything beside the modules that the choice of an engine depends on; None where the call is not to be kept."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return None
+    shapes = tuple([(type(x), x.dtype, x.shape, x.device, x.layout) for x in inputs])
+    x = inputs[0]
+    asked: Hashable = None
+    if x.device.type in trial.DEVICES:
+        asked = (mode(inputs, reading.tensors), trial.allows_tf32(), x.stride())
+    return constants, shapes, autocast_dtype(x), torch.get_num_threads(), asked
+
+
+def remembered(function: _Function) -> _Function:
+    """Keep the results of a function of few constants; a tracer calls the function itself."""
+    cached = functools.lru_cache(maxsize=256, typed=True)(function)
+
+    @functools.wraps(function)
+    def call(*constants: Any) -> Any:
+        return function(*constants) if torch.compiler.is_compiling() else cached(*constants)
+
+    return call  # type: ignore[return-value]

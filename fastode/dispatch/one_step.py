@@ -1,0 +1,248 @@
+"""How a one-step block runs: its branch is read, everything is checked, an engine is chosen and called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks
+from ..branch.read import Reading, channels, read
+from ..ops import function
+from ..ops.engine import Call, Engine, autocast_dtype
+from ..ops.plan import MaybeTensors, Plan
+from ..ops.rerun import Rerun
+from ..ops.schemes.implicit_euler.descent import Descent
+from ..ops.schemes.runge_kutta.stages import Scheme
+from ..tableau import Tableau
+from . import choice
+from .engines import AUTO, NAMES, REFERENCE
+from .known import kind_of_call, known, remembered
+
+Rows = tuple[tuple[tuple[float, ...], ...], ...]
+Table = Callable[[], Tensor]
+
+
+class Step(Protocol):
+    """A one-step block without its branch; equal only to itself, so that it is a cheap key.
+
+    Attributes:
+        family: of blocks, as a `Call` has it.
+        variant: what else the time of its calls depends on, in words.
+        traceable: whether torch.compile may trace the reference.
+    """
+
+    family: str
+    variant: str
+    traceable: bool
+
+    def apply(
+        self, engine: Engine, plan: Plan, rerun: Rerun | None, x: Tensor, tensors: MaybeTensors, table: Table | None
+    ) -> Any:
+        """(y, *statistics) by the engine's autograd Function; `table` gives coefficients that are learned."""
+
+
+@dataclass(frozen=True, eq=False)
+class DescentStep:
+    """IE-Skip."""
+
+    descent: Descent
+    variant: str
+    family: str = "ie"
+    traceable: bool = False  # the reference calls autograd inside its forward
+
+    def apply(
+        self, engine: Engine, plan: Plan, rerun: Rerun | None, x: Tensor, tensors: MaybeTensors, table: Table | None
+    ) -> Any:
+        return function.call(engine.ie_skip, (plan, self.descent, rerun), (x, *tensors))
+
+
+@dataclass(frozen=True, eq=False)
+class SchemeStep:
+    """An explicit scheme; `rows` are its square α and β, empty where they are learned."""
+
+    scheme: Scheme
+    rows: Rows
+    variant: str
+    family: str = "shu_osher"
+    traceable: bool = True
+
+    def apply(
+        self, engine: Engine, plan: Plan, rerun: Rerun | None, x: Tensor, tensors: MaybeTensors, table: Table | None
+    ) -> Any:
+        given = table() if table is not None else constant_table(self)
+        return function.call(engine.shu_osher, (plan, self.scheme, rerun), (x, given, *tensors))
+
+
+@remembered
+def descent_step(steps: int, step_size: float, theta: float, detach: bool) -> DescentStep:
+    """The step of an IE-Skip block."""
+    return DescentStep(Descent(steps, step_size, theta, detach), f"of {steps} {'detached ' if detach else ''}steps")
+
+
+@remembered
+def tableau_step(tableau: Tableau) -> SchemeStep:
+    """The step of a scheme with a fixed tableau."""
+    rows = tuple(
+        tuple(tuple(row) + (0.0,) * (tableau.stages - len(row)) for row in rows)
+        for rows in (tableau.alpha, tableau.beta)
+    )
+    return fixed_step(rows)
+
+
+@remembered
+def euler_step(step_size: float) -> SchemeStep:
+    """The step of a residual block: x + h f(x)."""
+    return fixed_step((((1.0,),), ((step_size,),)))
+
+
+def fixed_step(rows: Rows) -> SchemeStep:
+    """The step of a scheme with these square α and β."""
+    alpha, beta = (tuple(tuple(k for k, entry in enumerate(row) if entry != 0) for row in part) for part in rows)
+    return scheme_step(Scheme(alpha, beta), rows)
+
+
+def scheme_step(scheme: Scheme, rows: Rows = ()) -> SchemeStep:
+    """The step of a scheme; without rows its coefficients are learned."""
+    pairs = zip(scheme.alpha, scheme.beta, strict=True)
+    variant = " ".join(["".join([f"{k}" for k in (*alpha, "/", *beta)]) for alpha, beta in pairs])
+    return SchemeStep(scheme, rows, variant)
+
+
+_tables: WeakKeyDictionary[SchemeStep, Tensor] = WeakKeyDictionary()
+
+
+def constant_table(step: SchemeStep) -> Tensor:
+    """Fixed coefficients [2, s, s] in float64, made once unless a tracer or a fake mode asks for them."""
+    if torch.compiler.is_compiling():
+        return torch.tensor(step.rows, dtype=torch.float64)
+    kept = _tables.get(step)
+    if kept is not None:
+        return kept
+    with torch.inference_mode(False):  # or it could not be saved for a backward
+        made = torch.tensor(step.rows, dtype=torch.float64)
+    if type(made) is Tensor:
+        _tables[step] = made
+    return made
+
+
+def describe_call(step: Step, module: nn.Module, inputs: tuple[Tensor, ...] = ()) -> Call:
+    """A call of a block around a branch, as an engine is asked about it."""
+    return _call(step, read(module), inputs)
+
+
+def _call(step: Step, reading: Reading, inputs: tuple[Tensor, ...]) -> Call:
+    if reading.units is None:
+        return Call(step.family, step.variant, None, (), inputs, reading.reason)
+    tracked = tuple([norm is not None for norm in reading.norms])
+    plan = Plan(reading.units, tracked, autocast_dtype(inputs[0]) if inputs else None)
+    return Call(step.family, step.variant, plan, reading.tensors, inputs)
+
+
+def run(
+    x: Tensor,
+    module: nn.Module,
+    step: Step,
+    make_reference: Callable[[], nn.Module],
+    run_reference: Callable[[Tensor], Tensor],
+    *,
+    table: Table | None = None,
+    engine: str = AUTO,
+    owner: nn.Module | None = None,
+) -> Tensor:
+    """Run a one-step block.
+
+    Args:
+        x: the input [N, C, H, W].
+        module: the branch.
+        step: the block without it.
+        make_reference: makes the reference block, for trials and for gradients of gradients.
+        run_reference: the block in plain PyTorch.
+        table: gives the coefficients [2, s, s] of a scheme that learns them; the reference takes them after x.
+        engine: a name of an engine, or "auto".
+        owner: the module that is being called, for the report.
+    """
+    if torch.compiler.is_compiling():
+        reading = read(module)
+        chosen, plan = _decide(x, reading, step, make_reference, engine)
+    else:
+        found = known(module, lambda: read(module))
+        reading = found.reading
+        kind = kind_of_call((step, engine), (x,), reading) if isinstance(x, Tensor) else None
+        answer = None if kind is None else found.answer(kind)
+        if answer is None:
+            answer = _decide(x, reading, step, make_reference, engine)
+            if kind is not None:
+                found.keep(kind, answer, _call(step, reading, (x,)))
+        chosen, plan = answer
+        choice.note(owner, chosen)
+    if chosen is REFERENCE or plan is None:
+        untraced = torch.compiler.is_compiling() and not step.traceable
+        call = torch.compiler.disable(run_reference) if untraced else run_reference
+        return _undone_on_error(call, x, module) if reading.units is None else call(x)
+    rerun = None if torch.compiler.is_compiling() else Rerun(make_reference, 1 if table is None else 2)
+    y, *statistics = step.apply(chosen, plan, rerun, x, reading.tensors, table)
+    if statistics:
+        update_running(reading, statistics, x)
+    return y
+
+
+def _decide(
+    x: Tensor, reading: Reading, step: Step, make_reference: Callable[[], nn.Module], engine: str
+) -> tuple[Engine, Plan | None]:
+    """The engine for a call that is checked first, and the branch as constants."""
+    checks.engine(engine, NAMES)
+    if reading.units is not None:
+        checks.feature_map("x", x, channels(reading.units))
+        checks.same_kind(x, reading.tensors)
+        checks.enough_values(reading, x)
+    else:
+        checks.tensor("x", x)
+        if x.dim() == 4:
+            checks.keeps_shape(reading, x)
+    call = _call(step, reading, (x,))
+    assert call.program is None or isinstance(call.program, Plan)
+    return choice.choose(engine, call, make_reference), call.program
+
+
+def _undone_on_error(call: Callable[[Tensor], Tensor], x: Tensor, module: nn.Module) -> Tensor:
+    """call(x); if it fails, the branch's buffers are as they were."""
+    if torch.compiler.is_compiling():
+        return call(x)
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        return call(x)
+    except Exception:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        raise
+
+
+def update_running(reading: Reading, statistics: Iterable[Tensor], x: Tensor) -> None:
+    """Update running statistics as PyTorch's norms do, once for each evaluation of the branch, in order."""
+    norms = [norm for norm in reading.norms if norm is not None]
+    pixels = x.shape[2] * x.shape[3]
+    with torch.no_grad():
+        for index, stats in enumerate(statistics):
+            norm: Any = norms[index % len(norms)]
+            if isinstance(norm, nn.InstanceNorm2d):
+                count, stats = pixels, stats.mean(1)
+                factor: float | Tensor = 0.0 if norm.momentum is None else norm.momentum
+            else:
+                count = x.shape[0] * pixels
+                norm.num_batches_tracked.add_(1)
+                factor = 1.0 / norm.num_batches_tracked.double() if norm.momentum is None else norm.momentum
+            mean, variance = norm.running_mean, norm.running_var
+            _move(mean, stats[0], factor)
+            _move(variance, stats[1] * (count / max(count - 1, 1)), factor)
+
+
+def _move(running: Tensor, now: Tensor, factor: float | Tensor) -> None:
+    """running ← (1 − factor) running + factor now."""
+    weight = factor.to(now.dtype) if isinstance(factor, Tensor) else factor
+    running.copy_(torch.lerp(running.to(now.dtype), now, weight))

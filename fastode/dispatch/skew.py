@@ -1,0 +1,165 @@
+"""How a skew pair and its solution run: the field is read, an engine is chosen and called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks
+from ..branch.layers import Activation
+from ..branch.read import Reading, read
+from ..ops import function
+from ..ops.engine import Call, Engine, autocast_dtype
+from ..ops.maps import is_channels_last
+from ..ops.plan import TENSORS_PER_NORM, MaybeTensor, MaybeTensors
+from ..ops.rerun import Rerun
+from ..ops.schemes.skew_pair.march import March
+from ..ops.schemes.skew_pair.pair import Pair
+from .one_step import update_running
+
+
+@dataclass
+class Field:
+    """A skew pair as it was read: its constants but for autocast, its tensors, and why it cannot be fused, if so.
+
+    `norms` holds, as a `Pair` orders them, what the reader found of the norms before W on y and z and after σ on each.
+    """
+
+    weight: Tensor
+    stride: int
+    padding: int
+    gamma: float
+    activation: Activation | None
+    norms: list[Reading]
+    reason: str = ""
+
+    @property
+    def tensors(self) -> list[MaybeTensor]:
+        """W's weight and then four tensors of each norm, as the engines take them."""
+        rows = (reading.tensors or [None] * TENSORS_PER_NORM for reading in self.norms)
+        return [self.weight, *(tensor for row in rows for tensor in row[:TENSORS_PER_NORM])]
+
+    def call(self, family: str, variant: str = "", inputs: tuple[Tensor, ...] = ()) -> Call:
+        """A call of a block around this field, as an engine is asked about it."""
+        program = None if self.reason else self.pair(autocast_dtype(inputs[0]) if inputs else None)
+        return Call(family, variant, program, self.tensors, inputs, self.reason)
+
+    def pair(self, lower: torch.dtype | None) -> Pair:
+        """The constants under autocast to `lower`."""
+        norms = [reading.units[0].norm if reading.units else None for reading in self.norms]
+        tracked = [any(norm is not None for norm in reading.norms) for reading in self.norms]
+        return Pair(
+            self.stride,
+            self.padding,
+            float(self.gamma),
+            self.activation,
+            (norms[0], norms[1], norms[2], norms[3]),
+            (tracked[0], tracked[1], tracked[2], tracked[3]),
+            lower,
+        )
+
+    def check(self, y: Tensor, z: Tensor) -> None:
+        """Refuse what the norms would refuse, before anything runs."""
+        for reading, x in zip(self.norms, (y, z, y, z), strict=True):
+            checks.enough_values(reading, x)
+
+    def update_running(self, statistics: Sequence[Tensor], y: Tensor, z: Tensor) -> None:
+        """Update running statistics: `statistics` holds one entry of each tracked norm for each evaluation."""
+        if not statistics:
+            return
+        pairs = zip(self.norms, (y, z, y, z), strict=True)
+        tracked = [(reading, x) for reading, x in pairs if any(norm is not None for norm in reading.norms)]
+        for index, (reading, x) in enumerate(tracked):
+            update_running(reading, statistics[index :: len(tracked)], x)
+
+
+def read_field(
+    weight: Tensor,
+    stride: int,
+    padding: int,
+    gamma: float,
+    activation: nn.Module | None,
+    norms: Sequence[nn.Module] = (),
+    names: Sequence[str] = (),
+) -> Field:
+    """Read a pair with σ = activation (None for the identity) and either four norms with their names, or none."""
+    field = Field(weight, stride, padding, gamma, None, [Reading(())] * 4)
+    if activation is not None and (type(activation) is not nn.Identity or has_hooks(activation)):
+        reading = read(activation, "activation")
+        if reading.units is None:
+            field.reason = reading.reason
+        elif len(reading.units) > 1 or reading.units[0].norm is not None or reading.units[0].conv is not None:
+            field.reason = "its activation is more than one activation layer."
+        else:
+            field.activation = reading.units[0].activation
+    for index, (name, norm) in enumerate(zip(names, norms, strict=True)):
+        if type(norm) is nn.Identity and not has_hooks(norm):
+            continue
+        reading = field.norms[index] = read(norm, name)
+        if reading.units is None:
+            field.reason = reading.reason
+        elif len(reading.units) > 1 or reading.units[0].activation is not None or reading.units[0].conv is not None:
+            field.reason = f"its {name} is more than one norm layer."
+    updated = [norm.running_mean for reading in field.norms for norm in reading.norms if norm is not None]
+    if len({id(mean) for mean in updated}) < len(updated):
+        field.reason = "two of its norms update the same running statistics."
+    return field
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class's forward."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in module.__dict__
+
+
+def evaluate(
+    engine: Engine,
+    field: Field,
+    pair: Pair,
+    y: Tensor,
+    z: Tensor,
+    make_reference: Callable[[], nn.Module],
+    tensors: MaybeTensors,
+) -> tuple[Tensor, Tensor]:
+    """The slopes at (y, z), by an engine that can run the field; `tensors` are the field's."""
+    dy, dz, *statistics = function.call(engine.skew_pair, (pair, _rerun(make_reference, 2)), (y, z, *tensors))
+    field.update_running(statistics, y, z)
+    return dy, dz
+
+
+def solve(
+    engine: Engine,
+    field: Field,
+    pair: Pair,
+    x: Tensor,
+    steps: March,
+    make_reference: Callable[[], nn.Module],
+    tensors: MaybeTensors,
+) -> Tensor:
+    """y at the end of equal steps from the state that x gives; `tensors` are the field's."""
+    inputs: tuple[Tensor, ...] = (x,)
+    if not engine.solution_from_x:
+        inputs = (repeated(x, field.weight.shape[0], field.stride), x)
+    rerun = _rerun(make_reference, len(inputs))
+    end, *statistics = function.call(engine.skew_solution, (pair, steps, rerun), (*inputs, *tensors))
+    if statistics:
+        field.update_running(statistics, inputs[0], x)
+    return end if engine.solution_from_x or is_channels_last(x) else end.contiguous()
+
+
+def repeated(x: Tensor, channels: int, stride: int) -> Tensor:
+    """y(0) of `SkewPair.initial_state`, in channels_last and in one pass, where torch.cat takes one for each copy."""
+    if stride == 1 and channels == x.shape[1]:
+        # A copy of x; no operator writes into its inputs, so it can be x.
+        return x
+    small = x[:, :, ::stride, ::stride].permute(0, 2, 3, 1).unsqueeze(3)  # [N, H, W, 1, C]
+    copies = -(-channels // x.shape[1])
+    spread = small.expand(-1, -1, -1, copies, -1).flatten(3)[..., :channels]
+    return spread.contiguous().permute(0, 3, 1, 2)
+
+
+def _rerun(make_reference: Callable[[], nn.Module], inputs: int) -> Rerun | None:
+    return None if torch.compiler.is_compiling() else Rerun(make_reference, inputs)

@@ -1,0 +1,68 @@
+"""What `fuse` did, block by block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..dispatch.engines import REFERENCE
+
+
+@dataclass(frozen=True)
+class FusionRow:
+    """One block of a model.
+
+    Attributes:
+        name: its dotted name in the model, empty for the model itself; a block used in several places has its first.
+        reference: the reference type it is, or derives from.
+        fused: the type it has been given, or None where it stays the reference.
+        engines: the engine it really used, where an example was run; else those that could run it, best first.
+        reason: why it was not swapped, or why other engines cannot run it; empty if there is nothing to say.
+    """
+
+    name: str
+    reference: type[nn.Module]
+    fused: type[nn.Module] | None
+    engines: tuple[str, ...]
+    reason: str
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether a fused engine runs the block."""
+        return self.fused is not None and any(engine != REFERENCE.name for engine in self.engines)
+
+
+@dataclass(frozen=True)
+class FusionReport:
+    """What `fuse` or `unfuse` did.
+
+    Attributes:
+        rows: one for each block, in the order of `model.named_modules()`.
+        measured: whether an example was run, so that each row holds the engine that was used.
+    """
+
+    rows: tuple[FusionRow, ...]
+    measured: bool = False
+
+    @property
+    def fused(self) -> int:
+        """How many blocks a fused engine runs."""
+        return sum(row.is_fused for row in self.rows)
+
+    @property
+    def unfused(self) -> int:
+        """How many blocks run as the reference."""
+        return len(self.rows) - self.fused
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return "no block that fastode knows"
+        cells = [("block", "type", "twin", "engine" if self.measured else "engines", "why")]
+        for row in self.rows:
+            twin = "-" if row.fused is None else f"{row.fused.__module__}.{row.fused.__qualname__}"
+            engines = ", ".join(row.engines) or "-"
+            cells.append((row.name or "(model)", row.reference.__name__, twin, engines, row.reason))
+        widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
+        lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
+        return "\n".join([*lines, f"{self.fused} fused, {self.unfused} as the reference"])

@@ -1,0 +1,255 @@
+"""Swapping the blocks of a model for their fused twins, in place, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks
+from ..dispatch import choice
+from ..dispatch.engines import AUTO, ENGINES, NAMES, REFERENCE
+from ..dispatch.registry import ancestor_of, is_twin, named, reference_of, twin_of
+from ..native import operators
+from .report import FusionReport, FusionRow
+
+# What the report calls the engine of a user's own twin, which chooses for itself.
+_OWN = "own"
+
+
+def fuse(
+    model: nn.Module,
+    *,
+    engine: str = AUTO,
+    example: Tensor | tuple[Any, ...] | None = None,
+    filter: Callable[[str, nn.Module], bool] | None = None,
+) -> FusionReport:
+    """Swap every block of a model for its fused twin, in place.
+
+    Only the class of a block changes, so the model itself, references held elsewhere, hooks, parameters, buffers and
+    optimizer state stay what they are. Blocks that are fused already keep their twin and get the engine. The first swap
+    of a process loads the compiled operators, which may compile them once.
+
+    Args:
+        model: any module; it may be a block itself. Blocks inside wrappers such as DistributedDataParallel are found.
+        engine: "auto" picks the engine at each call; another name asks for that one, and a call it cannot run raises.
+        example: a tensor, or a tuple of the model's arguments. The model runs on it once, in its present mode and
+            without gradients, and the report then has the engine that each block used; buffers and the random state are
+            put back. Without it the report has the engines that could run each block.
+        filter: called with (name, block); blocks for which it returns false are left alone.
+
+    Returns:
+        The report: one row for each block, with the reason where it is not swapped or an engine cannot run it.
+
+    Raises:
+        TypeError: if an argument is of the wrong kind, or the model is TorchScript.
+        ValueError: if the engine is not known.
+        Exception: whatever the model raises on the example; the model is then as it was before.
+
+    Example:
+        >>> import torch, fastode
+        >>> from fastode import reference
+        >>> branch = reference.PreActBranch(8, norm="group")
+        >>> model = torch.nn.Sequential(reference.SSP2(branch), torch.nn.Flatten())
+        >>> report = fastode.fuse(model, engine="reference")
+        >>> [(row.name, row.reference.__name__, row.engines) for row in report.rows]
+        [('0', 'SSP2', ('reference',))]
+        >>> type(model[0]) is fastode.nn.SSP2
+        True
+    """
+    _check_arguments(model, engine, example, filter)
+    plans = [_plan(name, block, filter) for name, block in model.named_modules() if _is_block(block)]
+    before = [(plan.block, type(plan.block), plan.block.__dict__.get("engine")) for plan in plans if plan.twin]
+    try:
+        for plan in plans:
+            if plan.twin is not None:
+                _assign(plan.block, plan.twin, engine)
+        if before and engine != REFERENCE.name:
+            operators.load()
+        used = None if example is None else _run(model, example, [p.block for p in plans if is_twin(type(p.block))])
+    except BaseException:
+        for block, kind, old_engine in before:
+            _assign(block, kind, old_engine)
+        raise
+    return FusionReport(tuple(_row(plan, used) for plan in plans), example is not None)
+
+
+def unfuse(model: nn.Module) -> FusionReport:
+    """Give every fused block of a model its reference type back, in place.
+
+    Args:
+        model: any module.
+
+    Returns:
+        The report: one row for each block that was fused.
+
+    Raises:
+        TypeError: if the model is no module.
+
+    Example:
+        >>> from fastode import reference
+        >>> model = reference.SSP2(reference.PreActBranch(8, norm="group"))
+        >>> report = fuse(model, engine="reference")
+        >>> unfuse(model).rows[0].reason
+        'runs as the reference again'
+        >>> type(model) is reference.SSP2
+        True
+    """
+    checks.module("model", model)
+    rows = []
+    for name, block in model.named_modules():
+        reference = reference_of(type(block))
+        if reference is not None:
+            _assign(block, reference, None)
+            rows.append(FusionRow(name, reference, None, (REFERENCE.name,), "runs as the reference again"))
+    return FusionReport(tuple(rows))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is to become of one block: a twin, or the reason why it stays as it is."""
+
+    name: str
+    block: nn.Module
+    reference: type[nn.Module]
+    twin: type[nn.Module] | None
+    reason: str = ""
+
+
+def _check_arguments(model: Any, engine: Any, example: Any, filter: Any) -> None:
+    checks.module("model", model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("model must be an nn.Module that is not scripted yet, got a torch.jit.ScriptModule")
+    checks.engine(engine, NAMES)
+    if not (example is None or isinstance(example, (Tensor, tuple))):
+        raise TypeError(f"example must be a tensor or a tuple of arguments, got {checks.what(example)}")
+    if not (filter is None or callable(filter)):
+        raise TypeError(f"filter must be a function of (name, module), got {checks.what(filter)}")
+
+
+def _is_block(module: nn.Module) -> bool:
+    return _reference(module) is not None
+
+
+def _reference(module: nn.Module) -> type[nn.Module] | None:
+    """The registered reference that a module is, or was before it was fused, subclassed or scripted."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return named(getattr(module, "original_name", ""))
+    return reference_of(type(module)) or ancestor_of(type(module))
+
+
+def _plan(name: str, block: nn.Module, filter: Callable[[str, nn.Module], bool] | None) -> _Plan:
+    reference = _reference(block)
+    assert reference is not None
+    kind = type(block)
+    twin = None
+    if filter is not None and not filter(name, block):
+        reason = "left out by the filter"
+    elif isinstance(block, torch.jit.ScriptModule):
+        reason = "compiled by TorchScript: fuse before scripting"
+    elif twin_of(reference) is not kind and kind is not reference:
+        reason = f"{kind.__name__} is a subclass of {reference.__name__}, and no twin is registered for it"
+    elif "forward" in block.__dict__:
+        reason = "its forward was replaced on this very module"
+    else:
+        reason, twin = "", twin_of(reference)
+    return _Plan(name, block, reference, twin, reason)
+
+
+def _assign(block: nn.Module, kind: type[nn.Module], engine: str | None) -> None:
+    block.__class__ = kind
+    if engine is None:
+        block.__dict__.pop("engine", None)
+    else:
+        block.__dict__["engine"] = engine
+
+
+def _row(plan: _Plan, used: dict[nn.Module, _Engines] | None) -> FusionRow:
+    """The row of a block, once it is what it is to be."""
+    block = plan.block
+    if not is_twin(type(block)):
+        return FusionRow(plan.name, plan.reference, None, (REFERENCE.name,), plan.reason)
+    if used is None:
+        engines, reason = _engines(block, None)
+    else:
+        engines, reason = used.get(block, ((), "the example did not reach it"))
+    return FusionRow(plan.name, plan.reference, type(block), engines, plan.reason or reason)
+
+
+# The names of engines, and why others are not among them.
+_Engines = tuple[tuple[str, ...], str]
+
+
+def _engines(block: nn.Module, x: Tensor | None) -> _Engines:
+    """The engines that can run a fused block on x (or on some input), best first, and why the others cannot."""
+    if not hasattr(block, "describe_call"):
+        return (_OWN,), ""
+    asked = getattr(block, "engine", AUTO)
+    # Left to itself, nobody asks for the engines of another device.
+    here = [engine.name for engine in ENGINES if not engine.elsewhere(x)]
+    names = here if asked == AUTO else [asked]
+    ask = choice.would_use if asked == AUTO else choice.can_use
+    found = [(name, *ask(name, block, x)) for name in names]
+    able = tuple(name for name, can, _ in found if can)
+    unable: dict[str, list[str]] = {}
+    for name, can, why in found:
+        if not can:
+            unable.setdefault(why, []).append(name)
+    return able, "; ".join(f"{', '.join(names)}: {why}" for why, names in unable.items())
+
+
+def _run(model: nn.Module, example: Tensor | tuple[Any, ...], blocks: list[nn.Module]) -> dict[nn.Module, _Engines]:
+    """Run the model once, and leave no trace but the engine that each block used, and why it was not another."""
+    arguments = example if isinstance(example, tuple) else (example,)
+    tensors = [*model.parameters(), *model.buffers(), *(item for item in arguments if isinstance(item, Tensor))]
+    devices = sorted({tensor.device.index for tensor in tensors if tensor.device.type == "cuda"})
+    used: dict[nn.Module, _Engines] = {}
+
+    def ask(block: nn.Module, inputs: tuple[Any, ...], _: Any) -> None:
+        x = inputs[0] if inputs and isinstance(inputs[0], Tensor) else None
+        able, reason = _engines(block, x)
+        used[block] = (noted[block],) if block in noted else able[:1], reason
+
+    # Not on a block inside another one: a hook there would keep the outer one from running it as a part of itself.
+    inner = {
+        part for block in blocks for part in block.modules() if part is not block and hasattr(part, "describe_call")
+    }
+    handles = [block.register_forward_hook(ask) for block in blocks if block not in inner]
+    try:
+        with (
+            _buffers_put_back(model),
+            torch.random.fork_rng(devices=devices),
+            # Compiled code has its engines fixed and notes nothing.
+            torch.compiler.set_stance("force_eager"),
+            torch.no_grad(),
+            choice.recording() as noted,
+        ):
+            model(*arguments)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {block: ((name,), _engines(block, None)[1]) for block, name in noted.items()} | used
+
+
+@contextmanager
+def _buffers_put_back(model: nn.Module) -> Iterator[None]:
+    saved = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        # Inference mode may write into any tensor, one that was made in it too.
+        with torch.inference_mode():
+            for module, name, buffer, value in saved:
+                module._buffers[name] = buffer
+                # What did not change is not written to, as a graph may hold it; batch norm's writes raise no version.
+                if not buffer.is_meta and not torch.equal(buffer, value):
+                    buffer.copy_(value)

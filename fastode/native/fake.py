@@ -1,0 +1,169 @@
+"""What the operators return, in shapes and types only: for torch.compile, torch.export and FakeTensor.
+
+The resident operators keep nothing for backward under a tracer: what would be depends on the machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..ops.maps import accumulator
+from ..ops.plan import NORM_CODE
+
+
+def _map(like: Tensor, shape: Sequence[int], last: bool) -> Tensor:
+    layout = torch.channels_last if last else torch.contiguous_format
+    return torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=layout)
+
+
+# ---- staged
+
+
+def _feature_map(x: Tensor, samples: int | None = None) -> Tensor:
+    shape = (x.shape[0] if samples is None else samples, *x.shape[1:])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _vector(x: Tensor, *shape: int) -> Tensor:
+    return x.new_empty(shape, dtype=accumulator(x.dtype))
+
+
+def _statistics(x: Tensor, norm: int, groups: int) -> Tensor:
+    if norm == NORM_CODE["group"]:
+        return _vector(x, 2, x.shape[0], groups)
+    return _vector(x, 2, x.shape[1] if norm else 0)
+
+
+def _combine(terms: Sequence[Tensor], coefs: Tensor, act: int, p: float, q: float) -> Tensor:
+    return _feature_map(terms[0])
+
+
+def _combine_pair(first: Sequence[Tensor], second: Sequence[Tensor], coefs: Tensor) -> Tensor:
+    return _feature_map(first[0], 2 * first[0].shape[0])
+
+
+def _norm_act(terms, coefs, weight, bias, stats, norm, groups, eps, act, p, q):
+    x = terms[0]
+    made = _statistics(x, 0 if stats is not None else norm, groups)
+    return _feature_map(x, None if len(terms) > 1 else 0), _feature_map(x), made
+
+
+def _norm_act_vjp(h, cot, stats, weight, bias, addends, coefs, param_grads, norm, groups, eps, act, p, q):
+    count = h.shape[1] if param_grads else 0
+    return _feature_map(h), _vector(h, count), _vector(h, count)
+
+
+def _norm_act_dual(h, t, weight, bias, stats, norm, groups, eps, act, p, q):
+    made = _statistics(h, 0 if stats is not None else norm, groups)
+    return _feature_map(h, 2 * h.shape[0]), made, _statistics(h, 0 if norm == NORM_CODE["fixed"] else norm, groups)
+
+
+def _norm_act_second(
+    h, t, cot, stats, tstats, weight, bias, addends, coefs, param_grads, tangent, norm, groups, eps, act, p, q
+):
+    count = h.shape[1] if param_grads else 0
+    return _feature_map(h, (2 if tangent else 1) * h.shape[0]), _vector(h, count), _vector(h, count)
+
+
+def _dots(v: Tensor, terms: Sequence[Tensor]) -> Tensor:
+    return _vector(v, len(terms))
+
+
+# ---- resident: blocks
+
+
+def _alike(x: Tensor) -> Tensor:
+    """A result that lies as x does."""
+    return _map(x, x.shape, x.stride(1) == 1 and x.shape[1] > 1)
+
+
+def _met(x: Tensor, units: Sequence[int], evaluations: int) -> Tensor:
+    size, channels = 0, x.shape[1]
+    for norm, _, _, out_channels, _, _, bits in zip(*(units[k::7] for k in range(7)), strict=True):
+        size += 2 * channels if norm == NORM_CODE["batch"] else 0
+        channels = out_channels if bits & 8 else channels
+    return x.new_empty(evaluations * size, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def _gradients(parameters: Sequence[Tensor], wanted: bool) -> list[Tensor]:
+    return [torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters] if wanted else []
+
+
+def _ie_forward(x, parameters, units, numbers, steps, step_size, theta, keep, frozen):
+    return _alike(x), _met(x, units, steps + 1), []
+
+
+def _ie_backward(x, cotangent, kept, parameters, units, numbers, steps, step_size, theta, detach, gradients):
+    return _alike(x), _gradients(parameters, gradients)
+
+
+def _rk_forward(x, parameters, units, numbers, table, keep, frozen):
+    return _alike(x), _met(x, units, table.shape[1]), []
+
+
+def _rk_backward(x, cotangent, kept, parameters, units, numbers, table, gradients, table_gradient):
+    table_bar = x.new_empty(table.numel() if table_gradient else 0, dtype=torch.float64)
+    return _alike(x), _gradients(parameters, gradients), table_bar
+
+
+# ---- resident: the skew pair and its solution
+
+
+def _bars(parameters: Sequence[Tensor], integers: Sequence[int], weight: bool, norms: bool) -> list[Tensor]:
+    if not (weight or norms):
+        return []
+    wanted = [weight]
+    for bits in integers[4::3]:
+        wanted += [norms] * ((bits & 1) + (bits >> 1 & 1)) + [False] * (bits >> 2 & 1) * 2
+    pairs = zip(parameters, wanted, strict=True)
+    return [p.new_empty(p.shape if want else (0,)) for p, want in pairs]
+
+
+def _skew_forward(y, z, parameters, integers, numbers, keep, results, y_last, z_last):
+    return _map(y, y.shape, y_last), _map(z, z.shape, z_last), []
+
+
+def _skew_backward(y, z, y_bar, z_bar, kept, ends, parameters, integers, numbers, need_y, need_z, weight, norms):
+    return (
+        _alike(y) if need_y else y.new_empty(0),
+        _alike(z) if need_z else z.new_empty(0),
+        _bars(parameters, integers, weight, norms),
+    )
+
+
+def _march_forward(x, parameters, integers, numbers, table, steps, used, keep, last):
+    stride = integers[0]
+    return _map(x, (x.shape[0], parameters[0].shape[0], x.shape[2] // stride, x.shape[3] // stride), last), []
+
+
+def _march_backward(x, cotangent, kept, parameters, integers, numbers, table, steps, used, weight, norms):
+    return _alike(x), _bars(parameters, integers, weight, norms)
+
+
+_FAKES = {
+    "combine": _combine,
+    "combine_pair": _combine_pair,
+    "norm_act": _norm_act,
+    "norm_act_vjp": _norm_act_vjp,
+    "norm_act_dual": _norm_act_dual,
+    "norm_act_second": _norm_act_second,
+    "dots": _dots,
+    "resident_ie_forward": _ie_forward,
+    "resident_ie_backward": _ie_backward,
+    "resident_rk_forward": _rk_forward,
+    "resident_rk_backward": _rk_backward,
+    "resident_skew_forward": _skew_forward,
+    "resident_skew_backward": _skew_backward,
+    "resident_march_forward": _march_forward,
+    "resident_march_backward": _march_backward,
+}
+
+
+def register() -> None:
+    """Register them all for the operators that are defined."""
+    for name, fake in _FAKES.items():
+        if hasattr(torch.ops.fastode, name):
+            torch.library.register_fake(f"fastode::{name}", fake)

@@ -1,0 +1,134 @@
+"""The fused twins of the one-step blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .. import reference
+from ..dispatch import choice
+from ..dispatch.engines import REFERENCE
+from ..dispatch.one_step import Step, descent_step, describe_call, euler_step, run, scheme_step, tableau_step
+from ..dispatch.registry import register
+from ..ops.engine import Call
+from ..ops.schemes.runge_kutta.stages import Scheme
+from .base import Fused, note
+
+
+class _OneStep(Fused):
+    """A block of one step around a branch; `_step` gives it without the branch."""
+
+    branch: nn.Module
+    _step: Callable[[], Step]
+
+    def describe_call(self, inputs: tuple[Tensor, ...] = ()) -> Call:
+        return describe_call(self._step(), self.branch, inputs)
+
+
+@register(reference.IESkip)
+class IESkip(_OneStep, reference.IESkip):
+    __doc__ = reference.IESkip.__doc__
+
+    def forward(self, x: Tensor) -> Tensor:
+        plain = super().forward
+        return run(x, self.branch, self._step(), self._reference, plain, engine=self.engine, owner=self)
+
+    def _step(self) -> Step:
+        return descent_step(self.steps, self.step_size, self.theta, self.detach)
+
+    def _reference(self) -> nn.Module:
+        return reference.IESkip(self.branch, self.steps, self.step_size, self.theta, self.detach)
+
+
+@register(reference.ShuOsher)
+class ShuOsher(_OneStep, reference.ShuOsher):
+    __doc__ = reference.ShuOsher.__doc__
+
+    def forward(self, x: Tensor) -> Tensor:
+        plain = super().forward
+        return run(x, self.branch, self._step(), self._reference, plain, engine=self.engine, owner=self)
+
+    def _step(self) -> Step:
+        return tableau_step(self.tableau)
+
+    def _reference(self) -> nn.Module:
+        return reference.ShuOsher(self.branch, self.tableau)
+
+
+@register(reference.SSP2)
+class SSP2(ShuOsher, reference.SSP2):
+    __doc__ = reference.SSP2.__doc__
+
+
+@register(reference.SSP3)
+class SSP3(ShuOsher, reference.SSP3):
+    __doc__ = reference.SSP3.__doc__
+
+
+@register(reference.Midpoint)
+class Midpoint(ShuOsher, reference.Midpoint):
+    __doc__ = reference.Midpoint.__doc__
+
+
+@register(reference.ResBlock)
+class ResBlock(_OneStep, reference.ResBlock):
+    __doc__ = reference.ResBlock.__doc__
+
+    def forward(self, x: Tensor) -> Tensor:
+        plain = super().forward
+        if self.shortcut is not None:
+            choice.choose(self.engine, self.describe_call((x,)))
+            note(self, REFERENCE)
+            return plain(x)
+        return run(x, self.branch, self._step(), self._reference, plain, engine=self.engine, owner=self)
+
+    def describe_call(self, inputs: tuple[Tensor, ...] = ()) -> Call:
+        if self.shortcut is None:
+            return super().describe_call(inputs)
+        step, reason = self._step(), "its shortcut changes the shape, and only blocks that keep it are fused"
+        return Call(step.family, step.variant, None, (), inputs, reason)
+
+    def _step(self) -> Step:
+        return euler_step(self.step_size)
+
+    def _reference(self) -> nn.Module:
+        return reference.ResBlock(self.branch, self.step_size)
+
+
+class _GivenTable(reference.Ark):
+    """Ark with its coefficients as an input, for gradients with respect to them."""
+
+    def forward(self, x: Tensor, table: Tensor | None = None) -> Tensor:
+        self.table = table
+        return super().forward(x)
+
+    def coefficients(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        return super().coefficients(dtype) if self.table is None else (self.table[0], self.table[1])
+
+
+_ARK = scheme_step(Scheme(alpha=((0,), (0, 1)), beta=((0,), (0, 1))))
+
+
+@register(reference.Ark)
+class Ark(_OneStep, reference.Ark):
+    __doc__ = reference.Ark.__doc__
+
+    def forward(self, x: Tensor) -> Tensor:
+        plain = super().forward
+        return run(
+            x, self.branch, self._step(), self._reference, plain, table=self._table, engine=self.engine, owner=self
+        )
+
+    def _step(self) -> Step:
+        return _ARK
+
+    def _table(self) -> Tensor:
+        return torch.stack(self.coefficients(torch.float64))
+
+    def _reference(self) -> nn.Module:
+        learned = {f"learn_{name}": name in self._parameters for name in ("a21", "b10")}
+        block = _GivenTable(self.branch, **learned)
+        block.a21, block.b10 = self.a21, self.b10
+        return block

@@ -1,0 +1,209 @@
+"""The fused twins of the skew-symmetric blocks: the same constructors, parameters and buffers."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks, reference
+from ..dispatch import choice
+from ..dispatch.engines import AUTO, NAMES, REFERENCE
+from ..dispatch.known import Known, kind_of_call, known
+from ..dispatch.registry import reference_of, register
+from ..dispatch.skew import Field, evaluate, has_hooks, read_field, repeated, solve
+from ..ops.engine import Call, Engine
+from ..ops.plan import MaybeTensors
+from ..ops.schemes.skew_pair.march import March
+from ..ops.schemes.skew_pair.pair import Pair
+from ..reference.skew import PADDING
+from ..reference.solvers import FIXED, State, solve_adaptive, solve_fixed
+from .base import Fused, note
+
+_NORMS = ("pre_norm_y", "pre_norm_z", "post_norm_y", "post_norm_z")
+
+
+@register(reference.SkewPair)
+class SkewPair(Fused, reference.SkewPair):
+    __doc__ = reference.SkewPair.__doc__
+
+    def describe_call(self, inputs: tuple[Tensor, ...] = ()) -> Call:
+        return _read(self).call("skew_pair", "", inputs)
+
+    def forward(self, y: Tensor, z: Tensor) -> State:
+        found = _known(self)
+        kind = _kind(found, ("pair", self.engine), y, z)
+        answer = None if kind is None else found.answer(kind)
+        if answer is None:
+            checks.engine(self.engine, NAMES)
+            checks.skew_pair(y, z, self.weight, self.stride, PADDING)
+            call = found.reading.call("skew_pair", "", (y, z))
+            chosen = choice.choose(self.engine, call, partial(_as_reference, self))
+            if chosen is not REFERENCE:
+                found.reading.check(y, z)
+            answer = chosen, call.program, call.tensors
+            if kind is not None:
+                found.keep(kind, answer, call)
+        chosen, pair, tensors = answer
+        note(self, chosen)
+        if chosen is REFERENCE:
+            return super().forward(y, z)
+        return evaluate(chosen, found.reading, pair, y, z, partial(_as_reference, self), tensors)
+
+
+@register(reference.SkewLinear)
+class SkewLinear(Fused, reference.SkewLinear):
+    __doc__ = reference.SkewLinear.__doc__
+
+    def describe_call(self, inputs: tuple[Tensor, ...] = ()) -> Call:
+        reason = "its two matrix products are all the work there is, and PyTorch's are as fast as any"
+        return Call("skew_linear", "", None, (), inputs, reason)
+
+    def forward(self, y: Tensor, z: Tensor) -> State:
+        note(self, choice.choose(self.engine, self.describe_call((y, z))))
+        return super().forward(y, z)
+
+
+class _FusedSolve(Fused, reference.SOBlock):
+    """What SOBlock and SOClassifier share."""
+
+    def describe_call(self, inputs: tuple[Tensor, ...] = ()) -> Call:
+        reason = self._fault()
+        if reason:
+            return Call("skew_solution", self._variant(), None, (), inputs, reason)
+        return _read(self.field).call("skew_solution", self._variant(), inputs)
+
+    def _variant(self) -> str:
+        return f"by {self.solver} in {self.steps} steps"
+
+    def _fault(self) -> str:
+        """Why no engine can run the block, as far as its field is no SkewPair that it may call; empty if one may."""
+        kind = type(self.field)
+        if kind is not SkewPair and kind is not reference.SkewPair:
+            return f"its field is a {kind.__name__}, and only SkewPair is fused"
+        if has_hooks(self.field):
+            return "its field has hooks, which a fused solution would not call"
+        if getattr(self.field, "engine", AUTO) == REFERENCE.name:
+            return "its field is asked to run as the reference"
+        return ""
+
+    def forward(self, x: Tensor) -> Tensor:
+        reason = self._fault()
+        found = _known(self.field) if not reason else None
+        settings = (self.solver, self.steps, self.t1, self.engine)
+        kind = None if found is None else _kind(found, settings, x)
+        answer = None if found is None or kind is None else found.answer(kind)
+        if answer is None:
+            checks.engine(self.engine, NAMES)
+            if isinstance(self.field, reference.SkewPair):
+                # Before an engine is chosen, so that a refusal reads the same in both twins.
+                self.field.check_input(x)
+            if found is None:
+                call = Call("skew_solution", self._variant(), None, (), (x,), reason)
+            else:
+                call = found.reading.call("skew_solution", self._variant(), (x,))
+            chosen = choice.choose(self.engine, call, partial(_as_plain_solve, self))
+            if chosen is not REFERENCE and found is not None:
+                stride = found.reading.stride
+                found.reading.check(x[:, :1, ::stride, ::stride].expand(-1, self.field.weight.shape[0], -1, -1), x)
+            answer = chosen, call.program, call.tensors, self._march()
+            if found is not None and kind is not None:
+                found.keep(kind, answer, call)
+        chosen, pair, tensors, march = answer
+        note(self, chosen)
+        if chosen is REFERENCE or found is None:
+            return super().forward(x)
+        note(self.field, chosen)
+        if march is None:
+            return self._adaptive(chosen, found.reading, pair, tensors, x)
+        return solve(chosen, found.reading, pair, x, march, partial(_FixedSolution, self), tensors)
+
+    def _march(self) -> March | None:
+        scheme = FIXED.get(self.solver)
+        return None if scheme is None else March(scheme.a, scheme.b, self.t1 / self.steps, self.steps)
+
+    def _adaptive(self, engine: Engine, field: Field, pair: Pair, tensors: MaybeTensors, x: Tensor) -> Tensor:
+        """torchdiffeq flattens its state: as [N, H, W, C], so that the field finds it in its own memory format."""
+        make = partial(_as_reference, self.field)
+
+        def slopes(y: Tensor, z: Tensor) -> State:
+            found = evaluate(engine, field, pair, _to_front(y), _to_front(z), make, tensors)
+            return _to_back(found[0]), _to_back(found[1])
+
+        back = (_to_back(repeated(x, field.weight.shape[0], field.stride)), _to_back(x))
+        end, _ = solve_adaptive(slopes, back, self.solver, self.rtol, self.atol, self.t1)
+        return _to_front(end).contiguous()
+
+
+@register(reference.SOBlock)
+class SOBlock(_FusedSolve):
+    __doc__ = reference.SOBlock.__doc__
+
+
+@register(reference.SOClassifier)
+class SOClassifier(_FusedSolve, reference.SOClassifier):
+    __doc__ = reference.SOClassifier.__doc__
+
+
+class _FixedSolution(nn.Module):
+    """The reference solution by fixed steps, as a function of the initial state or of x, which gives one."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.field = _as_reference(block.field)
+        self.scheme, self.t1, self.steps = FIXED[block.solver], block.t1, block.steps
+
+    def forward(self, *state: Tensor) -> Tensor:
+        y, z = state if len(state) == 2 else self.field.initial_state(*state)
+        return solve_fixed(self.field, (y, z), self.scheme, self.t1, self.steps)[0]
+
+
+def _as_reference(field: Any) -> nn.Module:
+    """A reference field around the same parameters and modules."""
+    twin = copy.copy(field)
+    twin.__class__ = reference.SkewPair
+    # A dictionary of its own: functional_call puts other tensors into it.
+    twin.__dict__["_parameters"] = dict(field._parameters)
+    return twin
+
+
+def _as_plain_solve(block: Any) -> nn.Module:
+    """A reference block around the same field."""
+    twin = copy.copy(block)
+    twin.__class__ = reference_of(type(block)) or type(block)
+    twin.__dict__["_modules"] = {**block._modules, "field": _as_reference(block.field)}
+    return twin
+
+
+def _known(field: Any) -> Known[Field]:
+    if torch.compiler.is_compiling():
+        return Known(None, _read(field))
+    return known(field, lambda: _read(field))
+
+
+def _kind(found: Known[Field], settings: tuple[Any, ...], *inputs: Any) -> Any:
+    """What a call's answer is kept under; None where it is not kept."""
+    if torch.compiler.is_compiling() or not all(isinstance(x, Tensor) for x in inputs):
+        return None
+    return kind_of_call(settings, inputs, found.reading)
+
+
+def _read(field: Any) -> Field:
+    norms = [getattr(field, name) for name in _NORMS]
+    found = read_field(field.weight, field.stride, PADDING, field.gamma, field.activation, norms, _NORMS)
+    if "weight" not in field._parameters:
+        found.reason = "its weight is not a parameter of its own."
+    return found
+
+
+def _to_back(x: Tensor) -> Tensor:
+    """[N, C, H, W] as [N, H, W, C]."""
+    return x.permute(0, 2, 3, 1)
+
+
+def _to_front(x: Tensor) -> Tensor:
+    """[N, H, W, C] as [N, C, H, W]."""
+    return x.permute(0, 3, 1, 2)

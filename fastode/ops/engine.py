@@ -1,0 +1,208 @@
+"""The face of an engine, and the call that it is asked about."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from ..branch.read import Unit
+from ..native import cuda, operators
+from .plan import MaybeTensors, Plan
+from .schemes.skew_pair.pair import Pair
+
+Mode = Literal["train", "input_grad", "forward"]
+
+_CPU_STORAGE = (torch.float32, torch.float64, torch.bfloat16)
+STORAGE = {"cpu": _CPU_STORAGE, "cuda": (*_CPU_STORAGE, torch.float16)}
+DEVICE_NAMES = {"cpu": "CPU", "cuda": "CUDA"}
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """What an engine is asked to run: a block of a family, its branch or field, and the tensors it gets.
+
+    Attributes:
+        family: "ie", "shu_osher", "skew_pair" or "skew_solution".
+        variant: what else the time of its calls depends on, in words.
+        program: the branch, or the pair, as constants; None where it cannot be read.
+        tensors: of the branch (six for each unit), or of the pair (the weight, then four for each norm).
+        inputs: what the block is called with; none where it is asked about on any input.
+        fault: why no engine but plain PyTorch can run the block, in a sentence; empty if nothing is known.
+    """
+
+    family: str
+    variant: str
+    program: Plan | Pair | None
+    tensors: MaybeTensors
+    inputs: tuple[Tensor, ...] = ()
+    fault: str = ""
+
+    @property
+    def x(self) -> Tensor | None:
+        """The first input, if there is one."""
+        return self.inputs[0] if self.inputs else None
+
+    @property
+    def lower(self) -> torch.dtype | None:
+        """The dtype to which autocast lowers convolutions, None where it is off."""
+        return None if self.program is None else self.program.lower
+
+    @property
+    def mode(self) -> Mode:
+        """Which gradients the call will be asked for, as fastode.testing calls it."""
+        return mode(self.inputs, self.tensors)
+
+    @property
+    def kind(self) -> str:
+        """The block and its branch in words: with the inputs and the mode, all that its engines' times depend on."""
+        what = describe_branch(self.program.units) if isinstance(self.program, Plan) else self._pair_in_words()
+        return f"{' '.join(part for part in (self.family, self.variant) if part)}, {what}"
+
+    def _pair_in_words(self) -> str:
+        pair, weight = self.program, self.tensors[0]
+        assert isinstance(pair, Pair) and weight is not None
+        activation = "" if pair.activation is None else pair.activation.kind
+        norms = [describe_branch([Unit(norm, None, None)]) for norm in pair.norms if norm is not None]
+        shape = "x".join([f"{side}" for side in weight.shape])
+        return " ".join([f"{shape} stride {pair.stride} padding {pair.padding} {activation}", *norms])
+
+
+def describe_branch(units: Sequence[Unit]) -> str:
+    """A branch in words: what its operators' speed depends on."""
+    words = []
+    for unit in units:
+        if unit.norm is not None:
+            words.append(f"{unit.norm.mode} norm{f' of {unit.norm.groups}' if unit.norm.mode == 'group' else ''}")
+        if unit.activation is not None:
+            words.append(unit.activation.kind)
+        if unit.conv is not None:
+            conv = unit.conv
+            spread = "" if conv.dilation == (1, 1) and conv.groups == 1 else f" d{conv.dilation} g{conv.groups}"
+            words.append(f"{conv.kernel[0]}x{conv.kernel[1]} to {conv.out_channels}{spread}")
+    return " ".join(words)
+
+
+def mode(inputs: Sequence[Tensor], tensors: MaybeTensors) -> Mode:
+    """Which gradients a call on these inputs will be asked for."""
+    if not torch.is_grad_enabled():
+        return "forward"
+    if any(t is not None and t.requires_grad for t in tensors):
+        return "train"
+    return "input_grad" if any(x.requires_grad for x in inputs) else "forward"
+
+
+class Engine:
+    """One way to run the blocks; `dispatch.engines` has the table of all.
+
+    A subclass gives the autograd Functions of the families it has, whose arguments ops/function.py describes.
+
+    Attributes:
+        name: by which users ask for it.
+        devices: the types of device it is for; none for all.
+    """
+
+    name: str
+    devices: tuple[str, ...] = ()
+    ie_skip: type[torch.autograd.Function]
+    shu_osher: type[torch.autograd.Function]
+    skew_pair: type[torch.autograd.Function]
+    skew_solution: type[torch.autograd.Function]
+    solution_from_x = False  # whether skew_solution takes x itself instead of the pair (y, z) that x gives
+
+    def why_not(self, call: Call) -> str:
+        """Why it cannot run the call; empty if it can."""
+        return ""
+
+    def against(self, call: Call) -> str:
+        """Why "auto" had better leave a call that it can run, by what was measured on CPUs; empty if it need not."""
+        return ""
+
+    def elsewhere(self, x: Tensor | None) -> str:
+        """Why it cannot run where x is (or, without x, on this machine); empty if it can."""
+        if not self.devices:
+            return ""
+        if x is not None and x.device.type not in self.devices and len(self.devices) == 1:
+            home = self.devices[0]
+            return f"it runs on {'the CPU' if home == 'cpu' else 'CUDA'} only"
+        return cuda.why_not() if x is None and "cpu" not in self.devices else ""
+
+    def describe(self, device: str) -> tuple[bool, str]:
+        """Whether this machine can run it on a type of device, and why (not); nothing is compiled to find out."""
+        return True, "plain PyTorch, on any device"
+
+
+class OperatorEngine(Engine):
+    """An engine on the operators of torch.ops.fastode."""
+
+    def why_not(self, call: Call) -> str:
+        x = call.x
+        device = x.device.type if x is not None else self.devices[0]
+        return (
+            call.fault
+            or self.elsewhere(x)
+            or no_operators(device)
+            or (cannot_take(call) if x is not None else "")
+            or self.refuses(call)
+        )
+
+    def refuses(self, call: Call) -> str:
+        """Why it cannot run a call that operators of its device can take; empty if it can."""
+        return ""
+
+    def describe(self, device: str) -> tuple[bool, str]:
+        if device == "cuda":
+            missing = cuda.why_not()
+            return not missing, missing or "Triton compiles each kernel when it is first launched"
+        return operators.available()
+
+
+def no_operators(device: str = "cpu") -> str:
+    """Why the operators cannot be called on a device, after building them if that has not been tried."""
+    reason = "" if operators.loaded() else (operators.load() or "")
+    return cuda.no_kernels() if device == "cuda" else reason
+
+
+def cannot_take(call: Call) -> str:
+    """Why no operator can take the inputs and parameters of a call; empty if they can."""
+    present = [tensor for tensor in call.tensors if tensor is not None]
+    for x in call.inputs:
+        if type(x) is not Tensor and type(x) is not nn.Parameter:
+            return f"the input is a {type(x).__name__}, not a plain tensor"
+        if x.layout is not torch.strided:
+            return f"the input's layout is {x.layout}, not strided"
+        device = x.device.type
+        if device not in STORAGE:
+            return f"the input is on {device}, and there are kernels for the CPU and CUDA only"
+        if x.dtype not in STORAGE[device]:
+            return f"there are no {DEVICE_NAMES[device]} kernels for {x.dtype}"
+        if x.numel() == 0:
+            return "the input is empty"
+    device, lower = call.inputs[0].device.type, call.lower
+    if lower is not None and lower not in STORAGE[device]:
+        return f"there are no {DEVICE_NAMES[device]} kernels for autocast to {lower}"
+    dtype = call.inputs[0].dtype
+    if any(tensor.dtype not in (dtype, torch.float32) for tensor in present):
+        return "its parameters are neither float32 nor of the input's dtype"
+    if is_transformed([*call.inputs, *present]):
+        return "a torch.func transform or forward-mode differentiation is at work"
+    return ""
+
+
+def is_transformed(tensors: Sequence[Tensor]) -> bool:
+    """Whether a torch.func transform, or forward-mode differentiation of one of the tensors, is at work."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype to which autocast lowers convolutions here, None where it is off."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if device in STORAGE and torch.is_autocast_enabled(device) else None

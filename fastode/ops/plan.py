@@ -1,0 +1,113 @@
+"""What all engines share: a branch as constants, its tensors by place, the operators' codes, and sums of gradients.
+
+A leaf: it imports nothing of the engines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..branch.layers import TENSORS_PER_UNIT, Activation, Norm
+from ..branch.read import Unit
+
+# The operators' codes, as csrc/cpu numbers them.
+NORM_CODE = {"group": 1, "batch": 2, "fixed": 3}
+ACTIVATION_CODE = {"relu": 1, "leaky_relu": 2, "tanh": 3, "softplus": 4, "elu": 5, "silu": 6}
+NO_NORM = (0, 1, 0.0)
+NO_ACTIVATION = (0, 0.0, 0.0)
+
+# The places of a unit's tensors; those of a norm alone are the first TENSORS_PER_NORM of them.
+NORM_WEIGHT, NORM_BIAS, MEAN, VARIANCE, CONV_WEIGHT, CONV_BIAS = range(TENSORS_PER_UNIT)
+TENSORS_PER_NORM = 4
+
+MaybeTensor = Tensor | None
+MaybeTensors = Sequence[Tensor | None]
+Codes = tuple[int, int, float, int, float, float]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A branch as constants.
+
+    Attributes:
+        units: norm, activation and convolution, each optional, in order.
+        tracked: for each unit, whether its norm updates running statistics.
+        lower: the dtype to which autocast lowers convolutions, None where it is off.
+    """
+
+    units: tuple[Unit, ...]
+    tracked: tuple[bool, ...]
+    lower: torch.dtype | None
+
+
+class Record(NamedTuple):
+    """What a sweep leaves behind of one unit: input, statistics and convolution input; tangents where there are any."""
+
+    h: Tensor
+    stats: Tensor
+    a: Tensor | None
+    t: Tensor | None = None
+    tstats: Tensor | None = None
+
+
+class Gradients:
+    """The parameter gradients of a backward pass, summed as the sweeps find them; only those that are wanted."""
+
+    def __init__(self, tensors: MaybeTensors, wanted: Sequence[bool]) -> None:
+        self._tensors = tensors
+        self._wanted = wanted
+        self._sums: list[MaybeTensor] = [None] * len(wanted)
+
+    def wants(self, index: int) -> bool:
+        return self._wanted[index]
+
+    def wants_norm(self, at: int) -> bool:
+        """Whether weight or bias of the norm whose tensors begin at `at` are wanted."""
+        return self._wanted[at + NORM_WEIGHT] or self._wanted[at + NORM_BIAS]
+
+    def add(self, index: int, gradient: Tensor, scale: float = 1.0) -> None:
+        if self._wanted[index]:
+            gradient = gradient if scale == 1.0 else gradient * scale
+            present = self._sums[index]
+            self._sums[index] = gradient if present is None else present + gradient
+
+    def add_norm(self, at: int, weight_bar: Tensor, bias_bar: Tensor, scale: float = 1.0) -> None:
+        """`add` for weight and bias of the norm whose tensors begin at `at`."""
+        self.add(at + NORM_WEIGHT, weight_bar, scale)
+        self.add(at + NORM_BIAS, bias_bar, scale)
+
+    def result(self) -> list[MaybeTensor]:
+        """A gradient for each tensor, in its dtype; None where there is none."""
+        pairs = zip(self._sums, self._tensors, strict=True)
+        return [None if bar is None or tensor is None else bar.to(tensor.dtype) for bar, tensor in pairs]
+
+
+def statistics_of(records: Sequence[Record]) -> list[Tensor]:
+    """The statistics that the norms of one evaluation met, one for each unit."""
+    return [record.stats for record in records]
+
+
+def tracked_statistics(plan: Plan, statistics: Sequence[Tensor]) -> list[Tensor]:
+    """Of the statistics that evaluations of the branch met, those that update running statistics, in order."""
+    units = len(plan.units)
+    return [stats for index, stats in enumerate(statistics) if plan.tracked[index % units]]
+
+
+def norm_codes(norm: Norm | None) -> tuple[int, int, float]:
+    """Mode, groups and eps as the operators take them."""
+    return NO_NORM if norm is None else (NORM_CODE[norm.mode], norm.groups, norm.eps)
+
+
+def activation_codes(activation: Activation | None) -> tuple[int, float, float]:
+    """Kind, p and q as the operators take them."""
+    return NO_ACTIVATION if activation is None else (ACTIVATION_CODE[activation.kind], activation.p, activation.q)
+
+
+def codes(unit: Unit) -> Codes:
+    """The norm and the activation of a unit as the operators take them."""
+    return (*norm_codes(unit.norm), *activation_codes(unit.activation))

@@ -1,0 +1,80 @@
+"""The resident engine: a whole block in one operator, sample by sample, while a sample stays in a core's cache.
+
+README.md beside this file says how it works and what it stores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..engine import Call, OperatorEngine
+from ..plan import MaybeTensors, Plan
+from ..schemes.skew_pair.pair import Pair
+from . import functions, rule, skew
+
+
+class Resident(OperatorEngine):
+    """Small feature maps on the CPU."""
+
+    name = "resident"
+    devices = ("cpu",)
+    ie_skip = functions.ResidentIESkipFunction
+    shu_osher = functions.ResidentShuOsherFunction
+    skew_pair = skew.ResidentSkewFunction
+    skew_solution = skew.ResidentMarchFunction
+    solution_from_x = True
+
+    def refuses(self, call: Call) -> str:
+        if isinstance(call.program, Plan):
+            return _refuses_branch(call.program, call.tensors, call.x)
+        assert call.program is not None
+        return _refuses_pair(call.program, call.tensors, call.inputs)
+
+    def against(self, call: Call) -> str:
+        x, program = call.inputs[-1], call.program
+        if isinstance(program, Plan):
+            coupled = any(unit.norm is not None and unit.norm.mode == "batch" for unit in program.units)
+            widest = max([x.shape[1], *[unit.conv.out_channels for unit in program.units if unit.conv is not None]])
+        else:
+            assert program is not None and call.tensors[0] is not None
+            coupled = any(norm is not None and norm.mode == "batch" for norm in program.norms)
+            widest = max(call.tensors[0].shape[:2])
+        return rule.slower(call.family, coupled, x, widest)
+
+
+def _refuses_branch(plan: Plan, tensors: MaybeTensors, x: Tensor | None) -> str:
+    for unit, tracks in zip(plan.units, plan.tracked, strict=True):
+        conv, norm = unit.conv, unit.norm
+        if conv is not None and (conv.groups != 1 or tuple(conv.dilation) != (1, 1)):
+            return "it has kernels for convolutions without groups and dilation only"
+        if norm is not None and norm.mode == "group" and tracks:
+            return "it has no running statistics of an instance norm"
+    return _refuses_dtypes(plan.lower, tensors, x)
+
+
+def _refuses_pair(pair: Pair, tensors: MaybeTensors, states: Sequence[Tensor]) -> str:
+    weight = tensors[0]
+    assert weight is not None
+    stride, padding, (height, width) = pair.stride, pair.padding, weight.shape[2:]
+    odd = stride == 1 and height % 2 == 1 and padding == height // 2
+    halving = stride == 2 and height == 4 and padding == 1
+    if height != width or not (odd or halving):
+        return "it has kernels for odd sides at stride 1 that keep the size, and for 4×4 at stride 2 with padding 1"
+    if any(norm is not None and norm.mode == "batch" for norm in pair.norms):
+        return "a batch norm of the skew pair couples the samples, which it takes one by one"
+    if any(pair.tracked):
+        return "it has no running statistics of an instance norm"
+    if max(weight.shape[:2]) > skew.MOST_CHANNELS:
+        return f"it has the skew pair for at most {skew.MOST_CHANNELS} channels"
+    return _refuses_dtypes(pair.lower, tensors, states[-1] if states else None)
+
+
+def _refuses_dtypes(lower: torch.dtype | None, tensors: MaybeTensors, x: Tensor | None) -> str:
+    if lower is not None:
+        return "it does not lower convolutions as autocast asks"
+    if x is not None and any(tensor is not None and tensor.dtype != x.dtype for tensor in tensors):
+        return "its parameters are not of the input's dtype"
+    return ""

@@ -1,0 +1,111 @@
+"""IE-Skip and the explicit schemes on the resident engine: one operator forwards, one backwards.
+
+The mathematics is that of ops/schemes, in C++.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..function import gradients
+from ..maps import like_reference
+from ..plan import MaybeTensor, Plan
+from ..rerun import Rerun
+from ..schemes.implicit_euler.descent import Descent
+from ..schemes.runge_kutta.stages import Scheme
+from .call import beside, decode_statistics, encode
+
+
+def keeps(ctx: Any) -> bool:
+    """Whether forward leaves its evaluations to backward: there will be one, and no tracer asks for their shapes."""
+    return any(ctx.needs_input_grad) and not torch.compiler.is_compiling()
+
+
+def keeps_beside(ctx: Any) -> bool:
+    """The same for what is not among the saved tensors: where hooks save those, as torch.utils.checkpoint does to hold
+    less, it would stay here.
+    """
+    return keeps(ctx) and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+
+
+def frozen(ctx: Any, tensors: Sequence[MaybeTensor]) -> bool:
+    """Whether backward will be asked for no gradient of these, the last arguments."""
+    return not any(ctx.needs_input_grad[-len(tensors) :])
+
+
+def take_kept(ctx: Any) -> list[Tensor]:
+    """What forward has left, for good: backward writes over it, and a second backward computes it again."""
+    kept: list[Tensor] = ctx.kept
+    ctx.kept = []
+    return kept
+
+
+class ResidentIESkipFunction(torch.autograd.Function):
+    """y_K and the statistics of each evaluation of each batch norm; keeps x and what README.md says."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, descent: Descent, rerun: Rerun | None, x: Tensor, *tensors: MaybeTensor) -> Any:
+        rule = (descent.steps, descent.step_size, descent.theta)
+        keep = keeps_beside(ctx) and not descent.detach
+        y, flat, kept = torch.ops.fastode.resident_ie_forward.default(
+            x, *encode(plan, tensors), *rule, keep, frozen(ctx, tensors)
+        )
+        statistics = decode_statistics(plan, tensors, flat, x.shape[1], descent.steps + 1)
+        ctx.save_for_backward(x, *tensors)
+        ctx.plan, ctx.descent, ctx.rerun, ctx.kept = plan, descent, rerun, kept
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*statistics)
+        return (like_reference(y, x), *statistics)
+
+    @staticmethod
+    def backward(ctx: Any, y_bar: MaybeTensor, *_: None) -> tuple[MaybeTensor, ...]:
+        given, descent = ctx.saved_tensors, ctx.descent
+        rule = (descent.steps, descent.step_size, descent.theta, descent.detach)
+
+        def pull(bars: Sequence[MaybeTensor], wanted: Sequence[bool]) -> list[MaybeTensor]:
+            x, *tensors = given
+            x_bar, found = torch.ops.fastode.resident_ie_backward.default(
+                x, bars[0], take_kept(ctx), *encode(ctx.plan, tensors), *rule, any(wanted[1:])
+            )
+            return [x_bar, *beside(tensors, found)]
+
+        return gradients(ctx, given, [y_bar], pull)
+
+
+class ResidentShuOsherFunction(torch.autograd.Function):
+    """u_s and the statistics of each evaluation of each batch norm; keeps x and what README.md says.
+
+    `table` [2, s, s] holds alpha and beta, float64.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, plan: Plan, scheme: Scheme, rerun: Rerun | None, x: Tensor, table: Tensor, *tensors: MaybeTensor
+    ) -> Any:
+        y, flat, kept = torch.ops.fastode.resident_rk_forward.default(
+            x, *encode(plan, tensors), table.contiguous(), keeps_beside(ctx), frozen(ctx, (table, *tensors))
+        )
+        statistics = decode_statistics(plan, tensors, flat, x.shape[1], scheme.stages)
+        ctx.save_for_backward(x, table, *tensors)
+        ctx.plan, ctx.rerun, ctx.kept = plan, rerun, kept
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*statistics)
+        return (like_reference(y, x), *statistics)
+
+    @staticmethod
+    def backward(ctx: Any, y_bar: MaybeTensor, *_: None) -> tuple[MaybeTensor, ...]:
+        given = ctx.saved_tensors
+
+        def pull(bars: Sequence[MaybeTensor], wanted: Sequence[bool]) -> list[MaybeTensor]:
+            x, table, *tensors = given
+            x_bar, found, table_bar = torch.ops.fastode.resident_rk_backward.default(
+                x, bars[0], take_kept(ctx), *encode(ctx.plan, tensors), table.contiguous(), any(wanted[2:]), wanted[1]
+            )
+            table_bar = table_bar.view(table.shape).to(table.dtype) if wanted[1] else None
+            return [x_bar, table_bar, *beside(tensors, found)]
+
+        return gradients(ctx, given, [y_bar], pull)

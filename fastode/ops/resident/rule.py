@@ -1,0 +1,155 @@
+"""Where the resident engine is slower than the staged one on the CPU, so that "auto" leaves it: a measured rule.
+
+`python -m benchmarks.choose` measures both engines in turns over channels, sizes and batches, and writes the rule with
+the points that support it to ops/resident/rule.json. It holds for CPUs of the kind it was measured on; on another
+kind, or without the file, the bounds of `DEFAULT` stand in, which are reasoned and not measured.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...native.toolchain import cpu_features
+
+PATH = Path(__file__).resolve().parent / "rule.json"
+FAMILIES = ("ie", "shu_osher", "skew_pair", "skew_solution")
+NORMS = ("sample", "batch")
+DTYPES = ("float32", "float64", "bfloat16")
+# What the engine's speed depends on: the width of its vectors, and whether there are tiles for bfloat16.
+_TELLING = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
+
+
+@dataclass(frozen=True)
+class Line:
+    """Where "auto" takes the resident engine: up to these bounds, each of them inclusive, None where there is none."""
+
+    most_channels: int | None = None  # of the branch's widest map
+    most_kb: int | None = None  # of that map of one sample, as the engine keeps it
+    least_pixels: int | None = None  # of a map, H times W
+    least_batch_per_thread: float | None = None
+    few_from_channels: int | None = None  # from where on the bound on the batch holds
+    why: str = ""
+
+    def beyond(self, channels: int, pixels: int, itemsize: int, batch: int, threads: int) -> str:
+        """Which bound a call is beyond, as the start of a sentence; empty where it is within all of them."""
+        if self.most_channels is not None and channels > self.most_channels:
+            return f"with more than {self.most_channels} channels"
+        if self.most_kb is not None and channels * pixels * itemsize > self.most_kb * 1024:
+            return f"with a feature map of one sample of more than {self.most_kb} KB"
+        if self.least_pixels is not None and pixels < self.least_pixels:
+            return f"with fewer than {self.least_pixels} pixels"
+        least, wide = self.least_batch_per_thread, self.few_from_channels
+        if least is not None and batch < least * threads and channels >= (wide or 0):
+            return f"with fewer than {least:g} samples for each thread" + (f" and {channels} channels" if wide else "")
+        return ""
+
+    def describe(self) -> str:
+        """The bounds in words."""
+        bounds = {
+            "at most {} channels": self.most_channels,
+            "at most {} KB for a feature map of one sample": self.most_kb,
+            "at least {} pixels": self.least_pixels,
+            "at least {:g} samples for each thread": self.least_batch_per_thread,
+        }
+        text = ", ".join(text.format(value) for text, value in bounds.items() if value is not None) or "always"
+        return text + (f" from {self.few_from_channels} channels on" if self.few_from_channels else "")
+
+
+NEVER = Line(most_channels=0)
+# Past 128 channels a convolution's weights no longer stay in 2 MB of L2; past 256 KB the maps of a backward do not.
+DEFAULT = Line(most_channels=128, most_kb=256)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The lines, by "family norms dtype", and where they come from."""
+
+    lines: Mapping[str, Line]
+    source: str
+    measured: bool
+
+    def line(self, family: str, norms: str, dtype: str) -> Line:
+        """The line of a family of blocks, of norms that couple the batch or do not, and of a dtype."""
+        # Of the skew blocks only those with sample-local norms are measured.
+        stand_in = self.lines.get(f"{family} sample {dtype}", DEFAULT) if family.startswith("skew") else DEFAULT
+        return self.lines.get(f"{family} {norms} {dtype}", stand_in)
+
+
+def cpu_kind() -> str:
+    """What a measured rule holds for: the machine type and the instructions that the engine makes use of."""
+    features = cpu_features()
+    return " ".join([platform.machine(), *(name for name in _TELLING if name in features)])
+
+
+def read(path: Path = PATH, kind: str | None = None) -> Rule:
+    """The rule of a file that `benchmarks.choose` wrote, or the reasoned one with why that is taken.
+
+    Args:
+        path: the file.
+        kind: of this machine's CPU.
+    """
+    kind = cpu_kind() if kind is None else kind
+    try:
+        found = json.loads(path.read_text())
+        lines = {name: Line(**bounds) for name, bounds in found["rule"].items()}
+        measured_on = found["measured_on"]
+        place = "{device}, {threads} threads, torch {torch}, {date}, commit {commit:.12}".format(**measured_on)
+        other = measured_on["kind"]
+    except FileNotFoundError:
+        return Rule({}, "reasoned, not measured: there is no rule.json", False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return Rule({}, f"reasoned, not measured: {path} cannot be read ({type(error).__name__}: {error})", False)
+    if other != kind:
+        return Rule({}, f"reasoned, not measured: the measured rule is for {other}, and this is {kind}", False)
+    return Rule(lines, f"measured on {place}", True)
+
+
+def as_json(lines: Mapping[str, Line]) -> dict[str, dict[str, Any]]:
+    """Lines as a file holds them."""
+    return {
+        name: {key: value for key, value in asdict(line).items() if value is not None} for name, line in lines.items()
+    }
+
+
+# Read once and here, because a traced call must not read files.
+_rule = read()
+_threads = torch.get_num_threads()  # as the last call found it that was not traced: a tracer cannot ask
+
+
+def threads() -> int:
+    """How many threads the engines' loops have."""
+    global _threads
+    if not torch.compiler.is_compiling():
+        _threads = torch.get_num_threads()
+    return _threads
+
+
+def current() -> Rule:
+    """The rule in force."""
+    return _rule
+
+
+def slower(family: str, coupled: bool, x: torch.Tensor, channels: int) -> str:
+    """Why the resident engine is taken to be slower than the staged one; empty where it is not.
+
+    Args:
+        family: of the block, one of `FAMILIES`.
+        coupled: whether a norm takes its statistics over the batch.
+        x: the input [N, C, H, W] on the CPU.
+        channels: of the widest map of the branch.
+    """
+    dtype = str(x.dtype).removeprefix("torch.")
+    line = _rule.line(family, NORMS[1 if coupled else 0], dtype)
+    itemsize = 8 if x.dtype == torch.float64 else 4  # bfloat16 is counted as float32
+    beyond = line.beyond(channels, x.shape[2] * x.shape[3], itemsize, x.shape[0], threads())
+    if not beyond:
+        return ""
+    verdict = "was measured to be slower" if _rule.measured else "is expected to be slower"
+    return f"{beyond} it {verdict} than staged"

@@ -1,0 +1,22 @@
+"""The staged engine: convolutions by PyTorch, everything between two of them in one operator."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from ..engine import OperatorEngine
+from ..schemes.implicit_euler import descent
+from ..schemes.runge_kutta import stages
+from ..schemes.skew_pair import march
+from . import pair, sweeps
+
+
+class Staged(OperatorEngine):
+    """Any feature map, on any device with operators."""
+
+    name = "staged"
+    devices = ("cpu", "cuda")
+    ie_skip = descent.make_function(sweeps, partial(descent.forward, sweeps))
+    shu_osher = stages.make_function(sweeps, partial(stages.forward, sweeps))
+    skew_pair = march.make_pair_function(pair)
+    skew_solution = march.make_march_function(pair)

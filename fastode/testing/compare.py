@@ -1,0 +1,400 @@
+"""The one rule by which a fused block equals its reference; tests and benchmarks both use it and know no other.
+
+Truth is the reference in float64. R is the worst of four runs of the reference in the working precision: NCHW and
+channels_last, each on the input and on the input moved by one unit in the last place at random. A tensor t passes when
+
+    err(t) <= 2 err(R) + 2 eps(dtype) + 8 eps(accumulator) sqrt(longest reduction),    err(t) = |t - truth| / |truth|
+
+in the Euclidean norm, and in the largest entry as well where no pre-activation is within rounding of a kink.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks
+from .record import Recorder, clear_of_kinks, warm_up
+from .rule import Comparison, Row, Rule, Tensors, is_rounding
+
+Mode = Literal["train", "input_grad", "forward"]
+Layout = Literal["contiguous", "channels_last", "sliced"]
+Inputs = Tensor | tuple[Tensor, ...]
+
+MODES: tuple[Mode, ...] = ("train", "input_grad", "forward")
+
+
+def sample_input(
+    batch: int,
+    channels: int,
+    height: int,
+    width: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    layout: Layout = "contiguous",
+    seed: int = 0,
+) -> Tensor:
+    """A normally distributed feature map in one of the three memory layouts that a block meets.
+
+    Args:
+        batch: N, may be 0.
+        channels: C.
+        height: H.
+        width: W.
+        dtype: the map's dtype; the values are drawn in float64 and rounded.
+        device: where it lives.
+        layout: "contiguous", "channels_last", or "sliced" (every second column of a wider map: dense in neither).
+        seed: of the generator; the values do not depend on the layout.
+
+    Returns:
+        A tensor [N, C, H, W].
+
+    Example:
+        >>> sample_input(2, 3, 4, 5, layout="channels_last").stride()
+        (60, 1, 15, 3)
+    """
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(batch, channels, height, width, generator=generator, dtype=torch.float64).to(device, dtype)
+    if layout == "channels_last":
+        return values.to(memory_format=torch.channels_last)
+    if layout == "sliced":
+        wide = torch.zeros(batch, channels, height, 2 * width, dtype=dtype, device=device)
+        wide[..., ::2] = values
+        return wide[..., ::2]
+    return values
+
+
+def moved(x: Tensor, seed: int, precision: torch.dtype | None = None) -> Tensor:
+    """The tensor with every entry moved up or down by one unit in the last place, at random.
+
+    Args:
+        x: any floating-point tensor.
+        seed: of the generator.
+        precision: the dtype whose unit is meant, where it is coarser than x's own (autocast).
+
+    Returns:
+        A tensor of the same shape, dtype and strides; entries that are not finite stay as they are.
+
+    Example:
+        >>> bool((moved(torch.ones(8), 0) != 1).all())
+        True
+    """
+    generator = torch.Generator().manual_seed(seed)
+    up = (torch.rand(x.shape, generator=generator) < 0.5).to(x.device)
+    toward = torch.where(up, torch.full_like(x, math.inf), torch.full_like(x, -math.inf))
+    if precision is None or precision == x.dtype:
+        return torch.where(torch.isfinite(x), torch.nextafter(x, toward), x)
+    coarse = x.to(precision)
+    shift = torch.nextafter(coarse, toward.to(precision)).to(x.dtype) - coarse.to(x.dtype)
+    return torch.where(torch.isfinite(x), x + shift, x)
+
+
+def _tuple(value: Inputs) -> tuple[Tensor, ...]:
+    return (value,) if isinstance(value, Tensor) else tuple(value)
+
+
+def _layout(x: Tensor, channels_last: bool) -> Tensor:
+    if channels_last and x.dim() == 4:
+        return x.contiguous(memory_format=torch.channels_last)
+    return x.contiguous()
+
+
+def _names(kind: str, count: int) -> list[str]:
+    return [kind] if count == 1 else [f"{kind}[{i}]" for i in range(count)]
+
+
+def _run(
+    block: nn.Module,
+    inputs: tuple[Tensor, ...],
+    cotangents: tuple[Tensor, ...] | None,
+    mode: Mode,
+    autocast: torch.dtype | None,
+    recorder: Recorder | None = None,
+) -> Tensors:
+    """Everything one call of a copy of the block yields: outputs, gradients and buffers, by name."""
+    block = copy.deepcopy(block)
+    block.zero_grad(set_to_none=True)
+    if mode == "input_grad":
+        block.requires_grad_(False)
+    leaves = tuple(x.detach().requires_grad_(mode != "forward") for x in inputs)
+    kept = [x.detach().clone() for x in inputs]
+    with contextlib.ExitStack() as stack:
+        if recorder is not None:
+            stack.enter_context(recorder)
+        if autocast is not None:
+            stack.enter_context(torch.autocast(inputs[0].device.type, autocast))
+        if mode == "forward":
+            stack.enter_context(torch.no_grad())
+        outputs = _tuple(block(*leaves))
+    found: Tensors = dict(zip(_names("output", len(outputs)), (y.detach() for y in outputs), strict=True))
+    if mode != "forward":
+        given = cotangents or _cotangents(outputs)
+        pairs = [(y, g.to(y.dtype)) for y, g in zip(outputs, given, strict=True) if y.requires_grad]
+        torch.autograd.backward([y for y, _ in pairs], [g for _, g in pairs])
+        for name, leaf in zip(_names("gradient of input", len(leaves)), leaves, strict=True):
+            found[name] = leaf.grad
+    if mode == "train":
+        found.update({f"gradient of {name}": p.grad for name, p in block.named_parameters()})
+    found.update({f"buffer {name}": buffer.detach() for name, buffer in block.named_buffers()})
+    for name, leaf, before in zip(_names("input afterwards", len(leaves)), leaves, kept, strict=True):
+        # Zero where untouched, so that any change at all is an error.
+        found[name] = (leaf.detach() != before).logical_and(before == before).to(torch.int64)
+    return found
+
+
+def _cotangents(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """One fixed normal cotangent per output, the same for every dtype up to rounding."""
+    generator = torch.Generator().manual_seed(20)
+    return tuple(
+        torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.device, torch.bfloat16).to(y.dtype)
+        for y in outputs
+    )
+
+
+def _leaning_cotangents(block: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    """For a block with parameters of one entry: the normal cotangents, turned towards what each of these moves.
+
+    Such a gradient is one inner product <cotangent, dy/dp>. Under a cotangent that knows nothing of dy/dp it cancels to
+    1/sqrt(n) of its terms, and what is then compared is rounding.
+
+    Args:
+        block: in float64.
+        inputs: in float64.
+
+    Returns:
+        One cotangent per output, or None where there is no such parameter.
+    """
+    names = [name for name, p in block.named_parameters() if p.numel() == 1 and p.requires_grad]
+    if not names:
+        return None
+
+    def outputs(name: str = "", shift: float = 0.0) -> list[Tensor]:
+        changed = copy.deepcopy(block)
+        if name:
+            changed.get_parameter(name).data.add_(shift)
+        found = _run(changed, inputs, None, "forward", None)
+        return [y for key, y in found.items() if key.startswith("output") and y is not None]
+
+    def size(tensors: Sequence[Tensor]) -> float:
+        return math.hypot(*(float(torch.linalg.vector_norm(t)) for t in tensors))
+
+    here = outputs()
+    normal = _cotangents(tuple(here))
+    found = list(normal)
+    step = 1e-3
+    for name in names:
+        slopes = [(up - down) / (2 * step) for up, down in zip(outputs(name, step), outputs(name, -step), strict=True)]
+        # One that moves nothing in exact arithmetic (Ark's a21) has no direction to turn to.
+        if size(slopes) > math.sqrt(torch.finfo(torch.float64).eps) * size(here):
+            scale = size(normal) / size(slopes)
+            found = [g + scale * slope for g, slope in zip(found, slopes, strict=True)]
+    return tuple(g.to(torch.bfloat16).to(g.dtype) for g in found)
+
+
+class Judge:
+    """A reference's runs on one input, made once, by which any number of blocks is judged.
+
+    The modules are deep-copied for every run, so nothing that a call changes outlives it.
+
+    Args:
+        reference: the reference block, in the working precision.
+        x: the input [N, C, H, W], or a tuple of inputs for a block of several.
+        cotangent: the gradient of the output(s); by default a fixed random one, turned towards dy/dp where the block
+            has parameters p of one entry.
+        mode: "train" compares every gradient; "input_grad" freezes the parameters; "forward" runs under no_grad.
+        autocast: the dtype of an autocast region around the forward, or None.
+        moves: moved inputs per layout, at least 1. The rule takes 1; a mask that one move in ten flips, as some does
+            among millions of pre-activations, is seen in most judgements by 16.
+
+    Raises:
+        TypeError: x is no tensor or tuple of tensors, or autocast no dtype.
+        ValueError: the mode is not one of the three, or there are no moves.
+
+    Example:
+        >>> block = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.Tanh())
+        >>> Judge(block, sample_input(2, 3, 4, 4)).compare(block).ok
+        True
+    """
+
+    def __init__(
+        self,
+        reference: nn.Module,
+        x: Inputs,
+        *,
+        cotangent: Inputs | None = None,
+        mode: Mode = "train",
+        autocast: torch.dtype | None = None,
+        moves: int = 1,
+    ) -> None:
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+        for t in x if isinstance(x, tuple) else (x,):
+            if not isinstance(t, Tensor):
+                raise TypeError(f"x must be a tensor or a tuple of tensors, got {checks.what(t)}")
+        if autocast is not None and not isinstance(autocast, torch.dtype):
+            raise TypeError(f"autocast must be a torch.dtype or None, got {checks.what(autocast)}")
+        if moves < 1:
+            raise ValueError(f"moves must be at least 1, got {moves}")
+        _warm_once()
+        self.inputs, self.mode, self.autocast = _tuple(x), mode, autocast
+        exact_block = copy.deepcopy(reference).double()
+        doubled = tuple(_layout(t.detach().double(), False) for t in self.inputs)
+        if cotangent is not None:
+            self.cotangents: tuple[Tensor, ...] | None = _tuple(cotangent)
+        else:
+            self.cotangents = _leaning_cotangents(exact_block, doubled) if mode == "train" else None
+        wide = None if self.cotangents is None else tuple(g.double() for g in self.cotangents)
+
+        def exact(values: tuple[Tensor, ...], recorder: Recorder | None) -> Tensors:
+            return _run(exact_block, values, wide, mode, None, recorder)
+
+        truth_record = Recorder()
+        truths = exact(doubled, truth_record)
+        runs, records = [], []
+        for channels_last in (False, True):
+            for move in range(moves + 1):
+                seeds = [2 * i + channels_last + 2 * len(self.inputs) * (move - 1) for i in range(len(self.inputs))]
+                values = tuple(
+                    moved(t.detach(), seed, autocast) if move else t.detach()
+                    for t, seed in zip(self.inputs, seeds, strict=True)
+                )
+                recorder = Recorder() if move < 2 else None
+                records += [recorder] if recorder else []
+                laid_out = tuple(_layout(t, channels_last) for t in values)
+                runs.append(_run(reference, laid_out, self.cotangents, mode, autocast, recorder))
+        dtype = autocast or self.inputs[0].dtype
+        longest = max(truth_record.longest, *(_longest_of(exact_block, t) for t in self.inputs))
+        self.smooth = smooth = clear_of_kinks(truth_record, records, torch.finfo(dtype).eps)
+        again = functools.cache(lambda: exact(tuple(_layout(moved(t, 7), True) for t in doubled), None))
+        self._rule = Rule(truths, runs, longest, dtype, smooth, lambda name: is_rounding(name, truths, again, longest))
+
+    def compare(self, fused: nn.Module, x: Inputs | None = None) -> Comparison:
+        """The comparison of a block, one row per tensor.
+
+        Args:
+            fused: the block to judge; same parameter and buffer names.
+            x: the same input in the layout that this block is to get; by default as the judge got it.
+        """
+        inputs = self.inputs if x is None else _tuple(x)
+        found, truths = _run(fused, inputs, self.cotangents, self.mode, self.autocast), self._rule.truths
+        rows = [
+            self._rule.row(name, found[name]) if name in found else Row(name, math.inf, 0.0, None, "missing")
+            for name in truths
+        ]
+        rows += [Row(name, math.inf, 0.0, None, "not in the reference") for name in found if name not in truths]
+        return Comparison(tuple(rows))
+
+
+def compare_blocks(
+    reference: nn.Module,
+    fused: nn.Module,
+    x: Inputs,
+    *,
+    cotangent: Inputs | None = None,
+    mode: Mode = "train",
+    autocast: torch.dtype | None = None,
+) -> Comparison:
+    """Compare a block with its reference by the one rule: outputs, gradients, buffers, and the input left untouched.
+
+    Args:
+        reference: as in Judge.
+        fused: the block to judge; same parameter and buffer names.
+        x: as in Judge.
+        cotangent: as in Judge.
+        mode: as in Judge.
+        autocast: as in Judge.
+
+    Returns:
+        The comparison, one row per tensor.
+
+    Raises:
+        TypeError, ValueError: as in Judge.
+
+    Example:
+        >>> block = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.Tanh())
+        >>> compare_blocks(block, block, sample_input(2, 3, 4, 4)).ok
+        True
+    """
+    return Judge(reference, x, cotangent=cotangent, mode=mode, autocast=autocast).compare(fused)
+
+
+def _longest_of(block: nn.Module, x: Tensor) -> int:
+    """A parameter of one entry (Ark's coefficients) has a gradient summed over the whole map."""
+    return x.numel() if any(p.numel() == 1 for p in block.parameters()) else 1
+
+
+@functools.cache
+def _warm_once() -> None:
+    warm_up()
+
+
+def assert_blocks_equal(
+    reference: nn.Module,
+    fused: nn.Module,
+    x: Inputs,
+    *,
+    cotangent: Inputs | None = None,
+    mode: Mode = "train",
+    autocast: torch.dtype | None = None,
+) -> None:
+    """Raise where compare_blocks finds a difference.
+
+    Args:
+        reference: as in compare_blocks.
+        fused: as in compare_blocks.
+        x: as in compare_blocks.
+        cotangent: as in compare_blocks.
+        mode: as in compare_blocks.
+        autocast: as in compare_blocks.
+
+    Raises:
+        AssertionError: a tensor fails the rule; the message is the table of all of them.
+
+    Example:
+        >>> assert_blocks_equal(nn.Tanh(), nn.Tanh(), sample_input(1, 2, 3, 3))
+    """
+    comparison = compare_blocks(reference, fused, x, cotangent=cotangent, mode=mode, autocast=autocast)
+    if not comparison.ok:
+        raise AssertionError(comparison.describe())
+
+
+def compare_tensors(
+    outputs: Mapping[str, Tensor],
+    truths: Mapping[str, Tensor],
+    references: Sequence[Mapping[str, Tensor]],
+    longest_reduction: int,
+    *,
+    dtype: torch.dtype | None = None,
+    pointwise: bool = False,
+) -> Comparison:
+    """Compare a raw operator's tensors by the same rule.
+
+    Args:
+        outputs: what the operator returned, by name.
+        truths: the same in float64.
+        references: runs of plain PyTorch in the working precision (R is the worst of them); may be empty.
+        longest_reduction: the longest sum behind any of the tensors.
+        dtype: the working precision; by default each tensor's own.
+        pointwise: judge the largest entry as well.
+
+    Returns:
+        The comparison, one row per tensor.
+
+    Example:
+        >>> x = torch.ones(3)
+        >>> compare_tensors({"sum": x.sum()}, {"sum": x.double().sum()}, [], 3).ok
+        True
+    """
+    runs: list[Tensors] = [dict(run) for run in references]
+    exact: Tensors = dict(truths)
+    zero = functools.partial(is_rounding, truths=exact, again=lambda: exact, longest=longest_reduction)
+    rule = Rule(exact, runs, longest_reduction, dtype, pointwise, zero)
+    return Comparison(tuple(rule.row(name, outputs[name]) for name in truths))
