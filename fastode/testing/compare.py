@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from .record import Recorder, clear_of_kinks, warm_up
-from .rule import Comparison, Row, Rule, Tensors, is_rounding
+from .rule import Comparison, Row, Rule, Tensors
 
 Mode = Literal["train", "input_grad", "forward"]
 Layout = Literal["contiguous", "channels_last", "sliced"]
@@ -274,7 +274,7 @@ class Judge:
         longest = max(truth_record.longest, *(_longest_of(exact_block, t) for t in self.inputs))
         self.smooth = smooth = clear_of_kinks(truth_record, records, torch.finfo(dtype).eps)
         again = functools.cache(lambda: exact(tuple(_layout(moved(t, 7), True) for t in doubled), None))
-        self._rule = Rule(truths, runs, longest, dtype, smooth, lambda name: is_rounding(name, truths, again, longest))
+        self._rule = Rule(truths, runs, longest, dtype, smooth, again)
 
     def compare(self, fused: nn.Module, x: Inputs | None = None) -> Comparison:
         """The comparison of a block, one row per tensor.
@@ -395,6 +395,5 @@ def compare_tensors(
     """
     runs: list[Tensors] = [dict(run) for run in references]
     exact: Tensors = dict(truths)
-    zero = functools.partial(is_rounding, truths=exact, again=lambda: exact, longest=longest_reduction)
-    rule = Rule(exact, runs, longest_reduction, dtype, pointwise, zero)
+    rule = Rule(exact, runs, longest_reduction, dtype, pointwise, lambda: exact)
     return Comparison(tuple(rule.row(name, outputs[name]) for name in truths))

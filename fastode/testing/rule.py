@@ -97,7 +97,10 @@ def _kind(name: str) -> str:
 
 
 class Rule:
-    """The rule for one set of tensors: what they are compared with and how much they may differ."""
+    """The rule for one set of tensors: what they are compared with and how much they may differ.
+
+    `again` makes a second float64 run, which tells a truth that is zero in exact arithmetic from a small one.
+    """
 
     def __init__(
         self,
@@ -106,20 +109,42 @@ class Rule:
         longest: int,
         dtype: torch.dtype | None,
         pointwise: bool,
-        zero: Callable[[str], bool],
+        again: Callable[[], Tensors],
     ) -> None:
         self.truths, self.references, self.longest, self.dtype = truths, references, longest, dtype
-        self.pointwise, self.zero = pointwise, zero
+        self.pointwise, self.again = pointwise, again
+        parts = {name: _finite(t) for name, t in truths.items() if t is not None}
+        self._sizes = {name: (_two_norm(t), _max_norm(t)) for name, t in parts.items()}
+        self._largest: dict[str, tuple[float, float]] = {}  # of each kind of tensor
+        for name, (two, most) in self._sizes.items():
+            others = self._largest.get(_kind(name), (0.0, 0.0))
+            self._largest[_kind(name)] = (max(two, others[0]), max(most, others[1]))
 
-    def _scale(self, name: str, norm: Callable[[Tensor], float]) -> float:
-        """The truth's own size or, for what is zero in exact arithmetic, that of the largest tensor of its kind."""
-        own = norm(_finite(self.truths[name]))
-        if own > 0.0 and not self.zero(name):
-            return own
-        same_kind = (t for key, t in self.truths.items() if t is not None and _kind(key) == _kind(name))
-        return max(norm(_finite(t)) for t in same_kind)
+    def _scales(self, name: str) -> list[float]:
+        """The truth's own two norms or, where it is zero in exact arithmetic, the largest of its kind of tensor."""
+        sizes = zip(self._sizes[name], self._largest[_kind(name)], strict=True)
+        return [own if own > 0.0 and not self.is_rounding(name) else largest for own, largest in sizes]
+
+    def is_rounding(self, name: str) -> bool:
+        """Whether the truth is zero in exact arithmetic, so that its digits mean nothing.
+
+        It is, if it is within float64's own rounding of the largest tensor of its kind, or if it is tiny beside that
+        one and a second float64 run has other digits.
+        """
+        truth = self.truths[name]
+        if truth is None or not truth.is_floating_point():
+            return False
+        digits = math.sqrt(torch.finfo(torch.float64).eps)
+        own, largest = self._sizes[name][0], self._largest[_kind(name)][0]
+        if own > digits * largest:
+            return False
+        if own <= rounding(torch.float64, self.longest) * largest:
+            return True
+        second = self.again()[name]
+        return second is None or _two_norm(_finite(second) - _finite(truth)) > digits * own
 
     def row(self, name: str, found: Tensor | None) -> Row:
+        """The verdict on what was found for one of the truths."""
         truth, runs = self.truths[name], [t for t in (run[name] for run in self.references) if t is not None]
         if found is None or truth is None:
             note = "" if found is None and truth is None else f"found {_what(found)}, the reference has {_what(truth)}"
@@ -129,20 +154,19 @@ class Rule:
             return Row(name, math.inf, 0.0, None, f"found {_what(found)}, the reference has {_what(expected)}")
         if not found.is_floating_point():
             return Row(name, float(torch.ne(found, expected).sum()), 0.0)
-        classes = _classes(found)
-        finite = (classes == 0) & torch.isfinite(truth)
+        finite = torch.isfinite(found) & torch.isfinite(truth)
         for run in runs:
             finite &= torch.isfinite(run)
-        if not any(torch.equal(classes, _classes(run)) for run in (*runs, truth)):
+        everywhere = bool(finite.all())
+        if not everywhere and not any(torch.equal(_classes(found), _classes(run)) for run in (*runs, truth)):
             return Row(name, math.inf, 0.0, None, "NaN or inf where the reference has none, or the other way round")
-        dtype = self.dtype or found.dtype
-        slack = rounding(dtype, self.longest)
-        exact = truth.double()[finite]
+        exact, *values = (t.double() if everywhere else t.double()[finite] for t in (truth, found, *runs))
+        differences = [t - exact for t in values]
+        slack = rounding(self.dtype or found.dtype, self.longest)
         ratios = []
-        for norm in (_two_norm, _max_norm):
-            scale = self._scale(name, norm)
-            worst = max((_relative(norm(run.double()[finite] - exact), scale) for run in runs), default=0.0)
-            ratios.append((_relative(norm(found.double()[finite] - exact), scale), 2.0 * worst + slack))
+        for norm, scale in zip((_two_norm, _max_norm), self._scales(name), strict=True):
+            error, *errors = (_relative(norm(difference), scale) for difference in differences)
+            ratios.append((error, 2.0 * max(errors, default=0.0) + slack))
         (err, allowed), (largest, largest_allowed) = ratios
         return Row(name, err, allowed, largest / largest_allowed if self.pointwise else None)
 
@@ -154,23 +178,3 @@ def _finite(t: Tensor | None) -> Tensor:
 
 def _what(t: Tensor | None) -> str:
     return "nothing" if t is None else f"{t.dtype} {tuple(t.shape)}"
-
-
-def is_rounding(name: str, truths: Tensors, again: Callable[[], Tensors], longest: int) -> bool:
-    """Whether the truth is zero in exact arithmetic, so that its digits mean nothing.
-
-    It is, if it is within float64's own rounding of the largest tensor of its kind, or if it is tiny beside that one
-    and a second float64 run has other digits.
-    """
-    truth = truths[name]
-    if truth is None or not truth.is_floating_point():
-        return False
-    digits = math.sqrt(torch.finfo(torch.float64).eps)
-    own = _two_norm(_finite(truth))
-    largest = max(_two_norm(_finite(t)) for key, t in truths.items() if t is not None and _kind(key) == _kind(name))
-    if own > digits * largest:
-        return False
-    if own <= rounding(torch.float64, longest) * largest:
-        return True
-    second = again()[name]
-    return second is None or _two_norm(_finite(second) - _finite(truth)) > digits * own
