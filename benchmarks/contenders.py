@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import inside
 from .workloads import Inputs
 
 BASELINES = ("eager", "eager-cl")
@@ -168,20 +169,13 @@ def engines(block: nn.Module, inputs: Inputs) -> dict[str, str]:
         block: a reference block.
         inputs: its inputs.
     """
-    from fastode import _dispatch
-
-    names = [name for name in _dispatch.ENGINES if name not in ("auto", "reference")]
     try:
         twin = _fused("auto", copy.deepcopy(block), inputs)
     except RuntimeWarning as warning:  # no compiler, or a build that failed
-        return dict.fromkeys(names, str(warning))
+        return dict.fromkeys(inside.FUSED_ENGINES, str(warning))
     if not hasattr(twin, "why_not"):
-        return dict.fromkeys(names, f"{type(block).__name__} has no fused twin")
-    reasons = {}
-    for name in names:
-        able, reason = _dispatch.can_use(name, twin, inputs[0] if len(inputs) == 1 else inputs)
-        reasons[name] = "" if able else reason
-    return reasons
+        return dict.fromkeys(inside.FUSED_ENGINES, f"{type(block).__name__} has no fused twin")
+    return inside.refusals(twin, inputs)
 
 
 def _as_is(module: nn.Module, inputs: Inputs) -> nn.Module:

@@ -23,6 +23,7 @@ from fastode import _decisions, _dispatch
 from fastode.testing import compare_blocks
 
 from . import contenders, header, measure, timing, workloads
+from .records import write_text
 from .workloads import Workload
 
 DTYPES = ("bfloat16", "tf32", "float32")
@@ -50,9 +51,7 @@ class Report:
         self._replace(name, json.dumps(value, indent=1, sort_keys=True) + "\n")
 
     def _replace(self, name: str, text: str) -> None:
-        beside = self.folder / f"{name}.part"
-        beside.write_text(text)
-        os.replace(beside, self.folder / name)
+        write_text(self.folder / name, text)
 
 
 def stream(command: Sequence[str], log: Path, seconds: float, echo: Callable[[str], object] = print) -> int | None:

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastode._dispatch import recording
 from fastode.testing import Judge
 
 from . import contenders as contenders_module
-from . import memory, timing
+from . import inside, memory, timing
 from .contenders import BASELINES, COMPILED, OTHER_LIBRARIES, Contender, Unavailable
 from .workloads import Inputs, Work, Workload, count, make, prepare, work
 
@@ -190,7 +189,7 @@ def _ready(
         tensor, worst = row["equality"]["tensor"], row["equality"]["worst"]
         raise Unavailable(f"not equal: {tensor} has {worst} of the error allowed")
     turn = prepare(workload, module, own, mode)
-    with recording() as used:
+    with inside.engines_used() as used:
         turn.run()
     if used:
         row["used"] = dict(Counter(used.values()))

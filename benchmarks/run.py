@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
 import sys
 import time
@@ -16,6 +14,7 @@ import torch
 
 from . import contenders, header, measure, memory, report, suites, targets, workloads
 from .contenders import BASELINES, CONTENDERS, Contender
+from .records import write_json
 from .suites import Item
 
 
@@ -80,10 +79,7 @@ class Record:
                 if rates:
                     self.head.setdefault(key, {})[dtype] = round(statistics.median(rates), 2)
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            beside = self.path.with_suffix(".json.part")
-            beside.write_text(json.dumps({"header": self.head, "rows": self.rows}, indent=1, sort_keys=True) + "\n")
-            os.replace(beside, self.path)
+            write_json(self.path, {"header": self.head, "rows": self.rows})
 
 
 def go(
