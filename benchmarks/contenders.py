@@ -12,16 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import inside
-from .workloads import Inputs
+from . import inside, others
+from .workloads import Inputs, Unavailable
 
 BASELINES = ("eager", "eager-cl")
 OTHER_LIBRARIES = ("torchdiffeq", "torchode")
 RECOMPILE_LIMIT = 64
-
-
-class Unavailable(Exception):
-    """A contender cannot take part here, and why."""
 
 
 @dataclass(frozen=True)
@@ -183,8 +179,6 @@ def _as_is(module: nn.Module, inputs: Inputs) -> nn.Module:
 
 
 def _other_library(name: str, module: nn.Module, inputs: Inputs) -> nn.Module:
-    from . import others
-
     return others.BUILDERS[name](module)
 
 

@@ -26,7 +26,7 @@ import torch
 
 from fastode import _build
 
-from . import gpu_check, gpu_kernels, header, report, run, timing, workloads
+from . import families, gpu_check, gpu_kernels, header, report, run, timing
 from .contenders import BASELINES
 from .gpu_check import DTYPES, Report
 from .workloads import Workload
@@ -62,14 +62,14 @@ class Stage:
 
 def measured() -> list[Workload]:
     """The workloads of the GPU's targets, those of one family together."""
-    return [w for w in workloads.everything() if w.statistics == "train" and FAMILIES.get(w.id) == w.variant]
+    return [w for w in families.everything() if w.statistics == "train" and FAMILIES.get(w.id) == w.variant]
 
 
 def blocks() -> list[Workload]:
     """What is tried: the measured workloads, then the papers' other blocks."""
     first = measured()
     names = {(w.name, w.statistics) for w in first}
-    rest = [w for w in workloads.everything() if not w.network and w.id != "conv"]
+    rest = [w for w in families.everything() if w.id not in ("nets", "conv")]
     return first + [w for w in rest if (w.name, w.statistics) not in names]
 
 

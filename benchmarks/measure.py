@@ -17,8 +17,8 @@ from fastode.testing import Judge
 
 from . import contenders as contenders_module
 from . import inside, memory, timing
-from .contenders import BASELINES, COMPILED, OTHER_LIBRARIES, Contender, Unavailable
-from .workloads import Inputs, Work, Workload, count, make, prepare, work
+from .contenders import BASELINES, COMPILED, OTHER_LIBRARIES, Contender
+from .workloads import Inputs, Unavailable, Work, Workload, make, work
 
 Row = dict[str, Any]
 
@@ -122,7 +122,7 @@ def measure(
     """
     set_precision(dtype, device)
     reference, inputs = make(workload, device, DTYPES[dtype])
-    flops, moved = count(workload, reference, inputs, mode)
+    flops, moved = workload.count(reference, inputs, mode)
     # The reference's own runs are made once, for all contenders, on the very input that is timed.
     gate = GATES.get(mode, mode)
     judge: Callable[..., Judge] = functools.cache(functools.partial(Judge, reference, inputs, mode=gate))
@@ -188,7 +188,7 @@ def _ready(
     if not row["equality"]["ok"]:
         tensor, worst = row["equality"]["tensor"], row["equality"]["worst"]
         raise Unavailable(f"not equal: {tensor} has {worst} of the error allowed")
-    turn = prepare(workload, module, own, mode)
+    turn = workload.work(module, own, mode)
     with inside.engines_used() as used:
         turn.run()
     if used:

@@ -29,6 +29,7 @@ from fastode.testing import Judge
 from . import contenders, data, header, inside, measure, timing
 from .contenders import BASELINES
 from .records import write_json
+from .workloads import Unavailable
 
 BATCH, CHANNELS, SIZE = 1, 8, 2
 FUSED = "fused"
@@ -137,14 +138,14 @@ def measured(
             row["equality"] = measure.equality(contender, block, module, own, mode, judge)
             if not row["equality"]["ok"]:
                 worst = row["equality"]
-                raise contenders.Unavailable(f"not equal: {worst['tensor']} has {worst['worst']} of the error allowed")
+                raise Unavailable(f"not equal: {worst['tensor']} has {worst['worst']} of the error allowed")
             run = call_of(module, own, mode)
             with inside.engines_used() as used:
                 run()
             row["engine"] = used.get(module)
             runs[contender.name] = run
         except Exception as error:  # a block that fails is reported as failed, with its message
-            row["errors"] = str(error) if isinstance(error, contenders.Unavailable) else timing.message(error)
+            row["errors"] = str(error) if isinstance(error, Unavailable) else timing.message(error)
     times = timing.interleave(runs, clock, seconds=seconds, rounds=rounds, warm=20)
     for row in rows:
         row["errors"] = row["errors"] or times.errors.get(row["contender"], "")

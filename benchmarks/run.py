@@ -49,13 +49,11 @@ def contenders_of(item: Item, device: torch.device, wanted: Sequence[str]) -> tu
     found: list[Contender] = []
     refusals: dict[str, str] = {}
     for name in names:
-        base, _, engine = name.partition(":")
+        base, _, engine = (item.workload.own if name == "fused" else name).partition(":")
         if base != "fused":
             found.append(CONTENDERS[base])
         elif engine:
             found.append(contenders.fused(engine))
-        elif item.workload.network:
-            found.append(contenders.fused("auto"))
         else:
             block, inputs = workloads.make(item.workload, device, measure.DTYPES[item.dtype])
             refusals = contenders.engines(block, inputs)

@@ -96,7 +96,7 @@ def test_the_plan_has_every_target_once_and_training_steps_first() -> None:
     assert rivals == set(gpu.COMPILED) and {i.workload.id for i in gpu.compiled_plan()} == set(gpu.FAMILIES)
     names = [(w.name, w.statistics) for w in gpu.blocks()]
     assert names[: len(gpu.measured())] == [(w.name, w.statistics) for w in gpu.measured()]
-    assert len(set(names)) == len(names) > 40 and not any(w.network for w in gpu.blocks())
+    assert len(set(names)) == len(names) > 40 and not any(w.id == "nets" for w in gpu.blocks())
 
 
 def small_machine(dtype: torch.dtype = torch.float32, device: Any = "cpu") -> timing.Machine:
