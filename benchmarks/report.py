@@ -120,8 +120,10 @@ def _threads(head: Row) -> str:
 
 
 def print_table(head: Row, rows: Sequence[Row]) -> None:
-    """The table of a run, by rich where it is installed; the lines above it have the same numbers."""
+    """A run's rates and, on a terminal with rich, its table; the lines printed before have the same numbers."""
     print(f"{head['device']}, {_threads(head)}: {rates(head)}")
+    if not sys.stdout.isatty():
+        return
     try:
         from rich.console import Console
         from rich.table import Table

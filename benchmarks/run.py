@@ -131,10 +131,20 @@ def go(
         slowest = max(slowest, time.monotonic() - start)
 
 
-def _progress(items: Sequence[Item]) -> Iterator[Item]:
+def _bar() -> Any:
+    """tqdm where it is installed and somebody watches; None in a pipe or a file, where a bar leaves only remains."""
+    if not sys.stderr.isatty():
+        return None
     try:
         from tqdm import tqdm
     except ImportError:
+        return None
+    return tqdm
+
+
+def _progress(items: Sequence[Item]) -> Iterator[Item]:
+    tqdm = _bar()
+    if tqdm is None:
         yield from items
         return
     with tqdm(total=len(items), unit="row", file=sys.stderr, dynamic_ncols=True) as bar:
@@ -145,12 +155,11 @@ def _progress(items: Sequence[Item]) -> Iterator[Item]:
 
 
 def _print(text: str) -> None:
-    try:
-        from tqdm import tqdm
-
-        tqdm.write(text, file=sys.stdout)
-    except ImportError:
+    tqdm = _bar()
+    if tqdm is None:
         print(text)
+    else:
+        tqdm.write(text, file=sys.stdout)
     sys.stdout.flush()
 
 

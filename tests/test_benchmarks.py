@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -382,6 +384,16 @@ def test_report_makes_table_and_plot_from_the_record(tmp_path: Any) -> None:
     assert f"{row['median_ms']:.1f}" in text and "staged" in text
     assert report.digest(path).encode() in path.with_suffix(".png").read_bytes()
     assert not report.update(readme, tmp_path)
+
+
+def test_without_a_terminal_there_are_plain_lines_only() -> None:
+    wanted = ["--only", "ie", "--variants", "k1", "--shapes", "128@4", "--modes", "forward,input_grad"]
+    command = [sys.executable, "-m", "benchmarks.run", *wanted, "--contenders", "eager", "--seconds", "0"]
+    found = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=True, timeout=300)
+    lines = found.stdout.decode().split("\n")
+    assert [line.split()[:4] for line in lines[1:3]] == [["ie", "k1", "128@4", mode] for mode in ("forward", "input")]
+    # No bar, no colour, no frame.
+    assert not {"\r", "\x1b", "|", "━", "│"} & set(found.stdout.decode()) and len(lines) == 5 and not lines[-1]
 
 
 def test_a_readme_without_markers_is_refused() -> None:
