@@ -1,4 +1,4 @@
-"""Who takes a turn: the reference, eager and compiled, the best a user can write, other libraries, this project."""
+"""The contenders: the reference, eager and compiled, the best a user can write, other libraries, this project."""
 
 from __future__ import annotations
 
@@ -54,9 +54,10 @@ class Contender:
 
 
 class Pinned(nn.Module):
-    """A compiled module under the names of the one it was made from; a deep copy of it is itself.
+    """A compiled call as a module with the parameters and buffers, by name, of the module it was compiled from.
 
-    A copy of a compiled module would forget that it is compiled, and the equality check copies what it judges.
+    A deep copy of it is the object itself: the equality check copies what it judges, and a copy of a compiled module
+    would not be compiled.
     """
 
     def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
@@ -74,7 +75,7 @@ class Pinned(nn.Module):
 
 
 def configure_dynamo() -> None:
-    """Let dynamo compile every shape and mode of a run, trace autograd.grad, and raise where it would fall back."""
+    """Have dynamo compile every shape and mode, trace autograd.grad, and raise rather than fall back to eager."""
     import torch._dynamo.config as config
 
     config.recompile_limit = RECOMPILE_LIMIT

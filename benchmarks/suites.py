@@ -1,4 +1,4 @@
-"""The suites: what each measures, against whom and for how long; "cpu" in parts that are recorded one by one."""
+"""The suites: what each measures, against whom and for how long. "cpu" consists of parts with a record each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is timed: a block or a network of the papers, its input, and the work asked of it."""
+"""A workload: a block or a network of the papers, its input, and what one turn of a contender does with them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Work:
-    """One contender's turn: the call, and what frees the gradients that it left behind."""
+    """One contender's turn: the call, and a call that frees the gradients it has left."""
 
     run: Callable[[], object]
     clear: Callable[[], object]
