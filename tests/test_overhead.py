@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import contenders, overhead, timing
+from benchmarks import contenders, overhead, report, timing
 from benchmarks.contenders import Contender
 from fastode import reference
 
@@ -106,6 +106,14 @@ def test_the_command_prints_the_table_and_keeps_the_record(tmp_path: Path, capsy
     out = capsys.readouterr().out
     assert all(line in out for line in overhead.table(found["results"]))
     assert torch.get_num_threads() == threads
+
+
+def test_a_record_is_published(tmp_path: Path) -> None:
+    folder = tmp_path / "machine"
+    assert overhead.main(["--only", "ResBlock", "--modes", "forward", "--seconds", "0", "--results", str(folder)]) == 0
+    rows = json.loads((folder / "overhead.json").read_text())["results"]
+    text = report.markdown(tmp_path)
+    assert "**Overhead of a call**" in text and "\n".join(overhead.table(rows)) in text
 
 
 def test_a_profile_names_the_operators_and_the_functions(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
