@@ -1,4 +1,4 @@
-"""Bare convolutions: eight 3x3 ones in a row inside a residual block, so that reading x and writing y hardly count."""
+"""Bare convolutions: eight 3x3 ones in a row inside a residual block, so that reading x and writing y matter little."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastode import nets
 
-from . import counts
+from . import counts, data
 from .workloads import BATCH, WIDE_BATCH, Inputs, Work, Workload
 
 MODES = ("forward", "pgd10", "train", "adv_train")
@@ -54,8 +54,6 @@ def pgd(module: nn.Module, images: Tensor, labels: Tensor, steps: int = PGD_STEP
 
 def work(module: nn.Module, inputs: Inputs, mode: str) -> Work:
     """A network's turn; a training step is the loss and every parameter's gradient, without the optimiser's update."""
-    from . import data
-
     (images,) = inputs
     labels = data.labels(len(images)).to(images.device)
 
@@ -115,8 +113,6 @@ def workloads() -> list[Workload]:
     """nets: every network of the table."""
 
     def inputs(kind: str, device: str) -> Inputs:
-        from . import data
-
         return (data.images(batch_of(kind, device)),)
 
     return [
@@ -127,7 +123,9 @@ def workloads() -> list[Workload]:
             build,
             partial(inputs, kind),
             modes=MODES,
-            network=True,
+            own="fused:auto",
+            work=work,
+            count=count,
         )
         for name, (build, kind) in NETWORKS.items()
     ]

@@ -1,4 +1,4 @@
-"""The SSP networks' blocks (Kim et al. 2020): explicit Runge-Kutta schemes over a BatchNorm branch with biases."""
+"""The SSP networks' blocks (Kim et al. 2020), explicit Runge-Kutta schemes over a BatchNorm branch, and ResBlock."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from functools import partial
 
 from torch import nn
 
-from fastode.reference import SSP2, SSP3, Ark, Midpoint, PreActBranch
+from fastode.reference import SSP2, SSP3, Ark, Midpoint, PreActBranch, ResBlock
 
 from .workloads import Workload, maps
 
 SHAPES = ((16, 32), (32, 16), (64, 8))
 DEFAULT = ((16, 32), (64, 8))
-BLOCKS: dict[str, Callable[[nn.Module], nn.Module]] = {"ssp2": SSP2, "ssp3": SSP3, "ark": Ark, "midpoint": Midpoint}
+BLOCKS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "ssp2": SSP2, "ssp3": SSP3, "ark": Ark, "midpoint": Midpoint, "res": ResBlock,
+}  # fmt: skip
 
 
 def block(kind: str, channels: int) -> nn.Module:
@@ -22,7 +24,7 @@ def block(kind: str, channels: int) -> nn.Module:
 
 
 def workloads() -> list[Workload]:
-    """ssp2, ssp3, ark and midpoint, with the batch's statistics and with running ones."""
+    """ssp2, ssp3, ark, midpoint and res, with the batch's statistics and with running ones."""
     return [
         Workload(
             kind,

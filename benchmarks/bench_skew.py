@@ -9,6 +9,7 @@ from torch import nn
 
 from fastode.reference import SkewPair, SOBlock
 
+from . import data
 from .workloads import BATCH, Inputs, Workload
 
 # (channels in, channels out, size in, stride)
@@ -31,8 +32,6 @@ def pair_inputs(channels_in: int, channels: int, size: int, stride: int) -> Call
     """(y, z): y of the output's shape, z of the input's."""
 
     def inputs(device: str) -> Inputs:
-        from . import data
-
         return data.feature_maps(BATCH, channels, size // stride), data.feature_maps(BATCH, channels_in, size)
 
     return inputs
@@ -47,8 +46,6 @@ def block_inputs(channels_in: int, size: int) -> Callable[[str], Inputs]:
     """The block's input z(0)."""
 
     def inputs(device: str) -> Inputs:
-        from . import data
-
         return (data.feature_maps(BATCH, channels_in, size),)
 
     return inputs

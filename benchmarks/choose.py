@@ -42,21 +42,21 @@ BLOCKS: dict[str, Callable[[int], nn.Module]] = {
     "skew_pair sample": lambda c: reference.SkewPair(c, c),
     "skew_solution sample": lambda c: reference.SOBlock(reference.SkewPair(c, c), solver="rk4"),
 }
-# (channels, size): the papers' own and on either side of where weights or maps leave a cache first, then outwards.
+# (channels, size): first the papers' shapes and those where weights or maps just fit a cache or just do not.
 SHAPES = (
     (16, 32), (64, 8), (160, 8), (64, 32), (256, 8), (512, 4), (32, 16), (128, 4), (160, 32), (128, 16),
     (256, 16), (8, 64), (256, 4), (512, 8), (16, 8), (64, 64), (8, 8), (320, 16), (640, 8), (256, 32), (96, 16),
 )  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-# How many shapes of float32 come before a dtype's first, so that what is used least is left out first.
+# How many shapes of float32 are measured before a dtype's first one: the less used, the more likely out of time.
 LATER = {"float32": 0, "bfloat16": 1, "float64": 4}
 FULL = 128  # samples, less where a step would take longer than STEP_GFLOP
 FEWEST = 8
 STEP_GFLOP = 16.0
 STEP_CONVOLUTIONS = 18  # of an IE-Skip; the others have as many or fewer
 JUDGED = 3  # samples
-FAULTS = ("NOT EQUAL", "failed")  # how the reasons start that are this project's fault
-LOST = 0.75  # a ratio past which a group's larger shapes are not measured
+FAULTS = ("NOT EQUAL", "failed")  # a reason that begins so is an error of this project
+LOST = 0.75  # below this ratio resident has lost clearly, and the group's larger shapes are not measured
 
 # Of each mode, the median ratio of staged's time to resident's with the 20th and 80th percentiles.
 Point = dict[str, list[float]]
@@ -151,10 +151,10 @@ def beyond_a_loss(points: Mapping[str, Point], channels: int, size: int, threads
 def draw(points: Mapping[str, Point], threads: int, itemsize: int) -> Line:
     """The bounds with the least regret over the points of a group.
 
-    The regret of a line is the sum of log ratios lost: inside it where resident is slower, outside where it is faster.
-    Among lines of the same regret (to a hundredth) the one with fewer bounds wins, then the wider one. A bound on the
-    batch, for all channels or from some on, is drawn last, from the small batches within the others. Where nothing was
-    lost, the largest that was measured bounds the line.
+    A point's regret is the log ratio that the wrong choice costs: of a point inside the line where resident is slower,
+    of one outside where it is faster. The line with the least sum wins; among equals (to a hundredth) the one with
+    fewer bounds, then the wider one. A bound on the batch, for all channels or from some number on, is drawn last, from
+    the small batches within the other bounds. Where resident never lost, the largest shape measured is the bound.
     """
     full = {text: p for text, p in points.items() if read_name(text)[2] > threads} or dict(points)
     channels = sorted({read_name(text)[0] for text in full})

@@ -1,4 +1,4 @@
-"""Who takes a turn: the reference, eager and compiled, the best a user can write, other libraries, this project."""
+"""The contenders: the reference, eager and compiled, the best a user can write, other libraries, this project."""
 
 from __future__ import annotations
 
@@ -12,15 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .workloads import Inputs
+from . import inside, others
+from .workloads import Inputs, Unavailable
 
 BASELINES = ("eager", "eager-cl")
 OTHER_LIBRARIES = ("torchdiffeq", "torchode")
 RECOMPILE_LIMIT = 64
-
-
-class Unavailable(Exception):
-    """A contender cannot take part here, and why."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +54,10 @@ class Contender:
 
 
 class Pinned(nn.Module):
-    """A compiled module under the names of the one it was made from; a deep copy of it is itself.
+    """A compiled call as a module with the parameters and buffers, by name, of the module it was compiled from.
 
-    A copy of a compiled module would forget that it is compiled, and the equality check copies what it judges.
+    A deep copy of it is the object itself: the equality check copies what it judges, and a copy of a compiled module
+    would not be compiled.
     """
 
     def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
@@ -77,7 +75,7 @@ class Pinned(nn.Module):
 
 
 def configure_dynamo() -> None:
-    """Let dynamo compile every shape and mode of a run, trace autograd.grad, and raise where it would fall back."""
+    """Have dynamo compile every shape and mode, trace autograd.grad, and raise rather than fall back to eager."""
     import torch._dynamo.config as config
 
     config.recompile_limit = RECOMPILE_LIMIT
@@ -168,21 +166,13 @@ def engines(block: nn.Module, inputs: Inputs) -> dict[str, str]:
         block: a reference block.
         inputs: its inputs.
     """
-    from fastode.dispatch import choice
-    from fastode.dispatch.engines import NAMES
-
-    names = [name for name in NAMES if name not in ("auto", "reference")]
     try:
         twin = _fused("auto", copy.deepcopy(block), inputs)
     except RuntimeWarning as warning:  # no compiler, or a build that failed
-        return dict.fromkeys(names, str(warning))
+        return dict.fromkeys(inside.FUSED_ENGINES, str(warning))
     if not hasattr(twin, "why_not"):
-        return dict.fromkeys(names, f"{type(block).__name__} has no fused twin")
-    reasons = {}
-    for name in names:
-        able, reason = choice.can_use(name, twin, inputs[0] if len(inputs) == 1 else inputs)
-        reasons[name] = "" if able else reason
-    return reasons
+        return dict.fromkeys(inside.FUSED_ENGINES, f"{type(block).__name__} has no fused twin")
+    return inside.refusals(twin, inputs)
 
 
 def _as_is(module: nn.Module, inputs: Inputs) -> nn.Module:
@@ -190,8 +180,6 @@ def _as_is(module: nn.Module, inputs: Inputs) -> nn.Module:
 
 
 def _other_library(name: str, module: nn.Module, inputs: Inputs) -> nn.Module:
-    from . import others
-
     return others.BUILDERS[name](module)
 
 

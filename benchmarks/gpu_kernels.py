@@ -1,4 +1,4 @@
-"""What each Triton kernel reaches of its roofline, on the very arguments of a workload's training step."""
+"""What fraction of its roofline each Triton kernel reaches, on the arguments of a workload's training step."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from . import contenders, header, measure, timing, workloads
-from .gpu_check import Report
+from . import contenders, header, inside, measure, timing, workloads
+from .gpu_processes import Crew
+from .gpu_report import Report
 from .workloads import Workload
 
 REPEATS = 10
-ENGINES = ("staged", "fused_convolution")
 
 
 @dataclass(frozen=True)
@@ -70,22 +69,17 @@ class Launch:
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
     """Every launch made meanwhile."""
-    from fastode.ops.triton import launch, passes
-
-    real = launch.launch
     found: list[Launch] = []
 
-    def kept(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
-        found.append(Launch(kernel, programs, arguments, constants))
-        real(kernel, programs, *arguments, **constants)
+    def keeping(real: Callable[..., None]) -> Callable[..., None]:
+        def kept(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+            found.append(Launch(kernel, programs, arguments, constants))
+            real(kernel, programs, *arguments, **constants)
 
-    for module in (launch, passes):
-        module.launch = kept  # type: ignore[attr-defined]
-    try:
+        return kept
+
+    with inside.launches_replaced(keeping):
         yield found
-    finally:
-        for module in (launch, passes):
-            module.launch = real  # type: ignore[attr-defined]
 
 
 def row_of(launch: Launch, seconds: float, matmul: float, copy: float) -> dict[str, Any]:
@@ -112,7 +106,7 @@ def row_of(launch: Launch, seconds: float, matmul: float, copy: float) -> dict[s
 
 def rooflines(
     report: Report,
-    device: torch.device,
+    crew: Crew,
     deadline: float,
     chosen: Sequence[Workload],
     clock: Callable[[Callable[[], object], int], float] | None = None,
@@ -121,13 +115,12 @@ def rooflines(
 
     Args:
         report: where the rows go.
-        device: where.
+        crew: whose device.
         deadline: on time.monotonic's clock.
         chosen: the workloads.
         clock: seconds per call; by default events on the card.
     """
-    from fastode.ops.triton import launch as triton_launch
-
+    device = crew.device
     clock = clock or timing.Clock(device)
     rows: list[dict[str, Any]] = []
     for dtype in ("bfloat16", "tf32"):
@@ -140,7 +133,7 @@ def rooflines(
         del machine
         for workload in chosen:
             block, inputs = workloads.make(workload, device, measure.DTYPES[dtype])
-            for engine in (e for e, why in contenders.engines(block, inputs).items() if e in ENGINES and not why):
+            for engine in (engine for engine, why in contenders.engines(block, inputs).items() if not why):
                 module, own = contenders.fused(engine).make(block, inputs)
                 with recorded() as launches:
                     workloads.work(module, own, "train").run()
@@ -149,7 +142,7 @@ def rooflines(
                         return _tell(report, rows, "stopped at its time")
 
                     def again(launch: Launch = launch) -> None:
-                        triton_launch.launch(launch.kernel, launch.programs, *launch.arguments, **launch.constants)
+                        inside.launch(launch.kernel, launch.programs, *launch.arguments, **launch.constants)
 
                     row = row_of(launch, clock(again, REPEATS), matmul, copy)
                     rows.append({"workload": workload.name, "dtype": dtype, "engine": engine} | row)

@@ -1,4 +1,4 @@
-"""What a recorded result was measured on, with and when."""
+"""The head of a results file: the device, the versions, the commit and the date of the measurement."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def commit() -> str:
         ).stdout.strip()
 
     try:
-        # Recorded results are what a run writes, so they do not make its own commit dirty.
+        # A run writes results itself; they do not make its commit dirty.
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/results")
         return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.SubprocessError):

@@ -1,7 +1,8 @@
-"""`python -m benchmarks.kernels`: what the Triton kernels compile to, for cards that need not be there.
+"""`python -m benchmarks.kernels`: what the Triton kernels compile to, without a card.
 
-Every launch of the operators on the papers' maps is recorded, on tensors without memory, and compiled just as it would
-be on the card. ptxas, which Triton ships, tells registers, spills and shared memory. Nothing here is a timing.
+The operators are called on meta tensors of the papers' shapes; their launches are recorded and compiled as a card of
+each architecture would compile them. ptxas, which Triton ships, tells registers, spills and shared memory. Nothing is
+timed.
 """
 
 from __future__ import annotations
@@ -31,13 +32,12 @@ from triton.runtime.jit import create_function_from_signature
 from fastode.ops.triton import launch as launching
 from fastode.ops.triton import passes
 
-from . import convolutions, header
+from . import convolutions, header, inside
 from .convolutions import CONVOLUTIONS, PAIRS, Convolution, SkewPair
 
 ARCHITECTURES = (80, 90, 100)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RELU, SILU = 1, 6
-MODULES = (passes, launching)
 _GLOBAL = re.compile(r"(?:ld|st)\.global(?:\.\w+|::\w+)*?(?:\.v(\d))?\.[bfus](\d+)")
 _COPY = re.compile(r"cp\.async\.c[ag]\.shared\.global\s*\[[^\]]*\],\s*\[[^\]]*\],\s*0x(\w+)")
 _TENSOR_CORE = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b")
@@ -99,16 +99,12 @@ def recording(architecture: int = 90) -> Iterator[list[Launch]]:
     def record(kernel: Any, programs: int, *arguments: Any, warps: int = 4, **constants: Any) -> None:
         launches.append(Launch(kernel, arguments, tuple(constants.items()), warps))
 
-    real, assumed = launching.launch, launching.ASSUMED
-    launching.ASSUMED = architecture
-    for module in MODULES:
-        module.launch = record
+    assumed, launching.ASSUMED = launching.ASSUMED, architecture
     try:
-        yield launches
+        with inside.launches_replaced(lambda real: record):
+            yield launches
     finally:
         launching.ASSUMED = assumed
-        for module in MODULES:
-            module.launch = real
 
 
 def maps_moved(arguments: Sequence[Any], like: Tensor) -> float:
@@ -313,7 +309,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     todo += convolution_launches((dtype, each) for each in (*CONVOLUTIONS, *PAIRS) for dtype in each.dtypes)
     print(f"{len(todo)} kernels for {', '.join(f'sm_{a}' for a in ARCHITECTURES)}", flush=True)
     rows: list[Compiled] = []
-    # Forked, because a recorded launch cannot be sent to another process: each finds its own by number.
+    # A recorded launch cannot be pickled: forked processes inherit the list and are sent numbers.
     with multiprocessing.get_context("fork").Pool(initializer=_remember, initargs=(todo,)) as pool:
         for done, row in enumerate(pool.imap(_compile_remembered, range(len(todo))), 1):
             rows.append(row)

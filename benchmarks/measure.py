@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastode.dispatch.choice import recording
 from fastode.testing import Judge
 
 from . import contenders as contenders_module
-from . import memory, timing
-from .contenders import BASELINES, COMPILED, OTHER_LIBRARIES, Contender, Unavailable
-from .workloads import Inputs, Work, Workload, count, make, prepare, work
+from . import inside, memory, timing
+from .contenders import BASELINES, COMPILED, OTHER_LIBRARIES, Contender
+from .workloads import Inputs, Unavailable, Work, Workload, make, work
 
 Row = dict[str, Any]
 
@@ -30,10 +29,10 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-# Moved inputs per layout by which R is taken again where four runs of the reference say "not equal" and a kink is
-# within rounding: among millions of pre-activations a mask may flip in one run of ten.
+# Where the rule says "not equal" and a pre-activation is within rounding of a kink, the reference runs again on this
+# many moved inputs in each layout instead of one: of millions of masks one may flip in only one run of ten.
 MOVES = 16
-# What the equality check asks of a network whose mode is made of several calls.
+# The mode of the equality check for modes of a network that consist of several calls.
 GATES = {"pgd_step": "input_grad", "pgd10": "input_grad", "adv_train": "train"}
 
 
@@ -53,16 +52,16 @@ def equality(
     mode: str,
     judge: Callable[..., Judge],
 ) -> Row:
-    """The result of the equality check: ok, the worst err/allowed and whose it is; a note where R took more runs."""
+    """The equality check: ok, the worst error over what is allowed, its tensor, and a note where it took more runs."""
     if contender.name in BASELINES:
         return {"ok": True, "worst": 0.0, "tensor": "", "note": "is the reference"}
     unused: set[str] = set()
     if contender.name in OTHER_LIBRARIES and mode == "train":
-        # They send a zero gradient where the reference sends none (the last evaluation's unused half).
+        # They return a zero gradient where the reference has None: for the unused half of the last evaluation.
         unused = {f"gradient of {name}" for name in _without_gradient(reference, inputs)}
 
     def judged(by: Judge) -> Row:
-        # A compiled module is judged itself, not a copy.
+        # A compiled module is not copied before it is judged, so what the check changes in it is put back.
         training = {p: p.requires_grad for p in module.parameters()}
         buffers = {b: b.clone() for b in module.buffers()}
         rows = [row for row in by.compare(module, inputs).rows if row.name not in unused]
@@ -72,7 +71,7 @@ def equality(
             buffer.copy_(before)
         module.zero_grad(set_to_none=True)
         worst = max(rows, key=lambda row: row.ratio)
-        return {"ok": all(row.ok for row in rows), "worst": _finite(worst.ratio), "tensor": worst.name}
+        return {"ok": all(row.ok for row in rows), "worst": finite(worst.ratio), "tensor": worst.name}
 
     found = judged(judge())
     if found["ok"] or judge().smooth or isinstance(found["worst"], str):
@@ -91,7 +90,8 @@ def _without_gradient(reference: nn.Module, inputs: Inputs) -> list[str]:
     return [name for name, parameter in module.named_parameters() if parameter.grad is None]
 
 
-def _finite(value: float) -> float | str:
+def finite(value: float) -> float | str:
+    """A number as strict JSON takes it: infinity and nan in words."""
     return value if math.isfinite(value) else str(value)
 
 
@@ -123,8 +123,8 @@ def measure(
     """
     set_precision(dtype, device)
     reference, inputs = make(workload, device, DTYPES[dtype])
-    flops, moved = count(workload, reference, inputs, mode)
-    # The reference's own runs are made once, for all contenders, on the very input that is timed.
+    flops, moved = workload.count(reference, inputs, mode)
+    # The reference runs once for all contenders, on the input that is timed.
     gate = GATES.get(mode, mode)
     judge: Callable[..., Judge] = functools.cache(functools.partial(Judge, reference, inputs, mode=gate))
     rows: list[Row] = []
@@ -180,17 +180,17 @@ def _ready(
     row: Row,
     judge: Callable[..., Judge],
 ) -> Work:
-    """A contender's warmed turn, once it has shown that it is equal and, if compiled, that it is compiled."""
+    """A contender's turn, called once; it must be equal, and a compiled one must have been compiled without breaks."""
     breaks = contenders_module.graph_breaks() if contender.compiled else 0
     module, own = contender.make(reference, inputs)
     if mode != "train":
-        module.requires_grad_(False)  # a compiled module is traced here as it will be timed
+        module.requires_grad_(False)  # before the first call, which traces a compiled module as it will be timed
     row["equality"] = equality(contender, reference, module, own, mode, judge)
     if not row["equality"]["ok"]:
         tensor, worst = row["equality"]["tensor"], row["equality"]["worst"]
         raise Unavailable(f"not equal: {tensor} has {worst} of the error allowed")
-    turn = prepare(workload, module, own, mode)
-    with recording() as used:
+    turn = workload.work(module, own, mode)
+    with inside.engines_used() as used:
         turn.run()
     if used:
         row["used"] = dict(Counter(used.values()))
@@ -290,7 +290,7 @@ def _graphs(
 
 
 def _forget(device: torch.device) -> None:
-    """Drop what one measurement compiled and cached, so that the next starts alike."""
+    """Drop what a measurement compiled and cached, so that every measurement starts from the same state."""
     import torch._dynamo
 
     torch._dynamo.reset()

@@ -1,6 +1,6 @@
-"""Peak memory of a call: the peak of the running sum of the profiler's allocator events, not the process's RSS.
+"""The peak memory of a call, from the profiler's allocator events, and a setting of malloc for steadier timings.
 
-And what keeps the price of fresh memory out of the timings.
+The peak is that of the running sum of what is allocated and freed, not the process's resident set.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> bool:
-    """Have malloc keep what is freed, for every contender alike, so that no turn waits for the system to fault it in.
+    """Have malloc keep freed memory for every contender alike, so that no turn pays for page faults.
 
-    A page fault takes a quarter of a microsecond on one machine and ten on another, a virtual one; those that allocate
-    the most, which are the references, would pay for it the most.
+    A page fault takes 0.25 us on some machines and 10 us on some virtual ones. The references allocate the most and
+    would pay the most, so that ratios would depend on the machine.
 
     Returns:
         Whether malloc is glibc's and obeys.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .contenders import Unavailable
+from .workloads import Unavailable
 
 
 class TorchdiffeqBlock(nn.Module):

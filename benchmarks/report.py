@@ -1,4 +1,4 @@
-"""`python -m benchmarks.report`: the README's table and the plots, made from the recorded results alone."""
+"""`python -m benchmarks.report`: makes the README's table and the plots from the recorded results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import targets
+from . import overhead, targets
 from .contenders import BASELINES
 from .header import RESULTS, ROOT
 from .suites import MODES
@@ -120,8 +120,10 @@ def _threads(head: Row) -> str:
 
 
 def print_table(head: Row, rows: Sequence[Row]) -> None:
-    """The table of a run, by rich where it is installed; the lines above it have the same numbers."""
+    """A run's rates and, on a terminal with rich, its table; the lines printed before have the same numbers."""
     print(f"{head['device']}, {_threads(head)}: {rates(head)}")
+    if not sys.stdout.isatty():
+        return
     try:
         from rich.console import Console
         from rich.table import Table
@@ -253,7 +255,25 @@ def markdown(results: Path = RESULTS) -> str:
         else:
             parts += [*readme_table(rows), ""]
         parts += [f"![{head['suite']} suite]({place.with_suffix('.png')})", ""]
+    for path in sorted(results.glob("*/overhead.json")):
+        found = json.loads(path.read_text())
+        parts += [
+            f"**Overhead of a call**, one float32 image of {overhead.CHANNELS} channels, "
+            f"{overhead.SIZE}×{overhead.SIZE}, less is better: {_measured_on(path, found['header'])}.",
+            "",
+            *overhead.table(found["results"]),
+            "",
+        ]
     return "\n".join(parts) if parts else "No results are recorded yet.\n"
+
+
+def _measured_on(path: Path, head: Row) -> str:
+    """The machine, versions, date and commit of a record, and a link to it."""
+    place = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+    return (
+        f"{head['device']}, {_threads(head)}, torch {head['versions']['torch']}, {head['date'][:10]}, "
+        f"commit {_short(head['commit'])} ([`{place}`]({place}))"
+    )
 
 
 def _targets_of(folder: Path) -> list[str]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
 import sys
 import time
@@ -14,13 +12,17 @@ from typing import Any
 
 import torch
 
-from . import contenders, header, measure, memory, report, suites, targets, workloads
+from . import contenders, header, measure, memory, report, suites, targets, timing, workloads
 from .contenders import BASELINES, CONTENDERS, Contender
+from .records import write_json
 from .suites import Item
 
 
 def chosen(items: Sequence[Item], arguments: argparse.Namespace, by_id: bool = True) -> list[Item]:
-    """The measurements that pass the filters of the command line; the parts of "cpu" are chosen by their own names."""
+    """The measurements that pass the filters of the command line.
+
+    Without `by_id` the filter `--only` is left out: for the suite "cpu" it names parts, not workloads.
+    """
 
     def passes(value: str, wanted: Sequence[str]) -> bool:
         return not wanted or value in wanted
@@ -36,7 +38,7 @@ def chosen(items: Sequence[Item], arguments: argparse.Namespace, by_id: bool = T
 
 
 def contenders_of(item: Item, device: torch.device, wanted: Sequence[str]) -> tuple[list[Contender], dict[str, str]]:
-    """Who takes part, and why an engine of the project does not.
+    """The contenders of a measurement, and for each engine of the project that takes no part the reason.
 
     Args:
         item: the measurement.
@@ -50,13 +52,11 @@ def contenders_of(item: Item, device: torch.device, wanted: Sequence[str]) -> tu
     found: list[Contender] = []
     refusals: dict[str, str] = {}
     for name in names:
-        base, _, engine = name.partition(":")
+        base, _, engine = (item.workload.own if name == "fused" else name).partition(":")
         if base != "fused":
             found.append(CONTENDERS[base])
         elif engine:
             found.append(contenders.fused(engine))
-        elif item.workload.network:
-            found.append(contenders.fused("auto"))
         else:
             block, inputs = workloads.make(item.workload, device, measure.DTYPES[item.dtype])
             refusals = contenders.engines(block, inputs)
@@ -80,10 +80,7 @@ class Record:
                 if rates:
                     self.head.setdefault(key, {})[dtype] = round(statistics.median(rates), 2)
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            beside = self.path.with_suffix(".json.part")
-            beside.write_text(json.dumps({"header": self.head, "rows": self.rows}, indent=1, sort_keys=True) + "\n")
-            os.replace(beside, self.path)
+            write_json(self.path, {"header": self.head, "rows": self.rows})
 
 
 def go(
@@ -104,43 +101,61 @@ def go(
         device: where.
         wanted: contenders by name; empty for the suite's.
         seconds: of timed rounds for each measurement.
-        deadline: on time.monotonic's clock; nothing is started that the slowest so far would not finish by then.
+        deadline: on time.monotonic's clock; nothing is started that the slowest so far of as many contenders would not
+            finish by then.
         graphs: CUDA-graph replays as well.
     """
-    slowest = 0.0
+    slowest: dict[int, float] = {}
     said: set[str] = set()
+    left: list[str] = []
     for item in _progress(items):
         start = time.monotonic()
-        if deadline is not None and start + slowest > deadline:
-            _print(f"out of time: {item.name} and what follows it is left out")
-            record.head["left_out"] = [left.name for left in items[items.index(item) :]]
-            record.add([])
-            return
+        if deadline is not None and start + slowest.get(len(item.rivals), 0.0) > deadline:
+            left.append(item.name)
+            continue
         taking_part, refusals = contenders_of(item, device, wanted)
         for engine, reason in refusals.items():
             if f"{engine}: {reason}" not in said:
                 said.add(f"{engine}: {reason}")
                 _print(f"engine {engine} takes no part: {reason}")
-        rows = measure.measure(
-            item.workload,
-            item.mode,
-            item.dtype,
-            device,
-            taking_part,
-            seconds=seconds,
-            rounds=item.rounds,
-            graphs=graphs,
-        )
+        try:
+            rows = measure.measure(
+                item.workload,
+                item.mode,
+                item.dtype,
+                device,
+                taking_part,
+                seconds=seconds,
+                rounds=item.rounds,
+                graphs=graphs,
+            )
+        except timing.OutOfTime:
+            left += [each.name for each in items[items.index(item) :]]
+            break
         record.add(rows)
         for row in rows:
             _print(report.line(row))
-        slowest = max(slowest, time.monotonic() - start)
+        slowest[len(item.rivals)] = max(slowest.get(len(item.rivals), 0.0), time.monotonic() - start)
+    if left:
+        _print(f"out of time, left out: {', '.join(left)}")
+        record.head["left_out"] = left
+        record.add([])
 
 
-def _progress(items: Sequence[Item]) -> Iterator[Item]:
+def _bar() -> Any:
+    """tqdm where it is installed and somebody watches; None in a pipe or a file, where a bar leaves only remains."""
+    if not sys.stderr.isatty():
+        return None
     try:
         from tqdm import tqdm
     except ImportError:
+        return None
+    return tqdm
+
+
+def _progress(items: Sequence[Item]) -> Iterator[Item]:
+    tqdm = _bar()
+    if tqdm is None:
         yield from items
         return
     with tqdm(total=len(items), unit="row", file=sys.stderr, dynamic_ncols=True) as bar:
@@ -151,12 +166,11 @@ def _progress(items: Sequence[Item]) -> Iterator[Item]:
 
 
 def _print(text: str) -> None:
-    try:
-        from tqdm import tqdm
-
-        tqdm.write(text, file=sys.stdout)
-    except ImportError:
+    tqdm = _bar()
+    if tqdm is None:
         print(text)
+    else:
+        tqdm.write(text, file=sys.stdout)
     sys.stdout.flush()
 
 
@@ -202,11 +216,11 @@ def sessions(arguments: argparse.Namespace, device: torch.device) -> list[tuple[
         found = suites.parts(arguments.dtypes, arguments.only)
         return [(name, not narrowed, chosen(items, arguments, by_id=False)) for name, items in found]
     filtered = narrowed or bool(arguments.only)
-    # A filter picks from everything: what is asked for by name need not be in the default suite.
+    # With a filter every workload can be chosen, also those outside the default suite.
     items = chosen(suites.plan("all" if filtered else arguments.suite, device, arguments.dtypes), arguments)
     if filtered and arguments.suite == "default":
         items = [Item(item.workload, item.mode, item.dtype, ()) for item in items]
-    # Part of a family must not replace the record of the whole.
+    # A record of part of a family must not replace that of the whole.
     return [(suites.recorded_as(*names), not filtered or (arguments.suite == "all" and not narrowed), items)]
 
 

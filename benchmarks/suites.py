@@ -1,4 +1,4 @@
-"""The suites: what each measures, against whom and for how long; "cpu" in parts that are recorded one by one."""
+"""The suites: what each measures, against whom and for how long. "cpu" consists of parts with a record each."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import workloads
+from . import families
 from .workloads import BLOCK_MODES, Workload
 
 SUITES = ("default", "cpu", "all")
@@ -103,12 +103,12 @@ def parts(dtypes: Sequence[str], only: Sequence[str]) -> Iterator[tuple[str, lis
         dtypes: "float32", "bfloat16".
         only: names of parts; empty for all.
     """
-    everything = workloads.everything()
+    known = families.everything()
     for dtype in dtypes:
         for part in PARTS.get(dtype, ()):
             if only and part.name not in only:
                 continue
-            found = [w for w in everything if w.id == part.id and w.variant in part.variants]
+            found = [w for w in known if w.id == part.id and w.variant in part.variants]
             items = [Item(w, mode, dtype, part.rivals, "fused:auto", part.rounds) for w in found for mode in part.modes]
             yield recorded_as("cpu", (dtype,), (part.name,)), items
 
@@ -116,7 +116,7 @@ def parts(dtypes: Sequence[str], only: Sequence[str]) -> Iterator[tuple[str, lis
 def plan(suite: str, device: torch.device, dtypes: Sequence[str]) -> list[Item]:
     """Every measurement of "default" or "all", in order; in "default" all but one leave the compiled contenders out."""
     items = []
-    for workload in workloads.everything():
+    for workload in families.everything():
         if suite == "default" and not workload.default:
             continue
         for dtype in dtypes:

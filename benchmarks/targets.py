@@ -38,7 +38,7 @@ FIGURES: dict[tuple[str, str], dict[str, dict[str, float]]] = {
     ("float32", "conv"): {"forward": {MATMUL: 1.0}},
     **{("bfloat16", kind): _LOWER for kind in BLOCKS},
 }
-# Asked of whole networks and of bare convolutions as they stand, whatever the ceiling.
+# Of whole networks and bare convolutions the figure itself is asked, whatever the ceiling.
 UNCAPPED = ("nets", "conv")
 COLUMNS = ("block", "shape", "mode", "against", "asked", "reached", "p20–p80", "ceiling", "")
 MEANS = ("block", "mode", "against", "shapes", "asked", "reached", "ceiling", "")

@@ -1,20 +1,23 @@
-"""Contenders take turns, round by round; ratios are paired within a round and their median is what counts."""
+"""Times contenders in turns, round by round: a ratio is taken within each round, and the median of these counts."""
 
 from __future__ import annotations
 
 import math
+import signal
 import statistics
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 
 Run = Callable[[], object]
 
-# A region shorter than this is repeated inside one turn, so that the clock's own noise stays small.
+# Seconds. A call shorter than this is repeated within its turn, so that the noise of the clock stays small beside it.
 SHORTEST_REGION = 5e-3
-# Larger than the L2 of any card that this has met (H200: 50 MB).
+# Larger than the L2 cache of current cards (H200: 60 MB): writing as much empties it.
 FLUSH_BYTES = 256 << 20
 
 
@@ -67,6 +70,33 @@ def message(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}"[:400]
 
 
+class OutOfTime(BaseException):
+    """The time of what runs is up. No Exception, so that what takes those for a contender's failure lets it through."""
+
+
+@contextmanager
+def until(deadline: float) -> Iterator[None]:
+    """Raise OutOfTime in what runs here once a deadline on time.monotonic's clock has passed.
+
+    It interrupts Python between two of its steps: an operator that has been called returns first. Only a process's
+    main thread can be interrupted; in another this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise OutOfTime
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(1e-3, deadline - time.monotonic()))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+
+
 class Clock:
     """Times one region on a device.
 
@@ -91,7 +121,7 @@ class Clock:
         total = 0.0
         for _ in range(repeats):
             self._cache.zero_()
-            # A region that starts on an empty queue would time the launches; a flush takes longer than those.
+            # While the card is still flushing, the region's kernels are queued, so their launches are not timed.
             self._start.record()
             run()
             self._end.record()
@@ -154,7 +184,7 @@ def interleave(
 
 @dataclass(frozen=True)
 class Machine:
-    """The machine's own rates: a large matrix product and a large copy, to take turns with the contenders."""
+    """A large matrix product and a large copy, which take turns with the contenders and measure the machine's rates."""
 
     matmul: Run
     copy: Run
@@ -187,7 +217,7 @@ def graphed(run: Run) -> Run:
     """The same call as a replay of a CUDA graph captured now.
 
     Args:
-        run: a call that has been warmed and neither synchronises nor changes what it allocates.
+        run: a call that was made before, so that nothing in it compiles, synchronises or allocates for the first time.
 
     Returns:
         The replay.

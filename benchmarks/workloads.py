@@ -1,79 +1,33 @@
-"""What is timed: a block or a network of the papers, its input, and the work asked of it."""
+"""A workload: a block or a network of the papers, its input, and what one turn of a contender does with them."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from . import counts
+from . import counts, data
 
 Inputs = tuple[Tensor, ...]
 
 BLOCK_MODES = ("forward", "input_grad", "train")
-FAMILIES = ("bench_ie", "bench_rk", "bench_skew", "bench_conv", "bench_nets")
 BATCH = 128
 # Wide blocks on a CPU, where 128 images of 160@32 would take minutes.
 WIDE_BATCH = {"cpu": 8, "cuda": 128}
 
 
+class Unavailable(Exception):
+    """A contender cannot take part here, and why."""
+
+
 @dataclass(frozen=True)
 class Work:
-    """One contender's turn: the call, and what frees the gradients that it left behind."""
+    """One contender's turn: the call, and a call that frees the gradients it has left."""
 
     run: Callable[[], object]
     clear: Callable[[], object]
-
-
-@dataclass(frozen=True)
-class Workload:
-    """A module of the papers at one shape.
-
-    Args:
-        id: as in the table of workloads, "ie" for example.
-        variant: what else tells it apart, "k1" or "k3-detached" for example.
-        shape: "16@32" for 16 channels at 32 x 32.
-        build: makes the reference module, seeded by the caller.
-        inputs: makes the float32 inputs for a device type ("cpu" or "cuda").
-        modes: the modes it has.
-        statistics: "train" or "eval", for the norms that tell them apart.
-        rivals: contenders beside eager, eager-cl and fused.
-        default: whether the default suite has it.
-        network: whether it is a network with logits, whose modes are those of bench_nets.
-    """
-
-    id: str
-    variant: str
-    shape: str
-    build: Callable[[], nn.Module]
-    inputs: Callable[[str], Inputs]
-    modes: tuple[str, ...] = BLOCK_MODES
-    statistics: str = "train"
-    rivals: tuple[str, ...] = ("compile", "compile-cl")
-    default: bool = False
-    network: bool = False
-
-    @property
-    def name(self) -> str:
-        return " ".join(part for part in (self.id, self.variant, self.shape) if part)
-
-
-def make(workload: Workload, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, Inputs]:
-    """The reference module and its inputs; always the same values, and running statistics that have seen the inputs."""
-    inputs = workload.inputs(device.type)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        module = workload.build()
-    if workload.statistics == "eval":
-        few = tuple(x[:8] for x in inputs)
-        with torch.no_grad():
-            for _ in range(10):
-                module(*few)
-        module.eval()
-    return module.to(device, dtype), tuple(x.to(device, dtype) for x in inputs)
 
 
 def work(module: nn.Module, inputs: Inputs, mode: str) -> Work:
@@ -120,41 +74,71 @@ def _cotangent(output: Tensor) -> Tensor:
     return torch.empty_like(output).copy_(drawn)  # in the output's memory format, as a network would hand it over
 
 
-def count(workload: Workload, module: nn.Module, inputs: Inputs, mode: str) -> tuple[int, int]:
-    """Least FLOPs and bytes of one turn."""
-    if workload.network:
-        from . import bench_nets
-
-        return bench_nets.count(module, inputs, mode)
+def count(module: nn.Module, inputs: Inputs, mode: str) -> tuple[int, int]:
+    """Least FLOPs and bytes of a block's turn."""
     with torch.no_grad():
         outputs = module(*inputs)
     outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
     return counts.flops(module, inputs, mode), counts.least_bytes(module, inputs, outputs, mode)
 
 
-def prepare(workload: Workload, module: nn.Module, inputs: Inputs, mode: str) -> Work:
-    """A contender's turn."""
-    if workload.network:
-        from . import bench_nets
+@dataclass(frozen=True)
+class Workload:
+    """A module of the papers at one shape.
 
-        return bench_nets.work(module, inputs, mode)
-    return work(module, inputs, mode)
+    Args:
+        id: as in the table of workloads, "ie" for example.
+        variant: what else tells it apart, "k1" or "k3-detached" for example.
+        shape: "16@32" for 16 channels at 32 x 32.
+        build: makes the reference module, seeded by the caller.
+        inputs: makes the float32 inputs for a device type ("cpu" or "cuda").
+        modes: the modes it has.
+        statistics: "train" or "eval", for the norms that tell them apart.
+        rivals: contenders beside eager, eager-cl and fused.
+        default: whether the default suite has it.
+        own: the project's contender: "fused" for every engine that can run it, "fused:auto" for the project's own
+            choice, as for a network, whose blocks may each take another engine.
+        work: prepares a contender's turn from its module, inputs and mode.
+        count: the least FLOPs and bytes of a turn, from the reference, its inputs and the mode.
+    """
+
+    id: str
+    variant: str
+    shape: str
+    build: Callable[[], nn.Module]
+    inputs: Callable[[str], Inputs]
+    modes: tuple[str, ...] = BLOCK_MODES
+    statistics: str = "train"
+    rivals: tuple[str, ...] = ("compile", "compile-cl")
+    default: bool = False
+    own: str = "fused"
+    work: Callable[[nn.Module, Inputs, str], Work] = work
+    count: Callable[[nn.Module, Inputs, str], tuple[int, int]] = count
+
+    @property
+    def name(self) -> str:
+        return " ".join(part for part in (self.id, self.variant, self.shape) if part)
 
 
-def everything() -> list[Workload]:
-    """Every workload of every family, in the table's order."""
-    found: list[Workload] = []
-    for family in FAMILIES:
-        found += importlib.import_module(f"benchmarks.{family}").workloads()
-    return found
+def make(workload: Workload, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, Inputs]:
+    """The reference module and its inputs; always the same values, and running statistics that have seen the inputs."""
+    inputs = workload.inputs(device.type)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = workload.build()
+    if workload.statistics == "eval":
+        few = tuple(x[:8] for x in inputs)
+        with torch.no_grad():
+            for _ in range(10):
+                module(*few)
+        module.eval()
+    return module.to(device, dtype), tuple(x.to(device, dtype) for x in inputs)
 
 
 def maps(channels: int, size: int, wide: bool = False) -> Callable[[str], Inputs]:
     """Inputs of one feature map [N, channels, size, size]."""
 
     def inputs(device: str) -> Inputs:
-        from . import data
-
         return (data.feature_maps(WIDE_BATCH[device] if wide else BATCH, channels, size),)
 
     return inputs

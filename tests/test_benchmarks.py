@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +20,7 @@ from benchmarks import (
     contenders,
     counts,
     data,
+    families,
     measure,
     memory,
     report,
@@ -270,7 +273,7 @@ def test_the_closed_form_by_vjp_is_ie_skip(options: dict[str, Any], mode: testin
 
 
 def test_a_closed_form_that_changes_buffers_is_refused() -> None:
-    with pytest.raises(contenders.Unavailable, match="changes buffers"):
+    with pytest.raises(workloads.Unavailable, match="changes buffers"):
         contenders.vjp_block(reference.IESkip(reference.PreActBranch(4)))
 
 
@@ -337,10 +340,10 @@ def test_a_step_of_pgd_is_a_tenth_of_it() -> None:
 
 
 def test_every_workload_can_be_named_once() -> None:
-    found = [(w.name, w.statistics) for w in workloads.everything()]
+    found = [(w.name, w.statistics) for w in families.everything()]
     assert len(found) == len(set(found))
-    assert {w.id for w in workloads.everything()} == {
-        "ie", "ie-bn", "wrn", "ssp2", "ssp3", "ark", "midpoint", "skew", "conv", "nets"
+    assert {w.id for w in families.everything()} == {
+        "ie", "ie-bn", "wrn", "ssp2", "ssp3", "ark", "midpoint", "res", "skew", "conv", "nets"
     }  # fmt: skip
 
 
@@ -381,6 +384,24 @@ def test_report_makes_table_and_plot_from_the_record(tmp_path: Any) -> None:
     assert f"{row['median_ms']:.1f}" in text and "staged" in text
     assert report.digest(path).encode() in path.with_suffix(".png").read_bytes()
     assert not report.update(readme, tmp_path)
+
+
+def test_without_a_terminal_there_are_plain_lines_only() -> None:
+    wanted = ["--only", "ie", "--variants", "k1", "--shapes", "128@4", "--modes", "forward"]
+    arguments = [*wanted, "--contenders", "eager,eager-cl", "--seconds", "0"]
+    code = (
+        "import sys, torch\n"
+        "from benchmarks import run, timing\n"
+        "x = torch.ones(64, 64)\n"
+        "timing.machine = lambda *_: timing.Machine(lambda: x @ x, lambda: x.clone(), 1.0, 1.0)\n"  # a small roofline
+        f"sys.exit(run.main({arguments!r}))"
+    )
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=True, timeout=300)
+    lines = found.stdout.decode().split("\n")
+    assert [line.split()[:4] for line in lines[1:3]] == [["ie", "k1", "128@4", "forward"]] * 2
+    # No bar, no colour, no frame.
+    assert not {"\r", "\x1b", "|", "━", "│"} & set(found.stdout.decode()) and len(lines) == 5 and not lines[-1]
 
 
 def test_a_readme_without_markers_is_refused() -> None:

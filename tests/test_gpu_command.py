@@ -1,14 +1,11 @@
-"""`python -m benchmarks.gpu` as far as a machine without a card can try it: its plan, its budget, what is on disk."""
+"""`python -m benchmarks.gpu` as far as a machine without a card can try it: its plan, its budgets, what is on disk."""
 
 from __future__ import annotations
 
-import copy
 import json
-import os
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import gpu, gpu_check, gpu_kernels, header, run, timing
-from benchmarks.gpu_check import Report
+from benchmarks import gpu, gpu_bench, gpu_check, gpu_kernels, gpu_rows, gpu_smoke, header, timing
+from benchmarks.gpu_processes import Crew
+from benchmarks.gpu_report import Report
+from benchmarks.suites import Item
 from benchmarks.workloads import Workload
 from fastode import reference
 from fastode.dispatch import decisions, trial
@@ -25,6 +24,7 @@ from fastode.native import operators
 from fastode.testing import sample_input
 
 CPU = torch.device("cpu")
+HERE = Crew(CPU, 0)  # everything in this process
 
 
 def tiny() -> Workload:
@@ -40,65 +40,138 @@ def _built() -> None:
 
 
 def stage(name: str, share: float, run: Any = lambda *_: True) -> gpu.Stage:
-    return gpu.Stage(name, "check", share, f"what {name} does", run)
+    return gpu.Stage(name, share, f"what {name} does", run)
+
+
+def test_the_steps_fit_a_short_lease() -> None:
+    assert gpu.BUDGETS == {"smoke": 90.0, "check": 180.0, "bench": 240.0, "sanitize": 180.0}
+    assert next(iter(gpu.BUDGETS)) == "smoke", "the shortest comes first"
+    for step in gpu.BUDGETS:
+        assert sum(s.share for s in gpu.stages(step)) == pytest.approx(1.0)
 
 
 def test_what_a_stage_leaves_falls_to_the_next() -> None:
-    stages = gpu.stages()
-    assert sum(s.share for s in stages) == pytest.approx(1.0)
+    stages = gpu.stages("bench")
     ends = gpu.deadlines(stages, 5.0, 100.0)
     assert ends == sorted(ends) and ends[-1] == pytest.approx(105.0)
     # Deadlines and not lengths: a stage that takes nothing leaves all of its time.
-    assert gpu.deadlines(stages[-2:], 0.0, 24.0) == pytest.approx([18.0, 24.0])
+    assert gpu.deadlines([stage("a", 0.18), stage("b", 0.06)], 0.0, 24.0) == pytest.approx([18.0, 24.0])
 
 
 def test_the_budget_is_kept_and_a_failure_is_not_the_end(tmp_path: Path, capsys: Any) -> None:
     met: list[float] = []
 
-    def takes(report: Report, device: torch.device, deadline: float) -> bool:
+    def takes(report: Report, crew: Crew, deadline: float) -> bool:
         met.append(deadline)
         return True
 
     def fails(*_: Any) -> bool:
         raise RuntimeError("no such kernel")
 
-    told = Report(tmp_path)
+    told = Report(tmp_path, "check", CPU)
     start = time.monotonic()
     chosen = [stage("a", 0.5, takes), stage("b", 0.25, fails), stage("c", 0.25, takes)]
-    assert not gpu.go(chosen, told, CPU, start, 40.0)
+    assert not gpu.go(chosen, told, HERE, start, 40.0)
     assert met == pytest.approx([start + 20.0, start + 40.0])
     assert told.lines == ["b failed: RuntimeError: no such kernel"]
-    assert (tmp_path / "summary.md").read_text() == "b failed: RuntimeError: no such kernel\n"
-    assert gpu.go(chosen[:1], told, CPU, start, 40.0) and not gpu.go(
-        [stage("d", 1.0, lambda *_: False)], told, CPU, 0, 1
-    )
+    assert (tmp_path / "summary-check.md").read_text() == "b failed: RuntimeError: no such kernel\n"
+    assert gpu.go(chosen[:1], told, HERE, start, 40.0)
+    assert not gpu.go([stage("d", 1.0, lambda *_: False)], told, HERE, start, 40.0)
     assert "== b: what b does; until 30 s" in capsys.readouterr().out
+
+
+def test_a_stage_that_does_not_end_is_interrupted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(gpu, "GRACE", 0.0)
+    reached: list[str] = []
+
+    def sleeps(*_: Any) -> bool:
+        try:
+            time.sleep(60)
+        except Exception:  # as a contender's failure is taken
+            reached.append("taken for a failure")
+        return True
+
+    told = Report(tmp_path, "smoke", CPU)
+    start = time.monotonic()
+    chosen = [stage("a", 0.5, sleeps), stage("b", 0.5, lambda *_: reached.append("b") or True)]
+    gpu.go(chosen, told, HERE, start, 1.0)
+    assert time.monotonic() - start < 30 and told.lines == ["a: stopped at its time"] and reached == ["b"]
+
+
+def test_a_measurement_that_is_interrupted_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def measured(workload: Workload, mode: str, *_: Any, **__: Any) -> Any:
+        raise timing.OutOfTime
+
+    monkeypatch.setattr(gpu_bench.run.measure, "measure", measured)
+    told = Report(tmp_path, "bench", CPU)
+    items = [Item(tiny(), mode, "float32", ()) for mode in ("train", "forward")]
+    gpu_bench.bench(told, HERE, time.monotonic() + 100, "gpu", items)
+    left = ["ie k1 4@3 train float32", "ie k1 4@3 forward float32"]
+    assert json.loads((tmp_path / "gpu.json").read_text())["header"]["left_out"] == left
+    assert told.lines[-1] == f"gpu: out of time for 2: {', '.join(left)}"
+
+
+def test_rows_of_few_contenders_go_on_where_those_of_many_do_not_fit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The plan of fake clocks: a row with rivals takes 50 s, one without 5 s, and there are 100 s."""
+    now = [1000.0]
+    done: list[str] = []
+
+    def measured(workload: Workload, mode: str, dtype: str, *_: Any, **__: Any) -> Any:
+        done.append(f"{mode} {dtype}")
+        now[0] += 50.0 if mode == "train" else 5.0
+        return []
+
+    monkeypatch.setattr(gpu_bench.run.measure, "measure", measured)
+    monkeypatch.setattr(gpu_bench.run.time, "monotonic", lambda: now[0])
+    many = [Item(tiny(), "train", dtype, ("compile-cl",)) for dtype in ("float32", "bfloat16", "tf32")]
+    few = [Item(tiny(), "forward", dtype, ()) for dtype in ("float32", "bfloat16")]
+    record = gpu_bench.run.Record(tmp_path / "gpu.json", {})
+    gpu_bench.run.go([few[0], *many, few[1]], record, CPU, deadline=1060.0)
+    assert done == ["forward float32", "train float32", "forward bfloat16"]
+    assert record.head["left_out"] == ["ie k1 4@3 train bfloat16", "ie k1 4@3 train tf32"]
 
 
 def test_a_dry_run_prints_the_plan_and_starts_nothing(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(gpu, "go", lambda *_: pytest.fail("started"))
     assert gpu.main(["--dry"]) == 0
     out = capsys.readouterr().out
-    for each in gpu.stages():
-        assert each.what in out
-    assert f"{60 * gpu.MINUTES - gpu.LAST:.0f} s  bench  kernels" in out
-    for item in (*gpu.plan(), *gpu.compiled_plan()):
+    for step, seconds in gpu.BUDGETS.items():
+        for each in gpu.stages(step):
+            assert each.what in out
+        assert f"-{seconds - gpu.LAST:3.0f} s" in out
+    for item in (*gpu_bench.plan(), *gpu_bench.compiled_plan(), *gpu_bench.smoke_plan()):
         assert item.name in out
     assert gpu.main(["--dry", "--step", "check"]) == 0
     out = capsys.readouterr().out
     assert "rows against" not in out and "every engine" in out
 
 
-def test_the_plan_has_every_target_once_and_training_steps_first() -> None:
-    items = gpu.plan()
+def test_the_plan_has_every_family_mode_and_dtype_before_any_second_shape() -> None:
+    items = gpu_bench.plan()
     assert len({(i.workload.name, i.mode, i.dtype) for i in items}) == len(items)
-    assert {i.workload.id for i in items[: len(gpu.measured())]} == set(gpu.FAMILIES)
-    assert {i.mode for i in items[: len(gpu.measured())]} == {"train"}
-    rivals = {name for item in gpu.compiled_plan() for name in item.rivals}
-    assert rivals == set(gpu.COMPILED) and {i.workload.id for i in gpu.compiled_plan()} == set(gpu.FAMILIES)
-    names = [(w.name, w.statistics) for w in gpu.blocks()]
-    assert names[: len(gpu.measured())] == [(w.name, w.statistics) for w in gpu.measured()]
-    assert len(set(names)) == len(names) > 40 and not any(w.network for w in gpu.blocks())
+    first = items[: len(gpu_bench.FAMILIES) * 3 * 2]
+    assert {(i.workload.id, i.mode, i.dtype) for i in first} == {
+        (family, mode, dtype) for family in ("ie", "ssp3", "skew") for mode in workload_modes() for dtype in DTYPES
+    }
+    compiled = gpu_bench.compiled_plan()
+    assert {(i.workload.name, i.mode, i.dtype) for i in compiled} == {(i.workload.name, i.mode, i.dtype) for i in first}
+    assert all({"compile-cl", "compile-ro"} <= set(i.rivals) for i in compiled)
+    assert {i.workload.id for i in compiled if "vjp-compile" in i.rivals} == {"ie"}
+    for item in gpu_bench.to_compile():
+        name, mode, dtype, _ = item.split(" | ")
+        assert any((i.workload.name, i.mode, i.dtype) == (name, mode, dtype) for i in items), item
+    names = [(w.name, w.statistics) for w in gpu_check.tried()]
+    assert names[: len(gpu_check.checked())] == [(w.name, w.statistics) for w in gpu_check.checked()]
+    assert len(set(names)) == len(names) > 40 and not any(w.id == "nets" for w in gpu_check.tried())
+
+
+DTYPES = ("bfloat16", "tf32")
+
+
+def workload_modes() -> tuple[str, ...]:
+    return ("forward", "input_grad", "train")
 
 
 def small_machine(dtype: torch.dtype = torch.float32, device: Any = "cpu") -> timing.Machine:
@@ -114,56 +187,87 @@ def test_the_tests_run_where_there_is_pytest(
     streamed: list[str] = []
     for status, good, word in ((0, True, "passed"), (1, False, "failed (status 1)"), (5, False, "none collected")):
         monkeypatch.setattr(gpu_check, "stream", lambda command, *_, s=status: streamed.extend(command) or s)
-        told = Report(tmp_path)
-        assert gpu_check.card_tests(told, CPU, time.monotonic() + 9) == (good or not with_pytest)
+        told = Report(tmp_path, "check", CPU)
+        assert gpu_check.card_tests(told, HERE, time.monotonic() + 9) == (good or not with_pytest)
         assert told.lines[0].startswith(f"tests on the card: {word if with_pytest else 'pytest is not installed'}")
     assert ("gpu" in streamed) == with_pytest
 
 
-def test_everything_that_runs_is_on_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
-    monkeypatch.setattr(gpu, "measured", lambda: [tiny()])
-    monkeypatch.setattr(gpu, "blocks", lambda: [tiny()])
-    monkeypatch.setattr(gpu, "FAMILIES", {"ie": "k1"})
-    monkeypatch.setattr(gpu, "COMPILED", ())
-    monkeypatch.setattr(gpu_check, "random_blocks", partial(gpu_check.random_blocks, most=2))
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One small block instead of the papers', and short rounds."""
+    monkeypatch.setattr(gpu_rows, "workload", lambda row: tiny())
+    monkeypatch.setattr(gpu_rows, "TABLE", gpu_rows.TABLE[:2])
+    monkeypatch.setattr(gpu_bench, "measured", lambda: [tiny()])
+    monkeypatch.setattr(gpu_bench, "compiled_plan", lambda: [Item(tiny(), "forward", "bfloat16", (), rounds=(2, 2))])
+    monkeypatch.setattr(gpu_bench, "MODES", ("train",))
+    monkeypatch.setattr(gpu_bench, "DTYPES", ("float32",))
+    monkeypatch.setattr(gpu_check, "DTYPES", ("float32",))
+    monkeypatch.setattr(gpu_rows, "DTYPE", "float32")
+    for name in ("checked", "tried"):
+        monkeypatch.setattr(gpu_check, name, lambda: [tiny()])
+    monkeypatch.setattr(gpu_check, "RANDOM", 2)
     monkeypatch.setattr(gpu_check, "stream", lambda *_: 0)
-    monkeypatch.setattr(gpu, "MODES", ("train",))
-    monkeypatch.setattr(gpu, "SECONDS", 0.0)
+    monkeypatch.setattr(gpu_smoke, "sanitizer", lambda: None)
+    monkeypatch.setattr(gpu_bench, "SECONDS", 0.0)
     monkeypatch.setattr(timing, "machine", small_machine)
-    assert gpu.main(["--device", "cpu", "--minutes", "3", "--results", str(tmp_path)]) == 0
-    summary = (tmp_path / "summary.md").read_text()
+
+
+def test_every_step_leaves_on_disk_what_it_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    small(monkeypatch)
+    arguments = ["--device", "cpu", "--processes", "0", "--seconds", "200", "--results", str(tmp_path)]
+    assert gpu.main(arguments) == 0
     out = capsys.readouterr().out
-    assert out.index("will run within 3 minutes") < out.index("== tests") < out.index("== kernels")
-    for line in summary.splitlines():
-        assert not line or line in out
+    order = ["smoke: ", "== launches", "check: ", "== trials", "bench: ", "== kernels", "sanitize: ", "== tools"]
+    assert [out.index(text) for text in order] == sorted(out.index(text) for text in order)
+    for step in gpu.BUDGETS:
+        for line in (tmp_path / f"summary-{step}.md").read_text().splitlines():
+            assert not line or line in out
     read = {path.name: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
     assert set(read) == {
-        "random.json",
-        "equality.json",
-        "decisions.json",
-        "gpu.json",
-        "gpu-compiled.json",
-        "kernels.json",
-    }
+        "launches-smoke.json", "gpu-smoke.json", "random.json", "equality.json", "decisions.json", "gpu.json",
+        "gpu-compiled.json", "kernels.json",
+    }  # fmt: skip
     assert not list(tmp_path.glob("*.part"))
-    engines = {row["engine"] for row in read["equality.json"]["results"]}
-    assert engines == {"resident", "fused_convolution", "staged"}
+    results = read["launches-smoke.json"]["results"]
+    assert len(results) == 2 * 3 and {r["engine"] for r in results if r.get("ok")} == {"resident", "staged"}
+    assert {row["engine"] for row in read["equality.json"]["results"]} == {"resident", "fused_convolution", "staged"}
     assert {row["engine"] for row in read["random.json"]["results"]} == {"resident", "staged", "reference"}
-    rows = read["gpu.json"]["rows"]
-    assert {row["mode"] for row in rows} == set(gpu.MODES) and not any(row["errors"] for row in rows)
-    assert f"{len(rows)} rows; matrix product" in summary and "decisions.json" in summary
+    for name in ("gpu.json", "gpu-smoke.json", "gpu-compiled.json"):
+        assert read[name]["rows"] and not any(row["errors"] for row in read[name]["rows"])
+    assert "sanitize: skipped, compute-sanitizer is not on this machine" in out
 
 
-def test_what_is_out_of_time_is_left_out_and_said(tmp_path: Path) -> None:
-    told, past = Report(tmp_path), time.monotonic() - 1
-    assert gpu.bench(told, CPU, past, "gpu", [run.Item(tiny(), "train", "float32", ())])
-    assert "gpu: no measurement was made; 1 of 1 out of time" in told.lines
+def test_a_killed_run_keeps_what_it_had(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    small(monkeypatch)
+    real, calls = gpu_rows.judge, []
+
+    def judge(item: str, device: torch.device) -> Any:
+        calls.append(item)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        yield from real(item, device)
+
+    monkeypatch.setattr(gpu_rows, "judge", judge)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.main(["--device", "cpu", "--step", "smoke", "--processes", "0", "--results", str(tmp_path)])
+    assert len(json.loads((tmp_path / "launches-smoke.json").read_text())["results"]) == 2
+    assert sum(line.startswith("ie k1 16@32") for line in (tmp_path / "summary-smoke.md").read_text().splitlines()) == 2
+
+
+def test_what_is_out_of_time_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    small(monkeypatch)
+    told, past = Report(tmp_path, "all", CPU), time.monotonic() - 1
+    assert gpu_bench.bench(told, HERE, past, "gpu", [Item(tiny(), "train", "float32", ())])
+    assert told.lines == ["gpu: no measurement was made", "gpu: out of time for 1: ie k1 4@3 train float32"]
     assert json.loads((tmp_path / "gpu.json").read_text())["header"]["left_out"] == ["ie k1 4@3 train float32"]
     # A check that reached nothing has shown nothing.
-    assert not gpu_check.workload_blocks(told, CPU, past, [tiny()])
-    assert not gpu_check.random_blocks(told, CPU, past)
-    assert gpu_check.trials(told, CPU, past, [tiny()])
-    assert gpu_kernels.rooflines(told, CPU, past, [])
+    assert not gpu_smoke.launches(told, HERE, past) and "launches: out of time for 6: ie k1 16@32" in told.lines[-1]
+    assert not gpu_check.workload_blocks(told, HERE, past)
+    assert told.lines[-1] == "workloads: out of time for 1: ie k1 4@3 | float32"
+    assert not gpu_check.random_blocks(told, HERE, past)
+    assert gpu_check.trials(told, HERE, past)
+    assert told.lines[-1] == "trials: out of time for 1: ie k1 4@3 float32"
+    assert gpu_kernels.rooflines(told, HERE, past, [])
 
 
 class Wrong(reference.IESkip):
@@ -182,28 +286,119 @@ class Raises(Wrong):
 def test_what_is_not_equal_is_found_and_recorded(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any, kind: type[nn.Module], said: str
 ) -> None:
-    def make(block: nn.Module, inputs: Any) -> Any:
-        module = copy.deepcopy(block)
-        module.__class__ = kind
-        return module, inputs
+    small(monkeypatch)
 
-    monkeypatch.setattr(
-        gpu_check.contenders, "fused", lambda engine: type("Contender", (), {"make": staticmethod(make)})
-    )
-    monkeypatch.setattr(gpu_check, "DTYPES", ("float32",))
-    told = Report(tmp_path)
-    assert not gpu_check.workload_blocks(told, CPU, time.monotonic() + 100, [tiny()])
-    assert "workloads: 0 of 6 comparisons equal, 3 of 3 cases reached" in told.lines
-    assert said in (tmp_path / "equality.json").read_text() and "NOT EQUAL: staged train" in capsys.readouterr().out
+    def make(block: nn.Module, inputs: Any) -> Any:
+        module = tiny().build()
+        module.load_state_dict(block.state_dict())
+        module.__class__ = kind
+        return module.to(inputs[0].dtype), inputs
+
+    wrong = type("Contender", (), {"make": staticmethod(make)})
+    monkeypatch.setattr(gpu_check.contenders, "fused", lambda engine: wrong)
+    told = Report(tmp_path, "check", CPU)
+    assert not gpu_check.workload_blocks(told, HERE, time.monotonic() + 100)
+    assert "workloads: 0 of 6 comparisons equal" in told.lines
+    assert said in (tmp_path / "equality.json").read_text() and "NOT EQUAL or failed" in capsys.readouterr().out
+    assert not gpu_smoke.launches(told, HERE, time.monotonic() + 100) and "launches: 0 of 4 rows equal" in told.lines
+
+
+# A stand-in for compute-sanitizer, which says what the tool would and does not run the command.
+SANITIZER = """#!{python}
+import sys, time
+tool = sys.argv[2]
+assert sys.argv[1] == "--tool" and sys.argv[3:5] == ["--error-exitcode", "9"], sys.argv
+assert sys.argv[6:9] == ["-m", "benchmarks.gpu", "--launch"], sys.argv
+print("========= COMPUTE-SANITIZER", flush=True)
+kind = {kind!r}
+if kind == "refuses":
+    print("========= Error: Device not supported. Please refer to the documentation")
+    sys.exit(1)
+if tool == "synccheck" and kind == "sleeps":
+    time.sleep(100)
+if tool == "racecheck" and kind == "finds":
+    print("========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)")
+    sys.exit(9)
+if tool == "memcheck" and kind == "breaks":
+    sys.exit(3)
+print("========= ERROR SUMMARY: 0 errors")
+"""
+
+
+def sanitized(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, kind: str, seconds: float = 100.0
+) -> tuple[bool, list[str]]:
+    small(monkeypatch)
+    program = folder / "compute-sanitizer"
+    program.write_text(SANITIZER.format(python=sys.executable, kind=kind))
+    program.chmod(0o755)
+    monkeypatch.setattr(gpu_smoke, "sanitizer", lambda: str(program))
+    told = Report(folder, "sanitize", CPU)
+    return gpu_smoke.sanitize(told, HERE, time.monotonic() + seconds), told.lines
+
+
+def test_every_row_is_sanitized_by_every_tool(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    good, lines = sanitized(monkeypatch, tmp_path, "is content")
+    rows = [row.name for row in gpu_rows.TABLE]
+    assert good and lines[-1] == f"sanitize: {3 * len(rows)} of {3 * len(rows)} clean"
+    found = {(r["tool"], r["row"]) for r in json.loads((tmp_path / "sanitize.json").read_text())["results"]}
+    assert found == {(tool, row) for tool in ("memcheck", "racecheck", "synccheck") for row in rows}
+    assert not list(tmp_path.glob("*.txt"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "tool", "said"),
+    [
+        ("finds", "racecheck", "FOUND 2 hazards displayed (2 errors, 0 warnings)"),
+        ("breaks", "memcheck", "FAILED with status 3"),
+    ],
+)
+def test_what_the_sanitizer_finds_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str, tool: str, said: str
+) -> None:
+    good, lines = sanitized(monkeypatch, tmp_path, kind)
+    log = f"{tool}-ie-k1-16-32.txt"
+    assert f"{tool} ie k1 16@32 {said}; see {log}" in [" ".join(line.split()) for line in lines]
+    assert not good and lines[-1] == "sanitize: 4 of 6 clean"
+    assert (tmp_path / log).read_text().startswith("========= COMPUTE-SANITIZER")
+
+
+def test_a_sanitizer_that_is_missing_or_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    good, lines = sanitized(monkeypatch, tmp_path, "refuses")
+    assert good and len(lines) == 1 and "skipped, compute-sanitizer refuses this machine: Error: Device not" in lines[0]
+    monkeypatch.undo()
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nothing"))
+    told = Report(tmp_path, "sanitize", CPU)
+    past = time.monotonic() - 1
+    assert gpu_smoke.prepare(told, HERE, past) and gpu_smoke.sanitize(told, HERE, past)
+    assert told.lines == ["sanitize: skipped, compute-sanitizer is not on this machine"]
+
+
+def test_the_sanitizer_is_found_in_the_toolkit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    program = tmp_path / "bin" / "compute-sanitizer"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert gpu_smoke.sanitizer() == str(program)
+
+
+def test_a_program_that_outlasts_the_step_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    good, lines = sanitized(monkeypatch, tmp_path, "sleeps", 3.0)
+    assert good and lines[-1] == "sanitize: out of time for 2: synccheck ie k1 16@32, synccheck ssp3 16@32"
+    assert "sanitize: 4 of 4 clean" in lines
 
 
 def test_decisions_are_written_as_the_package_reads_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FASTODE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(gpu_check, "tried", lambda: [tiny()])
     monkeypatch.setattr(trial, "DEVICES", ("cpu",))
     monkeypatch.setattr(trial, "_clock", lambda device: lambda run: (run(), 1.0)[1])
     decisions._memory.clear()
-    told = Report(tmp_path / "results")
-    assert gpu_check.trials(told, CPU, time.monotonic() + 100, [tiny()])
+    told = Report(tmp_path / "results", "check", CPU)
+    assert gpu_check.trials(told, HERE, time.monotonic() + 100)
     assert any(line.startswith("trials: 6 made, 6 known; taken: resident 6 times") for line in told.lines)
     package = tmp_path / "package"
     package.mkdir()
@@ -252,62 +447,14 @@ def test_launches_are_kept_and_timed_alone(monkeypatch: pytest.MonkeyPatch, tmp_
         return type("Work", (), {"run": staticmethod(work)})
 
     monkeypatch.setattr(gpu_kernels.workloads, "work", step)
-    told = Report(tmp_path)
-    assert gpu_kernels.rooflines(told, CPU, time.monotonic() + 100, [tiny()], lambda run, n: (run(), 1e-3)[1])
+    told = Report(tmp_path, "bench", CPU)
+    assert gpu_kernels.rooflines(told, HERE, time.monotonic() + 100, [tiny()], lambda run, n: (run(), 1e-3)[1])
     assert passes.launch is real and launch.launch is real
     rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
-    assert [row["kernel"] for row in rows] == ["first", "second"] * 2
-    assert done == ["first", "second", "first", "first", "second"] * 2
-    assert {row["dtype"] for row in rows} == {"bfloat16", "tf32"} and "| first | bfloat16 | 1 |" in told.lines[-1]
-
-
-def test_kernels_are_compiled_beside_the_checks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    started: list[Any] = []
-    monkeypatch.setattr(gpu.os, "cpu_count", lambda: 16)
-    monkeypatch.setattr(gpu.subprocess, "Popen", lambda command, **options: started.append(command))
-    gpu.start_warmers(tmp_path, CPU)
-    assert [command[-1] for command in started] == [f"{part}/{gpu.WARMERS}" for part in range(gpu.WARMERS)]
-    ran: list[str] = []
-    monkeypatch.setattr(gpu, "measured", lambda: [tiny()] * 3)
-    monkeypatch.setattr(gpu, "FAMILIES", {"ie": "k1"})
-    monkeypatch.setattr(
-        gpu_check, "warm", lambda device, chosen, part, parts: ran.append(f"{len(chosen)} {part} {parts}")
-    )
-    assert gpu.main(["--device", "cpu", "--warm", "2/6"]) == 0 and ran == ["3 2 6"]
-
-
-def test_every_workload_is_somebodys_to_warm(monkeypatch: pytest.MonkeyPatch) -> None:
-    met: list[tuple[str, str]] = []
-
-    def step(module: Any, inputs: Any, mode: str) -> Any:
-        met.append((str(inputs[0].dtype), mode))
-        return type("Work", (), {"run": staticmethod(lambda: None)})
-
-    monkeypatch.setattr(gpu_check.workloads, "work", step)
-    for part in range(3):
-        gpu_check.warm(CPU, [tiny()], part, 3)
-    assert len(met) == 2 * 3 * 2 and len(set(met)) == 6  # dtypes, modes, and the two engines of the CPU
-
-
-def test_a_command_that_runs_too_long_is_stopped(tmp_path: Path) -> None:
-    lines: list[str] = []
-    code = "import time; print('started', flush=True); time.sleep(60)"
-    status = gpu_check.stream([sys.executable, "-c", code], tmp_path / "log.txt", 3.0, lines.append)
-    assert status is None and lines == ["started"] and (tmp_path / "log.txt").read_text() == "started\n"
-
-
-def test_a_command_does_not_outlive_its_caller(tmp_path: Path) -> None:
-    pids: list[int] = []
-
-    def interrupt(line: str) -> None:
-        pids.append(int(line))
-        raise KeyboardInterrupt
-
-    code = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
-    with pytest.raises(KeyboardInterrupt):
-        gpu_check.stream([sys.executable, "-c", code], tmp_path / "log.txt", 50.0, interrupt)
-    with pytest.raises(ProcessLookupError):
-        os.kill(pids[0], 0)
+    assert [row["kernel"] for row in rows] == ["first", "second"] * 4
+    # For two dtypes and the CPU's two engines: a step, and each kernel of it alone.
+    assert done == ["first", "second", "first", "first", "second"] * 4
+    assert {row["dtype"] for row in rows} == {"bfloat16", "tf32"} and "| first | bfloat16 | 2 |" in told.lines[-1]
 
 
 def test_a_machine_without_a_card_is_told_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
@@ -327,9 +474,8 @@ def test_nothing_but_torch_and_triton_is_imported() -> None:
         "sys.meta_path.insert(0, Missing())\n"
         "from benchmarks import gpu, gpu_check\n"
         "assert gpu.main(['--dry']) == 0\n"
-        "next(gpu_check.random_cases(True))\n"
-        "workload = gpu.measured()[0]\n"
-        "workload.inputs('cpu')\n"
+        "gpu_check.random_case(0, True)\n"
+        "gpu_check.checked()[0].inputs('cpu')\n"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=header.ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-2000:]
