@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from . import _cuda
+from . import _cuda, _toolchain
 from ._toolchain import (
     LIBRARY,
     BuildError,
@@ -33,10 +33,7 @@ PACKAGE = Path(__file__).resolve().parent
 
 def source_root() -> Path | None:
     """The directory of the C++ sources: inside an installed package, beside the package in a checkout."""
-    for root in (PACKAGE / "csrc", PACKAGE.parent / "csrc"):
-        if any(root.glob("*.cpp")):
-            return root
-    return None
+    return _toolchain.source_root(PACKAGE)
 
 
 def prebuilt() -> Path | None:

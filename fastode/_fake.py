@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-GROUP, BATCH, FIXED = 1, 2, 3
+from ._constants import NORM_CODE
+
+GROUP, FIXED = NORM_CODE["group"], NORM_CODE["fixed"]
 
 
 def _feature_map(x: Tensor, samples: int | None = None) -> Tensor:

@@ -69,6 +69,11 @@ _X86 = (
 LEVELS = {"x86_64": _X86, "AMD64": _X86}
 
 
+# Compiled, or read by people only. Whatever else lies beside the sources may be one, or be included by one.
+_NOT_SOURCES = frozenset({".o", ".so", ".md", ".orig", ".rej", ".swp"})
+_CONSTANT = re.compile(r"\b(k[A-Z]\w*) = (\d+)\b")
+
+
 class BuildError(Exception):
     """The operators cannot be had; the message is the one-sentence reason."""
 
@@ -98,13 +103,24 @@ def sources(root: Path) -> tuple[Path, ...]:
     return tuple(sorted([*root.glob("*.cpp"), *root.glob("cpu/*.cpp")]))
 
 
+def source_root(package: Path) -> Path | None:
+    """The directory of the C++ sources: inside an installed ``package``, beside the package in a checkout."""
+    return next((root for root in (package / "csrc", package.parent / "csrc") if any(root.glob("*.cpp"))), None)
+
+
 def source_hash(root: Path) -> str:
-    """A hash of every C++ file under ``root``, headers included, by path and content."""
+    """A hash of every source under ``root``, for whatever device and in whatever language, by path and content."""
     digest = hashlib.sha256()
-    for path in sorted(p for p in root.rglob("*") if p.suffix in {".cpp", ".h", ".hpp", ".inc"}):
+    for path in sorted(p for p in root.rglob("*") if p.is_file() and p.suffix not in _NOT_SOURCES):
         content = path.read_bytes()
         digest.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()
+
+
+def constants(root: Path) -> dict[str, int]:
+    """The numbers that ``constants.h`` under ``root`` states, by name."""
+    text = re.sub(r"//[^\n]*", "", (root / "constants.h").read_text())
+    return {name: int(value) for name, value in _CONSTANT.findall(text)}
 
 
 @functools.cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
@@ -17,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastode import _build, _toolchain
+from fastode import _build, _cuda, _decisions, _toolchain
 from fastode._toolchain import BuildError
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -32,6 +33,8 @@ def root(tmp_path: Path) -> Path:
     (root / "ops.cpp").write_text('#include "cpu/answer.h"\n' + STUB)
     (root / "cpu" / "answer.h").write_text("#define ANSWER 42\n")
     (root / "cpu" / "other.cpp").write_text("int other() { return 0; }\n")
+    (root / "kernel.cu").write_text('#include "kernel.cuh"\n')
+    (root / "kernel.cuh").write_text("")
     return root
 
 
@@ -72,6 +75,9 @@ CHANGES: dict[str, Callable[[Path, pytest.MonkeyPatch], object]] = {
     "a header's content": lambda root, patch: (root / "cpu" / "answer.h").write_text("#define ANSWER 43\n"),
     "a file's name": lambda root, patch: (root / "cpu" / "other.cpp").rename(root / "cpu" / "another.cpp"),
     "a new header": lambda root, patch: (root / "cpu" / "new.h").write_text(""),
+    "a CUDA kernel": lambda root, patch: (root / "kernel.cu").write_text("// changed\n"),
+    "a CUDA header": lambda root, patch: (root / "kernel.cuh").write_text("// changed\n"),
+    "a source in a language of its own": lambda root, patch: (root / "kernel.ptx").write_text(""),
     "torch": lambda root, patch: patch.setattr(torch, "__version__", "2.99.0"),
     "python": lambda root, patch: patch.setattr(platform, "python_version", lambda: "3.99.0"),
     "the compiler": lambda root, patch: patch.setattr(_toolchain, "compiler", lambda: (("g++",), "g++ 99")),
@@ -92,11 +98,71 @@ def test_the_key_changes_with_the_instruction_set(root: Path) -> None:
     assert _toolchain.recipe(root, ("-msse4.2",)).key != _toolchain.recipe(root).key
 
 
-def test_the_key_does_not_depend_on_where_the_sources_lie_or_on_device_code(root: Path, tmp_path: Path) -> None:
+def test_the_key_does_not_depend_on_where_the_sources_lie_or_on_what_was_compiled(root: Path, tmp_path: Path) -> None:
     before = _toolchain.recipe(root).key
     moved = Path(shutil.copytree(root, tmp_path / "elsewhere"))
-    (moved / "kernel.cu").write_text("")
+    (moved / "cpu" / "other.o").write_text("")
     assert _toolchain.recipe(moved).key == before
+
+
+@pytest.mark.parametrize("edited", ["csrc/kernel.cuh", "csrc/cpu/answer.h", "fastode/ops/triton/kernel.py"])
+def test_an_edit_of_a_kernel_makes_old_decisions_stale(
+    edited: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "package" / "fastode"
+    (package / "ops" / "triton").mkdir(parents=True)
+    (package / "ops" / "triton" / "kernel.py").write_text("# as it was\n")
+    monkeypatch.setattr(_decisions, "PACKAGE", package)
+    versions = _decisions.versions.__wrapped__
+    before = versions()
+    assert versions() == before
+    (root.parent / edited).write_text("// changed\n")
+    assert versions() != before
+
+
+# ---- what C++ and Python agree on
+
+
+def test_python_reads_the_constants_that_cpp_compiles(tmp_path: Path) -> None:
+    found = _toolchain.constants(CHECKOUT / "csrc")
+    assert {"kGroupNorm", "kSilu", "kMostTerms", "kMostChannels", "kConvBias"} <= set(found)
+    lines = [f'  std::printf("{name} %lld\\n", static_cast<long long>({name}));\n' for name in found]
+    program = f"using namespace fastode;\nusing namespace fastode::resident;\nint main() {{\n{''.join(lines)}}}\n"
+    (tmp_path / "say.cpp").write_text('#include <cstdio>\n#include "constants.h"\n' + program)
+    command, _ = _toolchain.compiler()
+    said = tmp_path / "say"
+    subprocess.run([*command, f"-I{CHECKOUT / 'csrc'}", str(tmp_path / "say.cpp"), "-o", str(said)], check=True)
+    output = subprocess.run([said], capture_output=True, text=True, check=True).stdout
+    assert {name: int(value) for name, value in map(str.split, output.splitlines())} == found
+    stated = (CHECKOUT / "csrc" / "constants.h").read_text().count(" = ")
+    assert len(found) == stated - 1  # but for the one in the comment that says how they are written
+
+
+def test_no_constant_is_stated_twice() -> None:
+    """Two copies of an enumeration, or of a limit, can come apart."""
+    text = "\n".join(path.read_text() for path in (CHECKOUT / "csrc").rglob("*") if path.is_file())
+    for name in _toolchain.constants(CHECKOUT / "csrc"):
+        assert len(re.findall(rf"\b{name} = |constexpr \w+ {name}\b", text)) == 1, name
+
+
+def test_a_macro_means_one_thing() -> None:
+    defined: dict[str, set[str]] = {}
+    for path in (CHECKOUT / "csrc").rglob("*"):
+        for name in re.findall(r"#define (\w+)", path.read_text() if path.is_file() else ""):
+            defined.setdefault(name, set()).add(path.name)
+    assert {name: files for name, files in defined.items() if len(files) > 1} == {}
+
+
+def test_every_schema_stands_in_one_file() -> None:
+    """Where no compiler is, the operators are defined from its text."""
+    elsewhere = [path.name for path in (CHECKOUT / "csrc").rglob("*.cpp") if "m.def(" in path.read_text()]
+    assert elsewhere == ["ops.cpp"]
+    implemented = {
+        name
+        for path in (CHECKOUT / "csrc").rglob("*.cpp")
+        for name in re.findall(r'm\.impl\("(\w+)"', path.read_text())
+    }
+    assert implemented == {schema.split("(")[0] for schema in _cuda.schemas(CHECKOUT / "csrc" / "ops.cpp")}
 
 
 # ---- building

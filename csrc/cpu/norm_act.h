@@ -14,8 +14,6 @@
 
 namespace fastode {
 
-inline constexpr int kMaxTerms = 16;
-
 // Coefficient rows a worker holds; each is one period long.
 enum Row { kMean, kRstd, kScale, kShift, kTangentMean, kTangentScale, kRow6, kRow7, kRow8, kRow9, kRow10, kRows };
 inline constexpr int kMaxSums = 5;
@@ -44,8 +42,8 @@ template <class T>
 struct Terms {
   using A = typename AccumulatorOf<T>::type;
   int count = 0;
-  const T* data[kMaxTerms];
-  A coefficient[kMaxTerms];
+  const T* data[kMostTerms];
+  A coefficient[kMostTerms];
 };
 
 template <class A>

@@ -13,8 +13,6 @@
 
 namespace fastode {
 
-enum NormMode : int64_t { kNoNorm = 0, kGroupNorm, kBatchNorm, kFixedNorm };
-
 template <class A>
 constexpr int64_t period_of(int64_t channels) {
   return channels % kLanes<A> == 0 ? channels : channels * kLanes<A>;
@@ -45,8 +43,7 @@ inline void reduce(int64_t length, int64_t channels, const F& f, A* out) {
     V sums[unroll][count] = {};
     int64_t base = j;
     for (; base + (unroll - 1) * period < whole; base += unroll * period) {
-#pragma GCC unroll 4
-      for (int k = 0; k < unroll; ++k) f.template operator()<V>(base + k * period, j, sums[k]);
+      FASTODE_UNROLL for (int k = 0; k < unroll; ++k) f.template operator()<V>(base + k * period, j, sums[k]);
     }
     for (; base < whole; base += period) f.template operator()<V>(base, j, sums[0]);
     for (int s = 0; s < count; ++s) {

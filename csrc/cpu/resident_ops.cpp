@@ -114,23 +114,6 @@ Backward rk_backward(Tensor x, Tensor cotangent, Tensors kept, Tensors parameter
 }  // namespace
 }  // namespace fastode::resident
 
-#define FASTODE_BRANCH "Tensor[] parameters, int[] units, float[] numbers"
-
-// `frozen`: what is kept is for a backward without `gradients` and `table_gradient`; else for one with either. A
-// backward writes over what is kept. Its schema does not say so, because tracers refuse such lists of tensors; under
-// one the list is empty.
-STABLE_TORCH_LIBRARY_FRAGMENT(fastode, m) {
-  m.def("resident_ie_forward(Tensor x, " FASTODE_BRANCH
-        ", int steps, float step_size, float theta, bool keep, bool frozen) -> (Tensor y, Tensor statistics, Tensor[] "
-        "kept)");
-  m.def("resident_ie_backward(Tensor x, Tensor cotangent, Tensor[] kept, " FASTODE_BRANCH
-        ", int steps, float step_size, float theta, bool detach, bool gradients) -> (Tensor x_bar, Tensor[] bars)");
-  m.def("resident_rk_forward(Tensor x, " FASTODE_BRANCH
-        ", Tensor table, bool keep, bool frozen) -> (Tensor y, Tensor statistics, Tensor[] kept)");
-  m.def("resident_rk_backward(Tensor x, Tensor cotangent, Tensor[] kept, " FASTODE_BRANCH
-        ", Tensor table, bool gradients, bool table_gradient) -> (Tensor x_bar, Tensor[] bars, Tensor table_bar)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(fastode, CPU, m) {
   m.impl("resident_ie_forward", TORCH_BOX(&fastode::resident::ie_forward));
   m.impl("resident_ie_backward", TORCH_BOX(&fastode::resident::ie_backward));

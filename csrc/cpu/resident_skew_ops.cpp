@@ -112,22 +112,6 @@ std::tuple<Tensor, Tensors> march_backward(Tensor x, Tensor cotangent, Tensors k
 }  // namespace
 }  // namespace fastode::resident
 
-#define FASTODE_PAIR "Tensor[] parameters, int[] integers, float[] numbers"
-#define FASTODE_MARCH "float[] table, int steps, int[] used"
-
-STABLE_TORCH_LIBRARY_FRAGMENT(fastode, m) {
-  m.def("resident_skew_forward(Tensor y, Tensor z, " FASTODE_PAIR
-        ", bool keep, bool results, bool y_last, bool z_last) -> (Tensor dy, Tensor dz, Tensor[] kept)");
-  m.def(
-      "resident_skew_backward(Tensor y, Tensor z, Tensor? y_bar, Tensor? z_bar, Tensor[] kept, Tensor[] "
-      "ends, " FASTODE_PAIR
-      ", bool need_y, bool need_z, bool weight, bool norms) -> (Tensor y_bar, Tensor z_bar, Tensor[] bars)");
-  m.def("resident_march_forward(Tensor x, " FASTODE_PAIR ", " FASTODE_MARCH
-        ", bool keep, bool last) -> (Tensor y, Tensor[] kept)");
-  m.def("resident_march_backward(Tensor x, Tensor cotangent, Tensor[] kept, " FASTODE_PAIR ", " FASTODE_MARCH
-        ", bool weight, bool norms) -> (Tensor x_bar, Tensor[] bars)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(fastode, CPU, m) {
   m.impl("resident_skew_forward", TORCH_BOX(&fastode::resident::pair_forward));
   m.impl("resident_skew_backward", TORCH_BOX(&fastode::resident::pair_backward));

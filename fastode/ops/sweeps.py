@@ -16,15 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._constants import ACTIVATION_CODE, MOST_TERMS, NORM_CODE
 from ..branch import TENSORS_PER_UNIT, Unit
 
-# The operators' codes, as csrc/cpu numbers them.
-NORM_CODE = {"group": 1, "batch": 2, "fixed": 3}
-ACTIVATION_CODE = {"relu": 1, "leaky_relu": 2, "tanh": 3, "softplus": 4, "elu": 5, "silu": 6}
 NORM_WEIGHT, NORM_BIAS, MEAN, VARIANCE, CONV_WEIGHT, CONV_BIAS = range(TENSORS_PER_UNIT)
-
-# csrc/cpu/norm_act.h, kMaxTerms
-_MOST_TERMS = 16
 
 MaybeTensors = Sequence[Tensor | None]
 Codes = tuple[int, int, float, int, float, float]
@@ -89,8 +84,8 @@ def combine(terms: Sequence[Tensor], coefs: Tensor) -> Tensor:
 def dots(v: Tensor, terms: Sequence[Tensor]) -> Tensor:
     """The inner products of v with each term, in the accumulator's dtype."""
     terms = _in_dtype(terms, v.dtype)
-    starts = range(0, len(terms), _MOST_TERMS)
-    return torch.cat([torch.ops.fastode.dots(v, terms[start : start + _MOST_TERMS]) for start in starts])
+    starts = range(0, len(terms), MOST_TERMS)
+    return torch.cat([torch.ops.fastode.dots(v, terms[start : start + MOST_TERMS]) for start in starts])
 
 
 def combine_pair(first: Sequence[Tensor], second: Sequence[Tensor], coefs: Tensor) -> Tensor:
@@ -152,7 +147,7 @@ def pull(
         from .triton import conv_sweeps
 
         return conv_sweeps.pull_branch(plan, tensors, records, cot, addends, coefs, grads, scale, need_point)
-    if len(addends) > _MOST_TERMS:
+    if len(addends) > MOST_TERMS:
         addends, coefs = [combine(addends, coefs[1:])], torch.cat([coefs[:1], torch.ones_like(coefs[:1])])
     for index in range(len(plan.units) - 1, -1, -1):
         # What is behind is let go at once: a backward's peak memory is made here.
@@ -343,9 +338,9 @@ def _accumulator(x: Tensor) -> torch.dtype:
 
 def _few(terms: list[Tensor], coefs: Tensor) -> tuple[list[Tensor], Tensor]:
     """The same sum in no more terms than one operator takes."""
-    while len(terms) > _MOST_TERMS:
-        head = torch.ops.fastode.combine(terms[:_MOST_TERMS], coefs[:_MOST_TERMS], 0, 0.0, 0.0)
-        terms, coefs = [head, *terms[_MOST_TERMS:]], torch.cat([torch.ones_like(coefs[:1]), coefs[_MOST_TERMS:]])
+    while len(terms) > MOST_TERMS:
+        head = torch.ops.fastode.combine(terms[:MOST_TERMS], coefs[:MOST_TERMS], 0, 0.0, 0.0)
+        terms, coefs = [head, *terms[MOST_TERMS:]], torch.cat([torch.ones_like(coefs[:1]), coefs[MOST_TERMS:]])
     return terms, coefs
 
 

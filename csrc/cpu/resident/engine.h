@@ -23,9 +23,6 @@ struct BranchArguments {
   const std::vector<double>& numbers;
 };
 
-inline constexpr int64_t kUnitIntegers = 7, kUnitNumbers = 3;
-enum Present : int64_t { kWeight = 1, kBias = 2, kRunning = 4, kConvWeight = 8, kConvBias = 16 };
-
 // Calls f with the pointer in the tensor's own type; a float64 program reads float64 and float32, others all but
 // float64.
 template <class A, class F>

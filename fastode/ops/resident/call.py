@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..._constants import ACTIVATION_CODE, BIAS, CONV_BIAS, CONV_WEIGHT, NORM_CODE, RUNNING, WEIGHT
 from ...branch import TENSORS_PER_UNIT, Unit
-from ..sweeps import ACTIVATION_CODE, NORM_CODE, MaybeTensors, Plan
+from ..sweeps import MaybeTensors, Plan
 
-_PRESENT = (1, 2, 4, 0, 8, 16)  # the bit of each of a unit's tensors; running mean and variance come together
+# The bit of each of a unit's tensors; running mean and variance come together.
+_PRESENT = (WEIGHT, BIAS, RUNNING, 0, CONV_WEIGHT, CONV_BIAS)
 
 Branch = tuple[list[Tensor], list[int], list[float]]
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..._constants import CONV_WEIGHT, NORM_CODE, UNIT_INTEGERS
 from . import skew_fake
 
 
@@ -23,9 +24,10 @@ def _feature_map(x: Tensor) -> Tensor:
 
 def _statistics(x: Tensor, units: Sequence[int], evaluations: int) -> Tensor:
     size, channels = 0, x.shape[1]
-    for norm, _, _, out_channels, _, _, bits in zip(*(units[k::7] for k in range(7)), strict=True):
-        size += 2 * channels if norm == 2 else 0
-        channels = out_channels if bits & 8 else channels
+    for at in range(0, len(units), UNIT_INTEGERS):
+        norm, _, _, out_channels, _, _, bits = units[at : at + UNIT_INTEGERS]
+        size += 2 * channels if norm == NORM_CODE["batch"] else 0
+        channels = out_channels if bits & CONV_WEIGHT else channels
     return x.new_empty(evaluations * size, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 

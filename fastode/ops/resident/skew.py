@@ -11,16 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._constants import ACTIVATION_CODE, BIAS, MOST_PAIR_CHANNELS, NORM_CODE, RUNNING, WEIGHT
 from ..rerun import Rerun
 from ..skew_pair.autograd import March, is_channels_last
 from ..skew_pair.engine import TENSORS_PER_NORM, MaybeTensor, Pair
-from ..sweeps import ACTIVATION_CODE, NORM_CODE, MaybeTensors
+from ..sweeps import MaybeTensors
 from .autograd import keeps, keeps_beside
 
 # The bit of each of a norm's tensors; running mean and variance come together.
-_PRESENT = (1, 2, 4, 0)
-
-_CHANNELS = 1024  # csrc/cpu/resident/skew_passes_impl.h, kMostRepeated
+_PRESENT = (WEIGHT, BIAS, RUNNING, 0)
 
 PairCode = tuple[list[Tensor], list[int], list[float]]
 
@@ -45,8 +44,8 @@ def why_not(pair: Pair, weight: Tensor, tensors: MaybeTensors, states: Sequence[
         return "it has no running statistics of an instance norm"
     if pair.lower is not None:
         return "it does not lower convolutions as autocast asks"
-    if max(weight.shape[:2]) > _CHANNELS:
-        return f"it has the skew pair for at most {_CHANNELS} channels"
+    if max(weight.shape[:2]) > MOST_PAIR_CHANNELS:
+        return f"it has the skew pair for at most {MOST_PAIR_CHANNELS} channels"
     if not states:
         return ""
     if any(tensor is not None and tensor.dtype != states[-1].dtype for tensor in (weight, *tensors)):

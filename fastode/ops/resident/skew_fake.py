@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..._constants import BIAS, RUNNING, WEIGHT
+
 
 def _map(like: Tensor, shape: Sequence[int], last: bool) -> Tensor:
     layout = torch.channels_last if last else torch.contiguous_format
@@ -25,7 +27,7 @@ def _bars(parameters: Sequence[Tensor], integers: Sequence[int], weight: bool, n
         return []
     wanted = [weight]
     for bits in integers[4::3]:
-        wanted += [norms] * ((bits & 1) + (bits >> 1 & 1)) + [False] * (bits >> 2 & 1) * 2
+        wanted += [norms] * (bool(bits & WEIGHT) + bool(bits & BIAS)) + [False] * (2 if bits & RUNNING else 0)
     pairs = zip(parameters, wanted, strict=True)
     return [p.new_empty(p.shape if want else (0,)) for p, want in pairs]
 

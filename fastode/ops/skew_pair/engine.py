@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..._constants import ACTIVATION_CODE, NORM_CODE
 from ...branch import Activation, Norm
-from ..sweeps import ACTIVATION_CODE, NORM_CODE, Codes, MaybeTensors, channels_last, coefficients, combine
+from ..sweeps import Codes, MaybeTensors, channels_last, coefficients, combine
 
 MaybeTensor = Tensor | None
 
