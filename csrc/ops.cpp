@@ -14,6 +14,7 @@
 STABLE_TORCH_LIBRARY(fastode, m) {
   m.def("combine(Tensor[] terms, Tensor coefs, int act, float p, float q) -> Tensor");
   m.def("combine_pair(Tensor[] first, Tensor[] second, Tensor coefs) -> Tensor");
+  // Without coefficients there is one term, which is u itself: that is then not returned.
   m.def("norm_act(Tensor[] terms, Tensor coefs, Tensor? weight, Tensor? bias, Tensor? stats, " FASTODE_NORM
         ") -> (Tensor u, Tensor a, Tensor stats)");
   m.def(
@@ -39,11 +40,13 @@ STABLE_TORCH_LIBRARY(fastode, m) {
         ", Tensor table, bool keep, bool frozen) -> (Tensor y, Tensor statistics, Tensor[] kept)");
   m.def("resident_rk_backward(Tensor x, Tensor cotangent, Tensor[] kept, " FASTODE_BRANCH
         ", Tensor table, bool gradients, bool table_gradient) -> (Tensor x_bar, Tensor[] bars, Tensor table_bar)");
-  m.def("resident_skew_forward(Tensor y, Tensor z, " FASTODE_PAIR
-        ", bool keep, bool results, bool y_last, bool z_last) -> (Tensor dy, Tensor dz, Tensor[] kept)");
+  // Where signs are kept, backward asks for the slopes, too, as `ends`.
+  m.def(
+      "resident_skew_forward(Tensor y, Tensor z, " FASTODE_PAIR
+      ", bool keep, bool results, bool y_last, bool z_last) -> (Tensor dy, Tensor dz, Tensor[] kept, Tensor[] signs)");
   m.def(
       "resident_skew_backward(Tensor y, Tensor z, Tensor? y_bar, Tensor? z_bar, Tensor[] kept, Tensor[] "
-      "ends, " FASTODE_PAIR
+      "signs, Tensor[] ends, " FASTODE_PAIR
       ", bool need_y, bool need_z, bool weight, bool norms) -> (Tensor y_bar, Tensor z_bar, Tensor[] bars)");
   m.def("resident_march_forward(Tensor x, " FASTODE_PAIR ", " FASTODE_MARCH
         ", bool keep, bool last) -> (Tensor y, Tensor[] kept)");

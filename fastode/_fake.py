@@ -42,7 +42,7 @@ def _combine_pair(first: Sequence[Tensor], second: Sequence[Tensor], coefs: Tens
 def _norm_act(terms, coefs, weight, bias, stats, norm, groups, eps, act, p, q):
     x = terms[0]
     made = _statistics(x, 0 if stats is not None else norm, groups)
-    return _feature_map(x, None if len(terms) > 1 else 0), _feature_map(x), made
+    return _feature_map(x, None if coefs.numel() else 0), _feature_map(x), made
 
 
 def _norm_act_vjp(h, cot, stats, weight, bias, addends, coefs, param_grads, norm, groups, eps, act, p, q):

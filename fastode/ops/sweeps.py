@@ -305,6 +305,7 @@ def _pass(
     if statistics is None and unit.norm is not None and unit.norm.mode == "fixed":
         statistics = torch.stack((tensors[at + MEAN], tensors[at + VARIANCE])).to(_accumulator(x))
     weight, bias = norm_tensors(tensors, at, x)
+    coefs = coefs if len(terms) > 1 else coefs[:0]
     u, a, made = torch.ops.fastode.norm_act(terms, coefs, weight, bias, statistics, *codes(unit))
     return x if len(terms) == 1 else u, a, made if statistics is None else statistics
 

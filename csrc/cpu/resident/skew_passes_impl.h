@@ -282,14 +282,15 @@ void add_repeated(const Plane<A>& plane, int64_t in_channels, int64_t channels, 
 }
 
 template <class A>
-void merge_moments(int64_t blocks, int64_t seen, int64_t next, const A* mean_next, const A* squares_next, A* mean,
-                   A* squares) {
+void merge_band_moments(int64_t blocks, int64_t seen, int64_t next, const A* mean_next, const A* squares_next, A* mean,
+                        A* squares) {
   using V = Vec<A>;
-  const A share = static_cast<A>(next) / static_cast<A>(seen + next), weight = share * static_cast<A>(seen);
   for (int64_t at = 0; at < blocks * kLanes<A>; at += kLanes<A>) {
-    const V before = load<V>(mean + at), delta = load<V>(mean_next + at) - before;
-    store<V>(mean + at, before + delta * share);
-    store<V>(squares + at, load<V>(squares + at) + load<V>(squares_next + at) + delta * delta * weight);
+    V merged_mean = load<V>(mean + at), merged_squares = load<V>(squares + at);
+    merge_moments<V>(static_cast<A>(seen), merged_mean, merged_squares, static_cast<A>(next), load<V>(mean_next + at),
+                     load<V>(squares_next + at));
+    store<V>(mean + at, merged_mean);
+    store<V>(squares + at, merged_squares);
   }
 }
 

@@ -108,22 +108,23 @@ class ResidentSkewFunction(torch.autograd.Function):
         # The memory formats that PyTorch's convolution and its transpose give the slopes.
         last = [is_channels_last(x) or is_channels_last(weight) for x in (z, y)]
         beside = keeps_beside(ctx)
-        dy, dz, kept = torch.ops.fastode.resident_skew_forward(
+        dy, dz, kept, signs = torch.ops.fastode.resident_skew_forward(
             y, z, *encode(pair, weight, tensors), keeps(ctx), beside, last[0], last[1]
         )
-        # Beside the saved tensors, which may not be written to: the slopes are the user's.
-        ctx.slopes = [dy.detach(), dz.detach()] if beside else []
-        ctx.save_for_backward(y, z, weight, *tensors, *kept)
-        ctx.pair, ctx.rerun, ctx.count = pair, rerun, len(tensors)
+        # Signs are read beside the slopes. These are the user's, who may write to them, and so no saved tensors.
+        ctx.slopes = [dy.detach(), dz.detach()] if signs else []
+        ctx.save_for_backward(y, z, weight, *tensors, *signs, *kept)
+        ctx.pair, ctx.rerun, ctx.count, ctx.signs = pair, rerun, len(tensors), len(signs)
         ctx.set_materialize_grads(False)
         return dy, dz
 
     @staticmethod
     def backward(ctx: Any, dy_bar: MaybeTensor, dz_bar: MaybeTensor) -> tuple[MaybeTensor, ...]:
         y, z, weight, *rest = ctx.saved_tensors
-        tensors, kept, slopes = rest[: ctx.count], rest[ctx.count :], _slopes_of(ctx)
+        tensors, found, slopes = rest[: ctx.count], rest[ctx.count :], _slopes_of(ctx)
+        signs, kept = found[: ctx.signs], found[ctx.signs :]
         if any(slope._version for slope in slopes):  # written over since: everything is evaluated again
-            kept, slopes = [], []
+            kept, signs, slopes = [], [], []
         wanted = (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[5:])
         given = dz_bar if dy_bar is None else dy_bar
         if given is None:
@@ -135,7 +136,7 @@ class ResidentSkewFunction(torch.autograd.Function):
             used = _norms_used(ctx.pair, dy_bar is not None, dz_bar is not None)
             wanted = (wanted[0] and used[0], wanted[1] and used[1], wanted[2], *_of_tensors(used, wanted[3:]))
             y_bar, z_bar, bars = torch.ops.fastode.resident_skew_backward(
-                y, z, dy_bar, dz_bar, kept, slopes, *encode(ctx.pair, weight, tensors), wanted[0], wanted[1],
+                y, z, dy_bar, dz_bar, kept, signs, slopes, *encode(ctx.pair, weight, tensors), wanted[0], wanted[1],
                 wanted[2], any(wanted[3:]),
             )  # fmt: skip
             grads = _align([weight, *tensors], bars, wanted[2:])

@@ -33,10 +33,10 @@ def _bars(parameters: Sequence[Tensor], integers: Sequence[int], weight: bool, n
 
 
 def _skew_forward(y, z, parameters, integers, numbers, keep, results, y_last, z_last):
-    return _map(y, y.shape, y_last), _map(z, z.shape, z_last), []
+    return _map(y, y.shape, y_last), _map(z, z.shape, z_last), [], []
 
 
-def _skew_backward(y, z, y_bar, z_bar, kept, ends, parameters, integers, numbers, need_y, need_z, weight, norms):
+def _skew_backward(y, z, y_bar, z_bar, kept, signs, ends, parameters, integers, numbers, need_y, need_z, weight, norms):
     return _like(y, need_y), _like(z, need_z), _bars(parameters, integers, weight, norms)
 
 

@@ -225,6 +225,7 @@ def _activate(pair: Pair, image: Tensor, state: MaybeTensor) -> tuple[Tensor, Te
     if _tells_its_derivative(pair.activation):
         slope = torch.ops.fastode.combine(terms, coefs, *codes)
         return slope, slope
+    coefs = coefs if len(terms) > 1 else coefs[:0]
     h, slope, _ = torch.ops.fastode.norm_act(terms, coefs, None, None, None, *_NO_NORM, *codes)
     return (image if len(terms) == 1 else h), slope
 
@@ -247,6 +248,7 @@ def _normalise(
         dtype = torch.promote_types(dtype, term.dtype)
     terms = [term.to(dtype) for term in terms]
     weight, bias, given = _norm_tensors(norm, which, tensors, dtype)
+    coefs = coefs if len(terms) > 1 else coefs[:0]
     u, normed, made = torch.ops.fastode.norm_act(terms, coefs, weight, bias, given, *_norm_codes(norm))
     return (terms[0] if len(terms) == 1 else u), normed, made if given is None else given
 
@@ -257,7 +259,7 @@ def _normalised_again(pair: Pair, which: int, tensors: MaybeTensors, point: Tens
     if norm is None:
         return point
     weight, bias, _ = _norm_tensors(norm, which, tensors, point.dtype)
-    return torch.ops.fastode.norm_act([point], coefficients(1.0), weight, bias, stats, *_norm_codes(norm))[1]
+    return torch.ops.fastode.norm_act([point], coefficients(), weight, bias, stats, *_norm_codes(norm))[1]
 
 
 def _pull_slope(
