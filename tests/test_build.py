@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import platform
 import re
@@ -173,14 +174,52 @@ def test_a_build_is_made_once_and_again_when_the_sources_change(
 ) -> None:
     library = _toolchain.build(_toolchain.recipe(root), tmp_path / "cache")
     assert answer(library) == 42
-    said = capsys.readouterr().err
-    assert said == f"fastode: building the C++ operators (2 files, once) into {tmp_path / 'cache'}\n"
+    begun, *compiled = capsys.readouterr().err.splitlines()
+    assert begun == f"fastode: building the C++ operators (2 files, once) into {tmp_path / 'cache'}"
+    assert [re.sub(r"\d+ s", "0 s", line) for line in compiled] == [
+        f"fastode: compiled {count} of 2 files in 0 s" for count in (1, 2)
+    ]
     assert compiler_log.read_text().count("-shared") == 1
     assert _toolchain.build(_toolchain.recipe(root), tmp_path / "cache") == library
     assert compiler_log.read_text().count("-shared") == 1
     assert capsys.readouterr().err == ""
     (root / "cpu" / "answer.h").write_text("#define ANSWER 43\n")
     assert answer(_toolchain.build(_toolchain.recipe(root), tmp_path / "cache")) == 43
+
+
+def test_many_files_are_counted_in_quarters(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = _toolchain.Progress(22)
+    for _ in range(22):
+        progress.advance()
+    progress.close()
+    assert re.findall(r"compiled (\d+) of 22", capsys.readouterr().err) == ["6", "11", "17", "22"]
+
+
+def test_a_terminal_sees_a_bar_that_fills_and_ends_its_line(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    made = _toolchain.recipe(root)
+    _toolchain.build(made, tmp_path / "cache")
+    _, drawn = capsys.readouterr().err.split("\n", 1)
+    empty, *rest = drawn.removeprefix("\r").split("\r")
+    assert empty == f"fastode: [{'.' * 30}] 0 of 2 files, 0 s"
+    assert [re.sub(r"\d+ s", "0 s", bar) for bar in rest] == [
+        f"fastode: [{'#' * 15}{'.' * 15}] 1 of 2 files, 0 s",
+        f"fastode: [{'#' * 30}] 2 of 2 files, 0 s\n",
+    ]
+
+
+def test_only_what_this_instruction_set_can_run_is_compiled() -> None:
+    """Maps are stored in bfloat16 for AMX tiles only."""
+    command, _ = _toolchain.compiler()
+    units = [unit for unit in _toolchain.sources(CHECKOUT / "csrc") if unit.stem.endswith("_bf16")]
+    assert len(units) == 3
+    for unit, level in itertools.product(units, _toolchain.levels()):
+        flags = (*_toolchain.FLAGS, *level.flags, *_toolchain.recipe(CHECKOUT / "csrc").compile_flags)
+        machine = [flag for flag in flags if flag not in _toolchain.NATIVE]
+        text = subprocess.run([*command, *machine, "-E", unit], capture_output=True, text=True, check=True).stdout
+        assert ("resident/conv.h" in text) == (level.name == "amx"), (unit.name, level.name)
 
 
 def test_two_processes_at_once_make_one_build(root: Path, tmp_path: Path, compiler_log: Path) -> None:
