@@ -1,14 +1,20 @@
 // Every operator's schema, once. No mathematics: implementations are registered per device in cpu/ and cuda/.
 //
-// Feature maps are [N, C, H, W] in dense channels_last memory; statistics, norm parameters and their gradients are in
-// the accumulator's type; `coefs` is float64. Arguments are checked in Python. Meanings: fastode/ops/README.md.
+// Feature maps of the passes are [N, C, H, W] in dense channels_last memory, those of the resident operators have any
+// strides; statistics, norm parameters and their gradients are in the accumulator's type; `coefs` is float64. Arguments
+// are checked in Python. Meanings: fastode/ops/README.md, and fastode/ops/resident/README.md.
 #include <torch/csrc/stable/library.h>
 
 #define FASTODE_NORM "int norm, int groups, float eps, int act, float p, float q"
+// A branch, a skew pair, and an explicit solution of one, as cpu/resident/engine.h and skew_engine.h read them.
+#define FASTODE_BRANCH "Tensor[] parameters, int[] units, float[] numbers"
+#define FASTODE_PAIR "Tensor[] parameters, int[] integers, float[] numbers"
+#define FASTODE_MARCH "float[] table, int steps, int[] used"
 
 STABLE_TORCH_LIBRARY(fastode, m) {
   m.def("combine(Tensor[] terms, Tensor coefs, int act, float p, float q) -> Tensor");
   m.def("combine_pair(Tensor[] first, Tensor[] second, Tensor coefs) -> Tensor");
+  // Without coefficients there is one term, which is u itself: that is then not returned.
   m.def("norm_act(Tensor[] terms, Tensor coefs, Tensor? weight, Tensor? bias, Tensor? stats, " FASTODE_NORM
         ") -> (Tensor u, Tensor a, Tensor stats)");
   m.def(
@@ -21,4 +27,29 @@ STABLE_TORCH_LIBRARY(fastode, m) {
       "Tensor[] addends, Tensor coefs, bool param_grads, bool tangent, " FASTODE_NORM
       ") -> (Tensor out, Tensor wbar, Tensor bbar)");
   m.def("dots(Tensor v, Tensor[] terms) -> Tensor");
+
+  // What forward keeps is for a backward that asks for gradients of parameters or coefficients or, where it is
+  // `frozen`, for one that asks for neither. Backward writes over what is kept; the schema does not say so, because
+  // tracers refuse lists of tensors that are written to, and under a tracer the list is empty.
+  m.def("resident_ie_forward(Tensor x, " FASTODE_BRANCH
+        ", int steps, float step_size, float theta, bool keep, bool frozen) -> (Tensor y, Tensor statistics, Tensor[] "
+        "kept)");
+  m.def("resident_ie_backward(Tensor x, Tensor cotangent, Tensor[] kept, " FASTODE_BRANCH
+        ", int steps, float step_size, float theta, bool detach, bool gradients) -> (Tensor x_bar, Tensor[] bars)");
+  m.def("resident_rk_forward(Tensor x, " FASTODE_BRANCH
+        ", Tensor table, bool keep, bool frozen) -> (Tensor y, Tensor statistics, Tensor[] kept)");
+  m.def("resident_rk_backward(Tensor x, Tensor cotangent, Tensor[] kept, " FASTODE_BRANCH
+        ", Tensor table, bool gradients, bool table_gradient) -> (Tensor x_bar, Tensor[] bars, Tensor table_bar)");
+  // Where signs are kept, backward asks for the slopes, too, as `ends`.
+  m.def(
+      "resident_skew_forward(Tensor y, Tensor z, " FASTODE_PAIR
+      ", bool keep, bool results, bool y_last, bool z_last) -> (Tensor dy, Tensor dz, Tensor[] kept, Tensor[] signs)");
+  m.def(
+      "resident_skew_backward(Tensor y, Tensor z, Tensor? y_bar, Tensor? z_bar, Tensor[] kept, Tensor[] "
+      "signs, Tensor[] ends, " FASTODE_PAIR
+      ", bool need_y, bool need_z, bool weight, bool norms) -> (Tensor y_bar, Tensor z_bar, Tensor[] bars)");
+  m.def("resident_march_forward(Tensor x, " FASTODE_PAIR ", " FASTODE_MARCH
+        ", bool keep, bool last) -> (Tensor y, Tensor[] kept)");
+  m.def("resident_march_backward(Tensor x, Tensor cotangent, Tensor[] kept, " FASTODE_PAIR ", " FASTODE_MARCH
+        ", bool weight, bool norms) -> (Tensor x_bar, Tensor[] bars)");
 }

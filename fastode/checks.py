@@ -78,14 +78,6 @@ def solver(value: Any, known: Sequence[str]) -> None:
     one_of("solver", value, known)
 
 
-def tableau(value: Any, name: str = "tableau") -> None:
-    """Refuse anything but a Shu–Osher tableau (which has checked its own rows when it was made)."""
-    from .tableau import Tableau
-
-    if not isinstance(value, Tableau):
-        raise TypeError(f"{name} must be a fastode.tableau.Tableau, got {what(value)}")
-
-
 def module(name: str, value: Any) -> None:
     """Refuse anything but a module."""
     if not isinstance(value, nn.Module):

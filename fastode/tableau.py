@@ -284,3 +284,9 @@ RK4_38 = Butcher(
     b=(1 / 8, 3 / 8, 3 / 8, 1 / 8),
     order=4,
 )
+
+
+def check_tableau(value: Any, name: str = "tableau") -> None:
+    """Refuse anything but a Shu–Osher tableau (which has checked its own rows when it was made)."""
+    if not isinstance(value, Tableau):
+        raise TypeError(f"{name} must be a fastode.tableau.Tableau, got {checks.what(value)}")

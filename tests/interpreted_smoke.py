@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import interpreted_blocks
-import interpreted_pairs
 import interpreting  # before any kernel is made
 import pytest
 import torch
@@ -26,15 +25,15 @@ def _triton_operators() -> None:
     interpreting.use_operators()
 
 
-def launched(row: gpu_rows.Row) -> set[str]:
+def launched(row: gpu_rows.Row, engine: str) -> set[str]:
     """The names of the kernels that a row's forward and backward would launch."""
     found: set[str] = set()
 
     def keeping(real: Any) -> Any:
         return lambda kernel, programs, *arguments, **constants: found.add(kernel.__name__)
 
-    block, few, _ = gpu_rows.ready(row.name, "staged", CPU, gpu_rows.SANITIZED_SAMPLES)
-    module, own = contenders.fused("staged").make(block, few)
+    block, few, _ = gpu_rows.ready(row.name, engine, CPU, gpu_rows.SANITIZED_SAMPLES)
+    module, own = contenders.fused(engine).make(block, few)
     with inside.launches_replaced(keeping):
         for mode in ("train", "forward"):
             workloads.work(module, own, mode).run()
@@ -44,10 +43,9 @@ def launched(row: gpu_rows.Row) -> set[str]:
 def test_the_rows_launch_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     found: set[str] = set()
     for fused_convolutions in (False, True):
-        interpreted_blocks.fuse_convolutions(monkeypatch, fused_convolutions)
-        interpreted_pairs.fuse_convolutions(monkeypatch, fused_convolutions)
+        engine = interpreted_blocks.engine_of(monkeypatch, fused_convolutions)
         for row in gpu_rows.TABLE:
-            found |= launched(row)
+            found |= launched(row, engine)
     assert found == inside.kernel_names() and len(found) > 15
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
@@ -17,7 +19,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastode.native import operators, toolchain
+from fastode.dispatch import decisions
+from fastode.native import cuda, operators, toolchain
 from fastode.native.toolchain import BuildError
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -32,6 +35,8 @@ def root(tmp_path: Path) -> Path:
     (root / "ops.cpp").write_text('#include "cpu/answer.h"\n' + STUB)
     (root / "cpu" / "answer.h").write_text("#define ANSWER 42\n")
     (root / "cpu" / "other.cpp").write_text("int other() { return 0; }\n")
+    (root / "kernel.cu").write_text('#include "kernel.cuh"\n')
+    (root / "kernel.cuh").write_text("")
     return root
 
 
@@ -72,6 +77,9 @@ CHANGES: dict[str, Callable[[Path, pytest.MonkeyPatch], object]] = {
     "a header's content": lambda root, patch: (root / "cpu" / "answer.h").write_text("#define ANSWER 43\n"),
     "a file's name": lambda root, patch: (root / "cpu" / "other.cpp").rename(root / "cpu" / "another.cpp"),
     "a new header": lambda root, patch: (root / "cpu" / "new.h").write_text(""),
+    "a CUDA kernel": lambda root, patch: (root / "kernel.cu").write_text("// changed\n"),
+    "a CUDA header": lambda root, patch: (root / "kernel.cuh").write_text("// changed\n"),
+    "a source in a language of its own": lambda root, patch: (root / "kernel.ptx").write_text(""),
     "torch": lambda root, patch: patch.setattr(torch, "__version__", "2.99.0"),
     "python": lambda root, patch: patch.setattr(platform, "python_version", lambda: "3.99.0"),
     "the compiler": lambda root, patch: patch.setattr(toolchain, "compiler", lambda: (("g++",), "g++ 99")),
@@ -92,11 +100,71 @@ def test_the_key_changes_with_the_instruction_set(root: Path) -> None:
     assert toolchain.recipe(root, ("-msse4.2",)).key != toolchain.recipe(root).key
 
 
-def test_the_key_does_not_depend_on_where_the_sources_lie_or_on_device_code(root: Path, tmp_path: Path) -> None:
+def test_the_key_does_not_depend_on_where_the_sources_lie_or_on_what_was_compiled(root: Path, tmp_path: Path) -> None:
     before = toolchain.recipe(root).key
     moved = Path(shutil.copytree(root, tmp_path / "elsewhere"))
-    (moved / "kernel.cu").write_text("")
+    (moved / "cpu" / "other.o").write_text("")
     assert toolchain.recipe(moved).key == before
+
+
+@pytest.mark.parametrize("edited", ["csrc/kernel.cuh", "csrc/cpu/answer.h", "fastode/ops/triton/kernel.py"])
+def test_an_edit_of_a_kernel_makes_old_decisions_stale(
+    edited: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "package" / "fastode"
+    (package / "ops" / "triton").mkdir(parents=True)
+    (package / "ops" / "triton" / "kernel.py").write_text("# as it was\n")
+    monkeypatch.setattr(decisions, "PACKAGE", package)
+    versions = decisions.versions.__wrapped__
+    before = versions()
+    assert versions() == before
+    (root.parent / edited).write_text("// changed\n")
+    assert versions() != before
+
+
+# ---- what C++ and Python agree on
+
+
+def test_python_reads_the_constants_that_cpp_compiles(tmp_path: Path) -> None:
+    found = toolchain.constants(CHECKOUT / "csrc")
+    assert {"kGroupNorm", "kSilu", "kMostTerms", "kMostChannels", "kConvBias"} <= set(found)
+    lines = [f'  std::printf("{name} %lld\\n", static_cast<long long>({name}));\n' for name in found]
+    program = f"using namespace fastode;\nusing namespace fastode::resident;\nint main() {{\n{''.join(lines)}}}\n"
+    (tmp_path / "say.cpp").write_text('#include <cstdio>\n#include "constants.h"\n' + program)
+    command, _ = toolchain.compiler()
+    said = tmp_path / "say"
+    subprocess.run([*command, f"-I{CHECKOUT / 'csrc'}", str(tmp_path / "say.cpp"), "-o", str(said)], check=True)
+    output = subprocess.run([said], capture_output=True, text=True, check=True).stdout
+    assert {name: int(value) for name, value in map(str.split, output.splitlines())} == found
+    stated = (CHECKOUT / "csrc" / "constants.h").read_text().count(" = ")
+    assert len(found) == stated - 1  # but for the one in the comment that says how they are written
+
+
+def test_no_constant_is_stated_twice() -> None:
+    """Two copies of an enumeration, or of a limit, can come apart."""
+    text = "\n".join(path.read_text() for path in (CHECKOUT / "csrc").rglob("*") if path.is_file())
+    for name in toolchain.constants(CHECKOUT / "csrc"):
+        assert len(re.findall(rf"\b{name} = |constexpr \w+ {name}\b", text)) == 1, name
+
+
+def test_a_macro_means_one_thing() -> None:
+    defined: dict[str, set[str]] = {}
+    for path in (CHECKOUT / "csrc").rglob("*"):
+        for name in re.findall(r"#define (\w+)", path.read_text() if path.is_file() else ""):
+            defined.setdefault(name, set()).add(path.name)
+    assert {name: files for name, files in defined.items() if len(files) > 1} == {}
+
+
+def test_every_schema_stands_in_one_file() -> None:
+    """Where no compiler is, the operators are defined from its text."""
+    elsewhere = [path.name for path in (CHECKOUT / "csrc").rglob("*.cpp") if "m.def(" in path.read_text()]
+    assert elsewhere == ["ops.cpp"]
+    implemented = {
+        name
+        for path in (CHECKOUT / "csrc").rglob("*.cpp")
+        for name in re.findall(r'm\.impl\("(\w+)"', path.read_text())
+    }
+    assert implemented == {schema.split("(")[0] for schema in cuda.schemas(CHECKOUT / "csrc" / "ops.cpp")}
 
 
 # ---- building
@@ -107,8 +175,11 @@ def test_a_build_is_made_once_and_again_when_the_sources_change(
 ) -> None:
     library = toolchain.build(toolchain.recipe(root), tmp_path / "cache")
     assert answer(library) == 42
-    said = capsys.readouterr().err
-    assert said == f"fastode: building the C++ operators (2 files, once) into {tmp_path / 'cache'}\n"
+    begun, *compiled = capsys.readouterr().err.splitlines()
+    assert begun == f"fastode: building the C++ operators (2 files, once) into {tmp_path / 'cache'}"
+    assert [re.sub(r"\d+ s", "0 s", line) for line in compiled] == [
+        f"fastode: compiled {count} of 2 files in 0 s" for count in (1, 2)
+    ]
     assert compiler_log.read_text().count("-shared") == 1
     assert toolchain.build(toolchain.recipe(root), tmp_path / "cache") == library
     assert compiler_log.read_text().count("-shared") == 1
@@ -117,11 +188,45 @@ def test_a_build_is_made_once_and_again_when_the_sources_change(
     assert answer(toolchain.build(toolchain.recipe(root), tmp_path / "cache")) == 43
 
 
+def test_many_files_are_counted_in_quarters(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = toolchain.Progress(22)
+    for _ in range(22):
+        progress.advance()
+    progress.close()
+    assert re.findall(r"compiled (\d+) of 22", capsys.readouterr().err) == ["6", "11", "17", "22"]
+
+
+def test_a_terminal_sees_a_bar_that_fills_and_ends_its_line(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    made = toolchain.recipe(root)
+    toolchain.build(made, tmp_path / "cache")
+    _, drawn = capsys.readouterr().err.split("\n", 1)
+    empty, *rest = drawn.removeprefix("\r").split("\r")
+    assert empty == f"fastode: [{'.' * 30}] 0 of 2 files, 0 s"
+    assert [re.sub(r"\d+ s", "0 s", bar) for bar in rest] == [
+        f"fastode: [{'#' * 15}{'.' * 15}] 1 of 2 files, 0 s",
+        f"fastode: [{'#' * 30}] 2 of 2 files, 0 s\n",
+    ]
+
+
+def test_only_what_this_instruction_set_can_run_is_compiled() -> None:
+    """Maps are stored in bfloat16 for AMX tiles only."""
+    command, _ = toolchain.compiler()
+    units = [unit for unit in toolchain.sources(CHECKOUT / "csrc") if unit.stem.endswith("_bf16")]
+    assert len(units) == 3
+    for unit, level in itertools.product(units, toolchain.levels()):
+        flags = (*toolchain.FLAGS, *level.flags, *toolchain.recipe(CHECKOUT / "csrc").compile_flags)
+        machine = [flag for flag in flags if flag not in toolchain.NATIVE]
+        text = subprocess.run([*command, *machine, "-E", unit], capture_output=True, text=True, check=True).stdout
+        assert ("resident/conv.h" in text) == (level.name == "amx"), (unit.name, level.name)
+
+
 def test_two_processes_at_once_make_one_build(root: Path, tmp_path: Path, compiler_log: Path) -> None:
     cache = tmp_path / "cache"
     program = (
-        "import sys, pathlib; from fastode.native import toolchain as t; "
-        "print('ready', flush=True); sys.stdin.readline(); "
+        "import sys, pathlib; from fastode import _toolchain as t; print('ready', flush=True); sys.stdin.readline(); "
         f"print(t.build(t.recipe(pathlib.Path({str(root)!r})), pathlib.Path({str(cache)!r})))"
     )
     command, variables = [sys.executable, "-c", program], {**os.environ, "PYTHONPATH": str(CHECKOUT)}

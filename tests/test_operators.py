@@ -30,6 +30,7 @@ FACTORS = {
 GROUPS = {1: 1, 3: 3, 8: 4, 16: 2, 20: 5, 33: 11}
 FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 COEFFICIENTS = [0.75, -0.2, 1.0, 1.0 / 3.0, -1.25]
+NONE = torch.empty(0, dtype=torch.float64)  # one term is taken as it is
 CASES = [case for seed in SEEDS for case in covering(FACTORS, seed=seed)]
 
 
@@ -124,12 +125,10 @@ class TestOperators:
     def test_norm_act(self, ops: Any, case: Case) -> None:
         s = Sample(case)
         u, a, stats = ops.norm_act(s.terms, s.coef_tensor(len(s.terms)), s.weight, s.bias, s.fixed, *s.unit.codes)
-        several = len(s.terms) > 1
-        found = {"a": a} | ({"u": u} if several else {}) | ({"stats": stats} if s.moving else {})
-        assert several or u.numel() == 0
+        found = {"a": a, "u": u} | ({"stats": stats} if s.moving else {})
 
         def plain(dtype: torch.dtype) -> dict[str, Tensor]:
-            h = combination(cast(dtype, *s.terms), s.coefs) if several else s.h.to(dtype)
+            h = combination(cast(dtype, *s.terms), s.coefs)
             # What is stored is what is normalised: u is rounded once to the map's dtype.
             h = h.to(s.dtype).to(dtype)
             values = {"a": s.unit(h, *cast(dtype, s.weight, s.bias, s.fixed)), "u": h}
@@ -139,21 +138,30 @@ class TestOperators:
 
         check(s, found, plain)
 
+    def test_one_term_without_a_coefficient_is_not_copied(self, ops: Any, case: Case) -> None:
+        s = Sample(case)
+        one, arguments = torch.ones(1, dtype=torch.float64), (s.weight, s.bias, s.fixed, *s.unit.codes)
+        u, *found = ops.norm_act([s.h], NONE, *arguments)
+        copied, *expected = ops.norm_act([s.h], one, *arguments)
+        assert u.numel() == 0
+        assert torch.equal(copied.nan_to_num(), s.h)
+        assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(found, expected, strict=True))
+
     def test_norm_act_reuses_statistics(self, ops: Any, case: Case) -> None:
         s = Sample(case)
         if not s.moving:
             return
-        first = ops.norm_act([s.h], s.coef_tensor(1), s.weight, s.bias, None, *s.unit.codes)
-        again = ops.norm_act([s.h], s.coef_tensor(1), s.weight, s.bias, first[2], *s.unit.codes)
+        first = ops.norm_act([s.h], NONE, s.weight, s.bias, None, *s.unit.codes)
+        again = ops.norm_act([s.h], NONE, s.weight, s.bias, first[2], *s.unit.codes)
         assert torch.equal(first[1].nan_to_num(), again[1].nan_to_num())
         # Other statistics must be seen: mean + 1 shifts every x-hat.
-        other = ops.norm_act([s.h], s.coef_tensor(1), s.weight, s.bias, first[2] + 1, *s.unit.codes)
+        other = ops.norm_act([s.h], NONE, s.weight, s.bias, first[2] + 1, *s.unit.codes)
         assert first[1].numel() == 0 or not torch.equal(first[1], other[1])
 
     def statistics(self, ops: Any, s: Sample) -> Tensor:
         if s.fixed is not None:
             return s.fixed
-        return ops.norm_act([s.h], s.coef_tensor(1), s.weight, s.bias, None, *s.unit.codes)[2]
+        return ops.norm_act([s.h], NONE, s.weight, s.bias, None, *s.unit.codes)[2]
 
     def test_norm_act_vjp(self, ops: Any, case: Case) -> None:
         s = Sample(case)
@@ -254,7 +262,7 @@ def test_statistics_of_a_mean_far_above_the_deviation(ops: Any, dtype: torch.dty
     def named(statistics: Tensor) -> dict[str, Tensor]:
         return dict(zip(("mean", "variance"), statistics.unbind(), strict=True))
 
-    found = ops.norm_act([h], torch.ones(1, dtype=torch.float64), None, None, None, *unit.codes)[2]
+    found = ops.norm_act([h], NONE, None, None, None, *unit.codes)[2]
     # The subtraction is exact, so the truth does not lose what it is to measure.
     truth = named(unit.statistics(h.double() - mean))
     truth["mean"] = truth["mean"] + mean
@@ -272,7 +280,7 @@ def test_slope_at_the_kink(ops: Any, dtype: torch.dtype, activation: str, slope:
     h = torch.zeros(2, 3, 4, 4, dtype=dtype).contiguous(memory_format=torch.channels_last)
     unit = Pointwise("none", 1, activation)
     one = torch.ones(1, dtype=torch.float64)
-    stats = ops.norm_act([h], one, None, None, None, *unit.codes)[2]
+    stats = ops.norm_act([h], NONE, None, None, None, *unit.codes)[2]
     out, _, _ = ops.norm_act_vjp(h, torch.ones_like(h), stats, None, None, [], one, False, *unit.codes)
     assert torch.equal(out, torch.full_like(h, slope))
     stacked, _, _ = ops.norm_act_dual(h, torch.ones_like(h), None, None, None, *unit.codes)
@@ -285,7 +293,7 @@ def test_values_that_are_not_finite(ops: Any, activation: str, value: float) -> 
     h = sample_input(2, 3, 4, 5, layout="channels_last")
     h[0, 1, 2, 3] = value
     unit = Pointwise("none", 1, activation)
-    found = {"a": ops.norm_act([h], torch.ones(1, dtype=torch.float64), None, None, None, *unit.codes)[1]}
+    found = {"a": ops.norm_act([h], NONE, None, None, None, *unit.codes)[1]}
     comparison = compare_tensors(found, {"a": unit.activate(h.double())}, [{"a": unit.activate(h)}], 1)
     assert comparison.ok, comparison.describe()
 
@@ -308,7 +316,10 @@ def test_opcheck(ops: Any, operator: str, norm: str) -> None:
     cotangents = torch.cat([s.cot, s.cot_tangent]).contiguous(memory_format=torch.channels_last)
     arguments = {
         "combine": [(s.terms, two, *s.unit.codes[3:])],
-        "norm_act": [(s.terms, two, *norms, s.fixed, *s.unit.codes), (s.terms[:1], one, *norms, stats, *s.unit.codes)],
+        "norm_act": [
+            (s.terms[: max(1, len(coefs))], coefs, *norms, given, *s.unit.codes)
+            for coefs, given in ((two, s.fixed), (one, s.fixed), (one[:0], stats))
+        ],
         "norm_act_vjp": [(s.h, s.cot, stats, *norms, [s.t], two, flag, *s.unit.codes) for flag in (True, False)],
         "norm_act_dual": [(s.h, s.t, *norms, s.fixed, *s.unit.codes)],
         "norm_act_second": [

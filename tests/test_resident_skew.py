@@ -200,6 +200,19 @@ def test_slopes_are_held_as_long_as_the_graph() -> None:
     assert dy.grad_fn.slopes == []
 
 
+# What is stored in bfloat16, or beside a large bias, does not say what it was made from.
+@pytest.mark.parametrize(("dtype", "bias", "held"), [("float32", 0.0, 2), ("float32", 50.0, 0), ("bfloat16", 0.0, 0)])
+def test_slopes_are_held_only_where_they_are_read(dtype: str, bias: float, held: int) -> None:
+    shape = (3, 16, 1, 5, 4)
+    block = fused(field_of(shape, 0.0, "leaky_relu", "group", torch.float32)).to(getattr(torch, dtype))
+    with torch.no_grad():
+        for norm in (module for module in block.modules() if isinstance(module, torch.nn.GroupNorm)):
+            norm.bias.fill_(bias)
+    dy, _ = block(*(x.to(getattr(torch, dtype)).requires_grad_() for x in maps_of(shape)))
+    assert dy.grad_fn.name() == "ResidentSkewFunctionBackward"
+    assert len(dy.grad_fn.slopes) == held
+
+
 # Where a norm's bias is large beside its weight, or the weight zero, a slope does not say what it was made from.
 @pytest.mark.parametrize("activation", ["leaky_relu", "relu", "none"])
 def test_equal_where_a_slope_tells_nothing(activation: str) -> None:

@@ -3,11 +3,10 @@
 
 #include <utility>
 
+#include "constants.h"
 #include "simd.h"
 
 namespace fastode {
-
-enum Activation : int64_t { kIdentity = 0, kRelu, kLeakyRelu, kTanh, kSoftplus, kElu, kSilu, kActivationCount };
 
 template <class A>
 struct ActivationArguments {

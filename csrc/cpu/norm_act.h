@@ -14,10 +14,29 @@
 
 namespace fastode {
 
-inline constexpr int kMaxTerms = 16;
-
 // Coefficient rows a worker holds; each is one period long.
-enum Row { kMean, kRstd, kScale, kShift, kTangentMean, kTangentScale, kRow6, kRow7, kRow8, kRow9, kRow10, kRows };
+enum Row {
+  // The value is (h - mean) * scale + shift, scale = rstd * weight.
+  kMean,
+  kRstd,
+  kScale,
+  kShift,
+  // Its tangent is (t - tangent mean) * scale + (h - mean) * tangent scale.
+  kTangentMean,
+  kTangentScale,
+  // The cotangent of h is scale * n + (h - mean) * along + constant, n that of the value.
+  kAlong,
+  kConstant,
+  // With m the cotangent of the value's tangent, the cotangents of h and t are
+  //   scale * n + (h - mean) * hd + h1 + m * hn + (t - tangent mean) * ht
+  //   scale * m + (h - mean) * ht + t1
+  kHd = kAlong,
+  kH1,
+  kHn,
+  kHt,
+  kT1,
+  kRows
+};
 inline constexpr int kMaxSums = 5;
 inline constexpr int kMaxSamples = 6;  // widened samples a worker holds when storage is narrower than the accumulator
 
@@ -44,8 +63,8 @@ template <class T>
 struct Terms {
   using A = typename AccumulatorOf<T>::type;
   int count = 0;
-  const T* data[kMaxTerms];
-  A coefficient[kMaxTerms];
+  const T* data[kMostTerms];
+  A coefficient[kMostTerms];
 };
 
 template <class A>
@@ -116,6 +135,32 @@ inline void accumulate(const Terms<T>& terms, int64_t n, int64_t length, A scale
   }
 }
 
+// The sweeps over one sample that depend on the activation, of values in the accumulator's type: what is stored in
+// bfloat16 is widened before. `rows` is the worker whose coefficient rows they read; without a norm they read none.
+template <class A>
+struct Sweeps {
+  using Op = NormAct<A>;
+
+  // a = act(norm(h))
+  static void value(const Geometry& g, const Op& op, const Scratch<A>& s, int64_t rows, const A* h, A* a);
+  // sums [2, channels]: of n and of n (h - mean), n = act'(norm(h)) cot
+  static void cotangent_sums(const Geometry& g, const Op& op, const Scratch<A>& s, int64_t rows, const A* h,
+                             const A* cot, A* sums);
+  // out = the cotangent of h
+  static void cotangent(const Geometry& g, const Op& op, const Scratch<A>& s, int64_t rows, const A* h, const A* cot,
+                        A* out);
+  // a = act(norm(h)) and its tangent for the tangent t of h
+  static void dual(const Geometry& g, const Op& op, const Scratch<A>& s, int64_t rows, const A* h, const A* t, A* a,
+                   A* adot);
+  // For the cotangents `alpha` of a and `beta` of its tangent, and so n and m of the value and of its tangent: sums
+  // [5, channels] of n, n (h - mean), m, m (h - mean) and m (t - tangent mean)
+  static void second_sums(const Geometry& g, const Op& op, const Scratch<A>& s, int64_t rows, const A* h, const A* t,
+                          const A* alpha, const A* beta, A* sums);
+  // hbar and, unless it is null, tbar: the cotangents of h and t
+  static void second(const Geometry& g, const Op& op, const Scratch<A>& s, int64_t rows, const A* h, const A* t,
+                     const A* alpha, const A* beta, A* hbar, A* tbar);
+};
+
 template <class T>
 struct Kernels {
   using A = typename AccumulatorOf<T>::type;
@@ -123,7 +168,7 @@ struct Kernels {
 
   // out = act(sum_k c_k t_k)
   static void combine(const Geometry& g, const Terms<T>& terms, const Op& op, const Scratch<A>& s, T* out);
-  // u (when terms.count > 1), a and, unless `given`, the statistics
+  // u (unless it is null: then it is the one term), a and, unless `given`, the statistics
   static void forward(const Geometry& g, const Terms<T>& terms, const Op& op, const Scratch<A>& s, bool given, A* stats,
                       T* u, T* a);
   static void vjp(const Geometry& g, const T* h, const T* cot, const A* stats, const Terms<T>& addends, A scale,
@@ -137,6 +182,8 @@ struct Kernels {
   static void dots(const Geometry& g, const T* v, const Terms<T>& terms, const Scratch<A>& s, A* out);
 };
 
+extern template struct Sweeps<float>;
+extern template struct Sweeps<double>;
 extern template struct Kernels<float>;
 extern template struct Kernels<double>;
 extern template struct Kernels<bfloat16>;

@@ -1,5 +1,5 @@
-// The definitions behind norm_act.h, instantiated once per storage type in norm_act_<type>.cpp: values and cotangents.
-// Tangents and second order are in norm_act_tangent_impl.h.
+// The operators of norm_act.h, instantiated for every storage type in norm_act.cpp: values and cotangents. Tangents and
+// second order are in norm_act_tangent_impl.h, the sweeps in norm_act_sweeps_impl.h.
 #pragma once
 
 #include "norm_act.h"
@@ -101,17 +101,11 @@ template <class T>
 void Kernels<T>::combine(const Geometry& g, const Terms<T>& terms, const Op& op, const Scratch<A>& s, T* out) {
   const Workers workers(g.samples);
   const int64_t length = g.length();
-  with_activation(op.kind, [&](auto kind) {
-    workers.for_samples(g.samples, [&](int64_t w, int64_t n) {
-      A* y = open_sample(out, n, length, s.sample(w, 0));
-      accumulate(terms, n, length, A(0), y);
-      if constexpr (kind != kIdentity) {
-        sweep<A>(length, period_of<A>(g.channels), [&]<class V>(int64_t i, int64_t) {
-          store<V>(y + i, activate<kind, V>(load<V>(y + i), op.arguments));
-        });
-      }
-      write_sample(out, n, length, y);
-    });
+  workers.for_samples(g.samples, [&](int64_t w, int64_t n) {
+    A* y = open_sample(out, n, length, s.sample(w, 0));
+    accumulate(terms, n, length, A(0), y);
+    if (op.kind != kIdentity) Sweeps<A>::value(g, op, s, w, y, y);
+    write_sample(out, n, length, y);
   });
 }
 
@@ -185,8 +179,8 @@ template <class T>
 void Kernels<T>::forward(const Geometry& g, const Terms<T>& terms, const Op& op, const Scratch<A>& s, bool given,
                          A* stats, T* u, T* a) {
   const Workers workers(g.samples);
-  const int64_t length = g.length(), period = s.period;
-  const bool combines = terms.count > 1;
+  const int64_t length = g.length();
+  const bool combines = u != nullptr;
   const auto input = [&](int64_t w, int64_t n) -> const A* {
     if (!combines) return read_sample(terms.data[0], n, length, s.sample(w, 0));
     A* sum = open_sample(u, n, length, s.sample(w, 0));
@@ -203,97 +197,52 @@ void Kernels<T>::forward(const Geometry& g, const Terms<T>& terms, const Op& op,
   }
   const bool per_sample = op.norm == kGroupNorm;
   if (!per_sample) value_rows(g, op, stats, 0, s, 0);
-  with_activation(op.kind, [&](auto kind) {
-    workers.for_samples(g.samples, [&](int64_t w, int64_t n) {
-      const A* h = batch_first && combines ? read_sample<T, A>(u, n, length, s.sample(w, 0)) : input(w, n);
-      if (per_sample && !given) group_statistics(g, op, h, n, s, w, stats);
-      if (per_sample) value_rows(g, op, stats, n, s, w);
-      const int64_t rows = per_sample ? w : 0;
-      const A *mean = s.row(rows, kMean), *scale = s.row(rows, kScale), *shift = s.row(rows, kShift);
-      A* out = open_sample(a, n, length, s.sample(w, 1));
-      if (op.norm == kNoNorm) {
-        sweep<A>(length, period, [&]<class V>(int64_t i, int64_t) {
-          store<V>(out + i, activate<kind, V>(load<V>(h + i), op.arguments));
-        });
-      } else {
-        sweep<A>(length, period, [&]<class V>(int64_t i, int64_t j) {
-          const V value = (load<V>(h + i) - load<V>(mean + j)) * load<V>(scale + j) + load<V>(shift + j);
-          store<V>(out + i, activate<kind, V>(value, op.arguments));
-        });
-      }
-      write_sample(a, n, length, out);
-    });
+  workers.for_samples(g.samples, [&](int64_t w, int64_t n) {
+    const A* h = batch_first && combines ? read_sample<T, A>(u, n, length, s.sample(w, 0)) : input(w, n);
+    if (per_sample && !given) group_statistics(g, op, h, n, s, w, stats);
+    if (per_sample) value_rows(g, op, stats, n, s, w);
+    A* out = open_sample(a, n, length, s.sample(w, 1));
+    Sweeps<A>::value(g, op, s, per_sample ? w : 0, h, out);
+    write_sample(a, n, length, out);
   });
 }
 
 template <class T>
 void Kernels<T>::vjp(const Geometry& g, const T* h_data, const T* cot_data, const A* stats, const Terms<T>& addends,
                      A scale_out, const Op& op, const Scratch<A>& s, T* out_data, A* wbar, A* bbar) {
-  const bool coupled = op.couples();
   const int64_t length = g.length(), period = s.period, channels = g.channels;
-  const bool normed = op.norm != kNoNorm;
   const auto h_of = [&](int64_t w, int64_t n) { return read_sample(h_data, n, length, s.sample(w, 0)); };
   const auto cot_of = [&](int64_t w, int64_t n) { return read_sample(cot_data, n, length, s.sample(w, 1)); };
-  constexpr int kAlong = kRow6, kConstant = kRow7;
-
-  with_activation(op.kind, [&](auto kind) {
-    // sums: nbar, nbar (h - mean)
-    const auto reduce_sample = [&](int64_t w, int64_t n, int64_t rows, A* sums) {
-      const A *h = h_of(w, n), *cot = cot_of(w, n);
-      const A *mean = s.row(rows, kMean), *scale = s.row(rows, kScale), *shift = s.row(rows, kShift);
-      reduce<2, A>(
-          length, channels,
-          [&]<class V>(int64_t i, int64_t j, V* sum) {
-            const V d = load<V>(h + i) - load<V>(mean + j);
-            const V nbar =
-                activate_first<kind, V>(d * load<V>(scale + j) + load<V>(shift + j), op.arguments) * load<V>(cot + i);
-            sum[0] += nbar;
-            sum[1] += nbar * d;
-          },
-          sums);
-    };
-    const auto finish = [&](int64_t w, int64_t, const A* sums, A* weight_bar, A* bias_bar) {
-      A *along = s.row(w, kAlong), *constant = s.row(w, kConstant);
-      const A *rstd = s.row(w, kRstd), *scale = s.row(w, kScale);
-      if (op.couples()) {
-        const A size = set_size(g, op);
-        over_groups(g, op, [&](int64_t, int64_t begin, int64_t end) {
-          A mean_v = 0, mean_xv = 0;  // of v = scale nbar: rstd is constant in a set
-          for (int64_t c = begin; c < end; ++c) mean_v += scale[c] * sums[c], mean_xv += scale[c] * sums[channels + c];
-          for (int64_t c = begin; c < end; ++c) {
-            along[c] = -rstd[c] * rstd[c] * (mean_xv / size);
-            constant[c] = -(mean_v / size);
-          }
-        });
-        repeat(along, channels), repeat(constant, channels);
-      } else if (!sums) {
-        std::fill(along, along + period, A(0)), std::fill(constant, constant + period, A(0));
-      }
-      if (weight_bar && sums)
-        for (int64_t c = 0; c < channels; ++c) weight_bar[c] = rstd[c] * sums[channels + c], bias_bar[c] = sums[c];
-    };
-    const auto apply = [&](int64_t w, int64_t n, int64_t rows) {
-      const A *h = h_of(w, n), *cot = cot_of(w, n);
-      A* out = open_sample(out_data, n, length, s.sample(w, 2));
-      if (!normed) {
-        sweep<A>(length, period, [&]<class V>(int64_t i, int64_t) {
-          store<V>(out + i, activate_first<kind, V>(load<V>(h + i), op.arguments) * load<V>(cot + i));
-        });
-      } else {
-        const A *mean = s.row(rows, kMean), *scale = s.row(rows, kScale), *shift = s.row(rows, kShift);
-        const A *along = s.row(rows, kAlong), *constant = s.row(rows, kConstant);
-        sweep<A>(length, period, [&]<class V>(int64_t i, int64_t j) {
-          const V d = load<V>(h + i) - load<V>(mean + j), sc = load<V>(scale + j);
-          const V nbar = activate_first<kind, V>(d * sc + load<V>(shift + j), op.arguments) * load<V>(cot + i);
-          // Without coupling nothing of h itself may reach the gradient, or an infinite h would make it NaN.
-          store<V>(out + i, coupled ? nbar * sc + d * load<V>(along + j) + load<V>(constant + j) : nbar * sc);
-        });
-      }
-      if (addends.count > 0 || scale_out != 1) accumulate(addends, n, length, scale_out, out);
-      write_sample(out_data, n, length, out);
-    };
-    drive<2>(g, op, stats, s, wbar, bbar, reduce_sample, finish, apply);
-  });
+  const auto reduce_sample = [&](int64_t w, int64_t n, int64_t rows, A* sums) {
+    Sweeps<A>::cotangent_sums(g, op, s, rows, h_of(w, n), cot_of(w, n), sums);
+  };
+  const auto finish = [&](int64_t w, int64_t, const A* sums, A* weight_bar, A* bias_bar) {
+    A *along = s.row(w, kAlong), *constant = s.row(w, kConstant);
+    const A *rstd = s.row(w, kRstd), *scale = s.row(w, kScale);
+    if (op.couples()) {
+      const A size = set_size(g, op);
+      over_groups(g, op, [&](int64_t, int64_t begin, int64_t end) {
+        A mean_v = 0, mean_xv = 0;  // of v = scale n: rstd is constant in a set
+        for (int64_t c = begin; c < end; ++c) mean_v += scale[c] * sums[c], mean_xv += scale[c] * sums[channels + c];
+        for (int64_t c = begin; c < end; ++c) {
+          along[c] = -rstd[c] * rstd[c] * (mean_xv / size);
+          constant[c] = -(mean_v / size);
+        }
+      });
+      repeat(along, channels), repeat(constant, channels);
+    } else if (!sums) {
+      std::fill(along, along + period, A(0)), std::fill(constant, constant + period, A(0));
+    }
+    if (weight_bar && sums)
+      for (int64_t c = 0; c < channels; ++c) weight_bar[c] = rstd[c] * sums[channels + c], bias_bar[c] = sums[c];
+  };
+  const auto apply = [&](int64_t w, int64_t n, int64_t rows) {
+    A* out = open_sample(out_data, n, length, s.sample(w, 2));
+    Sweeps<A>::cotangent(g, op, s, rows, h_of(w, n), cot_of(w, n), out);
+    if (addends.count > 0 || scale_out != 1) accumulate(addends, n, length, scale_out, out);
+    write_sample(out_data, n, length, out);
+  };
+  drive<2>(g, op, stats, s, wbar, bbar, reduce_sample, finish, apply);
 }
 
 template <class T>

@@ -27,8 +27,7 @@ inline void tangent_rows(const Geometry& g, const NormAct<A>& op, const A* tstat
 template <class T>
 void Kernels<T>::dual(const Geometry& g, const T* h_data, const T* t_data, const Op& op, const Scratch<A>& s,
                       bool given, A* stats, A* tstats, T* stacked) {
-  const bool coupled = op.couples();
-  const int64_t length = g.length(), period = s.period, channels = g.channels;
+  const int64_t length = g.length(), channels = g.channels;
   const auto h_of = [&](int64_t w, int64_t n) { return read_sample(h_data, n, length, s.sample(w, 0)); };
   const auto t_of = [&](int64_t w, int64_t n) { return read_sample(t_data, n, length, s.sample(w, 1)); };
   const Workers workers(g.samples);
@@ -67,41 +66,20 @@ void Kernels<T>::dual(const Geometry& g, const T* h_data, const T* t_data, const
     }
     tangent_rows(g, op, tstats, set, s, w);
   };
-  with_activation(op.kind, [&](auto kind) {
-    const auto apply = [&](int64_t w, int64_t n, int64_t rows) {
-      const A *h = h_of(w, n), *t = t_of(w, n);
-      A *a = open_sample(stacked, n, length, s.sample(w, 2)),
-        *adot = open_sample(stacked, g.samples + n, length, s.sample(w, 3));
-      if (op.norm == kNoNorm) {
-        sweep<A>(length, period, [&]<class V>(int64_t i, int64_t) {
-          const V value = load<V>(h + i);
-          store<V>(a + i, activate<kind, V>(value, op.arguments));
-          store<V>(adot + i, activate_first<kind, V>(value, op.arguments) * load<V>(t + i));
-        });
-      } else {
-        const A *mean = s.row(rows, kMean), *scale = s.row(rows, kScale), *shift = s.row(rows, kShift);
-        const A *mean_t = s.row(rows, kTangentMean), *slope = s.row(rows, kTangentScale);
-        sweep<A>(length, period, [&]<class V>(int64_t i, int64_t j) {
-          const V d = load<V>(h + i) - load<V>(mean + j), sc = load<V>(scale + j);
-          const V value = d * sc + load<V>(shift + j);
-          const V tangent = load<V>(t + i);
-          const V ndot = coupled ? (tangent - load<V>(mean_t + j)) * sc + d * load<V>(slope + j) : tangent * sc;
-          store<V>(a + i, activate<kind, V>(value, op.arguments));
-          store<V>(adot + i, activate_first<kind, V>(value, op.arguments) * ndot);
-        });
-      }
-      write_sample(stacked, n, length, a);
-      write_sample(stacked, g.samples + n, length, adot);
-    };
-    drive<2>(g, op, stats, s, static_cast<A*>(nullptr), static_cast<A*>(nullptr), reduce_sample, finish, apply);
-  });
+  const auto apply = [&](int64_t w, int64_t n, int64_t rows) {
+    A *a = open_sample(stacked, n, length, s.sample(w, 2)),
+      *adot = open_sample(stacked, g.samples + n, length, s.sample(w, 3));
+    Sweeps<A>::dual(g, op, s, rows, h_of(w, n), t_of(w, n), a, adot);
+    write_sample(stacked, n, length, a);
+    write_sample(stacked, g.samples + n, length, adot);
+  };
+  drive<2>(g, op, stats, s, static_cast<A*>(nullptr), static_cast<A*>(nullptr), reduce_sample, finish, apply);
 }
 
 template <class T>
 void Kernels<T>::second(const Geometry& g, const T* h_data, const T* t_data, const T* cot_data, const A* stats,
                         const A* tstats, const Terms<T>& addends, A scale_out, bool tangent, const Op& op,
                         const Scratch<A>& s, T* out_data, A* wbar, A* bbar) {
-  const bool coupled = op.couples();
   const int64_t length = g.length(), period = s.period, channels = g.channels;
   const auto h_of = [&](int64_t w, int64_t n) { return read_sample(h_data, n, length, s.sample(w, 0)); };
   const auto t_of = [&](int64_t w, int64_t n) { return read_sample(t_data, n, length, s.sample(w, 1)); };
@@ -109,126 +87,65 @@ void Kernels<T>::second(const Geometry& g, const T* h_data, const T* t_data, con
   const auto tangent_cot = [&](int64_t w, int64_t n) {
     return read_sample(cot_data, g.samples + n, length, s.sample(w, 3));
   };
-  // hbar = scale nbar + hd (h - mean) + h1 + hn nbardot + ht (t - mean_t);  tbar = scale nbardot + td (h - mean) + t1
-  constexpr int kHd = kRow6, kH1 = kRow7, kHn = kRow8, kHt = kRow9, kT1 = kRow10;
-
-  with_activation(op.kind, [&](auto kind) {
-    // nbar and nbardot of one place: value n, tangent ndot, cotangents alpha (of a) and beta (of adot)
-    const auto cotangents = [&]<class V>(V n, V ndot, V alpha, V beta, V& nbar, V& nbardot) {
-      const V slope = activate_first<kind, V>(n, op.arguments);
-      nbar = slope * alpha;
-      nbardot = slope * beta;
-      if constexpr (kHasSecond<kind>) nbar += activate_second<kind, V>(n, op.arguments) * ndot * beta;
-    };
-    const auto reduce_sample = [&](int64_t w, int64_t n, int64_t rows, A* sums) {
-      if (rows == w && op.norm == kGroupNorm) tangent_rows(g, op, tstats, n, s, w);
-      const A *h = h_of(w, n), *t = t_of(w, n), *alpha = value_cot(w, n), *beta = tangent_cot(w, n);
-      const A *mean = s.row(rows, kMean), *scale = s.row(rows, kScale), *shift = s.row(rows, kShift);
-      const A *mean_t = s.row(rows, kTangentMean), *slope = s.row(rows, kTangentScale);
-      reduce<5, A>(
-          length, channels,
-          [&]<class V>(int64_t i, int64_t j, V* sum) {
-            const V d = load<V>(h + i) - load<V>(mean + j), sc = load<V>(scale + j);
-            const V centred = load<V>(t + i) - load<V>(mean_t + j);
-            V nbar, nbardot;
-            cotangents.template operator()<V>(d * sc + load<V>(shift + j),
-                                              coupled ? centred * sc + d * load<V>(slope + j) : centred * sc,
-                                              load<V>(alpha + i), load<V>(beta + i), nbar, nbardot);
-            sum[0] += nbar;
-            sum[1] += nbar * d;
-            sum[2] += nbardot;
-            sum[3] += nbardot * d;
-            sum[4] += nbardot * centred;
-          },
-          sums);
-    };
-    const auto finish = [&](int64_t w, int64_t set, const A* sums, A* weight_bar, A* bias_bar) {
-      const A *rstd = s.row(w, kRstd), *scale = s.row(w, kScale);
-      if (!op.couples()) {
-        if (!sums)
-          for (int row : {kHd, kH1, kHn, kHt, kT1}) std::fill(s.row(w, row), s.row(w, row) + period, A(0));
-        if (weight_bar && sums)
-          for (int64_t c = 0; c < channels; ++c) {
-            weight_bar[c] = rstd[c] * (sums[channels + c] + sums[4 * channels + c]);
-            bias_bar[c] = sums[c];
-          }
-        return;
-      }
-      const A size = set_size(g, op);
-      const Statistics<A> tangent_stats(tstats, g, op, set);
-      A *hd = s.row(w, kHd), *h1 = s.row(w, kH1), *hn = s.row(w, kHn), *ht = s.row(w, kHt), *t1 = s.row(w, kT1);
-      over_groups(g, op, [&](int64_t group, int64_t begin, int64_t end) {
-        // Means over the set of v = w nbar and c = w nbardot, times rstd (scale = rstd w).
-        A v = 0, dv = 0, c_ = 0, dc = 0, tc = 0;
-        for (int64_t c = begin; c < end; ++c) {
-          v += scale[c] * sums[c];
-          dv += scale[c] * sums[channels + c];
-          c_ += scale[c] * sums[2 * channels + c];
-          dc += scale[c] * sums[3 * channels + c];
-          tc += scale[c] * sums[4 * channels + c];
+  const auto reduce_sample = [&](int64_t w, int64_t n, int64_t rows, A* sums) {
+    if (rows == w && op.norm == kGroupNorm) tangent_rows(g, op, tstats, n, s, w);
+    Sweeps<A>::second_sums(g, op, s, rows, h_of(w, n), t_of(w, n), value_cot(w, n), tangent_cot(w, n), sums);
+  };
+  const auto finish = [&](int64_t w, int64_t set, const A* sums, A* weight_bar, A* bias_bar) {
+    const A *rstd = s.row(w, kRstd), *scale = s.row(w, kScale);
+    if (!op.couples()) {
+      if (!sums)
+        for (int row : {kHd, kH1, kHn, kHt, kT1}) std::fill(s.row(w, row), s.row(w, row) + period, A(0));
+      if (weight_bar && sums)
+        for (int64_t c = 0; c < channels; ++c) {
+          weight_bar[c] = rstd[c] * (sums[channels + c] + sums[4 * channels + c]);
+          bias_bar[c] = sums[c];
         }
-        v /= size, dv /= size, c_ /= size, dc /= size, tc /= size;
-        const A r = rstd[begin], mean_xt = tangent_stats.second[group];
-        const A phi = tc - mean_xt * r * dc;  // <c, P(t)> / size
-        for (int64_t c = begin; c < end; ++c) {
-          hd[c] = r * r * (-dv - phi + A(2) * r * mean_xt * dc);
-          h1[c] = -v + r * mean_xt * c_;
-          hn[c] = -r * mean_xt * scale[c];
-          ht[c] = -r * r * dc;
-          t1[c] = -c_;
-          if (weight_bar) {
-            weight_bar[c] = r * (sums[channels + c] + sums[4 * channels + c] - mean_xt * r * sums[3 * channels + c]);
-            bias_bar[c] = sums[c];
-          }
-        }
-      });
-      for (A* row : {hd, h1, hn, ht, t1}) repeat(row, channels);
-    };
-    const auto apply = [&](int64_t w, int64_t n, int64_t rows) {
-      const A *h = h_of(w, n), *t = t_of(w, n), *alpha = value_cot(w, n), *beta = tangent_cot(w, n);
-      A* hbar = open_sample(out_data, n, length, s.sample(w, 4));
-      A* tbar = tangent ? open_sample(out_data, g.samples + n, length, s.sample(w, 5)) : nullptr;
-      if (op.norm == kNoNorm) {
-        sweep<A>(length, period, [&]<class V>(int64_t i, int64_t) {
-          V nbar, nbardot;
-          cotangents.template operator()<V>(load<V>(h + i), load<V>(t + i), load<V>(alpha + i), load<V>(beta + i), nbar,
-                                            nbardot);
-          store<V>(hbar + i, nbar);
-          if (tbar) store<V>(tbar + i, nbardot);
-        });
-      } else {
-        const A *mean = s.row(rows, kMean), *scale = s.row(rows, kScale), *shift = s.row(rows, kShift);
-        const A *mean_t = s.row(rows, kTangentMean), *slope = s.row(rows, kTangentScale);
-        const A *hd = s.row(rows, kHd), *h1 = s.row(rows, kH1), *hn = s.row(rows, kHn), *ht = s.row(rows, kHt),
-                *t1 = s.row(rows, kT1);
-        sweep<A>(length, period, [&]<class V>(int64_t i, int64_t j) {
-          const V d = load<V>(h + i) - load<V>(mean + j), sc = load<V>(scale + j);
-          const V centred = load<V>(t + i) - load<V>(mean_t + j);
-          V nbar, nbardot;
-          cotangents.template operator()<V>(d * sc + load<V>(shift + j),
-                                            coupled ? centred * sc + d * load<V>(slope + j) : centred * sc,
-                                            load<V>(alpha + i), load<V>(beta + i), nbar, nbardot);
-          if (!coupled) {
-            store<V>(hbar + i, nbar * sc);
-            if (tbar) store<V>(tbar + i, nbardot * sc);
-            return;
-          }
-          const V along = load<V>(ht + j);
-          store<V>(hbar + i,
-                   nbar * sc + d * load<V>(hd + j) + load<V>(h1 + j) + nbardot * load<V>(hn + j) + centred * along);
-          if (tbar) store<V>(tbar + i, nbardot * sc + d * along + load<V>(t1 + j));
-        });
-      }
-      if (addends.count > 0 || scale_out != 1) accumulate(addends, n, length, scale_out, hbar);
-      write_sample(out_data, n, length, hbar);
-      if (tbar) write_sample(out_data, g.samples + n, length, tbar);
-    };
-    if (op.norm == kBatchNorm || op.norm == kFixedNorm) {
-      value_rows(g, op, stats, 0, s, 0);
-      tangent_rows(g, op, tstats, 0, s, 0);
+      return;
     }
-    drive<5>(g, op, stats, s, wbar, bbar, reduce_sample, finish, apply);
-  });
+    const A size = set_size(g, op);
+    const Statistics<A> tangent_stats(tstats, g, op, set);
+    A *hd = s.row(w, kHd), *h1 = s.row(w, kH1), *hn = s.row(w, kHn), *ht = s.row(w, kHt), *t1 = s.row(w, kT1);
+    over_groups(g, op, [&](int64_t group, int64_t begin, int64_t end) {
+      // Means over the set of v = w nbar and c = w nbardot, times rstd (scale = rstd w).
+      A v = 0, dv = 0, c_ = 0, dc = 0, tc = 0;
+      for (int64_t c = begin; c < end; ++c) {
+        v += scale[c] * sums[c];
+        dv += scale[c] * sums[channels + c];
+        c_ += scale[c] * sums[2 * channels + c];
+        dc += scale[c] * sums[3 * channels + c];
+        tc += scale[c] * sums[4 * channels + c];
+      }
+      v /= size, dv /= size, c_ /= size, dc /= size, tc /= size;
+      const A r = rstd[begin], mean_xt = tangent_stats.second[group];
+      const A phi = tc - mean_xt * r * dc;  // <c, P(t)> / size
+      for (int64_t c = begin; c < end; ++c) {
+        hd[c] = r * r * (-dv - phi + A(2) * r * mean_xt * dc);
+        h1[c] = -v + r * mean_xt * c_;
+        hn[c] = -r * mean_xt * scale[c];
+        ht[c] = -r * r * dc;
+        t1[c] = -c_;
+        if (weight_bar) {
+          weight_bar[c] = r * (sums[channels + c] + sums[4 * channels + c] - mean_xt * r * sums[3 * channels + c]);
+          bias_bar[c] = sums[c];
+        }
+      }
+    });
+    for (A* row : {hd, h1, hn, ht, t1}) repeat(row, channels);
+  };
+  const auto apply = [&](int64_t w, int64_t n, int64_t rows) {
+    A* hbar = open_sample(out_data, n, length, s.sample(w, 4));
+    A* tbar = tangent ? open_sample(out_data, g.samples + n, length, s.sample(w, 5)) : nullptr;
+    Sweeps<A>::second(g, op, s, rows, h_of(w, n), t_of(w, n), value_cot(w, n), tangent_cot(w, n), hbar, tbar);
+    if (addends.count > 0 || scale_out != 1) accumulate(addends, n, length, scale_out, hbar);
+    write_sample(out_data, n, length, hbar);
+    if (tbar) write_sample(out_data, g.samples + n, length, tbar);
+  };
+  if (op.norm == kBatchNorm || op.norm == kFixedNorm) {
+    value_rows(g, op, stats, 0, s, 0);
+    tangent_rows(g, op, tstats, 0, s, 0);
+  }
+  drive<5>(g, op, stats, s, wbar, bbar, reduce_sample, finish, apply);
 }
 
 }  // namespace fastode

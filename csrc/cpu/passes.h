@@ -4,16 +4,13 @@
 // any channel count is swept by whole vectors; what is left at the end is swept by scalars.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cstdint>
 
+#include "parallel.h"
 #include "simd.h"
 
 namespace fastode {
-
-enum NormMode : int64_t { kNoNorm = 0, kGroupNorm, kBatchNorm, kFixedNorm };
 
 template <class A>
 constexpr int64_t period_of(int64_t channels) {
@@ -45,8 +42,7 @@ inline void reduce(int64_t length, int64_t channels, const F& f, A* out) {
     V sums[unroll][count] = {};
     int64_t base = j;
     for (; base + (unroll - 1) * period < whole; base += unroll * period) {
-#pragma GCC unroll 4
-      for (int k = 0; k < unroll; ++k) f.template operator()<V>(base + k * period, j, sums[k]);
+      FASTODE_UNROLL for (int k = 0; k < unroll; ++k) f.template operator()<V>(base + k * period, j, sums[k]);
     }
     for (; base < whole; base += period) f.template operator()<V>(base, j, sums[0]);
     for (int s = 0; s < count; ++s) {
@@ -73,8 +69,7 @@ inline void repeat(A* row, int64_t channels) {
 struct Workers {
   int64_t count;
 
-  explicit Workers(int64_t samples)
-      : count(std::max<int64_t>(1, std::min<int64_t>(samples, torch::stable::get_num_threads()))) {}
+  explicit Workers(int64_t samples) : count(std::max<int64_t>(1, std::min(samples, thread_count()))) {}
 
   template <class F>
   void for_samples(int64_t samples, const F& f) const {
@@ -83,7 +78,7 @@ struct Workers {
       for (int64_t n = 0; n < samples; ++n) f(int64_t{0}, n);
       return;
     }
-    torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    in_parallel(workers, 1, [&](int64_t begin, int64_t end) {
       for (int64_t w = begin; w < end; ++w)
         for (int64_t n = w * samples / workers; n < (w + 1) * samples / workers; ++n) f(w, n);
     });

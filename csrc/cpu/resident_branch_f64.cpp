@@ -5,5 +5,6 @@ namespace fastode::resident {
 
 template class Branch<double>;
 template class Packed<double>;
+template void run_recorded<double, double>(const Call<double>&, const Recording<double>&);
 
 }  // namespace fastode::resident

@@ -1,3 +1,7 @@
+#include "simd.h"
+
+#if FASTODE_TILES
+
 #include "resident/norm_instances.h"
 
 namespace fastode::resident {
@@ -5,3 +9,5 @@ namespace fastode::resident {
 FASTODE_INSTANTIATE_NORMS(bfloat16);
 
 }  // namespace fastode::resident
+
+#endif

@@ -1,10 +1,12 @@
-// The resident engine's operators: a whole block in one call. Feature maps are [N, C, H, W] with any strides.
+// The resident engine's operators: a whole block, or the skew pair, in one call. Feature maps are [N, C, H, W] with any
+// strides.
 #include <torch/csrc/stable/library.h>
 
-#include <cstring>
+#include <optional>
 #include <tuple>
 
 #include "resident/engine.h"
+#include "resident/skew_engine.h"
 
 namespace fastode::resident {
 
@@ -21,14 +23,20 @@ namespace {
 using Tensors = std::vector<Tensor>;
 using Integers = std::vector<int64_t>;
 using Numbers = std::vector<double>;
+using MaybeTensor = std::optional<Tensor>;
 
-Tensor like(const Tensor& x) {
-  const auto strides = x.strides();
-  const bool last = strides[1] == 1 && x.size(1) > 1;
+Tensor new_map(const Tensor& like, int64_t channels, int64_t height, int64_t width, bool last) {
+  const int64_t sizes[] = {like.size(0), channels, height, width};
   return fresh(torch::stable::empty(
-      x.sizes(), x.scalar_type(), std::nullopt, x.device(), std::nullopt,
+      torch::headeronly::IntHeaderOnlyArrayRef(sizes, 4), like.scalar_type(), std::nullopt, like.device(), std::nullopt,
       last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous));
 }
+
+Tensor new_map(const Tensor& like, bool last) { return new_map(like, like.size(1), like.size(2), like.size(3), last); }
+
+bool is_last(const Tensor& x) { return x.strides()[1] == 1 && x.size(1) > 1; }
+
+Tensor new_map_like(const Tensor& x) { return new_map(x, is_last(x)); }
 
 template <class F>
 auto with_arithmetic(const Tensor& x, const F& f) {
@@ -47,7 +55,7 @@ Forward forward(const Tensor& x, const BranchArguments& branch, const Rule& rule
     using A = decltype(zero);
     const Packed<A> packed(branch, x, {.transposed = backward_weights});
     Kept kept(x, {});
-    Call<A> call{packed, x, nullptr, like(x), keep ? &kept : nullptr};
+    Call<A> call{packed, x, nullptr, new_map_like(x), keep ? &kept : nullptr};
     call.statistics = new_vector(x, packed.statistics * evaluations, scalar_type<A>());
     run<Program>(call, rule);
     return Forward(call.result, call.statistics, kept.pieces());
@@ -62,7 +70,7 @@ Backward backward(const Tensor& x, const Tensor& cotangent, const BranchArgument
     const Packed<A> packed(branch, x, wanted);
     const int64_t workers = workers_for(x.size(0));
     Kept kept(x, kept_pieces);
-    Call<A> call{packed, x, &cotangent, like(x), kept_pieces.empty() ? nullptr : &kept};
+    Call<A> call{packed, x, &cotangent, new_map_like(x), kept_pieces.empty() ? nullptr : &kept};
     call.gradients = new_vector(x, workers * packed.spec.gradients, scalar_type<A>(), true);
     call.products = new_vector(x, workers * products, ScalarType::Double, true);
     call.products_stride = products;
@@ -111,29 +119,100 @@ Backward rk_backward(Tensor x, Tensor cotangent, Tensors kept, Tensors parameter
   return result;
 }
 
+// ---- the skew pair
+
+// Calls f(packed, the workers' accumulators) and returns the parameters' gradients, if any is asked for.
+template <class A, class F>
+Tensors with_gradients(const PairArguments& pair, const Tensor& y, Asked asked, const F& f) {
+  const PackedPair<A> packed(pair, y.size(2), y.size(3), asked);
+  const int64_t workers = workers_for(y.size(0));
+  const Tensor accumulators = new_vector(y, workers * packed.spec.gradients, scalar_type<A>(), true);
+  f(packed, accumulators);
+  return asked.weight || asked.norms ? packed.gradients(accumulators, workers) : Tensors{};
+}
+
+std::tuple<Tensor, Tensor, Tensors, Tensors> pair_forward(Tensor y, Tensor z, Tensors parameters, Integers integers,
+                                                          Numbers numbers, bool keep, bool results, bool y_last,
+                                                          bool z_last) {
+  PairCall call{y, z, nullptr, nullptr, false, new_map(y, y_last), new_map(z, z_last), {true, true}, results};
+  PairKept kept;
+  with_arithmetic(y, [&](auto zero) {
+    with_gradients<decltype(zero)>({parameters, integers, numbers}, y, {},
+                                   [&](const auto& packed, const Tensor& accumulators) {
+                                     run_pair(packed, call, keep ? &kept : nullptr, accumulators);
+                                   });
+  });
+  return {call.y_out, call.z_out, kept.traces, kept.signs};
+}
+
+std::tuple<Tensor, Tensor, Tensors> pair_backward(Tensor y, Tensor z, MaybeTensor y_bar, MaybeTensor z_bar,
+                                                  Tensors traces, Tensors signs, Tensors ends, Tensors parameters,
+                                                  Integers integers, Numbers numbers, bool need_y, bool need_z,
+                                                  bool weight, bool norms) {
+  const Tensor none = new_vector(y, 0, y.scalar_type());
+  PairCall call{y,
+                z,
+                y_bar ? &*y_bar : nullptr,
+                z_bar ? &*z_bar : nullptr,
+                true,
+                need_y ? new_map_like(y) : none,
+                need_z ? new_map_like(z) : none,
+                {need_y, need_z}};
+  PairKept kept{traces, signs};
+  if (!ends.empty()) call.y_end = &ends[0], call.z_end = &ends[1];
+  const Tensors bars = with_arithmetic(y, [&](auto zero) {
+    return with_gradients<decltype(zero)>({parameters, integers, numbers}, y, {weight, norms},
+                                          [&](const auto& packed, const Tensor& accumulators) {
+                                            run_pair(packed, call, traces.empty() ? nullptr : &kept, accumulators);
+                                          });
+  });
+  return {call.y_out, call.z_out, bars};
+}
+
+// `table` [stages + 1, stages]: the rows of a, then b, all times the step.
+March march_of(const Numbers& table, int64_t steps, const Integers& used) {
+  const int64_t stages = static_cast<int64_t>(used.size()) / (2 * steps);
+  return {steps, stages, table.data(), table.data() + stages * stages, used.data()};
+}
+
+std::tuple<Tensor, Tensors> march_forward(Tensor x, Tensors parameters, Integers integers, Numbers numbers,
+                                          Numbers table, int64_t steps, Integers used, bool keep, bool last) {
+  const int64_t stride = integers[0];
+  MarchCall call{x, nullptr, new_map(x, parameters[0].size(0), x.size(2) / stride, x.size(3) / stride, last)};
+  Tensors kept;
+  with_arithmetic(x, [&](auto zero) {
+    with_gradients<decltype(zero)>(
+        {parameters, integers, numbers}, call.out, {}, [&](const auto& packed, const Tensor& accumulators) {
+          run_march(packed, march_of(table, steps, used), call, keep ? &kept : nullptr, accumulators);
+        });
+  });
+  return {call.out, kept};
+}
+
+std::tuple<Tensor, Tensors> march_backward(Tensor x, Tensor cotangent, Tensors kept, Tensors parameters,
+                                           Integers integers, Numbers numbers, Numbers table, int64_t steps,
+                                           Integers used, bool weight, bool norms) {
+  MarchCall call{x, &cotangent, new_map_like(x)};
+  const Tensors bars = with_arithmetic(x, [&](auto zero) {
+    return with_gradients<decltype(zero)>({parameters, integers, numbers}, cotangent, {weight, norms},
+                                          [&](const auto& packed, const Tensor& accumulators) {
+                                            run_march(packed, march_of(table, steps, used), call,
+                                                      kept.empty() ? nullptr : &kept, accumulators);
+                                          });
+  });
+  return {call.out, bars};
+}
+
 }  // namespace
 }  // namespace fastode::resident
-
-#define FASTODE_BRANCH "Tensor[] parameters, int[] units, float[] numbers"
-
-// `frozen`: what is kept is for a backward without `gradients` and `table_gradient`; else for one with either. A
-// backward writes over what is kept. Its schema does not say so, because tracers refuse such lists of tensors; under
-// one the list is empty.
-STABLE_TORCH_LIBRARY_FRAGMENT(fastode, m) {
-  m.def("resident_ie_forward(Tensor x, " FASTODE_BRANCH
-        ", int steps, float step_size, float theta, bool keep, bool frozen) -> (Tensor y, Tensor statistics, Tensor[] "
-        "kept)");
-  m.def("resident_ie_backward(Tensor x, Tensor cotangent, Tensor[] kept, " FASTODE_BRANCH
-        ", int steps, float step_size, float theta, bool detach, bool gradients) -> (Tensor x_bar, Tensor[] bars)");
-  m.def("resident_rk_forward(Tensor x, " FASTODE_BRANCH
-        ", Tensor table, bool keep, bool frozen) -> (Tensor y, Tensor statistics, Tensor[] kept)");
-  m.def("resident_rk_backward(Tensor x, Tensor cotangent, Tensor[] kept, " FASTODE_BRANCH
-        ", Tensor table, bool gradients, bool table_gradient) -> (Tensor x_bar, Tensor[] bars, Tensor table_bar)");
-}
 
 STABLE_TORCH_LIBRARY_IMPL(fastode, CPU, m) {
   m.impl("resident_ie_forward", TORCH_BOX(&fastode::resident::ie_forward));
   m.impl("resident_ie_backward", TORCH_BOX(&fastode::resident::ie_backward));
   m.impl("resident_rk_forward", TORCH_BOX(&fastode::resident::rk_forward));
   m.impl("resident_rk_backward", TORCH_BOX(&fastode::resident::rk_backward));
+  m.impl("resident_skew_forward", TORCH_BOX(&fastode::resident::pair_forward));
+  m.impl("resident_skew_backward", TORCH_BOX(&fastode::resident::pair_backward));
+  m.impl("resident_march_forward", TORCH_BOX(&fastode::resident::march_forward));
+  m.impl("resident_march_backward", TORCH_BOX(&fastode::resident::march_backward));
 }

@@ -1,12 +1,13 @@
 #include "resident/skew_conv_impl.h"
 #include "resident/skew_engine_impl.h"
 #include "resident/skew_impl.h"
+#include "resident/skew_packed_impl.h"
 #include "resident/skew_passes_impl.h"
 
 namespace fastode::resident {
 
 template class PackedPair<float>;
-template void run_pair(const PackedPair<float>&, const PairCall&, std::vector<Tensor>*, const Tensor&);
+template void run_pair(const PackedPair<float>&, const PairCall&, PairKept*, const Tensor&);
 template void run_march(const PackedPair<float>&, const March&, const MarchCall&, std::vector<Tensor>*, const Tensor&);
 
 }  // namespace fastode::resident

@@ -10,7 +10,19 @@
 #include <immintrin.h>
 #endif
 
+// Before a loop of a known, small count over what lies in registers: it is unrolled whole.
+#define FASTODE_UNROLL _Pragma("GCC unroll 64")
+
+// Whether this build has convolutions on AMX tiles; without them nothing that stores maps in bfloat16 is compiled.
+#if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__AVX512BF16__) && defined(__AVX512BW__)
+#define FASTODE_TILES 1
+#else
+#define FASTODE_TILES 0
+#endif
+
 namespace fastode {
+
+inline constexpr bool kTiles = FASTODE_TILES;
 
 #if defined(__AVX512F__)
 inline constexpr int kVectorBytes = 64;

@@ -1,5 +1,6 @@
 // The staged engine's operators on the CPU: allocate, pick the storage type, call the kernels of norm_act.h.
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
@@ -130,15 +131,16 @@ std::tuple<Tensor, Tensor, Tensor> norm_act(Tensors terms, Tensor coefs, MaybeTe
                                             double p, double q) {
   const Tensor& x = terms[0];
   const Geometry g = geometry_of(x);
-  Tensor u = terms.size() > 1 ? feature_map(x) : feature_map(x, 0), a = feature_map(x);
+  const bool combines = coefs.numel() > 0;
+  Tensor u = feature_map(x, combines ? x.size(0) : 0), a = feature_map(x);
   Tensor stats = statistics(x, given ? int64_t{kNoNorm} : norm, groups);
   const Tensor& used = given ? *given : stats;
   with_storage(x.scalar_type(), [&]<class T>(T) {
     using A = typename AccumulatorOf<T>::type;
     const Workspace<T> space(x, g);
     const auto op = norm_act_of<A>(x, weight, bias, norm, groups, eps, act, p, q);
-    Kernels<T>::forward(g, terms_of<T>(terms, pointer<double>(coefs)), op, space.scratch, given.has_value(),
-                        pointer<A>(used), pointer<T>(u), pointer<T>(a));
+    Kernels<T>::forward(g, terms_of<T>(terms, combines ? pointer<double>(coefs) : nullptr), op, space.scratch,
+                        given.has_value(), pointer<A>(used), combines ? pointer<T>(u) : nullptr, pointer<T>(a));
   });
   return {u, a, stats};
 }

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ..native.toolchain import cache_directory
+from ..native.toolchain import cache_directory, source_hash, source_root
 
 PACKAGE = Path(__file__).resolve().parents[1]
 NAME = "decisions.json"
@@ -110,6 +110,8 @@ def versions() -> str:
     digest = hashlib.sha256()
     for file in sorted((PACKAGE / "ops").rglob("*.py")):
         digest.update(file.read_bytes())
+    root = source_root(PACKAGE)
+    digest.update(source_hash(root).encode() if root is not None else b"")
     try:
         triton = metadata.version("triton")
     except metadata.PackageNotFoundError:

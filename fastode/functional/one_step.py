@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .. import checks, reference
 from ..dispatch.one_step import descent_step, run, tableau_step
-from ..tableau import Tableau
+from ..tableau import Tableau, check_tableau
 
 
 def ie_skip(
@@ -75,6 +75,6 @@ def shu_osher(x: Tensor, branch: nn.Module, tableau: Tableau) -> Tensor:
         torch.Size([2, 4, 8, 8])
     """
     checks.module("branch", branch)
-    checks.tableau(tableau)
+    check_tableau(tableau)
     make = partial(reference.ShuOsher, branch, tableau)
     return run(x, branch, tableau_step(tableau), make, lambda x: make()(x))

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..ops.maps import accumulator
-from ..ops.plan import NORM_CODE
+from .constants import BIAS, CONV_WEIGHT, NORM_CODE, RUNNING, UNIT_INTEGERS, WEIGHT
 
 
 def _map(like: Tensor, shape: Sequence[int], last: bool) -> Tensor:
@@ -27,8 +26,12 @@ def _feature_map(x: Tensor, samples: int | None = None) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
+def _accumulator(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def _vector(x: Tensor, *shape: int) -> Tensor:
-    return x.new_empty(shape, dtype=accumulator(x.dtype))
+    return x.new_empty(shape, dtype=_accumulator(x))
 
 
 def _statistics(x: Tensor, norm: int, groups: int) -> Tensor:
@@ -48,7 +51,7 @@ def _combine_pair(first: Sequence[Tensor], second: Sequence[Tensor], coefs: Tens
 def _norm_act(terms, coefs, weight, bias, stats, norm, groups, eps, act, p, q):
     x = terms[0]
     made = _statistics(x, 0 if stats is not None else norm, groups)
-    return _feature_map(x, None if len(terms) > 1 else 0), _feature_map(x), made
+    return _feature_map(x, None if coefs.numel() else 0), _feature_map(x), made
 
 
 def _norm_act_vjp(h, cot, stats, weight, bias, addends, coefs, param_grads, norm, groups, eps, act, p, q):
@@ -82,10 +85,11 @@ def _alike(x: Tensor) -> Tensor:
 
 def _met(x: Tensor, units: Sequence[int], evaluations: int) -> Tensor:
     size, channels = 0, x.shape[1]
-    for norm, _, _, out_channels, _, _, bits in zip(*(units[k::7] for k in range(7)), strict=True):
+    for at in range(0, len(units), UNIT_INTEGERS):
+        norm, _, _, out_channels, _, _, bits = units[at : at + UNIT_INTEGERS]
         size += 2 * channels if norm == NORM_CODE["batch"] else 0
-        channels = out_channels if bits & 8 else channels
-    return x.new_empty(evaluations * size, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+        channels = out_channels if bits & CONV_WEIGHT else channels
+    return x.new_empty(evaluations * size, dtype=_accumulator(x))
 
 
 def _gradients(parameters: Sequence[Tensor], wanted: bool) -> list[Tensor]:
@@ -117,16 +121,16 @@ def _bars(parameters: Sequence[Tensor], integers: Sequence[int], weight: bool, n
         return []
     wanted = [weight]
     for bits in integers[4::3]:
-        wanted += [norms] * ((bits & 1) + (bits >> 1 & 1)) + [False] * (bits >> 2 & 1) * 2
+        wanted += [norms] * (bool(bits & WEIGHT) + bool(bits & BIAS)) + [False] * (2 if bits & RUNNING else 0)
     pairs = zip(parameters, wanted, strict=True)
     return [p.new_empty(p.shape if want else (0,)) for p, want in pairs]
 
 
 def _skew_forward(y, z, parameters, integers, numbers, keep, results, y_last, z_last):
-    return _map(y, y.shape, y_last), _map(z, z.shape, z_last), []
+    return _map(y, y.shape, y_last), _map(z, z.shape, z_last), [], []
 
 
-def _skew_backward(y, z, y_bar, z_bar, kept, ends, parameters, integers, numbers, need_y, need_z, weight, norms):
+def _skew_backward(y, z, y_bar, z_bar, kept, signs, ends, parameters, integers, numbers, need_y, need_z, weight, norms):
     return (
         _alike(y) if need_y else y.new_empty(0),
         _alike(z) if need_z else z.new_empty(0),

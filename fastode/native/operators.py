@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from . import cuda, fake
+from . import cuda, fake, toolchain
 from .toolchain import (
     LIBRARY,
     BuildError,
@@ -33,10 +33,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 def source_root() -> Path | None:
     """The directory of the C++ sources: inside an installed package, beside the package in a checkout."""
-    for root in (PACKAGE / "csrc", PACKAGE.parent / "csrc"):
-        if any(root.glob("*.cpp")):
-            return root
-    return None
+    return toolchain.source_root(PACKAGE)
 
 
 def prebuilt() -> Path | None:

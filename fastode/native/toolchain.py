@@ -26,7 +26,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -69,6 +69,11 @@ _X86 = (
 LEVELS = {"x86_64": _X86, "AMD64": _X86}
 
 
+# Compiled, or read by people only. Whatever else lies beside the sources may be one, or be included by one.
+_NOT_SOURCES = frozenset({".o", ".so", ".md", ".orig", ".rej", ".swp"})
+_CONSTANT = re.compile(r"\b(k[A-Z]\w*) = (\d+)\b")
+
+
 class BuildError(Exception):
     """The operators cannot be had; the message is the one-sentence reason."""
 
@@ -98,13 +103,24 @@ def sources(root: Path) -> tuple[Path, ...]:
     return tuple(sorted([*root.glob("*.cpp"), *root.glob("cpu/*.cpp")]))
 
 
+def source_root(package: Path) -> Path | None:
+    """The directory of the C++ sources: inside an installed ``package``, beside the package in a checkout."""
+    return next((root for root in (package / "csrc", package.parent / "csrc") if any(root.glob("*.cpp"))), None)
+
+
 def source_hash(root: Path) -> str:
-    """A hash of every C++ file under ``root``, headers included, by path and content."""
+    """A hash of every source under ``root``, for whatever device and in whatever language, by path and content."""
     digest = hashlib.sha256()
-    for path in sorted(p for p in root.rglob("*") if p.suffix in {".cpp", ".h", ".hpp", ".inc"}):
+    for path in sorted(p for p in root.rglob("*") if p.is_file() and p.suffix not in _NOT_SOURCES):
         content = path.read_bytes()
         digest.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()
+
+
+def constants(root: Path) -> dict[str, int]:
+    """The numbers that ``constants.h`` under ``root`` states, by name."""
+    text = re.sub(r"//[^\n]*", "", (root / "constants.h").read_text())
+    return {name: int(value) for name, value in _CONSTANT.findall(text)}
 
 
 @functools.cache
@@ -190,8 +206,51 @@ def recipe(root: Path, machine_flags: tuple[str, ...] = NATIVE) -> Recipe:
 # ---- building
 
 
-def compile_into(made: Recipe, directory: Path, log: Path) -> Path:
+class Progress:
+    """How many files are compiled, on stderr: a bar on a terminal, elsewhere a line for every quarter of them.
+
+    Args:
+        total: the number of files.
+    """
+
+    WIDTH = 30
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self.start = total, 0, time.monotonic()
+        self.terminal = sys.stderr.isatty()
+        if self.terminal:
+            self._draw()
+
+    def advance(self) -> None:
+        """One more file is compiled."""
+        self.done += 1
+        if self.terminal:
+            self._draw()
+        elif 4 * self.done // self.total > 4 * (self.done - 1) // self.total:
+            print(f"fastode: compiled {self.done} of {self.total} files in {self._seconds()}", file=sys.stderr)
+
+    def close(self) -> None:
+        """What is printed next begins a line of its own."""
+        if self.terminal:
+            print(file=sys.stderr)
+
+    def _draw(self) -> None:
+        bar = "#" * (self.WIDTH * self.done // self.total)
+        text = f"\rfastode: [{bar:.<{self.WIDTH}}] {self.done} of {self.total} files, {self._seconds()}"
+        print(text, end="", file=sys.stderr, flush=True)
+
+    def _seconds(self) -> str:
+        return f"{time.monotonic() - self.start:.0f} s"
+
+
+def compile_into(made: Recipe, directory: Path, log: Path, *, announce: bool = False) -> Path:
     """Compile and link ``made`` in ``directory``.
+
+    Args:
+        made: what to build.
+        directory: for the objects and the library.
+        log: for all that the compiler says.
+        announce: count the compiled files on stderr.
 
     Returns:
         The library's path.
@@ -231,8 +290,16 @@ def compile_into(made: Recipe, directory: Path, log: Path) -> Path:
         [*made.compiler, *made.compile_flags, "-c", str(unit), "-o", str(object_)]
         for unit, object_ in zip(made.sources, objects, strict=True)
     ]
+    progress = Progress(len(commands)) if announce else None
+    errors = []
     with ThreadPoolExecutor(max_workers=_jobs()) as pool:
-        errors = [output for output in pool.map(run, commands) if output is not None]
+        for compiled in as_completed([pool.submit(run, command) for command in commands]):
+            if (output := compiled.result()) is not None:
+                errors.append(output)
+            elif progress and not stopped.is_set():
+                progress.advance()
+    if progress:
+        progress.close()
     library = directory / LIBRARY
     if not errors:
         linked = run([*made.compiler, *map(str, objects), *made.link_flags, "-o", str(library)])
@@ -326,7 +393,7 @@ def build(made: Recipe, cache: Path, *, announce: bool = True) -> Path:
                 shutil.rmtree(left_over, ignore_errors=True)
             work = Path(tempfile.mkdtemp(prefix=f"{made.key}.", dir=cache))
             try:
-                compile_into(made, work, cache / f"{made.key}.log")
+                compile_into(made, work, cache / f"{made.key}.log", announce=announce)
                 (work / "recipe.json").write_text(json.dumps(made.facts, indent=1))
                 if library.parent.exists():  # a directory without its library: someone tidied by hand
                     shutil.rmtree(library.parent)
@@ -361,6 +428,6 @@ def build_ahead(root: Path, package: Path) -> list[Path]:
     for level in levels():
         made = recipe(root, level.flags)
         with tempfile.TemporaryDirectory() as work:
-            library = compile_into(made, Path(work), package.parent / "fastode-build.log")
+            library = compile_into(made, Path(work), package.parent / "fastode-build.log", announce=True)
             built.append(Path(shutil.move(library, package / prebuilt_name(root, level))))
     return built

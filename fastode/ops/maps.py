@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..native.constants import MOST_TERMS
 from .plan import MaybeTensor, MaybeTensors
-
-_MOST_TERMS = 16  # csrc/cpu/norm_act.h, kMaxTerms
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -33,7 +32,7 @@ def like_reference(y: Tensor, x: Tensor) -> Tensor:
 
 def coefficients(*values: float) -> Tensor:
     """Coefficients as the operators take them."""
-    if torch.compiler.is_exporting():  # a literal tensor would be a constant of the exporter's own fake mode
+    if values and torch.compiler.is_exporting():  # a literal tensor would be a constant of the exporter's own fake mode
         return torch.cat([torch.full((1,), value, dtype=torch.float64) for value in values])
     return torch.tensor(values, dtype=torch.float64)
 
@@ -53,21 +52,21 @@ def combine_pair(first: Sequence[Tensor], second: Sequence[Tensor], coefs: Tenso
 def dots(v: Tensor, terms: Sequence[Tensor]) -> Tensor:
     """The inner products of v with each term, in the accumulator's dtype."""
     terms = in_dtype(terms, v.dtype)
-    starts = range(0, len(terms), _MOST_TERMS)
-    return torch.cat([torch.ops.fastode.dots(v, terms[start : start + _MOST_TERMS]) for start in starts])
+    starts = range(0, len(terms), MOST_TERMS)
+    return torch.cat([torch.ops.fastode.dots(v, terms[start : start + MOST_TERMS]) for start in starts])
 
 
 def few(terms: list[Tensor], coefs: Tensor) -> tuple[list[Tensor], Tensor]:
     """The same sum in no more terms than one operator takes."""
-    while len(terms) > _MOST_TERMS:
-        head = torch.ops.fastode.combine(terms[:_MOST_TERMS], coefs[:_MOST_TERMS], 0, 0.0, 0.0)
-        terms, coefs = [head, *terms[_MOST_TERMS:]], torch.cat([torch.ones_like(coefs[:1]), coefs[_MOST_TERMS:]])
+    while len(terms) > MOST_TERMS:
+        head = torch.ops.fastode.combine(terms[:MOST_TERMS], coefs[:MOST_TERMS], 0, 0.0, 0.0)
+        terms, coefs = [head, *terms[MOST_TERMS:]], torch.cat([torch.ones_like(coefs[:1]), coefs[MOST_TERMS:]])
     return terms, coefs
 
 
 def few_addends(addends: Sequence[Tensor], coefs: Tensor) -> tuple[Sequence[Tensor], Tensor]:
     """The addends of a pull-back and its coefficients, whose first is the pull-back's own, in no more terms."""
-    if len(addends) <= _MOST_TERMS:
+    if len(addends) <= MOST_TERMS:
         return addends, coefs
     return [combine(addends, coefs[1:])], torch.cat([coefs[:1], torch.ones_like(coefs[:1])])
 

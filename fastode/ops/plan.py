@@ -14,10 +14,8 @@ from torch import Tensor
 
 from ..branch.layers import TENSORS_PER_UNIT, Activation, Norm
 from ..branch.read import Unit
+from ..native.constants import ACTIVATION_CODE, NORM_CODE
 
-# The operators' codes, as csrc/cpu numbers them.
-NORM_CODE = {"group": 1, "batch": 2, "fixed": 3}
-ACTIVATION_CODE = {"relu": 1, "leaky_relu": 2, "tanh": 3, "softplus": 4, "elu": 5, "silu": 6}
 NO_NORM = (0, 1, 0.0)
 NO_ACTIVATION = (0, 0.0, 0.0)
 

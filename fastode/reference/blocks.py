@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from .. import checks, tableau
-from ..tableau import Tableau
+from ..tableau import Tableau, check_tableau
 
 # Layers whose output never shares memory with their input.
 _FRESH = (_ConvNd, _NormBase, nn.GroupNorm, nn.LayerNorm, nn.Linear)
@@ -182,7 +182,7 @@ class ShuOsher(_OneStep):
 
     def __init__(self, branch: nn.Module, tableau: Tableau) -> None:
         super().__init__(branch)
-        checks.tableau(tableau)
+        check_tableau(tableau)
         self.tableau = tableau
 
     def forward(self, x: Tensor) -> Tensor:

@@ -12,8 +12,6 @@
 
 namespace fastode::resident {
 
-enum NormMode : int64_t { kNoNorm = 0, kGroupNorm, kBatchNorm, kFixedNorm };
-
 template <class A>
 struct UnitSpec {
   int64_t norm = kNoNorm, groups = 1;

@@ -7,6 +7,10 @@
 
 namespace fastode::resident {
 
+// Whether programs in this arithmetic may multiply on tiles.
+template <class A>
+inline constexpr bool kOnTiles = kTiles && std::is_same_v<A, float>;
+
 inline constexpr int64_t kTilePixels = 16;  // of one tile; smaller maps would leave most of it empty
 
 // Whether this build has the kernels and the operating system lets this process use the tiles.

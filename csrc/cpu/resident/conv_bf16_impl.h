@@ -6,8 +6,6 @@
 #include "conv_bf16.h"
 #include "tiles.h"
 
-#define FASTODE_UNROLL _Pragma("GCC unroll 64")
-
 namespace fastode::resident {
 namespace {
 

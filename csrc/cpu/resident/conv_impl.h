@@ -1,8 +1,7 @@
 // Packing, loops around the micro-kernels, unpacking. Included by one .cpp per arithmetic type.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
+#include "../parallel.h"
 #include "conv_kernels.h"
 
 namespace fastode::resident {
@@ -39,7 +38,7 @@ void pack_weights(const ConvShape& shape, bool flip, const T* weight, const int6
           }
   };
   const int64_t cells = blocks_of<A>(shape.out_channels) / vectors * in_blocks;
-  torch::stable::parallel_for(0, cells, kCells, [&](int64_t begin, int64_t end) {
+  in_parallel(cells, kCells, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) pack_cell(n / in_blocks, n % in_blocks * lanes);
   });
 }
@@ -75,6 +74,10 @@ inline int64_t gradient_index(const ConvShape& shape, int64_t out, int64_t in, i
   return (((block * shape.kernel_h + ky) * lanes + in % lanes) * shape.kernel_w + kx) * lanes + out % lanes;
 }
 
+// Input channels of a gradient tile.
+template <class A>
+inline constexpr int kInputs = kLanes<A> < kTile / 2 ? kLanes<A> : kTile / 2;
+
 inline constexpr int64_t kPairs = 16;  // pairs handled while a gradient tile stays in registers
 
 template <class A>
@@ -84,7 +87,7 @@ void weight_gradient(const Plane<A>& plane, const ConvShape& shape, const Gradie
     weight_gradient(plane, shape, pairs, kPairs, gradient);
     return weight_gradient(plane, shape, pairs + kPairs, count - kPairs, gradient);
   }
-  constexpr int lanes = kLanes<A>, inputs = lanes < kTile / 2 ? lanes : kTile / 2;
+  constexpr int lanes = kLanes<A>, inputs = kInputs<A>;
   const bool three = taps_of(shape) == 3;
   const int64_t out_blocks = blocks_of<A>(shape.out_channels), in_blocks = blocks_of<A>(shape.in_channels);
   const int64_t vectors = three ? 1 : vectors_of<A>(shape.out_channels);
@@ -139,9 +142,28 @@ void unpack_gradient(const ConvShape& shape, const A* gradient, int64_t worker_s
           }
     }
   };
-  torch::stable::parallel_for(0, blocks_of<A>(shape.out_channels) * in_blocks, kCells, [&](int64_t begin, int64_t end) {
+  in_parallel(blocks_of<A>(shape.out_channels) * in_blocks, kCells, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) unpack_cell(n / in_blocks * lanes, n % in_blocks * lanes);
   });
 }
+
+// What resident_conv_<type>.cpp instantiates: everything above in arithmetic of A, for weights of A or of T.
+#define FASTODE_CONVOLUTIONS(keyword, A, T)                                                                         \
+  keyword template void pack_weights(const ConvShape&, bool, const A*, const int64_t*, A*);                         \
+  keyword template void pack_weights(const ConvShape&, bool, const T*, const int64_t*, A*);                         \
+  keyword template void convolve(const Plane<A>&, const ConvShape&, const A*, const A*, const ConvJob<A>*, int64_t, \
+                                 Ahead*);                                                                           \
+  keyword template void weight_gradient(const Plane<A>&, const ConvShape&, const GradientPair<A>*, int64_t, A*);    \
+  keyword template void unpack_gradient(const ConvShape&, const A*, int64_t, int64_t, A*);                          \
+  keyword template void unpack_gradient(const ConvShape&, const A*, int64_t, int64_t, T*);                          \
+  keyword template void run_plan<A, 1, 3, 1>(const ConvPlan<A>&, const ConvJob<A>*, int64_t, Ahead*);               \
+  keyword template void run_plan<A, 2, 3, 1>(const ConvPlan<A>&, const ConvJob<A>*, int64_t, Ahead*);               \
+  keyword template void run_plan<A, 1, 1, 1>(const ConvPlan<A>&, const ConvJob<A>*, int64_t, Ahead*);               \
+  keyword template void run_plan<A, 2, 1, 1>(const ConvPlan<A>&, const ConvJob<A>*, int64_t, Ahead*);               \
+  keyword template void gradient_tile<A, 1, kInputs<A>>(const GradientTile<A>*, int64_t, A*, int64_t, int64_t);     \
+  keyword template void gradient_tile<A, 2, kInputs<A>>(const GradientTile<A>*, int64_t, A*, int64_t, int64_t)
+
+FASTODE_CONVOLUTIONS(extern, float, bfloat16);
+FASTODE_CONVOLUTIONS(extern, double, float);
 
 }  // namespace fastode::resident

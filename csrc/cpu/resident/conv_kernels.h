@@ -6,8 +6,6 @@
 
 #include "conv.h"
 
-#define FASTODE_UNROLL _Pragma("GCC unroll 64")
-
 namespace fastode::resident {
 
 #if defined(__AVX512F__) || defined(__aarch64__)

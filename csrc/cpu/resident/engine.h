@@ -23,9 +23,6 @@ struct BranchArguments {
   const std::vector<double>& numbers;
 };
 
-inline constexpr int64_t kUnitIntegers = 7, kUnitNumbers = 3;
-enum Present : int64_t { kWeight = 1, kBias = 2, kRunning = 4, kConvWeight = 8, kConvBias = 16 };
-
 // Calls f with the pointer in the tensor's own type; a float64 program reads float64 and float32, others all but
 // float64.
 template <class A, class F>
@@ -103,70 +100,17 @@ struct Call {
   int64_t products_stride = 0;
 };
 
-inline int64_t workers_for(int64_t samples) {
-  return std::max<int64_t>(1, std::min<int64_t>(samples, torch::stable::get_num_threads()));
-}
+inline int64_t workers_for(int64_t samples) { return std::max<int64_t>(1, std::min(samples, thread_count())); }
 
-// The user's tensor as a program's map, if it has the program's type and its channels lie as vectors.
-template <class S, class T>
-Map<S> map_of(const Feature<T>& feature) {
-  constexpr int64_t lanes = kLanes<Number<S>>;
-  if constexpr (std::is_same_v<std::remove_const_t<T>, S>) {
-    if (feature.channel == 1 && feature.channels % lanes == 0)
-      return {
-          {const_cast<S*>(feature.data), feature.row, feature.pixel, lanes}, feature.sample, feature.channels / lanes};
-  }
-  return {};
-}
+// What a program with maps stored as S needs of the branch, and how it is recorded.
+template <class S>
+struct Recording {
+  Need need;
+  std::function<void(Branch<S>&, const Ends<S>&, const Wishes<S>&)> record;
+};
 
-// On tensors of T, with maps stored as S.
-template <template <class> class Program, class S, class T, class Rule, class A>
-void run_typed(const Call<A>& call, const Rule& rule) {
-  const BranchSpec<A>& spec = call.packed.spec;
-  const int64_t samples = call.x.size(0), workers = workers_for(samples);
-  const bool forward = call.cotangent == nullptr;
-  const Plane<A> plane(call.x.size(2), call.x.size(3), spec.halo);
-  Schedule schedule(samples, workers, group_for(samples, workers, plane.pixels(), sizeof(S)));
-  Memory<S> memory(call.x, plane, schedule, spec.couples_samples, call.kept);
-  A* gradients = spec.gradients ? static_cast<A*>(call.gradients.data_ptr()) : nullptr;
-  Branch<S> branch(spec, schedule, memory, gradients, Program<S>::need(rule));
-
-  Wishes<S> wishes;
-  wishes.parameters = spec.gradients > 0;
-  if (forward && call.packed.statistics) {
-    wishes.statistics = static_cast<A*>(call.statistics.data_ptr());
-    wishes.statistics_stride = call.packed.statistics;
-  }
-  wishes.products_stride = call.products_stride;
-  if (call.products_stride) wishes.products = static_cast<double*>(call.products.data_ptr());
-
-  const auto read = [&](const Tensor& tensor) {
-    const Feature<const T> feature = feature_of<const T>(tensor);
-    Map<S> map = map_of<S>(feature);
-    if (!map) {
-      map = memory.take(blocks_of<A>(feature.channels));
-      schedule.each([=, &plane](const Range& range) {
-        for (int64_t i = 0; i < range.count; ++i) load_sample(plane, feature, range.first + i, map.at(range, i));
-      });
-    }
-    map.pinned = true;
-    return map;
-  };
-  Ends<S> ends;
-  ends.input = read(call.x);
-  if (!forward) ends.cotangent = read(*call.cotangent);
-  const Feature<T> result = feature_of<T>(call.result);
-  ends.result = map_of<S>(result);
-  const bool apart = !ends.result;
-  if (apart) ends.result = memory.take(ends.input.blocks);
-  memory.give(ends.result);
-  Program<S>::record(branch, ends, rule, wishes);
-  if (apart)
-    schedule.each([=, &plane](const Range& range) {
-      for (int64_t i = 0; i < range.count; ++i) store_sample(plane, ends.result.at(range, i), result, range.first + i);
-    });
-  schedule.flush();
-  memory.check();
-}
+// Records a program and runs it on every sample of tensors of T.
+template <class S, class T, class A>
+void run_recorded(const Call<A>& call, const Recording<S>& recording);
 
 }  // namespace fastode::resident

@@ -26,7 +26,7 @@ void Packed<A>::read(Arena& arena, const Wanted& wanted) {
   constexpr int64_t lanes = kLanes<A>;
   const int64_t units = static_cast<int64_t>(arguments_.units.size()) / kUnitIntegers;
   spec = {};
-  spec.narrow = std::is_same_v<A, float> && lowers_;
+  spec.narrow = kOnTiles<A> && lowers_;
   statistics = 0;
   int64_t channels = channels_;
   spec.blocks = blocks_of<A>(channels);
@@ -86,7 +86,9 @@ void Packed<A>::read(Arena& arena, const Wanted& wanted) {
       unit.shape = {channels, integers[3], integers[4], integers[5]};
       spec.halo = std::max({spec.halo, integers[4] / 2, integers[5] / 2});
       const auto size = [&](const ConvShape& shape) {
-        return spec.narrow ? tile_weights_size(shape) : shape.template packed_size<A>();
+        if constexpr (kOnTiles<A>)
+          if (spec.narrow) return tile_weights_size(shape);
+        return shape.template packed_size<A>();
       };
       const bool straight = wanted.last || j + 1 < units;
       A* forward = straight ? arena.take<A>(size(unit.shape)) : nullptr;
@@ -97,7 +99,7 @@ void Packed<A>::read(Arena& arena, const Wanted& wanted) {
         with_data<A>(weight, [&](auto* data) {
           using T = std::remove_pointer_t<decltype(data)>;
           const auto pack = [&](const ConvShape& shape, bool flip, A* to) {
-            if constexpr (std::is_same_v<A, float>) {
+            if constexpr (kOnTiles<A>) {
               if (spec.narrow) return pack_tile_weights<T>(shape, flip, data, strides, to);
             }
             pack_weights<A, T>(shape, flip, data, strides, to);
@@ -150,6 +152,67 @@ std::vector<Tensor> Packed<A>::gradients(const Tensor& accumulators, int64_t wor
     if (present & kConvBias) row(unit.conv_bias_at);
   }
   return result;
+}
+
+// The user's tensor as a program's map, if it has the program's type and its channels lie as vectors.
+template <class S, class T>
+Map<S> map_of(const Feature<T>& feature) {
+  constexpr int64_t lanes = kLanes<Number<S>>;
+  if constexpr (std::is_same_v<std::remove_const_t<T>, S>) {
+    if (feature.channel == 1 && feature.channels % lanes == 0)
+      return {
+          {const_cast<S*>(feature.data), feature.row, feature.pixel, lanes}, feature.sample, feature.channels / lanes};
+  }
+  return {};
+}
+
+template <class S, class T, class A>
+void run_recorded(const Call<A>& call, const Recording<S>& recording) {
+  const BranchSpec<A>& spec = call.packed.spec;
+  const int64_t samples = call.x.size(0), workers = workers_for(samples);
+  const bool forward = call.cotangent == nullptr;
+  const Plane<A> plane(call.x.size(2), call.x.size(3), spec.halo);
+  Schedule schedule(samples, workers, group_for(samples, workers, plane.pixels(), sizeof(S)));
+  Memory<S> memory(call.x, plane, schedule, spec.couples_samples, call.kept);
+  A* gradients = spec.gradients ? static_cast<A*>(call.gradients.data_ptr()) : nullptr;
+  Branch<S> branch(spec, schedule, memory, gradients, recording.need);
+
+  Wishes<S> wishes;
+  wishes.parameters = spec.gradients > 0;
+  if (forward && call.packed.statistics) {
+    wishes.statistics = static_cast<A*>(call.statistics.data_ptr());
+    wishes.statistics_stride = call.packed.statistics;
+  }
+  wishes.products_stride = call.products_stride;
+  if (call.products_stride) wishes.products = static_cast<double*>(call.products.data_ptr());
+
+  const auto read = [&](const Tensor& tensor) {
+    const Feature<const T> feature = feature_of<const T>(tensor);
+    Map<S> map = map_of<S>(feature);
+    if (!map) {
+      map = memory.take(blocks_of<A>(feature.channels));
+      schedule.each([=, &plane](const Range& range) {
+        for (int64_t i = 0; i < range.count; ++i) load_sample(plane, feature, range.first + i, map.at(range, i));
+      });
+    }
+    map.pinned = true;
+    return map;
+  };
+  Ends<S> ends;
+  ends.input = read(call.x);
+  if (!forward) ends.cotangent = read(*call.cotangent);
+  const Feature<T> result = feature_of<T>(call.result);
+  ends.result = map_of<S>(result);
+  const bool apart = !ends.result;
+  if (apart) ends.result = memory.take(ends.input.blocks);
+  memory.give(ends.result);
+  recording.record(branch, ends, wishes);
+  if (apart)
+    schedule.each([=, &plane](const Range& range) {
+      for (int64_t i = 0; i < range.count; ++i) store_sample(plane, ends.result.at(range, i), result, range.first + i);
+    });
+  schedule.flush();
+  memory.check();
 }
 
 }  // namespace fastode::resident

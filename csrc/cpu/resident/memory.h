@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "../parallel.h"
 #include "conv_bf16.h"
 
 namespace fastode::resident {
@@ -76,7 +77,7 @@ class Schedule {
     if (workers == 1)
       work(0, 1);
     else
-      torch::stable::parallel_for(0, workers, 1, work);
+      in_parallel(workers, 1, work);
     queue_.clear();
     touched_.clear();
     down_ = !down_;

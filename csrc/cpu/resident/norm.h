@@ -27,7 +27,16 @@ struct Unary {
   ActivationArguments<A> arguments = {};
 };
 
-// Mean and sum of squared deviations of every channel, a stretch of pixels at a time, merged by Chan's formula.
+// Chan's formula: adds the mean and the squared deviations of `next` pixels to those of `seen` other ones.
+template <class V>
+inline void merge_moments(ScalarOf<V> seen, V& mean, V& squares, ScalarOf<V> next, V mean_next, V squares_next) {
+  const ScalarOf<V> share = next / (seen + next);
+  const V delta = mean_next - mean;
+  mean += delta * share;
+  squares += squares_next + delta * delta * (seen * share);
+}
+
+// Mean and sum of squared deviations of every channel, found and merged a stretch of pixels at a time.
 template <class T>
 void moments(const Plane<Number<T>>& plane, int64_t blocks, const View<T>& map, Number<T>* mean, Number<T>* squares);
 

@@ -36,10 +36,8 @@ void moments(const Plane<Number<T>>& plane, int64_t blocks, const View<T>& map, 
           const V d = at(map, b, y, x) - here;
           deviations[0] += d * d;
         }
-        const V delta = here - mean;
-        const Number<T> share = count / (seen + count);
-        mean += delta * share;
-        squares += (deviations[0] + deviations[1]) + (deviations[2] + deviations[3]) + delta * delta * (seen * share);
+        const V spread = (deviations[0] + deviations[1]) + (deviations[2] + deviations[3]);
+        merge_moments<V>(seen, mean, squares, count, here, spread);
         seen += count;
       }
     }

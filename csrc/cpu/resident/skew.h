@@ -90,7 +90,8 @@ class SkewPair {
       p_ = y_hat_, q_ = z_hat_;
     else if (backward)
       p_ = spec.shape.template narrow<A>() ? y_map(arena) : padded(arena, true), q_ = padded(arena, false);
-    if (spec.tiles) take_tiles(arena, backward);
+    if constexpr (kOnTiles<A>)
+      if (spec.tiles) take_tiles(arena, backward);
     width_ = kLanes<A> * std::max(y_blocks(), z_blocks());
     sums_ = arena.take<A>(2 * width_), means_ = arena.take<A>(2 * width_);
     scratch_ = arena.take<A>(spec.shape.template up_scratch<A>());
@@ -140,7 +141,7 @@ class SkewPair {
   void write(bool y, const Stored<A>& out, const F& f) const {
     const int64_t blocks = y ? y_blocks() : z_blocks();
     each_band(y ? y_plane : z_plane, [&](const Plane<A>& band, int64_t at) {
-      if constexpr (std::is_same_v<A, float>)
+      if constexpr (kOnTiles<A>)
         if (out.rounded.at) {
           const View<A> to = band.compact(band_);
           f(band, at, to);
@@ -194,7 +195,7 @@ class SkewPair {
   }
   // A band of a map of either half; one that has to be widened lies at `scratch` then.
   View<A> read(int which, const Stored<A>& map, const Plane<A>& band, int64_t at, A* scratch) const {
-    if constexpr (std::is_same_v<A, float>)
+    if constexpr (kOnTiles<A>)
       if (map.rounded.at) {
         const View<A> to = band.compact(scratch);
         widen_band(band, spec.norms[which].blocks(), below(map.rounded, at), to);

@@ -108,7 +108,7 @@ void skew_weight_gradient(const SkewShape& shape, const GradientPair<A>* pairs, 
   const ConvShape down = shape.down();
   if (shape.narrow_gradient<A>()) return narrow_weight_gradient(shape, pairs, count, norm, gradient, scratch, ahead);
   if (shape.stride == 1) return weight_gradient<A>(shape.y_plane<A>(), down, pairs, count, gradient);
-  constexpr int lanes = kLanes<A>, inputs = lanes < kTile / 2 ? lanes : kTile / 2;
+  constexpr int lanes = kLanes<A>, inputs = kInputs<A>;
   const int64_t out_blocks = blocks_of<A>(down.out_channels), in_blocks = blocks_of<A>(down.in_channels);
   const int64_t vectors = vectors_of<A>(down.out_channels);
   const int64_t vector_stride = in_blocks * lanes * lanes * down.kernel_h * down.kernel_w;

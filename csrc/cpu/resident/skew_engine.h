@@ -131,9 +131,16 @@ struct PairCall {
   bool backward;
   Tensor y_out, z_out;  // the slopes, or the gradients of y and z; one that is not needed is empty
   Want need;
-  bool results =
-      false;  // forward: what is kept may build on the slopes, which backward will get as `y_end` and `z_end`
+  // Forward: signs may be kept where they say enough beside the slopes, which backward then gets as `y_end` and
+  // `z_end`.
+  bool results = false;
   const Tensor *y_end = nullptr, *z_end = nullptr;
+};
+
+// What forward leaves to backward, in the order in which either takes it: guides and statistics, or statistics and
+// signs.
+struct PairKept {
+  std::vector<Tensor> traces, signs;
 };
 
 struct MarchCall {
@@ -144,7 +151,7 @@ struct MarchCall {
 
 // `kept` is made by a forward call and found by the backward one, in the same order; null: nothing is kept.
 template <class A>
-void run_pair(const PackedPair<A>& packed, const PairCall& call, std::vector<Tensor>* kept, const Tensor& gradients);
+void run_pair(const PackedPair<A>& packed, const PairCall& call, PairKept* kept, const Tensor& gradients);
 template <class A>
 void run_march(const PackedPair<A>& packed, const March& march, const MarchCall& call, std::vector<Tensor>* kept,
                const Tensor& gradients);

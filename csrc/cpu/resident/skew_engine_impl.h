@@ -1,133 +1,9 @@
-// Included by one .cpp per arithmetic type.
+// What forward keeps for backward, and the runs over all samples. Included by one .cpp per arithmetic type.
 #pragma once
 
 #include "skew_engine.h"
 
 namespace fastode::resident {
-
-template <class A>
-PackedPair<A>::PackedPair(const PairArguments& arguments, int64_t height, int64_t width, Asked asked)
-    : arguments_(arguments) {
-  Arena count(nullptr);
-  read(count, height, width, asked);
-  storage_ = new_vector(arguments.parameters[0], count.used() / static_cast<int64_t>(sizeof(A)), scalar_type<A>());
-  Arena arena(storage_.data_ptr());
-  read(arena, height, width, asked);
-  arena.check();
-}
-
-// Takes every row and weight from the arena; fills them where it has memory.
-template <class A>
-void PackedPair<A>::read(Arena& arena, int64_t height, int64_t width, Asked asked) {
-  constexpr int64_t lanes = kLanes<A>;
-  const Tensor& weight = arguments_.parameters[0];
-  const int64_t* integers = arguments_.integers.data();
-  const double* numbers = arguments_.numbers.data();
-  spec = {};
-  spec.shape = {weight.size(0), weight.size(1), weight.size(2), integers[0], height, width};
-  spec.act = {integers[1], {static_cast<A>(numbers[1]), static_cast<A>(numbers[2])}};
-  spec.tells = spec.act.kind == kIdentity || spec.act.kind == kRelu || (spec.act.kind == kLeakyRelu && numbers[1] > 0);
-  spec.gamma = static_cast<A>(numbers[0]);
-  const int64_t length = lanes * blocks_of<A>(std::max(weight.size(0), weight.size(1)));
-  const auto constant = [&](A value, int64_t count) {
-    A* row = arena.take<A>(length);
-    if (row) std::fill(row, row + count, value), std::fill(row + count, row + length, A(0));
-    return row;
-  };
-  spec.zeros = constant(0, 0), spec.ones = constant(1, length);
-  size_t next = 1;
-  const auto row_of = [&](int64_t count) {
-    const Tensor& tensor = arguments_.parameters[next++];
-    A* row = constant(0, 0);
-    const int64_t stride = tensor.strides()[0];
-    if (row)
-      with_data<A>(tensor, [&](auto* data) {
-        for (int64_t c = 0; c < count; ++c) row[c] = to_accumulator<A>(data[c * stride]);
-      });
-    return row;
-  };
-  const auto accumulate = [&](int64_t count, bool wanted) {
-    if (!wanted) return int64_t{-1};
-    spec.gradients += divide_up(count, 16) * 16;
-    return spec.gradients - divide_up(count, 16) * 16;
-  };
-  for (int which = 0; which < kPairNorms; ++which) {
-    PairNorm<A>& norm = spec.norms[which];
-    const int64_t* code = integers + 2 + 3 * which;
-    const int64_t present = code[2];
-    norm.mode = code[0], norm.groups = code[1], norm.eps = numbers[3 + which];
-    norm.channels = which == kPreY || which == kPostY ? spec.shape.channels : spec.shape.in_channels;
-    norm.weight = present & kWeight ? row_of(norm.channels) : constant(1, norm.channels);
-    norm.bias = present & kBias ? row_of(norm.channels) : spec.zeros;
-    norm.weight_at = accumulate(norm.channels, asked.norms && (present & kWeight));
-    norm.bias_at = accumulate(norm.channels, asked.norms && (present & kBias));
-    norm.mean = present & kRunning ? row_of(norm.channels) : spec.zeros;
-    A* rstd = present & kRunning ? row_of(norm.channels) : constant(1, norm.channels);
-    for (int64_t c = 0; rstd && (present & kRunning) && c < norm.channels; ++c)
-      rstd[c] = static_cast<A>(1 / std::sqrt(static_cast<double>(rstd[c]) + norm.eps));
-    norm.rstd = rstd;
-    A* unit = constant(0, 0);
-    for (int64_t c = 0; unit && c < norm.channels; ++c) unit[c] = 1 / norm.weight[c];
-    norm.unit = unit;
-    norm.statistics_at = spec.statistics;
-    if (norm.measured()) spec.statistics += 2 * norm.blocks() * lanes;
-  }
-  // As PyTorch's convolutions multiply such tensors; smaller maps would leave most of a tile empty.
-  if (std::is_same_v<A, float> && weight.scalar_type() == ScalarType::BFloat16 && height * width >= kTilePixels &&
-      has_tiles())
-    spec.tiles = SkewTiles(spec.shape);
-  A* down = arena.take<A>(spec.tiles ? spec.tiles.down_size() : spec.shape.template down_size<A>());
-  A* up = arena.take<A>(spec.tiles ? spec.tiles.up_size() : spec.shape.template up_size<A>());
-  if (down) {
-    int64_t strides[4];
-    for (int d = 0; d < 4; ++d) strides[d] = weight.strides()[d];
-    with_data<A>(weight, [&](auto* data) {
-      if constexpr (std::is_same_v<A, float>)
-        if (spec.tiles) return spec.tiles.pack(data, strides, down, up);
-      pack_skew(spec.shape, data, strides, down, up);
-    });
-  }
-  spec.down = down, spec.up = up;
-  spec.weight_at = accumulate(spec.shape.down().template gradient_size<A>(), asked.weight);
-}
-
-template <class A>
-std::vector<Tensor> PackedPair<A>::gradients(const Tensor& accumulators, int64_t workers) const {
-  const A* base = static_cast<const A*>(accumulators.data_ptr());
-  const std::vector<Tensor>& parameters = arguments_.parameters;
-  std::vector<Tensor> result;
-  const auto next = [&](int64_t length) -> const Tensor& {
-    const Tensor& parameter = parameters[result.size()];
-    return result.emplace_back(new_vector(parameter, length, parameter.scalar_type()));
-  };
-  if (spec.weight_at >= 0) {
-    result.push_back(fresh(torch::stable::empty(parameters[0].sizes(), parameters[0].scalar_type())));
-    with_data<A>(result[0], [&](auto* data) {
-      unpack_gradient(spec.shape.down(), base + spec.weight_at, spec.gradients, workers, data);
-    });
-  } else {
-    next(0);
-  }
-  const auto row = [&](int64_t at, int64_t channels) {
-    if (at < 0) return void(next(0));
-    with_data<A>(next(channels), [&](auto* sums) {
-      using T = std::remove_pointer_t<decltype(sums)>;
-      for (int64_t c = 0; c < channels; ++c) {
-        A sum = base[at + c];
-        for (int64_t w = 1; w < workers; ++w) sum += base[w * spec.gradients + at + c];
-        sums[c] = to_storage<T>(sum);
-      }
-    });
-  };
-  for (int which = 0; which < kPairNorms; ++which) {
-    const PairNorm<A>& norm = spec.norms[which];
-    const int64_t present = arguments_.integers[4 + 3 * which];
-    if (present & kWeight) row(norm.weight_at, norm.channels);
-    if (present & kBias) row(norm.bias_at, norm.channels);
-    for (int k = 0; k < 2 && (present & kRunning); ++k) row(-1, 0);
-  }
-  return result;
-}
 
 // The kept tensors as traces: a guide for each slope that is made, y's only if asked for, then the statistics; `make`
 // creates them.
@@ -151,32 +27,31 @@ Traces<A> kept_traces(const SkewPair<A>& pair, const March& march, std::vector<T
   return traces;
 }
 
-// What the pair alone leaves to its pull-back: guides or, with the results, signs; statistics either way.
+// What the pair alone leaves to its pull-back: statistics, and either guides or the signs of the results.
 template <class A>
 struct KeptPair {
   Traces<A> traces;
-  A *y_signs = nullptr, *z_signs = nullptr;  // of the batch, y's only where it is not made again
+  A *y_signs = nullptr, *z_signs = nullptr;  // of the batch; no y where it is made again
   int64_t y_size = 0, z_size = 0;            // of a sample's
 };
 
-// As kept_traces.
+// As kept_traces; with `by_results` there are signs.
 template <class A>
-KeptPair<A> kept_pair(const SkewPair<A>& pair, bool by_results, std::vector<Tensor>& kept, const Tensor& like,
-                      bool make) {
+KeptPair<A> kept_pair(const SkewPair<A>& pair, bool by_results, PairKept& kept, const Tensor& like, bool make) {
   static constexpr int64_t both[2] = {1, 1}, neither[2] = {0, 0};
   const bool y = !pair.spec.shape.template narrow<A>();
   KeptPair<A> found;
-  found.traces = kept_traces(pair, March{1, 1, nullptr, nullptr, by_results ? neither : both}, kept, like, make, y);
+  const March march{1, 1, nullptr, nullptr, by_results ? neither : both};
+  found.traces = kept_traces(pair, march, kept.traces, like, make, y);
   if (!by_results) return found;
-  size_t next = 1;
+  size_t next = 0;
   const auto take = [&](const Plane<A>& plane, int64_t blocks, int64_t& size) {
     size = blocks * Signs<A>(plane, nullptr).block;
-    if (make) kept.push_back(new_vector(like, size * like.size(0), scalar_type<A>()));
-    return static_cast<A*>(kept[next++].data_ptr());
+    if (make) kept.signs.push_back(new_vector(like, size * like.size(0), scalar_type<A>()));
+    return static_cast<A*>(kept.signs[next++].data_ptr());
   };
   if (y) found.y_signs = take(pair.y_plane, pair.y_blocks(), found.y_size);
   found.z_signs = take(pair.z_plane, pair.z_blocks(), found.z_size);
-  if (make) kept.push_back(new_vector(like, 0, scalar_type<A>()));  // one more than guides would be
   return found;
 }
 
@@ -190,7 +65,7 @@ void each_worker(const Tensor& like, const Make& make) {
   const Tensor scratch = new_vector(like, workers * bytes / static_cast<int64_t>(sizeof(A)), scalar_type<A>());
   std::vector<Arena> arenas;
   for (int64_t w = 0; w < workers; ++w) arenas.emplace_back(static_cast<char*>(scratch.data_ptr()) + w * bytes);
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+  in_parallel(workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t w = begin; w < end; ++w) {
       auto worker = make(arenas[w], w);
       for (int64_t n = w * samples / workers; n < (w + 1) * samples / workers; ++n) worker(n);
@@ -382,14 +257,13 @@ class PairWorker {
 };
 
 template <class A>
-void run_pair(const PackedPair<A>& packed, const PairCall& call, std::vector<Tensor>* kept, const Tensor& gradients) {
+void run_pair(const PackedPair<A>& packed, const PairCall& call, PairKept* kept, const Tensor& gradients) {
   KeptPair<A> found;
   if (kept) {
     Arena none(nullptr);
     const SkewPair<A> pair(packed.spec, none, false);
-    const size_t guides = packed.spec.shape.template narrow<A>() ? 2 : 3;  // with the statistics
     const bool by_results = call.backward
-                                ? kept->size() > guides
+                                ? !kept->signs.empty()
                                 : call.results && call.y.scalar_type() == scalar_type<A>() && pair.results_tell();
     found = kept_pair(pair, by_results, *kept, call.y, !call.backward);
   }

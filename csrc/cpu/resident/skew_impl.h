@@ -26,7 +26,7 @@ void SkewPair<A>::add_moments(int which, const Plane<A>& band, int64_t y, const 
   A* found = y == 0 ? sums_ : means_;
   moments<A>(band, norm.blocks(), rows, found, found + width_);
   if (y > 0)
-    merge_moments<A>(norm.blocks(), y * band.width, band.pixels(), means_, means_ + width_, sums_, sums_ + width_);
+    merge_band_moments<A>(norm.blocks(), y * band.width, band.pixels(), means_, means_ + width_, sums_, sums_ + width_);
 }
 
 template <class A>
@@ -80,7 +80,7 @@ void SkewPair<A>::take_tiles(Arena& arena, bool backward) {
 
 template <class A>
 void SkewPair<A>::round(bool y, const Plane<A>& band, int64_t at, const View<A>& from, const Rounded& to) const {
-  if constexpr (std::is_same_v<A, float>) spec.tiles.round(y, from, at, band.height, y ? to.y : to.z);
+  if constexpr (kOnTiles<A>) spec.tiles.round(y, from, at, band.height, y ? to.y : to.z);
 }
 
 template <class A>
@@ -104,7 +104,7 @@ void SkewPair<A>::feed(int which, const Stored<A>& point, const A* statistics, b
 template <class A>
 void SkewPair<A>::down(bool cotangent, const Plane<A>& band, int64_t at, const View<A>& out,
                        const Combine<A>& combine) const {
-  if constexpr (std::is_same_v<A, float>)
+  if constexpr (kOnTiles<A>)
     if (spec.tiles)
       return spec.tiles.down(spec.down, cotangent ? bar_.z : hat_.z, at, band.height, below(out, at),
                              below(combine, at), ahead);
@@ -116,7 +116,7 @@ void SkewPair<A>::down(bool cotangent, const Plane<A>& band, int64_t at, const V
 
 template <class A>
 void SkewPair<A>::up(bool cotangent, const View<A>& out, const Combine<A>& combine) const {
-  if constexpr (std::is_same_v<A, float>)
+  if constexpr (kOnTiles<A>)
     if (spec.tiles) return spec.tiles.up(spec.up, cotangent ? bar_.y : hat_.y, 0, y_plane.height, out, combine, ahead);
   skew_up<A>(spec.shape, spec.up, nullptr, {cotangent ? p_ : y_hat_, out, combine}, scratch_, ahead);
 }
@@ -238,7 +238,7 @@ void SkewPair<A>::add_weight_gradient(const Point<A>& point, const Trace<A>& tra
   if (has_p) feed(kPreZ, point.z, trace.statistics, false);
   const bool normalises = !spec.tiles && spec.shape.template narrow_gradient<A>();
   if (has_q && !normalises) feed(kPreY, point.y, trace.statistics, false);
-  if constexpr (std::is_same_v<A, float>) {
+  if constexpr (kOnTiles<A>) {
     if (has_p && spec.tiles) spec.tiles.weight_gradient(hat_.z, bar_.y, gradient, tile_scratch_);
     if (has_q && spec.tiles) spec.tiles.weight_gradient(bar_.z, hat_.y, gradient, tile_scratch_);
   }

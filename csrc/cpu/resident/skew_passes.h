@@ -130,11 +130,10 @@ template <class A>
 void add_repeated(const Plane<A>& plane, int64_t in_channels, int64_t channels, int64_t stride, const View<A>& in,
                   const View<A>& out);
 
-// Of a map with the moments `mean` and `squares` of its first `seen` pixels: those with the next ones, whose moments
-// are at `mean_next` and `squares_next`, by Chan's formula.
+// merge_moments of rows: those of a map's first `seen` pixels with those of the `next` ones.
 template <class A>
-void merge_moments(int64_t blocks, int64_t seen, int64_t next, const A* mean_next, const A* squares_next, A* mean,
-                   A* squares);
+void merge_band_moments(int64_t blocks, int64_t seen, int64_t next, const A* mean_next, const A* squares_next, A* mean,
+                        A* squares);
 
 // Mean and reciprocal deviation of the groups of one sample, for every channel, from its channels' moments.
 template <class A>

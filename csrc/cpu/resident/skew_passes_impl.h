@@ -174,8 +174,6 @@ void each_repeated(const Plane<A>& plane, int64_t in_channels, int64_t channels,
     for (int64_t x = 0; x < plane.width; ++x) f(y, x, blocks_of<A>(in_channels), blocks_of<A>(channels) * lanes);
 }
 
-inline constexpr int64_t kMostRepeated = 1024;  // channels of the input
-
 // The same where a pixel's channels are at most half a vector: block b of the repeated ones begins at channel b * lanes
 // % in_channels, and so there are few different blocks.
 template <class A, int in_channels>
@@ -241,7 +239,7 @@ void repeat_channels(const Plane<A>& plane, int64_t in_channels, int64_t channel
   constexpr int64_t lanes = kLanes<A>;
   const auto few = [&](auto count) { FewChannels<A, count()>::repeat(plane, channels, stride, in, out); };
   if (with_few<lanes / 2>(in_channels, few)) return;
-  A row[kMostRepeated + 2 * lanes];
+  A row[kMostChannels + 2 * lanes];
   each_repeated(plane, in_channels, channels, [&](int64_t y, int64_t x, int64_t in_blocks, int64_t end) {
     for (int64_t b = 0; b < in_blocks; ++b) store<V>(row + b * lanes, load<V>(in.pixel_at(b, y * stride, x * stride)));
     for (int64_t c = 0; c < lanes; ++c) row[in_channels + c] = row[c % in_channels];
@@ -260,7 +258,7 @@ void add_repeated(const Plane<A>& plane, int64_t in_channels, int64_t channels, 
   constexpr int64_t lanes = kLanes<A>;
   const auto few = [&](auto count) { FewChannels<A, count()>::add(plane, channels, stride, in, out); };
   if (with_few<lanes / 2>(in_channels, few)) return;
-  A row[kMostRepeated + 2 * lanes];
+  A row[kMostChannels + 2 * lanes];
   each_repeated(plane, in_channels, channels, [&](int64_t y, int64_t x, int64_t in_blocks, int64_t end) {
     std::fill(row, row + in_channels + lanes, A(0));
     for (int64_t c = 0; c < end; c += lanes) {
@@ -284,14 +282,15 @@ void add_repeated(const Plane<A>& plane, int64_t in_channels, int64_t channels, 
 }
 
 template <class A>
-void merge_moments(int64_t blocks, int64_t seen, int64_t next, const A* mean_next, const A* squares_next, A* mean,
-                   A* squares) {
+void merge_band_moments(int64_t blocks, int64_t seen, int64_t next, const A* mean_next, const A* squares_next, A* mean,
+                        A* squares) {
   using V = Vec<A>;
-  const A share = static_cast<A>(next) / static_cast<A>(seen + next), weight = share * static_cast<A>(seen);
   for (int64_t at = 0; at < blocks * kLanes<A>; at += kLanes<A>) {
-    const V before = load<V>(mean + at), delta = load<V>(mean_next + at) - before;
-    store<V>(mean + at, before + delta * share);
-    store<V>(squares + at, load<V>(squares + at) + load<V>(squares_next + at) + delta * delta * weight);
+    V merged_mean = load<V>(mean + at), merged_squares = load<V>(squares + at);
+    merge_moments<V>(static_cast<A>(seen), merged_mean, merged_squares, static_cast<A>(next), load<V>(mean_next + at),
+                     load<V>(squares_next + at));
+    store<V>(mean + at, merged_mean);
+    store<V>(squares + at, merged_squares);
   }
 }
 

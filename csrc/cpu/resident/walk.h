@@ -6,8 +6,6 @@
 
 #include "norm.h"
 
-#define FASTODE_UNROLL _Pragma("GCC unroll 8")
-
 namespace fastode::resident {
 namespace {
 

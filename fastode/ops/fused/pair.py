@@ -168,7 +168,7 @@ def _point(pair: Pair, which: int, tensors: MaybeTensors, terms: Sequence[Tensor
     """The combination of terms, made if there are several, with its norm and the statistics of that."""
     norm = pair.norms[which]
     own = norm is not None and norm.mode != "fixed"
-    if coefs is not None and (len(terms) == 1 or not own):
+    if coefs is not None and not own:
         terms, coefs = [combine(terms, coefs)], None
     point = terms[0]
     if norm is None:

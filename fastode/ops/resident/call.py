@@ -7,9 +7,11 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from ...branch.layers import TENSORS_PER_UNIT
-from ..plan import ACTIVATION_CODE, NORM_CODE, MaybeTensor, MaybeTensors, Plan
+from ...native.constants import ACTIVATION_CODE, BIAS, CONV_BIAS, CONV_WEIGHT, NORM_CODE, RUNNING, WEIGHT
+from ..plan import MaybeTensor, MaybeTensors, Plan
 
-_PRESENT = (1, 2, 4, 0, 8, 16)  # the bit of each of a unit's tensors; running mean and variance come together
+# The bit of each of a unit's tensors; running mean and variance come together.
+_PRESENT = (WEIGHT, BIAS, RUNNING, 0, CONV_WEIGHT, CONV_BIAS)
 
 Branch = tuple[list[Tensor], list[int], list[float]]
 

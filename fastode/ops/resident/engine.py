@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...native.constants import MOST_PAIR_CHANNELS
 from ..engine import Call, OperatorEngine
 from ..plan import MaybeTensors, Plan
 from ..schemes.skew_pair.pair import Pair
@@ -67,8 +68,8 @@ def _refuses_pair(pair: Pair, tensors: MaybeTensors, states: Sequence[Tensor]) -
         return "a batch norm of the skew pair couples the samples, which it takes one by one"
     if any(pair.tracked):
         return "it has no running statistics of an instance norm"
-    if max(weight.shape[:2]) > skew.MOST_CHANNELS:
-        return f"it has the skew pair for at most {skew.MOST_CHANNELS} channels"
+    if max(weight.shape[:2]) > MOST_PAIR_CHANNELS:
+        return f"it has the skew pair for at most {MOST_PAIR_CHANNELS} channels"
     return _refuses_dtypes(pair.lower, tensors, states[-1] if states else None)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...native.constants import BIAS, RUNNING, WEIGHT
 from ..function import gradients
 from ..maps import is_channels_last
 from ..plan import TENSORS_PER_NORM, MaybeTensor, MaybeTensors, activation_codes, norm_codes
@@ -22,9 +23,7 @@ from .call import beside
 from .functions import keeps, keeps_beside
 
 # The bit of each of a norm's tensors; running mean and variance come together.
-_PRESENT = (1, 2, 4, 0)
-
-MOST_CHANNELS = 1024  # csrc/cpu/resident/skew_passes_impl.h, kMostRepeated
+_PRESENT = (WEIGHT, BIAS, RUNNING, 0)
 
 PairCode = tuple[list[Tensor], list[int], list[float]]
 
@@ -77,23 +76,23 @@ class ResidentSkewFunction(torch.autograd.Function):
         assert weight is not None
         # The memory formats that PyTorch's convolution and its transpose give the slopes.
         last = [is_channels_last(x) or is_channels_last(weight) for x in (z, y)]
-        left = keeps_beside(ctx)
-        dy, dz, kept = torch.ops.fastode.resident_skew_forward.default(
-            y, z, *encode(pair, tensors), keeps(ctx), left, last[0], last[1]
+        dy, dz, kept, signs = torch.ops.fastode.resident_skew_forward.default(
+            y, z, *encode(pair, tensors), keeps(ctx), keeps_beside(ctx), last[0], last[1]
         )
-        # Beside the saved tensors, which may not be written to: the slopes are the user's.
-        ctx.slopes = [dy.detach(), dz.detach()] if left else []
-        ctx.save_for_backward(y, z, *tensors, *kept)
-        ctx.pair, ctx.rerun, ctx.count = pair, rerun, 2 + len(tensors)
+        # Signs are read beside the slopes. These are the user's, who may write to them, and so no saved tensors.
+        ctx.slopes = [dy.detach(), dz.detach()] if signs else []
+        ctx.save_for_backward(y, z, *tensors, *signs, *kept)
+        ctx.pair, ctx.rerun, ctx.count, ctx.signs = pair, rerun, 2 + len(tensors), len(signs)
         ctx.set_materialize_grads(False)
         return dy, dz
 
     @staticmethod
     def backward(ctx: Any, dy_bar: MaybeTensor, dz_bar: MaybeTensor) -> tuple[MaybeTensor, ...]:
         saved = ctx.saved_tensors
-        given, kept, slopes = saved[: ctx.count], saved[ctx.count :], _slopes_of(ctx)
+        given, left, slopes = saved[: ctx.count], saved[ctx.count :], _slopes_of(ctx)
+        signs, kept = left[: ctx.signs], left[ctx.signs :]
         if any(slope._version for slope in slopes):  # written over since: everything is evaluated again
-            kept, slopes = (), []
+            kept, signs, slopes = (), (), []
 
         def pull(bars: Sequence[MaybeTensor], wanted: Sequence[bool]) -> list[MaybeTensor]:
             y, z, *tensors = given
@@ -101,7 +100,16 @@ class ResidentSkewFunction(torch.autograd.Function):
             ends = (wanted[0] and used[0], wanted[1] and used[1])
             asked = _of_tensors(used, wanted[2:])
             y_bar, z_bar, found = torch.ops.fastode.resident_skew_backward.default(
-                y, z, *bars, list(kept), slopes, *encode(ctx.pair, tensors), *ends, asked[0], any(asked[1:])
+                y,
+                z,
+                *bars,
+                list(kept),
+                list(signs),
+                slopes,
+                *encode(ctx.pair, tensors),
+                *ends,
+                asked[0],
+                any(asked[1:]),
             )
             return [*_only((y_bar, z_bar), ends), *_only(beside(tensors, found), asked)]
 

@@ -145,8 +145,11 @@ def _activate(pair: Pair, image: Tensor, state: MaybeTensor) -> tuple[Tensor, Te
     if tells_its_derivative(pair.activation):
         slope = torch.ops.fastode.combine(terms, coefs, *codes)
         return slope, slope
-    h, slope, _ = torch.ops.fastode.norm_act(terms, coefs, None, None, None, *NO_NORM, *codes)
-    return (image if len(terms) == 1 else h), slope
+    alone = len(terms) == 1  # with a coefficient of one
+    h, slope, _ = torch.ops.fastode.norm_act(
+        terms, coefficients() if alone else coefs, None, None, None, *NO_NORM, *codes
+    )
+    return (image if alone else h), slope
 
 
 def tells_its_derivative(activation: Activation) -> bool:
@@ -159,16 +162,18 @@ def _normalise(
 ) -> tuple[Tensor, Tensor, MaybeTensor]:
     """The combination of terms, its norm, and the norm's statistics."""
     norm = pair.norms[which]
-    if coefs is not None and (len(terms) == 1 or norm is None):
+    if coefs is not None and norm is None:
         terms, coefs = [combine(terms, coefs)], None
     if norm is None:
         return terms[0], terms[0], None
     terms = promoted(terms)
     weight, bias = norm_tensors(tensors, norm_at(which), terms[0].dtype)
     given = fixed_statistics(tensors, norm_at(which), terms[0].dtype)
-    coefs = coefficients(1.0) if coefs is None else coefs
-    u, normed, made = torch.ops.fastode.norm_act(terms, coefs, weight, bias, given, *norm_codes(norm), *NO_ACTIVATION)
-    return (terms[0] if len(terms) == 1 else u), normed, made if given is None else given
+    given_coefs = coefficients() if coefs is None else coefs
+    u, normed, made = torch.ops.fastode.norm_act(
+        terms, given_coefs, weight, bias, given, *norm_codes(norm), *NO_ACTIVATION
+    )
+    return (terms[0] if coefs is None else u), normed, made if given is None else given
 
 
 def normalised_again(pair: Pair, which: int, tensors: MaybeTensors, point: Tensor, stats: MaybeTensor) -> Tensor:
@@ -177,9 +182,9 @@ def normalised_again(pair: Pair, which: int, tensors: MaybeTensors, point: Tenso
     if norm is None:
         return point
     weight, bias = norm_tensors(tensors, norm_at(which), point.dtype)
-    return torch.ops.fastode.norm_act(
-        [point], coefficients(1.0), weight, bias, stats, *norm_codes(norm), *NO_ACTIVATION
-    )[1]
+    return torch.ops.fastode.norm_act([point], coefficients(), weight, bias, stats, *norm_codes(norm), *NO_ACTIVATION)[
+        1
+    ]
 
 
 def pull_slope(

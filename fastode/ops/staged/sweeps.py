@@ -207,17 +207,18 @@ def _pass(
     norm's statistics (given or made).
     """
     unit, at = plan.units[index], index * TENSORS_PER_UNIT
-    if coefs is not None and (len(terms) == 1 or not _has_pass(unit)):
+    if coefs is not None and not _has_pass(unit):
         terms, coefs = [combine(terms, coefs)], None
     x = terms[0]
     if not _has_pass(unit):
         return x, x, x.new_empty(0, dtype=accumulator(x.dtype))
     if statistics is None and unit.norm is not None and unit.norm.mode == "fixed":
         statistics = fixed_statistics(tensors, at, x.dtype)
-    coefs = coefficients(1.0) if coefs is None else coefs
     weight, bias = norm_tensors(tensors, at, x.dtype)
-    u, a, made = torch.ops.fastode.norm_act(terms, coefs, weight, bias, statistics, *codes(unit))
-    return x if len(terms) == 1 else u, a, made if statistics is None else statistics
+    u, a, made = torch.ops.fastode.norm_act(
+        terms, coefficients() if coefs is None else coefs, weight, bias, statistics, *codes(unit)
+    )
+    return x if coefs is None else u, a, made if statistics is None else statistics
 
 
 def _dual_pass(

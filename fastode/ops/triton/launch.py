@@ -11,10 +11,11 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from ..._constants import NORM_CODE
 from . import conv_plan, plan
 from .finish import finish_moments_kernel, finish_sums_kernel, sum_samples_kernel
 
-NONE, GROUP, BATCH, FIXED = range(4)
+NONE, GROUP, BATCH, FIXED = 0, *(NORM_CODE[mode] for mode in ("group", "batch", "fixed"))
 MaybeTensor = Tensor | None
 Pair = tuple[Tensor, Tensor]
 Shape = dict[str, Any]

@@ -72,7 +72,7 @@ def norm_act(
 ) -> Triple:  # fmt: skip
     x = terms[0]
     unit = Unit(x, norm, groups, eps, act, p, q)
-    several = len(terms) > 1
+    several = coefs.numel() > 0
     u, a = feature_map(x, None if several else 0), feature_map(x)
     made = unit.statistics() if stats is None else vector(x, 2, 0)
     if not x.numel():

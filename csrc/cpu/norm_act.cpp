@@ -2,6 +2,8 @@
 
 namespace fastode {
 
+template struct Kernels<float>;
 template struct Kernels<double>;
+template struct Kernels<bfloat16>;
 
 }  // namespace fastode

@@ -1,0 +1,49 @@
+// The numbers that C++ and Python must agree on. Python reads them from this very text (fastode/_constants.py), so each
+// is written as `name = integer`.
+#pragma once
+
+#include <cstdint>
+
+namespace fastode {
+
+enum NormMode : int64_t {
+  kNoNorm = 0,
+  kGroupNorm = 1,
+  kBatchNorm = 2,
+  kFixedNorm = 3,  // with given statistics
+};
+
+enum Activation : int64_t {
+  kIdentity = 0,
+  kRelu = 1,
+  kLeakyRelu = 2,
+  kTanh = 3,
+  kSoftplus = 4,
+  kElu = 5,
+  kSilu = 6,
+  kActivationCount = 7,
+};
+
+// The terms of one combination, at most.
+inline constexpr int64_t kMostTerms = 16;
+
+namespace resident {
+
+// The channels of either state of a skew pair, at most: a pixel's lie on the stack.
+inline constexpr int64_t kMostChannels = 1024;
+
+// How many integers and numbers describe a unit (engine.h).
+inline constexpr int64_t kUnitIntegers = 7;
+inline constexpr int64_t kUnitNumbers = 3;
+
+// The bits that say which of a unit's or a norm's tensors are present. Running mean and variance come together.
+enum Present : int64_t {
+  kWeight = 1,
+  kBias = 2,
+  kRunning = 4,
+  kConvWeight = 8,
+  kConvBias = 16,
+};
+
+}  // namespace resident
+}  // namespace fastode

@@ -1,7 +1,0 @@
-#include "norm_act_tangent_impl.h"
-
-namespace fastode {
-
-template struct Kernels<bfloat16>;
-
-}  // namespace fastode

@@ -1,8 +1,0 @@
-#include "resident/run_impl.h"
-
-namespace fastode::resident {
-
-template void run<SchemeForward>(const Call<double>&, const Scheme&);
-template void run<SchemeBackward>(const Call<double>&, const Scheme&);
-
-}  // namespace fastode::resident

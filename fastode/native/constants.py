@@ -1,0 +1,37 @@
+"""The numbers that C++ and Python must agree on, as csrc/constants.h states them.
+
+They are read from its text rather than asked of an operator: so they are there where no compiler is and before anything
+is built, and torch.compile sees plain integers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .toolchain import constants, source_root
+
+_ROOT = source_root(Path(__file__).resolve().parents[1])
+if _ROOT is None:
+    raise ImportError(
+        f"fastode was installed without its C++ sources: csrc/ is missing beside {Path(__file__).parents[1]}"
+    )
+_FOUND = constants(_ROOT)
+
+# The operators' codes.
+NORM_CODE = {"group": _FOUND["kGroupNorm"], "batch": _FOUND["kBatchNorm"], "fixed": _FOUND["kFixedNorm"]}
+ACTIVATION_CODE = {
+    "relu": _FOUND["kRelu"],
+    "leaky_relu": _FOUND["kLeakyRelu"],
+    "tanh": _FOUND["kTanh"],
+    "softplus": _FOUND["kSoftplus"],
+    "elu": _FOUND["kElu"],
+    "silu": _FOUND["kSilu"],
+}
+
+MOST_TERMS = _FOUND["kMostTerms"]
+MOST_PAIR_CHANNELS = _FOUND["kMostChannels"]
+
+UNIT_INTEGERS = _FOUND["kUnitIntegers"]
+# The bits of what is present of a norm and of a convolution.
+WEIGHT, BIAS, RUNNING = _FOUND["kWeight"], _FOUND["kBias"], _FOUND["kRunning"]
+CONV_WEIGHT, CONV_BIAS = _FOUND["kConvWeight"], _FOUND["kConvBias"]
