@@ -11,7 +11,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..._constants import NORM_CODE
+from ...native.constants import NORM_CODE
 from . import conv_plan, plan
 from .finish import finish_moments_kernel, finish_sums_kernel, sum_samples_kernel
 
