@@ -11,8 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 
 import fastode
-from fastode import _build, _decisions, _dispatch
+from fastode import _build, _decisions, _dispatch, _rule
 
+# The measured rule by which "auto" chooses on a CPU, which benchmarks/choose.py writes, and a line of it.
+rule, Line = _rule, _rule.Line
 # The engines that fuse something, in the project's order of preference.
 FUSED_ENGINES: tuple[str, ...] = tuple(name for name in _dispatch.ENGINES if name not in ("auto", "reference"))
 # The file of what trials on cards have decided, and the package's folder, where one of that name may be shipped.
