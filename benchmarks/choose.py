@@ -23,11 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from fastode import reference
-from fastode.ops.resident import rule as measured
-from fastode.ops.resident.rule import Line
 from fastode.testing import compare_blocks, sample_input
 
 from . import contenders, header, timing, workloads
+from .inside import Line, rule
 
 MINUTES = 7.0
 ENGINES = ("resident", "staged")
@@ -161,7 +160,7 @@ def draw(points: Mapping[str, Point], threads: int, itemsize: int) -> Line:
     sizes = sorted({_kb(text, itemsize) for text in full})
     pixels = sorted({read_name(text)[1] ** 2 for text in full})
     if not any(gain(p) > 0 for p in full.values()):
-        return replace(measured.NEVER, why=_why(points, measured.NEVER, threads, itemsize))
+        return replace(rule.NEVER, why=_why(points, rule.NEVER, threads, itemsize))
     best: tuple[float, int, float] | None = None
     line = Line()
     for c, kb, px in itertools.product(channels, sizes, [None, *pixels[1:]]):
@@ -222,14 +221,14 @@ def write(path: Path, points: Points, left_out: Sequence[str], threads: int) -> 
     content: dict[str, Any] = {
         "about": "written by python -m benchmarks.choose; ratios are staged's time to resident's: median, p20, p80",
         "measured_on": {
-            "kind": measured.cpu_kind(),
+            "kind": rule.cpu_kind(),
             "device": header.device_name(cpu),
             "threads": threads,
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
             "commit": header.commit(),
             **{key: value for key, value in header.versions().items() if key in ("python", "torch")},
         },
-        "rule": measured.as_json(lines),
+        "rule": rule.as_json(lines),
         "left_out": list(left_out),
         "points": points,
     }
@@ -251,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=MINUTES, help="start nothing later")
     parser.add_argument("--groups", nargs="*", default=list(BLOCKS), choices=list(BLOCKS))
     parser.add_argument("--dtypes", nargs="*", default=list(DTYPES), choices=list(DTYPES))
-    parser.add_argument("--out", type=Path, default=measured.PATH)
+    parser.add_argument("--out", type=Path, default=rule.PATH)
     arguments = parser.parse_args(argv)
     start, threads = time.monotonic(), torch.get_num_threads()
     points: Points = {}

@@ -76,7 +76,7 @@ def stages(step: str) -> list[Stage]:
         "smoke": [
             Stage("build", 0.3, "the C++ operators", gpu_smoke.build),
             Stage("launches", 0.4, f"{rows} blocks that launch every kernel, judged on every engine",
-                  gpu_smoke.launches, gpu_rows.items),
+                  gpu_smoke.launches, gpu_rows.described),
             Stage("times", 0.3, f"the five block families against {eager}", times, names(gpu_bench.smoke_plan)),
         ],
         "check": [
@@ -95,7 +95,7 @@ def stages(step: str) -> list[Stage]:
             Stage("kernels", 0.05, "each kernel's share of its roofline", rooflines),
         ],
         "sanitize": [
-            Stage("compile", 0.25, "what will be sanitized, judged once more", gpu_smoke.prepare, gpu_rows.items),
+            Stage("compile", 0.25, "what will be sanitized, judged once more", gpu_smoke.prepare, gpu_rows.described),
             Stage("tools", 0.75, f"{rows} blocks under {', '.join(gpu_smoke.TOOLS)}", gpu_smoke.sanitize),
         ],
     }[step]  # fmt: skip

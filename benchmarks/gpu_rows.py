@@ -69,6 +69,11 @@ def workload(row: Row) -> Workload:
     return found
 
 
+def described() -> list[str]:
+    """The rows with what they launch, in words."""
+    return [f"{row.name}: {row.launches}" for row in TABLE]
+
+
 def items() -> list[str]:
     """What is shared out to processes: "row | engine"."""
     return [f"{row.name} | {engine}" for row in TABLE for engine in inside.FUSED_ENGINES]

@@ -15,7 +15,10 @@ from fastode.dispatch import choice
 from fastode.dispatch import decisions as kept
 from fastode.dispatch.engines import ENGINES, REFERENCE
 from fastode.native import operators
+from fastode.ops.resident import rule
 
+# The measured rule by which "auto" chooses on a CPU, which benchmarks/choose.py writes, and a line of it.
+Line = rule.Line
 # The engines that fuse something, in the project's order of preference.
 FUSED_ENGINES: tuple[str, ...] = tuple(engine.name for engine in ENGINES if engine is not REFERENCE)
 # The file of what trials on cards have decided, and the package's folder, where one of that name may be shipped.

@@ -207,7 +207,7 @@ def profile(case: Case, mode: str) -> None:
         run()
     plain = min(timing.Clock()(run, 200) for _ in range(5))
     print(f"\n{case.name}, {MODES[mode]}: {1e6 * plain:.1f} µs a call, fused")
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as operators:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as operators:
         for _ in range(200):
             run()
     own_time = {e.key: e.self_cpu_time_total / 200 for e in operators.key_averages() if e.key.startswith("fastode::")}

@@ -303,6 +303,13 @@ def test_what_is_not_equal_is_found_and_recorded(
     assert not gpu_smoke.launches(told, HERE, time.monotonic() + 100) and "launches: 0 of 4 rows equal" in told.lines
 
 
+def test_a_kernel_that_no_row_launched_is_named() -> None:
+    names = sorted(gpu_smoke.inside.kernel_names())
+    assert len(names) > 15 and "convolution_kernel" in names
+    results: list[dict[str, Any]] = [{"kernels": names[1:3]}, {"errors": "its process ended"}, {"kernels": names[2:]}]
+    assert gpu_smoke.unlaunched(results) == {names[0]}
+
+
 # A stand-in for compute-sanitizer, which says what the tool would and does not run the command.
 SANITIZER = """#!{python}
 import sys, time
