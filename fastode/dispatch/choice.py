@@ -11,6 +11,7 @@ import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from ..ops.engine import Call, Engine
@@ -32,7 +33,10 @@ def choose(name: str, call: Call, make_reference: MakeReference | None = None) -
 
     Raises:
         ValueError: the named engine cannot run the call.
+        RuntimeError: the call is exported to ONNX, which has no operators for it.
     """
+    if torch.compiler.is_compiling() and name != REFERENCE.name and _exports_to_onnx():
+        raise RuntimeError("ONNX has no operators for fused blocks: call fastode.unfuse(model) before the export")
     if name != AUTO:
         reason = BY_NAME[name].why_not(call)
         if reason:
@@ -42,6 +46,11 @@ def choose(name: str, call: Call, make_reference: MakeReference | None = None) -
         if engine is REFERENCE or not (engine.why_not(call) or against(engine, call, make_reference)):
             return engine
     raise AssertionError("the reference can run every block")
+
+
+@trial.constant
+def _exports_to_onnx() -> bool:
+    return torch.onnx.is_in_onnx_export()
 
 
 def against(engine: Engine, call: Call, make_reference: MakeReference | None = None) -> str:

@@ -130,6 +130,11 @@ class IESkip(_OneStep):
         """∇_y of the squared norm at fixed goal; differentiable itself unless detached."""
         # A tracing compiler needs the y of the graph, and can answer neither question below.
         tracing = torch.compiler.is_compiling()
+        if torch.compiler.is_exporting():
+            raise RuntimeError(
+                "the reference IESkip cannot be exported, because its forward calls autograd: torch.export takes the "
+                "fused one, after fastode.fuse(model), and ONNX neither"
+            )
         if self.detach and not tracing:
             goal, y = goal.detach(), y.detach()
         in_graph = y.requires_grad and torch.is_grad_enabled()
