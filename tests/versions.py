@@ -49,7 +49,7 @@ class Outcome:
 
 
 def environment(version: str) -> Path:
-    """The Python of the release's environment, which is made if there is none or if it is for other requirements."""
+    """The Python of the release's environment, made if there is none, and brought up to other requirements."""
     folder = ROOT / ".venvs" / f"torch-{version}"
     python, stamp = folder / "bin" / "python", folder / "installed.json"
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -57,7 +57,8 @@ def environment(version: str) -> Path:
     wanted = [f"torch=={version}", *project["dependencies"], *extras["test"], *extras["bench"]]
     if not stamp.exists() or json.loads(stamp.read_text()) != wanted:
         print(f"setting up {folder} (once; gigabytes, if pip finds a CUDA build)", flush=True)
-        venv.create(folder, with_pip=True)
+        if not python.exists():
+            venv.create(folder, with_pip=True)
         subprocess.run([python, "-m", "pip", "install", "--quiet", *wanted], check=True)
         if subprocess.run([python, "-c", "import triton"], capture_output=True).returncode:  # a build for CPUs
             subprocess.run([python, "-m", "pip", "install", "--quiet", *extras["triton"]], check=True)
