@@ -1,8 +1,8 @@
-# make test | bench [SUITE=cpu|all] [ARGS=...] | lint | gpu [PYTHON=python3] [STEP=smoke|check|bench|sanitize] [RESULTS=folder] | kernels | choose | sanitize | portable | clean
+# make test | bench [SUITE=cpu|all] [ARGS=...] | lint | versions | gpu [PYTHON=python3] [STEP=smoke|check|bench|sanitize] [RESULTS=folder] | kernels | choose | sanitize | portable | clean
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: test bench lint format gpu kernels choose sanitize portable clean setup
+.PHONY: test versions bench lint format gpu kernels choose sanitize portable clean setup
 
 PYTHON ?= python3
 SUITE ?= default
@@ -42,6 +42,11 @@ $(STAMP): pyproject.toml setup.py Makefile
 test: $(STAMP)
 	$(BIN)/python -m fastode build
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PYTEST_FLAGS)
+
+# Before each release: the whole suite on every supported release of torch, each in an environment of its own in .venvs/
+# (gigabytes, made once; about ten minutes a release). ARGS names some of them.
+versions: $(STAMP)
+	$(BIN)/python tests/versions.py $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.run --suite $(SUITE) $(ARGS)
