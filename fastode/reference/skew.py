@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import _check
 from .branches import make_activation, make_norm
+from .faults import call_repaired
 
 PADDING = 1
 KERNELS = {1: 3, 2: 4}  # side of the kernel for each stride: the transpose then gives back the size of z
@@ -144,6 +145,9 @@ class SkewPair(nn.Module):
 
     def forward(self, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         _check.skew_pair(y, z, self.weight, self.stride, PADDING)
+        return call_repaired(self._slopes, self.children(), y, z)
+
+    def _slopes(self, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         y, z = self.pre_norm_y(y), self.pre_norm_z(z)
         dy, dz = skew_field(y, z, self.weight, self.stride, PADDING, self.gamma, self.activation)
         return self.post_norm_y(dy), self.post_norm_z(dz)
