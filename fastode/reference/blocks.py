@@ -72,7 +72,9 @@ class ResBlock(_OneStep):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.shortcut is None:
-            return torch.add(x, self.evaluate(x), alpha=self.step_size)
+            slope = self.evaluate(x)  # which refuses an x that is no tensor
+            return torch.add(x, slope, alpha=self.step_size)
+        _check.tensor("x", x)
         skip = call_repaired(self.shortcut, (self.shortcut,), _unshared(x, self.shortcut), keeps_shape=False)
         return torch.add(skip, self.evaluate(x, skip.shape), alpha=self.step_size)
 
