@@ -107,6 +107,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,  # which no engine reads: everything falls back to the reference
 }
 CHANNELS = (1, 2, 3, 4, 5, 8, 12, 16, 20)
+INNER = CHANNELS[2:]  # fewer may all be dead behind a ReLU, and a norm of constants is rounding alone
 
 
 def draw_case(seed: int, index: int) -> Case:
@@ -166,7 +167,7 @@ def short(norm: nn.Module) -> str:
 def draw_branch(draw: Draw, channels: int, size: tuple[int, int]) -> tuple[nn.Module, str]:
     """One to three units whose inner widths change, and what they are in words."""
     units = draw.choice((1, 1, 2, 2, 3))
-    widths = [channels, *(draw.choice(CHANNELS) for _ in range(units - 1)), channels]
+    widths = [channels, *(draw.choice(INNER) for _ in range(units - 1)), channels]
     layers: list[nn.Module] = []
     words = []
     for given, made in itertools.pairwise(widths):
@@ -276,7 +277,8 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
     "viewed": lambda x: viewed(x) if x.shape[0] == 1 else x,
     "sliced": lambda x: torch.stack([x, x], -1)[..., 0],
-    "expanded": lambda x: x[:, :1].expand(x.shape),
+    # Not of few pixels, whose batch norm would be one of constants.
+    "expanded": lambda x: x[:1].expand(x.shape) if x.shape[2] * x.shape[3] >= FEWEST else x,
     "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
 }
 
