@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from trial_bench import traced
 
 import fastode
 from fastode import _dispatch, _rule, reference
 from fastode._rule import Line, Rule
+from fastode.testing import sample_input
 
 MEASURED_ON = {"device": "a CPU", "threads": 2, "torch": "2.13.0", "date": "2026-01-02", "commit": "abc", "kind": "x86"}
 BOUNDS = {"most_channels": 8, "most_kb": 2, "least_pixels": 4, "least_batch_per_thread": 2.0}
@@ -125,8 +127,10 @@ def test_only_the_rule_keeps_resident_from_wide_blocks(
 def test_a_bound_on_the_batch_can_be_traced(monkeypatch: pytest.MonkeyPatch) -> None:
     line = Line(least_batch_per_thread=2.0)
     monkeypatch.setattr(_rule, "_rule", Rule({"shu_osher sample float32": line}, "a test", True))
-    torch.compiler.reset()
+    torch.set_num_threads(2)
     block = fastode.nn.SSP2(reference.PreActBranch(4, norm="layer"))
-    for batch in (1, 8):
-        torch.compile(block, backend="aot_eager", fullgraph=True)(torch.zeros(batch, 4, 3, 3))
-    torch.compiler.reset()
+    for batch, engine in ((1, "staged"), (8, "resident")):
+        x = sample_input(batch, 4, 3, 3)
+        y, engines = traced(block, x)
+        assert engines == {engine} and used(block, x) == engine
+        torch.testing.assert_close(y, block(x))
