@@ -73,7 +73,7 @@ class IESkipFunction(torch.autograd.Function):
                 ctx.descent,
                 channels_last(x),
                 tensors,
-                kept[:count],
+                list(kept[:count]),  # emptied as the steps go back; torch 2.11 traces what is saved as a tuple
                 kept[count:],
                 channels_last(y_bar),
                 grads,
