@@ -23,11 +23,8 @@ using Integers = std::vector<int64_t>;
 using Numbers = std::vector<double>;
 
 Tensor like(const Tensor& x) {
-  const auto strides = x.strides();
-  const bool last = strides[1] == 1 && x.size(1) > 1;
-  return fresh(torch::stable::empty(
-      x.sizes(), x.scalar_type(), std::nullopt, x.device(), std::nullopt,
-      last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous));
+  const auto sizes = x.sizes();
+  return new_map(x.scalar_type(), sizes[0], sizes[1], sizes[2], sizes[3], x.strides()[1] == 1 && sizes[1] > 1);
 }
 
 template <class F>
@@ -46,11 +43,11 @@ Forward forward(const Tensor& x, const BranchArguments& branch, const Rule& rule
   return with_arithmetic(x, [&](auto zero) {
     using A = decltype(zero);
     const Packed<A> packed(branch, x, {.transposed = backward_weights});
-    Kept kept(x, {});
-    Call<A> call{packed, x, nullptr, like(x), keep ? &kept : nullptr};
-    call.statistics = new_vector(x, packed.statistics * evaluations, scalar_type<A>());
+    Kept kept({});
+    const Tensor statistics = new_vector(packed.statistics * evaluations, scalar_type<A>());
+    Call<A> call{packed, x, nullptr, like(x), keep ? &kept : nullptr, static_cast<A*>(statistics.data_ptr())};
     run<Program>(call, rule);
-    return Forward(call.result, call.statistics, kept.pieces());
+    return Forward(call.result, statistics, kept.pieces());
   });
 }
 
@@ -61,28 +58,28 @@ Backward backward(const Tensor& x, const Tensor& cotangent, const BranchArgument
     using A = decltype(zero);
     const Packed<A> packed(branch, x, wanted);
     const int64_t workers = workers_for(x.size(0));
-    Kept kept(x, kept_pieces);
+    Kept kept(kept_pieces);
     Call<A> call{packed, x, &cotangent, like(x), kept_pieces.empty() ? nullptr : &kept};
-    call.gradients = new_vector(x, workers * packed.spec.gradients, scalar_type<A>(), true);
-    call.products = new_vector(x, workers * products, ScalarType::Double, true);
-    call.products_stride = products;
+    const Tensor sums = new_vector(workers * packed.spec.gradients, scalar_type<A>(), true);
+    call.gradients = static_cast<A*>(sums.data_ptr());
+    std::vector<double> partial(workers * products, 0.0);
+    call.products = partial.data(), call.products_stride = products;
     run<Program>(call, rule);
-    const Tensor total = new_vector(x, products, ScalarType::Double, true);
-    const double* partial = static_cast<const double*>(call.products.data_ptr());
+    const Tensor total = new_vector(products, ScalarType::Double, true);
     for (int64_t i = 0; i < workers * products; ++i) static_cast<double*>(total.data_ptr())[i % products] += partial[i];
     return Backward(call.result, wanted.gradients ? packed.gradients(call.gradients, workers) : Tensors{}, total);
   });
 }
 
-Forward ie_forward(Tensor x, Tensors parameters, Integers units, Numbers numbers, int64_t steps, double gamma,
-                   double theta, bool keep, bool frozen) {
+Forward ie_forward(const Tensor& x, const Tensors& parameters, const Integers& units, const Numbers& numbers,
+                   int64_t steps, double gamma, double theta, bool keep, bool frozen) {
   return forward<DescentForward>(x, {parameters, units, numbers}, Descent{steps, gamma, theta, !keep, frozen},
                                  steps + 1, steps > 0, keep);
 }
 
-std::tuple<Tensor, Tensors> ie_backward(Tensor x, Tensor cotangent, Tensors kept, Tensors parameters, Integers units,
-                                        Numbers numbers, int64_t steps, double gamma, double theta, bool detach,
-                                        bool gradients) {
+std::tuple<Tensor, Tensors> ie_backward(const Tensor& x, const Tensor& cotangent, const Tensors& kept,
+                                        const Tensors& parameters, const Integers& units, const Numbers& numbers,
+                                        int64_t steps, double gamma, double theta, bool detach, bool gradients) {
   const Descent descent{steps, gamma, theta, detach, !gradients};
   auto [bar, bars, none] =
       backward<DescentBackward>(x, cotangent, {parameters, units, numbers}, descent, kept, {.gradients = gradients}, 0);
@@ -94,14 +91,15 @@ Scheme scheme_of(const Tensor& table, bool frozen) {
   return {table.size(1), static_cast<const double*>(table.data_ptr()), frozen};
 }
 
-Forward rk_forward(Tensor x, Tensors parameters, Integers units, Numbers numbers, Tensor table, bool keep,
-                   bool frozen) {
+Forward rk_forward(const Tensor& x, const Tensors& parameters, const Integers& units, const Numbers& numbers,
+                   const Tensor& table, bool keep, bool frozen) {
   const Scheme scheme = scheme_of(table, frozen);
   return forward<SchemeForward>(x, {parameters, units, numbers}, scheme, scheme.stages, false, keep);
 }
 
-Backward rk_backward(Tensor x, Tensor cotangent, Tensors kept, Tensors parameters, Integers units, Numbers numbers,
-                     Tensor table, bool gradients, bool table_gradient) {
+Backward rk_backward(const Tensor& x, const Tensor& cotangent, const Tensors& kept, const Tensors& parameters,
+                     const Integers& units, const Numbers& numbers, const Tensor& table, bool gradients,
+                     bool table_gradient) {
   // Where the stages are kept, no evaluation is computed again to its end but for the coefficients' gradients.
   const Wanted wanted{.gradients = gradients, .last = kept.empty() || table_gradient};
   const Scheme scheme = scheme_of(table, !gradients && !table_gradient);

@@ -15,10 +15,7 @@ using Numbers = std::vector<double>;
 using MaybeTensor = std::optional<Tensor>;
 
 Tensor new_map(const Tensor& like, int64_t channels, int64_t height, int64_t width, bool last) {
-  const int64_t sizes[] = {like.size(0), channels, height, width};
-  return fresh(torch::stable::empty(
-      torch::headeronly::IntHeaderOnlyArrayRef(sizes, 4), like.scalar_type(), std::nullopt, like.device(), std::nullopt,
-      last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous));
+  return resident::new_map(like.scalar_type(), like.size(0), channels, height, width, last);
 }
 
 Tensor new_map(const Tensor& like, bool last) { return new_map(like, like.size(1), like.size(2), like.size(3), last); }
@@ -35,13 +32,14 @@ template <class A, class F>
 Tensors with_gradients(const PairArguments& pair, const Tensor& y, Asked asked, const F& f) {
   const PackedPair<A> packed(pair, y.size(2), y.size(3), asked);
   const int64_t workers = workers_for(y.size(0));
-  const Tensor accumulators = new_vector(y, workers * packed.spec.gradients, scalar_type<A>(), true);
+  const Tensor accumulators = new_vector(workers * packed.spec.gradients, scalar_type<A>(), true);
   f(packed, accumulators);
   return asked.weight || asked.norms ? packed.gradients(accumulators, workers) : Tensors{};
 }
 
-std::tuple<Tensor, Tensor, Tensors> pair_forward(Tensor y, Tensor z, Tensors parameters, Integers integers,
-                                                 Numbers numbers, bool keep, bool results, bool y_last, bool z_last) {
+std::tuple<Tensor, Tensor, Tensors> pair_forward(const Tensor& y, const Tensor& z, const Tensors& parameters,
+                                                 const Integers& integers, const Numbers& numbers, bool keep,
+                                                 bool results, bool y_last, bool z_last) {
   PairCall call{y, z, nullptr, nullptr, false, new_map(y, y_last), new_map(z, z_last), {true, true}, results};
   Tensors kept;
   with_arithmetic(y, [&](auto zero) {
@@ -53,10 +51,12 @@ std::tuple<Tensor, Tensor, Tensors> pair_forward(Tensor y, Tensor z, Tensors par
   return {call.y_out, call.z_out, kept};
 }
 
-std::tuple<Tensor, Tensor, Tensors> pair_backward(Tensor y, Tensor z, MaybeTensor y_bar, MaybeTensor z_bar,
-                                                  Tensors kept, Tensors ends, Tensors parameters, Integers integers,
-                                                  Numbers numbers, bool need_y, bool need_z, bool weight, bool norms) {
-  const Tensor none = new_vector(y, 0, y.scalar_type());
+std::tuple<Tensor, Tensor, Tensors> pair_backward(const Tensor& y, const Tensor& z, const MaybeTensor& y_bar,
+                                                  const MaybeTensor& z_bar, Tensors kept, const Tensors& ends,
+                                                  const Tensors& parameters, const Integers& integers,
+                                                  const Numbers& numbers, bool need_y, bool need_z, bool weight,
+                                                  bool norms) {
+  const Tensor none = new_vector(0, y.scalar_type());
   PairCall call{y,
                 z,
                 y_bar ? &*y_bar : nullptr,
@@ -81,8 +81,9 @@ March march_of(const Numbers& table, int64_t steps, const Integers& used) {
   return {steps, stages, table.data(), table.data() + stages * stages, used.data()};
 }
 
-std::tuple<Tensor, Tensors> march_forward(Tensor x, Tensors parameters, Integers integers, Numbers numbers,
-                                          Numbers table, int64_t steps, Integers used, bool keep, bool last) {
+std::tuple<Tensor, Tensors> march_forward(const Tensor& x, const Tensors& parameters, const Integers& integers,
+                                          const Numbers& numbers, const Numbers& table, int64_t steps,
+                                          const Integers& used, bool keep, bool last) {
   const int64_t stride = integers[0];
   MarchCall call{x, nullptr, new_map(x, parameters[0].size(0), x.size(2) / stride, x.size(3) / stride, last)};
   Tensors kept;
@@ -95,9 +96,10 @@ std::tuple<Tensor, Tensors> march_forward(Tensor x, Tensors parameters, Integers
   return {call.out, kept};
 }
 
-std::tuple<Tensor, Tensors> march_backward(Tensor x, Tensor cotangent, Tensors kept, Tensors parameters,
-                                           Integers integers, Numbers numbers, Numbers table, int64_t steps,
-                                           Integers used, bool weight, bool norms) {
+std::tuple<Tensor, Tensors> march_backward(const Tensor& x, const Tensor& cotangent, Tensors kept,
+                                           const Tensors& parameters, const Integers& integers, const Numbers& numbers,
+                                           const Numbers& table, int64_t steps, const Integers& used, bool weight,
+                                           bool norms) {
   MarchCall call{x, &cotangent, new_map(x, is_last(x))};
   const Tensors bars = with_arithmetic(x, [&](auto zero) {
     return with_gradients<decltype(zero)>({parameters, integers, numbers}, cotangent, {weight, norms},

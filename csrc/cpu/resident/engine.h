@@ -10,9 +10,6 @@
 
 namespace fastode::resident {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 // A branch as the operators take it. `units` holds kUnitIntegers per unit: norm code, groups, activation code, output
 // channels (0 without a convolution), kernel height, kernel width, and which of the four parameters are present (bits:
 // norm weight, norm bias, running mean and variance, convolution weight, convolution bias); `numbers` holds eps, p and
@@ -30,7 +27,9 @@ enum Present : int64_t { kWeight = 1, kBias = 2, kRunning = 4, kConvWeight = 8, 
 // float64.
 template <class A, class F>
 void with_data(const Tensor& tensor, const F& f) {
-  if (tensor.scalar_type() == ScalarType::Float) return f(static_cast<float*>(tensor.data_ptr()));
+  int32_t type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &type));
+  if (type == aoti_torch_dtype_float32()) return f(static_cast<float*>(tensor.data_ptr()));
   if constexpr (std::is_same_v<A, double>)
     f(static_cast<double*>(tensor.data_ptr()));
   else
@@ -40,16 +39,6 @@ void with_data(const Tensor& tensor, const F& f) {
 template <class A>
 constexpr ScalarType scalar_type() {
   return std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
-}
-
-inline Tensor fresh(const Tensor& made) {
-  fill_fresh(made.data_ptr(), made.numel() * static_cast<int64_t>(made.element_size()));
-  return made;
-}
-
-inline Tensor new_vector(const Tensor& like, int64_t length, ScalarType type, bool zero = false) {
-  const torch::headeronly::IntHeaderOnlyArrayRef sizes(&length, 1);
-  return zero ? torch::stable::new_zeros(like, sizes, type) : fresh(torch::stable::new_empty(like, sizes, type));
 }
 
 // What a program asks of the parameters: the weights of transposed convolutions, gradients, and the weights of a last
@@ -65,7 +54,7 @@ class Packed {
   Packed(const BranchArguments& arguments, const Tensor& x, const Wanted& wanted);
 
   // The gradients of `parameters` (those of running statistics stay empty), each in its parameter's dtype.
-  std::vector<Tensor> gradients(const Tensor& accumulators, int64_t workers) const;
+  std::vector<Tensor> gradients(const A* accumulators, int64_t workers) const;
 
   BranchSpec<A> spec;
   int64_t statistics = 0;  // elements per evaluation: two rows for each batch norm
@@ -96,10 +85,10 @@ struct Call {
   const Tensor& x;
   const Tensor* cotangent;  // null: forward
   Tensor result;
-  Kept* kept;              // null: nothing is kept
-  Tensor statistics = {};  // may be empty
-  Tensor gradients = {};   // [workers, spec.gradients], zero; may be empty
-  Tensor products = {};    // [workers, products_stride], zero; may be empty
+  Kept* kept;                  // null: nothing is kept
+  A* statistics = nullptr;     // null: none
+  A* gradients = nullptr;      // [workers, spec.gradients], zero
+  double* products = nullptr;  // [workers, products_stride], zero
   int64_t products_stride = 0;
 };
 
@@ -127,18 +116,17 @@ void run_typed(const Call<A>& call, const Rule& rule) {
   const bool forward = call.cotangent == nullptr;
   const Plane<A> plane(call.x.size(2), call.x.size(3), spec.halo);
   Schedule schedule(samples, workers, group_for(samples, workers, plane.pixels(), sizeof(S)));
-  Memory<S> memory(call.x, plane, schedule, spec.couples_samples, call.kept);
-  A* gradients = spec.gradients ? static_cast<A*>(call.gradients.data_ptr()) : nullptr;
-  Branch<S> branch(spec, schedule, memory, gradients, Program<S>::need(rule));
+  Memory<S> memory(plane, schedule, spec.couples_samples, call.kept);
+  Branch<S> branch(spec, schedule, memory, spec.gradients ? call.gradients : nullptr, Program<S>::need(rule));
 
   Wishes<S> wishes;
   wishes.parameters = spec.gradients > 0;
   if (forward && call.packed.statistics) {
-    wishes.statistics = static_cast<A*>(call.statistics.data_ptr());
+    wishes.statistics = call.statistics;
     wishes.statistics_stride = call.packed.statistics;
   }
   wishes.products_stride = call.products_stride;
-  if (call.products_stride) wishes.products = static_cast<double*>(call.products.data_ptr());
+  if (call.products_stride) wishes.products = call.products;
 
   const auto read = [&](const Tensor& tensor) {
     const Feature<const T> feature = feature_of<const T>(tensor);
@@ -167,6 +155,7 @@ void run_typed(const Call<A>& call, const Rule& rule) {
     });
   schedule.flush();
   memory.check();
+  if (call.kept) call.kept->check();
 }
 
 }  // namespace fastode::resident

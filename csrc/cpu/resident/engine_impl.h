@@ -14,7 +14,7 @@ Packed<A>::Packed(const BranchArguments& arguments, const Tensor& x, const Wante
       lowers_(x.scalar_type() == ScalarType::BFloat16 && x.size(2) * x.size(3) >= kTilePixels && has_tiles()) {
   Arena count(nullptr);
   read(count, wanted);
-  storage_ = new_vector(x, count.used() / static_cast<int64_t>(sizeof(A)), scalar_type<A>());
+  storage_ = new_vector(count.used() / static_cast<int64_t>(sizeof(A)), scalar_type<A>());
   Arena arena(storage_.data_ptr());
   read(arena, wanted);
   arena.check();
@@ -117,13 +117,12 @@ void Packed<A>::read(Arena& arena, const Wanted& wanted) {
 }
 
 template <class A>
-std::vector<Tensor> Packed<A>::gradients(const Tensor& accumulators, int64_t workers) const {
-  const A* base = static_cast<const A*>(accumulators.data_ptr());
+std::vector<Tensor> Packed<A>::gradients(const A* base, int64_t workers) const {
   const int64_t stride = spec.gradients;
   std::vector<Tensor> result;
   const auto next = [&]() -> Tensor& {
     const Tensor& parameter = arguments_.parameters[result.size()];
-    result.push_back(fresh(torch::stable::new_empty(parameter, parameter.sizes())));
+    result.push_back(new_contiguous(parameter.scalar_type(), parameter.sizes()));
     return result.back();
   };
   const auto row = [&](int64_t at) {
@@ -142,8 +141,7 @@ std::vector<Tensor> Packed<A>::gradients(const Tensor& accumulators, int64_t wor
     const int64_t present = arguments_.units[j * kUnitIntegers + 6];
     if (present & kWeight) row(unit.weight_at);
     if (present & kBias) row(unit.bias_at);
-    for (int k = 0; k < 2 && present & kRunning; ++k)
-      result.push_back(new_vector(arguments_.parameters[result.size()], 0, scalar_type<A>()));
+    for (int k = 0; k < 2 && present & kRunning; ++k) result.push_back(new_vector(0, scalar_type<A>()));
     if (unit.has_conv)
       with_data<A>(next(),
                    [&](auto* data) { unpack_gradient(unit.shape, base + unit.conv_at, stride, workers, data); });

@@ -10,7 +10,7 @@ PackedPair<A>::PackedPair(const PairArguments& arguments, int64_t height, int64_
     : arguments_(arguments) {
   Arena count(nullptr);
   read(count, height, width, asked);
-  storage_ = new_vector(arguments.parameters[0], count.used() / static_cast<int64_t>(sizeof(A)), scalar_type<A>());
+  storage_ = new_vector(count.used() / static_cast<int64_t>(sizeof(A)), scalar_type<A>());
   Arena arena(storage_.data_ptr());
   read(arena, height, width, asked);
   arena.check();
@@ -98,10 +98,10 @@ std::vector<Tensor> PackedPair<A>::gradients(const Tensor& accumulators, int64_t
   std::vector<Tensor> result;
   const auto next = [&](int64_t length) -> const Tensor& {
     const Tensor& parameter = parameters[result.size()];
-    return result.emplace_back(new_vector(parameter, length, parameter.scalar_type()));
+    return result.emplace_back(new_vector(length, parameter.scalar_type()));
   };
   if (spec.weight_at >= 0) {
-    result.push_back(fresh(torch::stable::empty(parameters[0].sizes(), parameters[0].scalar_type())));
+    result.push_back(new_contiguous(parameters[0].scalar_type(), parameters[0].sizes()));
     with_data<A>(result[0], [&](auto* data) {
       unpack_gradient(spec.shape.down(), base + spec.weight_at, spec.gradients, workers, data);
     });
@@ -137,7 +137,7 @@ Traces<A> kept_traces(const SkewPair<A>& pair, const March& march, std::vector<T
   const int64_t samples = like.size(0);
   size_t next = 0;
   const auto take = [&](int64_t size) {
-    if (make) kept.push_back(new_vector(like, size * samples, scalar_type<A>()));
+    if (make) kept.push_back(new_vector(size * samples, scalar_type<A>()));
     return static_cast<A*>(kept[next++].data_ptr());
   };
   Traces<A> traces;
@@ -171,12 +171,12 @@ KeptPair<A> kept_pair(const SkewPair<A>& pair, bool by_results, std::vector<Tens
   size_t next = 1;
   const auto take = [&](const Plane<A>& plane, int64_t blocks, int64_t& size) {
     size = blocks * Signs<A>(plane, nullptr).block;
-    if (make) kept.push_back(new_vector(like, size * like.size(0), scalar_type<A>()));
+    if (make) kept.push_back(new_vector(size * like.size(0), scalar_type<A>()));
     return static_cast<A*>(kept[next++].data_ptr());
   };
   if (y) found.y_signs = take(pair.y_plane, pair.y_blocks(), found.y_size);
   found.z_signs = take(pair.z_plane, pair.z_blocks(), found.z_size);
-  if (make) kept.push_back(new_vector(like, 0, scalar_type<A>()));  // one more than guides would be
+  if (make) kept.push_back(new_vector(0, scalar_type<A>()));  // one more than guides would be
   return found;
 }
 
@@ -187,7 +187,7 @@ void each_worker(const Tensor& like, const Make& make) {
   Arena count(nullptr);
   make(count, 0);
   const int64_t bytes = count.used();
-  const Tensor scratch = new_vector(like, workers * bytes / static_cast<int64_t>(sizeof(A)), scalar_type<A>());
+  const Tensor scratch = new_vector(workers * bytes / static_cast<int64_t>(sizeof(A)), scalar_type<A>());
   std::vector<Arena> arenas;
   for (int64_t w = 0; w < workers; ++w) arenas.emplace_back(static_cast<char*>(scratch.data_ptr()) + w * bytes);
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
