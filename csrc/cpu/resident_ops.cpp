@@ -26,10 +26,7 @@ using Numbers = std::vector<double>;
 using MaybeTensor = std::optional<Tensor>;
 
 Tensor new_map(const Tensor& like, int64_t channels, int64_t height, int64_t width, bool last) {
-  const int64_t sizes[] = {like.size(0), channels, height, width};
-  return fresh(torch::stable::empty(
-      torch::headeronly::IntHeaderOnlyArrayRef(sizes, 4), like.scalar_type(), std::nullopt, like.device(), std::nullopt,
-      last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous));
+  return resident::new_map(like.scalar_type(), like.size(0), channels, height, width, last);
 }
 
 Tensor new_map(const Tensor& like, bool last) { return new_map(like, like.size(1), like.size(2), like.size(3), last); }
@@ -54,11 +51,11 @@ Forward forward(const Tensor& x, const BranchArguments& branch, const Rule& rule
   return with_arithmetic(x, [&](auto zero) {
     using A = decltype(zero);
     const Packed<A> packed(branch, x, {.transposed = backward_weights});
-    Kept kept(x, {});
-    Call<A> call{packed, x, nullptr, new_map_like(x), keep ? &kept : nullptr};
-    call.statistics = new_vector(x, packed.statistics * evaluations, scalar_type<A>());
+    Kept kept({});
+    const Tensor statistics = new_vector(packed.statistics * evaluations, scalar_type<A>());
+    Call<A> call{packed, x, nullptr, new_map_like(x), keep ? &kept : nullptr, static_cast<A*>(statistics.data_ptr())};
     run<Program>(call, rule);
-    return Forward(call.result, call.statistics, kept.pieces());
+    return Forward(call.result, statistics, kept.pieces());
   });
 }
 
@@ -69,28 +66,29 @@ Backward backward(const Tensor& x, const Tensor& cotangent, const BranchArgument
     using A = decltype(zero);
     const Packed<A> packed(branch, x, wanted);
     const int64_t workers = workers_for(x.size(0));
-    Kept kept(x, kept_pieces);
+    Kept kept(kept_pieces);
     Call<A> call{packed, x, &cotangent, new_map_like(x), kept_pieces.empty() ? nullptr : &kept};
-    call.gradients = new_vector(x, workers * packed.spec.gradients, scalar_type<A>(), true);
-    call.products = new_vector(x, workers * products, ScalarType::Double, true);
-    call.products_stride = products;
+    const Tensor sums = new_vector(workers * packed.spec.gradients, scalar_type<A>(), true);
+    call.gradients = static_cast<A*>(sums.data_ptr());
+    std::vector<double> partial(workers * products, 0.0);
+    call.products = partial.data(), call.products_stride = products;
     run<Program>(call, rule);
-    const Tensor total = new_vector(x, products, ScalarType::Double, true);
-    const double* partial = static_cast<const double*>(call.products.data_ptr());
+    const Tensor total = new_vector(products, ScalarType::Double, true);
     for (int64_t i = 0; i < workers * products; ++i) static_cast<double*>(total.data_ptr())[i % products] += partial[i];
     return Backward(call.result, wanted.gradients ? packed.gradients(call.gradients, workers) : Tensors{}, total);
   });
 }
 
-Forward ie_forward(Tensor x, Tensors parameters, Integers units, Numbers numbers, int64_t steps, double gamma,
-                   double theta, bool keep, bool keep_all) {
+Forward ie_forward(const Tensor& x, const Tensors& parameters, const Integers& units, const Numbers& numbers,
+                   int64_t steps, double gamma, double theta, bool keep, bool keep_all) {
   return forward<DescentForward>(x, {parameters, units, numbers}, Descent{steps, gamma, theta, !keep, keep_all},
                                  steps + 1, steps > 0, keep);
 }
 
-std::tuple<Tensor, Tensors> ie_backward(Tensor x, Tensor cotangent, Tensors kept, Tensors parameters, Integers units,
-                                        Numbers numbers, int64_t steps, double gamma, double theta, bool detach,
-                                        bool gradients, bool kept_all) {
+std::tuple<Tensor, Tensors> ie_backward(const Tensor& x, const Tensor& cotangent, const Tensors& kept,
+                                        const Tensors& parameters, const Integers& units, const Numbers& numbers,
+                                        int64_t steps, double gamma, double theta, bool detach, bool gradients,
+                                        bool kept_all) {
   const Descent descent{steps, gamma, theta, detach, kept_all};
   auto [bar, bars, none] =
       backward<DescentBackward>(x, cotangent, {parameters, units, numbers}, descent, kept, {.gradients = gradients}, 0);
@@ -102,14 +100,15 @@ Scheme scheme_of(const Tensor& table, bool keeps_all) {
   return {table.size(1), static_cast<const double*>(table.data_ptr()), keeps_all};
 }
 
-Forward rk_forward(Tensor x, Tensors parameters, Integers units, Numbers numbers, Tensor table, bool keep,
-                   bool keep_all) {
+Forward rk_forward(const Tensor& x, const Tensors& parameters, const Integers& units, const Numbers& numbers,
+                   const Tensor& table, bool keep, bool keep_all) {
   const Scheme scheme = scheme_of(table, keep_all);
   return forward<SchemeForward>(x, {parameters, units, numbers}, scheme, scheme.stages, false, keep);
 }
 
-Backward rk_backward(Tensor x, Tensor cotangent, Tensors kept, Tensors parameters, Integers units, Numbers numbers,
-                     Tensor table, bool gradients, bool table_gradient, bool kept_all) {
+Backward rk_backward(const Tensor& x, const Tensor& cotangent, const Tensors& kept, const Tensors& parameters,
+                     const Integers& units, const Numbers& numbers, const Tensor& table, bool gradients,
+                     bool table_gradient, bool kept_all) {
   // Where the stages are kept, no evaluation is computed again to its end but for the coefficients' gradients.
   const Wanted wanted{.gradients = gradients, .last = kept.empty() || table_gradient};
   const Scheme scheme = scheme_of(table, kept_all);
@@ -126,14 +125,14 @@ template <class A, class F>
 Tensors with_gradients(const PairArguments& pair, const Tensor& y, Asked asked, const F& f) {
   const PackedPair<A> packed(pair, y.size(2), y.size(3), asked);
   const int64_t workers = workers_for(y.size(0));
-  const Tensor accumulators = new_vector(y, workers * packed.spec.gradients, scalar_type<A>(), true);
+  const Tensor accumulators = new_vector(workers * packed.spec.gradients, scalar_type<A>(), true);
   f(packed, accumulators);
   return asked.weight || asked.norms ? packed.gradients(accumulators, workers) : Tensors{};
 }
 
-std::tuple<Tensor, Tensor, Tensors, Tensors> pair_forward(Tensor y, Tensor z, Tensors parameters, Integers integers,
-                                                          Numbers numbers, bool keep, bool results, bool y_last,
-                                                          bool z_last) {
+std::tuple<Tensor, Tensor, Tensors, Tensors> pair_forward(const Tensor& y, const Tensor& z, const Tensors& parameters,
+                                                          const Integers& integers, const Numbers& numbers, bool keep,
+                                                          bool results, bool y_last, bool z_last) {
   PairCall call{y, z, nullptr, nullptr, false, new_map(y, y_last), new_map(z, z_last), {true, true}, results};
   PairKept kept;
   with_arithmetic(y, [&](auto zero) {
@@ -145,11 +144,12 @@ std::tuple<Tensor, Tensor, Tensors, Tensors> pair_forward(Tensor y, Tensor z, Te
   return {call.y_out, call.z_out, kept.traces, kept.signs};
 }
 
-std::tuple<Tensor, Tensor, Tensors> pair_backward(Tensor y, Tensor z, MaybeTensor y_bar, MaybeTensor z_bar,
-                                                  Tensors traces, Tensors signs, Tensors ends, Tensors parameters,
-                                                  Integers integers, Numbers numbers, bool need_y, bool need_z,
-                                                  bool weight, bool norms) {
-  const Tensor none = new_vector(y, 0, y.scalar_type());
+std::tuple<Tensor, Tensor, Tensors> pair_backward(const Tensor& y, const Tensor& z, const MaybeTensor& y_bar,
+                                                  const MaybeTensor& z_bar, Tensors traces, Tensors signs,
+                                                  const Tensors& ends, const Tensors& parameters,
+                                                  const Integers& integers, const Numbers& numbers, bool need_y,
+                                                  bool need_z, bool weight, bool norms) {
+  const Tensor none = new_vector(0, y.scalar_type());
   PairCall call{y,
                 z,
                 y_bar ? &*y_bar : nullptr,
@@ -175,8 +175,9 @@ March march_of(const Numbers& table, int64_t steps, const Integers& used) {
   return {steps, stages, table.data(), table.data() + stages * stages, used.data()};
 }
 
-std::tuple<Tensor, Tensors> march_forward(Tensor x, Tensors parameters, Integers integers, Numbers numbers,
-                                          Numbers table, int64_t steps, Integers used, bool keep, bool last) {
+std::tuple<Tensor, Tensors> march_forward(const Tensor& x, const Tensors& parameters, const Integers& integers,
+                                          const Numbers& numbers, const Numbers& table, int64_t steps,
+                                          const Integers& used, bool keep, bool last) {
   const int64_t stride = integers[0];
   MarchCall call{x, nullptr, new_map(x, parameters[0].size(0), x.size(2) / stride, x.size(3) / stride, last)};
   Tensors kept;
@@ -189,9 +190,10 @@ std::tuple<Tensor, Tensors> march_forward(Tensor x, Tensors parameters, Integers
   return {call.out, kept};
 }
 
-std::tuple<Tensor, Tensors> march_backward(Tensor x, Tensor cotangent, Tensors kept, Tensors parameters,
-                                           Integers integers, Numbers numbers, Numbers table, int64_t steps,
-                                           Integers used, bool weight, bool norms) {
+std::tuple<Tensor, Tensors> march_backward(const Tensor& x, const Tensor& cotangent, Tensors kept,
+                                           const Tensors& parameters, const Integers& integers, const Numbers& numbers,
+                                           const Numbers& table, int64_t steps, const Integers& used, bool weight,
+                                           bool norms) {
   MarchCall call{x, &cotangent, new_map_like(x)};
   const Tensors bars = with_arithmetic(x, [&](auto zero) {
     return with_gradients<decltype(zero)>({parameters, integers, numbers}, cotangent, {weight, norms},

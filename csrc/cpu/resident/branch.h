@@ -68,6 +68,15 @@ struct Mix {
   }
 };
 
+// One unit of an evaluation: its number, input and statistics. Segments capture it rather than the evaluation, whose
+// vectors would be copied for each.
+template <class T>
+struct Passed {
+  size_t unit;
+  Map<T> input;
+  Rows<Number<T>> mean, rstd, groups;
+};
+
 // What one evaluation of the branch leaves for its derivatives: every unit's input and statistics.
 template <class T>
 struct Evaluation {
@@ -77,6 +86,8 @@ struct Evaluation {
   std::vector<Rows<A>> groups;  // if kept: mean and rstd of each group of a group norm, [2, groups]
   A* statistics = nullptr;      // if set: mean and biased variance [2, C] of every batch norm, one after the other
   bool measured = false;        // its statistics are known
+
+  Passed<T> at(size_t unit) const { return {unit, inputs[unit], mean[unit], rstd[unit], groups[unit]}; }
 };
 
 // Means that a norm's derivative needs: of each sample for a group norm, one row for a batch norm.
@@ -109,6 +120,8 @@ class Branch {
   Evaluation<T> evaluation(bool keep);
   // Gives each input but the first a place where backward finds it again.
   void keep_inputs(Evaluation<T>& e);
+  // Bytes that an evaluation leaves to backward, with its inputs behind the first or without.
+  int64_t room(bool inputs) const;
   // Gives all inputs but the first back, and forgets them.
   void release(Evaluation<T>& e);
   Map<T> map() { return memory_.take(spec_.blocks); }
@@ -132,19 +145,19 @@ class Branch {
 
   // Queues f, which goes over these maps.
   template <class F>
-  void each(const std::vector<Map<T>>& maps, const F& f) {
+  void each(const std::vector<Map<T>>& maps, F&& f) {
     std::vector<Touched> touched;
     for (const Map<T>& map : maps)
-      if (map && map.extent == Extent::kBatch)
+      if (schedule_.looks_ahead() && map && map.extent == Extent::kBatch)
         touched.push_back({reinterpret_cast<const char*>(map.view.at), map.stride * static_cast<int64_t>(sizeof(T))});
-    schedule_.each(f, touched);
+    schedule_.each(std::forward<F>(f), touched);
   }
   // Queues f(range, n, image) for every sample n of a range; the image is that of an evaluation whose inputs are held.
   template <class F>
   void each_image(const Evaluation<T>& e, const F& f) {
-    each({e.inputs.back()}, [=, this](const Range& range) {
+    each({e.inputs.back()}, [=, this, at = e.at(spec_.units.size() - 1)](const Range& range) {
       const Map<T> image = fit(g_, spec_.units.back().out_channels, range);
-      convolve_input(e, spec_.units.size() - 1, range, image, {});
+      convolve_input(at, range, image, {});
       for (int64_t n = 0; n < range.count; ++n) f(range, n, image.at(range, n));
     });
   }
@@ -177,32 +190,32 @@ class Branch {
 
   // On all samples of a range. out = combine(conv(act(norm(input j))) + bias), and of the tangent; n = transposed
   // conv(g). Without a convolution there is the rest.
-  void convolve_input(const Evaluation<T>& e, size_t j, const Range& range, const Map<T>& out, const Mix<T>& mix) const;
-  void convolve_tangent(const Evaluation<T>& e, size_t j, const Range& range, const Map<T>& t, const Map<T>& out,
+  void convolve_input(const Passed<T>& at, const Range& range, const Map<T>& out, const Mix<T>& mix) const;
+  void convolve_tangent(const Passed<T>& at, const Range& range, const Map<T>& t, const Map<T>& out,
                         const Mix<T>& mix) const;
   void convolve_back(const UnitSpec<A>& unit, const Range& range, const Map<T>& g, const Map<T>& n) const;
   // Accumulates the weight's and bias' gradients from g and unit j's input, and, with `t`, from those of the tangent.
-  void add_gradients(const Evaluation<T>& e, size_t j, const Range& range, const Map<T>& g, const Map<T>* t,
+  void add_gradients(const Passed<T>& at, const Range& range, const Map<T>& g, const Map<T>* t,
                      const Map<T>& tangent_g) const;
   // Adds <g, bias> of the convolution behind a unit, and <n, z> from the sums of n, z's cotangent, and of n x.
   void add_bias_product(const UnitSpec<A>& unit, const Range& range, const View<T>& g, const Along<T>& along) const;
   void add_product(const UnitSpec<A>& unit, const Range& range, const A* sums, const Along<T>& along) const;
   void add_norm_gradients(const UnitSpec<A>& unit, const Range& range, const A* sums) const;
 
-  NormRows<A> rows_of(const Evaluation<T>& e, size_t j, const Range& range, int64_t i) const;
+  NormRows<A> rows_of(const Passed<T>& at, const Range& range, int64_t i) const;
 
   // The statistics of unit j's input, unless they are known.
   void prepare(const Evaluation<T>& e, size_t j);
   // Those of a group norm where forward has kept them.
   void find_groups(const Evaluation<T>& e, size_t j);
   // They come from its channels' moments in `sums_`: of one sample, or of all at the barrier.
-  void measure(const Evaluation<T>& e, size_t j, const Range& range) const;
-  void measure_groups(const Evaluation<T>& e, size_t j, const Range& range, int64_t i) const;
+  void measure(const Passed<T>& at, const Range& range) const;
+  void measure_groups(const Passed<T>& at, const Range& range, int64_t i) const;
   void measure_batch(const Evaluation<T>& e, size_t j);
   // The means that the derivative of unit j's norm needs, from the channel sums in `sums_`; likewise.
   void settle(size_t j, const Range& range, int64_t i, bool weighted, std::initializer_list<Means<A>> means) const;
   void settle_batch(size_t j, bool weighted, std::initializer_list<Means<A>> means);
-  void sum_tangent(const Evaluation<T>& e, size_t j, const Range& range, const Map<T>& t) const;
+  void sum_tangent(const Passed<T>& at, const Range& range, const Map<T>& t) const;
 
   BranchSpec<A> const& spec_;
   Schedule& schedule_;

@@ -103,6 +103,18 @@ void Branch<T>::keep_inputs(Evaluation<T>& e) {
 }
 
 template <class T>
+int64_t Branch<T>::room(bool inputs) const {
+  int64_t bytes = 0;
+  for (const UnitSpec<A>& unit : spec_.units) {
+    if (unit.norm == kGroupNorm) bytes += memory_.room_of_rows(2 * unit.groups);
+    if (unit.norm == kBatchNorm) bytes += 2 * Kept::room<A>(width());
+  }
+  for (size_t j = 1; inputs && j < spec_.units.size(); ++j)
+    bytes += memory_.room(blocks_of<A>(spec_.units[j].in_channels));
+  return bytes;
+}
+
+template <class T>
 void Branch<T>::release(Evaluation<T>& e) {
   for (size_t j = 1; j < spec_.units.size(); ++j) {
     memory_.give(e.inputs[j]);
@@ -141,10 +153,10 @@ void Branch<T>::combine(const Map<T>& out, const Mix<T>& mix) {
 }
 
 template <class T>
-NormRows<Number<T>> Branch<T>::rows_of(const Evaluation<T>& e, size_t j, const Range& range, int64_t i) const {
-  const UnitSpec<A>& unit = spec_.units[j];
+NormRows<Number<T>> Branch<T>::rows_of(const Passed<T>& at, const Range& range, int64_t i) const {
+  const UnitSpec<A>& unit = spec_.units[at.unit];
   NormRows<A> rows;
-  rows.mean = e.mean[j].at(range, i), rows.rstd = e.rstd[j].at(range, i);
+  rows.mean = at.mean.at(range, i), rows.rstd = at.rstd.at(range, i);
   rows.weight = unit.weight, rows.bias = unit.bias;
   rows.n = rows.xn = rows.t = rows.xt = rows.c = rows.xc = spec_.zeros;
   rows.measured = unit.measured();
@@ -155,24 +167,24 @@ NormRows<Number<T>> Branch<T>::rows_of(const Evaluation<T>& e, size_t j, const R
   row(mean_n_, rows.n), row(mean_xn_, rows.xn);
   if (mean_t_.empty()) return rows;
   row(mean_c_, rows.c), row(mean_xc_, rows.xc);
-  row(mean_t_[j], rows.t), row(mean_xt_[j], rows.xt);
+  row(mean_t_[at.unit], rows.t), row(mean_xt_[at.unit], rows.xt);
   return rows;
 }
 
 template <class T>
 void Branch<T>::prepare(const Evaluation<T>& e, size_t j) {
   if (!spec_.units[j].measured() || e.measured) return;
-  each({e.inputs[j]}, [=, this](const Range& range) { measure(e, j, range); });
+  each({e.inputs[j]}, [this, at = e.at(j)](const Range& range) { measure(at, range); });
   measure_batch(e, j);
 }
 
 template <class T>
 void Branch<T>::find_groups(const Evaluation<T>& e, size_t j) {
-  each({}, [=, this, &unit = spec_.units[j]](const Range& range) {
+  each({}, [this, at = e.at(j), &unit = spec_.units[j]](const Range& range) {
     const int64_t lanes = spec_.lanes_of(unit), size = unit.in_channels / unit.groups;
     for (int64_t i = 0; i < range.count; ++i) {
-      const A* found = e.groups[j].at(range, i);
-      for (const Rows<A>& rows : {e.mean[j], e.rstd[j]}) {
+      const A* found = at.groups.at(range, i);
+      for (const Rows<A>& rows : {at.mean, at.rstd}) {
         A* to = rows.at(range, i);
         for (int64_t g = 0; g < unit.groups; ++g) std::fill_n(to + g * size, size, *found++);
         std::fill(to + unit.in_channels, to + lanes, A(0));
@@ -182,23 +194,23 @@ void Branch<T>::find_groups(const Evaluation<T>& e, size_t j) {
 }
 
 template <class T>
-void Branch<T>::measure(const Evaluation<T>& e, size_t j, const Range& range) const {
-  const UnitSpec<A>& unit = spec_.units[j];
+void Branch<T>::measure(const Passed<T>& at, const Range& range) const {
+  const UnitSpec<A>& unit = spec_.units[at.unit];
   const int64_t lanes = spec_.lanes_of(unit);
   for (int64_t i = 0; i < range.count; ++i) {
     A* sums = sums_.at(range, i);
-    moments(plane_, lanes / kLanes<A>, e.inputs[j].at(range, i), sums, sums + lanes);
-    if (unit.norm == kGroupNorm) measure_groups(e, j, range, i);
+    moments(plane_, lanes / kLanes<A>, at.input.at(range, i), sums, sums + lanes);
+    if (unit.norm == kGroupNorm) measure_groups(at, range, i);
   }
 }
 
 template <class T>
-void Branch<T>::measure_groups(const Evaluation<T>& e, size_t j, const Range& range, int64_t i) const {
-  const UnitSpec<A>& unit = spec_.units[j];
+void Branch<T>::measure_groups(const Passed<T>& at, const Range& range, int64_t i) const {
+  const UnitSpec<A>& unit = spec_.units[at.unit];
   const int64_t lanes = spec_.lanes_of(unit), size = unit.in_channels / unit.groups;
   const A *channel_means = sums_.at(range, i), *channel_squares = channel_means + lanes;
-  A *mean = e.mean[j].at(range, i), *rstd = e.rstd[j].at(range, i);
-  A* found = e.groups[j].base ? e.groups[j].at(range, i) : nullptr;
+  A *mean = at.mean.at(range, i), *rstd = at.rstd.at(range, i);
+  A* found = at.groups.base ? at.groups.at(range, i) : nullptr;
   std::fill(mean, mean + lanes, A(0));
   std::fill(rstd, rstd + lanes, A(0));
   const double pixels = static_cast<double>(plane_.pixels());

@@ -27,14 +27,18 @@ class DescentPoints {
         keep_(keep && branch.memory().kept),
         hold_first_(descent.keeps_all || !branch.memory().coupled),
         points(descent.steps),
-        residuals(descent.steps),
-        at_input(branch.evaluation(keep)) {
+        residuals(descent.steps) {
+    Memory<A>& memory = branch.memory();
+    if (keep_)
+      memory.kept->reserve(branch.room(hold_first_) +
+                           descent.steps * (branch.room(true) + 2 * memory.room(input.blocks)));
+    at_input = branch.evaluation(keep);
     if (keep_ && hold_first_) branch.keep_inputs(at_input);
     for (int64_t k = 0; k < descent.steps; ++k) {
       at_point.push_back(branch.evaluation(keep));
       if (!keep_) continue;
-      points[k] = branch.memory().keep(input.blocks);
-      residuals[k] = branch.memory().keep(input.blocks);
+      points[k] = memory.keep(input.blocks);
+      residuals[k] = memory.keep(input.blocks);
       branch.keep_inputs(at_point[k]);
     }
   }

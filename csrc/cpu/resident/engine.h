@@ -10,9 +10,6 @@
 
 namespace fastode::resident {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 // A branch as the operators take it. `units` holds kUnitIntegers per unit: norm code, groups, activation code, output
 // channels (0 without a convolution), kernel height, kernel width, and which of the four parameters are present (bits:
 // norm weight, norm bias, running mean and variance, convolution weight, convolution bias); `numbers` holds eps, p and
@@ -27,7 +24,9 @@ struct BranchArguments {
 // float64.
 template <class A, class F>
 void with_data(const Tensor& tensor, const F& f) {
-  if (tensor.scalar_type() == ScalarType::Float) return f(static_cast<float*>(tensor.data_ptr()));
+  int32_t type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &type));
+  if (type == aoti_torch_dtype_float32()) return f(static_cast<float*>(tensor.data_ptr()));
   if constexpr (std::is_same_v<A, double>)
     f(static_cast<double*>(tensor.data_ptr()));
   else
@@ -37,16 +36,6 @@ void with_data(const Tensor& tensor, const F& f) {
 template <class A>
 constexpr ScalarType scalar_type() {
   return std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
-}
-
-inline Tensor fresh(const Tensor& made) {
-  fill_fresh(made.data_ptr(), made.numel() * static_cast<int64_t>(made.element_size()));
-  return made;
-}
-
-inline Tensor new_vector(const Tensor& like, int64_t length, ScalarType type, bool zero = false) {
-  const torch::headeronly::IntHeaderOnlyArrayRef sizes(&length, 1);
-  return zero ? torch::stable::new_zeros(like, sizes, type) : fresh(torch::stable::new_empty(like, sizes, type));
 }
 
 // What a program asks of the parameters: the weights of transposed convolutions, gradients, and the weights of a last
@@ -62,7 +51,7 @@ class Packed {
   Packed(const BranchArguments& arguments, const Tensor& x, const Wanted& wanted);
 
   // The gradients of `parameters` (those of running statistics stay empty), each in its parameter's dtype.
-  std::vector<Tensor> gradients(const Tensor& accumulators, int64_t workers) const;
+  std::vector<Tensor> gradients(const A* accumulators, int64_t workers) const;
 
   BranchSpec<A> spec;
   int64_t statistics = 0;  // elements per evaluation: two rows for each batch norm
@@ -93,10 +82,10 @@ struct Call {
   const Tensor& x;
   const Tensor* cotangent;  // null: forward
   Tensor result;
-  Kept* kept;              // null: nothing is kept
-  Tensor statistics = {};  // may be empty
-  Tensor gradients = {};   // [workers, spec.gradients], zero; may be empty
-  Tensor products = {};    // [workers, products_stride], zero; may be empty
+  Kept* kept;                  // null: nothing is kept
+  A* statistics = nullptr;     // null: none
+  A* gradients = nullptr;      // [workers, spec.gradients], zero
+  double* products = nullptr;  // [workers, products_stride], zero
   int64_t products_stride = 0;
 };
 

@@ -14,7 +14,7 @@ Packed<A>::Packed(const BranchArguments& arguments, const Tensor& x, const Wante
       lowers_(x.scalar_type() == ScalarType::BFloat16 && x.size(2) * x.size(3) >= kTilePixels && has_tiles()) {
   Arena count(nullptr);
   read(count, wanted);
-  storage_ = new_vector(x, count.used() / static_cast<int64_t>(sizeof(A)), scalar_type<A>());
+  storage_ = new_vector(count.used() / static_cast<int64_t>(sizeof(A)), scalar_type<A>());
   Arena arena(storage_.data_ptr());
   read(arena, wanted);
   arena.check();
@@ -119,13 +119,12 @@ void Packed<A>::read(Arena& arena, const Wanted& wanted) {
 }
 
 template <class A>
-std::vector<Tensor> Packed<A>::gradients(const Tensor& accumulators, int64_t workers) const {
-  const A* base = static_cast<const A*>(accumulators.data_ptr());
+std::vector<Tensor> Packed<A>::gradients(const A* base, int64_t workers) const {
   const int64_t stride = spec.gradients;
   std::vector<Tensor> result;
   const auto next = [&]() -> Tensor& {
     const Tensor& parameter = arguments_.parameters[result.size()];
-    result.push_back(fresh(torch::stable::new_empty(parameter, parameter.sizes())));
+    result.push_back(new_contiguous(parameter.scalar_type(), parameter.sizes()));
     return result.back();
   };
   const auto row = [&](int64_t at) {
@@ -144,8 +143,7 @@ std::vector<Tensor> Packed<A>::gradients(const Tensor& accumulators, int64_t wor
     const int64_t present = arguments_.units[j * kUnitIntegers + 6];
     if (present & kWeight) row(unit.weight_at);
     if (present & kBias) row(unit.bias_at);
-    for (int k = 0; k < 2 && present & kRunning; ++k)
-      result.push_back(new_vector(arguments_.parameters[result.size()], 0, scalar_type<A>()));
+    for (int k = 0; k < 2 && present & kRunning; ++k) result.push_back(new_vector(0, scalar_type<A>()));
     if (unit.has_conv)
       with_data<A>(next(),
                    [&](auto* data) { unpack_gradient(unit.shape, base + unit.conv_at, stride, workers, data); });
@@ -173,18 +171,17 @@ void run_recorded(const Call<A>& call, const Recording<S>& recording) {
   const bool forward = call.cotangent == nullptr;
   const Plane<A> plane(call.x.size(2), call.x.size(3), spec.halo);
   Schedule schedule(samples, workers, group_for(samples, workers, plane.pixels(), sizeof(S)));
-  Memory<S> memory(call.x, plane, schedule, spec.couples_samples, call.kept);
-  A* gradients = spec.gradients ? static_cast<A*>(call.gradients.data_ptr()) : nullptr;
-  Branch<S> branch(spec, schedule, memory, gradients, recording.need);
+  Memory<S> memory(plane, schedule, spec.couples_samples, call.kept);
+  Branch<S> branch(spec, schedule, memory, spec.gradients ? call.gradients : nullptr, recording.need);
 
   Wishes<S> wishes;
   wishes.parameters = spec.gradients > 0;
   if (forward && call.packed.statistics) {
-    wishes.statistics = static_cast<A*>(call.statistics.data_ptr());
+    wishes.statistics = call.statistics;
     wishes.statistics_stride = call.packed.statistics;
   }
   wishes.products_stride = call.products_stride;
-  if (call.products_stride) wishes.products = static_cast<double*>(call.products.data_ptr());
+  if (call.products_stride) wishes.products = call.products;
 
   const auto read = [&](const Tensor& tensor) {
     const Feature<const T> feature = feature_of<const T>(tensor);
@@ -213,6 +210,7 @@ void run_recorded(const Call<A>& call, const Recording<S>& recording) {
     });
   schedule.flush();
   memory.check();
+  if (call.kept) call.kept->check();
 }
 
 }  // namespace fastode::resident

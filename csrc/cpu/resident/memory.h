@@ -10,8 +10,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstring>
 #include <functional>
 #include <list>
+#include <stdexcept>
 #include <utility>
 #include <vector>
 
@@ -19,6 +21,45 @@
 #include "conv_bf16.h"
 
 namespace fastode::resident {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline Tensor fresh(const Tensor& made) {
+  fill_fresh(made.data_ptr(), made.numel() * static_cast<int64_t>(made.element_size()));
+  return made;
+}
+
+// On the CPU, uninitialised. Straight from the allocator: torch::stable::empty and new_empty look an operator up by its
+// name each time, which takes as long as a convolution of a small map.
+inline Tensor new_tensor(ScalarType type, const int64_t* sizes, const int64_t* strides, int64_t dimensions) {
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dimensions, sizes, strides,
+                                                         static_cast<int32_t>(torch::stable::detail::from(type)),
+                                                         aoti_torch_device_type_cpu(), 0, &made));
+  return fresh(Tensor(made));
+}
+
+inline Tensor new_vector(int64_t length, ScalarType type, bool zero = false) {
+  const int64_t stride = 1;
+  Tensor made = new_tensor(type, &length, &stride, 1);
+  if (zero && length > 0) std::memset(made.data_ptr(), 0, length * made.element_size());
+  return made;
+}
+
+// Of these sizes, and contiguous.
+inline Tensor new_contiguous(ScalarType type, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(1, sizes[d]);
+  return new_tensor(type, sizes.data(), strides.data(), static_cast<int64_t>(sizes.size()));
+}
+
+// [N, C, H, W], channels_last if `last`, else contiguous.
+inline Tensor new_map(ScalarType type, int64_t samples, int64_t channels, int64_t height, int64_t width, bool last) {
+  const int64_t sizes[] = {samples, channels, height, width}, sample = channels * height * width;
+  const int64_t strides[2][4] = {{sample, height * width, width, 1}, {sample, 1, width * channels, channels}};
+  return new_tensor(type, sizes, strides[last], 4);
+}
 
 inline constexpr int64_t kGroup = 16;  // samples in a range at most
 
@@ -51,6 +92,9 @@ class Schedule {
       if (std::none_of(touched_.begin(), touched_.end(), same)) touched_.push_back(map);
     }
   }
+
+  // Whether some worker has another range after the first.
+  bool looks_ahead() const { return divide_up(samples, workers) > group; }
 
   // The next flush goes up, whatever ran before: what follows sums in the same order each time.
   void rewind() { down_ = false; }
@@ -126,18 +170,22 @@ struct Rows {
   }
 };
 
-// Memory from torch, where its profiler sees it: large pieces in tensors of their own, small ones together.
+// Memory from torch, where its profiler sees it: large pieces in tensors of their own, small ones together, of which
+// the first lie in the object itself, so that a small call allocates nothing.
 class Scratch {
  public:
-  explicit Scratch(const torch::stable::Tensor& like) : like_(like) {}
+  Scratch() { shared_ = &arenas_.emplace_back(here_); }
+  Scratch(const Scratch&) = delete;
 
   template <class T>
   T* take(int64_t count) {
     Arena needed(nullptr);
     needed.take<T>(count);
     if (needed.used() > kChunk / 2) return arenas_.emplace_back(allocate(needed.used())).template take<T>(count);
-    if (shared_ == nullptr || shared_->used() + needed.used() > kChunk)
+    if (shared_->used() + needed.used() > room_) {
+      room_ = kChunk;
       shared_ = &arenas_.emplace_back(allocate(kChunk));
+    }
     return shared_->template take<T>(count);
   }
 
@@ -146,47 +194,74 @@ class Scratch {
   }
 
  private:
-  static constexpr int64_t kChunk = 1 << 16;
+  static constexpr int64_t kHere = 1 << 13, kChunk = 1 << 16;
 
   void* allocate(int64_t bytes) {
-    const torch::headeronly::IntHeaderOnlyArrayRef sizes(&bytes, 1);
-    tensors_.push_back(torch::stable::new_empty(like_, sizes, torch::headeronly::ScalarType::Byte));
+    tensors_.push_back(new_vector(bytes, ScalarType::Byte));
     return tensors_.back().data_ptr();
   }
 
-  const torch::stable::Tensor& like_;
-  std::vector<torch::stable::Tensor> tensors_;
+  alignas(64) char here_[kHere];
+  std::vector<Tensor> tensors_;
   std::list<Arena> arenas_;
-  Arena* shared_ = nullptr;
+  Arena* shared_;
+  int64_t room_ = kHere;  // of `shared_`
 };
 
-// What forward leaves to backward, piece by piece in tensors of their own: made by a forward program and found again,
-// in the same order, by the backward one.
+// What forward leaves to backward: made by a forward program and found again, in the same order, by the backward one.
+// Little of it lies in one tensor, because a tensor for each piece takes longer than a small map's arithmetic; of much
+// every piece has its own, so that the allocator can give the next call the same pages.
 class Kept {
  public:
-  Kept(const torch::stable::Tensor& like, std::vector<torch::stable::Tensor> pieces)
-      : found(!pieces.empty()), like_(like), pieces_(std::move(pieces)) {}
+  explicit Kept(std::vector<Tensor> pieces) : found(!pieces.empty()), pieces_(std::move(pieces)) {}
+
+  // Bytes of a piece of so many elements in the common tensor.
+  template <class A>
+  static int64_t room(int64_t length) {
+    return divide_up(length * static_cast<int64_t>(sizeof(A)), 64) * 64;
+  }
+
+  // Says how much all pieces take together, by `room`, before the first is taken.
+  void reserve(int64_t bytes) {
+    if (bytes == 0 || bytes > kTogether) return;
+    if (!found) pieces_.push_back(new_vector(bytes / sizeof(float), ScalarType::Float));
+    if (pieces_.size() != 1 || pieces_[0].numel() * static_cast<int64_t>(sizeof(float)) != bytes)
+      throw std::logic_error("backward looks for other than what forward has kept");
+    common_ = static_cast<char*>(pieces_[0].data_ptr()), left_ = bytes;
+  }
 
   template <class A>
   A* take(int64_t length) {
-    using torch::headeronly::ScalarType;
+    if (common_) {
+      char* piece = common_;
+      common_ += room<A>(length), left_ -= room<A>(length);
+      if (left_ < 0) throw std::logic_error("more is kept for backward than was reserved");
+      return reinterpret_cast<A*>(piece);
+    }
     if (!found) {
       const auto type = std::is_same_v<A, double>     ? ScalarType::Double
                         : std::is_same_v<A, bfloat16> ? ScalarType::BFloat16
                                                       : ScalarType::Float;
-      pieces_.push_back(torch::stable::new_empty(like_, torch::headeronly::IntHeaderOnlyArrayRef(&length, 1), type));
-      fill_fresh(pieces_.back().data_ptr(), length * static_cast<int64_t>(sizeof(A)));
+      pieces_.push_back(new_vector(length, type));
     }
     return static_cast<A*>(pieces_[next_++].data_ptr());
   }
 
-  const std::vector<torch::stable::Tensor>& pieces() const { return pieces_; }
+  // Throws where less was taken than reserved.
+  void check() const {
+    if (left_ > 0) throw std::logic_error("less is kept for backward than was reserved");
+  }
+
+  const std::vector<Tensor>& pieces() const { return pieces_; }
   const bool found;
 
  private:
-  const torch::stable::Tensor& like_;
-  std::vector<torch::stable::Tensor> pieces_;
+  static constexpr int64_t kTogether = 1 << 17;  // below what malloc maps apart
+
+  std::vector<Tensor> pieces_;
   size_t next_ = 0;
+  char* common_ = nullptr;
+  int64_t left_ = 0;
 };
 
 // A program's maps. Those that cross a batch norm's barrier hold the batch, as all do where the samples are coupled;
@@ -197,8 +272,8 @@ class Memory {
  public:
   using A = Number<T>;
 
-  Memory(const torch::stable::Tensor& like, const Plane<A>& plane, const Schedule& schedule, bool coupled, Kept* kept)
-      : plane(plane), coupled(coupled), kept(kept), schedule_(schedule), scratch_(like) {}
+  Memory(const Plane<A>& plane, const Schedule& schedule, bool coupled, Kept* kept)
+      : plane(plane), coupled(coupled), kept(kept), schedule_(schedule) {}
 
   Map<T> take(int64_t blocks) {
     const int64_t stride = blocks * plane.pixels() * Plane<A>::lanes;
@@ -247,6 +322,12 @@ class Memory {
     T* base = kept->take<T>(stride * schedule_.samples);
     return {plane.compact(base), stride, blocks, Extent::kBatch, 0, !kept->found};
   }
+
+  // Bytes that `keep` and `keep_rows` take where they are reserved.
+  int64_t room(int64_t blocks) const {
+    return Kept::room<T>(blocks * plane.pixels() * Plane<A>::lanes * schedule_.samples);
+  }
+  int64_t room_of_rows(int64_t length) const { return Kept::room<A>(length * schedule_.samples); }
 
   Rows<A> rows(int64_t length) {
     const auto [base, extent, per_worker] = own<A>(length);

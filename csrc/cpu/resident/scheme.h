@@ -24,6 +24,11 @@ class Stages {
     Memory<A>& memory = branch.memory();
     const bool left = keep && memory.kept;
     points[0] = input;
+    if (left) {
+      int64_t bytes = (scheme.stages - 1) * memory.room(input.blocks);
+      for (int64_t k = 0; k < scheme.stages; ++k) bytes += branch.room(holds(k));
+      memory.kept->reserve(bytes);
+    }
     for (int64_t k = 0; k < scheme.stages; ++k) {
       evaluations.push_back(branch.evaluation(keep));
       evaluations[k].inputs[0] = points[k];

@@ -13,7 +13,7 @@ Traces<A> kept_traces(const SkewPair<A>& pair, const March& march, std::vector<T
   const int64_t samples = like.size(0);
   size_t next = 0;
   const auto take = [&](int64_t size) {
-    if (make) kept.push_back(new_vector(like, size * samples, scalar_type<A>()));
+    if (make) kept.push_back(new_vector(size * samples, scalar_type<A>()));
     return static_cast<A*>(kept[next++].data_ptr());
   };
   Traces<A> traces;
@@ -47,7 +47,7 @@ KeptPair<A> kept_pair(const SkewPair<A>& pair, bool by_results, PairKept& kept, 
   size_t next = 0;
   const auto take = [&](const Plane<A>& plane, int64_t blocks, int64_t& size) {
     size = blocks * Signs<A>(plane, nullptr).block;
-    if (make) kept.signs.push_back(new_vector(like, size * like.size(0), scalar_type<A>()));
+    if (make) kept.signs.push_back(new_vector(size * like.size(0), scalar_type<A>()));
     return static_cast<A*>(kept.signs[next++].data_ptr());
   };
   if (y) found.y_signs = take(pair.y_plane, pair.y_blocks(), found.y_size);
@@ -62,7 +62,7 @@ void each_worker(const Tensor& like, const Make& make) {
   Arena count(nullptr);
   make(count, 0);
   const int64_t bytes = count.used();
-  const Tensor scratch = new_vector(like, workers * bytes / static_cast<int64_t>(sizeof(A)), scalar_type<A>());
+  const Tensor scratch = new_vector(workers * bytes / static_cast<int64_t>(sizeof(A)), scalar_type<A>());
   std::vector<Arena> arenas;
   for (int64_t w = 0; w < workers; ++w) arenas.emplace_back(static_cast<char*>(scratch.data_ptr()) + w * bytes);
   in_parallel(workers, 1, [&](int64_t begin, int64_t end) {

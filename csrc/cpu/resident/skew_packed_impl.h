@@ -10,7 +10,7 @@ PackedPair<A>::PackedPair(const PairArguments& arguments, int64_t height, int64_
     : arguments_(arguments) {
   Arena count(nullptr);
   read(count, height, width, asked);
-  storage_ = new_vector(arguments.parameters[0], count.used() / static_cast<int64_t>(sizeof(A)), scalar_type<A>());
+  storage_ = new_vector(count.used() / static_cast<int64_t>(sizeof(A)), scalar_type<A>());
   Arena arena(storage_.data_ptr());
   read(arena, height, width, asked);
   arena.check();
@@ -100,10 +100,10 @@ std::vector<Tensor> PackedPair<A>::gradients(const Tensor& accumulators, int64_t
   std::vector<Tensor> result;
   const auto next = [&](int64_t length) -> const Tensor& {
     const Tensor& parameter = parameters[result.size()];
-    return result.emplace_back(new_vector(parameter, length, parameter.scalar_type()));
+    return result.emplace_back(new_vector(length, parameter.scalar_type()));
   };
   if (spec.weight_at >= 0) {
-    result.push_back(fresh(torch::stable::empty(parameters[0].sizes(), parameters[0].scalar_type())));
+    result.push_back(new_contiguous(parameters[0].scalar_type(), parameters[0].sizes()));
     with_data<A>(result[0], [&](auto* data) {
       unpack_gradient(spec.shape.down(), base + spec.weight_at, spec.gradients, workers, data);
     });

@@ -15,35 +15,34 @@ void Branch<T>::convolve_jobs(const ConvShape& shape, const A* packed, const A* 
 }
 
 template <class T>
-void Branch<T>::convolve_input(const Evaluation<T>& e, size_t j, const Range& range, const Map<T>& out,
-                               const Mix<T>& mix) const {
-  const UnitSpec<A>& unit = spec_.units[j];
+void Branch<T>::convolve_input(const Passed<T>& at, const Range& range, const Map<T>& out, const Mix<T>& mix) const {
+  const UnitSpec<A>& unit = spec_.units[at.unit];
   const int64_t blocks = blocks_of<A>(unit.in_channels);
-  const auto input = [&](int64_t i) { return e.inputs[j].at(range, i); };
+  const auto input = [&](int64_t i) { return at.input.at(range, i); };
   if (!unit.has_conv) {
     for (int64_t i = 0; i < range.count; ++i)
-      apply(plane_, blocks, rows_of(e, j, range, i), unit.act, input(i), out.at(range, i), mix.at(range, i));
+      apply(plane_, blocks, rows_of(at, range, i), unit.act, input(i), out.at(range, i), mix.at(range, i));
     return;
   }
   const Map<T> active = fit(active_, unit.in_channels, range);
   ConvJob<T> jobs[kGroup];
   for (int64_t i = 0; i < range.count; ++i) {
-    const bool direct = e.inputs[j].halo && goes_straight(j);
+    const bool direct = at.input.halo && goes_straight(at.unit);
     jobs[i] = {direct ? input(i) : active.at(range, i), out.at(range, i), mix.at(range, i)};
-    if (!direct) apply(plane_, blocks, rows_of(e, j, range, i), unit.act, input(i), jobs[i].in, Combine<T>{});
+    if (!direct) apply(plane_, blocks, rows_of(at, range, i), unit.act, input(i), jobs[i].in, Combine<T>{});
   }
   convolve_jobs(unit.shape, unit.forward, unit.conv_bias, jobs, range);
 }
 
 template <class T>
-void Branch<T>::convolve_tangent(const Evaluation<T>& e, size_t j, const Range& range, const Map<T>& t,
-                                 const Map<T>& out, const Mix<T>& mix) const {
-  const UnitSpec<A>& unit = spec_.units[j];
+void Branch<T>::convolve_tangent(const Passed<T>& at, const Range& range, const Map<T>& t, const Map<T>& out,
+                                 const Mix<T>& mix) const {
+  const UnitSpec<A>& unit = spec_.units[at.unit];
   const int64_t blocks = blocks_of<A>(unit.in_channels);
-  const auto input = [&](int64_t i) { return e.inputs[j].at(range, i); };
+  const auto input = [&](int64_t i) { return at.input.at(range, i); };
   if (!unit.has_conv) {
     for (int64_t i = 0; i < range.count; ++i)
-      tangent_apply(plane_, blocks, rows_of(e, j, range, i), unit.act, input(i), t.at(range, i), out.at(range, i),
+      tangent_apply(plane_, blocks, rows_of(at, range, i), unit.act, input(i), t.at(range, i), out.at(range, i),
                     mix.at(range, i));
     return;
   }
@@ -51,8 +50,7 @@ void Branch<T>::convolve_tangent(const Evaluation<T>& e, size_t j, const Range& 
   ConvJob<T> jobs[kGroup];
   for (int64_t i = 0; i < range.count; ++i) {
     jobs[i] = {active.at(range, i), out.at(range, i), mix.at(range, i)};
-    tangent_apply(plane_, blocks, rows_of(e, j, range, i), unit.act, input(i), t.at(range, i), jobs[i].in,
-                  Combine<T>{});
+    tangent_apply(plane_, blocks, rows_of(at, range, i), unit.act, input(i), t.at(range, i), jobs[i].in, Combine<T>{});
   }
   convolve_jobs(unit.shape, unit.forward, nullptr, jobs, range);
 }
@@ -65,9 +63,9 @@ void Branch<T>::convolve_back(const UnitSpec<A>& unit, const Range& range, const
 }
 
 template <class T>
-void Branch<T>::add_gradients(const Evaluation<T>& e, size_t j, const Range& range, const Map<T>& g, const Map<T>* t,
+void Branch<T>::add_gradients(const Passed<T>& at, const Range& range, const Map<T>& g, const Map<T>* t,
                               const Map<T>& tangent_g) const {
-  const UnitSpec<A>& unit = spec_.units[j];
+  const UnitSpec<A>& unit = spec_.units[at.unit];
   if (!unit.has_conv) return;
   const int64_t blocks = blocks_of<A>(unit.in_channels), out_blocks = blocks_of<A>(unit.out_channels);
   A* gradients = gradients_of(range);
@@ -85,14 +83,14 @@ void Branch<T>::add_gradients(const Evaluation<T>& e, size_t j, const Range& ran
     }
   };
   add(fit(active_, unit.in_channels, range), g, [&](int64_t i, const GradientPair<T>& pair) {
-    apply(plane_, blocks, rows_of(e, j, range, i), unit.act, e.inputs[j].at(range, i), pair.in, Combine<T>{});
+    apply(plane_, blocks, rows_of(at, range, i), unit.act, at.input.at(range, i), pair.in, Combine<T>{});
     if (unit.conv_bias_at >= 0)  // the tangent stream has no bias
       add_channel_sums(plane_, out_blocks, pair.cotangent, gradients + unit.conv_bias_at);
   });
   if (t)
     add(fit(tangent_active_, unit.in_channels, range), tangent_g, [&](int64_t i, const GradientPair<T>& pair) {
-      tangent_apply(plane_, blocks, rows_of(e, j, range, i), unit.act, e.inputs[j].at(range, i), t->at(range, i),
-                    pair.in, Combine<T>{});
+      tangent_apply(plane_, blocks, rows_of(at, range, i), unit.act, at.input.at(range, i), t->at(range, i), pair.in,
+                    Combine<T>{});
     });
   if constexpr (std::is_same_v<T, bfloat16>)
     weight_gradient(plane_, unit.shape, together_, pairs, count, gradients + unit.conv_at,
@@ -169,7 +167,8 @@ void Branch<T>::value(Evaluation<T>& e, const Map<T>& in, const Map<T>* out, con
     if (!last && !e.inputs[j + 1]) e.inputs[j + 1] = input_map(j + 1, hold);
     const Map<T> to = last ? *out : e.inputs[j + 1];
     const Mix<T> here = last ? last_mix : Mix<T>{};
-    each(here.with({e.inputs[j], to}), [=, this](const Range& range) { convolve_input(e, j, range, to, here); });
+    each(here.with({e.inputs[j], to}),
+         [=, this, at = e.at(j)](const Range& range) { convolve_input(at, range, to, here); });
     if (!last) prepare(e, j + 1);
     if (!hold && j > 0) {
       if (!last || !shares) memory_.give(e.inputs[j]);
@@ -181,12 +180,12 @@ void Branch<T>::value(Evaluation<T>& e, const Map<T>& in, const Map<T>* out, con
 }
 
 template <class T>
-void Branch<T>::sum_tangent(const Evaluation<T>& e, size_t j, const Range& range, const Map<T>& t) const {
-  const UnitSpec<A>& unit = spec_.units[j];
+void Branch<T>::sum_tangent(const Passed<T>& at, const Range& range, const Map<T>& t) const {
+  const UnitSpec<A>& unit = spec_.units[at.unit];
   for (int64_t i = 0; i < range.count && unit.measured(); ++i) {
-    tangent_sums(plane_, blocks_of<A>(unit.in_channels), rows_of(e, j, range, i), e.inputs[j].at(range, i),
-                 t.at(range, i), sums_.at(range, i));
-    settle(j, range, i, false, {mean_t_[j], mean_xt_[j]});
+    tangent_sums(plane_, blocks_of<A>(unit.in_channels), rows_of(at, range, i), at.input.at(range, i), t.at(range, i),
+                 sums_.at(range, i));
+    settle(at.unit, range, i, false, {mean_t_[at.unit], mean_xt_[at.unit]});
   }
 }
 
@@ -198,12 +197,12 @@ void Branch<T>::tangent(const Evaluation<T>& e, const Map<T>& t, const Map<T>& o
     const bool last = j + 1 == units;
     const Map<T> from = tangents_[j];
     if (!last) tangents_.push_back(memory_.take(blocks_of<A>(spec_.units[j + 1].in_channels)));
-    each({e.inputs[j], from}, [=, this](const Range& range) { sum_tangent(e, j, range, from); });
+    each({e.inputs[j], from}, [=, this, at = e.at(j)](const Range& range) { sum_tangent(at, range, from); });
     settle_batch(j, false, {mean_t_[j], mean_xt_[j]});
     const Map<T> to = last ? out : tangents_[j + 1];
     const Mix<T> here = last ? mix : Mix<T>{};
     each(here.with({e.inputs[j], from, to}),
-         [=, this](const Range& range) { convolve_tangent(e, j, range, from, to, here); });
+         [=, this, at = e.at(j)](const Range& range) { convolve_tangent(at, range, from, to, here); });
   }
 }
 
@@ -221,22 +220,22 @@ Map<T> Branch<T>::cotangent(const Evaluation<T>& e, const Mix<T>& image, const M
     const int64_t blocks = blocks_of<A>(unit.in_channels), out_blocks = blocks_of<A>(unit.out_channels);
     const std::vector<Map<T>> maps =
         j + 1 == units ? few_image.with({e.inputs[j], n}) : std::vector{e.inputs[j + 1], n, e.inputs[j]};
-    each(maps, [=, this, &unit](const Range& range) {
+    each(maps, [=, this, &unit, at = e.at(j), next = e.at(std::min(j + 1, units - 1))](const Range& range) {
       const Map<T> g = fit(g_, unit.out_channels, range);
       for (int64_t i = 0; i < range.count; ++i) {
         if (j + 1 == units)
           combine_maps(plane_, out_blocks, g.at(range, i), few_image.at(range, i));
         else
-          cotangent_last(plane_, out_blocks, rows_of(e, j + 1, range, i), e.inputs[j + 1].at(range, i), n.at(range, i),
+          cotangent_last(plane_, out_blocks, rows_of(next, range, i), next.input.at(range, i), n.at(range, i),
                          g.at(range, i), Combine<T>{});
       }
-      if (parameters) add_gradients(e, j, range, g, nullptr, {});
+      if (parameters) add_gradients(at, range, g, nullptr, {});
       if (unit.has_conv) convolve_back(unit, range, g, n);
       for (int64_t i = 0; i < range.count; ++i) {
         A* sums = sums_.at(range, i);
         const bool tells = along.sum && j + 1 == units;
         if (tells) add_bias_product(unit, range, g.at(range, i), along);
-        cotangent_first(plane_, blocks, rows_of(e, j, range, i), unit.act, e.inputs[j].at(range, i),
+        cotangent_first(plane_, blocks, rows_of(at, range, i), unit.act, at.input.at(range, i),
                         (unit.has_conv ? n : g).at(range, i), n.at(range, i), sums);
         if (tells) add_product(unit, range, sums, along);
         if (parameters) add_norm_gradients(unit, range, sums);
@@ -247,10 +246,10 @@ Map<T> Branch<T>::cotangent(const Evaluation<T>& e, const Mix<T>& image, const M
   }
   Map<T> result = out ? *out : n;
   result.blocks = blocks_of<A>(spec_.units[0].in_channels);
-  each(last_mix.with({e.inputs[0], n, result}), [=, this](const Range& range) {
+  each(last_mix.with({e.inputs[0], n, result}), [=, this, at = e.at(0)](const Range& range) {
     for (int64_t i = 0; i < range.count; ++i)
-      cotangent_last(plane_, blocks_of<A>(spec_.units[0].in_channels), rows_of(e, 0, range, i),
-                     e.inputs[0].at(range, i), n.at(range, i), result.at(range, i), last_mix.at(range, i));
+      cotangent_last(plane_, blocks_of<A>(spec_.units[0].in_channels), rows_of(at, range, i), at.input.at(range, i),
+                     n.at(range, i), result.at(range, i), last_mix.at(range, i));
   });
   if (out) memory_.give(n);
   give(made);
@@ -269,42 +268,43 @@ Map<T> Branch<T>::second(const Evaluation<T>& e, const Map<T>& v, const Map<T>& 
     const bool top = j + 1 == units;
     const Map<T> t = tangents_[j], above = tangents_[std::min(j + 1, units - 1)];
     const std::vector<Map<T>> maps = top ? std::vector{v, q} : std::vector{e.inputs[j + 1], above, n, m};
-    each(Mix<T>{1, {{1, e.inputs[j]}, {1, t}, {1, n}, {1, m}}}.with(maps), [=, this, &unit](const Range& range) {
-      const Map<T> g = fit(g_, unit.out_channels, range), tangent_g = fit(tangent_g_, unit.out_channels, range);
-      for (int64_t i = 0; i < range.count; ++i) {
-        const View<T> to = g.at(range, i), tangent_to = tangent_g.at(range, i);
-        if (top) {
-          combine_maps(plane_, out_blocks, to, Combine<T>{}.add(1, v.at(range, i)));
-          combine_maps(plane_, out_blocks, tangent_to, Combine<T>{}.add(1, q.at(range, i)));
-        } else {
-          second_last(plane_, out_blocks, rows_of(e, j + 1, range, i), e.inputs[j + 1].at(range, i), above.at(range, i),
-                      n.at(range, i), m.at(range, i), to, &tangent_to, Combine<T>{});
-        }
-      }
-      if (parameters) add_gradients(e, j, range, g, &t, tangent_g);
-      if (unit.has_conv) {
-        convolve_back(unit, range, g, n);
-        convolve_back(unit, range, tangent_g, m);
-      }
-      for (int64_t i = 0; i < range.count; ++i) {
-        A* sums = sums_.at(range, i);
-        if (!unit.has_conv) {
-          combine_maps(plane_, blocks, n.at(range, i), Combine<T>{}.add(1, g.at(range, i)));
-          combine_maps(plane_, blocks, m.at(range, i), Combine<T>{}.add(1, tangent_g.at(range, i)));
-        }
-        second_first(plane_, blocks, rows_of(e, j, range, i), unit.act, e.inputs[j].at(range, i), t.at(range, i),
-                     n.at(range, i), m.at(range, i), sums);
-        // <m, P(t)> joins <n, x>: both are the weight's gradient and both pull the cotangent along x.
-        for (int64_t c = 0; c < lanes; ++c) sums[lanes + c] += sums[4 * lanes + c];
-        if (parameters) add_norm_gradients(unit, range, sums);
-        settle(j, range, i, true, {mean_n_, mean_xn_, mean_c_, mean_xc_});
-      }
-    });
+    each(Mix<T>{1, {{1, e.inputs[j]}, {1, t}, {1, n}, {1, m}}}.with(maps),
+         [=, this, &unit, at = e.at(j), next = e.at(std::min(j + 1, units - 1))](const Range& range) {
+           const Map<T> g = fit(g_, unit.out_channels, range), tangent_g = fit(tangent_g_, unit.out_channels, range);
+           for (int64_t i = 0; i < range.count; ++i) {
+             const View<T> to = g.at(range, i), tangent_to = tangent_g.at(range, i);
+             if (top) {
+               combine_maps(plane_, out_blocks, to, Combine<T>{}.add(1, v.at(range, i)));
+               combine_maps(plane_, out_blocks, tangent_to, Combine<T>{}.add(1, q.at(range, i)));
+             } else {
+               second_last(plane_, out_blocks, rows_of(next, range, i), next.input.at(range, i), above.at(range, i),
+                           n.at(range, i), m.at(range, i), to, &tangent_to, Combine<T>{});
+             }
+           }
+           if (parameters) add_gradients(at, range, g, &t, tangent_g);
+           if (unit.has_conv) {
+             convolve_back(unit, range, g, n);
+             convolve_back(unit, range, tangent_g, m);
+           }
+           for (int64_t i = 0; i < range.count; ++i) {
+             A* sums = sums_.at(range, i);
+             if (!unit.has_conv) {
+               combine_maps(plane_, blocks, n.at(range, i), Combine<T>{}.add(1, g.at(range, i)));
+               combine_maps(plane_, blocks, m.at(range, i), Combine<T>{}.add(1, tangent_g.at(range, i)));
+             }
+             second_first(plane_, blocks, rows_of(at, range, i), unit.act, at.input.at(range, i), t.at(range, i),
+                          n.at(range, i), m.at(range, i), sums);
+             // <m, P(t)> joins <n, x>: both are the weight's gradient and both pull the cotangent along x.
+             for (int64_t c = 0; c < lanes; ++c) sums[lanes + c] += sums[4 * lanes + c];
+             if (parameters) add_norm_gradients(unit, range, sums);
+             settle(j, range, i, true, {mean_n_, mean_xn_, mean_c_, mean_xc_});
+           }
+         });
     settle_batch(j, true, {mean_n_, mean_xn_, mean_c_, mean_xc_});
   }
-  each(mix.with({e.inputs[0], tangents_[0], n, m}), [=, this, t = tangents_[0]](const Range& range) {
+  each(mix.with({e.inputs[0], tangents_[0], n, m}), [=, this, at = e.at(0), t = tangents_[0]](const Range& range) {
     for (int64_t i = 0; i < range.count; ++i)
-      second_last(plane_, blocks_of<A>(spec_.units[0].in_channels), rows_of(e, 0, range, i), e.inputs[0].at(range, i),
+      second_last(plane_, blocks_of<A>(spec_.units[0].in_channels), rows_of(at, range, i), at.input.at(range, i),
                   t.at(range, i), n.at(range, i), m.at(range, i), n.at(range, i), static_cast<const View<T>*>(nullptr),
                   mix.at(range, i));
   });
