@@ -120,7 +120,7 @@ def bench(told: Report, crew: Crew, deadline: float, name: str, items: Sequence[
         told.say(f"{name}: no measurement was made")
     else:
         told.say(f"{name}: {len(record.rows)} rows; {report.rates(record.head)}; see {path.name}")
-        told.say("\n".join(report.readme_table(record.rows)))
+        told.say("\n".join(report.page_table(record.rows)))
         report.plots([path])
     told.left_out(name, record.head.get("left_out", []))
     return not any(row["errors"] and row["contender"] == "fused" for row in record.rows)

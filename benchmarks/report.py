@@ -1,4 +1,4 @@
-"""`python -m benchmarks.report`: makes the README's table and the plots from the recorded results."""
+"""`python -m benchmarks.report`: makes the pages' tables and the plots from the recorded results."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import overhead, targets
+from . import networks, overhead, targets
 from .contenders import BASELINES
-from .header import RESULTS, ROOT
+from .header import RESULTS, ROOT, short_commit, threads
 from .suites import MODES
 
-BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+PAGE, README = ROOT / "docs" / "measured.md", ROOT / "README.md"
 COLUMNS = (
     "workload",
     "mode",
@@ -32,7 +33,7 @@ COLUMNS = (
     "MB",
     "equal",
 )
-README_COLUMNS = (
+PAGE_COLUMNS = (
     "block",
     "mode",
     "eager ms",
@@ -110,18 +111,9 @@ def rates(head: Row) -> str:
     return f"matrix product {products or 'not measured'}; copy {copied}"
 
 
-def _short(commit: str) -> str:
-    name, _, dirty = commit.partition("-")
-    return f"{name[:12]}{' with changes' if dirty else ''}"
-
-
-def _threads(head: Row) -> str:
-    return "1 thread" if head["threads"] == 1 else f"{head['threads']} threads"
-
-
 def print_table(head: Row, rows: Sequence[Row]) -> None:
     """A run's rates and, on a terminal with rich, its table; the lines printed before have the same numbers."""
-    print(f"{head['device']}, {_threads(head)}: {rates(head)}")
+    print(f"{head['device']}, {threads(head)}: {rates(head)}")
     if not sys.stdout.isatty():
         return
     try:
@@ -166,7 +158,7 @@ def _table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(entries)} |" for entries in (columns, rule, *lines)]
 
 
-def _readme_lines(rows: Iterable[Row]) -> Iterable[list[str]]:
+def _page_lines(rows: Iterable[Row]) -> Iterable[list[str]]:
     for group in _groups(rows):
         by_name = {contender(row): row for row in group}
 
@@ -194,9 +186,9 @@ def _readme_lines(rows: Iterable[Row]) -> Iterable[list[str]]:
             ]
 
 
-def readme_table(rows: Iterable[Row]) -> list[str]:
+def page_table(rows: Iterable[Row]) -> list[str]:
     """The project's own rows as lines of a markdown table."""
-    return _table(README_COLUMNS, _readme_lines(rows))
+    return _table(PAGE_COLUMNS, _page_lines(rows))
 
 
 def _parts(head: Row) -> bool:
@@ -232,34 +224,32 @@ def _means(rows: Iterable[Row]) -> list[list[str]]:
     ]
 
 
-def markdown(results: Path = RESULTS) -> str:
-    """What stands between the README's markers: for each recorded file its machine, its table and its plot."""
+def markdown(results: Path = RESULTS, page: Path = PAGE) -> str:
+    """What stands between the page's markers: for each recorded file its machine, its table and its plot."""
     parts: list[str] = []
     for folder in sorted({path.parent for path in results.glob("*/cpu-*.json")}):
-        parts += [*_targets_of(folder), ""]
+        parts += [*_targets_of(folder, page), ""]
     for path in recorded(results):
         found = json.loads(path.read_text())
         head, rows = found["header"], found["rows"]
         if _parts(head):
             continue
-        place = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
         parts += [
-            f"**{head['device']}**, {_threads(head)}, torch {head['versions']['torch']}, "
-            f"{head['date'][:10]}, commit {_short(head['commit'])}; "
-            f"{rates(head)} ([`{place}`]({place})).",
+            f"**{head['device']}**, {threads(head)}, torch {head['versions']['torch']}, "
+            f"{head['date'][:10]}, commit {short_commit(head['commit'])}; {rates(head)} ({_link(path, page)}).",
             "",
         ]
         if head["suite"].startswith("all"):
             columns = ("blocks", "mode", "shapes", "× better eager", "ceiling", "× compiled", "memory ×")
             parts += [*_table(columns, _means(rows)), ""]
         else:
-            parts += [*readme_table(rows), ""]
-        parts += [f"![{head['suite']} suite]({place.with_suffix('.png')})", ""]
+            parts += [*page_table(rows), ""]
+        parts += [f"![{head['suite']} suite]({_from(path.with_suffix('.png'), page)})", ""]
     for path in sorted(results.glob("*/overhead.json")):
         found = json.loads(path.read_text())
         parts += [
             f"**Overhead of a call**, one float32 image of {overhead.CHANNELS} channels, "
-            f"{overhead.SIZE}×{overhead.SIZE}, less is better: {_measured_on(path, found['header'])}.",
+            f"{overhead.SIZE}×{overhead.SIZE}, less is better: {_measured_on(path, found['header'], page)}.",
             "",
             *overhead.table(found["results"]),
             "",
@@ -267,25 +257,32 @@ def markdown(results: Path = RESULTS) -> str:
     return "\n".join(parts) if parts else "No results are recorded yet.\n"
 
 
-def _measured_on(path: Path, head: Row) -> str:
+def _from(path: Path, page: Path) -> str:
+    """The address of a file for a link on a page."""
+    return Path(os.path.relpath(path, page.parent)).as_posix()
+
+
+def _link(path: Path, page: Path) -> str:
+    name = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+    return f"[`{name}`]({_from(path, page)})"
+
+
+def _measured_on(path: Path, head: Row, page: Path) -> str:
     """The machine, versions, date and commit of a record, and a link to it."""
-    place = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
     return (
-        f"{head['device']}, {_threads(head)}, torch {head['versions']['torch']}, {head['date'][:10]}, "
-        f"commit {_short(head['commit'])} ([`{place}`]({place}))"
+        f"{head['device']}, {threads(head)}, torch {head['versions']['torch']}, {head['date'][:10]}, "
+        f"commit {short_commit(head['commit'])} ({_link(path, page)})"
     )
 
 
-def _targets_of(folder: Path) -> list[str]:
+def _targets_of(folder: Path, page: Path) -> list[str]:
     """A device's geometric means beside what is asked of them, and where every row stands."""
     records = targets.records(folder)
     found = targets.lines(row for _, rows in records for row in rows)
     head = records[0][0]
-    path = folder / "targets.md"
-    place = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
     return [
-        f"**{head['device']}**, {_threads(head)}, torch {head['versions']['torch']}: geometric means over each family, "
-        f"and what is asked of them; {targets.summary(found)} ([every row]({place})).",
+        f"**{head['device']}**, {threads(head)}, torch {head['versions']['torch']}: geometric means over each family, "
+        f"and what is asked of them; {targets.summary(found)} ([every row]({_from(folder / 'targets.md', page)})).",
         "",
         *targets.means_table(found),
     ]
@@ -327,7 +324,7 @@ def plots(paths: Iterable[Path]) -> list[Path]:
         axes.set_xlabel("times faster than the better eager layout (bar: p20–p80; tick: ceiling)")
         axes.legend(handles=[pyplot.Rectangle((0, 0), 1, 1, color=colours[n], label=n) for n in names], fontsize=8)
         head = found["header"]
-        axes.set_title(f"{head['device']}, {_threads(head)}, {head['date'][:10]}", fontsize=9)
+        axes.set_title(f"{head['device']}, {threads(head)}, {head['date'][:10]}", fontsize=9)
         target = path.with_suffix(".png")
         figure.savefig(target, dpi=110, metadata={"Description": digest(path), "Software": None})
         pyplot.close(figure)
@@ -340,47 +337,58 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def between(text: str) -> tuple[str, str, str]:
-    """A README in three: up to and with the first marker, what stands between, and from the second marker on.
+def between(text: str, name: str = "benchmarks") -> tuple[str, str, str]:
+    """A page in three: up to and with the first marker, what stands between, and from the second marker on.
+
+    Args:
+        text: of the page.
+        name: of the markers.
 
     Raises:
         ValueError: the markers are not there, or not in this order.
     """
-    start, end = text.find(BEGIN), text.find(END)
-    if start < 0 or end < start:
-        raise ValueError(f"README must contain {BEGIN} and after it {END}, got neither in this order")
-    start += len(BEGIN)
-    return text[:start], text[start:end], text[end:]
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    first, last = text.find(begin), text.find(end)
+    if first < 0 or last < first:
+        raise ValueError(f"the page must contain {begin} and after it {end}, got neither in this order")
+    first += len(begin)
+    return text[:first], text[first:last], text[last:]
 
 
-def update(readme: Path, results: Path = RESULTS) -> bool:
-    """Rewrite what stands between a README's markers; returns whether that changed it."""
-    text = readme.read_text()
-    before, _, after = between(text)
-    new = f"{before}\n{markdown(results)}{after}"
-    readme.write_text(new)
+def update(page: Path, made: str, name: str = "benchmarks") -> bool:
+    """Rewrite what stands between a page's markers; returns whether that changed it."""
+    text = page.read_text()
+    before, _, after = between(text, name)
+    new = f"{before}\n{made}{after}"
+    page.write_text(new)
     return new != text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draw the plots, write the targets and rewrite the README's table; or print the targets.
+    """Draw the plots, write the targets and rewrite the pages' tables; or print the targets.
 
     Returns:
         0.
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--page", type=Path, default=PAGE, help="has what is measured of blocks")
+    parser.add_argument("--readme", type=Path, default=README, help="has a row for each network")
     parser.add_argument("--targets", action="store_true", help="write the targets, and print them; nothing else")
     arguments = parser.parse_args(argv)
-    written = targets.write(arguments.results)
+    results, page, readme = arguments.results, arguments.page, arguments.readme
+    written = targets.write(results)
     if arguments.targets:
         print("\n".join(path.read_text() for path in written) or "No row of the suite `cpu` is recorded.")
         return 0
-    for path in [*written, *plots(recorded(arguments.results))]:
+    for path in [*written, *plots(recorded(results))]:
         print(f"written: {path}")
-    changed = update(arguments.readme, arguments.results)
-    print(f"{arguments.readme}: {'rewritten' if changed else 'unchanged'}")
+    changed = {
+        page: update(page, markdown(results, page)),
+        readme: update(readme, networks.markdown(results), "networks"),
+    }
+    for path, rewritten in changed.items():
+        print(f"{path}: {'rewritten' if rewritten else 'unchanged'}")
     return 0
 
 
