@@ -28,8 +28,10 @@ from fastode.dispatch import choice
 from fastode.tableau import Tableau
 from fastode.testing import Judge, sample_input
 
+from .inside import FUSED_ENGINES
+
 MOVES = 16  # of the runs that a failure is judged by once more
-ENGINES = ("resident", "staged", "reference", "auto")
+ENGINES = (*FUSED_ENGINES, "reference", "auto")
 
 Draw = random.Random
 

@@ -91,11 +91,14 @@ def test_the_examples_are_found() -> None:
 @pytest.mark.parametrize("page", with_python(), ids=name_of)
 def test_examples_run(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, Any] = {"__name__": "__page__"}
+    printed = ""
     for line, language, body in blocks(page.read_text()):
         if language == "python":
             # In front of it as many empty lines as on the page, so that a traceback names the line there.
             exec(compile("\n" * line + body, str(page), "exec"), names)
-    capsys.readouterr()
+            printed = capsys.readouterr().out
+        elif language == "output":
+            assert body == printed, f"line {line} shows another output than the example before it has"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
