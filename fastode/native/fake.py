@@ -96,19 +96,19 @@ def _gradients(parameters: Sequence[Tensor], wanted: bool) -> list[Tensor]:
     return [torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters] if wanted else []
 
 
-def _ie_forward(x, parameters, units, numbers, steps, step_size, theta, keep, frozen):
+def _ie_forward(x, parameters, units, numbers, steps, step_size, theta, keep, keep_all):
     return _alike(x), _met(x, units, steps + 1), []
 
 
-def _ie_backward(x, cotangent, kept, parameters, units, numbers, steps, step_size, theta, detach, gradients):
+def _ie_backward(x, cotangent, kept, parameters, units, numbers, steps, step_size, theta, detach, gradients, kept_all):
     return _alike(x), _gradients(parameters, gradients)
 
 
-def _rk_forward(x, parameters, units, numbers, table, keep, frozen):
+def _rk_forward(x, parameters, units, numbers, table, keep, keep_all):
     return _alike(x), _met(x, units, table.shape[1]), []
 
 
-def _rk_backward(x, cotangent, kept, parameters, units, numbers, table, gradients, table_gradient):
+def _rk_backward(x, cotangent, kept, parameters, units, numbers, table, gradients, table_gradient, kept_all):
     table_bar = x.new_empty(table.numel() if table_gradient else 0, dtype=torch.float64)
     return _alike(x), _gradients(parameters, gradients), table_bar
 

@@ -9,8 +9,8 @@ namespace fastode::resident {
 struct Descent {
   int64_t steps;
   double gamma, theta;
-  bool detach;  // the derivative takes the descent's direction as a constant
-  bool frozen;  // the input's gradient is the only one that is ever asked for
+  bool detach;     // the derivative takes the descent's direction as a constant
+  bool keeps_all;  // every unit's input is kept for backward, those of f(x) too
 
   // Whether the derivative is the residual block's. With theta = 0 the descent starts where it ends.
   bool plain() const { return detach || steps == 0 || theta == 0; }
@@ -25,7 +25,7 @@ class DescentPoints {
         scale_(2 * static_cast<Number<A>>(descent.gamma) * theta_),
         input_(input),
         keep_(keep && branch.memory().kept),
-        hold_first_(descent.frozen || !branch.memory().coupled),
+        hold_first_(descent.keeps_all || !branch.memory().coupled),
         points(descent.steps),
         residuals(descent.steps),
         at_input(branch.evaluation(keep)) {

@@ -18,7 +18,7 @@ class Stages {
       : scheme_(scheme),
         keep_(keep),
         // A worker's own maps lie in the cache, where it costs nothing to hold them.
-        hold_all_(keep && (scheme.frozen || (!branch.memory().kept && !branch.memory().coupled))),
+        hold_all_(keep && (scheme.keeps_all || (!branch.memory().kept && !branch.memory().coupled))),
         values_(scheme.stages),
         points(scheme.stages) {
     Memory<A>& memory = branch.memory();

@@ -11,9 +11,9 @@ namespace fastode::resident {
 // u_i = sum_k a(i, k) u_k + b(i, k) F(u_k), rows i = 1 ... stages.
 class Scheme {
  public:
-  // `table` [2, stages, stages]: alpha and beta. `frozen`: no gradient but the input's will be asked for.
-  Scheme(int64_t stages, const double* table, bool frozen)
-      : stages(stages), frozen(frozen), table_(table, table + 2 * stages * stages) {
+  // `table` [2, stages, stages]: alpha and beta. `keeps_all`: the inputs of every unit are kept at every stage.
+  Scheme(int64_t stages, const double* table, bool keeps_all)
+      : stages(stages), keeps_all(keeps_all), table_(table, table + 2 * stages * stages) {
     for (int64_t k = 0; k + 1 < stages; ++k)
       if (replaceable(k))
         for (int64_t i = k + 2; i <= stages; ++i)
@@ -46,7 +46,7 @@ class Scheme {
   }
 
   const int64_t stages;
-  const bool frozen;
+  const bool keeps_all;
 
  private:
   // Row i had `share` times as much of F(u_k) as u_{k+1} has. Now it has `share` times u_{k+1} in its place.
