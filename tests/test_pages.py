@@ -23,6 +23,7 @@ PAGES = [
 SHOWS_FAULTS = DOCS / "pytorch-faults.md"
 MOST_LINES = 149  # of the README
 FILE = re.compile(r"(?:[\w.-]+/)+[\w.-]+\.(?:py|md|h|cpp|json)")
+SOURCE = re.compile(r"(?:[\w.-]+/)*([\w-]+\.(?:py|h|cpp|cu|cuh))")
 
 Block = tuple[int, str, str]
 
@@ -110,13 +111,23 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(target), f"{name_of(page)} links to #{anchor}, which is no heading"
 
 
+def sources() -> set[str]:
+    """The names of all source files, without their folders."""
+    found = {"setup.py"}
+    for folder in ("fastode", "csrc", "benchmarks", "tests", "docs"):
+        found |= {path.name for path in (ROOT / folder).rglob("*")}
+    return found
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_named_files_and_commands_exist(page: Path) -> None:
-    text = page.read_text()
+    text, known = page.read_text(), sources()
     for code in re.findall(r"`([^`\n]+)`", prose(text)):
         if FILE.fullmatch(code) and code.split("/")[0] in {"fastode", "csrc", "benchmarks", "tests", "docs"}:
             made = code.startswith("docs/_build/") or code == "docs/versions.md"  # by make docs, and make versions
             assert made or (ROOT / code).exists(), f"{name_of(page)} names {code}, which is not there"
+        elif match := SOURCE.fullmatch(code):
+            assert match[1] in known, f"{name_of(page)} names {code}, and there is no such file"
     for command in re.findall(r"\bmake ([a-z]+)\b", " ".join(re.findall(r"`([^`\n]+)`", text))):
         assert command in commands(), f"{name_of(page)} names make {command}, which is no target"
 
