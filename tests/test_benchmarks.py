@@ -1,14 +1,12 @@
-"""The benchmarks measure what they say: counts, turns, memory, the gate, and pages that agree with the record."""
+"""The benchmarks measure what they say: counts, turns, memory, and nothing that is wrong has a speed."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,16 +22,15 @@ from benchmarks import (
     families,
     measure,
     memory,
-    networks,
-    report,
+    printing,
     run,
     suites,
     timing,
     workloads,
 )
 from benchmarks.contenders import Contender
-from benchmarks.header import RESULTS, ROOT
-from fastode import nets, reference, testing
+from benchmarks.header import ROOT
+from fastode import reference, testing
 
 CPU = torch.device("cpu")
 
@@ -58,54 +55,6 @@ def small(build: Callable[[], nn.Module], channels: int = 4) -> workloads.Worklo
 
 def ie_skip(channels: int = 4, **options: Any) -> nn.Module:
     return reference.IESkip(reference.PreActBranch(channels, norm="layer", bias=False), **options)
-
-
-def test_the_page_has_the_recorded_numbers() -> None:
-    _, table, _ = report.between(report.PAGE.read_text())
-    assert report.recorded(RESULTS), "no results are recorded"
-    assert table.strip() == report.markdown().strip(), "run python -m benchmarks.report"
-
-
-def test_the_readme_has_the_recorded_numbers() -> None:
-    _, table, _ = report.between(report.README.read_text(), "networks")
-    assert table.strip() == networks.markdown().strip(), "run python -m benchmarks.report"
-
-
-def test_the_readme_has_a_row_for_every_network() -> None:
-    assert sorted(network.name for network in networks.NETWORKS) == sorted(nets.__all__)
-    assert {network.paper for network in networks.NETWORKS} == set(networks.PAPERS)
-    # What a record calls a network is one that the benchmarks know, made by a function of fastode.nets.
-    found = {networks.name_of(bench_nets.NETWORKS[row["variant"]][0]) for _, row in networks.recorded(RESULTS)}
-    assert found and found <= set(nets.__all__)
-
-
-def network_record(folder: Path, device: str, ratio: float) -> None:
-    head = {"device": device, "threads": 2, "date": "2026-01-02T03", "commit": "0123456789abcdef"}
-    row = {
-        "workload": "nets", "variant": "sspnet-3", "contender": "fused", "engine": "auto", "mode": "train",
-        "dtype": "float32", "batch": 8, "errors": "", "ratio_to_better_eager": {"median": ratio},
-    }  # fmt: skip
-    others = [row | {"engine": "staged"}, row | {"mode": "forward"}, row | {"mode": "pgd_step", "errors": "not equal"}]
-    folder.mkdir()
-    rows = [row, *others]
-    (folder / "cpu-sspnet.json").write_text(json.dumps({"header": head | {"versions": {"torch": "2"}}, "rows": rows}))
-
-
-def test_a_network_has_the_ratio_that_is_recorded(tmp_path: Path) -> None:
-    assert "Measured: nothing is recorded yet." in networks.markdown(tmp_path)
-    network_record(tmp_path / "one", "chip", 1.875)
-    text = networks.markdown(tmp_path)
-    assert "| `sspnet` | 1.88 (`sspnet-3`) | not measured |" in text and "| `sonet` | not measured | not" in text
-    assert "Measured: float32, 8 images; chip, 2 threads, torch 2, 2026-01-02, commit 0123456789ab." in text
-    network_record(tmp_path / "two", "other", 2.5)
-    assert "1.88 (`sspnet-3`, chip, 2 threads), 2.50 (`sspnet-3`, other, 2 threads)" in networks.markdown(tmp_path)
-
-
-def test_every_record_has_its_plot() -> None:
-    paths = [path for path in report.recorded(RESULTS) if not path.name.startswith("cpu-")]
-    assert paths, "no results are recorded"
-    for path in paths:
-        assert report.digest(path).encode() in path.with_suffix(".png").read_bytes(), "run python -m benchmarks.report"
 
 
 @pytest.mark.parametrize(
@@ -228,7 +177,7 @@ def test_a_contender_that_is_not_equal_has_no_speed() -> None:
     assert failed["errors"] == "RuntimeError: no such kernel"
     for row in (unequal, failed):
         assert not {"median_ms", "gflops", "ratio_to_eager", "peak_mb"} & set(row)
-        assert row["errors"] in report.line(row)
+        assert row["errors"] in printing.line(row)
 
 
 class Clipped(nn.Module):
@@ -393,39 +342,6 @@ def test_pgd_stays_within_its_radius_and_raises_the_loss() -> None:
     assert loss(network(attacked), labels) > loss(network(images), labels)
 
 
-def record(folder: Any) -> Any:
-    rows = measure.measure(
-        small(ie_skip),
-        "forward",
-        "float32",
-        CPU,
-        [contenders.CONTENDERS["eager"], contenders.CONTENDERS["eager-cl"]],
-        seconds=0.0,
-        rounds=(2, 2),
-    )
-    fused = rows[1] | {"contender": "fused", "engine": "staged"}
-    head = run.header.header(CPU, "default")
-    path = folder / "machine" / "default.json"
-    run.Record(path, head).add([*rows, fused])
-    return path
-
-
-def test_report_makes_table_and_plot_from_the_record(tmp_path: Any) -> None:
-    path = record(tmp_path)
-    pages = {name: tmp_path / f"{name}.md" for name in ("benchmarks", "networks")}
-    for name, page in pages.items():
-        page.write_text(f"before\n<!-- {name}:begin -->\nold\n<!-- {name}:end -->\nafter\n")
-    page, readme = pages.values()
-    assert report.main(["--results", str(tmp_path), "--page", str(page), "--readme", str(readme)]) == 0
-    for text in (page.read_text(), readme.read_text()):
-        assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    row = json.loads(path.read_text())["rows"][2]
-    assert f"{row['median_ms']:.1f}" in page.read_text() and "staged" in page.read_text()
-    assert "](machine/default.json)" in page.read_text() and "](machine/default.png)" in page.read_text()
-    assert report.digest(path).encode() in path.with_suffix(".png").read_bytes()
-    assert not report.update(page, report.markdown(tmp_path, page))
-
-
 def test_without_a_terminal_there_are_plain_lines_only() -> None:
     wanted = ["--only", "ie", "--variants", "k1", "--shapes", "128@4", "--modes", "forward"]
     arguments = [*wanted, "--contenders", "eager,eager-cl", "--seconds", "0"]
@@ -442,8 +358,3 @@ def test_without_a_terminal_there_are_plain_lines_only() -> None:
     assert [line.split()[:4] for line in lines[1:3]] == [["ie", "k1", "128@4", "forward"]] * 2
     # No bar, no colour, no frame.
     assert not {"\r", "\x1b", "|", "━", "│"} & set(found.stdout.decode()) and len(lines) == 5 and not lines[-1]
-
-
-def test_a_page_without_markers_is_refused() -> None:
-    with pytest.raises(ValueError, match="must contain"):
-        report.between("no markers")
