@@ -1,8 +1,8 @@
-# make test | bench [SUITE=cpu|all] [ARGS=...] | lint | fuzz [SECONDS=60] | versions | gpu [PYTHON=python3] [STEP=smoke|check|bench|sanitize] [RESULTS=folder] | kernels | choose | sanitize | portable | clean
+# make test | bench [SUITE=cpu|all] [ARGS=...] | lint | docs | fuzz [SECONDS=60] | versions | gpu [PYTHON=python3] [STEP=smoke|check|bench|sanitize] [RESULTS=folder] | kernels | choose | sanitize | portable | clean
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: test versions bench lint format gpu kernels choose fuzz sanitize portable clean setup
+.PHONY: test versions bench lint docs format gpu kernels choose fuzz sanitize portable clean setup
 
 PYTHON ?= python3
 SUITE ?= default
@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml setup.py Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11+ is needed: make PYTHON=..."; exit 1; }
 	@echo "setting up $(VENV) (once; about a minute)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@extras=test,bench,lint; \
+	@extras=test,bench,lint,docs; \
 	nvidia-smi -L >/dev/null 2>&1 || extras=$$extras,triton; \
 	if ! $(BIN)/python -c 'import torch' 2>/dev/null; then \
 	    if [[ $$extras == *triton && $$(uname) == Linux ]]; then \
@@ -57,6 +57,11 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+# Pages and API in docs/_build/html; a warning is an error, and nothing is downloaded.
+docs: $(STAMP)
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
@@ -105,5 +110,5 @@ portable: $(STAMP)
 	done
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks fastode/libfastode-*.so
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks docs/_build fastode/libfastode-*.so
 	find . -name __pycache__ -not -path './$(VENV)/*' -not -path './.venvs/*' -prune -exec rm -rf {} +

@@ -1,7 +1,7 @@
 """`make fuzz SECONDS=...`: random blocks on random inputs, each fused engine against the reference, until time is up.
 
 A case is drawn from a seed and an index alone, and is run by each engine that can run it. It is judged by the one rule
-of fastode/testing.py; in float64 that is a few hundred units of rounding. A case that fails is judged once more by more
+of fastode/testing; in float64 that is a few hundred units of rounding. A case that fails is judged once more by more
 runs of the reference. A failure is printed as it is found, with the
 command that runs that case again.
 """
@@ -28,8 +28,10 @@ from fastode.dispatch import choice
 from fastode.tableau import Tableau
 from fastode.testing import Judge, sample_input
 
+from .inside import FUSED_ENGINES
+
 MOVES = 16  # of the runs that a failure is judged by once more
-ENGINES = ("resident", "staged", "reference", "auto")
+ENGINES = (*FUSED_ENGINES, "reference", "auto")
 
 Draw = random.Random
 
@@ -285,7 +287,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def can_run(engine: str, block: nn.Module, x: Any) -> bool:
-    """Whether an engine can run a fused block on x: the one question asked of the package's inside."""
+    """Whether an engine can run a fused block on x."""
     return engine == "auto" or choice.can_use(engine, block, x)[0]
 
 

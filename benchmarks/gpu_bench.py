@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from . import contenders, families, gpu_rows, header, measure, report, run, timing, workloads
+from . import contenders, families, gpu_rows, header, measure, printing, report, run, timing, workloads
 from .gpu_processes import Crew
 from .gpu_report import Report
 from .suites import Item
@@ -119,8 +119,8 @@ def bench(told: Report, crew: Crew, deadline: float, name: str, items: Sequence[
     if not record.rows:
         told.say(f"{name}: no measurement was made")
     else:
-        told.say(f"{name}: {len(record.rows)} rows; {report.rates(record.head)}; see {path.name}")
-        told.say("\n".join(report.readme_table(record.rows)))
+        told.say(f"{name}: {len(record.rows)} rows; {printing.rates(record.head)}; see {path.name}")
+        told.say("\n".join(report.page_table(record.rows)))
         report.plots([path])
     told.left_out(name, record.head.get("left_out", []))
     return not any(row["errors"] and row["contender"] == "fused" for row in record.rows)

@@ -92,3 +92,24 @@ def header(device: torch.device, suite: str) -> dict[str, Any]:
 def _capability(device: torch.device) -> str:
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
+
+
+def short_commit(commit: str) -> str:
+    """A commit as pages name it.
+
+    Example:
+        >>> short_commit("c53d2f804322ed8d470282478da728e30c705331")
+        'c53d2f804322'
+    """
+    name, _, dirty = commit.partition("-")
+    return f"{name[:12]}{' with changes' if dirty else ''}"
+
+
+def threads(head: dict[str, Any]) -> str:
+    """The threads of a record's head, in words.
+
+    Example:
+        >>> threads({"threads": 2})
+        '2 threads'
+    """
+    return "1 thread" if head["threads"] == 1 else f"{head['threads']} threads"

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.report`: makes the README's table and the plots from the recorded results."""
+"""`python -m benchmarks.report`: makes the pages' tables and the plots from the recorded results."""
 
 from __future__ import annotations
 
@@ -6,33 +6,20 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import overhead, targets
+from . import networks, overhead, targets
 from .contenders import BASELINES
-from .header import RESULTS, ROOT
+from .header import RESULTS, ROOT, short_commit, threads
+from .printing import contender, rates, times, title
 from .suites import MODES
 
-BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
-COLUMNS = (
-    "workload",
-    "mode",
-    "contender",
-    "ms (p20–p80)",
-    "× eager",
-    "× better eager",
-    "ceiling",
-    "× best other",
-    "GFLOP/s",
-    "GB/s",
-    "roofline",
-    "MB",
-    "equal",
-)
-README_COLUMNS = (
+PAGE, README = ROOT / "docs" / "measured.md", ROOT / "README.md"
+PAGE_COLUMNS = (
     "block",
     "mode",
     "eager ms",
@@ -47,100 +34,6 @@ README_COLUMNS = (
 )
 
 Row = dict[str, Any]
-
-
-def title(row: Row) -> str:
-    """ "ie k1 16@32", with the dtype where it is not float32."""
-    parts = [row["workload"], row["variant"], row["shape"], row["dtype"] if row["dtype"] != "float32" else ""]
-    return " ".join(part for part in parts if part)
-
-
-def contender(row: Row) -> str:
-    """ "eager" or "fused:staged"."""
-    return f"{row['contender']}:{row['engine']}" if row["engine"] else row["contender"]
-
-
-def _times(ratio: Row | None, span: bool = False) -> str:
-    if not ratio:
-        return "–"
-    text = f"{ratio['median']:.2f}"
-    return f"{text} ({ratio['p20']:.2f}–{ratio['p80']:.2f})" if span else text
-
-
-def cells(row: Row) -> list[str]:
-    """One row of the terminal's table."""
-    first = [title(row), MODES[row["mode"]], contender(row)]
-    if row["errors"]:
-        return [*first, row["errors"], *[""] * (len(COLUMNS) - 4)]
-    better = row["ratio_to_better_eager"]
-    worst = row["equality"]["worst"]
-    return [
-        *first,
-        f"{row['median_ms']:.2f} ({row['p20']:.2f}–{row['p80']:.2f})",
-        _times(row["ratio_to_eager"]),
-        _times(better, span=True),
-        f"{better['ceiling']:.2f}" if better else f"{row['ceiling']:.2f}",
-        f"{_times(row['ratio_to_best_other'])} {row['ratio_to_best_other']['than']}"
-        if row["ratio_to_best_other"]
-        else "–",
-        f"{row['gflops']:.0f}",
-        f"{row['gbs']:.1f}",
-        f"{100 * row['fraction_of_roofline']:.0f} %",
-        f"{row['peak_mb']:.1f}",
-        row["equality"].get("note") or f"{worst:.2g} of allowed",
-    ]
-
-
-def line(row: Row) -> str:
-    """One row as one line, to print as it comes."""
-    found = cells(row)
-    if row["errors"]:
-        return f"{found[0]:<24} {found[1]:<15} {found[2]:<16} failed: {row['errors']}"
-    return (
-        f"{found[0]:<24} {found[1]:<15} {found[2]:<16} {found[3]:>28} ms  × better eager {found[5]:<18} "
-        f"ceiling {found[6]:<6} {found[8]:>5} GFLOP/s {found[9]:>5} GB/s {found[11]:>8} MB  {found[12]}"
-    )
-
-
-def rates(head: Row) -> str:
-    """The machine's measured rates, in words."""
-    products = ", ".join(f"{rate:.0f} GFLOP/s in {dtype}" for dtype, rate in head.get("matmul_gflops", {}).items())
-    copies = list(head.get("copy_gbs", {}).values())
-    copied = f"{max(copies):.1f} GB/s" if copies else "not measured"
-    return f"matrix product {products or 'not measured'}; copy {copied}"
-
-
-def _short(commit: str) -> str:
-    name, _, dirty = commit.partition("-")
-    return f"{name[:12]}{' with changes' if dirty else ''}"
-
-
-def _threads(head: Row) -> str:
-    return "1 thread" if head["threads"] == 1 else f"{head['threads']} threads"
-
-
-def print_table(head: Row, rows: Sequence[Row]) -> None:
-    """A run's rates and, on a terminal with rich, its table; the lines printed before have the same numbers."""
-    print(f"{head['device']}, {_threads(head)}: {rates(head)}")
-    if not sys.stdout.isatty():
-        return
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        return
-    table = Table(show_lines=False)
-    for i, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if i < 4 else "right", overflow="fold")
-    previous = None
-    for row in rows:
-        group = (title(row), row["mode"])
-        if previous not in (None, group):
-            table.add_section()
-        previous = group
-        table.add_row(*cells(row), style="red" if row["errors"] else "bold" if row["contender"] == "fused" else "")
-    console = Console()
-    Console(width=max(console.width, 190)).print(table)
 
 
 def recorded(folder: Path) -> list[Path]:
@@ -166,7 +59,7 @@ def _table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(entries)} |" for entries in (columns, rule, *lines)]
 
 
-def _readme_lines(rows: Iterable[Row]) -> Iterable[list[str]]:
+def _page_lines(rows: Iterable[Row]) -> Iterable[list[str]]:
     for group in _groups(rows):
         by_name = {contender(row): row for row in group}
 
@@ -186,17 +79,17 @@ def _readme_lines(rows: Iterable[Row]) -> Iterable[list[str]]:
                 *first,
                 f"{row['median_ms']:.1f}",
                 row["engine"],
-                _times(better, span=True),
+                times(better, span=True),
                 f"{better['ceiling']:.2f}" if better else "–",
-                f"{_times(compiled)} {compiled['than']}" if compiled else "–",
+                f"{times(compiled)} {compiled['than']}" if compiled else "–",
                 f"{100 * row['fraction_of_roofline']:.0f} %",
                 f"{100 * better['memory']:.0f} %" if better and better["memory"] else "–",
             ]
 
 
-def readme_table(rows: Iterable[Row]) -> list[str]:
+def page_table(rows: Iterable[Row]) -> list[str]:
     """The project's own rows as lines of a markdown table."""
-    return _table(README_COLUMNS, _readme_lines(rows))
+    return _table(PAGE_COLUMNS, _page_lines(rows))
 
 
 def _parts(head: Row) -> bool:
@@ -232,34 +125,32 @@ def _means(rows: Iterable[Row]) -> list[list[str]]:
     ]
 
 
-def markdown(results: Path = RESULTS) -> str:
-    """What stands between the README's markers: for each recorded file its machine, its table and its plot."""
+def markdown(results: Path = RESULTS, page: Path = PAGE) -> str:
+    """What stands between the page's markers: for each recorded file its machine, its table and its plot."""
     parts: list[str] = []
     for folder in sorted({path.parent for path in results.glob("*/cpu-*.json")}):
-        parts += [*_targets_of(folder), ""]
+        parts += [*_targets_of(folder, page), ""]
     for path in recorded(results):
         found = json.loads(path.read_text())
         head, rows = found["header"], found["rows"]
         if _parts(head):
             continue
-        place = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
         parts += [
-            f"**{head['device']}**, {_threads(head)}, torch {head['versions']['torch']}, "
-            f"{head['date'][:10]}, commit {_short(head['commit'])}; "
-            f"{rates(head)} ([`{place}`]({place})).",
+            f"**{head['device']}**, {threads(head)}, torch {head['versions']['torch']}, "
+            f"{head['date'][:10]}, commit {short_commit(head['commit'])}; {rates(head)} ({_link(path, page)}).",
             "",
         ]
         if head["suite"].startswith("all"):
             columns = ("blocks", "mode", "shapes", "× better eager", "ceiling", "× compiled", "memory ×")
             parts += [*_table(columns, _means(rows)), ""]
         else:
-            parts += [*readme_table(rows), ""]
-        parts += [f"![{head['suite']} suite]({place.with_suffix('.png')})", ""]
+            parts += [*page_table(rows), ""]
+        parts += [f"![{head['suite']} suite]({_from(path.with_suffix('.png'), page)})", ""]
     for path in sorted(results.glob("*/overhead.json")):
         found = json.loads(path.read_text())
         parts += [
             f"**Overhead of a call**, one float32 image of {overhead.CHANNELS} channels, "
-            f"{overhead.SIZE}×{overhead.SIZE}, less is better: {_measured_on(path, found['header'])}.",
+            f"{overhead.SIZE}×{overhead.SIZE}, less is better: {_measured_on(path, found['header'], page)}.",
             "",
             *overhead.table(found["results"]),
             "",
@@ -267,25 +158,32 @@ def markdown(results: Path = RESULTS) -> str:
     return "\n".join(parts) if parts else "No results are recorded yet.\n"
 
 
-def _measured_on(path: Path, head: Row) -> str:
+def _from(path: Path, page: Path) -> str:
+    """The address of a file for a link on a page."""
+    return Path(os.path.relpath(path, page.parent)).as_posix()
+
+
+def _link(path: Path, page: Path) -> str:
+    name = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+    return f"[`{name}`]({_from(path, page)})"
+
+
+def _measured_on(path: Path, head: Row, page: Path) -> str:
     """The machine, versions, date and commit of a record, and a link to it."""
-    place = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
     return (
-        f"{head['device']}, {_threads(head)}, torch {head['versions']['torch']}, {head['date'][:10]}, "
-        f"commit {_short(head['commit'])} ([`{place}`]({place}))"
+        f"{head['device']}, {threads(head)}, torch {head['versions']['torch']}, {head['date'][:10]}, "
+        f"commit {short_commit(head['commit'])} ({_link(path, page)})"
     )
 
 
-def _targets_of(folder: Path) -> list[str]:
+def _targets_of(folder: Path, page: Path) -> list[str]:
     """A device's geometric means beside what is asked of them, and where every row stands."""
     records = targets.records(folder)
     found = targets.lines(row for _, rows in records for row in rows)
     head = records[0][0]
-    path = folder / "targets.md"
-    place = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
     return [
-        f"**{head['device']}**, {_threads(head)}, torch {head['versions']['torch']}: geometric means over each family, "
-        f"and what is asked of them; {targets.summary(found)} ([every row]({place})).",
+        f"**{head['device']}**, {threads(head)}, torch {head['versions']['torch']}: geometric means over each family, "
+        f"and what is asked of them; {targets.summary(found)} ([every row]({_from(folder / 'targets.md', page)})).",
         "",
         *targets.means_table(found),
     ]
@@ -327,7 +225,7 @@ def plots(paths: Iterable[Path]) -> list[Path]:
         axes.set_xlabel("times faster than the better eager layout (bar: p20–p80; tick: ceiling)")
         axes.legend(handles=[pyplot.Rectangle((0, 0), 1, 1, color=colours[n], label=n) for n in names], fontsize=8)
         head = found["header"]
-        axes.set_title(f"{head['device']}, {_threads(head)}, {head['date'][:10]}", fontsize=9)
+        axes.set_title(f"{head['device']}, {threads(head)}, {head['date'][:10]}", fontsize=9)
         target = path.with_suffix(".png")
         figure.savefig(target, dpi=110, metadata={"Description": digest(path), "Software": None})
         pyplot.close(figure)
@@ -340,47 +238,58 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def between(text: str) -> tuple[str, str, str]:
-    """A README in three: up to and with the first marker, what stands between, and from the second marker on.
+def between(text: str, name: str = "benchmarks") -> tuple[str, str, str]:
+    """A page in three: up to and with the first marker, what stands between, and from the second marker on.
+
+    Args:
+        text: of the page.
+        name: of the markers.
 
     Raises:
         ValueError: the markers are not there, or not in this order.
     """
-    start, end = text.find(BEGIN), text.find(END)
-    if start < 0 or end < start:
-        raise ValueError(f"README must contain {BEGIN} and after it {END}, got neither in this order")
-    start += len(BEGIN)
-    return text[:start], text[start:end], text[end:]
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    first, last = text.find(begin), text.find(end)
+    if first < 0 or last < first:
+        raise ValueError(f"the page must contain {begin} and after it {end}, got neither in this order")
+    first += len(begin)
+    return text[:first], text[first:last], text[last:]
 
 
-def update(readme: Path, results: Path = RESULTS) -> bool:
-    """Rewrite what stands between a README's markers; returns whether that changed it."""
-    text = readme.read_text()
-    before, _, after = between(text)
-    new = f"{before}\n{markdown(results)}{after}"
-    readme.write_text(new)
+def update(page: Path, made: str, name: str = "benchmarks") -> bool:
+    """Rewrite what stands between a page's markers; returns whether that changed it."""
+    text = page.read_text()
+    before, _, after = between(text, name)
+    new = f"{before}\n{made}{after}"
+    page.write_text(new)
     return new != text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draw the plots, write the targets and rewrite the README's table; or print the targets.
+    """Draw the plots, write the targets and rewrite the pages' tables; or print the targets.
 
     Returns:
         0.
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--page", type=Path, default=PAGE, help="has what is measured of blocks")
+    parser.add_argument("--readme", type=Path, default=README, help="has a row for each network")
     parser.add_argument("--targets", action="store_true", help="write the targets, and print them; nothing else")
     arguments = parser.parse_args(argv)
-    written = targets.write(arguments.results)
+    results, page, readme = arguments.results, arguments.page, arguments.readme
+    written = targets.write(results)
     if arguments.targets:
         print("\n".join(path.read_text() for path in written) or "No row of the suite `cpu` is recorded.")
         return 0
-    for path in [*written, *plots(recorded(arguments.results))]:
+    for path in [*written, *plots(recorded(results))]:
         print(f"written: {path}")
-    changed = update(arguments.readme, arguments.results)
-    print(f"{arguments.readme}: {'rewritten' if changed else 'unchanged'}")
+    changed = {
+        page: update(page, markdown(results, page)),
+        readme: update(readme, networks.markdown(results), "networks"),
+    }
+    for path, rewritten in changed.items():
+        print(f"{path}: {'rewritten' if rewritten else 'unchanged'}")
     return 0
 
 

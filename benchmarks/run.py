@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import contenders, header, measure, memory, report, suites, targets, timing, workloads
+from . import contenders, header, measure, memory, printing, report, suites, targets, timing, workloads
 from .contenders import BASELINES, CONTENDERS, Contender
 from .records import write_json
 from .suites import Item
@@ -134,7 +134,7 @@ def go(
             break
         record.add(rows)
         for row in rows:
-            _print(report.line(row))
+            _print(printing.line(row))
         slowest[len(item.rivals)] = max(slowest.get(len(item.rivals), 0.0), time.monotonic() - start)
     if left:
         _print(f"out of time, left out: {', '.join(left)}")
@@ -248,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         record = Record(path, head)
         options: dict[str, Any] = {"wanted": arguments.contenders, "seconds": seconds, "deadline": deadline}
         go(items, record, device, **options, graphs=arguments.graphs)
-        report.print_table(record.head, record.rows)
+        printing.print_table(record.head, record.rows)
         failed |= any(row["errors"] and row["contender"] == "fused" for row in record.rows)
         if path is not None:
             print(f"recorded in {path}")

@@ -1,10 +1,9 @@
-"""The benchmarks measure what they say: counts, turns, memory, the gate, and a README that agrees with the record."""
+"""The benchmarks measure what they say: counts, turns, memory, and nothing that is wrong has a speed."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,14 +22,14 @@ from benchmarks import (
     families,
     measure,
     memory,
-    report,
+    printing,
     run,
     suites,
     timing,
     workloads,
 )
 from benchmarks.contenders import Contender
-from benchmarks.header import RESULTS, ROOT
+from benchmarks.header import ROOT
 from fastode import reference, testing
 
 CPU = torch.device("cpu")
@@ -56,19 +55,6 @@ def small(build: Callable[[], nn.Module], channels: int = 4) -> workloads.Worklo
 
 def ie_skip(channels: int = 4, **options: Any) -> nn.Module:
     return reference.IESkip(reference.PreActBranch(channels, norm="layer", bias=False), **options)
-
-
-def test_readme_has_the_recorded_numbers() -> None:
-    _, table, _ = report.between((ROOT / "README.md").read_text())
-    assert report.recorded(RESULTS), "no results are recorded"
-    assert table.strip() == report.markdown().strip(), "run python -m benchmarks.report"
-
-
-def test_every_record_has_its_plot() -> None:
-    paths = [path for path in report.recorded(RESULTS) if not path.name.startswith("cpu-")]
-    assert paths, "no results are recorded"
-    for path in paths:
-        assert report.digest(path).encode() in path.with_suffix(".png").read_bytes(), "run python -m benchmarks.report"
 
 
 @pytest.mark.parametrize(
@@ -191,7 +177,7 @@ def test_a_contender_that_is_not_equal_has_no_speed() -> None:
     assert failed["errors"] == "RuntimeError: no such kernel"
     for row in (unequal, failed):
         assert not {"median_ms", "gflops", "ratio_to_eager", "peak_mb"} & set(row)
-        assert row["errors"] in report.line(row)
+        assert row["errors"] in printing.line(row)
 
 
 class Clipped(nn.Module):
@@ -356,36 +342,6 @@ def test_pgd_stays_within_its_radius_and_raises_the_loss() -> None:
     assert loss(network(attacked), labels) > loss(network(images), labels)
 
 
-def record(folder: Any) -> Any:
-    rows = measure.measure(
-        small(ie_skip),
-        "forward",
-        "float32",
-        CPU,
-        [contenders.CONTENDERS["eager"], contenders.CONTENDERS["eager-cl"]],
-        seconds=0.0,
-        rounds=(2, 2),
-    )
-    fused = rows[1] | {"contender": "fused", "engine": "staged"}
-    head = run.header.header(CPU, "default")
-    path = folder / "machine" / "default.json"
-    run.Record(path, head).add([*rows, fused])
-    return path
-
-
-def test_report_makes_table_and_plot_from_the_record(tmp_path: Any) -> None:
-    path = record(tmp_path)
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    assert report.main(["--results", str(tmp_path), "--readme", str(readme)]) == 0
-    text = readme.read_text()
-    row = json.loads(path.read_text())["rows"][2]
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert f"{row['median_ms']:.1f}" in text and "staged" in text
-    assert report.digest(path).encode() in path.with_suffix(".png").read_bytes()
-    assert not report.update(readme, tmp_path)
-
-
 def test_without_a_terminal_there_are_plain_lines_only() -> None:
     wanted = ["--only", "ie", "--variants", "k1", "--shapes", "128@4", "--modes", "forward"]
     arguments = [*wanted, "--contenders", "eager,eager-cl", "--seconds", "0"]
@@ -402,8 +358,3 @@ def test_without_a_terminal_there_are_plain_lines_only() -> None:
     assert [line.split()[:4] for line in lines[1:3]] == [["ie", "k1", "128@4", "forward"]] * 2
     # No bar, no colour, no frame.
     assert not {"\r", "\x1b", "|", "━", "│"} & set(found.stdout.decode()) and len(lines) == 5 and not lines[-1]
-
-
-def test_a_readme_without_markers_is_refused() -> None:
-    with pytest.raises(ValueError, match="must contain"):
-        report.between("no markers")

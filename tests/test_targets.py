@@ -107,8 +107,8 @@ def test_parts_are_merged_and_a_changed_record_shows(tmp_path: Path) -> None:
     text = written.read_text()
     assert "| ssp3 | 64@8 | training step | better eager | 2.50 | 2.60 |" in text and "| ssp2 | 16@32 |" in text
     assert "0123456789 (2026-01-02)" in text
-    readme = report.markdown(tmp_path)
-    assert "| ssp3 | training step | better eager | 2 | 2.50 | 2.60 |" in readme and "targets.md" in readme
+    page = report.markdown(tmp_path, tmp_path / "page.md")
+    assert "| ssp3 | training step | better eager | 2 | 2.50 | 2.60 |" in page and "(chip/targets.md)" in page
     changed = json.loads((folder / "cpu-ssp3.json").read_text())
     changed["rows"][0]["ratio_to_better_eager"]["median"] = 2.0
     (folder / "cpu-ssp3.json").write_text(json.dumps(changed))

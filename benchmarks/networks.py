@@ -1,0 +1,120 @@
+"""The README's table: each network of fastode.nets, its paper and blocks, and what the records say of its speed."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import bench_nets
+from .header import RESULTS, short_commit, threads
+from .suites import MODES
+
+Row = dict[str, Any]
+MEASURED = ("train", "pgd_step")
+COLUMNS = ("paper", "blocks", "network", *(f"× eager, {MODES[mode]}" for mode in MEASURED))
+
+
+@dataclass(frozen=True)
+class Network:
+    """A function of fastode.nets.
+
+    Attributes:
+        name: of the function.
+        paper: its number in docs/papers.md, whose link is in PAPERS.
+        blocks: of which it is made, in words.
+    """
+
+    name: str
+    paper: int
+    blocks: str
+
+
+PAPERS = {
+    1: ("Li et al. 2020", "https://proceedings.mlr.press/v119/li20e.html"),
+    2: ("Kim et al. 2020", "https://arxiv.org/abs/2010.10047"),
+    3: ("Huang et al. 2020", "https://arxiv.org/abs/2009.13145"),
+    4: ("Natural Robustness 2020", "https://arxiv.org/abs/2012.02452"),
+}
+NETWORKS = (
+    Network("ie_resnet18", 1, "`IESkip`, `ResBlock`"),
+    Network("ie_resnet34", 1, "`IESkip`, `ResBlock`"),
+    Network("ie_resnet50", 1, "`IESkip`, `ResBlock` on bottlenecks"),
+    Network("wide_resnet34_10", 1, "`IESkip`, `ResBlock`"),
+    Network("resnet18", 1, "`ResBlock`"),
+    Network("resnet34", 1, "`ResBlock`"),
+    Network("resnet50", 1, "`ResBlock` on bottlenecks"),
+    Network("sw_resnet58", 1, "`ShuOsher`: two steps with the same weights"),
+    Network("sspnet", 2, "`SSP2`, `SSP3`, `Midpoint`, `Ark` or `ResBlock`"),
+    Network("sspnet_mnist", 2, "the same"),
+    Network("sonet", 3, "`SOBlock` on `SkewPair`, `SOClassifier`"),
+    Network("soblock_resnet10", 3, "`SOBlock` on `SkewPair`, `ResBlock`"),
+    Network("resnet10", 3, "`ResBlock`"),
+    Network("resnet56", 4, "`ResBlock` with step h"),
+)
+
+
+def name_of(make: Callable[..., Any]) -> str:
+    """The function of fastode.nets by which a network of the benchmarks is made."""
+    function = make.func if isinstance(make, functools.partial) else make
+    return str(function.__name__)
+
+
+def recorded(results: Path) -> list[tuple[Row, Row]]:
+    """The head and row of every training step and attack of a network that left the engine to the project."""
+    found = []
+    for path in sorted(results.glob("*/cpu-*.json")):
+        record = json.loads(path.read_text())
+        for row in record["rows"]:
+            ours = (row["workload"], row["contender"], row["engine"]) == ("nets", "fused", "auto")
+            if ours and row["mode"] in MEASURED and not row["errors"]:
+                found.append((record["header"], row))
+    return found
+
+
+def _cell(found: Sequence[tuple[Row, Row]], name: str, mode: str) -> str:
+    """The ratios of a network's variants, with the machine where there are several."""
+    several = len({_machine(head) for head, _ in found}) > 1
+    words = [
+        f"{row['ratio_to_better_eager']['median']:.2f} (`{row['variant']}`{f', {_machine(head)}' if several else ''})"
+        for head, row in found
+        if row["mode"] == mode and name_of(bench_nets.NETWORKS[row["variant"]][0]) == name
+    ]
+    return ", ".join(words) or "not measured"
+
+
+def _machine(head: Row) -> str:
+    return f"{head['device']}, {threads(head)}"
+
+
+def _measured_on(heads: Iterable[Row]) -> list[str]:
+    """The machines, versions, dates and commits of records, each once."""
+    found = {
+        f"{_machine(head)}, torch {head['versions']['torch']}, {head['date'][:10]}, "
+        f"commit {short_commit(head['commit'])}": None
+        for head in heads
+    }
+    return list(found)
+
+
+def _paper(number: int) -> str:
+    name, address = PAPERS[number]
+    return f"[{name}]({address})"
+
+
+def markdown(results: Path = RESULTS) -> str:
+    """What stands between the README's markers."""
+    found = recorded(results)
+    rule = [*["---"] * 3, *["---:"] * len(MEASURED)]
+    lines = [
+        [_paper(network.paper), network.blocks, f"`{network.name}`"]
+        + [_cell(found, network.name, mode) for mode in MEASURED]
+        for network in NETWORKS
+    ]
+    table = [f"| {' | '.join(cells)} |" for cells in (list(COLUMNS), rule, *lines)]
+    batches = sorted({f"{row['dtype']}, {row['batch']} images" for _, row in found})
+    where = "; ".join([*batches, *_measured_on(head for head, _ in found)]) if found else "nothing is recorded yet"
+    return "\n".join([*table, "", f"Measured: {where}.", ""])

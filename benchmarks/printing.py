@@ -1,0 +1,113 @@
+"""A measured row in words: its names, a line to print as it comes, and the terminal's table."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from .header import threads
+from .suites import MODES
+
+COLUMNS = (
+    "workload",
+    "mode",
+    "contender",
+    "ms (p20–p80)",
+    "× eager",
+    "× better eager",
+    "ceiling",
+    "× best other",
+    "GFLOP/s",
+    "GB/s",
+    "roofline",
+    "MB",
+    "equal",
+)
+
+Row = dict[str, Any]
+
+
+def title(row: Row) -> str:
+    """ "ie k1 16@32", with the dtype where it is not float32."""
+    parts = [row["workload"], row["variant"], row["shape"], row["dtype"] if row["dtype"] != "float32" else ""]
+    return " ".join(part for part in parts if part)
+
+
+def contender(row: Row) -> str:
+    """ "eager" or "fused:staged"."""
+    return f"{row['contender']}:{row['engine']}" if row["engine"] else row["contender"]
+
+
+def times(ratio: Row | None, span: bool = False) -> str:
+    if not ratio:
+        return "–"
+    text = f"{ratio['median']:.2f}"
+    return f"{text} ({ratio['p20']:.2f}–{ratio['p80']:.2f})" if span else text
+
+
+def cells(row: Row) -> list[str]:
+    """One row of the terminal's table."""
+    first = [title(row), MODES[row["mode"]], contender(row)]
+    if row["errors"]:
+        return [*first, row["errors"], *[""] * (len(COLUMNS) - 4)]
+    better = row["ratio_to_better_eager"]
+    worst = row["equality"]["worst"]
+    return [
+        *first,
+        f"{row['median_ms']:.2f} ({row['p20']:.2f}–{row['p80']:.2f})",
+        times(row["ratio_to_eager"]),
+        times(better, span=True),
+        f"{better['ceiling']:.2f}" if better else f"{row['ceiling']:.2f}",
+        f"{times(row['ratio_to_best_other'])} {row['ratio_to_best_other']['than']}"
+        if row["ratio_to_best_other"]
+        else "–",
+        f"{row['gflops']:.0f}",
+        f"{row['gbs']:.1f}",
+        f"{100 * row['fraction_of_roofline']:.0f} %",
+        f"{row['peak_mb']:.1f}",
+        row["equality"].get("note") or f"{worst:.2g} of allowed",
+    ]
+
+
+def line(row: Row) -> str:
+    """One row as one line, to print as it comes."""
+    found = cells(row)
+    if row["errors"]:
+        return f"{found[0]:<24} {found[1]:<15} {found[2]:<16} failed: {row['errors']}"
+    return (
+        f"{found[0]:<24} {found[1]:<15} {found[2]:<16} {found[3]:>28} ms  × better eager {found[5]:<18} "
+        f"ceiling {found[6]:<6} {found[8]:>5} GFLOP/s {found[9]:>5} GB/s {found[11]:>8} MB  {found[12]}"
+    )
+
+
+def rates(head: Row) -> str:
+    """The machine's measured rates, in words."""
+    products = ", ".join(f"{rate:.0f} GFLOP/s in {dtype}" for dtype, rate in head.get("matmul_gflops", {}).items())
+    copies = list(head.get("copy_gbs", {}).values())
+    copied = f"{max(copies):.1f} GB/s" if copies else "not measured"
+    return f"matrix product {products or 'not measured'}; copy {copied}"
+
+
+def print_table(head: Row, rows: Sequence[Row]) -> None:
+    """A run's rates and, on a terminal with rich, its table; the lines printed before have the same numbers."""
+    print(f"{head['device']}, {threads(head)}: {rates(head)}")
+    if not sys.stdout.isatty():
+        return
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        return
+    table = Table(show_lines=False)
+    for i, column in enumerate(COLUMNS):
+        table.add_column(column, justify="left" if i < 4 else "right", overflow="fold")
+    previous = None
+    for row in rows:
+        group = (title(row), row["mode"])
+        if previous not in (None, group):
+            table.add_section()
+        previous = group
+        table.add_row(*cells(row), style="red" if row["errors"] else "bold" if row["contender"] == "fused" else "")
+    console = Console()
+    Console(width=max(console.width, 190)).print(table)

@@ -1,0 +1,106 @@
+"""The pages agree with the records: the tables of docs/measured.md and of the README, and the plots."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import bench_nets, contenders, data, header, measure, networks, report, run, workloads
+from benchmarks.header import RESULTS
+from fastode import nets, reference
+
+CPU = torch.device("cpu")
+
+
+def test_the_page_has_the_recorded_numbers() -> None:
+    _, table, _ = report.between(report.PAGE.read_text())
+    assert report.recorded(RESULTS), "no results are recorded"
+    assert table.strip() == report.markdown().strip(), "run python -m benchmarks.report"
+
+
+def test_the_readme_has_the_recorded_numbers() -> None:
+    _, table, _ = report.between(report.README.read_text(), "networks")
+    assert table.strip() == networks.markdown().strip(), "run python -m benchmarks.report"
+
+
+def test_the_readme_has_a_row_for_every_network() -> None:
+    assert sorted(network.name for network in networks.NETWORKS) == sorted(nets.__all__)
+    assert {network.paper for network in networks.NETWORKS} == set(networks.PAPERS)
+    # What a record calls a network is one that the benchmarks know, made by a function of fastode.nets.
+    found = {networks.name_of(bench_nets.NETWORKS[row["variant"]][0]) for _, row in networks.recorded(RESULTS)}
+    assert found and found <= set(nets.__all__)
+
+
+def network_record(folder: Path, device: str, ratio: float) -> None:
+    head = {"device": device, "threads": 2, "date": "2026-01-02T03", "commit": "0123456789abcdef"}
+    row = {
+        "workload": "nets", "variant": "sspnet-3", "contender": "fused", "engine": "auto", "mode": "train",
+        "dtype": "float32", "batch": 8, "errors": "", "ratio_to_better_eager": {"median": ratio},
+    }  # fmt: skip
+    others = [row | {"engine": "staged"}, row | {"mode": "forward"}, row | {"mode": "pgd_step", "errors": "not equal"}]
+    folder.mkdir()
+    rows = [row, *others]
+    (folder / "cpu-sspnet.json").write_text(json.dumps({"header": head | {"versions": {"torch": "2"}}, "rows": rows}))
+
+
+def test_a_network_has_the_ratio_that_is_recorded(tmp_path: Path) -> None:
+    assert "Measured: nothing is recorded yet." in networks.markdown(tmp_path)
+    network_record(tmp_path / "one", "chip", 1.875)
+    text = networks.markdown(tmp_path)
+    assert "| `sspnet` | 1.88 (`sspnet-3`) | not measured |" in text and "| `sonet` | not measured | not" in text
+    assert "Measured: float32, 8 images; chip, 2 threads, torch 2, 2026-01-02, commit 0123456789ab." in text
+    network_record(tmp_path / "two", "other", 2.5)
+    assert "1.88 (`sspnet-3`, chip, 2 threads), 2.50 (`sspnet-3`, other, 2 threads)" in networks.markdown(tmp_path)
+
+
+def test_every_record_has_its_plot() -> None:
+    paths = [path for path in report.recorded(RESULTS) if not path.name.startswith("cpu-")]
+    assert paths, "no results are recorded"
+    for path in paths:
+        assert report.digest(path).encode() in path.with_suffix(".png").read_bytes(), "run python -m benchmarks.report"
+
+
+def record(folder: Any) -> Any:
+    def block() -> nn.Module:
+        return reference.IESkip(reference.PreActBranch(4, norm="layer", bias=False))
+
+    rows = measure.measure(
+        workloads.Workload("ie", "k1", "4@8", block, lambda device: (data.feature_maps(2, 4, 8),)),
+        "forward",
+        "float32",
+        CPU,
+        [contenders.CONTENDERS["eager"], contenders.CONTENDERS["eager-cl"]],
+        seconds=0.0,
+        rounds=(2, 2),
+    )
+    fused = rows[1] | {"contender": "fused", "engine": "staged"}
+    head = header.header(CPU, "default")
+    path = folder / "machine" / "default.json"
+    run.Record(path, head).add([*rows, fused])
+    return path
+
+
+def test_report_makes_table_and_plot_from_the_record(tmp_path: Any) -> None:
+    path = record(tmp_path)
+    pages = {name: tmp_path / f"{name}.md" for name in ("benchmarks", "networks")}
+    for name, page in pages.items():
+        page.write_text(f"before\n<!-- {name}:begin -->\nold\n<!-- {name}:end -->\nafter\n")
+    page, readme = pages.values()
+    assert report.main(["--results", str(tmp_path), "--page", str(page), "--readme", str(readme)]) == 0
+    for text in (page.read_text(), readme.read_text()):
+        assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    row = json.loads(path.read_text())["rows"][2]
+    assert f"{row['median_ms']:.1f}" in page.read_text() and "staged" in page.read_text()
+    assert "](machine/default.json)" in page.read_text() and "](machine/default.png)" in page.read_text()
+    assert report.digest(path).encode() in path.with_suffix(".png").read_bytes()
+    assert not report.update(page, report.markdown(tmp_path, page))
+
+
+def test_a_page_without_markers_is_refused() -> None:
+    with pytest.raises(ValueError, match="must contain"):
+        report.between("no markers")
