@@ -10,6 +10,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -20,6 +21,14 @@ from .engines import AUTO, BY_NAME, ENGINES, REFERENCE
 _recorders: list[dict[nn.Module, str]] = []
 
 MakeReference = Callable[[], nn.Module]
+
+
+@runtime_checkable
+class Asked(Protocol):
+    """A fused block that can be asked about its engines."""
+
+    def describe_call(self, inputs: tuple[Tensor, ...] = ()) -> Call:
+        """A call of the block on these inputs, or without any on some input, as an engine is asked about it."""
 
 
 def choose(name: str, call: Call, make_reference: MakeReference | None = None) -> Engine:
@@ -53,13 +62,13 @@ def against(engine: Engine, call: Call, make_reference: MakeReference | None = N
     return engine.against(call)
 
 
-def can_use(name: str, block: nn.Module, x: Tensor | tuple[Tensor, ...] | None = None) -> tuple[bool, str]:
+def can_use(name: str, block: Asked, x: Tensor | tuple[Tensor, ...] | None = None) -> tuple[bool, str]:
     """Whether an engine can run a fused block on x, and if not why; without x, whether it could on some input."""
     reason = BY_NAME[name].why_not(block.describe_call(_inputs(x)))
     return not reason, reason
 
 
-def would_use(name: str, block: nn.Module, x: Tensor | tuple[Tensor, ...] | None = None) -> tuple[bool, str]:
+def would_use(name: str, block: Asked, x: Tensor | tuple[Tensor, ...] | None = None) -> tuple[bool, str]:
     """Whether "auto" would consider an engine for a block on x: whether it can, and nothing measured is against it."""
     able, reason = can_use(name, block, x)
     if able and x is not None:

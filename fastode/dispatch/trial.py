@@ -105,9 +105,10 @@ def _against_traced(engine: str, wanted: str, index: int | None, able: tuple[str
     """`against` where a tracer asks, which may not read files nor make trials itself."""
     known = decisions.remembered(index, wanted) or decisions.look_up(index, wanted)
     if known is not None and known.engine not in able:
-        # What was faster than the reference was judged; the reference itself is always able.
-        equal = [name for name in able if name in known.milliseconds and name not in known.refused]
-        known = replace(known, engine=min(equal, key=lambda name: known.milliseconds[name], default=REFERENCE.name))
+        # Every engine faster than the reference was judged, so those not refused are equal to it.
+        times = known.milliseconds
+        equal = [name for name in able if name in times and name not in known.refused]
+        known = replace(known, engine=min(equal, key=times.__getitem__, default=REFERENCE.name))
     return _verdict(engine, known)
 
 

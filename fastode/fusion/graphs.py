@@ -72,7 +72,7 @@ def _check_devices(model: nn.Module, inputs: Sequence[Tensor]) -> None:
     device = inputs[0].device
     if device.type not in DEVICES:
         raise ValueError(f"example must be on a CUDA device, got {device}")
-    held = [("parameter", *item) for item in model.named_parameters()]
+    held: list[tuple[str, str, Tensor]] = [("parameter", *item) for item in model.named_parameters()]
     held += [("buffer", *item) for item in model.named_buffers()]
     for kind, name, tensor in [*held, *(("input", str(i), x) for i, x in enumerate(inputs))]:
         if tensor.device != device:
@@ -91,7 +91,8 @@ class Graphed:
         self.inputs = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in inputs)
         self.turn = 0
         parameters = [p for p in model.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
-        self.sources = [x for x in self.inputs if x.requires_grad and torch.is_grad_enabled()] + parameters
+        inputs_asked = [x for x in self.inputs if x.requires_grad and torch.is_grad_enabled()]
+        self.sources: list[Tensor] = [*inputs_asked, *parameters]
         self._parameters = parameters
         self._held = [*model.parameters(), *model.buffers()]
         self._at = [t.data_ptr() for t in self._held]
@@ -221,7 +222,7 @@ class _Replayed(torch.autograd.Function):
     """A replay as one node of the graph of autograd."""
 
     @staticmethod
-    def forward(ctx, graphs: Graphed, *tensors: Tensor):
+    def forward(ctx: Any, graphs: Graphed, *tensors: Tensor) -> tuple[Tensor, ...]:
         results = graphs._forward(tensors[: len(graphs.inputs)])
         ctx.graphs, ctx.turn = graphs, graphs.turn
         constants = [y for y, able in zip(results, graphs._differentiable, strict=True) if not able]
@@ -229,7 +230,7 @@ class _Replayed(torch.autograd.Function):
         return tuple(results)
 
     @staticmethod
-    def backward(ctx, *cotangents: Tensor):
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("create_graph must be False: a graphed model has no gradients of gradients")
         return (None, *ctx.graphs._backward(ctx.turn, cotangents))

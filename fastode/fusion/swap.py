@@ -186,7 +186,7 @@ _Engines = tuple[tuple[str, ...], str]
 
 def _engines(block: nn.Module, x: Tensor | None) -> _Engines:
     """The engines that can run a fused block on x (or on some input), best first, and why the others cannot."""
-    if not hasattr(block, "describe_call"):
+    if not isinstance(block, choice.Asked):
         return (_OWN,), ""
     asked = getattr(block, "engine", AUTO)
     # Left to itself, nobody asks for the engines of another device.
@@ -216,7 +216,7 @@ def _run(model: nn.Module, example: Tensor | tuple[Any, ...], blocks: list[nn.Mo
 
     # Not on a block inside another one: a hook there would keep the outer one from running it as a part of itself.
     inner = {
-        part for block in blocks for part in block.modules() if part is not block and hasattr(part, "describe_call")
+        part for block in blocks for part in block.modules() if part is not block and isinstance(part, choice.Asked)
     }
     handles = [block.register_forward_hook(ask) for block in blocks if block not in inner]
     try:

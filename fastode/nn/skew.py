@@ -36,7 +36,7 @@ class SkewPair(Fused, reference.SkewPair):
     def forward(self, y: Tensor, z: Tensor) -> State:
         found = _known(self)
         kind = _kind(found, ("pair", self.engine), y, z)
-        answer = None if kind is None else found.answer(kind)
+        answer: tuple[Engine, Pair | None, MaybeTensors] | None = None if kind is None else found.answer(kind)
         if answer is None:
             checks.engine(self.engine, NAMES)
             checks.skew_pair(y, z, self.weight, self.stride, PADDING)
@@ -44,12 +44,12 @@ class SkewPair(Fused, reference.SkewPair):
             chosen = choice.choose(self.engine, call, partial(_as_reference, self))
             if chosen is not REFERENCE:
                 found.reading.check(y, z)
-            answer = chosen, call.program, call.tensors
+            answer = chosen, _pair_of(call), call.tensors
             if kind is not None:
                 found.keep(kind, answer, call)
         chosen, pair, tensors = answer
         note(self, chosen)
-        if chosen is REFERENCE:
+        if chosen is REFERENCE or pair is None:
             return super().forward(y, z)
         return evaluate(chosen, found.reading, pair, y, z, partial(_as_reference, self), tensors)
 
@@ -95,7 +95,9 @@ class _FusedSolve(Fused, reference.SOBlock):
         found = _known(self.field) if not reason else None
         settings = (self.solver, self.steps, self.t1, self.engine)
         kind = None if found is None else _kind(found, settings, x)
-        answer = None if found is None or kind is None else found.answer(kind)
+        answer: tuple[Engine, Pair | None, MaybeTensors, March | None] | None = None
+        if found is not None and kind is not None:
+            answer = found.answer(kind)
         if answer is None:
             checks.engine(self.engine, NAMES)
             if isinstance(self.field, reference.SkewPair):
@@ -108,13 +110,14 @@ class _FusedSolve(Fused, reference.SOBlock):
             chosen = choice.choose(self.engine, call, partial(_as_plain_solve, self))
             if chosen is not REFERENCE and found is not None:
                 stride = found.reading.stride
-                found.reading.check(x[:, :1, ::stride, ::stride].expand(-1, self.field.weight.shape[0], -1, -1), x)
-            answer = chosen, call.program, call.tensors, self._march()
+                channels = found.reading.weight.shape[0]
+                found.reading.check(x[:, :1, ::stride, ::stride].expand(-1, channels, -1, -1), x)
+            answer = chosen, _pair_of(call), call.tensors, self._march()
             if found is not None and kind is not None:
                 found.keep(kind, answer, call)
         chosen, pair, tensors, march = answer
         note(self, chosen)
-        if chosen is REFERENCE or found is None:
+        if chosen is REFERENCE or found is None or pair is None:
             return super().forward(x)
         note(self.field, chosen)
         if march is None:
@@ -161,9 +164,9 @@ class _FixedSolution(nn.Module):
         return solve_fixed(self.field, (y, z), self.scheme, self.t1, self.steps)[0]
 
 
-def _as_reference(field: Any) -> nn.Module:
+def _as_reference(field: Any) -> reference.SkewPair:
     """A reference field around the same parameters and modules."""
-    twin = copy.copy(field)
+    twin: reference.SkewPair = copy.copy(field)
     twin.__class__ = reference.SkewPair
     # A dictionary of its own: functional_call puts other tensors into it.
     twin.__dict__["_parameters"] = dict(field._parameters)
@@ -176,6 +179,11 @@ def _as_plain_solve(block: Any) -> nn.Module:
     twin.__class__ = reference_of(type(block)) or type(block)
     twin.__dict__["_modules"] = {**block._modules, "field": _as_reference(block.field)}
     return twin
+
+
+def _pair_of(call: Call) -> Pair | None:
+    assert call.program is None or isinstance(call.program, Pair)
+    return call.program
 
 
 def _known(field: Any) -> Known[Field]:

@@ -148,20 +148,21 @@ def evaluate(
     z_half = slope_half(pair, POST_Z, z, y, w, -1.0, want_z)
     act = activation_codes(pair.activation)
     sums = launch_pair(pair, w, y_half, z_half, act)
-    slopes, stats = [], [_stats(y), _stats(z), None, None]
+    slopes: list[MaybeTensor] = []
+    stats = [_stats(y), _stats(z), None, None]
     for which, half, (partial, chunks) in zip((POST_Y, POST_Z), (y_half, z_half), sums, strict=True):
         slope, norm = half.out, pair.norms[which]
         if slope is not None and norm is not None:
             if half.sums is not None and partial is not None:
-                stats[which] = half.sums.statistics()
-                launch.finish_moments(half.sums, chunks, partial, stats[which])
+                found = stats[which] = half.sums.statistics()
+                launch.finish_moments(half.sums, chunks, partial, found)
             else:
                 stats[which] = fixed_statistics(tensors, norm_at(which), slope.dtype)
             slope = normalised_again(pair, which, tensors, slope, stats[which])
         slopes.append(slope)
-    kept = [half.out if half.image is None else half.image for half in (y_half, z_half)]
-    points = [None if point is None else point.x for point in (y, z)]
-    return slopes[0], slopes[1], Kept(*points, *kept, (stats[0], stats[1], stats[2], stats[3]))
+    h_y, h_z = (half.out if half.image is None else half.image for half in (y_half, z_half))
+    at_y, at_z = (None if point is None else point.x for point in (y, z))
+    return slopes[0], slopes[1], Kept(at_y, at_z, h_y, h_z, (stats[0], stats[1], stats[2], stats[3]))
 
 
 def _point(pair: Pair, which: int, tensors: MaybeTensors, terms: Sequence[Tensor], coefs: MaybeTensor) -> Operand:

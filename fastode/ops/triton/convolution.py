@@ -157,7 +157,7 @@ def convolution(
         left, weight, dilation, transposed, blocks, lower, (bias, raw, out, tuple(terms) or None, values), Operand(out),
         partial, stats, norm_constants(unit) | {"PULL": False, "SUMS": sums, "LEARNED": learned, "OWN": own},
     )  # fmt: skip
-    if partial is not None:
+    if partial is not None and stats is not None:
         launching.finish_moments(unit, _chunks(blocks, unit), partial, stats)
     return Made(out, raw, stats, left.stats)
 

@@ -113,7 +113,17 @@ def forward(
 
 def _named(scheme: Scheme, k: int, points: list[Tensor], images: list[Tensor | None]) -> list[Tensor]:
     """The tensors that row k + 1 of the tableau combines."""
-    return [*(points[j] for j in scheme.alpha[k]), *(images[j] for j in scheme.beta[k])]
+    return [*[points[j] for j in scheme.alpha[k]], *present(images, scheme.beta[k])]
+
+
+def present(tensors: MaybeTensors, places: Sequence[int]) -> list[Tensor]:
+    """The tensors at these places, each of which has one."""
+    found = []
+    for place in places:
+        tensor = tensors[place]
+        assert tensor is not None
+        found.append(tensor)
+    return found
 
 
 def backward(
@@ -144,7 +154,7 @@ def backward(
             _coefficient_gradients(scheme, _named(scheme, k, points, images), bars[k + 1], k, table_bar)
         skips = [i for i in range(k, stages) if k in scheme.alpha[i] and bars[i + 1] is not None]
         through = [i for i in range(k, stages) if k in scheme.beta[i] and bars[i + 1] is not None]
-        addends = [bars[i + 1] for i in skips]
+        addends = present(bars, [i + 1 for i in skips])
         along = [table[0, i, k : k + 1] for i in skips]
         if not through:
             bars[k] = combine(addends, torch.cat(along)) if addends else None
@@ -153,7 +163,7 @@ def backward(
         if records is None:
             records, _ = sweeps.revisit(plan, tensors, points[k], statistics[used.index(k) * units :][:units])
         # (3): the cotangent of F(u_k)
-        cot = combine([bars[i + 1] for i in through], torch.cat([table[1, i, k : k + 1] for i in through]))
+        cot = combine(present(bars, [i + 1 for i in through]), torch.cat([table[1, i, k : k + 1] for i in through]))
         needed = need_x or need_table or k > 0
         skip = torch.cat([table.new_ones(1), *along])
         bars[k] = sweeps.pull(plan, tensors, records, cot, addends, skip, grads, need_point=needed)
