@@ -31,7 +31,7 @@ from ..ops.engine import Call, Engine
 from ..testing.compare import compare_blocks
 from . import decisions
 from .decisions import Decision
-from .engines import ENGINES, REFERENCE
+from .engines import ENGINES, REFERENCE, is_reference
 from .registry import ancestor_of, twin_of
 
 DEVICES = ("cuda",)  # on which there are trials
@@ -184,12 +184,12 @@ def _try(
     memo: dict[int, Any] = {id(t): _private(t) for t in itertools.chain(block.parameters(), block.buffers())}
     plain = copy.deepcopy(block, memo)
     copies = tuple(_private(x) for x in inputs)
-    modules = {name: plain if name == REFERENCE.name else _as_twin(plain, name) for name in candidates}
+    modules = {name: plain if is_reference(name) else _as_twin(plain, name) for name in candidates}
     device = copies[0].device
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         seconds, refused = _seconds(modules, copies, mode, lower)
         bound = seconds.get(REFERENCE.name, math.inf)
-        able = [name for name in seconds if name != REFERENCE.name and seconds[name] <= bound]
+        able = [name for name in seconds if not is_reference(name) and seconds[name] <= bound]
         faster = sorted(able, key=lambda name: seconds[name])
         faults = {name: _fault(plain, modules[name], copies, mode, lower) for name in faster}
         refused |= {name: fault for name, fault in faults.items() if fault}

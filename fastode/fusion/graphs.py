@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import checks
 from ..dispatch import choice
-from ..dispatch.engines import REFERENCE
+from ..dispatch.engines import is_reference
 
 DEVICES = ("cuda",)  # on which there are graphs
 _WARM = 3  # calls before the capture: the first makes trials and compiles, the others let caches settle
@@ -154,7 +154,7 @@ class Graphed:
 
     def _check_norms(self, used: dict[nn.Module, str]) -> None:
         """Refuse the norms whose factor is a number of the host that changes from call to call."""
-        fused = {part for block, engine in used.items() if engine != REFERENCE.name for part in block.modules()}
+        fused = {part for block, engine in used.items() if not is_reference(engine) for part in block.modules()}
         for name, module in self.model.named_modules():
             moves = isinstance(module, _BatchNorm) and module.training and module.running_mean is not None
             if moves and module.momentum is None and module not in fused:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..dispatch import choice
-from ..dispatch.engines import AUTO, ENGINES, NAMES, REFERENCE
+from ..dispatch.engines import AUTO, ENGINES, NAMES, REFERENCE, is_reference
 from ..dispatch.registry import ancestor_of, is_twin, named, reference_of, twin_of
 from ..native import operators
 from .report import FusionReport, FusionRow
@@ -68,7 +68,7 @@ def fuse(
         for plan in plans:
             if plan.twin is not None:
                 _assign(plan.block, plan.twin, engine)
-        if before and engine != REFERENCE.name:
+        if before and not is_reference(engine):
             operators.load()
         used = None if example is None else _run(model, example, [p.block for p in plans if is_twin(type(p.block))])
     except BaseException:

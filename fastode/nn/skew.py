@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import checks, reference
 from ..dispatch import choice
-from ..dispatch.engines import AUTO, NAMES, REFERENCE
+from ..dispatch.engines import AUTO, NAMES, REFERENCE, is_reference
 from ..dispatch.known import Known, kind_of_call, known
 from ..dispatch.registry import reference_of, register
 from ..dispatch.skew import Field, evaluate, has_hooks, read_field, repeated, solve
@@ -86,7 +86,7 @@ class _FusedSolve(Fused, reference.SOBlock):
             return f"its field is a {kind.__name__}, and only SkewPair is fused"
         if has_hooks(self.field):
             return "its field has hooks, which a fused solution would not call"
-        if getattr(self.field, "engine", AUTO) == REFERENCE.name:
+        if is_reference(getattr(self.field, "engine", AUTO)):
             return "its field is asked to run as the reference"
         return ""
 

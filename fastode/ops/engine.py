@@ -138,6 +138,10 @@ class Engine:
         """Why "auto" had better leave a call that it can run, by what was measured on CPUs; empty if it need not."""
         return ""
 
+    def rule_in_words(self) -> list[str]:
+        """What was measured on CPUs, by which `against` judges: lines to print, none where there is no such rule."""
+        return []
+
     def elsewhere(self, x: Tensor | None) -> str:
         """Why it cannot run where x is (or, without x, on this machine); empty if it can."""
         if not self.devices:
