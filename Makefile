@@ -1,11 +1,12 @@
-# make test | bench [SUITE=cpu|all] [ARGS=...] | lint | gpu [PYTHON=python3] [STEP=smoke|check|bench|sanitize] [RESULTS=folder] | kernels | choose | sanitize | portable | clean
+# make test | bench [SUITE=cpu|all] [ARGS=...] | lint | fuzz [SECONDS=60] | versions | gpu [PYTHON=python3] [STEP=smoke|check|bench|sanitize] [RESULTS=folder] | kernels | choose | sanitize | portable | clean
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: test bench lint format gpu kernels choose sanitize portable clean setup
+.PHONY: test versions bench lint format gpu kernels choose fuzz sanitize portable clean setup
 
 PYTHON ?= python3
 SUITE ?= default
+SECONDS ?= 60
 TORCH ?= 2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
@@ -43,6 +44,11 @@ test: $(STAMP)
 	$(BIN)/python -m fastode build
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PYTEST_FLAGS)
 
+# Before each release: the whole suite on every supported release of torch, each in an environment of its own in .venvs/
+# (gigabytes, made once; about ten minutes a release). ARGS names some of them.
+versions: $(STAMP)
+	$(BIN)/python tests/versions.py $(ARGS)
+
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.run --suite $(SUITE) $(ARGS)
 
@@ -67,6 +73,11 @@ kernels: $(STAMP)
 # Where "auto" takes the resident engine on CPUs of this kind: at most 8 minutes, and it wants all cores.
 choose: $(STAMP)
 	$(BIN)/python -m benchmarks.choose $(ARGS)
+
+# Random blocks against the reference: before a release SECONDS=300, in CI 30. A failure names its seed.
+fuzz: $(STAMP)
+	$(BIN)/python -m fastode build
+	$(BIN)/python -m benchmarks.fuzz --seconds $(SECONDS) $(ARGS)
 
 # Everything that compiles or starts processes runs before the sanitizer is preloaded. Two processes of two threads each
 # on two cores: waiting threads have to sleep.

@@ -122,16 +122,16 @@ def _map(maps: Maps, dtype: torch.dtype, samples: int = 1) -> Tensor:
 def operators(maps: Maps, dtype: torch.dtype, act: int) -> dict[str, Callable[[], Any]]:
     """Each operator as a block's forward or backward calls it, by name."""
     x, twice, channels = _map(maps, dtype), _map(maps, dtype, 2), maps.shape[1]
-    one, two, three = (torch.ones(k, dtype=torch.float64) for k in (1, 2, 3))
+    none, one, two, three = (torch.ones(k, dtype=torch.float64) for k in range(4))
     w = None if maps.norm == passes.NONE else torch.empty(channels, device="meta")
     sets = (2, maps.shape[0], maps.groups) if maps.norm == passes.GROUP else (2, channels)
     stats = torch.empty(sets, device="meta")
     given = stats if maps.norm == passes.FIXED else None
     codes = (maps.norm, maps.groups, 1e-5, act, 1.0, 20.0)
     return {
-        "norm_act": lambda: passes.norm_act([x], one, w, w, given, *codes),
+        "norm_act": lambda: passes.norm_act([x], none, w, w, given, *codes),
         "norm_act of two terms": lambda: passes.norm_act([x, x], two, w, w, given, *codes),
-        "norm_act again": lambda: passes.norm_act([x], one, w, w, stats, *codes),
+        "norm_act again": lambda: passes.norm_act([x], none, w, w, stats, *codes),
         "norm_act_vjp": lambda: passes.norm_act_vjp(x, x, stats, w, w, [], one, False, *codes),
         "norm_act_vjp, parameters": lambda: passes.norm_act_vjp(x, x, stats, w, w, [], one, True, *codes),
         "norm_act_vjp of two addends": lambda: passes.norm_act_vjp(x, x, stats, w, w, [x, x], three, True, *codes),

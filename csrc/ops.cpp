@@ -28,18 +28,22 @@ STABLE_TORCH_LIBRARY(fastode, m) {
       ") -> (Tensor out, Tensor wbar, Tensor bbar)");
   m.def("dots(Tensor v, Tensor[] terms) -> Tensor");
 
-  // What forward keeps is for a backward that asks for gradients of parameters or coefficients or, where it is
-  // `frozen`, for one that asks for neither. Backward writes over what is kept; the schema does not say so, because
-  // tracers refuse lists of tensors that are written to, and under a tracer the list is empty.
-  m.def("resident_ie_forward(Tensor x, " FASTODE_BRANCH
-        ", int steps, float step_size, float theta, bool keep, bool frozen) -> (Tensor y, Tensor statistics, Tensor[] "
-        "kept)");
+  // With `keep_all` forward keeps every unit's input, so that a backward for the input's gradient alone computes no
+  // convolution again; without, only what a training step needs most. Backward is told which by `kept_all`. It writes
+  // over what is kept; the schema does not say so, because tracers refuse lists of tensors that are written to, and
+  // under a tracer the list is empty.
+  m.def(
+      "resident_ie_forward(Tensor x, " FASTODE_BRANCH
+      ", int steps, float step_size, float theta, bool keep, bool keep_all) -> (Tensor y, Tensor statistics, Tensor[] "
+      "kept)");
   m.def("resident_ie_backward(Tensor x, Tensor cotangent, Tensor[] kept, " FASTODE_BRANCH
-        ", int steps, float step_size, float theta, bool detach, bool gradients) -> (Tensor x_bar, Tensor[] bars)");
+        ", int steps, float step_size, float theta, bool detach, bool gradients, bool kept_all) -> "
+        "(Tensor x_bar, Tensor[] bars)");
   m.def("resident_rk_forward(Tensor x, " FASTODE_BRANCH
-        ", Tensor table, bool keep, bool frozen) -> (Tensor y, Tensor statistics, Tensor[] kept)");
+        ", Tensor table, bool keep, bool keep_all) -> (Tensor y, Tensor statistics, Tensor[] kept)");
   m.def("resident_rk_backward(Tensor x, Tensor cotangent, Tensor[] kept, " FASTODE_BRANCH
-        ", Tensor table, bool gradients, bool table_gradient) -> (Tensor x_bar, Tensor[] bars, Tensor table_bar)");
+        ", Tensor table, bool gradients, bool table_gradient, bool kept_all) -> (Tensor x_bar, Tensor[] bars, Tensor "
+        "table_bar)");
   // Where signs are kept, backward asks for the slopes, too, as `ends`.
   m.def(
       "resident_skew_forward(Tensor y, Tensor z, " FASTODE_PAIR

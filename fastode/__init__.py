@@ -4,6 +4,13 @@
 compiles nothing.
 """
 
+import re
+
+import torch
+
+if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < (2, 11):  # before anything that an older one lacks
+    raise ImportError(f"fastode needs torch 2.11 or later, got torch {torch.__version__}")
+
 from . import branch, functional, nets, nn, reference, tableau
 from .dispatch.registry import register
 from .fusion.graphs import graphed

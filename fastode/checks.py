@@ -84,6 +84,22 @@ def module(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be an nn.Module, got {what(value)}")
 
 
+def made(name: str, make: Any, wanted: str, *arguments: Any) -> nn.Module:
+    """What a function of the user's makes; refuses one that makes no module, and a module in its place."""
+    if isinstance(make, nn.Module):
+        raise TypeError(f"{name} must be a name or {wanted}, got a module of type {type(make).__name__}")
+    module = make(*arguments)
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{name} must be a name or {wanted}, got {what(module)} from it")
+    return module
+
+
+def groups(name: str, channels: int, most: int) -> None:
+    """Refuse channels that min(most, channels) groups do not part evenly."""
+    if channels > most and channels % most:
+        raise ValueError(f"{name} must be at most {most} or a multiple of {most} with norm 'group', got {channels}")
+
+
 def tensor(name: str, value: Any) -> None:
     """Refuse anything but a tensor."""
     if not isinstance(value, Tensor):

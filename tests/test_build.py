@@ -226,7 +226,8 @@ def test_only_what_this_instruction_set_can_run_is_compiled() -> None:
 def test_two_processes_at_once_make_one_build(root: Path, tmp_path: Path, compiler_log: Path) -> None:
     cache = tmp_path / "cache"
     program = (
-        "import sys, pathlib; from fastode import _toolchain as t; print('ready', flush=True); sys.stdin.readline(); "
+        "import sys, pathlib; from fastode.native import toolchain as t; "
+        "print('ready', flush=True); sys.stdin.readline(); "
         f"print(t.build(t.recipe(pathlib.Path({str(root)!r})), pathlib.Path({str(cache)!r})))"
     )
     command, variables = [sys.executable, "-c", program], {**os.environ, "PYTHONPATH": str(CHECKOUT)}

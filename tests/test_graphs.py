@@ -18,7 +18,7 @@ import fastode
 from fastode import nets, reference
 from fastode.fusion import graphs
 from fastode.native import operators
-from fastode.testing import sample_input
+from fastode.testing import compare_tensors, sample_input
 
 HERE = Path(__file__).resolve().parent
 
@@ -288,12 +288,24 @@ def test_replays_on_the_card_are_calls(norm: str, engine: str, monkeypatch: pyte
         assert torch.equal(t, u), name
 
 
+def named(model: nn.Module, logits: Tensor) -> dict[str, Tensor]:
+    """The logits, the gradients, and the buffers after a step."""
+    found = {"logits": logits} | {f"gradient of {name}": p.grad for name, p in model.named_parameters()}
+    return found | {f"buffer {name}": buffer for name, buffer in model.named_buffers()}
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("make", [nets.ie_resnet18, nets.sspnet], ids=["ie_resnet18", "sspnet"])
-def test_whole_networks_can_be_captured(make: Callable[[], nn.Module]) -> None:
+def test_replays_of_whole_networks_are_calls(make: Callable[[], nn.Module]) -> None:
     model = make().cuda()
+    exact = copy.deepcopy(model).double()
     fastode.fuse(model)
-    x = torch.randn(8, 3, 32, 32, device="cuda")
-    run = fastode.graphed(model, x)
-    assert torch.isfinite(step(run, x)).all()
-    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    plain = copy.deepcopy(model)
+    run = fastode.graphed(model, torch.randn(8, 3, 32, 32, device="cuda"))
+    for _ in range(2):  # the second replay finds other images than the capture did
+        x = torch.randn(8, 3, 32, 32, device="cuda")
+        for each in (model, plain, exact):
+            each.zero_grad(set_to_none=True)
+        found, expected = named(model, step(run, x)), named(plain, step(plain, x))
+        comparison = compare_tensors(found, named(exact, step(exact, x.double())), [expected], 8 * 32 * 32)
+        assert comparison.ok, comparison.describe()

@@ -107,7 +107,7 @@ void Kernels<T>::second(const Geometry& g, const T* h_data, const T* t_data, con
     const Statistics<A> tangent_stats(tstats, g, op, set);
     A *hd = s.row(w, kHd), *h1 = s.row(w, kH1), *hn = s.row(w, kHn), *ht = s.row(w, kHt), *t1 = s.row(w, kT1);
     over_groups(g, op, [&](int64_t group, int64_t begin, int64_t end) {
-      // Means over the set of v = w nbar and c = w nbardot, times rstd (scale = rstd w).
+      // rstd times the means over the set of v = weight n and c = weight m, and of their products with x and t.
       A v = 0, dv = 0, c_ = 0, dc = 0, tc = 0;
       for (int64_t c = begin; c < end; ++c) {
         v += scale[c] * sums[c];

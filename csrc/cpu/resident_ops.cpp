@@ -83,36 +83,36 @@ Backward backward(const Tensor& x, const Tensor& cotangent, const BranchArgument
 }
 
 Forward ie_forward(Tensor x, Tensors parameters, Integers units, Numbers numbers, int64_t steps, double gamma,
-                   double theta, bool keep, bool frozen) {
-  return forward<DescentForward>(x, {parameters, units, numbers}, Descent{steps, gamma, theta, !keep, frozen},
+                   double theta, bool keep, bool keep_all) {
+  return forward<DescentForward>(x, {parameters, units, numbers}, Descent{steps, gamma, theta, !keep, keep_all},
                                  steps + 1, steps > 0, keep);
 }
 
 std::tuple<Tensor, Tensors> ie_backward(Tensor x, Tensor cotangent, Tensors kept, Tensors parameters, Integers units,
                                         Numbers numbers, int64_t steps, double gamma, double theta, bool detach,
-                                        bool gradients) {
-  const Descent descent{steps, gamma, theta, detach, !gradients};
+                                        bool gradients, bool kept_all) {
+  const Descent descent{steps, gamma, theta, detach, kept_all};
   auto [bar, bars, none] =
       backward<DescentBackward>(x, cotangent, {parameters, units, numbers}, descent, kept, {.gradients = gradients}, 0);
   return {bar, bars};
 }
 
 // `table` [2, stages, stages], float64, contiguous: alpha and beta.
-Scheme scheme_of(const Tensor& table, bool frozen) {
-  return {table.size(1), static_cast<const double*>(table.data_ptr()), frozen};
+Scheme scheme_of(const Tensor& table, bool keeps_all) {
+  return {table.size(1), static_cast<const double*>(table.data_ptr()), keeps_all};
 }
 
 Forward rk_forward(Tensor x, Tensors parameters, Integers units, Numbers numbers, Tensor table, bool keep,
-                   bool frozen) {
-  const Scheme scheme = scheme_of(table, frozen);
+                   bool keep_all) {
+  const Scheme scheme = scheme_of(table, keep_all);
   return forward<SchemeForward>(x, {parameters, units, numbers}, scheme, scheme.stages, false, keep);
 }
 
 Backward rk_backward(Tensor x, Tensor cotangent, Tensors kept, Tensors parameters, Integers units, Numbers numbers,
-                     Tensor table, bool gradients, bool table_gradient) {
+                     Tensor table, bool gradients, bool table_gradient, bool kept_all) {
   // Where the stages are kept, no evaluation is computed again to its end but for the coefficients' gradients.
   const Wanted wanted{.gradients = gradients, .last = kept.empty() || table_gradient};
-  const Scheme scheme = scheme_of(table, !gradients && !table_gradient);
+  const Scheme scheme = scheme_of(table, kept_all);
   const Backward result = backward<SchemeBackward>(x, cotangent, {parameters, units, numbers}, scheme, kept, wanted,
                                                    table_gradient ? table.numel() : 0);
   if (table_gradient) scheme.complete(static_cast<double*>(std::get<2>(result).data_ptr()));

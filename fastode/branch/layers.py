@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 TENSORS_PER_UNIT = 6
@@ -62,14 +63,17 @@ def _take(layer: nn.Module, row: list[Tensor | None], at: int) -> str:
     if "weight" not in parameters or "bias" not in parameters:
         return "has a weight or bias that is not a parameter of its own"
     weight, bias = parameters["weight"], parameters["bias"]
-    if not (_is_plain(weight) and _is_plain(bias)):
+    if not (is_plain(weight) and is_plain(bias)):
         return "has a weight or bias of a tensor subclass"
     row[at], row[at + 1] = weight, bias
     return ""
 
 
-def _is_plain(tensor: Tensor | None) -> bool:
-    return tensor is None or type(tensor) is nn.Parameter or type(tensor) is Tensor
+def is_plain(tensor: Tensor | None) -> bool:
+    """Whether this is no tensor of a subclass, but for those that stand in for plain ones while torch.export traces."""
+    if tensor is None or type(tensor) is nn.Parameter or type(tensor) is Tensor:
+        return True
+    return torch.compiler.is_exporting() and isinstance(tensor, torch._subclasses.FakeTensor)
 
 
 def _read_group_norm(layer: nn.GroupNorm, row: list[Tensor | None]) -> tuple[Norm | None, Any]:
@@ -82,7 +86,7 @@ def _read_group_norm(layer: nn.GroupNorm, row: list[Tensor | None]) -> tuple[Nor
 def _read_batch_norm(layer: nn.BatchNorm2d, row: list[Tensor | None]) -> tuple[Norm | None, Any]:
     wrong = _take(layer, row, 0)
     mean, var = layer._buffers["running_mean"], layer._buffers["running_var"]
-    if wrong or not (_is_plain(mean) and _is_plain(var)) or (mean is None) != (var is None):
+    if wrong or not (is_plain(mean) and is_plain(var)) or (mean is None) != (var is None):
         return None, wrong or "has only one of the running statistics, or has them as a tensor subclass"
     count = _norm_channels(row, layer.num_features)
     if layer.training or mean is None:
@@ -95,7 +99,7 @@ def _read_batch_norm(layer: nn.BatchNorm2d, row: list[Tensor | None]) -> tuple[N
 def _read_instance_norm(layer: nn.InstanceNorm2d, row: list[Tensor | None]) -> tuple[Norm | None, Any]:
     wrong = _take(layer, row, 0)
     mean, var = layer._buffers["running_mean"], layer._buffers["running_var"]
-    if wrong or not (_is_plain(mean) and _is_plain(var)) or (mean is None) != (var is None):
+    if wrong or not (is_plain(mean) and is_plain(var)) or (mean is None) != (var is None):
         return None, wrong or "has only one of the running statistics, or has them as a tensor subclass"
     count = _norm_channels(row, layer.num_features)
     if layer.training or not layer.track_running_stats:

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from ..ops.engine import Call, Engine
 from . import trial
-from .engines import AUTO, BY_NAME, ENGINES, REFERENCE
+from .engines import AUTO, BY_NAME, ENGINES, REFERENCE, is_reference
 
 _recorders: list[dict[nn.Module, str]] = []
 
@@ -41,7 +42,10 @@ def choose(name: str, call: Call, make_reference: MakeReference | None = None) -
 
     Raises:
         ValueError: the named engine cannot run the call.
+        RuntimeError: the call is exported to ONNX, which has no operators for it.
     """
+    if torch.compiler.is_compiling() and not is_reference(name) and _exports_to_onnx():
+        raise RuntimeError("ONNX has no operators for fused blocks: call fastode.unfuse(model) before the export")
     if name != AUTO:
         reason = BY_NAME[name].why_not(call)
         if reason:
@@ -51,6 +55,11 @@ def choose(name: str, call: Call, make_reference: MakeReference | None = None) -
         if engine is REFERENCE or not (engine.why_not(call) or against(engine, call, make_reference)):
             return engine
     raise AssertionError("the reference can run every block")
+
+
+@trial.constant
+def _exports_to_onnx() -> bool:
+    return torch.onnx.is_in_onnx_export()
 
 
 def against(engine: Engine, call: Call, make_reference: MakeReference | None = None) -> str:

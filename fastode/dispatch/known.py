@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from ..branch.snapshot import Snapshot
 from ..ops.engine import Call, autocast_dtype, mode
 from ..ops.plan import MaybeTensors
+from ..ops.rerun import Habit
 from . import trial
 
 _MOST_ANSWERS = 64  # of one reading; a block that is called with ever new shapes must not fill the memory
@@ -37,11 +38,12 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 class Known(Generic[Reading]):
     """A reading, and what was decided for the calls that followed, by their kind."""
 
-    __slots__ = ("_answers", "_snapshot", "reading")
+    __slots__ = ("_answers", "_snapshot", "habit", "reading")
 
     def __init__(self, snapshot: Snapshot | None, reading: Reading) -> None:
         self._snapshot = snapshot
         self.reading = reading
+        self.habit = Habit()
         self._answers: dict[Hashable, Any] = {}
 
     def holds(self, root: nn.Module) -> bool:

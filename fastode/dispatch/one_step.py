@@ -172,11 +172,11 @@ def run(
         owner: the module that is being called, for the report.
     """
     if torch.compiler.is_compiling():
-        reading = read(module)
+        reading, habit = read(module), None
         chosen, plan = _decide(x, reading, step, make_reference, engine)
     else:
         found = known(module, lambda: read(module))
-        reading = found.reading
+        reading, habit = found.reading, found.habit
         kind = kind_of_call((step, engine), (x,), reading) if isinstance(x, Tensor) else None
         answer = None if kind is None else found.answer(kind)
         if answer is None:
@@ -189,7 +189,7 @@ def run(
         untraced = torch.compiler.is_compiling() and not step.traceable
         call = torch.compiler.disable(run_reference) if untraced else run_reference
         return _undone_on_error(call, x, module) if reading.units is None else call(x)
-    rerun = None if torch.compiler.is_compiling() else Rerun(make_reference, 1 if table is None else 2)
+    rerun = None if habit is None else Rerun(make_reference, 1 if table is None else 2, habit)
     y, *statistics = step.apply(chosen, plan, rerun, x, reading.tensors, table)
     if statistics:
         update_running(reading, statistics, x)

@@ -49,13 +49,13 @@ def under_way() -> bool:
     return getattr(_state, "under_way", False)
 
 
-def _constant(function: _Function) -> _Function:
+def constant(function: _Function) -> _Function:
     """torch.compiler.assume_constant_result, a result that a tracer keeps, without importing all of Dynamo for it."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
-@_constant
+@constant
 def allows_tf32() -> bool:
     """Whether float32 convolutions may round their factors to tf32: then they are judged and timed so."""
     settings = getattr(torch.backends.cudnn, "conv", None)
@@ -100,7 +100,7 @@ def able(call: Call) -> list[Engine]:
     return [engine for engine in ENGINES if not engine.why_not(call)]
 
 
-@_constant
+@constant
 def _against_traced(engine: str, wanted: str, index: int | None, able: tuple[str, ...]) -> str:
     """`against` where a tracer asks, which may not read files nor make trials itself."""
     known = decisions.remembered(index, wanted) or decisions.look_up(index, wanted)

@@ -39,6 +39,8 @@ def ie_skip(
     Source: Li et al. 2020, Algorithm 1 (paper 001).
 
     Example:
+        >>> import torch
+        >>> from torch import nn
         >>> branch = nn.Sequential(nn.GroupNorm(1, 4), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1))
         >>> ie_skip(torch.zeros(2, 4, 8, 8), branch, steps=2).shape
         torch.Size([2, 4, 8, 8])
@@ -70,6 +72,8 @@ def shu_osher(x: Tensor, branch: nn.Module, tableau: Tableau) -> Tensor:
 
     Example:
         >>> from fastode.tableau import SSP3
+        >>> import torch
+        >>> from torch import nn
         >>> branch = nn.Sequential(nn.GroupNorm(1, 4), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1))
         >>> shu_osher(torch.zeros(2, 4, 8, 8), branch, SSP3).shape
         torch.Size([2, 4, 8, 8])

@@ -84,6 +84,7 @@ def skew_pair(
         (paper 003).
 
     Example:
+        >>> import torch
         >>> y, z = torch.ones(1, 2, 4, 4), torch.ones(1, 1, 8, 8)
         >>> dy, dz = skew_pair(y, z, torch.ones(2, 1, 4, 4), stride=2)
         >>> dy[0, 0, 1, 1].item(), dz[0, 0, 1, 1].item()

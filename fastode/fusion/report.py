@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .. import nn as nn_package
 from ..dispatch.engines import is_reference
 
 
@@ -60,9 +61,15 @@ class FusionReport:
             return "no block that fastode knows"
         cells = [("block", "type", "twin", "engine" if self.measured else "engines", "why")]
         for row in self.rows:
-            twin = "-" if row.fused is None else f"{row.fused.__module__}.{row.fused.__qualname__}"
+            twin = "-" if row.fused is None else _public_name(row.fused)
             engines = ", ".join(row.engines) or "-"
             cells.append((row.name or "(model)", row.reference.__name__, twin, engines, row.reason))
         widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
         lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
         return "\n".join([*lines, f"{self.fused} fused, {self.unfused} as the reference"])
+
+
+def _public_name(kind: type[nn.Module]) -> str:
+    """By which a user imports a twin: this project's from fastode.nn, whichever file of it they stand in."""
+    module = nn_package.__name__ if getattr(nn_package, kind.__qualname__, None) is kind else kind.__module__
+    return f"{module}.{kind.__qualname__}"

@@ -112,7 +112,7 @@ def _gradients(parameters: Sequence[Tensor], wanted: bool) -> list[Tensor]:
 
 def _ie_forward(
     x: Tensor, parameters: Sequence[Tensor], units: Sequence[int], numbers: Sequence[float], steps: int,
-    step_size: float, theta: float, keep: bool, frozen: bool,
+    step_size: float, theta: float, keep: bool, keep_all: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
     return _alike(x), _met(x, units, steps + 1), []
 
@@ -120,20 +120,21 @@ def _ie_forward(
 def _ie_backward(
     x: Tensor, cotangent: Tensor, kept: Sequence[Tensor], parameters: Sequence[Tensor], units: Sequence[int],
     numbers: Sequence[float], steps: int, step_size: float, theta: float, detach: bool, gradients: bool,
+    kept_all: bool,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     return _alike(x), _gradients(parameters, gradients)
 
 
 def _rk_forward(
     x: Tensor, parameters: Sequence[Tensor], units: Sequence[int], numbers: Sequence[float], table: Tensor, keep: bool,
-    frozen: bool,
+    keep_all: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
     return _alike(x), _met(x, units, table.shape[1]), []
 
 
 def _rk_backward(
     x: Tensor, cotangent: Tensor, kept: Sequence[Tensor], parameters: Sequence[Tensor], units: Sequence[int],
-    numbers: Sequence[float], table: Tensor, gradients: bool, table_gradient: bool,
+    numbers: Sequence[float], table: Tensor, gradients: bool, table_gradient: bool, kept_all: bool,
 ) -> tuple[Tensor, list[Tensor], Tensor]:  # fmt: skip
     table_bar = x.new_empty(table.numel() if table_gradient else 0, dtype=torch.float64)
     return _alike(x), _gradients(parameters, gradients), table_bar

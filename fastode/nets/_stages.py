@@ -7,24 +7,44 @@ by name, as the perturbation growth ratio of Kim et al. (2020), eq. 17, needs it
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
 from .. import checks
 from ..reference import IESkip, ResBlock
-from ..reference.branches import NORMS, make_norm
+from ..reference.branches import MOST_GROUPS, NORMS, make_norm
 
 # (in_channels, out_channels, stride) -> the residual branch; branch -> the block that keeps the shape
 MakeBranch = Callable[[int, int, int], nn.Sequential]
 MakeBlock = Callable[[nn.Sequential], nn.Module]
 
 
-def check(in_channels: int, num_classes: int, width: int, norm: str) -> None:
-    """Refuse sizes and a norm that no network can be built from."""
+def check(
+    in_channels: int,
+    num_classes: int,
+    width: int,
+    norm: str,
+    multiples: Sequence[int],
+    most_groups: int = MOST_GROUPS,
+) -> None:
+    """Refuse sizes and a norm that no network can be built from, whose norms have `width` × `multiples` channels."""
     for name, value in (("in_channels", in_channels), ("num_classes", num_classes), ("width", width)):
         checks.steps(value, name)
     check_norm(norm)
+    if norm == "group":
+        check_groups(width, multiples, most_groups)
+
+
+def check_groups(width: int, multiples: Sequence[int], most: int, norm: str = "norm") -> None:
+    """Refuse a width of which a multiple is not parted evenly by min(most, channels) groups."""
+    for channels in (width * multiple for multiple in multiples):
+        if channels > most and channels % most:
+            widths = ", ".join(map(str, multiples))
+            raise ValueError(
+                f"width must be a number whose multiples by {widths} are each at most {most} or a multiple of {most} "
+                f"with {norm} 'group', got {width}"
+            )
 
 
 def check_norm(norm: str, name: str = "norm") -> None:

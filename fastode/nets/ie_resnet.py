@@ -289,9 +289,9 @@ def _resnet(
     shortcut_kernel: int,
     make_first: MakeBlock | None = None,
 ) -> nn.Sequential:
-    check(in_channels, num_classes, width, norm)
-    check_shortcut(shortcut_kernel)
     bottleneck = depth == 50
+    check(in_channels, num_classes, width, norm, (1, 2, 4, 8, 16, 32) if bottleneck else (1, 2, 4, 8))
+    check_shortcut(shortcut_kernel)
 
     def make_branch(channels_in: int, channels_out: int, stride: int) -> nn.Sequential:
         kind = BottleneckBranch if bottleneck else PreActBranch

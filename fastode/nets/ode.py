@@ -8,12 +8,13 @@ from typing import Any
 from torch import nn
 
 from .. import checks
-from ..reference import ResBlock, SkewPair, SOBlock, SOClassifier
+from ..reference import ResBlock, SkewPair, SOBlock, SOClassifier, skew
 from ..reference.branches import make_norm
-from ._stages import check, check_norm, conv, head, norm_act
+from ._stages import check, check_groups, check_norm, conv, head, norm_act
 
 _RESNET56_BLOCKS = 9  # in each of three stages: 56 = 6 × 9 + 2
 _STRIDES = (1, 2, 2, 2)  # of the four blocks of ResNet10 and SONet
+_MULTIPLES = (1, 2, 4, 8)  # of the width, in these blocks
 
 
 def resnet56(
@@ -53,7 +54,7 @@ def resnet56(
         torch.Size([2, 10])
     """
     checks.step_size(step_size)
-    check(in_channels, num_classes, width, norm)
+    check(in_channels, num_classes, width, norm, (1, 2, 4))
     parts: OrderedDict[str, nn.Module] = OrderedDict(stem=_stem(in_channels, width, norm))
     channels = width
     for i in range(3):
@@ -96,7 +97,7 @@ def resnet10(*, in_channels: int = 3, num_classes: int = 10, width: int = 64, no
         >>> resnet10(width=8)(torch.ones(2, 3, 8, 8)).shape
         torch.Size([2, 10])
     """
-    check(in_channels, num_classes, width, norm)
+    check(in_channels, num_classes, width, norm, _MULTIPLES)
     return _resnet10(_stem(in_channels, width, norm), num_classes, width, norm)
 
 
@@ -149,7 +150,7 @@ def sonet(
         >>> model(torch.ones(2, 3, 8, 8)).shape
         torch.Size([2, 10])
     """
-    check(in_channels, num_classes, width, norm)
+    check(in_channels, num_classes, width, norm, _MULTIPLES, skew.MOST_GROUPS)
     time: dict[str, Any] = {"solver": solver, "rtol": rtol, "atol": atol, "t1": t1, "steps": steps}
     parts: OrderedDict[str, nn.Module] = OrderedDict()
     parts["block0"] = SOBlock(SkewPair(in_channels, width, gamma=gamma, norm=norm), **time)
@@ -210,8 +211,10 @@ def soblock_resnet10(
         >>> model(torch.ones(2, 3, 8, 8)).shape
         torch.Size([2, 10])
     """
-    check(in_channels, num_classes, width, norm)
+    check(in_channels, num_classes, width, norm, _MULTIPLES)
     check_norm(skew_norm, "skew_norm")
+    if skew_norm == "group":
+        check_groups(width, (1,), skew.MOST_GROUPS, "skew_norm")
     field = SkewPair(in_channels, width, gamma=gamma, norm=skew_norm)
     stem = SOBlock(field, solver=solver, rtol=rtol, atol=atol, t1=t1, steps=steps)
     return _resnet10(stem, num_classes, width, norm)

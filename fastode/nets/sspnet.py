@@ -57,7 +57,7 @@ def sspnet(
     """
     checks.one_of("block", block, _NAMES)
     checks.steps(n, "n")
-    check(in_channels, num_classes, width, norm)
+    check(in_channels, num_classes, width, norm, (1, 2, 4))
     kinds = (Ark, ResBlock, SSP2) if block == "adap" else (_BLOCKS[block],) * 3
 
     parts: OrderedDict[str, nn.Module] = OrderedDict(stem=conv(in_channels, width, 3, bias=True))
@@ -108,7 +108,7 @@ def sspnet_mnist(
     """
     checks.one_of("block", block, _NAMES)
     checks.steps(n, "n")
-    check(in_channels, num_classes, width, norm)
+    check(in_channels, num_classes, width, norm, (1,))
     stem = nn.Sequential(
         nn.Conv2d(in_channels, width, 3),
         *norm_act(norm, width),

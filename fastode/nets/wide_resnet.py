@@ -58,7 +58,7 @@ def wide_resnet34_10(
     """
     checks.one_of("skip", skip, ("ie", "res"))
     implicit = ie_skip(steps, step_size, theta, detach)
-    check(in_channels, num_classes, width, norm)
+    check(in_channels, num_classes, width, norm, (1, *(_WIDEN * 2**i for i in range(3))))
     check_shortcut(shortcut_kernel)
     make_block: MakeBlock = implicit if skip == "ie" else ResBlock
 

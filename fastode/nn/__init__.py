@@ -6,9 +6,6 @@ A twin adds no state to its reference. `fastode.fuse` swaps it in by assigning `
 from .one_step import SSP2, SSP3, Ark, IESkip, Midpoint, ResBlock, ShuOsher
 from .skew import SkewLinear, SkewPair, SOBlock, SOClassifier
 
-for _twin in (SSP2, SSP3, Ark, IESkip, Midpoint, ResBlock, ShuOsher, SkewLinear, SkewPair, SOBlock, SOClassifier):
-    _twin.__module__ = __name__  # by which reports and pickles name them
-
 __all__ = [
     "SSP2",
     "SSP3",

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import Function, forward_ad
 
+from ..branch.layers import is_plain
 from ..branch.read import Unit
 from ..native import cuda, operators
 from .plan import MaybeTensors, Plan
@@ -191,7 +192,7 @@ def cannot_take(call: Call) -> str:
     """Why no operator can take the inputs and parameters of a call; empty if they can."""
     present = [tensor for tensor in call.tensors if tensor is not None]
     for x in call.inputs:
-        if type(x) is not Tensor and type(x) is not nn.Parameter:
+        if not is_plain(x):
             return f"the input is a {type(x).__name__}, not a plain tensor"
         if x.layout is not torch.strided:
             return f"the input's layout is {x.layout}, not strided"

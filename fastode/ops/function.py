@@ -64,6 +64,8 @@ def gradients(ctx: Any, given: MaybeTensors, cotangents: Sequence[MaybeTensor], 
     if all(bar is None for bar in cotangents):
         return (None,) * (constants + len(given))
     wanted = _owed(ctx, given, constants)
+    if ctx.rerun is not None:
+        ctx.rerun.habit.input_only = not any(wanted[ctx.rerun.inputs :])
     level = _legacy_level(cotangents)
     if level:
         found = _each(level, cotangents, lambda bars: _gradients(ctx, given, bars, wanted, pull))

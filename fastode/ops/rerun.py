@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,19 @@ from ..reference.plain import plain_norms
 from .plan import MaybeTensor, MaybeTensors
 
 
+class Habit:
+    """What the last backward of a block asked for, by which its next forward guesses what the next one will.
+
+    Attributes:
+        input_only: the gradient of the input and no other, though parameters are trainable: what an attack asks for.
+    """
+
+    __slots__ = ("input_only",)
+
+    def __init__(self) -> None:
+        self.input_only = False
+
+
 @dataclass(frozen=True)
 class Rerun:
     """A reference block as a function of its input and of a flat list of tensors.
@@ -20,10 +33,12 @@ class Rerun:
     Attributes:
         make: makes the reference block anew around its modules; it is called only when needed.
         inputs: how many tensors the block is called with.
+        habit: of the block.
     """
 
     make: Callable[[], nn.Module]
     inputs: int = 1
+    habit: Habit = field(default_factory=Habit)
 
     def needed(self, cotangents: Sequence[MaybeTensor]) -> bool:
         """Whether this backward is differentiated itself, or each cotangent is many at once, under torch.func.vmap."""

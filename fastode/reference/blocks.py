@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from .. import checks, tableau
 from ..tableau import Tableau, check_tableau
+from .faults import call_repaired
 
 # Layers whose output never shares memory with their input.
 _FRESH = (_ConvNd, _NormBase, nn.GroupNorm, nn.LayerNorm, nn.Linear)
@@ -30,8 +31,9 @@ class _OneStep(nn.Module):
         self, x: Tensor, shape: torch.Size | None = None, branch: Callable[[Tensor], Tensor] | None = None
     ) -> Tensor:
         """branch(x), which leaves x as it is and must have the shape of x (or `shape`)."""
+        checks.tensor("x", x)
         call = self.branch if branch is None else branch
-        out = call(_unshared(x, self.branch))
+        out = call_repaired(call, (self.branch,), _unshared(x, self.branch), keeps_shape=shape is None)
         shape = x.shape if shape is None else shape
         if not isinstance(out, Tensor):
             raise TypeError(f"branch must be a map to the shape {list(shape)}, got {checks.what(out)} from it")
@@ -69,7 +71,11 @@ class ResBlock(_OneStep):
         self.shortcut = shortcut
 
     def forward(self, x: Tensor) -> Tensor:
-        skip = x if self.shortcut is None else self.shortcut(_unshared(x, self.shortcut))
+        if self.shortcut is None:
+            slope = self.evaluate(x)  # which refuses an x that is no tensor
+            return torch.add(x, slope, alpha=self.step_size)
+        checks.tensor("x", x)
+        skip = call_repaired(self.shortcut, (self.shortcut,), _unshared(x, self.shortcut), keeps_shape=False)
         return torch.add(skip, self.evaluate(x, skip.shape), alpha=self.step_size)
 
     def extra_repr(self) -> str:
@@ -130,6 +136,11 @@ class IESkip(_OneStep):
         """∇_y of the squared norm at fixed goal; differentiable itself unless detached."""
         # A tracing compiler needs the y of the graph, and can answer neither question below.
         tracing = torch.compiler.is_compiling()
+        if torch.compiler.is_exporting():
+            raise RuntimeError(
+                "the reference IESkip cannot be exported, because its forward calls autograd: torch.export takes the "
+                "fused one, after fastode.fuse(model), and ONNX neither"
+            )
         if self.detach and not tracing:
             goal, y = goal.detach(), y.detach()
         in_graph = y.requires_grad and torch.is_grad_enabled()

@@ -11,7 +11,7 @@ from .. import checks
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {
     "batch": nn.BatchNorm2d,
-    "group": lambda channels: nn.GroupNorm(min(32, channels), channels),
+    "group": lambda channels: nn.GroupNorm(min(MOST_GROUPS, channels), channels),
     "layer": lambda channels: nn.GroupNorm(1, channels),
     "instance": lambda channels: nn.GroupNorm(channels, channels),
 }
@@ -26,28 +26,38 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def make_norm(norm: str | Callable[[int], nn.Module], channels: int) -> list[nn.Module]:
+MOST_GROUPS = 32  # of the norm "group"
+
+
+def make_norm(
+    norm: str | Callable[[int], nn.Module], channels: int, name: str = "channels", most: int = MOST_GROUPS
+) -> list[nn.Module]:
     """The norm of a branch as a list of no or one module.
 
     Args:
         norm: "batch", "group" (min(32, C) groups), "layer" (1 group), "instance" (C groups), "none", or a function from
             the number of channels to a module.
         channels: C.
+        name: the argument that C comes from, for the error's words.
+        most: groups of "group" where C is larger.
 
     Returns:
         [] for "none", else [module].
 
     Raises:
-        TypeError, ValueError: norm is none of these.
+        TypeError, ValueError: norm is none of these, or C cannot be parted into the groups of "group".
 
     Source: Kim et al. 2020 (paper 004), released code.
     """
-    if norm == "none":
-        return []
-    if not callable(norm):
+    if isinstance(norm, str) or not callable(norm):
         checks.one_of("norm", norm, (*NORMS, "none"))
-        norm = NORMS[norm]
-    return [norm(channels)]
+        if norm == "none":
+            return []
+        if norm == "group":
+            checks.groups(name, channels, most)
+            return [nn.GroupNorm(min(most, channels), channels)]
+        return [NORMS[norm](channels)]
+    return [checks.made("norm", norm, "a function from the number of channels to a module", channels)]
 
 
 def make_activation(activation: str | Callable[[], nn.Module]) -> nn.Module:
@@ -62,10 +72,10 @@ def make_activation(activation: str | Callable[[], nn.Module]) -> nn.Module:
     Raises:
         TypeError, ValueError: activation is none of these.
     """
-    if not callable(activation):
+    if isinstance(activation, str) or not callable(activation):
         checks.one_of("activation", activation, tuple(ACTIVATIONS))
-        activation = ACTIVATIONS[activation]
-    return activation()
+        return ACTIVATIONS[activation]()
+    return checks.made("activation", activation, "a function that makes a module")
 
 
 class _Branch(nn.Sequential):
@@ -132,7 +142,8 @@ class PreActBranch(_Branch):
         for layer in range(layers):
             channels, step = (in_channels, stride) if layer == 0 else (out_channels, 1)
             conv = nn.Conv2d(channels, out_channels, kernel_size, step, padding=kernel_size // 2, bias=bias)
-            modules += [*make_norm(norm, channels), make_activation(activation), conv]
+            name = "in_channels" if layer == 0 else "out_channels"
+            modules += [*make_norm(norm, channels, name), make_activation(activation), conv]
         super().__init__(*modules)
 
 
@@ -179,10 +190,11 @@ class BottleneckBranch(_Branch):
             raise ValueError(f"out_channels must be a multiple of expansion = {expansion}, got {out_channels}")
         width = out_channels // expansion
         modules: list[nn.Module] = []
-        for conv in (
-            nn.Conv2d(in_channels, width, 1, bias=bias),
-            nn.Conv2d(width, width, kernel_size, stride, padding=kernel_size // 2, bias=bias),
-            nn.Conv2d(width, out_channels, 1, bias=bias),
+        inner = "out_channels / expansion"
+        for name, conv in (
+            ("in_channels", nn.Conv2d(in_channels, width, 1, bias=bias)),
+            (inner, nn.Conv2d(width, width, kernel_size, stride, padding=kernel_size // 2, bias=bias)),
+            (inner, nn.Conv2d(width, out_channels, 1, bias=bias)),
         ):
-            modules += [*make_norm(norm, conv.in_channels), make_activation(activation), conv]
+            modules += [*make_norm(norm, conv.in_channels, name), make_activation(activation), conv]
         super().__init__(*modules)

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from .. import checks
 from .branches import make_activation, make_norm
+from .faults import call_repaired
 
 PADDING = 1
 KERNELS = {1: 3, 2: 4}  # side of the kernel for each stride: the transpose then gives back the size of z
+MOST_GROUPS = 8  # of the norm "group", of which a residual branch has up to 32
 INITIAL = 1.0  # y(0) of the classification block
 INITIAL_RELEASED = 0.1
 
@@ -104,10 +106,10 @@ class SkewPair(nn.Module):
         kernel = KERNELS[stride]
         self.weight = nn.Parameter(torch.empty(channels, in_channels, kernel, kernel))
         self.activation = make_activation(activation)
-        self.pre_norm_y = _make_norm(norm, channels)
-        self.pre_norm_z = _make_norm(norm, in_channels)
-        self.post_norm_y = _make_norm(norm, channels)
-        self.post_norm_z = _make_norm(norm, in_channels)
+        self.pre_norm_y = _make_norm(norm, channels, "channels")
+        self.pre_norm_z = _make_norm(norm, in_channels, "in_channels")
+        self.post_norm_y = _make_norm(norm, channels, "channels")
+        self.post_norm_z = _make_norm(norm, in_channels, "in_channels")
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -144,6 +146,9 @@ class SkewPair(nn.Module):
 
     def forward(self, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         checks.skew_pair(y, z, self.weight, self.stride, PADDING)
+        return call_repaired(self._slopes, self.children(), y, z)
+
+    def _slopes(self, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         y, z = self.pre_norm_y(y), self.pre_norm_z(z)
         dy, dz = skew_field(y, z, self.weight, self.stride, PADDING, self.gamma, self.activation)
         return self.post_norm_y(dy), self.post_norm_z(dz)
@@ -270,8 +275,5 @@ def _check_matrix(name: str, x: Any, rows: int | None, columns: int) -> None:
         raise ValueError(f"{name} must be a tensor {wanted}, got shape {list(x.shape)}")
 
 
-def _make_norm(norm: str | Callable[[int], nn.Module], channels: int) -> nn.Module:
-    # Eight groups at most here, where a residual branch has up to 32.
-    if norm == "group":
-        return nn.GroupNorm(min(8, channels), channels)
-    return next(iter(make_norm(norm, channels)), nn.Identity())
+def _make_norm(norm: str | Callable[[int], nn.Module], channels: int, name: str) -> nn.Module:
+    return next(iter(make_norm(norm, channels, name, MOST_GROUPS)), nn.Identity())

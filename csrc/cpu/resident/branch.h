@@ -107,9 +107,9 @@ class Branch {
 
   // With `keep` its statistics are left to backward, or found there.
   Evaluation<T> evaluation(bool keep);
-  // Has a place for each input behind the first, which backward finds again.
+  // Gives each input but the first a place where backward finds it again.
   void keep_inputs(Evaluation<T>& e);
-  // Gives the inputs behind the first back, and forgets them.
+  // Gives all inputs but the first back, and forgets them.
   void release(Evaluation<T>& e);
   Map<T> map() { return memory_.take(spec_.blocks); }
 
@@ -118,15 +118,16 @@ class Branch {
   void value(Evaluation<T>& e, const Map<T>& in, const Map<T>* out, const Mix<T>& mix, bool hold);
   // out = mix(J t), at the inputs of `e`.
   void tangent(const Evaluation<T>& e, const Map<T>& t, const Map<T>& out, const Mix<T>& mix);
-  // mix(J^T image), in `out` or, if that is null, in a map of the memory's. With `parameters` their gradients are added
-  // to the worker's accumulators. The image is read before anything is written, the mix's terms where the result is.
+  // mix(J^T image), in `out` or, if that is null, in a map from the memory. With `parameters` their gradients are added
+  // to the worker's accumulators. The image is read before anything is written; the mix's terms are read, pixel by
+  // pixel, as the result is written.
   Map<T> cotangent(const Evaluation<T>& e, const Mix<T>& image, const Map<T>* out, const Mix<T>& mix, bool parameters,
                    const Along<T>& along = {});
-  // Whether it can be told `along`: the last unit's activation is a(z) = a'(z) z, so that <image, f> is, but for the
-  // bias, the inner product of z with the cotangent that reaches it, which the norm's sums have in them.
+  // Whether a cotangent sweep can find <image, f> `along` its way. It can where the last unit's activation has
+  // a(z) = a'(z) z: then <image, f>, less the bias' part, is <z's cotangent, z>, and the norm's sums hold that.
   bool finds_image() const;
-  // mix(gradient of <v, f> + <q, J t>), t being the last tangent sweep's, whose maps are given back. Nothing of q is
-  // left where the samples are coupled.
+  // mix(gradient of <v, f> + <q, J t>) for the t of the last tangent sweep, whose maps it gives back. It writes over q
+  // where the samples are coupled.
   Map<T> second(const Evaluation<T>& e, const Map<T>& v, const Map<T>& q, const Mix<T>& mix, bool parameters);
 
   // Queues f, which goes over these maps.
@@ -156,9 +157,9 @@ class Branch {
   int64_t width() const { return spec_.blocks * kLanes<A>; }
   A* gradients_of(const Range& range) const { return gradients_ + range.worker * spec_.gradients; }
   Means<A> means();
-  // Whether a sweep that has read a map of the batch may write over it, which would cost as much memory again.
+  // Whether a sweep writes over a map that it has read: one of the whole batch, to save as much memory.
   bool takes_over(const Map<T>& map) const { return memory_.coupled && !map.pinned && map.blocks == spec_.blocks; }
-  // A mix of as many terms as a combination takes; whatever it was reduced into is in `made`.
+  // The mix with no more terms than a combination takes. `made` gets the maps that partial sums lie in.
   Mix<T> few(Mix<T> mix, std::vector<Map<T>>& made);
   void give(const std::vector<Map<T>>& maps);
   void take_tiles(Need need);

@@ -55,9 +55,9 @@ struct ConvJob {
   Combine<A> combine = {};
 };
 
-// What a worker will go over next, in this order. Convolutions ask for a line of it at every step, and so it is in the
-// cache by then; a step takes longer than a line. Of much only the beginning is asked for, which would else drive out
-// what is worked on.
+// The memory that a worker reads next, in that order. Convolutions prefetch a cache line of it at every step, which
+// takes longer than the line's way. No more than `room` is prefetched, or it would drive what is worked on out of the
+// cache.
 class Ahead {
  public:
   static constexpr int64_t line = 64;  // bytes
@@ -69,7 +69,7 @@ class Ahead {
     stretches_[count_++] = {at, bytes};
     room_ -= bytes;
   }
-  // Where the next `lines` lines lie, or null; the last of a stretch may lie behind it.
+  // Where the next `lines` lines lie, or null if none are left; the last ones may lie behind the stretch's end.
   const char* take(int64_t lines) {
     if (next_ == count_) return nullptr;
     Stretch& stretch = stretches_[next_];
@@ -89,7 +89,7 @@ class Ahead {
   int64_t room_;
 };
 
-// Every job, for one slice of the weights after the other, so that all samples share its way into the cache.
+// Runs every job with one slice of the weights before the next slice, so that a slice is brought into the cache once.
 template <class A>
 void convolve(const Plane<A>& plane, const ConvShape& shape, const A* packed, const A* bias, const ConvJob<A>* jobs,
               int64_t count, Ahead* ahead = nullptr);

@@ -16,10 +16,11 @@ inline constexpr int64_t kTilePixels = 16;  // of one tile; smaller maps would l
 // Whether this build has the kernels and the operating system lets this process use the tiles.
 bool has_tiles();
 
-// Where what a convolution on tiles reads lies: the pixels of a Plane<float>, each with all of its channels, filled up
-// to a multiple of 32, so that a tile row of 64 bytes is a part of one pixel; up to 16 channels are filled up to 16,
-// and a row is two neighbouring pixels. Where the image has short rows, `together` samples take turns pixel by pixel,
-// and its rows are as much longer. Behind all lies what tiles that reach over the last row read and drop.
+// The layout of a map that a convolution on tiles reads: the pixels of a Plane<float>, each with all its channels.
+// These are padded to a multiple of 32, so that a tile's row of 64 bytes lies in one pixel; or to 16 where there are no
+// more, and then a tile's row is two neighbouring pixels. Where an image's rows are short, the pixels of `together`
+// samples alternate, which makes the rows so many times longer. Tiles that reach over the last row read, and drop, some
+// padding at the end.
 struct Narrow {
   static constexpr int64_t lanes = 16;  // of a block of a View
   int64_t together, depth;              // depth: elements of a pixel of one sample

@@ -9,8 +9,8 @@ namespace fastode::resident {
 struct Descent {
   int64_t steps;
   double gamma, theta;
-  bool detach;  // the derivative takes the descent's direction as a constant
-  bool frozen;  // the input's gradient is the only one that is ever asked for
+  bool detach;     // the derivative takes the descent's direction as a constant
+  bool keeps_all;  // every unit's input is kept for backward, those of f(x) too
 
   // Whether the derivative is the residual block's. With theta = 0 the descent starts where it ends.
   bool plain() const { return detach || steps == 0 || theta == 0; }
@@ -25,7 +25,7 @@ class DescentPoints {
         scale_(2 * static_cast<Number<A>>(descent.gamma) * theta_),
         input_(input),
         keep_(keep && branch.memory().kept),
-        hold_first_(descent.frozen || !branch.memory().coupled),
+        hold_first_(descent.keeps_all || !branch.memory().coupled),
         points(descent.steps),
         residuals(descent.steps),
         at_input(branch.evaluation(keep)) {
@@ -78,8 +78,8 @@ class DescentPoints {
   Number<A> theta_, scale_;
   Map<A> input_, skip_;
   bool keep_;
-  // Where the samples are coupled every map holds the batch, and what f(x) went through would be idle until the end: it
-  // is held where no training step's memory is at stake.
+  // Whether the unit inputs of f(x) are held until they are needed, at the very end. Where samples are coupled they are
+  // maps of the whole batch, and a training step computes them again to save that memory.
   bool hold_first_;
 
  public:
@@ -93,7 +93,7 @@ class DescentForward {
  public:
   static Need need(const Descent& descent) { return descent.steps > 0 ? Need::kCotangent : Need::kValue; }
 
-  // Where nothing is kept for backward, `descent.detach` is set.
+  // `descent.detach` is set where nothing is to be kept for backward.
   static void record(Branch<A>& branch, const Ends<A>& ends, const Descent& descent, const Wishes<A>& wishes) {
     Memory<A>& memory = branch.memory();
     DescentPoints<A> at(branch, descent, ends.input, !descent.plain());
@@ -105,7 +105,7 @@ class DescentForward {
       at.at_point[k].statistics = wishes.statistics_of(k + 1);
       at.evaluate(branch, k);
       const bool last = k + 1 == steps;
-      if (descent.theta == 0) {  // f is evaluated, which is seen in its norms' statistics, and y stays
+      if (descent.theta == 0) {  // y stays; f was evaluated because its norms' running statistics must see it
         if (last)
           branch.combine(ends.result, {0, {{1, at.points[k]}}});
         else

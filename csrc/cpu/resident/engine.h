@@ -83,8 +83,8 @@ Feature<T> feature_of(const Tensor& x) {
       static_cast<T*>(x.data_ptr()), x.size(1), x.size(2), x.size(3), strides[0], strides[1], strides[2], strides[3]};
 }
 
-// How many samples go through a program together: more for small maps, whose weights would otherwise be read for few
-// pixels, and more of those that are `stored` in fewer bytes.
+// How many samples go through a program together: more of small maps, so that the weights are read for enough pixels,
+// and more of those that are `stored` in fewer bytes.
 int64_t group_for(int64_t samples, int64_t workers, int64_t pixels, int64_t stored);
 
 template <class A>

@@ -91,7 +91,7 @@ class Schedule {
   bool down_ = false;
 };
 
-// One feature map of several samples.
+// A feature map of several samples.
 template <class T>
 struct Map {
   View<T> view = {};   // of the first sample
@@ -240,7 +240,7 @@ class Memory {
     }
   }
 
-  // Left to backward where there is a place for it. A backward program may write over it.
+  // A map that is left to backward, where anything is; else as take(). A backward program may write over it.
   Map<T> keep(int64_t blocks) {
     if (!kept) return take(blocks);
     const int64_t stride = blocks * plane.pixels() * Plane<A>::lanes;

@@ -6,10 +6,10 @@
 
 namespace fastode::resident {
 
-// The stages of a scheme: u_k and, as long as another stage asks for it, F(u_k). What an evaluation went through stays
-// of all of them where parameters are frozen, which is when the convolutions of the way back are the fewest; else only
-// of the last one, where that way begins, and of the others backward computes it again, by one convolution less than F
-// has.
+// The stages of a scheme: the points u_k, and F(u_k) until no later stage reads it. Backward needs the inputs of every
+// unit at every u_k. With frozen parameters they are kept for all stages, because to compute them again would be most
+// of backward's work; else only for the last stage, and backward computes the others again, all but F's last
+// convolution.
 template <class A>
 class Stages {
  public:
@@ -17,8 +17,8 @@ class Stages {
   Stages(Branch<A>& branch, const Scheme& scheme, const Map<A>& input, bool keep)
       : scheme_(scheme),
         keep_(keep),
-        // What lies in the cache costs nothing to hold.
-        hold_all_(keep && (scheme.frozen || (!branch.memory().kept && !branch.memory().coupled))),
+        // A worker's own maps lie in the cache, where it costs nothing to hold them.
+        hold_all_(keep && (scheme.keeps_all || (!branch.memory().kept && !branch.memory().coupled))),
         values_(scheme.stages),
         points(scheme.stages) {
     Memory<A>& memory = branch.memory();
@@ -33,7 +33,7 @@ class Stages {
     }
   }
 
-  // Runs every stage; `result` is null if it is not wanted.
+  // Runs every stage; `result` is where u_s goes, or null if nobody reads it.
   void run(Branch<A>& branch, const Map<A>* result, const Wishes<A>& wishes) {
     Memory<A>& memory = branch.memory();
     for (int64_t k = 0; k < scheme_.stages; ++k) {
@@ -51,7 +51,7 @@ class Stages {
       const Map<A> value = values_[k];
       if (image) branch.value(e, points[k], &value, {}, holds(k));
       std::vector<Map<A>> dead = take_dead(i);
-      if (!last && !points[i] && !dead.empty()) {  // the result goes where a term is read for the last time
+      if (!last && !points[i] && !dead.empty()) {  // u_i goes over a map that is read here for the last time
         points[i] = dead.back();
         dead.pop_back();
       }
@@ -156,9 +156,9 @@ class SchemeBackward {
     });
   }
 
-  // Column k of the coefficients' gradient: inner products of the cotangent of every later u_i with u_k and, unless
-  // `Scheme::complete` finds them, with F(u_k): the pull-back's, if there is only the one that it finds on its way, and
-  // else with F(u_k) made again for that. To have kept it would be a map of the batch per stage.
+  // Column k of the coefficients' gradient: the inner products of every later u_i's cotangent with u_k, and with F(u_k)
+  // unless `Scheme::complete` derives those. Where u_s alone has F(u_k) the pull-back finds the product on its way;
+  // elsewhere F(u_k) is computed again, because to keep it would cost a map of the batch for each stage.
   static Along<A> products(Branch<A>& branch, const Scheme& scheme, const Stages<A>& stages,
                            const std::vector<Map<A>>& bars, int64_t k, const Wishes<A>& wishes) {
     const int64_t s = scheme.stages;

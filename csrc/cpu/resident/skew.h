@@ -28,7 +28,7 @@ struct PairSpec {
   SkewShape shape = {};
   PairNorm<A> norms[kPairNorms];
   Unary<A> act;
-  bool tells = false;    // act'(h) is act'(act(h))
+  bool tells = false;    // act'(h) = act'(act(h)): act(h) can be the guide
   SkewTiles tiles = {};  // if set, W and its transpose are packed for these
   A gamma = 0;
   const A *down = nullptr, *up = nullptr, *zeros = nullptr, *ones = nullptr;  // rows
@@ -50,7 +50,7 @@ struct Point {
   Point(const Both<A>& point) : y(point.y), z(point.z) {}
 };
 
-// A slope's: a sum of terms, or a stored map.
+// The cotangent of a slope: a sum of terms, or a stored map.
 template <class A>
 struct Cotangent {
   Combine<A> terms = {};
@@ -69,8 +69,9 @@ struct Want {
   bool any() const { return y || z; }
 };
 
-// What an evaluation leaves: h, or act(h) where that says enough, act(h) itself, and the statistics of the norms. A
-// half that has signs leaves, instead of these, its result, norm(act(h)), in s.
+// What an evaluation leaves to its pull-back, for each half: `s` = act(h); the `guide` at which act' is taken, which is
+// h or, where act' has the same value there, s; and the norms' statistics. A half with signs has its result norm(s) in
+// place of s, and its guide is not read.
 template <class A>
 struct Trace {
   Both<A> guide, s;
@@ -85,7 +86,7 @@ class SkewPair {
   SkewPair(const PairSpec<A>& spec, Arena& arena, bool backward)
       : spec(spec), y_plane(spec.shape.template y_plane<A>()), z_plane(spec.shape.template z_plane<A>()) {
     y_hat_ = padded(arena, true), z_hat_ = padded(arena, false);
-    // Of what tiles read only the damping reads more than a band.
+    // Tiles read rounded copies, made band by band; only the damping reads these maps whole.
     if (backward && spec.tiles && spec.gamma == 0)
       p_ = y_hat_, q_ = z_hat_;
     else if (backward)
@@ -106,15 +107,14 @@ class SkewPair {
   View<A> z_map(Arena& arena) const { return z_plane.compact(arena.take<A>(z_size())); }
   Both<A> maps(Arena& arena) const { return {y_map(arena), z_map(arena)}; }
 
-  // Where a point may be made that the next evaluation, and nothing else, is about.
+  // Where a point may be made that only the next evaluation reads.
   Both<A> workspace() const { return {y_hat_, z_hat_}; }
 
   // (1) at `point`: the wanted act(h).
   void evaluate(const Point<A>& point, Trace<A>& trace, Want want) const;
 
-  // (2) to (4) for the slopes' cotangents, sums of terms of which one without any is zero: adds the parameters'
-  // gradients and leaves the needed cotangents of the norms' results in `to`; returns which are there, the others are
-  // zero.
+  // (2) to (4) for the slopes' cotangents; one without terms is zero. Adds the parameters' gradients and leaves the
+  // cotangents that are needed, those of the norms' results, in `to`. Returns which are there; the others are zero.
   Want pull(const Point<A>& point, const Trace<A>& trace, const Cotangent<A>& y_bar, const Cotangent<A>& z_bar,
             A* gradients, Want need, const Both<A>& to) const;
 
@@ -122,18 +122,18 @@ class SkewPair {
   void finish(bool y, const Stored<A>& point, const Trace<A>& trace, const View<A>& cotangent, const Stored<A>& out,
               const Combine<A>& combine, A* gradients) const;
 
-  // Whether a result says what s was, together with its signs, in a backward pass.
+  // Whether backward can have s from the slope norm(s) and the signs of s.
   bool results_tell() const {
     for (const int which : {kPostY, kPostZ})
       for (int64_t c = 0; c < spec.norms[which].channels; ++c) {
-        // Beside a large bias the weighted part of the result would be rounded away.
+        // Beside a large bias the slope has lost s to rounding.
         const A weight = std::abs(spec.norms[which].weight[c]), bias = std::abs(spec.norms[which].bias[c]);
         if (!(weight > A(1e-6) && weight < A(1e6) && bias <= 4 * weight)) return false;
       }
     return spec.tells;
   }
 
-  // Where y's guide may lie for a single pull-back with one term: what that finds goes over it.
+  // Where y's guide may lie for a single pull-back with one term, which writes there only after it has read it.
   const View<A>& guide_room() const { return p_; }
 
   // Calls f(band, its first row, where it goes) for every band of a half.

@@ -8,8 +8,8 @@
 
 namespace fastode::resident {
 
-// Where a map that is read by tiles lies: the pixels of y's plane with its halo, each with all of its channels, filled
-// up to 16 or to a multiple of 32. Behind the last come what tiles that reach over it read and drop.
+// The layout of a map that tiles read: the pixels of y's plane with its halo, each with all its channels, padded to 16
+// or to a multiple of 32. Tiles that reach over the last pixel read, and drop, some padding at the end.
 struct TileMap {
   int64_t row = 0, origin = 0, depth = 0, size = 0;  // in pixels: row, origin; elements of a pixel; of a plane
 

@@ -36,16 +36,17 @@ struct SkewShape {
   bool narrow_gradient() const {
     return narrow<A>() && stride == 1 && kernel == 3;
   }
-  // Whether z's channels fill so little of a vector that skew_narrow.h is faster, and its products of a pixel of y.
+  // Whether z's channels fill so little of a vector that skew_narrow.h is faster.
   template <class A>
   bool narrow() const {
     return 2 * in_channels <= kLanes<A>;
   }
+  // Of skew_narrow.h: the products of a pixel of y, one for each tap and channel of z, in whole vectors.
   template <class A>
   int64_t narrow_taps() const {
     return blocks_of<A>(in_channels * kernel * kernel) * kLanes<A>;
   }
-  // Elements that skew_up and skew_weight_gradient work in.
+  // Elements of the scratch of skew_up and skew_weight_gradient.
   template <class A>
   int64_t up_scratch() const;
 };

@@ -39,14 +39,15 @@ class PackedPair {
   Tensor storage_;
 };
 
-inline constexpr int64_t kAhead = 1 << 20;  // bytes of the next maps; one sample's own fill the rest of a core's cache
+// Bytes of the next sample's maps that are prefetched; those of the sample at hand fill the rest of a core's cache.
+inline constexpr int64_t kAhead = 1 << 20;
 
 // A tensor's samples as views: in place where it has the program's type and its channels lie next to each other in
 // whole vectors, else by a copy.
 template <class A>
 class Port {
  public:
-  // With `banded` the program takes bfloat16 where it lies, by bands.
+  // With `banded` a program reads and writes bfloat16 in place, band by band.
   Port(const Tensor& tensor, Arena& arena, bool banded = false)
       : feature_(feature_of<A>(tensor)),
         rounded_(feature_of<bfloat16>(tensor)),

@@ -106,7 +106,7 @@ void run_march(const PackedPair<A>& packed, const March& march, const MarchCall&
                const Tensor& gradients) {
   const bool backward = call.cotangent != nullptr;
   Traces<A> traces;
-  // A single narrow W z is made again faster than it is written and read.
+  // One evaluation of a narrow W z is computed again faster than its guide is written and read.
   if (packed.spec.shape.template narrow<A>() && march.evaluations() == 1 && !march.want(0, 0).z) kept = nullptr;
   if (kept) {
     Arena none(nullptr);
@@ -186,7 +186,7 @@ class PairWorker {
   }
 
  private:
-  // What the convolutions ask for meanwhile, as it is needed.
+  // Has the convolutions prefetch the maps of sample n and of the next one, in the order in which they are needed.
   void expect(Ahead& ahead, int64_t n) {
     const bool late = backward_ && !gradients_;  // y is read at the end
     if (!backward_) traces_.expect(true, pair_, ahead, n);

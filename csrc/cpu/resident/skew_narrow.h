@@ -1,5 +1,5 @@
-// The skew pair's transpose and weight gradient where z has few channels, so that those of one tap leave most of a
-// vector empty: all taps of all channels of a pixel lie in a row here. Included by skew_conv_impl.h.
+// The skew pair's transpose and weight gradient where z has few channels. The channels of one tap would leave most of a
+// vector empty, so here a vector holds (tap, channel) pairs, all of a pixel's in a row. Included by skew_conv_impl.h.
 #pragma once
 
 #include "conv_impl.h"
@@ -8,7 +8,7 @@
 
 namespace fastode::resident {
 
-// The next `steps` lines of what is ahead, one for each step of a loop; without any, a line that is at hand.
+// Prefetches what is ahead, a line at each of a loop's `steps`; where nothing is ahead, the line at `here` each time.
 class Asking {
  public:
   Asking(Ahead* ahead, int64_t steps, const void* here) : line_(ahead ? ahead->take(steps) : nullptr) {
@@ -92,7 +92,8 @@ struct NarrowRows {
       few ? gather_as<Four, 2>(scratch, at, job) : gather_as<Vec<A>, 2>(scratch, at, job);
   }
 
-  // The channels of a pixel fit into a V: the products of a tap lie where a long vector often straddles two lines.
+  // With V just long enough for the channels of a pixel: a tap's products begin anywhere, and a longer vector would
+  // often straddle two cache lines.
   template <class V, int64_t step>
   void gather_as(A* scratch, int64_t at, const ConvJob<A>& job) const {
     const int64_t kernel = shape.kernel, pad = shape.halo();

@@ -1,5 +1,5 @@
-// What the skew pair needs between its convolutions beside norm.h. A norm after the activation normalises s = act(h),
-// and `guide` is h or, where act' has the same value at s, s itself.
+// What the skew pair needs between its convolutions, beside norm.h. A norm after the activation normalises s = act(h).
+// `guide` is the map at which act' is taken: h or, where act' has the same value at s, s.
 #pragma once
 
 #include "norm.h"
@@ -8,9 +8,9 @@ namespace fastode::resident {
 
 inline constexpr int64_t kBandPixels = 64;
 
-// Calls f(the plane of a band, its first row) for every band of rows. A pass goes over one block of channels after the
-// other, so over a band that stays in the first cache, where a map in channels_last has the blocks of a pixel side by
-// side.
+// Calls f(the plane of a band, its first row) for every band of rows. A pass reads one block of channels after the
+// other, and in channels_last the blocks of a pixel share cache lines: a band is small enough to stay in the first
+// cache until its last block is read.
 template <class A, class F>
 void each_band(const Plane<A>& plane, const F& f) {
   const int64_t rows = std::max<int64_t>(1, kBandPixels / plane.width);
@@ -30,8 +30,8 @@ Combine<A> below(Combine<A> combine, int64_t y) {
   return combine;
 }
 
-// Calls f with the number of channels, known to the compiler, where there are at most `most`; returns whether. A loop
-// over so few takes longer than what is in it.
+// Where there are at most `most` channels: calls f with their number as a compile-time constant, and returns true. A
+// loop over so few would cost more than its body.
 template <int most, class F>
 bool with_few(int64_t channels, const F& f) {
   if constexpr (most > 0) {
@@ -55,7 +55,8 @@ struct Stored {
 inline void widen_band(const Plane<float>& band, int64_t blocks, const View<bfloat16>& from, const View<float>& to);
 inline void round_band(const Plane<float>& band, int64_t blocks, const View<float>& from, const View<bfloat16>& to);
 
-// Reads a band of a map in channels_last from end to end, because that is faster than to wait for it block by block.
+// Brings a band of a map in channels_last into the cache by reading it from end to end, which is faster than the
+// passes' way, block by block.
 template <class A>
 void touch(const Plane<A>& band, int64_t blocks, const View<A>& map) {
   if (blocks == 1 || map.block != kLanes<A>) return;
@@ -88,7 +89,7 @@ Signs<A> below(Signs<A> signs, int64_t y) {
 template <class A>
 void note_signs(const Plane<A>& plane, int64_t blocks, const View<A>& map, const Signs<A>& signs);
 
-// How a map says what a norm takes for its standardised input: (map - origin) * unit.
+// A norm's standardised input as it is found from a map: (map - origin) * unit.
 template <class A>
 struct Standard {
   View<A> map;

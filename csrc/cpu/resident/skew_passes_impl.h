@@ -68,8 +68,8 @@ void advance(const Plane<A>& plane, int64_t blocks, const View<A>& base, const S
   }
 }
 
-// Of `vectors` blocks at a time, whose channels of a pixel may lie side by side: a map in channels_last is read from
-// end to end.
+// For `vectors` blocks at a time: in channels_last those of a pixel lie side by side, and so the map is read from end
+// to end.
 template <int vectors, class A>
 void add_cotangent_sums_of(const Plane<A>& band, int64_t blocks, int64_t b, const Standard<A>& s, const View<A>& given,
                            A* sums) {
@@ -165,8 +165,7 @@ void pull_slope(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows, 
   });
 }
 
-// The channels of a pixel lie one after the other in `row`, as far as they are channels, and begin anew behind the
-// last.
+// Calls f(y, x, blocks of the input, padded channels of the output) for every pixel.
 template <class A, class F>
 void each_repeated(const Plane<A>& plane, int64_t in_channels, int64_t channels, const F& f) {
   constexpr int64_t lanes = kLanes<A>;
@@ -174,8 +173,8 @@ void each_repeated(const Plane<A>& plane, int64_t in_channels, int64_t channels,
     for (int64_t x = 0; x < plane.width; ++x) f(y, x, blocks_of<A>(in_channels), blocks_of<A>(channels) * lanes);
 }
 
-// The same where a pixel's channels are at most half a vector: block b of the repeated ones begins at channel b * lanes
-// % in_channels, and so there are few different blocks.
+// repeat_channels and add_repeated where a pixel's channels are at most half a vector. Block b of the repeated channels
+// begins at channel b * lanes % in_channels, and so there are only `kinds` different blocks.
 template <class A, int in_channels>
 struct FewChannels {
   using V = Vec<A>;

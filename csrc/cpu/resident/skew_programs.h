@@ -29,7 +29,7 @@ struct Traces {
 
   A* of(A* base, int64_t size, int64_t n) const { return base && samples ? base + n * size : base; }
 
-  // Asks for a half of the guides of sample n of the batch.
+  // Has one half of the guides of sample n prefetched.
   void expect(bool half_y, const SkewPair<A>& pair, Ahead& ahead, int64_t n) const {
     const int64_t size = half_y ? pair.y_size() : pair.z_size();
     for (const A* base : half_y ? y : z)
@@ -37,7 +37,7 @@ struct Traces {
   }
 };
 
-// Every evaluation's guides from the arena, or `every` evaluations' in turn.
+// Guides and statistics in the arena: of every evaluation if `separate`, else the steps share those of one step.
 template <class A>
 Traces<A> scratch_traces(const SkewPair<A>& pair, const March& march, Arena& arena, bool separate) {
   Traces<A> traces;
@@ -71,7 +71,7 @@ class SkewMarch {
       for (int64_t i = 0; i < march.stages; ++i) reads_y_ = reads_y_ || pair_.reads(march.want(step, i)).y;
   }
 
-  // What the convolutions of the next sample, `n`, ask for meanwhile, and behind it the guides of sample n + 1.
+  // Has the convolutions of sample n prefetch `ahead`, with the guides of sample n + 1 at its end.
   void expect(Ahead& ahead, int64_t n) {
     for (const bool y : {true, false}) traces_.expect(y, pair_, ahead, n + 1);
     pair_.ahead = &ahead;
@@ -79,7 +79,7 @@ class SkewMarch {
 
   // The solution from x, sample n of the batch.
   void forward(const View<A>& x, int64_t n, const View<A>& out) {
-    // y(0) that only the end reads is made there.
+    // Where no evaluation reads y(0), it is made only at the end, in the result.
     const bool late = !reads_y_ && march_.steps == 1 && !same_start();
     Both<A> state{late ? out : start(x, true), x};
     for (int64_t step = 0; step < march_.steps; ++step) {
@@ -197,7 +197,8 @@ class SkewMarch {
     }
   }
 
-  // (5), from the totals at a step's end to those at its beginning; with `out` the second one comes to lie there.
+  // (5): from the totals, the cotangents of y and z at a step's end, to those at its beginning; z's goes to `out` if
+  // that is given.
   void pull_step(int64_t step, int64_t n, const Both<A>& state, const View<A>* out, A* gradients) {
     std::vector<Want> present(march_.stages);
     const auto terms = [&](bool y, double of_total, const auto& of_stage, int64_t first) {

@@ -1,4 +1,4 @@
-// A scheme as data, in the form in which it costs the fewest maps. Derivation: README.md of fastode/ops/runge_kutta.
+// A scheme as data, rewritten so that it holds the fewest maps. Derivation: README.md of fastode/ops/runge_kutta.
 #pragma once
 
 #include <algorithm>
@@ -11,9 +11,9 @@ namespace fastode::resident {
 // u_i = sum_k a(i, k) u_k + b(i, k) F(u_k), rows i = 1 ... stages.
 class Scheme {
  public:
-  // `table` [2, stages, stages]: alpha and beta. `frozen`: the input's gradient is the only one that is ever asked for.
-  Scheme(int64_t stages, const double* table, bool frozen)
-      : stages(stages), frozen(frozen), table_(table, table + 2 * stages * stages) {
+  // `table` [2, stages, stages]: alpha and beta. `keeps_all`: the inputs of every unit are kept at every stage.
+  Scheme(int64_t stages, const double* table, bool keeps_all)
+      : stages(stages), keeps_all(keeps_all), table_(table, table + 2 * stages * stages) {
     for (int64_t k = 0; k + 1 < stages; ++k)
       if (replaceable(k))
         for (int64_t i = k + 2; i <= stages; ++i)
@@ -23,8 +23,8 @@ class Scheme {
   double a(int64_t i, int64_t k) const { return table_[(i - 1) * stages + k]; }
   double b(int64_t i, int64_t k) const { return table_[(stages + i - 1) * stages + k]; }
   bool uses(int64_t i, int64_t k) const { return a(i, k) != 0 || b(i, k) != 0; }
-  // Whether u_{k+1} is a point of evaluation that has so much of F(u_k) in it that its rounding, which grows by the
-  // inverse of that share, spoils no inner product with F(u_k).
+  // Whether inner products with F(u_k) can be had from those with u_{k+1}, which is a stage's point and has b times
+  // F(u_k) in it: that divides u_{k+1}'s rounding by b, so b must not be small.
   bool leads(int64_t k) const { return k + 1 < stages && std::abs(b(k + 1, k)) >= 0.5; }
   // Whether F(u_k) is used by another stage than the one right after it.
   bool reused(int64_t k) const {
@@ -33,8 +33,8 @@ class Scheme {
     return false;
   }
 
-  // From a backward program's inner products [2, stages, stages] of the cotangents with u_k and with F(u_k), less those
-  // that `leads` has left out: the gradient of the table that this scheme was made from.
+  // The gradient of the table that this scheme was made from, in place of a backward program's inner products [2,
+  // stages, stages] of the cotangents with u_k and with F(u_k), of which those that `leads` allows are missing.
   void complete(double* products) const {
     find_images(products);
     for (auto move = moves_.rbegin(); move != moves_.rend(); ++move)
@@ -46,10 +46,10 @@ class Scheme {
   }
 
   const int64_t stages;
-  const bool frozen;
+  const bool keeps_all;
 
  private:
-  // Row i had F(u_k), `share` times as much as u_{k+1} has of it, and now has that much of u_{k+1} instead.
+  // Row i had `share` times as much of F(u_k) as u_{k+1} has. Now it has `share` times u_{k+1} in its place.
   struct Move {
     int64_t i, k;
     double share;
@@ -58,7 +58,8 @@ class Scheme {
   double& alpha(int64_t i, int64_t k) { return table_[(i - 1) * stages + k]; }
   double& beta(int64_t i, int64_t k) { return table_[(stages + i - 1) * stages + k]; }
 
-  // Whether every later stage can have u_{k+1} instead of F(u_k) without more of its rounding than it has itself.
+  // Whether every later stage can read u_{k+1} in place of F(u_k): with factors of at most one its rounding does not
+  // grow.
   bool replaceable(int64_t k) const {
     const double lead = std::abs(b(k + 1, k));
     for (int64_t i = k + 2; i <= stages; ++i)
@@ -74,7 +75,8 @@ class Scheme {
     moves_.push_back({i, k, share});
   }
 
-  // <bar_i, F(u_k)> where u_{k+1} leads from F(u_k), from those of bar_i with u_{k+1} and with what else it is made of.
+  // <bar_i, F(u_k)> where `leads(k)`: u_{k+1} solved for F(u_k), and so from bar_i's products with u_{k+1} and its
+  // other terms.
   void find_images(double* products) const {
     for (int64_t i = 1; i <= stages; ++i) {
       double *alpha = products + (i - 1) * stages, *beta = alpha + stages * stages;

@@ -32,9 +32,12 @@ def keeps_beside(ctx: Any) -> bool:
     return keeps(ctx) and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
 
-def frozen(ctx: Any, tensors: Sequence[MaybeTensor]) -> bool:
-    """Whether backward will be asked for no gradient of these, the last arguments."""
-    return not any(ctx.needs_input_grad[-len(tensors) :])
+def keeps_all(ctx: Any, rerun: Rerun | None, tensors: Sequence[MaybeTensor]) -> bool:
+    """Whether forward keeps every unit's input: for a backward that asks for no gradient of these, the last arguments.
+
+    What an attack asks for is known once its first backward has run.
+    """
+    return not any(ctx.needs_input_grad[-len(tensors) :]) or (rerun is not None and rerun.habit.input_only)
 
 
 def take_kept(ctx: Any) -> list[Tensor]:
@@ -50,13 +53,13 @@ class ResidentIESkipFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: Plan, descent: Descent, rerun: Rerun | None, x: Tensor, *tensors: MaybeTensor) -> Any:
         rule = (descent.steps, descent.step_size, descent.theta)
-        keep = keeps_beside(ctx) and not descent.detach
+        keep, everything = keeps_beside(ctx) and not descent.detach, keeps_all(ctx, rerun, tensors)
         y, flat, kept = torch.ops.fastode.resident_ie_forward.default(
-            x, *encode(plan, tensors), *rule, keep, frozen(ctx, tensors)
+            x, *encode(plan, tensors), *rule, keep, everything
         )
         statistics = decode_statistics(plan, tensors, flat, x.shape[1], descent.steps + 1)
         ctx.save_for_backward(x, *tensors)
-        ctx.plan, ctx.descent, ctx.rerun, ctx.kept = plan, descent, rerun, kept
+        ctx.plan, ctx.descent, ctx.rerun, ctx.kept, ctx.kept_all = plan, descent, rerun, kept, everything
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*statistics)
         return (like_reference(y, x), *statistics)
@@ -69,7 +72,7 @@ class ResidentIESkipFunction(torch.autograd.Function):
         def pull(bars: Sequence[MaybeTensor], wanted: Sequence[bool]) -> list[MaybeTensor]:
             x, *tensors = given
             x_bar, found = torch.ops.fastode.resident_ie_backward.default(
-                x, bars[0], take_kept(ctx), *encode(ctx.plan, tensors), *rule, any(wanted[1:])
+                x, bars[0], take_kept(ctx), *encode(ctx.plan, tensors), *rule, any(wanted[1:]), ctx.kept_all
             )
             return [x_bar, *beside(tensors, found)]
 
@@ -86,12 +89,13 @@ class ResidentShuOsherFunction(torch.autograd.Function):
     def forward(
         ctx: Any, plan: Plan, scheme: Scheme, rerun: Rerun | None, x: Tensor, table: Tensor, *tensors: MaybeTensor
     ) -> Any:
+        everything = keeps_all(ctx, rerun, (table, *tensors))
         y, flat, kept = torch.ops.fastode.resident_rk_forward.default(
-            x, *encode(plan, tensors), table.contiguous(), keeps_beside(ctx), frozen(ctx, (table, *tensors))
+            x, *encode(plan, tensors), table.contiguous(), keeps_beside(ctx), everything
         )
         statistics = decode_statistics(plan, tensors, flat, x.shape[1], scheme.stages)
         ctx.save_for_backward(x, table, *tensors)
-        ctx.plan, ctx.rerun, ctx.kept = plan, rerun, kept
+        ctx.plan, ctx.rerun, ctx.kept, ctx.kept_all = plan, rerun, kept, everything
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*statistics)
         return (like_reference(y, x), *statistics)
@@ -103,8 +107,9 @@ class ResidentShuOsherFunction(torch.autograd.Function):
         def pull(bars: Sequence[MaybeTensor], wanted: Sequence[bool]) -> list[MaybeTensor]:
             x, table, *tensors = given
             x_bar, found, table_bar = torch.ops.fastode.resident_rk_backward.default(
-                x, bars[0], take_kept(ctx), *encode(ctx.plan, tensors), table.contiguous(), any(wanted[2:]), wanted[1]
-            )
+                x, bars[0], take_kept(ctx), *encode(ctx.plan, tensors), table.contiguous(), any(wanted[2:]), wanted[1],
+                ctx.kept_all,
+            )  # fmt: skip
             table_bar = table_bar.view(table.shape).to(table.dtype) if wanted[1] else None
             return [x_bar, table_bar, *beside(tensors, found)]
 

@@ -145,7 +145,8 @@ def slower(family: str, coupled: bool, x: torch.Tensor, channels: int) -> str:
         channels: of the widest map of the branch.
     """
     dtype = str(x.dtype).removeprefix("torch.")
-    line = _rule.line(family, NORMS[1 if coupled else 0], dtype)
+    norms = NORMS[1 if coupled else 0]  # torch 2.11 does not trace a bool as an index
+    line = _rule.line(family, norms, dtype)
     itemsize = 8 if x.dtype == torch.float64 else 4  # bfloat16 is counted as float32
     beyond = line.beyond(channels, x.shape[2] * x.shape[3], itemsize, x.shape[0], threads())
     if not beyond:
