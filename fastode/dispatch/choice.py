@@ -103,7 +103,7 @@ def recording() -> Iterator[dict[nn.Module, str]]:
 
 
 def note(block: nn.Module | None, engine: Engine) -> None:
-    """Tell the recorders which engine a block has used; what runs in a trial is nobody's block."""
+    """Tell the recorders which engine a block has used; the copies that run in a trial are not reported."""
     if block is not None and _recorders and not trial.under_way():
         for used in _recorders:
             used[block] = engine.name

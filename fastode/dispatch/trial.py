@@ -50,7 +50,7 @@ def under_way() -> bool:
 
 
 def constant(function: _Function) -> _Function:
-    """torch.compiler.assume_constant_result, a result that a tracer keeps, without importing all of Dynamo for it."""
+    """Have a tracer keep the result, as torch.compiler.assume_constant_result does, without importing Dynamo."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
@@ -128,7 +128,7 @@ def _verdict(engine: str, known: Decision | None) -> str:
 def _decide(
     index: int | None, wanted: str, call: Call, make_reference: Callable[[], nn.Module] | None
 ) -> Decision | None:
-    """What a file knows of the call, or a trial finds; None where neither may say."""
+    """The decision of a file or of a trial; None where no file has one and no trial may be made now."""
     if under_way():
         return None
     with _lock:  # two trials at a time would time each other
@@ -136,7 +136,7 @@ def _decide(
         known = decisions.remembered(index, wanted) or decisions.look_up(index, wanted, candidates)
         if known is not None or make_reference is None or state() != "on" or _capturing():
             return known
-        asked = call.mode  # of this thread
+        asked = call.mode  # read here: grad mode is this thread's own
         found = _in_thread(lambda: _try(make_reference(), candidates, call.inputs, asked, call.lower))
         decisions.remember(index, wanted, found)
         return found

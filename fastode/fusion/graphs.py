@@ -118,7 +118,7 @@ class Graphed:
         """The model on the static inputs; what a replay repeats."""
         device = self.inputs[0].device.type
         lower = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        # A cast that the cache holds would be no part of the graph.
+        # Without autocast's cache: a weight cast before the capture would not be cast again by a replay.
         with torch.autocast(device, lower, enabled=lower is not None, cache_enabled=False):
             outputs = self.model(*self.inputs)
         self._single = isinstance(outputs, Tensor)
@@ -153,7 +153,7 @@ class Graphed:
                     buffer.copy_(before)
 
     def _check_norms(self, used: dict[nn.Module, str]) -> None:
-        """Refuse the norms whose factor is a number of the host that changes from call to call."""
+        """Refuse norms with momentum=None: a replay would repeat their factor, which must change at each call."""
         fused = {part for block, engine in used.items() if not is_reference(engine) for part in block.modules()}
         for name, module in self.model.named_modules():
             moves = isinstance(module, _BatchNorm) and module.training and module.running_mean is not None
@@ -251,7 +251,7 @@ def pool_handle() -> Any:
 
 @contextmanager
 def _beside(device: torch.device) -> Iterator[None]:
-    """On a stream of its own, as what is captured: what the default stream does first is not for a graph."""
+    """Run on a side stream, as a capture does, so that what a stream sets up at first is done before it."""
     if device.type != "cuda":
         yield
         return

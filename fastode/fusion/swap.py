@@ -189,7 +189,7 @@ def _engines(block: nn.Module, x: Tensor | None) -> _Engines:
     if not isinstance(block, choice.Asked):
         return (_OWN,), ""
     asked = getattr(block, "engine", AUTO)
-    # Left to itself, nobody asks for the engines of another device.
+    # "auto" never takes an engine for another device, so why that cannot run is not worth a word.
     here = [engine.name for engine in ENGINES if not engine.elsewhere(x)]
     names = here if asked == AUTO else [asked]
     ask = choice.would_use if asked == AUTO else choice.can_use
@@ -214,7 +214,7 @@ def _run(model: nn.Module, example: Tensor | tuple[Any, ...], blocks: list[nn.Mo
         able, reason = _engines(block, x)
         used[block] = (noted[block],) if block in noted else able[:1], reason
 
-    # Not on a block inside another one: a hook there would keep the outer one from running it as a part of itself.
+    # No hook on a block inside another one: it would keep the outer block from being fused as a whole.
     inner = {
         part for block in blocks for part in block.modules() if part is not block and isinstance(part, choice.Asked)
     }
@@ -250,6 +250,6 @@ def _buffers_put_back(model: nn.Module) -> Iterator[None]:
         with torch.inference_mode():
             for module, name, buffer, value in saved:
                 module._buffers[name] = buffer
-                # What did not change is not written to, as a graph may hold it; batch norm's writes raise no version.
+                # An autograd graph may hold a buffer, so only changed ones are written; batch norm raises no version.
                 if not buffer.is_meta and not torch.equal(buffer, value):
                     buffer.copy_(value)

@@ -1,6 +1,6 @@
 """What the operators return, in shapes and types only: for torch.compile, torch.export and FakeTensor.
 
-The resident operators keep nothing for backward under a tracer: what would be depends on the machine.
+The resident operators keep nothing for backward under a tracer: what they keep otherwise depends on the machine.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ class _FusedSolve(Fused, reference.SOBlock):
         return f"by {self.solver} in {self.steps} steps"
 
     def _fault(self) -> str:
-        """Why no engine can run the block, as far as its field is no SkewPair that it may call; empty if one may."""
+        """Why the block cannot be fused because of its field, which must be a plain SkewPair; empty if it is one."""
         kind = type(self.field)
         if kind is not SkewPair and kind is not reference.SkewPair:
             return f"its field is a {kind.__name__}, and only SkewPair is fused"
@@ -101,7 +101,7 @@ class _FusedSolve(Fused, reference.SOBlock):
         if answer is None:
             checks.engine(self.engine, NAMES)
             if isinstance(self.field, reference.SkewPair):
-                # Before an engine is chosen, so that a refusal reads the same in both twins.
+                # Before an engine is chosen, so that the block refuses an input in its reference's own words.
                 self.field.check_input(x)
             if found is None:
                 call = Call("skew_solution", self._variant(), None, (), (x,), reason)

@@ -22,14 +22,14 @@ def shu_osher(
     points: list[Tensor] = [x]
     images: list[MaybeTensor] = []
     statistics: list[Tensor] = []
-    stats: Tensor | None = None  # of the last point, where its maker took them
+    stats: Tensor | None = None  # of the last point, where the convolution that made it took them
     for k in range(scheme.stages):
         alphas, betas = scheme.alpha[k], [j for j in scheme.beta[k] if j != k]
         along = [table[0, k, j : j + 1] for j in alphas] + [table[1, k, j : j + 1] for j in betas]
         image, made = None, None
         if scheme.uses(k):
             point = points[k]
-            # The combination is this evaluation's own if its last term is this image.
+            # The convolution adds up the next point itself if that point contains this image.
             ends = k in scheme.beta[k]
             keep = any(k in row for row in scheme.beta[k + 1 :])
             terms = [*present(points, alphas), *present(images, betas)] if ends else []

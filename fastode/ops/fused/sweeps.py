@@ -1,6 +1,6 @@
 """Sweeps through a branch with fused convolutions: the contracts of `Sweeps`, a kernel to a convolution.
 
-The tangent sweeps are the staged engine's. Nothing that is rounded once there is rounded twice here.
+The tangent sweeps are the staged engine's. No value is rounded more often than there.
 """
 
 from __future__ import annotations

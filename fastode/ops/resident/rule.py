@@ -32,7 +32,7 @@ class Line:
     most_kb: int | None = None  # of that map of one sample, as the engine keeps it
     least_pixels: int | None = None  # of a map, H times W
     least_batch_per_thread: float | None = None
-    few_from_channels: int | None = None  # from where on the bound on the batch holds
+    few_from_channels: int | None = None  # the bound on the batch holds from this many channels on
     why: str = ""
 
     def beyond(self, channels: int, pixels: int, itemsize: int, batch: int, threads: int) -> str:
@@ -117,7 +117,7 @@ def as_json(lines: Mapping[str, Line]) -> dict[str, dict[str, Any]]:
 
 # Read once and here, because a traced call must not read files.
 _rule = read()
-_threads = torch.get_num_threads()  # as the last call found it that was not traced: a tracer cannot ask
+_threads = torch.get_num_threads()  # as read at the last untraced call: a tracer cannot ask
 
 
 def threads() -> int:

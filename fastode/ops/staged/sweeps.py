@@ -83,7 +83,7 @@ def pull(
     """
     addends, coefs = few_addends(addends, coefs)
     for index in range(len(plan.units) - 1, -1, -1):
-        # What is behind is let go at once: a backward's peak memory is made here.
+        # Each record is freed as soon as it is used: a backward's memory peaks here.
         unit, record, at = plan.units[index], records.pop(), index * TENSORS_PER_UNIT
         first = index == 0
         norm_grads = grads is not None and grads.wants_norm(at)
@@ -269,7 +269,7 @@ def _convolve_back(
 ) -> Tensor:
     """The cotangent of the convolution's input `a`; weight and bias gradients go to `grads`.
 
-    `bias_samples` says to how much of a stacked batch the bias was added.
+    `bias_samples`: the bias was added to the first so many samples of a stacked batch; None for all.
     """
     conv, at = plan.units[index].conv, index * TENSORS_PER_UNIT
     weight = tensors[at + CONV_WEIGHT]

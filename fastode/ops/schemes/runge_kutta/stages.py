@@ -21,7 +21,7 @@ from ...sweeps import ForwardSweeps, Sweeps
 
 @dataclass(frozen=True)
 class Scheme:
-    """Where a tableau is not zero, by stage: alpha[i - 1] lists the k of u_k, beta[i - 1] those of F(u_k)."""
+    """Where a tableau is not zero, by stage: alpha[i - 1] lists the k of u_k, beta[i - 1] those of f(u_k)."""
 
     alpha: tuple[tuple[int, ...], ...]
     beta: tuple[tuple[int, ...], ...]
@@ -31,7 +31,7 @@ class Scheme:
         return len(self.alpha)
 
     def uses(self, k: int) -> bool:
-        """Whether F(u_k) is evaluated."""
+        """Whether f(u_k) is evaluated."""
         return any(k in row for row in self.beta)
 
 
@@ -105,7 +105,7 @@ def forward(
         coefs = torch.cat(
             [*(table[0, k, j : j + 1] for j in scheme.alpha[k]), *(table[1, k, j : j + 1] for j in scheme.beta[k])]
         )
-        # An image that no later stage names is let go: only its combination is still needed.
+        # Free an image f(u_k) as soon as no later stage needs it.
         images = [image if any(j in row for row in scheme.beta[k + 1 :]) else None for j, image in enumerate(images)]
     assert coefs is not None
     return combine(terms, coefs), points, statistics
@@ -146,7 +146,7 @@ def backward(
     images: list[Tensor | None] = [None] * stages
     table_bar = torch.zeros_like(table) if need_table else None
     revisited: dict[int, list[Record]] = {}
-    for k in used if need_table else ():  # every F(u_k) stands in the coefficients' gradients
+    for k in used if need_table else ():  # every f(u_k) stands in the coefficients' gradients
         met = statistics[used.index(k) * units :][:units]
         revisited[k], images[k] = sweeps.revisit(plan, tensors, points[k], met, image=True)
     for k in range(stages - 1, -1, -1):
@@ -162,7 +162,7 @@ def backward(
         records = revisited.pop(k, None)
         if records is None:
             records, _ = sweeps.revisit(plan, tensors, points[k], statistics[used.index(k) * units :][:units])
-        # (3): the cotangent of F(u_k)
+        # (3): the cotangent of f(u_k)
         cot = combine(present(bars, [i + 1 for i in through]), torch.cat([table[1, i, k : k + 1] for i in through]))
         needed = need_x or need_table or k > 0
         skip = torch.cat([table.new_ones(1), *along])
