@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .read import has_global_hooks, is_sequential
 
+_CONTENTS = ("_parameters", "_buffers", "_modules")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -30,18 +31,13 @@ class Snapshot:
         self._tensors: list[tuple[Tensor, type, torch.dtype, torch.device, torch.Size]] = []
         for module in _looked_at(root):
             variables = module.__dict__
-            self._rows.append(
-                (
-                    None if module is root else module,
-                    type(module),
-                    variables,
-                    dict(variables),
-                    tuple(variables["_parameters"].values()),
-                    tuple(variables["_buffers"].values()),
-                    dict(variables["_modules"]),
-                )
-            )
-            self._hooks += [variables[name] for name in _HOOKS]
+            held = [variables[name] for name in _CONTENTS]
+            # Dictionaries that are empty are looked at together: whatever is put into one is a change.
+            self._hooks += [variables[name] for name in _HOOKS] + [each for each in held if not each]
+            contents = [
+                (name, tuple(variables[name].values())) for name, each in zip(_CONTENTS, held, strict=True) if each
+            ]
+            self._rows.append((None if module is root else module, type(module), variables, dict(variables), contents))
             for tensor in (*variables["_parameters"].values(), *variables["_buffers"].values()):
                 if tensor is not None:
                     self._tensors.append((tensor, type(tensor), tensor.dtype, tensor.device, tensor.shape))
@@ -56,17 +52,13 @@ class Snapshot:
         if type(root) is not self._kind or any(self._hooks) or has_global_hooks():
             return False
         try:
-            for module, kind, variables, before, parameters, buffers, children in self._rows:
+            for module, kind, variables, before, contents in self._rows:
                 if variables != before or (module is not None and type(module) is not kind):
                     return False
-                now = variables["_parameters"]
-                if len(now) != len(parameters) or not all(map(is_, now.values(), parameters)):
-                    return False
-                now = variables["_buffers"]
-                if len(now) != len(buffers) or not all(map(is_, now.values(), buffers)):
-                    return False
-                if variables["_modules"] != children:
-                    return False
+                for name, values in contents:
+                    now = variables[name]
+                    if len(now) != len(values) or not all(map(is_, now.values(), values)):
+                        return False
         except RuntimeError:  # a tensor among the variables was replaced, and has no truth value
             return False
         for tensor, kind, dtype, device, shape in self._tensors:

@@ -6,13 +6,16 @@ its parameters: apply(*constants, rerun, *inputs, *tensors).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor, unwrap_if_dead
 
 from .plan import MaybeTensor, MaybeTensors
+from .rerun import Rerun
 
 # (cotangents, wanted) -> a gradient for each of the tensors given
 Pull = Callable[[Sequence[MaybeTensor], Sequence[bool]], Sequence[MaybeTensor]]
@@ -41,10 +44,14 @@ _NO_GRAPH = NoGraph()
 
 def call(function: type[torch.autograd.Function], constants: Sequence[Any], tensors: MaybeTensors) -> Any:
     """function.apply(*constants, *tensors), without the cost of a node where no gradient can be asked for."""
-    if torch.compiler.is_compiling() or (
-        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    ):
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*constants, *tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                # What Function.apply ends in, but for its look at every constant.
+                plain = [t if t is None else unwrap_if_dead(t) for t in tensors]
+                return super(torch.autograd.Function, function).apply(*constants, *plain)
     return function.forward(_NO_GRAPH, *constants, *tensors)
 
 
@@ -60,45 +67,58 @@ def gradients(ctx: Any, given: MaybeTensors, cotangents: Sequence[MaybeTensor], 
     Raises:
         RuntimeError: from `pull`, or from the reference where that runs instead.
     """
-    constants = len(ctx.needs_input_grad) - len(given)
-    if all(bar is None for bar in cotangents):
-        return (None,) * (constants + len(given))
-    wanted = _owed(ctx, given, constants)
-    if ctx.rerun is not None:
-        ctx.rerun.habit.input_only = not any(wanted[ctx.rerun.inputs :])
-    level = _legacy_level(cotangents)
-    if level:
-        found = _each(level, cotangents, lambda bars: _gradients(ctx, given, bars, wanted, pull))
+    needs: tuple[bool, ...] = ctx.needs_input_grad
+    constants = len(needs) - len(given)
+    bars = [bar for bar in cotangents if bar is not None]
+    if not bars:
+        return (None,) * len(needs)
+    if torch.compiler.is_compiling():
+        wanted = needs[constants:]
+        found = pull(cotangents, wanted)
     else:
-        found = _gradients(ctx, given, cotangents, wanted, pull)
-    pairs = zip(found, wanted, strict=True)
-    return (*(None,) * constants, *(bar if want else None for bar, want in pairs))
+        wanted = _owed(ctx, given, needs[constants:])
+        rerun: Rerun = ctx.rerun
+        rerun.habit.input_only = not any(wanted[rerun.inputs :])
+        if any(map(is_legacy_batchedtensor, bars)):
+            found = _each(cotangents, lambda bars: _gradients(rerun, given, bars, wanted, pull))
+        else:
+            found = _gradients(rerun, given, cotangents, wanted, pull)
+    absent: tuple[MaybeTensor, ...] = (None,) * constants
+    return absent + tuple([bar if want else None for bar, want in zip(found, wanted, strict=True)])
 
 
 def _gradients(
-    ctx: Any,
-    given: MaybeTensors,
-    cotangents: Sequence[MaybeTensor],
-    wanted: Sequence[bool],
-    pull: Pull,
+    rerun: Rerun, given: MaybeTensors, cotangents: Sequence[MaybeTensor], wanted: Sequence[bool], pull: Pull
 ) -> Sequence[MaybeTensor]:
-    if ctx.rerun is not None and ctx.rerun.needed(cotangents):
-        return ctx.rerun.gradients(given, wanted, cotangents)
-    return pull(cotangents, wanted)
+    return rerun.gradients(given, wanted, cotangents) if rerun.needed(cotangents) else pull(cotangents, wanted)
 
 
-def _owed(ctx: Any, given: MaybeTensors, constants: int) -> tuple[bool, ...]:
+def _owed(ctx: Any, given: MaybeTensors, needed: tuple[bool, ...]) -> tuple[bool, ...]:
     """For each tensor, whether autograd will use its gradient.
 
     needs_input_grad is true for every trainable parameter, also where only the gradient of an image was asked for.
     """
-    needed: tuple[bool, ...] = ctx.needs_input_grad[constants:]
-    if torch.compiler.is_compiling() or not any(needed):
+    if _everything_runs():
         return needed
     nodes = iter(ctx.next_functions)  # one for each argument that is a tensor
     return tuple(
-        tensor is not None and _will_run(next(nodes)[0], need) for tensor, need in zip(given, needed, strict=True)
+        [tensor is not None and _will_run(next(nodes)[0], need) for tensor, need in zip(given, needed, strict=True)]
     )
+
+
+@functools.cache
+def _strange_node() -> Any:
+    """A node that is part of no graph."""
+    with torch.inference_mode(False), torch.enable_grad():
+        return torch.zeros((), requires_grad=True).view(1).grad_fn
+
+
+def _everything_runs() -> bool:
+    """Whether this is a backward() of everything: then the engine says so of any node, even one it does not know."""
+    try:
+        return torch._C._will_engine_execute_node(_strange_node())
+    except RuntimeError:  # called by something else than the engine, which has to be answered in full
+        return True
 
 
 def _will_run(node: Any, need: bool) -> bool:
@@ -110,27 +130,25 @@ def _will_run(node: Any, need: bool) -> bool:
         return True
 
 
-def _legacy_level(cotangents: Sequence[MaybeTensor]) -> int:
-    """The level of the older vmap, which is_grads_batched uses, where a cotangent is many at once; 0 where none is."""
-    if torch.compiler.is_compiling():
-        return 0
-    if not any(bar is not None and torch._C._functorch.is_legacy_batchedtensor(bar) for bar in cotangents):
-        return 0
+def _each(
+    cotangents: Sequence[MaybeTensor], run: Callable[[list[MaybeTensor]], Sequence[MaybeTensor]]
+) -> list[MaybeTensor]:
+    """run() for each of the cotangents that the older vmap, of is_grads_batched, holds at once.
+
+    Under it some plain sums are wrong, so that nothing may be left to it.
+    """
     level = torch._C._vmapmode_increment_nesting() - 1
     torch._C._vmapmode_decrement_nesting()
-    return level
-
-
-def _each(
-    level: int, cotangents: Sequence[MaybeTensor], run: Callable[[list[MaybeTensor]], Sequence[MaybeTensor]]
-) -> list[MaybeTensor]:
-    """run() for each of the cotangents that the older vmap holds at once; under it some plain sums are wrong."""
-    batched = [bar is not None and torch._C._functorch.is_legacy_batchedtensor(bar) for bar in cotangents]
+    batched = [bar is not None and is_legacy_batchedtensor(bar) for bar in cotangents]
     # The size is only used for tensors that are not batched.
     plain = [
-        torch._remove_batch_dim(b, level, 1, 0) if many else b for b, many in zip(cotangents, batched, strict=True)
+        torch._remove_batch_dim(bar, level, 1, 0) if many else bar
+        for bar, many in zip(cotangents, batched, strict=True)
     ]
-    count = next(bar.shape[0] for bar, many in zip(plain, batched, strict=True) if many)
-    rows = [run([bar[i] if many else bar for bar, many in zip(plain, batched, strict=True)]) for i in range(count)]
+    count = next(bar.shape[0] for bar, many in zip(plain, batched, strict=True) if many and bar is not None)
+    rows = [
+        run([bar[i] if many and bar is not None else bar for bar, many in zip(plain, batched, strict=True)])
+        for i in range(count)
+    ]
     columns = zip(*rows, strict=True)
     return [None if column[0] is None else torch._add_batch_dim(torch.stack(column), 0, level) for column in columns]

@@ -6,8 +6,8 @@ A leaf: it imports nothing of the engines.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,11 +36,13 @@ class Plan:
         units: norm, activation and convolution, each optional, in order.
         tracked: for each unit, whether its norm updates running statistics.
         lower: the dtype to which autocast lowers convolutions, None where it is off.
+        memo: what an engine has made of it, for the tensors that it always comes with; a tracer leaves it alone.
     """
 
     units: tuple[Unit, ...]
     tracked: tuple[bool, ...]
     lower: torch.dtype | None
+    memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 class Record(NamedTuple):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_batchedtensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from ..reference.plain import plain_norms
@@ -42,8 +43,9 @@ class Rerun:
 
     def needed(self, cotangents: Sequence[MaybeTensor]) -> bool:
         """Whether this backward is itself differentiated, or runs under torch.func.vmap, which batches cotangents."""
-        bars = [bar for bar in cotangents if bar is not None]
-        return torch.is_grad_enabled() or any(torch._C._functorch.is_batchedtensor(bar) for bar in bars)
+        if torch.is_grad_enabled():
+            return True
+        return any(bar is not None and is_batchedtensor(bar) for bar in cotangents)
 
     def gradients(
         self, given: MaybeTensors, wanted: Sequence[bool], cotangents: Sequence[MaybeTensor]

@@ -2,44 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ...branch.layers import TENSORS_PER_UNIT
-from ...native.constants import ACTIVATION_CODE, BIAS, CONV_BIAS, CONV_WEIGHT, NORM_CODE, RUNNING, WEIGHT
-from ..plan import MaybeTensor, MaybeTensors, Plan
+from ...native.constants import BIAS, CONV_BIAS, CONV_WEIGHT, RUNNING, WEIGHT
+from ..plan import MaybeTensor, MaybeTensors, Plan, activation_codes, norm_codes
 
 # The bit of each of a unit's tensors; running mean and variance come together.
 _PRESENT = (WEIGHT, BIAS, RUNNING, 0, CONV_WEIGHT, CONV_BIAS)
+
+_CODE = "resident operators"  # in a plan's memo
 
 Branch = tuple[list[Tensor], list[int], list[float]]
 
 
 def encode(plan: Plan, tensors: MaybeTensors) -> Branch:
     """A branch as the operators take it (csrc/cpu/resident/engine.h): tensors that are present, integers, numbers."""
-    bits = tuple([sum(bit for bit, t in zip(_PRESENT, row, strict=True) if t is not None) for row in _rows(tensors)])
-    return [tensor for tensor in tensors if tensor is not None], *_constants(plan, bits)
+    present = [tensor for tensor in tensors if tensor is not None]
+    if torch.compiler.is_compiling():
+        return present, *_constants(plan, tensors)
+    code = plan.memo.get(_CODE)
+    if code is None:
+        code = plan.memo[_CODE] = _constants(plan, tensors)
+    return present, *code
 
 
-def _rows(tensors: MaybeTensors) -> Iterator[MaybeTensors]:
-    return (tensors[at : at + TENSORS_PER_UNIT] for at in range(0, len(tensors), TENSORS_PER_UNIT))
-
-
-def _constants(plan: Plan, bits: tuple[int, ...]) -> tuple[list[int], list[float]]:
+def _constants(plan: Plan, tensors: MaybeTensors) -> tuple[list[int], list[float]]:
     integers: list[int] = []
     numbers: list[float] = []
-    for unit, present in zip(plan.units, bits, strict=True):
-        norm, act, conv = unit.norm, unit.activation, unit.conv
-        integers += [0, 1] if norm is None else [NORM_CODE[norm.mode], norm.groups]
-        integers.append(0 if act is None else ACTIVATION_CODE[act.kind])
-        integers += [0, 1, 1, present] if conv is None else [conv.out_channels, *conv.kernel, present]
-        numbers += [0.0 if norm is None else norm.eps, *((0.0, 0.0) if act is None else (act.p, act.q))]
+    for index, unit in enumerate(plan.units):
+        row = tensors[index * TENSORS_PER_UNIT :][:TENSORS_PER_UNIT]
+        bits = sum(bit for bit, tensor in zip(_PRESENT, row, strict=True) if tensor is not None)
+        conv = unit.conv
+        mode, groups, eps = norm_codes(unit.norm)
+        kind, p, q = activation_codes(unit.activation)
+        integers += [mode, groups, kind, *([0, 1, 1] if conv is None else [conv.out_channels, *conv.kernel]), bits]
+        numbers += [eps, p, q]
     return integers, numbers
 
 
 def decode_statistics(plan: Plan, tensors: MaybeTensors, flat: Tensor, channels: int, evaluations: int) -> list[Tensor]:
     """Mean and variance [2, C] of every tracked batch norm, evaluation by evaluation."""
+    if True not in plan.tracked:
+        return []
     sizes: list[int] = []
     kept: list[bool] = []
     width = channels

@@ -1,7 +1,7 @@
 """The skew pair's kernel: W ẑ and Wᵀ ŷ in one launch, with what is read and made of them. Derivation: README.md.
 
-A program has BM pixels of y and the STRIDE² pixels of z under each of them. It takes the latter by parity, the remainder
-of their coordinates by STRIDE: a tap of the kernel belongs to one parity, so that it is read once for both halves.
+A program has BM pixels of y and the STRIDE² pixels of z under each. It takes these by parity, the remainder of their
+coordinates by STRIDE: a tap of the kernel belongs to one parity, so that it is read once for both halves.
 """
 
 from __future__ import annotations
