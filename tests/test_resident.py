@@ -87,7 +87,8 @@ def blocks(branch: nn.Module) -> Iterator[nn.Module]:
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equal_on_its_shapes(shape: tuple[int, int, int], norm: str, dtype: torch.dtype) -> None:
-    x = sample_input(5, *shape, dtype=dtype)
+    # Two samples of the papers' maps, on which the reference takes long, and five of the small ones.
+    x = sample_input(2 if shape in SHAPES[:4] else 5, *shape, dtype=dtype)
     for block in blocks(preactivation(shape[0], norm)):
         block.to(dtype)
         assert_blocks_equal(block, fused(block), x)

@@ -29,8 +29,8 @@ ACTIVATIONS: dict[str, Any] = {
 SHAPES = [
     (3, 16, 1, 7, 5), (16, 16, 1, 6, 8), (64, 64, 1, 4, 4), (1, 5, 1, 4, 3),
     (3, 8, 2, 6, 10), (32, 64, 2, 4, 8), (20, 1, 2, 6, 8),
-    # Of several bands, the last one shorter.
-    (3, 16, 1, 18, 20), (16, 16, 1, 16, 12), (32, 64, 2, 20, 24),
+    # Of several bands of at most 64 pixels, the last one shorter, in both halves.
+    (3, 16, 1, 10, 20), (16, 16, 1, 16, 12), (32, 64, 2, 14, 20),
     # Few channels repeated over several vectors, the last one not full.
     (3, 72, 1, 5, 4), (6, 40, 2, 8, 6),
 ]  # fmt: skip
@@ -73,7 +73,7 @@ def maps_of(shape: tuple[int, ...], batch: int = 3, **options: Any) -> tuple[Ten
 def test_equal_on_every_shape(shape: tuple[int, ...], norm: str, dtype: torch.dtype) -> None:
     for gamma, layout in ((0.0, "channels_last"), (0.3, "contiguous")):
         field = field_of(shape, gamma, "tanh", norm, dtype)
-        y, z = maps_of(shape, dtype=dtype, layout=layout)
+        y, z = maps_of(shape, 2, dtype=dtype, layout=layout)
         for mode in MODES:
             assert_blocks_equal(field, fused(field), (y, z), mode=mode)
         for solver, steps in (("euler", 1), ("euler", 2), ("midpoint", 2), ("rk4", 1)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from trial_bench import traced
 
 import fastode
 from fastode import reference
 from fastode.dispatch import choice, known
 from fastode.ops.resident import rule as measured
 from fastode.ops.resident.rule import Line, Rule
+from fastode.testing import compare_tensors, sample_input
 
 MEASURED_ON = {"device": "a CPU", "threads": 2, "torch": "2.13.0", "date": "2026-01-02", "commit": "abc", "kind": "x86"}
 BOUNDS = {"most_channels": 8, "most_kb": 2, "least_pixels": 4, "least_batch_per_thread": 2.0}
@@ -130,8 +133,11 @@ def test_only_the_rule_keeps_resident_from_wide_blocks(
 def test_a_bound_on_the_batch_can_be_traced(monkeypatch: pytest.MonkeyPatch) -> None:
     line = Line(least_batch_per_thread=2.0)
     monkeypatch.setattr(measured, "_rule", Rule({"shu_osher sample float32": line}, "a test", True))
-    torch.compiler.reset()
+    torch.set_num_threads(2)
     block = fastode.nn.SSP2(reference.PreActBranch(4, norm="layer"))
-    for batch in (1, 8):
-        torch.compile(block, backend="aot_eager", fullgraph=True)(torch.zeros(batch, 4, 3, 3))
-    torch.compiler.reset()
+    for batch, engine in ((1, "staged"), (8, "resident")):
+        x = sample_input(batch, 4, 3, 3)
+        y, engines = traced(block, x)
+        assert engines == {engine} and used(block, x) == engine
+        truth, run = copy.deepcopy(block).double()(x.double()).detach(), block(x).detach()
+        assert compare_tensors({"y": y}, {"y": truth}, [{"y": run}], 9 * 4).ok

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 
 import fastode
 from fastode import reference
@@ -86,6 +88,21 @@ def used(module: nn.Module, *inputs: Tensor) -> str:
     with choice.recording() as engines:
         module(*inputs)
     return engines[module]
+
+
+def traced(module: nn.Module, x: Tensor) -> tuple[Tensor, set[str]]:
+    """The result of a compiled forward pass, and the engine whose operators its graph has; none for the reference's."""
+    names: set[str] = set()
+
+    def compiler(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        names.update(node.target.name() for node in graph.graph.nodes if isinstance(node.target, torch._ops.OpOverload))
+        return make_boxed_func(graph.forward)
+
+    torch.compiler.reset()
+    y = torch.compile(module, backend=aot_autograd(fw_compiler=compiler), fullgraph=True)(x)
+    torch.compiler.reset()
+    ours = {name for name in names if name.startswith("fastode::")}
+    return y.detach(), {"resident" if name.startswith("fastode::resident_") else "staged" for name in ours}
 
 
 @contextmanager
