@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import checks
+from ..branch.read import has_hooks
 from ..dispatch import choice
 from ..dispatch.engines import is_reference
 
@@ -63,8 +64,7 @@ def _check_model(model: nn.Module) -> None:
     if isinstance(model, torch._dynamo.OptimizedModule):
         raise ValueError('model must not be compiled: torch.compile(mode="reduce-overhead") captures graphs itself')
     for name, module in model.named_modules():
-        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-        if any(hooks):
+        if has_hooks(module):
             raise ValueError(f"model must not have hooks, which a replay does not call, got some on {name or 'itself'}")
 
 

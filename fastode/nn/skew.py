@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks, reference
+from ..branch.read import is_overridden
 from ..dispatch import choice
 from ..dispatch.engines import AUTO, NAMES, REFERENCE, is_reference
 from ..dispatch.known import Known, kind_of_call, known
 from ..dispatch.registry import reference_of, register
-from ..dispatch.skew import Field, evaluate, has_hooks, read_field, repeated, solve
+from ..dispatch.skew import Field, evaluate, read_field, repeated, solve
 from ..ops.engine import Call, Engine
 from ..ops.plan import MaybeTensors
 from ..ops.schemes.skew_pair.march import March
@@ -84,7 +85,7 @@ class _FusedSolve(Fused, reference.SOBlock):
         kind = type(self.field)
         if kind is not SkewPair and kind is not reference.SkewPair:
             return f"its field is a {kind.__name__}, and only SkewPair is fused"
-        if has_hooks(self.field):
+        if is_overridden(self.field):
             return "its field has hooks, which a fused solution would not call"
         if is_reference(getattr(self.field, "engine", AUTO)):
             return "its field is asked to run as the reference"
