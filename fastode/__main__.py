@@ -13,23 +13,8 @@ import torch
 import fastode
 
 from .dispatch import choice, decisions, trial
+from .dispatch.engines import ENGINES
 from .native import operators, toolchain
-from .ops.resident import rule as measured
-
-# The CPU features that a kernel of this project can make use of, by the names the Linux kernel gives them.
-_TELLING = (
-    "sse4_2",
-    "avx2",
-    "fma",
-    "avx512f",
-    "avx512_bf16",
-    "avx512_fp16",
-    "amx_tile",
-    "amx_bf16",
-    "asimd",
-    "bf16",
-    "sve",
-)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -49,10 +34,8 @@ def _info() -> int:
     print("\nengines")
     for engine, device, usable, reason in choice.describe():
         print(f"  {engine:<18}{device:<6}{'yes' if usable else 'no':<5}{reason}")
-    rule = measured.current()
-    print(f'\nwhere "auto" takes resident before staged on the CPU ({rule.source})')
-    for name, line in rule.lines.items() if rule.measured else [("all blocks", measured.DEFAULT)]:
-        print(f"  {name:<32}{line.describe()}{f': {line.why}' if line.why else ''}")
+    for rule in filter(None, (engine.rule_in_words() for engine in ENGINES)):
+        print("", *rule, sep="\n")
     print('\nwhat "auto" takes on CUDA: the fastest in a trial on the card that is equal to the reference')
     print(f"  {decisions.path()}: {decisions.count()} decisions; trials are {trial.state()}")
     return 0
@@ -80,10 +63,7 @@ def _machine() -> list[tuple[str, str]]:
         ("compiler", compiler),
         ("triton", triton),
         ("GPU", device),
-        (
-            "CPU",
-            f"{_cpu_name()}: {', '.join(f for f in _TELLING if f in toolchain.cpu_features()) or 'no known features'}",
-        ),
+        ("CPU", f"{_cpu_name()}: {', '.join(toolchain.kernel_features()) or 'no known features'}"),
         ("threads", str(torch.get_num_threads())),
         ("operators", f"{'ready' if ready else 'not ready'}: {where}"),
         ("cache", str(toolchain.cache_directory())),

@@ -160,7 +160,7 @@ def enough_values(reading: Reading, x: Tensor) -> None:
             elif norm.mode == "batch":
                 values = batch * height * width
             else:
-                # Not the size of a group: PyTorch's own count, which only a batch of one can bring down to one.
+                # PyTorch counts the values of the whole batch here, not those of one group of one sample.
                 values = batch * channels // norm.groups * height * width
             if values == 1:
                 raise ValueError(f"x must be larger than one value for each normalised set, got shape {list(x.shape)}")

@@ -21,7 +21,7 @@ _ROUNDING = 2.0**-44
 
 @dataclass(frozen=True)
 class Tableau:
-    """An explicit scheme in Shu–Osher form: u₀ = x, u_i = Σ_{k<i} α_ik u_k + β_ik F(u_k), y = u_s.
+    """An explicit scheme in Shu–Osher form: u₀ = x, u_i = Σ_{k<i} α_ik u_k + β_ik f(u_k), y = u_s.
 
     Args:
         name: what the scheme is called.
@@ -130,7 +130,7 @@ class Butcher:
 
 
 def euler(step_size: float) -> Tableau:
-    """The explicit Euler step u₁ = x + h F(x): a residual block.
+    """The explicit Euler step u₁ = x + h f(x): a residual block.
 
     Args:
         step_size: h > 0, a dimensionless time.
@@ -222,7 +222,7 @@ def _each(function: Callable[[float], float], rows: Rows) -> Rows:
 
 
 def _butcher_form(alpha: Rows, beta: Rows) -> tuple[Rows, tuple[float, ...]]:
-    """(a, b) of the same scheme: with rows of α that sum to one, every u_i is x plus a sum of F(u_k)."""
+    """(a, b) of the same scheme: with rows of α that sum to one, every u_i is x plus a sum of f(u_k)."""
     increments: list[tuple[float, ...]] = [()]
     for i, (alphas, betas) in enumerate(zip(alpha, beta, strict=True), start=1):
         padded = [row + (0.0,) * (i - len(row)) for row in increments]

@@ -157,13 +157,7 @@ def _flatten(name: str, module: nn.Module, layers: list[_Layer]) -> str:
         if "parametrizations" in module._modules:
             return f"{name} ({kind.__name__}) has parametrizations, which the reader does not follow."
         return f"{name} ({kind.__name__}) is of a type the reader does not know."
-    if (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    ):
+    if is_overridden(module):
         return f"{name} ({kind.__name__}) has hooks or a replaced forward, which a fused branch would not call."
     if known is not None:
         layers.append((name, module, known[0], known[1]))
@@ -175,6 +169,18 @@ def _flatten(name: str, module: nn.Module, layers: list[_Layer]) -> str:
             if reason:
                 return reason
     return ""
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling this very module runs hooks."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def is_overridden(module: nn.Module) -> bool:
+    """Whether calling this very module does more, or other things, than its class's forward."""
+    return has_hooks(module) or "forward" in module.__dict__
 
 
 def is_sequential(kind: type) -> bool:

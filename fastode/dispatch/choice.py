@@ -10,17 +10,26 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from ..ops.engine import Call, Engine
 from . import trial
-from .engines import AUTO, BY_NAME, ENGINES, REFERENCE
+from .engines import AUTO, BY_NAME, ENGINES, REFERENCE, is_reference
 
 _recorders: list[dict[nn.Module, str]] = []
 
 MakeReference = Callable[[], nn.Module]
+
+
+@runtime_checkable
+class Asked(Protocol):
+    """A fused block that can be asked about its engines."""
+
+    def describe_call(self, inputs: tuple[Tensor, ...] = ()) -> Call:
+        """A call of the block on these inputs, or without any on some input, as an engine is asked about it."""
 
 
 def choose(name: str, call: Call, make_reference: MakeReference | None = None) -> Engine:
@@ -35,7 +44,7 @@ def choose(name: str, call: Call, make_reference: MakeReference | None = None) -
         ValueError: the named engine cannot run the call.
         RuntimeError: the call is exported to ONNX, which has no operators for it.
     """
-    if torch.compiler.is_compiling() and name != REFERENCE.name and _exports_to_onnx():
+    if torch.compiler.is_compiling() and not is_reference(name) and _exports_to_onnx():
         raise RuntimeError("ONNX has no operators for fused blocks: call fastode.unfuse(model) before the export")
     if name != AUTO:
         reason = BY_NAME[name].why_not(call)
@@ -62,13 +71,13 @@ def against(engine: Engine, call: Call, make_reference: MakeReference | None = N
     return engine.against(call)
 
 
-def can_use(name: str, block: nn.Module, x: Tensor | tuple[Tensor, ...] | None = None) -> tuple[bool, str]:
+def can_use(name: str, block: Asked, x: Tensor | tuple[Tensor, ...] | None = None) -> tuple[bool, str]:
     """Whether an engine can run a fused block on x, and if not why; without x, whether it could on some input."""
     reason = BY_NAME[name].why_not(block.describe_call(_inputs(x)))
     return not reason, reason
 
 
-def would_use(name: str, block: nn.Module, x: Tensor | tuple[Tensor, ...] | None = None) -> tuple[bool, str]:
+def would_use(name: str, block: Asked, x: Tensor | tuple[Tensor, ...] | None = None) -> tuple[bool, str]:
     """Whether "auto" would consider an engine for a block on x: whether it can, and nothing measured is against it."""
     able, reason = can_use(name, block, x)
     if able and x is not None:
@@ -94,7 +103,7 @@ def recording() -> Iterator[dict[nn.Module, str]]:
 
 
 def note(block: nn.Module | None, engine: Engine) -> None:
-    """Tell the recorders which engine a block has used; what runs in a trial is nobody's block."""
+    """Tell the recorders which engine a block has used; the copies that run in a trial are not reported."""
     if block is not None and _recorders and not trial.under_way():
         for used in _recorders:
             used[block] = engine.name

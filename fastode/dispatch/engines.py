@@ -19,3 +19,8 @@ ENGINES: tuple[Engine, ...] = (Resident(), FusedConvolution(), Staged(), REFEREN
 BY_NAME = {engine.name: engine for engine in ENGINES}
 AUTO = "auto"
 NAMES = (AUTO, *BY_NAME)
+
+
+def is_reference(name: str) -> bool:
+    """Whether a name is that of the engine which fuses nothing."""
+    return name == REFERENCE.name

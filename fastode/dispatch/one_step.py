@@ -36,9 +36,14 @@ class Step(Protocol):
         traceable: whether torch.compile may trace the reference.
     """
 
-    family: str
-    variant: str
-    traceable: bool
+    @property
+    def family(self) -> str: ...
+
+    @property
+    def variant(self) -> str: ...
+
+    @property
+    def traceable(self) -> bool: ...
 
     def apply(
         self, engine: Engine, plan: Plan, rerun: Rerun | None, x: Tensor, tensors: MaybeTensors, table: Table | None

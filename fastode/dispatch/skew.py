@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..branch.layers import Activation
-from ..branch.read import Reading, read
+from ..branch.read import Reading, is_overridden, read
 from ..ops import function
 from ..ops.engine import Call, Engine, autocast_dtype
 from ..ops.maps import is_channels_last
@@ -87,7 +87,7 @@ def read_field(
 ) -> Field:
     """Read a pair with σ = activation (None for the identity) and either four norms with their names, or none."""
     field = Field(weight, stride, padding, gamma, None, [Reading(())] * 4)
-    if activation is not None and (type(activation) is not nn.Identity or has_hooks(activation)):
+    if activation is not None and (type(activation) is not nn.Identity or is_overridden(activation)):
         reading = read(activation, "activation")
         if reading.units is None:
             field.reason = reading.reason
@@ -96,7 +96,7 @@ def read_field(
         else:
             field.activation = reading.units[0].activation
     for index, (name, norm) in enumerate(zip(names, norms, strict=True)):
-        if type(norm) is nn.Identity and not has_hooks(norm):
+        if type(norm) is nn.Identity and not is_overridden(norm):
             continue
         reading = field.norms[index] = read(norm, name)
         if reading.units is None:
@@ -107,12 +107,6 @@ def read_field(
     if len({id(mean) for mean in updated}) < len(updated):
         field.reason = "two of its norms update the same running statistics."
     return field
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class's forward."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in module.__dict__
 
 
 def evaluate(

@@ -31,7 +31,7 @@ from ..ops.engine import Call, Engine
 from ..testing.compare import compare_blocks
 from . import decisions
 from .decisions import Decision
-from .engines import ENGINES, REFERENCE
+from .engines import ENGINES, REFERENCE, is_reference
 from .registry import ancestor_of, twin_of
 
 DEVICES = ("cuda",)  # on which there are trials
@@ -50,7 +50,7 @@ def under_way() -> bool:
 
 
 def constant(function: _Function) -> _Function:
-    """torch.compiler.assume_constant_result, a result that a tracer keeps, without importing all of Dynamo for it."""
+    """Have a tracer keep the result, as torch.compiler.assume_constant_result does, without importing Dynamo."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
@@ -105,9 +105,10 @@ def _against_traced(engine: str, wanted: str, index: int | None, able: tuple[str
     """`against` where a tracer asks, which may not read files nor make trials itself."""
     known = decisions.remembered(index, wanted) or decisions.look_up(index, wanted)
     if known is not None and known.engine not in able:
-        # What was faster than the reference was judged; the reference itself is always able.
-        equal = [name for name in able if name in known.milliseconds and name not in known.refused]
-        known = replace(known, engine=min(equal, key=lambda name: known.milliseconds[name], default=REFERENCE.name))
+        # Every engine faster than the reference was judged, so those not refused are equal to it.
+        times = known.milliseconds
+        equal = [name for name in able if name in times and name not in known.refused]
+        known = replace(known, engine=min(equal, key=times.__getitem__, default=REFERENCE.name))
     return _verdict(engine, known)
 
 
@@ -127,7 +128,7 @@ def _verdict(engine: str, known: Decision | None) -> str:
 def _decide(
     index: int | None, wanted: str, call: Call, make_reference: Callable[[], nn.Module] | None
 ) -> Decision | None:
-    """What a file knows of the call, or a trial finds; None where neither may say."""
+    """The decision of a file or of a trial; None where no file has one and no trial may be made now."""
     if under_way():
         return None
     with _lock:  # two trials at a time would time each other
@@ -135,7 +136,7 @@ def _decide(
         known = decisions.remembered(index, wanted) or decisions.look_up(index, wanted, candidates)
         if known is not None or make_reference is None or state() != "on" or _capturing():
             return known
-        asked = call.mode  # of this thread
+        asked = call.mode  # read here: grad mode is this thread's own
         found = _in_thread(lambda: _try(make_reference(), candidates, call.inputs, asked, call.lower))
         decisions.remember(index, wanted, found)
         return found
@@ -183,12 +184,12 @@ def _try(
     memo: dict[int, Any] = {id(t): _private(t) for t in itertools.chain(block.parameters(), block.buffers())}
     plain = copy.deepcopy(block, memo)
     copies = tuple(_private(x) for x in inputs)
-    modules = {name: plain if name == REFERENCE.name else _as_twin(plain, name) for name in candidates}
+    modules = {name: plain if is_reference(name) else _as_twin(plain, name) for name in candidates}
     device = copies[0].device
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         seconds, refused = _seconds(modules, copies, mode, lower)
         bound = seconds.get(REFERENCE.name, math.inf)
-        able = [name for name in seconds if name != REFERENCE.name and seconds[name] <= bound]
+        able = [name for name in seconds if not is_reference(name) and seconds[name] <= bound]
         faster = sorted(able, key=lambda name: seconds[name])
         faults = {name: _fault(plain, modules[name], copies, mode, lower) for name in faster}
         refused |= {name: fault for name, fault in faults.items() if fault}

@@ -26,7 +26,7 @@ def ie_skip(
         x: [N, C, H, W], float32, float64 or bfloat16 (other dtypes run as the reference).
         branch: f, a module that keeps the shape of x.
         steps: K ≥ 1.
-        step_size: γ > 0 of the descent, dimensionless.
+        step_size: η > 0 of the descent (the paper's γ), dimensionless.
         theta: θ in [0, 1] of the residual y − x − (1 − θ) f(x) − θ f(y); the paper has θ = 1.
         detach: take the inner gradient as a constant in backward, which then is the residual block's.
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import checks
+from ..branch.read import has_hooks
 from ..dispatch import choice
-from ..dispatch.engines import REFERENCE
+from ..dispatch.engines import is_reference
 
 DEVICES = ("cuda",)  # on which there are graphs
 _WARM = 3  # calls before the capture: the first makes trials and compiles, the others let caches settle
@@ -63,8 +64,7 @@ def _check_model(model: nn.Module) -> None:
     if isinstance(model, torch._dynamo.OptimizedModule):
         raise ValueError('model must not be compiled: torch.compile(mode="reduce-overhead") captures graphs itself')
     for name, module in model.named_modules():
-        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-        if any(hooks):
+        if has_hooks(module):
             raise ValueError(f"model must not have hooks, which a replay does not call, got some on {name or 'itself'}")
 
 
@@ -72,7 +72,7 @@ def _check_devices(model: nn.Module, inputs: Sequence[Tensor]) -> None:
     device = inputs[0].device
     if device.type not in DEVICES:
         raise ValueError(f"example must be on a CUDA device, got {device}")
-    held = [("parameter", *item) for item in model.named_parameters()]
+    held: list[tuple[str, str, Tensor]] = [("parameter", *item) for item in model.named_parameters()]
     held += [("buffer", *item) for item in model.named_buffers()]
     for kind, name, tensor in [*held, *(("input", str(i), x) for i, x in enumerate(inputs))]:
         if tensor.device != device:
@@ -91,7 +91,8 @@ class Graphed:
         self.inputs = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in inputs)
         self.turn = 0
         parameters = [p for p in model.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
-        self.sources = [x for x in self.inputs if x.requires_grad and torch.is_grad_enabled()] + parameters
+        inputs_asked = [x for x in self.inputs if x.requires_grad and torch.is_grad_enabled()]
+        self.sources: list[Tensor] = [*inputs_asked, *parameters]
         self._parameters = parameters
         self._held = [*model.parameters(), *model.buffers()]
         self._at = [t.data_ptr() for t in self._held]
@@ -117,7 +118,7 @@ class Graphed:
         """The model on the static inputs; what a replay repeats."""
         device = self.inputs[0].device.type
         lower = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        # A cast that the cache holds would be no part of the graph.
+        # Without autocast's cache: a weight cast before the capture would not be cast again by a replay.
         with torch.autocast(device, lower, enabled=lower is not None, cache_enabled=False):
             outputs = self.model(*self.inputs)
         self._single = isinstance(outputs, Tensor)
@@ -152,8 +153,8 @@ class Graphed:
                     buffer.copy_(before)
 
     def _check_norms(self, used: dict[nn.Module, str]) -> None:
-        """Refuse the norms whose factor is a number of the host that changes from call to call."""
-        fused = {part for block, engine in used.items() if engine != REFERENCE.name for part in block.modules()}
+        """Refuse norms with momentum=None: a replay would repeat their factor, which must change at each call."""
+        fused = {part for block, engine in used.items() if not is_reference(engine) for part in block.modules()}
         for name, module in self.model.named_modules():
             moves = isinstance(module, _BatchNorm) and module.training and module.running_mean is not None
             if moves and module.momentum is None and module not in fused:
@@ -221,7 +222,7 @@ class _Replayed(torch.autograd.Function):
     """A replay as one node of the graph of autograd."""
 
     @staticmethod
-    def forward(ctx, graphs: Graphed, *tensors: Tensor):
+    def forward(ctx: Any, graphs: Graphed, *tensors: Tensor) -> tuple[Tensor, ...]:
         results = graphs._forward(tensors[: len(graphs.inputs)])
         ctx.graphs, ctx.turn = graphs, graphs.turn
         constants = [y for y, able in zip(results, graphs._differentiable, strict=True) if not able]
@@ -229,7 +230,7 @@ class _Replayed(torch.autograd.Function):
         return tuple(results)
 
     @staticmethod
-    def backward(ctx, *cotangents: Tensor):
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("create_graph must be False: a graphed model has no gradients of gradients")
         return (None, *ctx.graphs._backward(ctx.turn, cotangents))
@@ -250,7 +251,7 @@ def pool_handle() -> Any:
 
 @contextmanager
 def _beside(device: torch.device) -> Iterator[None]:
-    """On a stream of its own, as what is captured: what the default stream does first is not for a graph."""
+    """Run on a side stream, as a capture does, so that what a stream sets up at first is done before it."""
     if device.type != "cuda":
         yield
         return

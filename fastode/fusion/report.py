@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .. import nn as nn_package
-from ..dispatch.engines import REFERENCE
+from ..dispatch.engines import is_reference
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class FusionRow:
     @property
     def is_fused(self) -> bool:
         """Whether a fused engine runs the block."""
-        return self.fused is not None and any(engine != REFERENCE.name for engine in self.engines)
+        return self.fused is not None and not all(map(is_reference, self.engines))
 
 
 @dataclass(frozen=True)

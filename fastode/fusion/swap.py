@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..dispatch import choice
-from ..dispatch.engines import AUTO, ENGINES, NAMES, REFERENCE
+from ..dispatch.engines import AUTO, ENGINES, NAMES, REFERENCE, is_reference
 from ..dispatch.registry import ancestor_of, is_twin, named, reference_of, twin_of
 from ..native import operators
 from .report import FusionReport, FusionRow
@@ -68,7 +68,7 @@ def fuse(
         for plan in plans:
             if plan.twin is not None:
                 _assign(plan.block, plan.twin, engine)
-        if before and engine != REFERENCE.name:
+        if before and not is_reference(engine):
             operators.load()
         used = None if example is None else _run(model, example, [p.block for p in plans if is_twin(type(p.block))])
     except BaseException:
@@ -186,10 +186,10 @@ _Engines = tuple[tuple[str, ...], str]
 
 def _engines(block: nn.Module, x: Tensor | None) -> _Engines:
     """The engines that can run a fused block on x (or on some input), best first, and why the others cannot."""
-    if not hasattr(block, "describe_call"):
+    if not isinstance(block, choice.Asked):
         return (_OWN,), ""
     asked = getattr(block, "engine", AUTO)
-    # Left to itself, nobody asks for the engines of another device.
+    # "auto" never takes an engine for another device, so why that cannot run is not worth a word.
     here = [engine.name for engine in ENGINES if not engine.elsewhere(x)]
     names = here if asked == AUTO else [asked]
     ask = choice.would_use if asked == AUTO else choice.can_use
@@ -214,9 +214,9 @@ def _run(model: nn.Module, example: Tensor | tuple[Any, ...], blocks: list[nn.Mo
         able, reason = _engines(block, x)
         used[block] = (noted[block],) if block in noted else able[:1], reason
 
-    # Not on a block inside another one: a hook there would keep the outer one from running it as a part of itself.
+    # No hook on a block inside another one: it would keep the outer block from being fused as a whole.
     inner = {
-        part for block in blocks for part in block.modules() if part is not block and hasattr(part, "describe_call")
+        part for block in blocks for part in block.modules() if part is not block and isinstance(part, choice.Asked)
     }
     handles = [block.register_forward_hook(ask) for block in blocks if block not in inner]
     try:
@@ -250,6 +250,6 @@ def _buffers_put_back(model: nn.Module) -> Iterator[None]:
         with torch.inference_mode():
             for module, name, buffer, value in saved:
                 module._buffers[name] = buffer
-                # What did not change is not written to, as a graph may hold it; batch norm's writes raise no version.
+                # An autograd graph may hold a buffer, so only changed ones are written; batch norm raises no version.
                 if not buffer.is_meta and not torch.equal(buffer, value):
                     buffer.copy_(value)

@@ -1,6 +1,6 @@
 """The operators for CUDA tensors: Triton's, registered where there is a card, beside or without the C++ library.
 
-`_build.load` calls `register`; Triton is not imported before there is something to register.
+`operators.load` calls `register`; Triton is not imported before there is something to register.
 """
 
 from __future__ import annotations

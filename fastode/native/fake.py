@@ -1,16 +1,19 @@
 """What the operators return, in shapes and types only: for torch.compile, torch.export and FakeTensor.
 
-The resident operators keep nothing for backward under a tracer: what would be depends on the machine.
+The resident operators keep nothing for backward under a tracer: what they keep otherwise depends on the machine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .constants import BIAS, CONV_WEIGHT, NORM_CODE, RUNNING, UNIT_INTEGERS, WEIGHT
+
+MaybeTensor = Tensor | None
 
 
 def _map(like: Tensor, shape: Sequence[int], last: bool) -> Tensor:
@@ -48,25 +51,36 @@ def _combine_pair(first: Sequence[Tensor], second: Sequence[Tensor], coefs: Tens
     return _feature_map(first[0], 2 * first[0].shape[0])
 
 
-def _norm_act(terms, coefs, weight, bias, stats, norm, groups, eps, act, p, q):
+def _norm_act(
+    terms: Sequence[Tensor], coefs: Tensor, weight: MaybeTensor, bias: MaybeTensor, stats: MaybeTensor, norm: int,
+    groups: int, eps: float, act: int, p: float, q: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     x = terms[0]
     made = _statistics(x, 0 if stats is not None else norm, groups)
     return _feature_map(x, None if coefs.numel() else 0), _feature_map(x), made
 
 
-def _norm_act_vjp(h, cot, stats, weight, bias, addends, coefs, param_grads, norm, groups, eps, act, p, q):
+def _norm_act_vjp(
+    h: Tensor, cot: Tensor, stats: Tensor, weight: MaybeTensor, bias: MaybeTensor, addends: Sequence[Tensor],
+    coefs: Tensor, param_grads: bool, norm: int, groups: int, eps: float, act: int, p: float, q: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     count = h.shape[1] if param_grads else 0
     return _feature_map(h), _vector(h, count), _vector(h, count)
 
 
-def _norm_act_dual(h, t, weight, bias, stats, norm, groups, eps, act, p, q):
+def _norm_act_dual(
+    h: Tensor, t: Tensor, weight: MaybeTensor, bias: MaybeTensor, stats: MaybeTensor, norm: int, groups: int,
+    eps: float, act: int, p: float, q: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     made = _statistics(h, 0 if stats is not None else norm, groups)
     return _feature_map(h, 2 * h.shape[0]), made, _statistics(h, 0 if norm == NORM_CODE["fixed"] else norm, groups)
 
 
 def _norm_act_second(
-    h, t, cot, stats, tstats, weight, bias, addends, coefs, param_grads, tangent, norm, groups, eps, act, p, q
-):
+    h: Tensor, t: Tensor, cot: Tensor, stats: Tensor, tstats: Tensor, weight: MaybeTensor, bias: MaybeTensor,
+    addends: Sequence[Tensor], coefs: Tensor, param_grads: bool, tangent: bool, norm: int, groups: int, eps: float,
+    act: int, p: float, q: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     count = h.shape[1] if param_grads else 0
     return _feature_map(h, (2 if tangent else 1) * h.shape[0]), _vector(h, count), _vector(h, count)
 
@@ -96,19 +110,32 @@ def _gradients(parameters: Sequence[Tensor], wanted: bool) -> list[Tensor]:
     return [torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters] if wanted else []
 
 
-def _ie_forward(x, parameters, units, numbers, steps, step_size, theta, keep, keep_all):
+def _ie_forward(
+    x: Tensor, parameters: Sequence[Tensor], units: Sequence[int], numbers: Sequence[float], steps: int,
+    step_size: float, theta: float, keep: bool, keep_all: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
     return _alike(x), _met(x, units, steps + 1), []
 
 
-def _ie_backward(x, cotangent, kept, parameters, units, numbers, steps, step_size, theta, detach, gradients, kept_all):
+def _ie_backward(
+    x: Tensor, cotangent: Tensor, kept: Sequence[Tensor], parameters: Sequence[Tensor], units: Sequence[int],
+    numbers: Sequence[float], steps: int, step_size: float, theta: float, detach: bool, gradients: bool,
+    kept_all: bool,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     return _alike(x), _gradients(parameters, gradients)
 
 
-def _rk_forward(x, parameters, units, numbers, table, keep, keep_all):
+def _rk_forward(
+    x: Tensor, parameters: Sequence[Tensor], units: Sequence[int], numbers: Sequence[float], table: Tensor, keep: bool,
+    keep_all: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
     return _alike(x), _met(x, units, table.shape[1]), []
 
 
-def _rk_backward(x, cotangent, kept, parameters, units, numbers, table, gradients, table_gradient, kept_all):
+def _rk_backward(
+    x: Tensor, cotangent: Tensor, kept: Sequence[Tensor], parameters: Sequence[Tensor], units: Sequence[int],
+    numbers: Sequence[float], table: Tensor, gradients: bool, table_gradient: bool, kept_all: bool,
+) -> tuple[Tensor, list[Tensor], Tensor]:  # fmt: skip
     table_bar = x.new_empty(table.numel() if table_gradient else 0, dtype=torch.float64)
     return _alike(x), _gradients(parameters, gradients), table_bar
 
@@ -126,11 +153,18 @@ def _bars(parameters: Sequence[Tensor], integers: Sequence[int], weight: bool, n
     return [p.new_empty(p.shape if want else (0,)) for p, want in pairs]
 
 
-def _skew_forward(y, z, parameters, integers, numbers, keep, results, y_last, z_last):
+def _skew_forward(
+    y: Tensor, z: Tensor, parameters: Sequence[Tensor], integers: Sequence[int], numbers: Sequence[float], keep: bool,
+    results: bool, y_last: bool, z_last: bool,
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
     return _map(y, y.shape, y_last), _map(z, z.shape, z_last), [], []
 
 
-def _skew_backward(y, z, y_bar, z_bar, kept, signs, ends, parameters, integers, numbers, need_y, need_z, weight, norms):
+def _skew_backward(
+    y: Tensor, z: Tensor, y_bar: MaybeTensor, z_bar: MaybeTensor, kept: Sequence[Tensor], signs: Sequence[Tensor],
+    ends: Sequence[Tensor], parameters: Sequence[Tensor], integers: Sequence[int], numbers: Sequence[float],
+    need_y: bool, need_z: bool, weight: bool, norms: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
     return (
         _alike(y) if need_y else y.new_empty(0),
         _alike(z) if need_z else z.new_empty(0),
@@ -138,16 +172,22 @@ def _skew_backward(y, z, y_bar, z_bar, kept, signs, ends, parameters, integers, 
     )
 
 
-def _march_forward(x, parameters, integers, numbers, table, steps, used, keep, last):
+def _march_forward(
+    x: Tensor, parameters: Sequence[Tensor], integers: Sequence[int], numbers: Sequence[float], table: Sequence[float],
+    steps: int, used: Sequence[int], keep: bool, last: bool,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     stride = integers[0]
     return _map(x, (x.shape[0], parameters[0].shape[0], x.shape[2] // stride, x.shape[3] // stride), last), []
 
 
-def _march_backward(x, cotangent, kept, parameters, integers, numbers, table, steps, used, weight, norms):
+def _march_backward(
+    x: Tensor, cotangent: Tensor, kept: Sequence[Tensor], parameters: Sequence[Tensor], integers: Sequence[int],
+    numbers: Sequence[float], table: Sequence[float], steps: int, used: Sequence[int], weight: bool, norms: bool,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     return _alike(x), _bars(parameters, integers, weight, norms)
 
 
-_FAKES = {
+_FAKES: dict[str, Callable[..., Any]] = {
     "combine": _combine,
     "combine_pair": _combine_pair,
     "norm_act": _norm_act,

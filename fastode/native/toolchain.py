@@ -134,6 +134,29 @@ def cpu_features() -> tuple[str, ...]:
     return (platform.processor() or platform.machine(),)
 
 
+# The CPU features that a kernel of this project can make use of, by the names the Linux kernel gives them, and whether
+# an engine's speed beside another's depends on them: on the width of its vectors, and on tiles for bfloat16.
+_KERNEL_FEATURES = {
+    "sse4_2": False,
+    "avx2": True,
+    "fma": False,
+    "avx512f": True,
+    "avx512_bf16": True,
+    "avx512_fp16": False,
+    "amx_tile": False,
+    "amx_bf16": True,
+    "asimd": True,
+    "bf16": True,
+    "sve": True,
+}
+
+
+def kernel_features(telling: bool = False) -> list[str]:
+    """This machine's CPU features that kernels can make use of; if `telling`, those that a measured rule is kept by."""
+    present = cpu_features()
+    return [name for name, tells in _KERNEL_FEATURES.items() if name in present and (tells or not telling)]
+
+
 def compiler() -> tuple[tuple[str, ...], str]:
     """The C++ compiler's command line and what it says its version is.
 

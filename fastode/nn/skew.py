@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks, reference
+from ..branch.read import is_overridden
 from ..dispatch import choice
-from ..dispatch.engines import AUTO, NAMES, REFERENCE
+from ..dispatch.engines import AUTO, NAMES, REFERENCE, is_reference
 from ..dispatch.known import Known, kind_of_call, known
 from ..dispatch.registry import reference_of, register
-from ..dispatch.skew import Field, evaluate, has_hooks, read_field, repeated, solve
+from ..dispatch.skew import Field, evaluate, read_field, repeated, solve
 from ..ops.engine import Call, Engine
 from ..ops.plan import MaybeTensors
 from ..ops.schemes.skew_pair.march import March
@@ -36,7 +37,7 @@ class SkewPair(Fused, reference.SkewPair):
     def forward(self, y: Tensor, z: Tensor) -> State:
         found = _known(self)
         kind = _kind(found, ("pair", self.engine), y, z)
-        answer = None if kind is None else found.answer(kind)
+        answer: tuple[Engine, Pair | None, MaybeTensors] | None = None if kind is None else found.answer(kind)
         if answer is None:
             checks.engine(self.engine, NAMES)
             checks.skew_pair(y, z, self.weight, self.stride, PADDING)
@@ -44,12 +45,12 @@ class SkewPair(Fused, reference.SkewPair):
             chosen = choice.choose(self.engine, call, partial(_as_reference, self))
             if chosen is not REFERENCE:
                 found.reading.check(y, z)
-            answer = chosen, call.program, call.tensors
+            answer = chosen, _pair_of(call), call.tensors
             if kind is not None:
                 found.keep(kind, answer, call)
         chosen, pair, tensors = answer
         note(self, chosen)
-        if chosen is REFERENCE:
+        if chosen is REFERENCE or pair is None:
             return super().forward(y, z)
         return evaluate(chosen, found.reading, pair, y, z, partial(_as_reference, self), tensors)
 
@@ -80,13 +81,13 @@ class _FusedSolve(Fused, reference.SOBlock):
         return f"by {self.solver} in {self.steps} steps"
 
     def _fault(self) -> str:
-        """Why no engine can run the block, as far as its field is no SkewPair that it may call; empty if one may."""
+        """Why the block cannot be fused because of its field, which must be a plain SkewPair; empty if it is one."""
         kind = type(self.field)
         if kind is not SkewPair and kind is not reference.SkewPair:
             return f"its field is a {kind.__name__}, and only SkewPair is fused"
-        if has_hooks(self.field):
+        if is_overridden(self.field):
             return "its field has hooks, which a fused solution would not call"
-        if getattr(self.field, "engine", AUTO) == REFERENCE.name:
+        if is_reference(getattr(self.field, "engine", AUTO)):
             return "its field is asked to run as the reference"
         return ""
 
@@ -95,11 +96,13 @@ class _FusedSolve(Fused, reference.SOBlock):
         found = _known(self.field) if not reason else None
         settings = (self.solver, self.steps, self.t1, self.engine)
         kind = None if found is None else _kind(found, settings, x)
-        answer = None if found is None or kind is None else found.answer(kind)
+        answer: tuple[Engine, Pair | None, MaybeTensors, March | None] | None = None
+        if found is not None and kind is not None:
+            answer = found.answer(kind)
         if answer is None:
             checks.engine(self.engine, NAMES)
             if isinstance(self.field, reference.SkewPair):
-                # Before an engine is chosen, so that a refusal reads the same in both twins.
+                # Before an engine is chosen, so that the block refuses an input in its reference's own words.
                 self.field.check_input(x)
             if found is None:
                 call = Call("skew_solution", self._variant(), None, (), (x,), reason)
@@ -108,13 +111,14 @@ class _FusedSolve(Fused, reference.SOBlock):
             chosen = choice.choose(self.engine, call, partial(_as_plain_solve, self))
             if chosen is not REFERENCE and found is not None:
                 stride = found.reading.stride
-                found.reading.check(x[:, :1, ::stride, ::stride].expand(-1, self.field.weight.shape[0], -1, -1), x)
-            answer = chosen, call.program, call.tensors, self._march()
+                channels = found.reading.weight.shape[0]
+                found.reading.check(x[:, :1, ::stride, ::stride].expand(-1, channels, -1, -1), x)
+            answer = chosen, _pair_of(call), call.tensors, self._march()
             if found is not None and kind is not None:
                 found.keep(kind, answer, call)
         chosen, pair, tensors, march = answer
         note(self, chosen)
-        if chosen is REFERENCE or found is None:
+        if chosen is REFERENCE or found is None or pair is None:
             return super().forward(x)
         note(self.field, chosen)
         if march is None:
@@ -161,9 +165,9 @@ class _FixedSolution(nn.Module):
         return solve_fixed(self.field, (y, z), self.scheme, self.t1, self.steps)[0]
 
 
-def _as_reference(field: Any) -> nn.Module:
+def _as_reference(field: Any) -> reference.SkewPair:
     """A reference field around the same parameters and modules."""
-    twin = copy.copy(field)
+    twin: reference.SkewPair = copy.copy(field)
     twin.__class__ = reference.SkewPair
     # A dictionary of its own: functional_call puts other tensors into it.
     twin.__dict__["_parameters"] = dict(field._parameters)
@@ -176,6 +180,11 @@ def _as_plain_solve(block: Any) -> nn.Module:
     twin.__class__ = reference_of(type(block)) or type(block)
     twin.__dict__["_modules"] = {**block._modules, "field": _as_reference(block.field)}
     return twin
+
+
+def _pair_of(call: Call) -> Pair | None:
+    assert call.program is None or isinstance(call.program, Pair)
+    return call.program
 
 
 def _known(field: Any) -> Known[Field]:

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.autograd import Function, forward_ad
 
 from ..branch.layers import is_plain
 from ..branch.read import Unit
@@ -109,11 +109,27 @@ class Engine:
 
     name: str
     devices: tuple[str, ...] = ()
-    ie_skip: type[torch.autograd.Function]
-    shu_osher: type[torch.autograd.Function]
-    skew_pair: type[torch.autograd.Function]
-    skew_solution: type[torch.autograd.Function]
     solution_from_x = False  # whether skew_solution takes x itself instead of the pair (y, z) that x gives
+
+    @property
+    def ie_skip(self) -> type[Function]:
+        """IE-Skip, as (Plan, Descent, Rerun, x, *tensors)."""
+        raise NotImplementedError
+
+    @property
+    def shu_osher(self) -> type[Function]:
+        """An explicit scheme, as (Plan, Scheme, Rerun, x, table, *tensors)."""
+        raise NotImplementedError
+
+    @property
+    def skew_pair(self) -> type[Function]:
+        """The skew pair, as (Pair, Rerun, y, z, *tensors)."""
+        raise NotImplementedError
+
+    @property
+    def skew_solution(self) -> type[Function]:
+        """The pair's solution by equal steps, as (Pair, March, Rerun, y, z, *tensors), or with x for y and z."""
+        raise NotImplementedError
 
     def why_not(self, call: Call) -> str:
         """Why it cannot run the call; empty if it can."""
@@ -122,6 +138,10 @@ class Engine:
     def against(self, call: Call) -> str:
         """Why "auto" had better leave a call that it can run, by what was measured on CPUs; empty if it need not."""
         return ""
+
+    def rule_in_words(self) -> list[str]:
+        """What was measured on CPUs, by which `against` judges: lines to print, none where there is no such rule."""
+        return []
 
     def elsewhere(self, x: Tensor | None) -> str:
         """Why it cannot run where x is (or, without x, on this machine); empty if it can."""

@@ -46,7 +46,15 @@ class Plan:
 
 
 class Record(NamedTuple):
-    """What a sweep leaves behind of one unit: input, statistics and convolution input; tangents where there are any."""
+    """What a sweep keeps of one unit for its pull-back.
+
+    Attributes:
+        h: the unit's input.
+        stats: the statistics of its norm.
+        a: its convolution's input; None where the pull-back makes it again.
+        t: the tangent of h, in sweeps that carry one.
+        tstats: the statistics of t.
+    """
 
     h: Tensor
     stats: Tensor
@@ -88,12 +96,12 @@ class Gradients:
 
 
 def statistics_of(records: Sequence[Record]) -> list[Tensor]:
-    """The statistics that the norms of one evaluation met, one for each unit."""
+    """The statistics by which the norms of one evaluation normalised, one for each unit."""
     return [record.stats for record in records]
 
 
 def tracked_statistics(plan: Plan, statistics: Sequence[Tensor]) -> list[Tensor]:
-    """Of the statistics that evaluations of the branch met, those that update running statistics, in order."""
+    """Of the statistics of successive evaluations, those with which running statistics are updated, in order."""
     units = len(plan.units)
     return [stats for index, stats in enumerate(statistics) if plan.tracked[index % units]]
 

@@ -42,7 +42,7 @@ class Rerun:
     habit: Habit = field(default_factory=Habit)
 
     def needed(self, cotangents: Sequence[MaybeTensor]) -> bool:
-        """Whether this backward is differentiated itself, or each cotangent is many at once, under torch.func.vmap."""
+        """Whether this backward is itself differentiated, or runs under torch.func.vmap, which batches cotangents."""
         if torch.is_grad_enabled():
             return True
         return any(bar is not None and is_batchedtensor(bar) for bar in cotangents)
@@ -59,14 +59,14 @@ class Rerun:
         """
         block = self.make()
         with torch.enable_grad(), plain_norms():
-            # Aliases, so that the gradient with respect to a parameter does not run on through x.
+            # Aliases: where x depends on a parameter, its gradient counts this block's own use of it only.
             alias = [t.view_as(t) if want and t is not None else t for t, want in zip(given, wanted, strict=True)]
             names: dict[str, Tensor] = {name: buffer.clone() for name, buffer in block.named_buffers()}
             for name, tensor in _named_tensors(block):
                 for original, stand_in in zip(given[self.inputs :], alias[self.inputs :], strict=True):
                     if original is tensor and stand_in is not None:
                         names[name] = stand_in
-            # No transform of the cotangents is one of the inputs.
+            # A transform applies to the cotangents, not to the inputs: the block runs outside of it.
             with temporarily_clear_interpreter_stack():
                 result = torch.func.functional_call(block, names, tuple(alias[: self.inputs]))
             results = (result,) if isinstance(result, Tensor) else result

@@ -32,7 +32,7 @@ class Sweeps(Protocol):
     ) -> MaybeTensor:
         """coefs[0] J(y)ᵀ cot + sum_i coefs[i + 1] addends[i]; parameter gradients, times `scale`, go to `grads`.
 
-        It empties `records`.
+        It empties `records`, so that each map is freed as soon as it is used.
         """
 
     def dual(
@@ -53,7 +53,7 @@ class Sweeps(Protocol):
     ) -> Tensor:
         """∇_y of ⟨cot[:N], f(y)⟩ + ⟨cot[N:], J(y) t⟩ at fixed t: coefs[0] times it + sum_i coefs[i + 1] addends[i].
 
-        It empties `records`.
+        It empties `records`, so that each map is freed as soon as it is used.
         """
 
 

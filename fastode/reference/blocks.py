@@ -88,7 +88,7 @@ class IESkip(_OneStep):
     Args:
         branch: f.
         steps: K ≥ 1.
-        step_size: γ > 0 of the descent (the paper uses 0.05 and 0.1).
+        step_size: η > 0 of the descent (γ in the paper, which uses 0.05 and 0.1).
         theta: θ in [0, 1] of the residual y − x − (1 − θ) f(x) − θ f(y); the paper has θ = 1.
         detach: take the gradient as a constant in the block's backward, which then is the residual block's (released
             code); otherwise the block is differentiated exactly.

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..maps import coefficients, combine
-from ..plan import MaybeTensors, Plan, statistics_of
+from ..plan import MaybeTensor, MaybeTensors, Plan, statistics_of
 from ..schemes.implicit_euler.descent import Descent, residual_terms, update
-from ..schemes.runge_kutta.stages import Scheme
+from ..schemes.runge_kutta.stages import Scheme, present
 from .sweeps import evaluate, pull
 
 
@@ -19,18 +19,20 @@ def shu_osher(
     branch: Plan, scheme: Scheme, table: Tensor, x: Tensor, tensors: MaybeTensors
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """u_s, the points u_0 … u_{s−1}, and the statistics of f's evaluations at those of them where it is evaluated."""
-    points, images, statistics = [x], [], []
-    stats: Tensor | None = None  # of the last point, where its maker took them
+    points: list[Tensor] = [x]
+    images: list[MaybeTensor] = []
+    statistics: list[Tensor] = []
+    stats: Tensor | None = None  # of the last point, where the convolution that made it took them
     for k in range(scheme.stages):
         alphas, betas = scheme.alpha[k], [j for j in scheme.beta[k] if j != k]
         along = [table[0, k, j : j + 1] for j in alphas] + [table[1, k, j : j + 1] for j in betas]
         image, made = None, None
         if scheme.uses(k):
             point = points[k]
-            # The combination is this evaluation's own if its last term is this image.
+            # The convolution adds up the next point itself if that point contains this image.
             ends = k in scheme.beta[k]
             keep = any(k in row for row in scheme.beta[k + 1 :])
-            terms = [*(points[j] for j in alphas), *(images[j] for j in betas)] if ends else []
+            terms = [*present(points, alphas), *present(images, betas)] if ends else []
             coefs = torch.cat([table[1, k, k : k + 1], *along]) if ends else None
             onward = ends and k + 1 < scheme.stages and scheme.uses(k + 1)
             made = evaluate(branch, tensors, point, stats, terms, coefs, keep and ends, onward)
@@ -39,7 +41,7 @@ def shu_osher(
             made = made if ends else None
         images.append(image)
         if made is None:
-            terms = [*(points[j] for j in alphas), *(images[j] for j in betas)]
+            terms = [*present(points, alphas), *present(images, betas)]
             points.append(combine(terms, torch.cat(along)))
             stats = None
         else:

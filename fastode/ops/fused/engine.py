@@ -29,19 +29,19 @@ class FusedConvolution(OperatorEngine):
 
         return functions
 
-    @property
+    @cached_property
     def ie_skip(self) -> type[torch.autograd.Function]:
         return self._functions.IE_SKIP
 
-    @property
+    @cached_property
     def shu_osher(self) -> type[torch.autograd.Function]:
         return self._functions.SHU_OSHER
 
-    @property
+    @cached_property
     def skew_pair(self) -> type[torch.autograd.Function]:
         return self._functions.SKEW_PAIR
 
-    @property
+    @cached_property
     def skew_solution(self) -> type[torch.autograd.Function]:
         return self._functions.SKEW_SOLUTION
 

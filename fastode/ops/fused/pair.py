@@ -40,8 +40,8 @@ class Half:
     Attributes:
         x: what is multiplied for the other half: the state or, pulling back, a cotangent; None where nothing reads it.
         point: the state with its norm, its statistics and parameters.
-        factor: of the product that is this half's.
-        damping: of x, or of its norm.
+        factor: of W's product in this half's sum.
+        damping: of x, or of its norm, in this half's sum.
         out: where σ of the sum goes, None where it is not wanted.
         image: where the sum itself goes.
         sums: of the norm whose sums over each block are wanted: the result's or, pulling back, the point's.
@@ -101,7 +101,7 @@ def launch_pair(
     assert known is not None
     samples, height, width = known.shape[0], known.shape[2] // scale, known.shape[3] // scale
     wanted = (y.out is not None, z.out is not None)
-    # Only later architectures' tensor cores read their factors from shared memory and leave registers for both halves.
+    # Registers do not hold two products: both halves share a program where tensor cores read shared memory (sm_90).
     tensor_cores = on_tensor_cores(weight.dtype)
     sharing = tensor_cores and launch.architecture(known) >= 90
     blocks = conv_plan.pair_product(
@@ -148,20 +148,21 @@ def evaluate(
     z_half = slope_half(pair, POST_Z, z, y, w, -1.0, want_z)
     act = activation_codes(pair.activation)
     sums = launch_pair(pair, w, y_half, z_half, act)
-    slopes, stats = [], [_stats(y), _stats(z), None, None]
+    slopes: list[MaybeTensor] = []
+    stats = [_stats(y), _stats(z), None, None]
     for which, half, (partial, chunks) in zip((POST_Y, POST_Z), (y_half, z_half), sums, strict=True):
         slope, norm = half.out, pair.norms[which]
         if slope is not None and norm is not None:
             if half.sums is not None and partial is not None:
-                stats[which] = half.sums.statistics()
-                launch.finish_moments(half.sums, chunks, partial, stats[which])
+                found = stats[which] = half.sums.statistics()
+                launch.finish_moments(half.sums, chunks, partial, found)
             else:
                 stats[which] = fixed_statistics(tensors, norm_at(which), slope.dtype)
             slope = normalised_again(pair, which, tensors, slope, stats[which])
         slopes.append(slope)
-    kept = [half.out if half.image is None else half.image for half in (y_half, z_half)]
-    points = [None if point is None else point.x for point in (y, z)]
-    return slopes[0], slopes[1], Kept(*points, *kept, (stats[0], stats[1], stats[2], stats[3]))
+    h_y, h_z = (half.out if half.image is None else half.image for half in (y_half, z_half))
+    at_y, at_z = (None if point is None else point.x for point in (y, z))
+    return slopes[0], slopes[1], Kept(at_y, at_z, h_y, h_z, (stats[0], stats[1], stats[2], stats[3]))
 
 
 def _point(pair: Pair, which: int, tensors: MaybeTensors, terms: Sequence[Tensor], coefs: MaybeTensor) -> Operand:
@@ -223,20 +224,20 @@ def pull_back(
     need: tuple[bool, bool] = (True, True), scale: float = 1.0,
 ) -> tuple[MaybeTensor, MaybeTensor]:  # fmt: skip
     """(2) by passes, then (3) in one launch, and (4)."""
-    p = pull_slope(pair, POST_Y, tensors, kept.h_y, kept.stats[POST_Y], bars[0], grads, scale, scale)
-    q_turned = pull_slope(pair, POST_Z, tensors, kept.h_z, kept.stats[POST_Z], bars[1], grads, -scale, scale)
+    hy_bar = pull_slope(pair, POST_Y, tensors, kept.h_y, kept.stats[POST_Y], bars[0], grads, scale, scale)
+    hz_bar_turned = pull_slope(pair, POST_Z, tensors, kept.h_z, kept.stats[POST_Z], bars[1], grads, -scale, scale)
     w = weight_of(pair, tensors)
     y, z = _kept_point(pair, PRE_Y, tensors, kept.y, kept), _kept_point(pair, PRE_Z, tensors, kept.z, kept)
     if grads.wants(WEIGHT):
-        pairs = [(z, Operand(p))] if p is not None and z is not None else []
-        pairs += [(Operand(q_turned), y)] if q_turned is not None and y is not None else []
+        pairs = [(z, Operand(hy_bar))] if hy_bar is not None and z is not None else []
+        pairs += [(Operand(hz_bar_turned), y)] if hz_bar_turned is not None and y is not None else []
         if pairs:
             kernel, padding = (w.shape[2], w.shape[3]), (pair.padding, pair.padding)
             grads.add(WEIGHT, sum_weight_gradients(pairs, kernel, padding, pair.stride, (1, 1), False, w.dtype)[0])
     needed = [need[i] or grads.wants_norm(norm_at(which)) for i, which in enumerate((PRE_Y, PRE_Z))]
-    # The half whose product is absent is a multiple of the other cotangent, and no convolution.
-    y_half = image_half(p, q_turned, y, needed[0], -pair.gamma, grads.wants_norm(norm_at(PRE_Y)))
-    z_half = image_half(q_turned, p, z, needed[1], pair.gamma, grads.wants_norm(norm_at(PRE_Z)))
+    # A half without a cotangent for W is the damping times its own cotangent: no convolution.
+    y_half = image_half(hy_bar, hz_bar_turned, y, needed[0], -pair.gamma, grads.wants_norm(norm_at(PRE_Y)))
+    z_half = image_half(hz_bar_turned, hy_bar, z, needed[1], pair.gamma, grads.wants_norm(norm_at(PRE_Z)))
     if y_half.out is not None or z_half.out is not None:
         sums = launch_pair(pair, w, y_half, z_half, NO_ACTIVATION, True)
     made: list[MaybeTensor] = []

@@ -1,6 +1,6 @@
 """Sweeps through a branch with fused convolutions: the contracts of `Sweeps`, a kernel to a convolution.
 
-The tangent sweeps are the staged engine's. Nothing that is rounded once there is rounded twice here.
+The tangent sweeps are the staged engine's. No value is rounded more often than there.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...branch.layers import TENSORS_PER_UNIT
+from ...branch.layers import TENSORS_PER_UNIT, Conv
 from ..maps import fixed_statistics, lowered, norm_tensors
 from ..plan import CONV_BIAS, CONV_WEIGHT, Gradients, MaybeTensors, Plan, Record, codes
 from ..staged.sweeps import dual, pull_dual
@@ -52,8 +52,8 @@ def evaluate(
     for index in range(last):
         made = _convolve(branch, tensors, index, records[-1], index + 1)
         records[-1] = _met(records[-1], made)
-        found = made.stats if made.stats is not None else _given(branch, tensors, index + 1, made.out)
-        records.append(Record(made.out, found, None))
+        next_met = made.stats if made.stats is not None else _given(branch, tensors, index + 1, made.out)
+        records.append(Record(made.out, next_met, None))
     lower = _multiplied(branch, records[-1].h)
     dtype = lower
     for term in terms:
@@ -85,13 +85,14 @@ def pull(
     """As `Sweeps.pull`."""
     left = Operand(cot)
     for index in range(len(branch.units) - 1, -1, -1):
-        unit, record, at = branch.units[index], records.pop(), index * TENSORS_PER_UNIT
+        record, at = records.pop(), index * TENSORS_PER_UNIT
         first = index == 0
+        conv, weight = _conv(branch, tensors, index)
         lower = _multiplied(branch, record.h)
         here = _operand(branch, tensors, index, record)
         if grads is not None and (grads.wants(at + CONV_WEIGHT) or grads.wants(at + CONV_BIAS)):
             weight_bar, bias_bar = weight_gradient(
-                here, left, unit.conv.kernel, unit.conv.dilation, grads.wants(at + CONV_BIAS), lower
+                here, left, conv.kernel, conv.dilation, grads.wants(at + CONV_BIAS), lower
             )
             grads.add(at + CONV_WEIGHT, weight_bar, scale)
             if bias_bar is not None:
@@ -99,20 +100,20 @@ def pull(
         norm_grads = grads is not None and grads.wants_norm(at)
         if first and not (need_point or norm_grads):
             return None
-        weight = lowered(branch.lower, tensors[at + CONV_WEIGHT])
+        weight = lowered(branch.lower, weight)
         own, own_coefs = (tuple(addends), coefs) if first else ((), None)
         own = tuple(term.to(record.h.dtype) for term in own)
         if here.unit is None:
             left = Operand(
                 convolution(
-                    left, weight, None, unit.conv.dilation, own, own_coefs, lower=lower, dtype=record.h.dtype,
+                    left, weight, None, conv.dilation, own, own_coefs, lower=lower, dtype=record.h.dtype,
                     transposed=True,
                 ).out
             )  # fmt: skip
             continue
-        pulled = fused.pull(left, weight, here, unit.conv.dilation, own, own_coefs, norm_grads, lower)
+        pulled = fused.pull(left, weight, here, conv.dilation, own, own_coefs, norm_grads, lower)
         left = pulled.operand
-        if pulled.bars is not None:
+        if grads is not None and pulled.bars is not None:
             grads.add_norm(at, *pulled.bars, scale)
         if first and pulled.waits:
             return pull_set(left, own, coefs)
@@ -144,6 +145,13 @@ def _multiplied(branch: Plan, h: Tensor) -> torch.dtype:
     return branch.lower or h.dtype
 
 
+def _conv(branch: Plan, tensors: MaybeTensors, index: int) -> tuple[Conv, Tensor]:
+    """A unit's convolution, and its weight."""
+    conv, weight = branch.units[index].conv, tensors[index * TENSORS_PER_UNIT + CONV_WEIGHT]
+    assert conv is not None and weight is not None
+    return conv, weight
+
+
 def _given(branch: Plan, tensors: MaybeTensors, index: int, x: Tensor) -> Tensor:
     """A unit's fixed statistics, or an empty tensor where it has none."""
     given = fixed_statistics(tensors, index * TENSORS_PER_UNIT, x.dtype)
@@ -162,13 +170,13 @@ def _convolve(
     terms: Sequence[Tensor] = (), coefs: Tensor | None = None, keep: bool = False, dtype: torch.dtype | None = None,
 ) -> Made:  # fmt: skip
     """A unit's norm, activation and convolution, and the statistics with which `next_unit` normalises the result."""
-    at, conv = index * TENSORS_PER_UNIT, branch.units[index].conv
-    bias = tensors[at + CONV_BIAS]
+    conv, weight = _conv(branch, tensors, index)
+    bias = tensors[index * TENSORS_PER_UNIT + CONV_BIAS]
     norm = None if next_unit is None else codes(branch.units[next_unit])[:2]
     if norm is not None and norm[0] not in (launching.GROUP, launching.BATCH):
         norm = None
     return convolution(
-        _operand(branch, tensors, index, record), lowered(branch.lower, tensors[at + CONV_WEIGHT]),
+        _operand(branch, tensors, index, record), lowered(branch.lower, weight),
         None if bias is None else lowered(branch.lower, bias), conv.dilation, terms, coefs, keep, norm,
         _multiplied(branch, record.h), dtype,
     )  # fmt: skip

@@ -45,6 +45,9 @@ class Resident(OperatorEngine):
             widest = max(call.tensors[0].shape[:2])
         return rule.slower(call.family, coupled, x, widest)
 
+    def rule_in_words(self) -> list[str]:
+        return rule.in_words()
+
 
 def _refuses_branch(plan: Plan, tensors: MaybeTensors, x: Tensor | None) -> str:
     for unit, tracks in zip(plan.units, plan.tracked, strict=True):

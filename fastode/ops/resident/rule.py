@@ -16,14 +16,12 @@ from typing import Any
 
 import torch
 
-from ...native.toolchain import cpu_features
+from ...native.toolchain import kernel_features
 
 PATH = Path(__file__).resolve().parent / "rule.json"
 FAMILIES = ("ie", "shu_osher", "skew_pair", "skew_solution")
 NORMS = ("sample", "batch")
 DTYPES = ("float32", "float64", "bfloat16")
-# What the engine's speed depends on: the width of its vectors, and whether there are tiles for bfloat16.
-_TELLING = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class Line:
     most_kb: int | None = None  # of that map of one sample, as the engine keeps it
     least_pixels: int | None = None  # of a map, H times W
     least_batch_per_thread: float | None = None
-    few_from_channels: int | None = None  # from where on the bound on the batch holds
+    few_from_channels: int | None = None  # the bound on the batch holds from this many channels on
     why: str = ""
 
     def beyond(self, channels: int, pixels: int, itemsize: int, batch: int, threads: int) -> str:
@@ -84,8 +82,7 @@ class Rule:
 
 def cpu_kind() -> str:
     """What a measured rule holds for: the machine type and the instructions that the engine makes use of."""
-    features = cpu_features()
-    return " ".join([platform.machine(), *(name for name in _TELLING if name in features)])
+    return " ".join([platform.machine(), *kernel_features(telling=True)])
 
 
 def read(path: Path = PATH, kind: str | None = None) -> Rule:
@@ -120,7 +117,7 @@ def as_json(lines: Mapping[str, Line]) -> dict[str, dict[str, Any]]:
 
 # Read once and here, because a traced call must not read files.
 _rule = read()
-_threads = torch.get_num_threads()  # as the last call found it that was not traced: a tracer cannot ask
+_threads = torch.get_num_threads()  # as read at the last untraced call: a tracer cannot ask
 
 
 def threads() -> int:
@@ -131,9 +128,11 @@ def threads() -> int:
     return _threads
 
 
-def current() -> Rule:
-    """The rule in force."""
-    return _rule
+def in_words() -> list[str]:
+    """The rule in force, a line for each kind of block."""
+    lines = _rule.lines.items() if _rule.measured else [("all blocks", DEFAULT)]
+    rows = [f"  {name:<32}{line.describe()}{f': {line.why}' if line.why else ''}" for name, line in lines]
+    return [f'where "auto" takes resident before staged on the CPU ({_rule.source})', *rows]
 
 
 def slower(family: str, coupled: bool, x: torch.Tensor, channels: int) -> str:

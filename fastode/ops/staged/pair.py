@@ -71,22 +71,22 @@ def pull_back(
     scale: float = 1.0,
 ) -> tuple[MaybeTensor, MaybeTensor]:
     """The cotangents of y and z for the slopes' cotangents `scale` × bars, of which an absent one is zero."""
-    # (2): the cotangents p and q of W's two results, the second with its sign turned
-    p = pull_slope(pair, POST_Y, tensors, kept.h_y, kept.stats[POST_Y], bars[0], grads, scale, scale)
-    q_turned = pull_slope(pair, POST_Z, tensors, kept.h_z, kept.stats[POST_Z], bars[1], grads, -scale, scale)
+    # (2); h̄_z with its sign turned, so that neither W nor a gradient has to change its own
+    hy_bar = pull_slope(pair, POST_Y, tensors, kept.h_y, kept.stats[POST_Y], bars[0], grads, scale, scale)
+    hz_bar_turned = pull_slope(pair, POST_Z, tensors, kept.h_z, kept.stats[POST_Z], bars[1], grads, -scale, scale)
     w = weight_of(pair, tensors)
-    p_low = None if p is None else p.to(w.dtype)
-    q_low = None if q_turned is None else q_turned.to(w.dtype)
+    hy_low = None if hy_bar is None else hy_bar.to(w.dtype)
+    hz_low = None if hz_bar_turned is None else hz_bar_turned.to(w.dtype)
     if grads.wants(WEIGHT):
-        _add_weight_gradient(pair, w, tensors, kept, p_low, q_low, grads)
-    # (3): the same pair again, with the sign of W turned
+        _add_weight_gradient(pair, w, tensors, kept, hy_low, hz_low, grads)
+    # (3): the forward's two convolutions again, with the sign of W turned
     y_bar = z_bar = None
     if need[0] or grads.wants_norm(norm_at(PRE_Y)):
-        image = None if q_low is None else _convolution(pair, q_low, w)
-        y_bar = pull_point(pair, PRE_Y, tensors, kept.y, kept.stats[PRE_Y], image, p, -pair.gamma, grads)
+        image = None if hz_low is None else _convolution(pair, hz_low, w)
+        y_bar = pull_point(pair, PRE_Y, tensors, kept.y, kept.stats[PRE_Y], image, hy_bar, -pair.gamma, grads)
     if need[1] or grads.wants_norm(norm_at(PRE_Z)):
-        image = None if p_low is None else _transposed(pair, p_low, w)
-        z_bar = pull_point(pair, PRE_Z, tensors, kept.z, kept.stats[PRE_Z], image, q_turned, pair.gamma, grads)
+        image = None if hy_low is None else _transposed(pair, hy_low, w)
+        z_bar = pull_point(pair, PRE_Z, tensors, kept.z, kept.stats[PRE_Z], image, hz_bar_turned, pair.gamma, grads)
     return y_bar, z_bar
 
 
@@ -111,17 +111,17 @@ def _add_weight_gradient(
     weight: Tensor,
     tensors: MaybeTensors,
     kept: Kept,
-    p: MaybeTensor,
-    q_turned: MaybeTensor,
+    hy_bar: MaybeTensor,
+    hz_bar_turned: MaybeTensor,
     grads: Gradients,
 ) -> None:
-    """(4), its halves one after the other: stacking them costs more than one call instead of two saves."""
-    if p is not None and kept.z is not None:
+    """(4) in two calls: stacking the halves for one call takes longer than it saves."""
+    if hy_bar is not None and kept.z is not None:
         z_hat = normalised_again(pair, PRE_Z, tensors, kept.z, kept.stats[PRE_Z])
-        grads.add(WEIGHT, _weight_gradient(pair, weight, lowered(pair.lower, z_hat), p))
-    if q_turned is not None and kept.y is not None:
+        grads.add(WEIGHT, _weight_gradient(pair, weight, lowered(pair.lower, z_hat), hy_bar))
+    if hz_bar_turned is not None and kept.y is not None:
         y_hat = normalised_again(pair, PRE_Y, tensors, kept.y, kept.stats[PRE_Y])
-        grads.add(WEIGHT, _weight_gradient(pair, weight, q_turned, lowered(pair.lower, y_hat)))
+        grads.add(WEIGHT, _weight_gradient(pair, weight, hz_bar_turned, lowered(pair.lower, y_hat)))
 
 
 def _weight_gradient(pair: Pair, weight: Tensor, x: Tensor, output_bar: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ def _activate(pair: Pair, image: Tensor, state: MaybeTensor) -> tuple[Tensor, Te
 
 
 def tells_its_derivative(activation: Activation) -> bool:
-    """Whether σ'(h) is σ'(σ(h)): a slope that depends on the sign of h alone, which σ keeps."""
+    """Whether σ′ may be taken at σ(h) instead of h: it depends on the sign alone, which σ keeps."""
     return activation.kind == "relu" or (activation.kind == "leaky_relu" and activation.p > 0)
 
 

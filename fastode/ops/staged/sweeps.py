@@ -83,7 +83,7 @@ def pull(
     """
     addends, coefs = few_addends(addends, coefs)
     for index in range(len(plan.units) - 1, -1, -1):
-        # What is behind is let go at once: a backward's peak memory is made here.
+        # Each record is freed as soon as it is used: a backward's memory peaks here.
         unit, record, at = plan.units[index], records.pop(), index * TENSORS_PER_UNIT
         first = index == 0
         norm_grads = grads is not None and grads.wants_norm(at)
@@ -112,7 +112,7 @@ def pull(
                 norm_grads,
                 *codes(unit),
             )
-            if norm_grads:
+            if grads is not None and norm_grads:
                 grads.add_norm(at, wbar, bbar, scale)
         elif first:
             cot = combine([cot, *addends], coefs)
@@ -155,11 +155,13 @@ def pull_dual(
     samples = records[0].h.shape[0]
     for index in range(len(plan.units) - 1, -1, -1):
         unit, record, at = plan.units[index], records.pop(), index * TENSORS_PER_UNIT
+        tangent = record.t
+        assert tangent is not None
         first = index == 0
         if unit.conv is not None:
             a = record.a
             if a is None and grads is not None and grads.wants(at + CONV_WEIGHT):
-                a, _ = _dual_pass(plan, tensors, index, record.h, record.t, record.stats)
+                a, _ = _dual_pass(plan, tensors, index, record.h, tangent, record.stats)
             elif a is None:  # only its shape is asked for
                 h = record.h
                 shape = (2 * samples, *h.shape[1:])
@@ -172,7 +174,7 @@ def pull_dual(
             weight, bias = norm_tensors(tensors, at, record.h.dtype)
             cot, wbar, bbar = torch.ops.fastode.norm_act_second(
                 record.h,
-                record.t.to(record.h.dtype),
+                tangent.to(record.h.dtype),
                 cot.to(record.h.dtype),
                 record.stats,
                 record.tstats,
@@ -184,7 +186,7 @@ def pull_dual(
                 not first,
                 *codes(unit),
             )
-            if norm_grads:
+            if grads is not None and norm_grads:
                 grads.add_norm(at, wbar, bbar, scale)
         elif first:
             cot = combine([cot[:samples], *addends], coefs)
@@ -238,10 +240,11 @@ def _convolve(plan: Plan, tensors: MaybeTensors, index: int, a: Tensor, with_bia
     conv, at = plan.units[index].conv, index * TENSORS_PER_UNIT
     if conv is None:
         return a
-    bias = tensors[at + CONV_BIAS] if with_bias else None
+    weight, bias = tensors[at + CONV_WEIGHT], tensors[at + CONV_BIAS] if with_bias else None
+    assert weight is not None
     out = torch.ops.aten.convolution.default(
         lowered(plan.lower, a),
-        lowered(plan.lower, tensors[at + CONV_WEIGHT]),
+        lowered(plan.lower, weight),
         None if bias is None else lowered(plan.lower, bias),
         (1, 1),
         conv.padding,
@@ -266,16 +269,18 @@ def _convolve_back(
 ) -> Tensor:
     """The cotangent of the convolution's input `a`; weight and bias gradients go to `grads`.
 
-    `bias_samples` says to how much of a stacked batch the bias was added.
+    `bias_samples`: the bias was added to the first so many samples of a stacked batch; None for all.
     """
     conv, at = plan.units[index].conv, index * TENSORS_PER_UNIT
+    weight = tensors[at + CONV_WEIGHT]
+    assert conv is not None and weight is not None
     need_weight = grads is not None and grads.wants(at + CONV_WEIGHT)
     lower = lowered(plan.lower, a)
     cot = cot.to(lower.dtype)
     a_bar, weight_bar, _ = torch.ops.aten.convolution_backward.default(
         cot,
         lower,
-        lowered(plan.lower, tensors[at + CONV_WEIGHT]),
+        lowered(plan.lower, weight),
         None,
         (1, 1),
         conv.padding,
@@ -285,7 +290,7 @@ def _convolve_back(
         conv.groups,
         (need_input, need_weight, False),
     )
-    if need_weight:
+    if grads is not None and need_weight:
         grads.add(at + CONV_WEIGHT, weight_bar, scale)
     if grads is not None and grads.wants(at + CONV_BIAS):
         grads.add(at + CONV_BIAS, cot[:bias_samples].sum((0, 2, 3)), scale)

@@ -1,1 +1,1 @@
-"""The staged engine's operators on a GPU, in Triton: see README.md. Importing this needs triton; nothing else does."""
+"""The operators on a GPU, and fused convolutions, in Triton: see README.md. Only what imports this needs Triton."""

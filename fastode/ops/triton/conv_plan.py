@@ -7,21 +7,29 @@ from functools import cache
 
 from .plan import power_of_two
 
-# The least sides of a tensor core's product, as Triton takes them.
-LEAST = 16
-# Pixels of a block, where a normalised set does not fit into one; output channels of a block.
+LEAST = 16  # the smallest side of a product that Triton gives to tensor cores
+
+# Of a block of a convolution's result, where a program does not have a whole sample.
 PIXELS, CHANNELS = 128, 64
-# Bytes of a step's columns, of its left tile, and of all tiles that a program has on the way.
-STEP_BYTES, TILE_BYTES, SHARED_BYTES = 128, 1 << 15, 96 << 10
-# Accumulators of a program that has a whole set, and of a thread; bytes of a left tile that a thread makes.
-SET_ACCUMULATORS, THREAD_ACCUMULATORS, THREAD_BYTES = 1 << 14, 32, 128
+STEP_BYTES = 128  # of one row of the left tile in a step of the loop: a full line of memory
+TILE_BYTES = 1 << 15  # of the left tile of a step, at most
+SHARED_BYTES = 96 << 10  # of all tiles that are loaded ahead, so that two programs share a multiprocessor
+
+SET_ACCUMULATORS = 1 << 14  # of a program that has a whole sample, at most
+THREAD_ACCUMULATORS = 32  # the rest of a thread's registers are for addresses, masks and what is stored
+THREAD_BYTES = 128  # of the left tile that a thread loads, normalises and activates
 MAX_WARPS = 16
-# Channels, of y and z together, of a skew pair whose programs make both halves, their pixels of y, and their warps.
+
+# A skew pair's program that makes both halves: channels of y and z together at most, pixels of y, warps at most.
 PAIR_CHANNELS, PAIR_PIXELS, PAIR_WARPS = 128, 64, 8
-# Registers of a multiprocessor, and the most that a thread is given; that of a skew pair may have all.
-REGISTERS, THREAD_REGISTERS, PAIR_REGISTERS = 1 << 16, 224, 255
-# Of a weight gradient: rows (taps and channels), pixels of a step, and programs in all.
+
+REGISTERS = 1 << 16  # of a multiprocessor
+THREAD_REGISTERS = 224  # that a thread may use
+PAIR_REGISTERS = 255  # that a thread of a skew pair may use: all that the hardware addresses
+
+# A weight gradient: rows of a tile (taps by channels), pixels of a step, and programs in all.
 WEIGHT_ROWS, WEIGHT_PIXELS, WEIGHT_PROGRAMS = 128, 64, 264
+# The sum over its chunks: entries of a tile, and columns of it.
 SUM_TILE, SUM_COLUMNS = 2048, 64
 
 
@@ -30,14 +38,14 @@ class Product:
     """Blocks of one convolution.
 
     Attributes:
-        spans: how many parts the pixels are in, none of which shares a block with another: samples, or one.
+        spans: parts of the pixels that share no block: the samples, or one part that is all of them.
         pixels: of a span.
         rows: pixels of a block, BM.
         columns: output channels of a block, BN.
         step: columns of the left matrix of a step, BK.
         padded: channels of a tap, CP.
         warps: of a program.
-        stages: steps whose tiles are on the way at a time.
+        stages: steps whose tiles are loaded at a time, ahead of their use.
         blocks: of a span.
         programs: in all.
     """
@@ -55,7 +63,7 @@ class Product:
 
     @property
     def alone(self) -> bool:
-        """Whether a program has every channel of a span."""
+        """Whether each span is one program's, with all its channels: then it can take their statistics itself."""
         return self.blocks == 1 and self.programs == self.spans
 
 
@@ -66,7 +74,7 @@ def _warps(accumulators: int, left_bytes: int, tensor_cores: bool = True) -> int
 
 
 def registers(warps: int, most: int = THREAD_REGISTERS) -> int:
-    """What a thread may use."""
+    """The registers that a thread may use where a program has so many warps."""
     return min(most, REGISTERS // (32 * warps))
 
 
@@ -89,8 +97,8 @@ def product(
         taps: of the kernel.
         itemsize: bytes of what is multiplied.
         by_sample: whether something in it belongs to single samples, as GroupNorm's statistics.
-        coupled: whether its result is normalised, so that a block that holds a set saves a launch.
-        tensor_cores: whether they multiply: without them a thread keeps what it multiplies in registers.
+        coupled: whether its result is normalised next: a block that holds a whole set saves the launch of its sums.
+        tensor_cores: whether they do the product; without them a thread keeps what it multiplies in registers.
     """
     spans, length = (samples, pixels) if by_sample else (1, samples * pixels)
     columns = max(LEAST, min(power_of_two(channels_out), CHANNELS))
@@ -123,7 +131,7 @@ class PairProduct:
         steps: columns of a step that reads y and of one that reads z, BKY and BKZ.
         padded: channels of a tap, CYP and CZP.
         warps: of a program.
-        stages: steps whose tiles are on the way at a time.
+        stages: steps whose tiles are loaded at a time, ahead of their use.
         blocks: of a span.
         programs: in all.
     """
@@ -188,7 +196,21 @@ def pair_product(
 
 @dataclass(frozen=True)
 class WeightProduct:
-    """Blocks of one weight gradient: `rows` of taps and channels by `columns`, `pixels` a step, `chunks` of pixels."""
+    """Blocks of one weight gradient: tiles of `rows` (taps by channels) and `columns`, summed over a chunk of pixels.
+
+    Attributes:
+        spans: as of a Product.
+        length: pixels of a span.
+        rows: of a tile, taps by input channels.
+        columns: of a tile, output channels.
+        pixels: of a step.
+        padded: channels of a tap.
+        warps: of a program.
+        stages: as of a Product.
+        chunks: of all pixels.
+        chunk_blocks: steps of a chunk.
+        programs: in all.
+    """
 
     spans: int
     length: int

@@ -15,7 +15,7 @@ from . import launch as launching
 from .launch import GROUP, MaybeTensor, Pair, Shape, Unit, coefficients, vector
 from .weights import sum_chunks_kernel, weight_gradient_kernel
 
-# Of a map whose statistics a convolution takes, what a warp has at a time.
+# Entries that a warp reads at a time where a convolution takes its input's statistics first.
 ENTRIES = 256
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -28,7 +28,7 @@ class Operand:
         x: the map in memory, channels_last.
         kind: PLAIN: x; VALUE: act(norm(x)); PULLED: the cotangent of h for that of norm(h), which is x.
         unit: the norm and the activation, and their map h.
-        stats: of h; `convolution` takes those that are missing.
+        stats: of h; where they are None, `convolution` computes them.
         sets: of PULLED: the means over each normalised set, from `pull`.
         weight: of the norm.
         bias: of the norm.
@@ -157,13 +157,13 @@ def convolution(
         left, weight, dilation, transposed, blocks, lower, (bias, raw, out, tuple(terms) or None, values), Operand(out),
         partial, stats, norm_constants(unit) | {"PULL": False, "SUMS": sums, "LEARNED": learned, "OWN": own},
     )  # fmt: skip
-    if partial is not None:
+    if partial is not None and stats is not None:
         launching.finish_moments(unit, _chunks(blocks, unit), partial, stats)
     return Made(out, raw, stats, left.stats)
 
 
 def _with_statistics(left: Operand, blocks: conv_plan.Product) -> tuple[Operand, bool]:
-    """The operand with statistics, and whether the convolution takes them itself, a program having a sample."""
+    """The operand with statistics, and whether the convolution computes them, a whole sample to a program."""
     if left.kind != gather.VALUE.value or left.stats is not None or left.unit is None or not left.unit.map.coupled:
         return left, False
     unit = left.unit
@@ -174,7 +174,13 @@ def _with_statistics(left: Operand, blocks: conv_plan.Product) -> tuple[Operand,
 
 @dataclass(frozen=True)
 class Pulled:
-    """What `pull` made: the cotangent of h as an operand or, if `waits`, that of norm(h); and the parameters'."""
+    """What `pull` made.
+
+    Attributes:
+        operand: the cotangent of h or, if it waits for sums of other programs, that of norm(h).
+        waits: whether it does.
+        bars: the gradients of the norm's weight and bias, where they are wanted.
+    """
 
     operand: Operand
     waits: bool
@@ -239,7 +245,7 @@ def _blocks(
 
 
 def _registers(left: Operand, blocks: conv_plan.Product, pull: bool, tensor_cores: bool) -> Shape:
-    """Where ptxas, left to itself, spills a few bytes to fit one more program on a multiprocessor: what it may use."""
+    """A limit of registers, where ptxas without one spills a few bytes to fit one more program on a multiprocessor."""
     if tensor_cores and (blocks.warps > 8 or (pull and (blocks.warps < 8 or left.kind == gather.PLAIN.value))):
         return {}
     return {"maxnreg": conv_plan.registers(blocks.warps)}

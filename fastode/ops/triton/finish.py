@@ -106,8 +106,8 @@ def finish_sums_kernel(
 ):  # fmt: skip
     """The means over each set, `sets` [K, S, G], and the samples' shares of the parameters' gradients, [S, C] each.
 
-    TANGENT: of cotangent (K = 2) and second order (K = 5) not; then the sums are those of t and t (h - mean), and the
-    means those of t and x̂ t.
+    The sums are those of a cotangent (K = 2), of second order (K = 5) or, if TANGENT, of t and t (h - mean), whose
+    means are those of t and x̂ t.
     """
     s, group, channel, mask = groups_of(C, G, GB, CPGB)
     chunks = chunk_count(L, chunk_rows, spans)

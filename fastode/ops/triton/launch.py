@@ -21,12 +21,12 @@ Pair = tuple[Tensor, Tensor]
 Shape = dict[str, Any]
 
 
-# Of a card that is not there: what kernels are compiled for without one, as in sm_90.
+# The architecture that kernels are compiled for on a machine without a card: 90 as in sm_90.
 ASSUMED = 90
 
 
 def architecture(x: Tensor) -> int:
-    """Of the card that x is on, as in sm_90."""
+    """The architecture of x's card: 90 as in sm_90."""
     if x.device.type != "cuda":
         return ASSUMED
     major, minor = torch.cuda.get_device_capability(x.device)
@@ -136,7 +136,7 @@ def set_shape(unit: Unit, kind: str) -> tuple[int, Shape]:
     """Programs and constants for one program per normalised set."""
     blocks = plan.set_blocks(unit.map, kind, unit.x.element_size())
     programs, shape = _shape(unit, blocks)
-    if kind == "tangent" and unit.map.plane:  # left to itself ptxas spills, to fit a second program
+    if kind == "tangent" and unit.map.plane:  # without this limit ptxas spills registers to fit a second program
         shape["maxnreg"] = conv_plan.registers(blocks.warps)
     return programs, shape
 

@@ -1,7 +1,7 @@
 """The skew pair's kernel: W ẑ and Wᵀ ŷ in one launch, with what is read and made of them. Derivation: README.md.
 
-A program has BM pixels of y, and of z the STRIDE² pixels that lie under each of them, one remainder (parity) of their
-coordinates after the other. A tap of the kernel then belongs to one parity, and is read once for both halves.
+A program has BM pixels of y and the STRIDE² pixels of z under each. It takes these by parity, the remainder of their
+coordinates by STRIDE: a tap of the kernel belongs to one parity, so that it is read once for both halves.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .tiles import SIZES, load, per_channel, store, store_sums
 
 @triton.jit
 def first_tap(parity, PAD: tl.constexpr, STRIDE: tl.constexpr):
-    """Along one side, for pixels of z of a parity: where in y their first tap reads, and its row in the kernel."""
+    """For the pixels of z of one parity, along one side: where in y the first tap reads, and its row in the kernel."""
     row = (parity + PAD) % STRIDE
     return (parity + PAD - row) // STRIDE, row
 

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-# Entries that a program has at a time, by what it keeps of each in registers.
+# Entries of a program's tile: the fewer, the more numbers it keeps of each in registers.
 TILE = {"moments": 2048, "sums": 2048, "second_sums": 1024, "apply": 2048}
 # A map without a norm is an array of rows of this width.
 FLAT = 2048
 ENTRIES_PER_THREAD = {"moments": 8, "sums": 8, "second_sums": 8, "apply": 8}
-# For one program per normalised set: bytes of each map that a program, and a thread, has at a time.
+# Where a program takes a whole set: bytes of each map that it, and each of its threads, holds at a time.
 SET_BYTES = {"value": 16384, "cotangent": 16384, "tangent": 16384, "second": 8192}
 SET_THREAD_BYTES = {"value": 32, "cotangent": 32, "tangent": 32, "second": 16}
 MAX_WARPS = 16
@@ -24,7 +24,7 @@ MAX_COLUMNS = 128
 PLANE_COLUMNS = 8
 # Enough programs to fill a card of 132 to 160 multiprocessors three times.
 PROGRAMS = 480
-# A normalised set is one program's where the sets fill half a card, or where a set is soon done.
+# One program takes a whole set where that is small, or where MIN_SETS fill half a card and each fits its L2 share.
 MIN_SETS, SMALL_SET, LARGE_SET = 64, 1 << 14, 1 << 18
 # Groups of fewer bytes would fetch 32-byte sectors that are mostly another group's.
 MIN_GROUP_BYTES = 16
@@ -55,9 +55,16 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Columns and rows of a tile, the rows of a chunk, warps, the number of programs, and of a sample's chunks.
+    """How one launch cuts a map.
 
-    spans: into how many equal parts a sample's pixels are divided before each is cut into chunks.
+    Attributes:
+        columns: channels of a tile.
+        rows: pixels of a tile.
+        chunk_rows: pixels of a chunk, which is one program's.
+        warps: of a program.
+        programs: in all.
+        chunks: of a sample.
+        spans: equal parts of a sample's pixels, each of which is cut into chunks by itself.
     """
 
     columns: int
@@ -76,7 +83,7 @@ def power_of_two(n: int) -> int:
 
 def _warps(entries: int, per_thread: int) -> int:
     wanted = power_of_two(entries // (32 * per_thread))
-    return max(1, min(MAX_WARPS, max(wanted, min(4, entries // 64))))  # a small set is sooner done by four warps
+    return max(1, min(MAX_WARPS, max(wanted, min(4, entries // 64))))  # four warps finish a small set sooner than fewer
 
 
 @cache

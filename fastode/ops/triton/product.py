@@ -10,7 +10,7 @@ from .gather import convolve, norm_rows, pixels_of
 from .tiles import SIZES, combination, load, per_channel, reciprocal_deviation, store, store_parameters, store_sums
 from .value import moments
 
-# What a program makes of its block's sums: nothing, a row for finish.py, or, being alone with a set, its numbers.
+# A program's sums over its block: none, a row for finish.py to add up, or, of a whole set, the final numbers.
 NO_SUMS, BLOCK_SUMS, SET_SUMS = (tl.constexpr(code) for code in range(3))
 GEOMETRY = (*SIZES, "IH", "IW", "OH", "OW")
 
@@ -54,7 +54,7 @@ def store_moments(
     value, mask, rows, partial, made, s, S, block, blocks, cols, col_mask, SUMS: tl.constexpr, C: tl.constexpr,
     G: tl.constexpr,
 ):  # fmt: skip
-    """The block's moments to `partial` [S, blocks, 2, C], or those of its sets, which it has alone, to `made`."""
+    """The block's moments to `partial` [S, blocks, 2, C] or, where it holds whole sets, their statistics to `made`."""
     mean, squares = block_moments(value, mask, rows)
     if SUMS == BLOCK_SUMS:
         store_sums(partial, s, block, blocks, 0, 2, mean, cols, col_mask, C)
@@ -133,7 +133,7 @@ def convolution_kernel(
 ):  # fmt: skip
     """A block of BM pixels and BN channels of one convolution of stride 1; programs are [S, blocks, CO / BN].
 
-    OWN: a program has a sample, and takes the statistics of the input itself, PB pixels at a time.
+    OWN: a program has a whole sample and first computes the statistics of the input itself, PB pixels at a time.
     """
     COLUMN_BLOCKS: tl.constexpr = (CO + BN - 1) // BN
     pid = tl.program_id(0)

@@ -1,7 +1,6 @@
 """The pull-back of value and tangent together: second order. Formulas: README.md.
 
-Of a place: value n with tangent ṅ; α, β the cotangents of a and ȧ; n̄ and n̄' those of n and ṅ. d = h - mean and
-τ = t - mean(t).
+At each place: n the value with its tangent ṅ; n̄ and ñ the cotangents of n and ṅ; d = h - mean and τ = t - mean(t).
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ def cotangents(
     h, t, cot, total, at, mask, mean, scale, shift, mean_t, slope, p, q, NORMED: tl.constexpr, COUPLED: tl.constexpr,
     ACT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """d, τ, n̄ and n̄' at the places `at`; entries that do not exist have n̄ = n̄' = 0."""
+    """d, τ, n̄ and ñ at the places `at`; entries that do not exist have n̄ = ñ = 0."""
     n = load(h + at, mask, ACC)
     centred = load(t + at, mask, ACC)
     d = n
@@ -58,7 +57,7 @@ def sums(
     C: tl.constexpr, CB: tl.constexpr, PB: tl.constexpr, PLANE: tl.constexpr, COUPLED: tl.constexpr, ACT: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """Per column, over the rows from `start` to `stop`: the sums of n̄, n̄ d, n̄', n̄' d and n̄' τ."""
+    """Per column, over the rows from `start` to `stop`: the sums of n̄, n̄ d, ñ, ñ d and ñ τ."""
     p, q = tl.full([], p, ACC), tl.full([], q, ACC)
     slope = -scale * rstd * mean_xt
     of_value = tl.zeros([PB, CB], ACC)
@@ -90,7 +89,7 @@ def apply(
 ):  # fmt: skip
     """h̄, and `total` entries behind it t̄ if BOTH, else coefs[0] h̄ + sum_i coefs[i + 1] addends[i].
 
-    v, dv, c, dc, tc: means over the set of scale n̄, scale n̄ d, scale n̄', scale n̄' d and scale n̄' τ.
+    v, dv, c, dc, tc: means over the set of scale n̄, scale n̄ d, scale ñ, scale ñ d and scale ñ τ.
     """
     p, q = tl.full([], p, ACC), tl.full([], q, ACC)
     slope = -scale * rstd * mean_xt
@@ -122,7 +121,7 @@ def apply(
 
 @triton.jit
 def weight_gradient(of_value_d, of_tangent_d, of_tangent_tau, rstd, mean_xt):
-    """Of the norm's weight, from one set's sums."""
+    """The gradient of the norm's weight, from one set's sums."""
     return rstd * (of_value_d + of_tangent_tau - mean_xt * rstd * of_tangent_d)
 
 

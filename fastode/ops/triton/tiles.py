@@ -1,6 +1,6 @@
 """What every kernel shares: which part of the map a program has, and the per-channel rows of a norm.
 
-A map is [S, L, C]: S normalised batches of L pixels. GroupNorm: S = N, L = H W. BatchNorm in training is the same with
+A map is [S, L, C]: S samples of L pixels. GroupNorm: S = N, L = H W. BatchNorm in training is the same with
 S = 1, L = N H W and one channel in a group; fixed statistics likewise. Without a norm the map is a flat array, C is
 only a width, and `total` cuts off the last row.
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# No kernel is compiled again because one of these happens to be 1 or a multiple of 16.
+# Triton would otherwise compile a kernel again where one of these is 1 or a multiple of 16.
 SIZES = ("S", "L", "chunk_rows", "spans", "count")
 
 
@@ -36,7 +36,7 @@ def combination(terms, coefs, at, mask, FIRST: tl.constexpr, LEARNED: tl.constex
 
 @triton.jit
 def load(pointers, mask, ACC: tl.constexpr):
-    """In the accumulator's type at once: no arithmetic is done in bfloat16."""
+    """Entries in the accumulator's type: no arithmetic is done in bfloat16."""
     return tl.load(pointers, mask=mask, other=0.0).to(ACC)
 
 

@@ -21,7 +21,7 @@ from ...sweeps import ForwardSweeps, Sweeps
 
 @dataclass(frozen=True)
 class Descent:
-    """The inner gradient descent: K steps of size γ on ‖y − x − (1 − θ) s − θ f(y)‖²."""
+    """The inner gradient descent: K steps of size η on ‖y − x − (1 − θ) f(x) − θ f(y)‖²."""
 
     steps: int
     step_size: float
@@ -77,10 +77,10 @@ def forward(
     sweeps: ForwardSweeps, plan: Plan, descent: Descent, x: Tensor, tensors: MaybeTensors
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """`Forward`, a sweep at a time."""
-    _, s, records = sweeps.value(plan, tensors, [x])
+    _, fx, records = sweeps.value(plan, tensors, [x])
     statistics = statistics_of(records)
     points: list[Tensor] = []
-    terms: list[Tensor] = [x, s]
+    terms: list[Tensor] = [x, fx]
     coefs: MaybeTensor = coefficients(1.0, 1.0)
     for _ in range(descent.steps):
         y, fy, records = sweeps.value(plan, tensors, terms, coefs)
@@ -94,16 +94,16 @@ def forward(
 
 
 def update(descent: Descent) -> Tensor:
-    """(2), made by the last pass of the pull-back: in y − γ g, g = 2 (e − θ Jᵀe), the coefficients of Jᵀe, y and e."""
+    """The coefficients of Jᵀe, y and e in (2), y − η g with g = 2 (e − θ Jᵀe), added up by the pull-back."""
     return coefficients(2 * descent.step_size * descent.theta, 1.0, -2 * descent.step_size)
 
 
 def residual_terms(
     descent: Descent, scale: float, x: Tensor, points: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[float]]:
-    """scale times e = y − x − (1 − θ) s − θ f(y), (1), at the last of `points`; s is y_0 − x.
+    """The terms and coefficients of (1), scale times e = y − x − (1 − θ) f(x) − θ f(y), at the last of `points`.
 
-    f(y) comes last: it has a coefficient but is not among the terms.
+    f(x) is y_0 − x. f(y) has the last coefficient but is not among the terms: the caller makes it.
     """
     theta = descent.theta
     if len(points) == 1:
@@ -132,18 +132,18 @@ def backward(
 ) -> MaybeTensor:
     """The cotangent of x, where it is needed; the parameters' gradients go to `grads`."""
     units, samples = len(plan.units), x.shape[0]
-    gamma, theta = descent.step_size, descent.theta
+    eta, theta = descent.step_size, descent.theta
     addends, skip = [y_bar], coefficients(1.0, 1.0)
-    s_bar = y_bar
-    residual_bar: MaybeTensor = None  # the sum over the steps of ē; None stays where the descent is a constant
+    fx_bar = y_bar
+    residual_bar: MaybeTensor = None  # the sum over the steps of ē; stays None where the descent is detached
     for step in range(len(points) - 1, -1, -1):
         met = statistics[(step + 1) * units : (step + 2) * units]
         stacked, records = sweeps.dual(plan, tensors, points[step], y_bar, met)
         fy, pushed = stacked[:samples], stacked[samples:]
-        # (4), with u = −γ J ȳ⁺; and (5) divided by −θ: ⟨ē, f(y)⟩ − 2γ ⟨e, J(y) ȳ⁺⟩
-        terms, values = residual_terms(descent, -2 * gamma, x, points)
+        # ē of (4), stacked with −2η e: the cotangents of value and tangent in (5) divided by −θ
+        terms, values = residual_terms(descent, -2 * eta, x, points)
         terms.append(fy)
-        cot = combine_pair([y_bar, pushed], terms, coefficients(-2 * gamma, 2 * gamma * theta, *values))
+        cot = combine_pair([y_bar, pushed], terms, coefficients(-2 * eta, 2 * eta * theta, *values))
         e_bar = cot[:samples]
         del stacked, fy, pushed, terms
         points.pop()
@@ -151,8 +151,8 @@ def backward(
         y_bar = sweeps.pull_dual(plan, tensors, records, cot, addends, skip, grads, scale=-theta)
         del cot
         residual_bar = e_bar if residual_bar is None else combine([residual_bar, e_bar], coefficients(1.0, 1.0))
-    if residual_bar is not None:  # (6): x̄ and s̄ get ȳ₀, and lose ē and (1 − θ) ē
-        s_bar = y_bar if theta == 1 else combine([y_bar, residual_bar], coefficients(1.0, theta - 1))
+    if residual_bar is not None:  # (6): f̄ = ȳ₀ − (1 − θ) Σ ē; the last pass adds x̄'s ȳ₀ − Σ ē
+        fx_bar = y_bar if theta == 1 else combine([y_bar, residual_bar], coefficients(1.0, theta - 1))
         addends, skip = [y_bar, residual_bar], coefficients(1.0, 1.0, -1.0)
     records, _ = sweeps.revisit(plan, tensors, x, statistics[:units])
-    return sweeps.pull(plan, tensors, records, s_bar, addends, skip, grads, need_point=need_x)
+    return sweeps.pull(plan, tensors, records, fx_bar, addends, skip, grads, need_point=need_x)

@@ -21,7 +21,7 @@ from ...sweeps import ForwardSweeps, Sweeps
 
 @dataclass(frozen=True)
 class Scheme:
-    """Where a tableau is not zero, by stage: alpha[i - 1] lists the k of u_k, beta[i - 1] those of F(u_k)."""
+    """Where a tableau is not zero, by stage: alpha[i - 1] lists the k of u_k, beta[i - 1] those of f(u_k)."""
 
     alpha: tuple[tuple[int, ...], ...]
     beta: tuple[tuple[int, ...], ...]
@@ -31,7 +31,7 @@ class Scheme:
         return len(self.alpha)
 
     def uses(self, k: int) -> bool:
-        """Whether F(u_k) is evaluated."""
+        """Whether f(u_k) is evaluated."""
         return any(k in row for row in self.beta)
 
 
@@ -105,7 +105,7 @@ def forward(
         coefs = torch.cat(
             [*(table[0, k, j : j + 1] for j in scheme.alpha[k]), *(table[1, k, j : j + 1] for j in scheme.beta[k])]
         )
-        # An image that no later stage names is let go: only its combination is still needed.
+        # Free an image f(u_k) as soon as no later stage needs it.
         images = [image if any(j in row for row in scheme.beta[k + 1 :]) else None for j, image in enumerate(images)]
     assert coefs is not None
     return combine(terms, coefs), points, statistics
@@ -113,7 +113,17 @@ def forward(
 
 def _named(scheme: Scheme, k: int, points: list[Tensor], images: list[Tensor | None]) -> list[Tensor]:
     """The tensors that row k + 1 of the tableau combines."""
-    return [*(points[j] for j in scheme.alpha[k]), *(images[j] for j in scheme.beta[k])]
+    return [*[points[j] for j in scheme.alpha[k]], *present(images, scheme.beta[k])]
+
+
+def present(tensors: MaybeTensors, places: Sequence[int]) -> list[Tensor]:
+    """The tensors at these places, each of which has one."""
+    found = []
+    for place in places:
+        tensor = tensors[place]
+        assert tensor is not None
+        found.append(tensor)
+    return found
 
 
 def backward(
@@ -136,7 +146,7 @@ def backward(
     images: list[Tensor | None] = [None] * stages
     table_bar = torch.zeros_like(table) if need_table else None
     revisited: dict[int, list[Record]] = {}
-    for k in used if need_table else ():  # every F(u_k) stands in the coefficients' gradients
+    for k in used if need_table else ():  # every f(u_k) stands in the coefficients' gradients
         met = statistics[used.index(k) * units :][:units]
         revisited[k], images[k] = sweeps.revisit(plan, tensors, points[k], met, image=True)
     for k in range(stages - 1, -1, -1):
@@ -144,7 +154,7 @@ def backward(
             _coefficient_gradients(scheme, _named(scheme, k, points, images), bars[k + 1], k, table_bar)
         skips = [i for i in range(k, stages) if k in scheme.alpha[i] and bars[i + 1] is not None]
         through = [i for i in range(k, stages) if k in scheme.beta[i] and bars[i + 1] is not None]
-        addends = [bars[i + 1] for i in skips]
+        addends = present(bars, [i + 1 for i in skips])
         along = [table[0, i, k : k + 1] for i in skips]
         if not through:
             bars[k] = combine(addends, torch.cat(along)) if addends else None
@@ -152,8 +162,8 @@ def backward(
         records = revisited.pop(k, None)
         if records is None:
             records, _ = sweeps.revisit(plan, tensors, points[k], statistics[used.index(k) * units :][:units])
-        # (3): the cotangent of F(u_k)
-        cot = combine([bars[i + 1] for i in through], torch.cat([table[1, i, k : k + 1] for i in through]))
+        # (3): the cotangent of f(u_k)
+        cot = combine(present(bars, [i + 1 for i in through]), torch.cat([table[1, i, k : k + 1] for i in through]))
         needed = need_x or need_table or k > 0
         skip = torch.cat([table.new_ones(1), *along])
         bars[k] = sweeps.pull(plan, tensors, records, cot, addends, skip, grads, need_point=needed)

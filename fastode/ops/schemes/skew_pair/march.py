@@ -196,7 +196,7 @@ def _march_back(
         for i in range(stages - 1, -1, -1):
             kept = evaluations.pop()
             slope_bars, scale = _slope_bars(march, i, bars, points, kept)
-            # The very first evaluation may stand at the input itself, of which no gradient may be asked for.
+            # The first point may be the input itself, and its gradient may not be wanted.
             need = (wanted[0], wanted[1]) if step == 0 and i == 0 else (True, True)
             points[i] = sweeps.pull_back(pair, tensors, kept, slope_bars, grads, need, scale)
         for half in (0, 1):
@@ -222,7 +222,7 @@ def _slope_bars(
         above = [bars[half], *(point[half] for point in points[stage + 1 :])]
         sums.append([(march.step * w, bar) for w, bar in zip(weights, above, strict=True) if w and bar is not None])
     scales = {pairs[0][0] for pairs in sums if len(pairs) == 1}
-    # With one term on each side their factor goes into the pull-back, which is linear, and saves a pass.
+    # A sum of one term needs no pass: a factor that both halves share goes into the pull-back, which is linear.
     common = scales.pop() if len(scales) == 1 and all(len(pairs) <= 1 for pairs in sums) else 1.0
     found: list[MaybeTensor] = []
     for pairs, h in zip(sums, (kept.h_y, kept.h_z), strict=True):

@@ -42,9 +42,9 @@ class Kept(NamedTuple):
     """What an evaluation leaves for its pull-back.
 
     Attributes:
-        y: where it was made, as far as it was read.
+        y: of the point; None where no wanted slope reads it.
         z: likewise.
-        h_y: what σ was applied to for ẏ, or σ of it where that says enough.
+        h_y: σ's argument for ẏ, or σ of it where that tells σ′.
         h_z: likewise for ż.
         stats: the statistics of each norm.
     """
