@@ -1,5 +1,5 @@
-// The numbers that C++ and Python must agree on. Python reads them from this very text (fastode/_constants.py), so each
-// is written as `name = integer`.
+// The numbers that C++ and Python must agree on. Python reads them from this very text (fastode/native/constants.py),
+// so each is written as `name = integer`.
 #pragma once
 
 #include <cstdint>

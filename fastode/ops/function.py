@@ -51,7 +51,7 @@ def call(function: type[torch.autograd.Function], constants: Sequence[Any], tens
             if tensor is not None and tensor.requires_grad:
                 # What Function.apply ends in, but for its look at every constant.
                 plain = [t if t is None else unwrap_if_dead(t) for t in tensors]
-                return super(torch.autograd.Function, function).apply(*constants, *plain)
+                return super(torch.autograd.Function, function).apply(*constants, *plain)  # type: ignore[misc]
     return function.forward(_NO_GRAPH, *constants, *tensors)
 
 
@@ -142,7 +142,7 @@ def _each(
     batched = [bar is not None and is_legacy_batchedtensor(bar) for bar in cotangents]
     # The size is only used for tensors that are not batched.
     plain = [
-        torch._remove_batch_dim(bar, level, 1, 0) if many else bar
+        torch._remove_batch_dim(bar, level, 1, 0) if many and bar is not None else bar
         for bar, many in zip(cotangents, batched, strict=True)
     ]
     count = next(bar.shape[0] for bar, many in zip(plain, batched, strict=True) if many and bar is not None)
