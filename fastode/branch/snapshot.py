@@ -73,7 +73,7 @@ class Snapshot:
 
 
 def _looked_at(module: nn.Module) -> Iterator[nn.Module]:
-    """The module and, below sequences and whatever else has children of its own, theirs."""
+    """The module and all modules below it that a reading may look at."""
     yield module
     if is_sequential(type(module)) or module.__dict__["_modules"]:
         for child in module.__dict__["_modules"].values():

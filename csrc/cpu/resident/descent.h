@@ -1,4 +1,4 @@
-// IE-Skip, forwards and backwards. Derivation: README.md of fastode/ops/implicit_euler.
+// IE-Skip, forwards and backwards. Derivation: README.md of fastode/ops/schemes/implicit_euler.
 #pragma once
 
 #include "programs.h"

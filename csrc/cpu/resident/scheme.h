@@ -1,4 +1,4 @@
-// Explicit schemes in Shu-Osher form, forwards and backwards. Derivation: README.md of fastode/ops/runge_kutta.
+// Explicit schemes in Shu-Osher form, forwards and backwards. Derivation: README.md of fastode/ops/schemes/runge_kutta.
 #pragma once
 
 #include "programs.h"

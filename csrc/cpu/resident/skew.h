@@ -1,5 +1,5 @@
 // The skew pair on one resident sample: an evaluation and its pull-back. Derivation and equation numbers: README.md of
-// fastode/ops/skew_pair.
+// fastode/ops/schemes/skew_pair.
 #pragma once
 
 #include "branch.h"

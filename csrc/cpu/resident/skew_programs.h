@@ -1,5 +1,5 @@
 // Whole solutions of the skew pair on one resident sample, and the pair alone, forwards and backwards. Equations:
-// README.md of fastode/ops/skew_pair.
+// README.md of fastode/ops/schemes/skew_pair.
 #pragma once
 
 #include "skew.h"

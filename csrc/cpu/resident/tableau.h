@@ -1,4 +1,5 @@
-// A scheme as data, rewritten so that it holds the fewest maps. Derivation: README.md of fastode/ops/runge_kutta.
+// A scheme as data, rewritten so that it holds the fewest maps. Derivation: README.md of
+// fastode/ops/schemes/runge_kutta.
 #pragma once
 
 #include <algorithm>

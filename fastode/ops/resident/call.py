@@ -61,7 +61,7 @@ def decode_statistics(plan: Plan, tensors: MaybeTensors, flat: Tensor, channels:
 
 
 def beside(tensors: MaybeTensors, bars: Sequence[Tensor]) -> list[MaybeTensor]:
-    """The operator's gradients, one for each present tensor or none at all, beside all tensors."""
+    """The operator's gradients, spread over all tensors: None where one is absent, or for all if there are none."""
     if not bars:
         return [None] * len(tensors)
     found = iter(bars)

@@ -21,27 +21,25 @@ from .call import beside, decode_statistics, encode
 
 
 def keeps(ctx: Any) -> bool:
-    """Whether forward leaves its evaluations to backward: there will be one, and no tracer asks for their shapes."""
+    """Whether forward keeps what it evaluated: a backward will come, and no tracer needs fixed shapes."""
     return any(ctx.needs_input_grad) and not torch.compiler.is_compiling()
 
 
 def keeps_beside(ctx: Any) -> bool:
-    """The same for what is not among the saved tensors: where hooks save those, as torch.utils.checkpoint does to hold
-    less, it would stay here.
-    """
+    """`keeps`, for maps that are no saved tensors: not where hooks save tensors, or checkpoints could not free them."""
     return keeps(ctx) and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
 
 def keeps_all(ctx: Any, rerun: Rerun | None, tensors: Sequence[MaybeTensor]) -> bool:
-    """Whether forward keeps every unit's input: for a backward that asks for no gradient of these, the last arguments.
+    """Whether forward keeps every unit's input: where only the input's gradient is asked for, recomputing would dominate.
 
-    What an attack asks for is known once its first backward has run.
+    With trainable parameters that is known after the block's first backward.
     """
     return not any(ctx.needs_input_grad[-len(tensors) :]) or (rerun is not None and rerun.habit.input_only)
 
 
 def take_kept(ctx: Any) -> list[Tensor]:
-    """What forward has left, for good: backward writes over it, and a second backward computes it again."""
+    """Hand over what forward kept, once: backward overwrites it, and a second backward computes everything again."""
     kept: list[Tensor] = ctx.kept
     ctx.kept = []
     return kept

@@ -60,7 +60,7 @@ def _only(bars: Sequence[MaybeTensor], wanted: Sequence[bool]) -> list[MaybeTens
 
 
 def _slopes_of(ctx: Any) -> list[Tensor]:
-    """What forward has left beside the saved tensors; it goes when these go."""
+    """The slopes kept beside the saved tensors, dropped when the graph drops those."""
     slopes: list[Tensor] = ctx.slopes
     if not torch._C._autograd._get_current_graph_task_keep_graph():
         ctx.slopes = []
