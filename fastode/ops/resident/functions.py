@@ -31,7 +31,7 @@ def keeps_beside(ctx: Any) -> bool:
 
 
 def keeps_all(ctx: Any, rerun: Rerun | None, tensors: Sequence[MaybeTensor]) -> bool:
-    """Whether forward keeps every unit's input: where only the input's gradient is asked for, recomputing would dominate.
+    """Whether forward keeps every unit's input: for the input's gradient alone recomputing would dominate.
 
     With trainable parameters that is known after the block's first backward.
     """
