@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +26,6 @@ class Habit:
         self.input_only = False
 
 
-@dataclass(frozen=True)
 class Rerun:
     """A reference block as a function of its input and of a flat list of tensors.
 
@@ -37,9 +35,11 @@ class Rerun:
         habit: of the block.
     """
 
-    make: Callable[[], nn.Module]
-    inputs: int = 1
-    habit: Habit = field(default_factory=Habit)
+    __slots__ = ("habit", "inputs", "make")
+
+    def __init__(self, make: Callable[[], nn.Module], inputs: int = 1, habit: Habit | None = None) -> None:
+        self.make, self.inputs = make, inputs
+        self.habit = Habit() if habit is None else habit
 
     def needed(self, cotangents: Sequence[MaybeTensor]) -> bool:
         """Whether this backward is itself differentiated, or runs under torch.func.vmap, which batches cotangents."""

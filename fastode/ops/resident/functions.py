@@ -22,7 +22,7 @@ from .call import beside, decode_statistics, encode
 
 def keeps(ctx: Any) -> bool:
     """Whether forward keeps what it evaluated: a backward will come, and no tracer needs fixed shapes."""
-    return any(ctx.needs_input_grad) and not torch.compiler.is_compiling()
+    return True in ctx.needs_input_grad and not torch.compiler.is_compiling()
 
 
 def keeps_beside(ctx: Any) -> bool:
@@ -35,7 +35,9 @@ def keeps_all(ctx: Any, rerun: Rerun | None, tensors: Sequence[MaybeTensor]) -> 
 
     With trainable parameters that is known after the block's first backward.
     """
-    return not any(ctx.needs_input_grad[-len(tensors) :]) or (rerun is not None and rerun.habit.input_only)
+    if rerun is not None and rerun.habit.input_only:
+        return True
+    return True not in ctx.needs_input_grad[-len(tensors) :]
 
 
 def take_kept(ctx: Any) -> list[Tensor]:
@@ -59,7 +61,8 @@ class ResidentIESkipFunction(torch.autograd.Function):
         ctx.save_for_backward(x, *tensors)
         ctx.plan, ctx.descent, ctx.rerun, ctx.kept, ctx.kept_all = plan, descent, rerun, kept, everything
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*statistics)
+        if statistics:
+            ctx.mark_non_differentiable(*statistics)
         return (like_reference(y, x), *statistics)
 
     @staticmethod
@@ -95,7 +98,8 @@ class ResidentShuOsherFunction(torch.autograd.Function):
         ctx.save_for_backward(x, table, *tensors)
         ctx.plan, ctx.rerun, ctx.kept, ctx.kept_all = plan, rerun, kept, everything
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*statistics)
+        if statistics:
+            ctx.mark_non_differentiable(*statistics)
         return (like_reference(y, x), *statistics)
 
     @staticmethod
