@@ -6,9 +6,10 @@ is built, and torch.compile sees plain integers.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
-from .toolchain import constants, source_root
+from .toolchain import constants, enumeration, source_root
 
 _ROOT = source_root(Path(__file__).resolve().parents[1])
 if _ROOT is None:
@@ -20,12 +21,9 @@ _FOUND = constants(_ROOT)
 # The operators' codes.
 NORM_CODE = {"group": _FOUND["kGroupNorm"], "batch": _FOUND["kBatchNorm"], "fixed": _FOUND["kFixedNorm"]}
 ACTIVATION_CODE = {
-    "relu": _FOUND["kRelu"],
-    "leaky_relu": _FOUND["kLeakyRelu"],
-    "tanh": _FOUND["kTanh"],
-    "softplus": _FOUND["kSoftplus"],
-    "elu": _FOUND["kElu"],
-    "silu": _FOUND["kSilu"],
+    re.sub(r"(?<!^)([A-Z])", r"_\1", name.removeprefix("k")).lower(): code
+    for name, code in enumeration(_ROOT, "Activation").items()
+    if name not in {"kIdentity", "kActivationCount"}
 }
 
 MOST_TERMS = _FOUND["kMostTerms"]

@@ -123,6 +123,14 @@ def constants(root: Path) -> dict[str, int]:
     return {name: int(value) for name, value in _CONSTANT.findall(text)}
 
 
+def enumeration(root: Path, name: str) -> dict[str, int]:
+    """The members of an enumeration that ``constants.h`` under ``root`` states, in order."""
+    text = re.sub(r"//[^\n]*", "", (root / "constants.h").read_text())
+    found = re.search(rf"enum {name}\b[^{{]*{{([^}}]*)}}", text)
+    assert found is not None, f"constants.h has no enumeration {name}"
+    return {member: int(value) for member, value in _CONSTANT.findall(found[1])}
+
+
 @functools.cache
 def cpu_features() -> tuple[str, ...]:
     """The feature flags of this machine's CPU, sorted; the processor's name where the kernel lists none."""

@@ -3,19 +3,10 @@
 A twin adds no state to its reference. `fastode.fuse` swaps it in by assigning `__class__`.
 """
 
-from .one_step import SSP2, SSP3, Ark, IESkip, Midpoint, ResBlock, ShuOsher
-from .skew import SkewLinear, SkewPair, SOBlock, SOClassifier
+from . import one_step, skew
+from .one_step import *
+from .skew import *
 
-__all__ = [
-    "SSP2",
-    "SSP3",
-    "Ark",
-    "IESkip",
-    "Midpoint",
-    "ResBlock",
-    "SOBlock",
-    "SOClassifier",
-    "ShuOsher",
-    "SkewLinear",
-    "SkewPair",
-]
+__all__: list[str] = []
+__all__ += one_step.__all__
+__all__ += skew.__all__

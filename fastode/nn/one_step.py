@@ -16,6 +16,8 @@ from ..ops.engine import Call
 from ..ops.schemes.runge_kutta.stages import Scheme
 from .base import Fused, note
 
+__all__ = ["SSP2", "SSP3", "Ark", "IESkip", "Midpoint", "ResBlock", "ShuOsher"]
+
 
 class _OneStep(Fused):
     """A block of one step around a branch; `_step` gives it without the branch."""

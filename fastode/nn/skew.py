@@ -24,6 +24,8 @@ from ..reference.skew import PADDING
 from ..reference.solvers import FIXED, State, solve_adaptive, solve_fixed
 from .base import Fused, note
 
+__all__ = ["SOBlock", "SOClassifier", "SkewLinear", "SkewPair"]
+
 _NORMS = ("pre_norm_y", "pre_norm_z", "post_norm_y", "post_norm_z")
 
 

@@ -1,24 +1,14 @@
 """The papers' blocks in plain PyTorch: the definitions that every faster version is held against."""
 
-from .blocks import SSP2, SSP3, Ark, IESkip, Midpoint, ResBlock, ShuOsher
-from .branches import BottleneckBranch, PreActBranch
+from . import blocks, branches, skew, solvers
+from .blocks import *
+from .branches import *
 from .plain import plain_norms
-from .skew import SkewLinear, SkewPair
-from .solvers import SOBlock, SOClassifier
+from .skew import *
+from .solvers import *
 
-__all__ = [
-    "SSP2",
-    "SSP3",
-    "Ark",
-    "BottleneckBranch",
-    "IESkip",
-    "Midpoint",
-    "PreActBranch",
-    "ResBlock",
-    "SOBlock",
-    "SOClassifier",
-    "ShuOsher",
-    "SkewLinear",
-    "SkewPair",
-    "plain_norms",
-]
+__all__ = ["plain_norms"]
+__all__ += blocks.__all__
+__all__ += branches.__all__
+__all__ += skew.__all__
+__all__ += solvers.__all__

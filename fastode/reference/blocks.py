@@ -15,6 +15,8 @@ from .. import checks, tableau
 from ..tableau import Tableau, check_tableau
 from .faults import call_repaired
 
+__all__ = ["SSP2", "SSP3", "Ark", "IESkip", "Midpoint", "ResBlock", "ShuOsher"]
+
 # Layers whose output never shares memory with their input.
 _FRESH = (_ConvNd, _NormBase, nn.GroupNorm, nn.LayerNorm, nn.Linear)
 

@@ -9,6 +9,8 @@ from torch import nn
 
 from .. import checks
 
+__all__ = ["BottleneckBranch", "PreActBranch"]
+
 NORMS: dict[str, Callable[[int], nn.Module]] = {
     "batch": nn.BatchNorm2d,
     "group": lambda channels: nn.GroupNorm(min(MOST_GROUPS, channels), channels),

@@ -14,6 +14,8 @@ from .. import checks
 from .branches import make_activation, make_norm
 from .faults import call_repaired
 
+__all__ = ["SkewLinear", "SkewPair"]
+
 PADDING = 1
 KERNELS = {1: 3, 2: 4}  # side of the kernel for each stride: the transpose then gives back the size of z
 MOST_GROUPS = 8  # of the norm "group", of which a residual branch has up to 32

@@ -12,6 +12,8 @@ from .. import checks
 from ..tableau import EULER_RK, MIDPOINT_RK, RK4_38, Butcher
 from .skew import SkewLinear
 
+__all__ = ["SOBlock", "SOClassifier"]
+
 FIXED: dict[str, Butcher] = {"euler": EULER_RK, "midpoint": MIDPOINT_RK, "rk4": RK4_38}
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")  # torchdiffeq's names
 
