@@ -25,7 +25,7 @@ struct BranchArguments {
 template <class A, class F>
 void with_data(const Tensor& tensor, const F& f) {
   int32_t type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &type));
+  checked(aoti_torch_get_dtype(tensor.get(), &type));
   if (type == aoti_torch_dtype_float32()) return f(static_cast<float*>(tensor.data_ptr()));
   if constexpr (std::is_same_v<A, double>)
     f(static_cast<double*>(tensor.data_ptr()));

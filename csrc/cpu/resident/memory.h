@@ -25,6 +25,11 @@ namespace fastode::resident {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Of a call of the stable ABI; torch 2.11 and 2.13 name their own check differently.
+inline void checked(AOTITorchError code) {
+  if (code) throw std::runtime_error("a call of torch's stable ABI failed");
+}
+
 inline Tensor fresh(const Tensor& made) {
   fill_fresh(made.data_ptr(), made.numel() * static_cast<int64_t>(made.element_size()));
   return made;
@@ -34,9 +39,8 @@ inline Tensor fresh(const Tensor& made) {
 // name each time, which takes as long as a convolution of a small map.
 inline Tensor new_tensor(ScalarType type, const int64_t* sizes, const int64_t* strides, int64_t dimensions) {
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dimensions, sizes, strides,
-                                                         static_cast<int32_t>(torch::stable::detail::from(type)),
-                                                         aoti_torch_device_type_cpu(), 0, &made));
+  checked(aoti_torch_empty_strided(dimensions, sizes, strides, static_cast<int32_t>(torch::stable::detail::from(type)),
+                                   aoti_torch_device_type_cpu(), 0, &made));
   return fresh(Tensor(made));
 }
 
