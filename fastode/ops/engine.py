@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -114,22 +114,25 @@ class Engine:
     @property
     def ie_skip(self) -> type[Function]:
         """IE-Skip, as (Plan, Descent, Rerun, x, *tensors)."""
-        raise NotImplementedError
+        return self._lacks("IE-Skip")
 
     @property
     def shu_osher(self) -> type[Function]:
         """An explicit scheme, as (Plan, Scheme, Rerun, x, table, *tensors)."""
-        raise NotImplementedError
+        return self._lacks("explicit schemes")
 
     @property
     def skew_pair(self) -> type[Function]:
         """The skew pair, as (Pair, Rerun, y, z, *tensors)."""
-        raise NotImplementedError
+        return self._lacks("the skew pair")
 
     @property
     def skew_solution(self) -> type[Function]:
         """The pair's solution by equal steps, as (Pair, March, Rerun, y, z, *tensors), or with x for y and z."""
-        raise NotImplementedError
+        return self._lacks("the skew pair's solution")
+
+    def _lacks(self, family: str) -> NoReturn:
+        raise TypeError(f"the engine {self.name} has no function for {family}, which its why_not has to say")
 
     def why_not(self, call: Call) -> str:
         """Why it cannot run the call; empty if it can."""
