@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..tracing import is_exporting
+
 TENSORS_PER_UNIT = 6
 # For the two sides of a feature map: (kernel, stride, padding before and after together, dilation).
 Sides = tuple[tuple[int, int, int, int], tuple[int, int, int, int]]
@@ -73,7 +75,7 @@ def is_plain(tensor: Tensor | None) -> bool:
     """Whether this is no tensor of a subclass, but for those that stand in for plain ones while torch.export traces."""
     if tensor is None or type(tensor) is nn.Parameter or type(tensor) is Tensor:
         return True
-    return torch.compiler.is_exporting() and isinstance(tensor, torch._subclasses.FakeTensor)
+    return is_exporting() and isinstance(tensor, torch._subclasses.FakeTensor)
 
 
 def _read_group_norm(layer: nn.GroupNorm, row: list[Tensor | None]) -> tuple[Norm | None, Any]:

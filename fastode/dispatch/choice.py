@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.engine import Call, Engine
+from ..tracing import is_exporting_to_onnx
 from . import trial
 from .engines import AUTO, BY_NAME, ENGINES, REFERENCE, is_reference
 
@@ -44,7 +45,7 @@ def choose(name: str, call: Call, make_reference: MakeReference | None = None) -
         ValueError: the named engine cannot run the call.
         RuntimeError: the call is exported to ONNX, which has no operators for it.
     """
-    if torch.compiler.is_compiling() and not is_reference(name) and _exports_to_onnx():
+    if torch.compiler.is_compiling() and not is_reference(name) and is_exporting_to_onnx():
         raise RuntimeError("ONNX has no operators for fused blocks: call fastode.unfuse(model) before the export")
     if name != AUTO:
         reason = BY_NAME[name].why_not(call)
@@ -55,11 +56,6 @@ def choose(name: str, call: Call, make_reference: MakeReference | None = None) -
         if engine is REFERENCE or not (engine.why_not(call) or against(engine, call, make_reference)):
             return engine
     raise AssertionError("the reference can run every block")
-
-
-@trial.constant
-def _exports_to_onnx() -> bool:
-    return torch.onnx.is_in_onnx_export()
 
 
 def against(engine: Engine, call: Call, make_reference: MakeReference | None = None) -> str:

@@ -22,13 +22,14 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..ops.engine import Call, Engine
 from ..testing.compare import compare_blocks
+from ..tracing import constant
 from . import decisions
 from .decisions import Decision
 from .engines import ENGINES, REFERENCE, is_reference
@@ -38,7 +39,6 @@ DEVICES = ("cuda",)  # on which there are trials
 _ROUNDS = 7
 _JUDGED_ENTRIES = 1 << 22  # of the inputs: as many samples as that are judged, because truth takes float64
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _lock = threading.RLock()
 _state = threading.local()
@@ -47,12 +47,6 @@ _state = threading.local()
 def under_way() -> bool:
     """Whether this thread runs a trial."""
     return getattr(_state, "under_way", False)
-
-
-def constant(function: _Function) -> _Function:
-    """Have a tracer keep the result, as torch.compiler.assume_constant_result does, without importing Dynamo."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 @constant

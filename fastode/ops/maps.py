@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..native.constants import MOST_TERMS
+from ..tracing import is_exporting
 from .plan import MaybeTensor, MaybeTensors
 
 
@@ -36,7 +37,7 @@ def like_reference(y: Tensor, x: Tensor) -> Tensor:
 
 def coefficients(*values: float) -> Tensor:
     """Coefficients as the operators take them."""
-    if values and torch.compiler.is_exporting():  # a literal tensor would be a constant of the exporter's own fake mode
+    if values and is_exporting():  # a literal tensor would be a constant of the exporter's own fake mode
         return torch.cat([torch.full((1,), value, dtype=torch.float64) for value in values])
     return torch.tensor(values, dtype=torch.float64)
 

@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from .. import checks, tableau
 from ..tableau import Tableau, check_tableau
+from ..tracing import is_exporting
 from .faults import call_repaired
 
 __all__ = ["SSP2", "SSP3", "Ark", "IESkip", "Midpoint", "ResBlock", "ShuOsher"]
@@ -138,7 +139,7 @@ class IESkip(_OneStep):
         """∇_y of the squared norm at fixed goal; differentiable itself unless detached."""
         # A tracing compiler needs the y of the graph, and can answer neither question below.
         tracing = torch.compiler.is_compiling()
-        if torch.compiler.is_exporting():
+        if is_exporting():
             raise RuntimeError(
                 "the reference IESkip cannot be exported, because its forward calls autograd: torch.export takes the "
                 "fused one, after fastode.fuse(model), and ONNX neither"
