@@ -190,7 +190,8 @@ def _targets_of(folder: Path, page: Path) -> list[str]:
     head = records[0][0]
     return [
         f"**{head['device']}**, {threads(head)}, torch {head['versions']['torch']}, {_when(records)}: "
-        f"geometric means over each family, and what is asked of them; {targets.summary(found)} ([every row]({_from(folder / 'targets.md', page)})).",
+        f"geometric means over each family, and what is asked of them; {targets.summary(found)} "
+        f"([every row]({_from(folder / 'targets.md', page)})).",
         "",
         *targets.means_table(found),
     ]
