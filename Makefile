@@ -1,4 +1,4 @@
-# make test | bench [SUITE=cpu|all] [ARGS=...] | lint | docs | fuzz [SECONDS=60] | versions | gpu [PYTHON=python3] [STEP=smoke|check|bench|sanitize] [RESULTS=folder] | kernels | choose | sanitize | portable | clean
+# make test | bench [SUITE=cpu|all] [ARGS=...] | lint | docs | fuzz [SECONDS=60] | versions | gpu [PYTHON=python3] [STEP=smoke|check|bench|sanitize] [RESULTS=folder] | kernels | choose | sanitize | portable | format | setup | clean
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:

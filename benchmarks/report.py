@@ -176,14 +176,22 @@ def _measured_on(path: Path, head: Row, page: Path) -> str:
     )
 
 
+def _when(records: Iterable[tuple[Row, list[Row]]]) -> str:
+    """The dates and commits of the parts of a suite."""
+    heads = [head for head, _ in records]
+    dates, commits = ({head["date"][:10] for head in heads}, {short_commit(head["commit"]) for head in heads})
+    return f"{', '.join(sorted(dates))}, commit{'s' * (len(commits) > 1)} {' and '.join(sorted(commits))}"
+
+
 def _targets_of(folder: Path, page: Path) -> list[str]:
     """A device's geometric means beside what is asked of them, and where every row stands."""
     records = targets.records(folder)
     found = targets.lines(row for _, rows in records for row in rows)
     head = records[0][0]
     return [
-        f"**{head['device']}**, {threads(head)}, torch {head['versions']['torch']}: geometric means over each family, "
-        f"and what is asked of them; {targets.summary(found)} ([every row]({_from(folder / 'targets.md', page)})).",
+        f"**{head['device']}**, {threads(head)}, torch {head['versions']['torch']}, {_when(records)}: "
+        f"geometric means over each family, and what is asked of them; {targets.summary(found)} "
+        f"([every row]({_from(folder / 'targets.md', page)})).",
         "",
         *targets.means_table(found),
     ]

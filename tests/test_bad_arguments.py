@@ -12,6 +12,7 @@ from torch import nn
 
 import fastode
 from fastode import nets, reference
+from fastode.dispatch.engines import BY_NAME
 
 SKEW = "must be at most 8 or a multiple of 8 with norm 'group', got 20"
 BRANCH = "must be at most 32 or a multiple of 32 with norm 'group', got 40"
@@ -114,3 +115,11 @@ def test_a_shortcut_given_no_tensor() -> None:
     block = reference.ResBlock(nn.Conv2d(3, 4, 1), shortcut=nn.Conv2d(3, 4, 1))
     with pytest.raises(TypeError, match=r"^x must be a tensor, got 3$"):
         block(3)
+
+
+@pytest.mark.parametrize("question", ["why_not", "against"])
+def test_a_block_asked_about_an_unknown_engine_names_those_there_are(question: str) -> None:
+    block = fastode.nn.SSP2(reference.PreActBranch(4, norm="layer"))
+    known = ", ".join(map(repr, BY_NAME))
+    with pytest.raises(ValueError, match=f"^engine must be one of {known}, got 'fast'$"):
+        getattr(block, question)("fast", torch.randn(1, 4, 2, 2))

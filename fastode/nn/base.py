@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import checks
 from ..dispatch import choice
 from ..dispatch.engines import AUTO, BY_NAME
 from ..native import operators
@@ -31,10 +32,12 @@ class Fused:
 
     def why_not(self, engine: str, *inputs: Tensor) -> str:
         """Why an engine cannot run this block on these inputs (or, without any, on some); empty if it can."""
+        checks.engine(engine, tuple(BY_NAME))
         return BY_NAME[engine].why_not(self.describe_call(inputs))
 
     def against(self, engine: str, *inputs: Tensor) -> str:
         """Why "auto" does not take an engine that can run this block on these inputs; empty if it does."""
+        checks.engine(engine, tuple(BY_NAME))
         return choice.against(BY_NAME[engine], self.describe_call(inputs))
 
 
