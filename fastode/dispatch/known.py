@@ -38,23 +38,23 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 class Known(Generic[Reading]):
     """A reading, and what was decided for the calls that followed, by their kind."""
 
-    __slots__ = ("_answers", "_snapshot", "habit", "reading")
+    __slots__ = ("_answers", "habit", "reading", "snapshot")
 
     def __init__(self, snapshot: Snapshot | None, reading: Reading) -> None:
-        self._snapshot = snapshot
+        self.snapshot = snapshot
         self.reading = reading
         self.habit = Habit()
         self._answers: dict[Hashable, Any] = {}
 
     def holds(self, root: nn.Module) -> bool:
-        return self._snapshot is not None and self._snapshot.holds(root)
+        return self.snapshot is not None and self.snapshot.holds(root)
 
     def answer(self, kind: Hashable) -> Any:
         return self._answers.get(kind)
 
     def keep(self, kind: Hashable, answer: Any, call: Call) -> None:
         """Keep what was decided for a call, unless a trial that cannot be made now may decide otherwise later."""
-        if self._snapshot is None or (call.inputs[0].device.type in trial.DEVICES and not trial.is_known(call)):
+        if self.snapshot is None or (call.inputs[0].device.type in trial.DEVICES and not trial.is_known(call)):
             return
         if len(self._answers) >= _MOST_ANSWERS:
             self._answers.clear()
@@ -75,7 +75,7 @@ def known(root: nn.Module, read: Callable[[], Reading]) -> Known[Reading]:
     snapshot = Snapshot(root)
     # Tensors that stand in for parameters during one call would be kept alive, with the graph behind them.
     if any(tensor.grad_fn is not None for tensor in snapshot.tensors):
-        return Known(None, reading)
+        return Known(snapshot, reading)
     found = _known[root] = Known(snapshot, reading)
     return found
 
