@@ -202,6 +202,33 @@ def test_functional_call_is_seen_and_leaves_nothing() -> None:
         assert torch.equal(after, before)
 
 
+class Alike(nn.Sequential):
+    """All of its instances are equal."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Alike)
+
+    def __hash__(self) -> int:
+        return 1
+
+
+def test_equal_branches_and_replaced_dictionaries_are_told_apart() -> None:
+    x = sample_input(3, 4, 3, 2, dtype=torch.float64)
+
+    def assert_right(branch: nn.Module) -> None:
+        found, truth = ({"y": make(branch)(x).detach()} for make in (fastode.nn.SSP3, reference.SSP3))
+        comparison = compare_tensors(found, truth, [], 9 * 6 * 30)
+        assert comparison.ok, comparison.describe()
+
+    first, second = (Alike(nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 1)).double() for _ in range(2))
+    for branch in (first, second, first):
+        assert_right(branch)
+    first[0].__dict__ = {**first[0].__dict__, "eps": 0.9}
+    assert_right(first)
+    first.__dict__ = {**first.__dict__, "_modules": {"0": nn.Tanh()}}
+    assert_right(first)
+
+
 def test_global_hooks_are_seen() -> None:
     block = fastode.nn.SSP3(units())
     x = sample_input(3, 4, 3, 2)
