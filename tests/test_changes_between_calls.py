@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -202,6 +203,33 @@ def test_functional_call_is_seen_and_leaves_nothing() -> None:
         assert torch.equal(after, before)
 
 
+class Alike(nn.Sequential):
+    """All of its instances are equal."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Alike)
+
+    def __hash__(self) -> int:
+        return 1
+
+
+def test_equal_branches_and_replaced_dictionaries_are_told_apart() -> None:
+    x = sample_input(3, 4, 3, 2, dtype=torch.float64)
+
+    def assert_right(branch: nn.Module) -> None:
+        found, truth = ({"y": make(branch)(x).detach()} for make in (fastode.nn.SSP3, reference.SSP3))
+        comparison = compare_tensors(found, truth, [], 9 * 6 * 30)
+        assert comparison.ok, comparison.describe()
+
+    first, second = (Alike(nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 1)).double() for _ in range(2))
+    for branch in (first, second, first):
+        assert_right(branch)
+    first[0].__dict__ = {**first[0].__dict__, "eps": 0.9}
+    assert_right(first)
+    first.__dict__ = {**first.__dict__, "_modules": {"0": nn.Tanh()}}
+    assert_right(first)
+
+
 def test_global_hooks_are_seen() -> None:
     block = fastode.nn.SSP3(units())
     x = sample_input(3, 4, 3, 2)
@@ -260,10 +288,39 @@ def test_nothing_is_kept_alive() -> None:
     block = fastode.nn.SSP3(units())
     block(sample_input(3, 4, 3, 2))
     branch, weight = weakref.ref(block.branch), weakref.ref(block.branch[2].weight)
-    assert branch() in known._known
+    assert known.kept(block.branch) is not None
     del block
     gc.collect()
     assert branch() is None and weight() is None
+
+
+def test_a_parameter_that_knows_its_model_keeps_nothing_alive() -> None:
+    block = fastode.nn.SSP3(units())
+    block.branch[2].weight.register_hook(lambda gradient, owner=block: owner and gradient)
+    block.branch[2].owner = [block]
+    block(sample_input(3, 4, 3, 2)).sum().backward()
+    branch = weakref.ref(block.branch)
+    del block
+    gc.collect()
+    assert branch() is None
+
+
+def test_copies_and_pickles_carry_nothing_of_what_is_kept() -> None:
+    block = fastode.nn.SSP3(units())
+    x = sample_input(3, 4, 3, 2)
+    block(x)
+    for twin in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
+        assert known.kept(twin.branch) is None
+        assert torch.equal(twin.eval()(x), copy.deepcopy(block).eval()(x))
+    shallow = copy.copy(block.branch)
+    shallow._modules = dict(shallow._modules)
+    shallow[1] = nn.Tanh()
+    twin = fastode.nn.SSP3(shallow).eval()
+    comparison = compare_tensors(
+        {"y": twin(x).detach()}, {"y": reference.SSP3(copy.deepcopy(shallow)).eval().double()(x.double()).detach()},
+        [{"y": reference.SSP3(shallow).eval()(x).detach()}], 9 * 6,
+    )  # fmt: skip
+    assert comparison.ok, comparison.describe()
 
 
 def test_a_function_and_a_block_share_a_branch() -> None:
@@ -282,5 +339,5 @@ def test_ever_new_shapes_do_not_fill_the_memory() -> None:
     block = fastode.nn.SSP3(units()).eval()
     for width in range(1, 100):
         block(sample_input(1, 4, 1, 1 + width))
-    kept = known._known[block.branch]
-    assert 0 < len(kept._answers) <= known._MOST_ANSWERS
+    kept = known.kept(block.branch)
+    assert kept is not None and 0 < len(kept._answers) <= known._MOST_ANSWERS

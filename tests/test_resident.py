@@ -331,7 +331,9 @@ def test_the_gradient_of_any_schemes_coefficients(rows: tuple, activation: str, 
         images.append(module(points[-1]))
         points.append(sum(tables[0][0, i, k] * points[k] + tables[0][1, i, k] * images[k] for k in range(i + 1)))
     points[-1].backward(cotangent)
-    y, *_ = ResidentShuOsherFunction.apply(plan, scheme, Rerun(nn.Identity, 2), x, tables[1], *reading.tensors)
+    y, *_ = ResidentShuOsherFunction.apply(
+        plan, scheme, Rerun(nn.Identity, 2, reading.tensors), x, tables[1], *reading.tensors
+    )
     y.backward(cotangent)
     torch.testing.assert_close(y, points[-1])
     torch.testing.assert_close(tables[1].grad, tables[0].grad)

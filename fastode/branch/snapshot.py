@@ -6,7 +6,7 @@ A reading looks at modules, their children, hooks, numbers and tensors. A snapsh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from operator import is_
 from typing import Any
 
@@ -22,20 +22,25 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 class Snapshot:
     """Modules as they were, below one of them that it does not keep alive."""
 
-    __slots__ = ("_hooks", "_kind", "_rows", "_tensors")
+    __slots__ = ("_hooks", "_rows", "_sequentials", "_tensors")
 
     def __init__(self, root: nn.Module) -> None:
-        self._kind = type(root)
         self._rows: list[tuple[Any, ...]] = []
         self._hooks: list[dict[Any, Any]] = []
         self._tensors: list[tuple[Tensor, type, torch.dtype, torch.device, torch.Size]] = []
+        # Classes that are read as an nn.Sequential because of what they do not override; this may change.
+        self._sequentials: set[type] = set()
         for module in _looked_at(root):
+            if type(module) is not nn.Sequential and is_sequential(type(module)):
+                self._sequentials.add(type(module))
             variables = module.__dict__
             held = [variables[name] for name in _CONTENTS]
             # Dictionaries that are empty are looked at together: whatever is put into one is a change.
             self._hooks += [variables[name] for name in _HOOKS] + [each for each in held if not each]
             contents = [
-                (name, tuple(variables[name].values())) for name, each in zip(_CONTENTS, held, strict=True) if each
+                (name, tuple(variables[name].values()), tuple(variables[name]))
+                for name, each in zip(_CONTENTS, held, strict=True)
+                if each
             ]
             self._rows.append((None if module is root else module, type(module), variables, dict(variables), contents))
             for tensor in (*variables["_parameters"].values(), *variables["_buffers"].values()):
@@ -49,17 +54,21 @@ class Snapshot:
 
     def holds(self, root: nn.Module) -> bool:
         """Whether everything is as it was."""
-        if type(root) is not self._kind or any(self._hooks) or has_global_hooks():
+        if any(self._hooks) or has_global_hooks():
             return False
         try:
             for module, kind, variables, before, contents in self._rows:
-                if variables != before or (module is not None and type(module) is not kind):
+                held = root if module is None else module
+                # Another dictionary is in the place of theirs, or this is another module that counts as equal.
+                if held.__dict__ is not variables or variables != before or type(held) is not kind:
                     return False
-                for name, values in contents:
+                for name, values, _ in contents:
                     now = variables[name]
                     if len(now) != len(values) or not all(map(is_, now.values(), values)):
                         return False
-        except RuntimeError:  # a tensor among the variables was replaced, and has no truth value
+        except Exception:  # a tensor or an array among the variables was replaced, and has no truth value
+            return False
+        if self._sequentials and not all(map(is_sequential, self._sequentials)):
             return False
         for tensor, kind, dtype, device, shape in self._tensors:
             if (
@@ -70,6 +79,21 @@ class Snapshot:
             ):
                 return False
         return True
+
+    def restored(self, stand_in: Callable[[Tensor], Tensor]) -> nn.Module:
+        """The modules as they were, made anew around `stand_in` of each parameter and of a copy of each buffer."""
+        made: dict[int, nn.Module] = {}
+        for module, kind, _, before, contents in reversed(self._rows):  # children come before what holds them
+            twin = made[id(module)] = kind.__new__(kind)
+            twin.__dict__.update(before)
+            twin.__dict__.update({name: {} for name in (*_CONTENTS, *_HOOKS)})
+            for name, values, keys in contents:
+                for key, value in zip(keys, values, strict=True):
+                    if isinstance(value, Tensor):
+                        stands = stand_in(value)
+                        value = stands.clone() if name == "_buffers" and stands is value else stands
+                    twin.__dict__[name][key] = made[id(value)] if isinstance(value, nn.Module) else value
+        return made[id(None)]
 
 
 def _looked_at(module: nn.Module) -> Iterator[nn.Module]:

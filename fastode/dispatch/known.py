@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Hashable
 from typing import Any, Generic, Protocol, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -38,51 +37,82 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 class Known(Generic[Reading]):
     """A reading, and what was decided for the calls that followed, by their kind."""
 
-    __slots__ = ("_answers", "_snapshot", "habit", "reading")
+    __slots__ = ("_answers", "habit", "reading", "snapshot")
 
     def __init__(self, snapshot: Snapshot | None, reading: Reading) -> None:
-        self._snapshot = snapshot
+        self.snapshot = snapshot
         self.reading = reading
         self.habit = Habit()
         self._answers: dict[Hashable, Any] = {}
 
     def holds(self, root: nn.Module) -> bool:
-        return self._snapshot is not None and self._snapshot.holds(root)
+        return self.snapshot is not None and self.snapshot.holds(root)
 
     def answer(self, kind: Hashable) -> Any:
         return self._answers.get(kind)
 
     def keep(self, kind: Hashable, answer: Any, call: Call) -> None:
         """Keep what was decided for a call, unless a trial that cannot be made now may decide otherwise later."""
-        if self._snapshot is None or (call.inputs[0].device.type in trial.DEVICES and not trial.is_known(call)):
+        if self.snapshot is None or (call.inputs[0].device.type in trial.DEVICES and not trial.is_known(call)):
             return
         if len(self._answers) >= _MOST_ANSWERS:
             self._answers.clear()
         self._answers[kind] = answer
 
 
-_known: WeakKeyDictionary[nn.Module, Known[Any]] = WeakKeyDictionary()
+class _Beside:
+    """Where a module's `Known` lies: among the module's own variables, so that both are freed together.
+
+    Copies and pickles of the module hold None in its place.
+    """
+
+    __slots__ = ("era", "known")
+
+    def __init__(self) -> None:
+        self.known: Known[Any] | None = None
+        self.era = _era
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+
+_KEY = "_fastode_known"
+_era = 0  # how often everything was forgotten
+
+
+def kept(root: nn.Module) -> Known[Any] | None:
+    """What was kept of a module, whether or not it still holds."""
+    beside = root.__dict__.get(_KEY)
+    return beside.known if type(beside) is _Beside and beside.era == _era else None
 
 
 def known(root: nn.Module, read: Callable[[], Reading]) -> Known[Reading]:
     """What is known of a module; it is read where nothing is, or where something has changed since."""
-    found: Known[Reading] | None = _known.get(root)
+    found: Known[Reading] | None = kept(root)
     if found is not None and found.holds(root):
         return found
     reading = read()
     if reading.reason:  # nothing is known of modules that cannot be read, nor of what their snapshot would need
         return Known(None, reading)
+    beside = root.__dict__[_KEY] = _Beside()  # before the snapshot, which has it among the variables
     snapshot = Snapshot(root)
     # Tensors that stand in for parameters during one call would be kept alive, with the graph behind them.
     if any(tensor.grad_fn is not None for tensor in snapshot.tensors):
-        return Known(None, reading)
-    found = _known[root] = Known(snapshot, reading)
+        return Known(snapshot, reading)
+    found = beside.known = Known(snapshot, reading)
     return found
 
 
 def forget() -> None:
     """Forget all readings and choices."""
-    _known.clear()
+    global _era
+    _era += 1
+
+
+def clear(model: nn.Module) -> None:
+    """Take what is kept out of a model's modules."""
+    for module in model.modules():
+        module.__dict__.pop(_KEY, None)
 
 
 def kind_of_call(constants: Hashable, inputs: tuple[Tensor, ...], reading: _Reading) -> Hashable | None:

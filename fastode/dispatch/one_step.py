@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..branch.read import Reading, channels, read
+from ..branch.snapshot import Snapshot
 from ..ops import function
 from ..ops.engine import Call, Engine, autocast_dtype
 from ..ops.plan import MaybeTensors, Plan
-from ..ops.rerun import Rerun
+from ..ops.rerun import Rerun, StandIn
 from ..ops.schemes.implicit_euler.descent import Descent
 from ..ops.schemes.runge_kutta.stages import Scheme
 from ..tableau import Tableau
@@ -124,12 +126,12 @@ _tables: WeakKeyDictionary[SchemeStep, Tensor] = WeakKeyDictionary()
 def constant_table(step: SchemeStep) -> Tensor:
     """Fixed coefficients [2, s, s] in float64, made once unless a tracer or a fake mode asks for them."""
     if torch.compiler.is_compiling():
-        return torch.tensor(step.rows, dtype=torch.float64)
+        return torch.tensor(step.rows, dtype=torch.float64, device="cpu")
     kept = _tables.get(step)
     if kept is not None:
         return kept
     with torch.inference_mode(False):  # or it could not be saved for a backward
-        made = torch.tensor(step.rows, dtype=torch.float64)
+        made = torch.tensor(step.rows, dtype=torch.float64, device="cpu")
     if type(made) is Tensor:
         _tables[step] = made
     return made
@@ -172,11 +174,11 @@ def run(
         owner: the module that is being called, for the report.
     """
     if torch.compiler.is_compiling():
-        reading, habit = read(module), None
+        reading, found = read(module), None
         chosen, plan = _decide(x, reading, step, make_reference, engine)
     else:
         found = known(module, lambda: read(module))
-        reading, habit = found.reading, found.habit
+        reading = found.reading
         kind = kind_of_call((step, engine), (x,), reading) if isinstance(x, Tensor) else None
         answer = None if kind is None else found.answer(kind)
         if answer is None:
@@ -189,7 +191,10 @@ def run(
         untraced = torch.compiler.is_compiling() and not step.traceable
         call = torch.compiler.disable(run_reference) if untraced else run_reference
         return _undone_on_error(call, x, module) if reading.units is None else call(x)
-    rerun = None if habit is None else Rerun(make_reference, 1 if table is None else 2, habit)
+    rerun = None
+    if found is not None and found.snapshot is not None:
+        make = partial(_as_it_was, make_reference, module, found.snapshot)
+        rerun = Rerun(make, 1 if table is None else 2, reading.tensors, found.habit)
     y, *statistics = step.apply(chosen, plan, rerun, x, reading.tensors, table)
     if statistics:
         update_running(reading, statistics, x)
@@ -226,6 +231,16 @@ def _undone_on_error(call: Callable[[Tensor], Tensor], x: Tensor, module: nn.Mod
             for buffer, before in buffers:
                 buffer.copy_(before)
         raise
+
+
+def _as_it_was(
+    make_reference: Callable[[], nn.Module], module: nn.Module, snapshot: Snapshot, stand_in: StandIn
+) -> nn.Module:
+    """The reference block around a branch that is as it was when the block was called."""
+    block = make_reference()
+    (name,) = [name for name, child in block._modules.items() if child is module]
+    block._modules[name] = snapshot.restored(stand_in)
+    return block
 
 
 def update_running(reading: Reading, statistics: Iterable[Tensor], x: Tensor) -> None:

@@ -15,7 +15,7 @@ from ..ops import function
 from ..ops.engine import Call, Engine, autocast_dtype
 from ..ops.maps import is_channels_last
 from ..ops.plan import TENSORS_PER_NORM, MaybeTensor, MaybeTensors
-from ..ops.rerun import Rerun
+from ..ops.rerun import Rerun, StandIn
 from ..ops.schemes.skew_pair.march import March
 from ..ops.schemes.skew_pair.pair import Pair
 from .one_step import update_running
@@ -115,11 +115,11 @@ def evaluate(
     pair: Pair,
     y: Tensor,
     z: Tensor,
-    make_reference: Callable[[], nn.Module],
+    make_reference: Callable[[StandIn], nn.Module],
     tensors: MaybeTensors,
 ) -> tuple[Tensor, Tensor]:
     """The slopes at (y, z), by an engine that can run the field; `tensors` are the field's."""
-    dy, dz, *statistics = function.call(engine.skew_pair, (pair, _rerun(make_reference, 2)), (y, z, *tensors))
+    dy, dz, *statistics = function.call(engine.skew_pair, (pair, _rerun(make_reference, 2, tensors)), (y, z, *tensors))
     field.update_running(statistics, y, z)
     return dy, dz
 
@@ -130,14 +130,14 @@ def solve(
     pair: Pair,
     x: Tensor,
     steps: March,
-    make_reference: Callable[[], nn.Module],
+    make_reference: Callable[[StandIn], nn.Module],
     tensors: MaybeTensors,
 ) -> Tensor:
     """y at the end of equal steps from the state that x gives; `tensors` are the field's."""
     inputs: tuple[Tensor, ...] = (x,)
     if not engine.solution_from_x:
         inputs = (repeated(x, field.weight.shape[0], field.stride), x)
-    rerun = _rerun(make_reference, len(inputs))
+    rerun = _rerun(make_reference, len(inputs), tensors)
     end, *statistics = function.call(engine.skew_solution, (pair, steps, rerun), (*inputs, *tensors))
     if statistics:
         field.update_running(statistics, inputs[0], x)
@@ -155,5 +155,5 @@ def repeated(x: Tensor, channels: int, stride: int) -> Tensor:
     return spread.contiguous().permute(0, 3, 1, 2)
 
 
-def _rerun(make_reference: Callable[[], nn.Module], inputs: int) -> Rerun | None:
-    return None if torch.compiler.is_compiling() else Rerun(make_reference, inputs)
+def _rerun(make_reference: Callable[[StandIn], nn.Module], inputs: int, tensors: MaybeTensors) -> Rerun | None:
+    return None if torch.compiler.is_compiling() else Rerun(make_reference, inputs, tensors)

@@ -11,6 +11,7 @@ from .. import checks
 from ..dispatch import choice
 from ..dispatch.engines import AUTO, REFERENCE
 from ..dispatch.skew import evaluate, read_field
+from ..ops.rerun import StandIn
 from ..ops.schemes.skew_pair.pair import Pair
 from ..reference.branches import make_activation
 from ..reference.skew import check_gamma, skew_field
@@ -120,4 +121,8 @@ def _pair(
     if chosen is REFERENCE or not isinstance(call.program, Pair):
         return skew_field(y, z, weight, *constants)
     field.check(y, z)
-    return evaluate(chosen, field, call.program, y, z, lambda: _PlainPair(weight, *constants), call.tensors)
+
+    def plain(stand_in: StandIn) -> nn.Module:
+        return _PlainPair(stand_in(weight), *constants)
+
+    return evaluate(chosen, field, call.program, y, z, plain, call.tensors)

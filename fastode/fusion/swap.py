@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..dispatch import choice
+from ..dispatch import choice, known
 from ..dispatch.engines import AUTO, ENGINES, NAMES, REFERENCE, is_reference
 from ..dispatch.registry import ancestor_of, is_twin, named, reference_of, twin_of
 from ..native import operators
@@ -72,6 +72,7 @@ def fuse(
             operators.load()
         used = None if example is None else _run(model, example, [p.block for p in plans if is_twin(type(p.block))])
     except BaseException:
+        known.clear(model)
         for block, kind, old_engine in before:
             _assign(block, kind, old_engine)
         raise
@@ -100,6 +101,7 @@ def unfuse(model: nn.Module) -> FusionReport:
         True
     """
     checks.module("model", model)
+    known.clear(model)
     rows = []
     for name, block in model.named_modules():
         reference = reference_of(type(block))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from .. import reference
 from ..dispatch import choice
+from ..dispatch.choice import MakeReference
 from ..dispatch.engines import REFERENCE
 from ..dispatch.one_step import Step, descent_step, describe_call, euler_step, run, scheme_step, tableau_step
 from ..dispatch.registry import register
@@ -35,13 +37,13 @@ class IESkip(_OneStep, reference.IESkip):
 
     def forward(self, x: Tensor) -> Tensor:
         plain = super().forward
-        return run(x, self.branch, self._step(), self._reference, plain, engine=self.engine, owner=self)
+        return run(x, self.branch, self._step(), self._reference(), plain, engine=self.engine, owner=self)
 
     def _step(self) -> Step:
         return descent_step(self.steps, self.step_size, self.theta, self.detach)
 
-    def _reference(self) -> nn.Module:
-        return reference.IESkip(self.branch, self.steps, self.step_size, self.theta, self.detach)
+    def _reference(self) -> MakeReference:
+        return partial(reference.IESkip, self.branch, self.steps, self.step_size, self.theta, self.detach)
 
 
 @register(reference.ShuOsher)
@@ -50,13 +52,13 @@ class ShuOsher(_OneStep, reference.ShuOsher):
 
     def forward(self, x: Tensor) -> Tensor:
         plain = super().forward
-        return run(x, self.branch, self._step(), self._reference, plain, engine=self.engine, owner=self)
+        return run(x, self.branch, self._step(), self._reference(), plain, engine=self.engine, owner=self)
 
     def _step(self) -> Step:
         return tableau_step(self.tableau)
 
-    def _reference(self) -> nn.Module:
-        return reference.ShuOsher(self.branch, self.tableau)
+    def _reference(self) -> MakeReference:
+        return partial(reference.ShuOsher, self.branch, self.tableau)
 
 
 @register(reference.SSP2)
@@ -84,7 +86,7 @@ class ResBlock(_OneStep, reference.ResBlock):
             choice.choose(self.engine, self.describe_call((x,)))
             note(self, REFERENCE)
             return plain(x)
-        return run(x, self.branch, self._step(), self._reference, plain, engine=self.engine, owner=self)
+        return run(x, self.branch, self._step(), self._reference(), plain, engine=self.engine, owner=self)
 
     def describe_call(self, inputs: tuple[Tensor, ...] = ()) -> Call:
         if self.shortcut is None:
@@ -95,8 +97,8 @@ class ResBlock(_OneStep, reference.ResBlock):
     def _step(self) -> Step:
         return euler_step(self.step_size)
 
-    def _reference(self) -> nn.Module:
-        return reference.ResBlock(self.branch, self.step_size)
+    def _reference(self) -> MakeReference:
+        return partial(reference.ResBlock, self.branch, self.step_size)
 
 
 class _GivenTable(reference.Ark):
@@ -120,7 +122,7 @@ class Ark(_OneStep, reference.Ark):
     def forward(self, x: Tensor) -> Tensor:
         plain = super().forward
         return run(
-            x, self.branch, self._step(), self._reference, plain, table=self._table, engine=self.engine, owner=self
+            x, self.branch, self._step(), self._reference(), plain, table=self._table, engine=self.engine, owner=self
         )
 
     def _step(self) -> Step:
@@ -129,8 +131,11 @@ class Ark(_OneStep, reference.Ark):
     def _table(self) -> Tensor:
         return torch.stack(self.coefficients(torch.float64))
 
-    def _reference(self) -> nn.Module:
+    def _reference(self) -> MakeReference:
+        return partial(self._reference_around, self.branch)
+
+    def _reference_around(self, branch: nn.Module) -> nn.Module:
         learned = {f"learn_{name}": name in self._parameters for name in ("a21", "b10")}
-        block = _GivenTable(self.branch, **learned)
+        block = _GivenTable(branch, **learned)
         block.a21, block.b10 = self.a21, self.b10
         return block

@@ -18,6 +18,7 @@ from ..dispatch.registry import reference_of, register
 from ..dispatch.skew import Field, evaluate, read_field, repeated, solve
 from ..ops.engine import Call, Engine
 from ..ops.plan import MaybeTensors
+from ..ops.rerun import StandIn
 from ..ops.schemes.skew_pair.march import March
 from ..ops.schemes.skew_pair.pair import Pair
 from ..reference.skew import PADDING
@@ -54,7 +55,7 @@ class SkewPair(Fused, reference.SkewPair):
         note(self, chosen)
         if chosen is REFERENCE or pair is None:
             return super().forward(y, z)
-        return evaluate(chosen, found.reading, pair, y, z, partial(_as_reference, self), tensors)
+        return evaluate(chosen, found.reading, pair, y, z, partial(_as_it_was, found), tensors)
 
 
 @register(reference.SkewLinear)
@@ -124,16 +125,19 @@ class _FusedSolve(Fused, reference.SOBlock):
             return super().forward(x)
         note(self.field, chosen)
         if march is None:
-            return self._adaptive(chosen, found.reading, pair, tensors, x)
-        return solve(chosen, found.reading, pair, x, march, partial(_FixedSolution, self), tensors)
+            return self._adaptive(chosen, found, pair, tensors, x)
+        make = partial(_FixedSolution, found, self.solver, self.t1, self.steps)
+        return solve(chosen, found.reading, pair, x, march, make, tensors)
 
     def _march(self) -> March | None:
         scheme = FIXED.get(self.solver)
         return None if scheme is None else March(scheme.a, scheme.b, self.t1 / self.steps, self.steps)
 
-    def _adaptive(self, engine: Engine, field: Field, pair: Pair, tensors: MaybeTensors, x: Tensor) -> Tensor:
+    def _adaptive(
+        self, engine: Engine, known_field: Known[Field], pair: Pair, tensors: MaybeTensors, x: Tensor
+    ) -> Tensor:
         """torchdiffeq flattens its state: as [N, H, W, C], so that the field finds it in its own memory format."""
-        make = partial(_as_reference, self.field)
+        field, make = known_field.reading, partial(_as_it_was, known_field)
 
         def slopes(y: Tensor, z: Tensor) -> State:
             found = evaluate(engine, field, pair, _to_front(y), _to_front(z), make, tensors)
@@ -157,10 +161,10 @@ class SOClassifier(_FusedSolve, reference.SOClassifier):
 class _FixedSolution(nn.Module):
     """The reference solution by fixed steps, as a function of the initial state or of x, which gives one."""
 
-    def __init__(self, block: Any) -> None:
+    def __init__(self, field: Known[Field], solver: str, t1: float, steps: int, stand_in: StandIn) -> None:
         super().__init__()
-        self.field = _as_reference(block.field)
-        self.scheme, self.t1, self.steps = FIXED[block.solver], block.t1, block.steps
+        self.field = _as_it_was(field, stand_in)
+        self.scheme, self.t1, self.steps = FIXED[solver], t1, steps
 
     def forward(self, *state: Tensor) -> Tensor:
         y, z = state if len(state) == 2 else self.field.initial_state(*state)
@@ -173,6 +177,15 @@ def _as_reference(field: Any) -> reference.SkewPair:
     twin.__class__ = reference.SkewPair
     # A dictionary of its own: functional_call puts other tensors into it.
     twin.__dict__["_parameters"] = dict(field._parameters)
+    return twin
+
+
+def _as_it_was(field: Known[Field], stand_in: StandIn) -> reference.SkewPair:
+    """A reference field that is as the field was when it was called."""
+    assert field.snapshot is not None
+    twin = field.snapshot.restored(stand_in)
+    twin.__class__ = reference.SkewPair
+    assert isinstance(twin, reference.SkewPair)
     return twin
 
 

@@ -110,7 +110,7 @@ def _owed(ctx: Any, given: MaybeTensors, needed: tuple[bool, ...]) -> tuple[bool
 def _strange_node() -> Any:
     """A node that is part of no graph."""
     with torch.inference_mode(False), torch.enable_grad():
-        return torch.zeros((), requires_grad=True).view(1).grad_fn
+        return torch.zeros((), device="cpu", requires_grad=True).view(1).grad_fn
 
 
 def _everything_runs() -> bool:

@@ -38,8 +38,8 @@ def like_reference(y: Tensor, x: Tensor) -> Tensor:
 def coefficients(*values: float) -> Tensor:
     """Coefficients as the operators take them."""
     if values and is_exporting():  # a literal tensor would be a constant of the exporter's own fake mode
-        return torch.cat([torch.full((1,), value, dtype=torch.float64) for value in values])
-    return torch.tensor(values, dtype=torch.float64)
+        return torch.cat([torch.full((1,), value, dtype=torch.float64, device="cpu") for value in values])
+    return torch.tensor(values, dtype=torch.float64, device="cpu")  # whatever the default device is
 
 
 def combine(terms: Sequence[Tensor], coefs: Tensor) -> Tensor:

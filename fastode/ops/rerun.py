@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_batchedtensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.autograd import forward_ad
 
 from ..reference.plain import plain_norms
 from .plan import MaybeTensor, MaybeTensors
+
+# What takes the place of a tensor that the block was called with: itself, or an alias with a gradient of its own.
+StandIn = Callable[[Tensor], Tensor]
 
 
 class Habit:
@@ -30,22 +34,28 @@ class Rerun:
     """A reference block as a function of its input and of a flat list of tensors.
 
     Attributes:
-        make: makes the reference block anew around its modules; it is called only when needed.
+        make: makes the reference block as it was at the call, around the tensors' stand-ins; called only when needed.
         inputs: how many tensors the block is called with.
+        tensors: those of its modules; hooks on saved tensors may give a backward others in their place.
         habit: of the block.
     """
 
-    __slots__ = ("habit", "inputs", "make")
+    __slots__ = ("habit", "inputs", "make", "tensors")
 
-    def __init__(self, make: Callable[[], nn.Module], inputs: int = 1, habit: Habit | None = None) -> None:
-        self.make, self.inputs = make, inputs
+    def __init__(
+        self, make: Callable[[StandIn], nn.Module], inputs: int, tensors: MaybeTensors, habit: Habit | None = None
+    ) -> None:
+        self.make, self.inputs, self.tensors = make, inputs, tensors
         self.habit = Habit() if habit is None else habit
 
     def needed(self, cotangents: Sequence[MaybeTensor]) -> bool:
-        """Whether this backward is itself differentiated, or runs under torch.func.vmap, which batches cotangents."""
+        """Whether this backward is itself differentiated, forwards too, or under torch.func.vmap."""
         if torch.is_grad_enabled():
             return True
-        return any(bar is not None and is_batchedtensor(bar) for bar in cotangents)
+        present = [bar for bar in cotangents if bar is not None]
+        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(bar).tangent is not None for bar in present):
+            return True
+        return any(map(is_batchedtensor, present))
 
     def gradients(
         self, given: MaybeTensors, wanted: Sequence[bool], cotangents: Sequence[MaybeTensor]
@@ -57,26 +67,18 @@ class Rerun:
             wanted: which gradients are asked for.
             cotangents: one for each tensor that the block returns, None where it has none.
         """
-        block = self.make()
         with torch.enable_grad(), plain_norms():
             # Aliases: where x depends on a parameter, its gradient counts this block's own use of it only.
             alias = [t.view_as(t) if want and t is not None else t for t, want in zip(given, wanted, strict=True)]
-            names: dict[str, Tensor] = {name: buffer.clone() for name, buffer in block.named_buffers()}
-            for name, tensor in _named_tensors(block):
-                for original, stand_in in zip(given[self.inputs :], alias[self.inputs :], strict=True):
-                    if original is tensor and stand_in is not None:
-                        names[name] = stand_in
+            held = zip(self.tensors, alias[len(alias) - len(self.tensors) :], strict=True)
+            stand_ins = {id(tensor): t for tensor, t in held if t is not None}
+            block = self.make(lambda tensor: stand_ins.get(id(tensor), tensor))
             # A transform applies to the cotangents, not to the inputs: the block runs outside of it.
             with temporarily_clear_interpreter_stack():
-                result = torch.func.functional_call(block, names, tuple(alias[: self.inputs]))
+                result = block(*alias[: self.inputs])
             results = (result,) if isinstance(result, Tensor) else result
             pairs = [(y, bar) for y, bar in zip(results, cotangents, strict=True) if bar is not None]
             asked = [t for t, want in zip(alias, wanted, strict=True) if want and t is not None]
             outputs, bars = [y for y, _ in pairs], [bar for _, bar in pairs]
             found = iter(torch.autograd.grad(outputs, asked, bars, create_graph=True, allow_unused=True))
         return [next(found) if want and t is not None else None for t, want in zip(alias, wanted, strict=True)]
-
-
-def _named_tensors(block: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from block.named_parameters(remove_duplicate=False)
-    yield from block.named_buffers(remove_duplicate=False)
