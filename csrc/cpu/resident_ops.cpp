@@ -96,13 +96,14 @@ std::tuple<Tensor, Tensors> ie_backward(const Tensor& x, const Tensor& cotangent
 }
 
 // `table` [2, stages, stages], float64, contiguous: alpha and beta.
-Scheme scheme_of(const Tensor& table, bool keeps_all) {
-  return {table.size(1), static_cast<const double*>(table.data_ptr()), keeps_all};
+Scheme scheme_of(const Tensor& x, const Tensor& table, bool keeps_all) {
+  return {table.size(1), static_cast<const double*>(table.data_ptr()), keeps_all,
+          x.scalar_type() != ScalarType::Double};
 }
 
 Forward rk_forward(const Tensor& x, const Tensors& parameters, const Integers& units, const Numbers& numbers,
                    const Tensor& table, bool keep, bool keep_all) {
-  const Scheme scheme = scheme_of(table, keep_all);
+  const Scheme scheme = scheme_of(x, table, keep_all);
   return forward<SchemeForward>(x, {parameters, units, numbers}, scheme, scheme.stages, false, keep);
 }
 
@@ -111,7 +112,7 @@ Backward rk_backward(const Tensor& x, const Tensor& cotangent, const Tensors& ke
                      bool table_gradient, bool kept_all) {
   // Where the stages are kept, no evaluation is computed again to its end but for the coefficients' gradients.
   const Wanted wanted{.gradients = gradients, .last = kept.empty() || table_gradient};
-  const Scheme scheme = scheme_of(table, kept_all);
+  const Scheme scheme = scheme_of(x, table, kept_all);
   const Backward result = backward<SchemeBackward>(x, cotangent, {parameters, units, numbers}, scheme, kept, wanted,
                                                    table_gradient ? table.numel() : 0);
   if (table_gradient) scheme.complete(static_cast<double*>(std::get<2>(result).data_ptr()));

@@ -13,8 +13,9 @@ namespace fastode::resident {
 class Scheme {
  public:
   // `table` [2, stages, stages]: alpha and beta. `keeps_all`: the inputs of every unit are kept at every stage.
-  Scheme(int64_t stages, const double* table, bool keeps_all)
-      : stages(stages), keeps_all(keeps_all), table_(table, table + 2 * stages * stages) {
+  // `divides`: rounding may be divided by coefficients, which float64 has no digits to spare for.
+  Scheme(int64_t stages, const double* table, bool keeps_all, bool divides)
+      : stages(stages), keeps_all(keeps_all), divides(divides), table_(table, table + 2 * stages * stages) {
     for (int64_t k = 0; k + 1 < stages; ++k)
       if (replaceable(k))
         for (int64_t i = k + 2; i <= stages; ++i)
@@ -26,7 +27,7 @@ class Scheme {
   bool uses(int64_t i, int64_t k) const { return a(i, k) != 0 || b(i, k) != 0; }
   // Whether inner products with F(u_k) can be had from those with u_{k+1}, which is a stage's point and has b times
   // F(u_k) in it: that divides u_{k+1}'s rounding by b, so b must not be small.
-  bool leads(int64_t k) const { return k + 1 < stages && std::abs(b(k + 1, k)) >= 0.5; }
+  bool leads(int64_t k) const { return divides && k + 1 < stages && std::abs(b(k + 1, k)) >= 0.5; }
   // Whether F(u_k) is used by another stage than the one right after it.
   bool reused(int64_t k) const {
     for (int64_t i = k + 2; i <= stages; ++i)
@@ -47,7 +48,7 @@ class Scheme {
   }
 
   const int64_t stages;
-  const bool keeps_all;
+  const bool keeps_all, divides;
 
  private:
   // Row i had `share` times as much of F(u_k) as u_{k+1} has. Now it has `share` times u_{k+1} in its place.
