@@ -192,7 +192,7 @@ def run(
         call = torch.compiler.disable(run_reference) if untraced else run_reference
         return _undone_on_error(call, x, module) if reading.units is None else call(x)
     rerun = None
-    if found is not None and found.snapshot is not None:
+    if found is not None and found.snapshot is not None and torch.is_grad_enabled():
         make = partial(_as_it_was, make_reference, module, found.snapshot)
         rerun = Rerun(make, 1 if table is None else 2, reading.tensors, found.habit)
     y, *statistics = step.apply(chosen, plan, rerun, x, reading.tensors, table)
