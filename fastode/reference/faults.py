@@ -10,15 +10,16 @@ Each repair hands a map [N, C, H, W] to the same function as [N, C, H·W], for w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
-from torch.overrides import TorchFunctionMode
+
+from .replaced import Replaced
 
 _Result = TypeVar("_Result")
 
@@ -52,25 +53,6 @@ def call_repaired(
     return call(*inputs)
 
 
-class repaired_norms(TorchFunctionMode):
-    """Context manager under which F.batch_norm, F.instance_norm and F.group_norm avoid PyTorch's faults on a CPU.
-
-    Example:
-        >>> with repaired_norms():
-        ...     print(torch.nn.InstanceNorm2d(1)(torch.ones(1, 1, 2, 2)).abs().sum().item())
-        0.0
-    """
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: Sequence[Any] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        return _REPAIRED.get(func, func)(*args, **(kwargs or {}))
-
-
 def _batch_norm(input: Tensor, *rest: Any, **more: Any) -> Tensor:
     ambiguous = input.dim() == 4 and _has_single(input) and not _suggests_channels_last(input)
     return _flat(F.batch_norm, input, *rest, **more) if ambiguous else F.batch_norm(input, *rest, **more)
@@ -90,11 +72,20 @@ def _group_norm(
     return _flat(F.group_norm, input, num_groups, weight, bias, eps).contiguous(memory_format=torch.channels_last)
 
 
-_REPAIRED: dict[Callable[..., Any], Callable[..., Tensor]] = {
-    F.batch_norm: _batch_norm,
-    F.instance_norm: _instance_norm,
-    F.group_norm: _group_norm,
-}
+class repaired_norms(Replaced):
+    """Context manager under which F.batch_norm, F.instance_norm and F.group_norm avoid PyTorch's faults on a CPU.
+
+    Example:
+        >>> with repaired_norms():
+        ...     print(torch.nn.InstanceNorm2d(1)(torch.ones(1, 1, 2, 2)).abs().sum().item())
+        0.0
+    """
+
+    replacements: ClassVar = {
+        F.batch_norm: _batch_norm,
+        F.instance_norm: _instance_norm,
+        F.group_norm: _group_norm,
+    }
 
 
 def _flat(norm: Callable[..., Tensor], input: Tensor, *rest: Any, **more: Any) -> Tensor:

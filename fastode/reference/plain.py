@@ -6,37 +6,14 @@ PyTorch's own third derivatives of batch_norm, instance_norm and layer_norm on t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-
-class plain_norms(TorchFunctionMode):
-    """Context manager under which norms on the input's own statistics run as mean-and-variance arithmetic.
-
-    It acts on F.batch_norm (training), F.instance_norm (on input statistics) and F.layer_norm, and so on the modules
-    that call them. Errors and running-statistics updates are PyTorch's own; group_norm and norms on running statistics
-    are left alone.
-
-    Example:
-        >>> x = torch.arange(8.0).view(2, 1, 2, 2)
-        >>> with plain_norms():
-        ...     print(torch.nn.BatchNorm2d(1)(x).sum().abs().item() < 1e-6)
-        True
-    """
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: Sequence[Any] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        return _PLAIN.get(func, func)(*args, **(kwargs or {}))
+from .replaced import Replaced
 
 
 def _batch_norm(
@@ -87,13 +64,27 @@ def _layer_norm(
     return _normalise(x, list(range(-len(normalized_shape), 0)), eps, weight, bias, value.dtype)
 
 
-# PyTorch's own function runs first in each, without a graph: it checks the arguments, updates the running statistics
-# and tells the result's dtype; only its value is not used.
-_PLAIN: dict[Callable[..., Any], Callable[..., Tensor]] = {
-    F.batch_norm: _batch_norm,
-    F.instance_norm: _instance_norm,
-    F.layer_norm: _layer_norm,
-}
+class plain_norms(Replaced):
+    """Context manager under which norms on the input's own statistics run as mean-and-variance arithmetic.
+
+    It acts on F.batch_norm (training), F.instance_norm (on input statistics) and F.layer_norm, and so on the modules
+    that call them. Errors and running-statistics updates are PyTorch's own; group_norm and norms on running statistics
+    are left alone.
+
+    Example:
+        >>> x = torch.arange(8.0).view(2, 1, 2, 2)
+        >>> with plain_norms():
+        ...     print(torch.nn.BatchNorm2d(1)(x).sum().abs().item() < 1e-6)
+        True
+    """
+
+    # PyTorch's own function runs first in each, without a graph: it checks the arguments, updates the running
+    # statistics and tells the result's dtype; only its value is not used.
+    replacements: ClassVar = {
+        F.batch_norm: _batch_norm,
+        F.instance_norm: _instance_norm,
+        F.layer_norm: _layer_norm,
+    }
 
 
 def _per_channel(parameter: Tensor | None, x: Tensor) -> Tensor | None:
