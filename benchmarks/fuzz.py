@@ -2,8 +2,7 @@
 
 A case is drawn from a seed and an index alone, and is run by each engine that can run it. It is judged by the one rule
 of fastode/testing; in float64 that is a few hundred units of rounding. A case that fails is judged once more by more
-runs of the reference. A failure is printed as it is found, with the
-command that runs that case again.
+runs of the reference. A failure is printed as it is found, with the command that runs that case again.
 """
 
 from __future__ import annotations

@@ -85,11 +85,21 @@ def _read_group_norm(layer: nn.GroupNorm, row: list[Tensor | None]) -> tuple[Nor
     return Norm("group", layer.num_groups, float(layer.eps), _norm_channels(row, layer.num_channels)), None
 
 
-def _read_batch_norm(layer: nn.BatchNorm2d, row: list[Tensor | None]) -> tuple[Norm | None, Any]:
+def _take_with_running(
+    layer: nn.BatchNorm2d | nn.InstanceNorm2d, row: list[Tensor | None]
+) -> tuple[Tensor | None, Tensor | None, str]:
+    """`_take` of a norm, with its running mean and variance: both, or neither."""
     wrong = _take(layer, row, 0)
     mean, var = layer._buffers["running_mean"], layer._buffers["running_var"]
-    if wrong or not (is_plain(mean) and is_plain(var)) or (mean is None) != (var is None):
-        return None, wrong or "has only one of the running statistics, or has them as a tensor subclass"
+    if not wrong and (not (is_plain(mean) and is_plain(var)) or (mean is None) != (var is None)):
+        wrong = "has only one of the running statistics, or has them as a tensor subclass"
+    return mean, var, wrong
+
+
+def _read_batch_norm(layer: nn.BatchNorm2d, row: list[Tensor | None]) -> tuple[Norm | None, Any]:
+    mean, var, wrong = _take_with_running(layer, row)
+    if wrong:
+        return None, wrong
     count = _norm_channels(row, layer.num_features)
     if layer.training or mean is None:
         update = layer if layer.training and layer.track_running_stats and mean is not None else None
@@ -99,10 +109,9 @@ def _read_batch_norm(layer: nn.BatchNorm2d, row: list[Tensor | None]) -> tuple[N
 
 
 def _read_instance_norm(layer: nn.InstanceNorm2d, row: list[Tensor | None]) -> tuple[Norm | None, Any]:
-    wrong = _take(layer, row, 0)
-    mean, var = layer._buffers["running_mean"], layer._buffers["running_var"]
-    if wrong or not (is_plain(mean) and is_plain(var)) or (mean is None) != (var is None):
-        return None, wrong or "has only one of the running statistics, or has them as a tensor subclass"
+    mean, var, wrong = _take_with_running(layer, row)
+    if wrong:
+        return None, wrong
     count = _norm_channels(row, layer.num_features)
     if layer.training or not layer.track_running_stats:
         # PyTorch updates the running statistics whenever the input's own are used, in eval mode too.
