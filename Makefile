@@ -17,7 +17,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 # threads sets their number itself.
 PYTEST_FLAGS ?= -n auto --dist worksteal
 SANITIZE_TESTS ?= $(wildcard tests/test_operators.py tests/test_equality.py tests/test_staged*.py tests/test_resident*.py)
-CXX_SOURCES = $(shell find csrc \( -name '*.cpp' -o -name '*.h' \))
+CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 setup: $(STAMP)
 
