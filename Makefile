@@ -1,8 +1,8 @@
-# make test | bench [SUITE=cpu|all] [ARGS=...] | lint | docs | fuzz [SECONDS=60] | versions | gpu [PYTHON=python3] [STEP=smoke|check|bench|sanitize] [RESULTS=folder] | kernels | choose | sanitize | portable | format | setup | clean
+# make test | bench [SUITE=cpu|all] [ARGS=...] | lint | docs | fuzz [SECONDS=60] | versions | gpu [PYTHON=python3] [STEP=smoke|check|bench|sanitize] [RESULTS=folder] | kernels | choose | sanitize | simt-asan | portable | format | setup | clean
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: test versions bench lint docs format gpu kernels choose fuzz sanitize portable clean setup
+.PHONY: test versions bench lint docs format gpu kernels choose fuzz sanitize simt-asan portable clean setup
 
 PYTHON ?= python3
 SUITE ?= default
@@ -17,7 +17,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 # threads sets their number itself.
 PYTEST_FLAGS ?= -n auto --dist worksteal
 SANITIZE_TESTS ?= $(wildcard tests/test_operators.py tests/test_equality.py tests/test_staged*.py tests/test_resident*.py)
-CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_SOURCES = $(shell find csrc tests/simt \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
 
 setup: $(STAMP)
 
@@ -98,6 +98,17 @@ sanitize: $(STAMP)
 	$(BIN)/python -m fastode build --no-load
 	LD_PRELOAD=$(RUNTIMES) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    $(BIN)/python -m pytest -q -p no:cacheprovider -n 2 --dist worksteal $(SANITIZE_TESTS)
+
+# CUDA C++ on the test machine of tests/simt, where the sanitizer sees the bounds of what a kernel keeps in shared memory.
+SIMT_TESTS ?= $(wildcard tests/test_simt*.py)
+simt-asan: export CXX := g++
+simt-asan: export FASTODE_CXXFLAGS := $(SANITIZER)
+simt-asan: export FASTODE_ONE_DESIGN := 1
+simt-asan: export OMP_NUM_THREADS := 1
+simt-asan: $(STAMP)
+	$(BIN)/python tests/simulator.py
+	LD_PRELOAD=$(RUNTIMES) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	    $(BIN)/python -m pytest -q -p no:cacheprovider -n 2 --dist worksteal $(SIMT_TESTS)
 
 # The same sources for machines without AVX-512 (vectors of 32 bytes), and without AVX (16 bytes, as NEON's are).
 PORTABLE_TESTS ?= tests/test_resident.py tests/test_resident_bf16.py tests/test_operators.py

@@ -62,7 +62,7 @@ def anchors(page: Path) -> set[str]:
 
 def commands() -> set[str]:
     """The targets of the Makefile."""
-    return set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
 def with_python() -> list[Path]:
@@ -128,7 +128,7 @@ def test_named_files_and_commands_exist(page: Path) -> None:
             assert made or (ROOT / code).exists(), f"{name_of(page)} names {code}, which is not there"
         elif match := SOURCE.fullmatch(code):
             assert match[1] in known, f"{name_of(page)} names {code}, and there is no such file"
-    for command in re.findall(r"\bmake ([a-z]+)\b", " ".join(re.findall(r"`([^`\n]+)`", text))):
+    for command in re.findall(r"\bmake ([a-z-]+)\b", " ".join(re.findall(r"`([^`\n]+)`", text))):
         assert command in commands(), f"{name_of(page)} names make {command}, which is no target"
 
 

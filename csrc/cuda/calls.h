@@ -22,13 +22,8 @@ inline void checked(AOTITorchError code) {
   if (code) throw std::runtime_error("a call of torch's stable ABI failed");
 }
 
-// The launchers of programs.h, on a device or in a simulator.
-struct Programs {
-  const char* (*scheme_forward)(Type, Shape, const SchemeCall&, void* stream);
-  const char* (*scheme_backward)(Type, Shape, const SchemeCall&, void* stream);
-  const char* (*descent_forward)(Type, Shape, const DescentCall&, void* stream);
-  void* (*stream)(const Tensor& x);
-};
+// The stream on which x's card runs what torch launches now.
+void* stream_of(const Tensor& x);
 
 inline void launched(const char* error) {
   if (error) throw std::runtime_error(std::string("a program was not launched: ") + error);

@@ -1,12 +1,42 @@
-// What device code may use of the machine: the same names for nvcc and, in tests, for a simulator on the CPU.
+// What a kernel is written against: the names below mean PTX under nvcc, and threads run by the CPU under g++
+// (tests/simt), so that the same source is proven without a card.
+//
+//   identity     thread, threads, block, blocks, lane, shared_memory; blocks and grids have one dimension
+//   barriers     block_barrier, warp_barrier, cluster_barrier, grid_barrier(counter: a word of global memory, zeroed)
+//   clusters     cluster_rank, peer(own, rank): the same place in the shared memory of another block of the cluster
+//   warps        shuffle_xor(value, mask); every lane of the warp takes part in what a warp does
+//   fragments    mma_bf16, mma_f16 (m16n8k16), mma_tf32 (m16n8k8), ldmatrix_x2, _x4, and both _transposed, as PTX lays
+//                them out; ldmatrix takes from lane l the address of row l % 8 of matrix l / 8, in the block's own
+//                memory
+//   numbers      to_tf32, pack_bf16, unpack_bf16, pack_f16, unpack_f16; exp, log1p, tanh, rsqrt
+//   gap          gap(begin, bytes): nobody may touch these bytes of shared memory; nothing on a card
+//
+// A kernel is a type with `static FASTODE_DEVICE void run(const Arguments&)` and the most threads of a block,
+// `static constexpr int threads`; launch<Program>(how, arguments) gives null, or what went wrong in one line.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define FASTODE_DEVICE __device__ __forceinline__
+#define FASTODE_DEVICE_CALL static __device__ __noinline__
+#define FASTODE_UNROLL _Pragma("unroll")
+#define FASTODE_ROLLED _Pragma("unroll 1")
+#else
+#define FASTODE_DEVICE inline
+#define FASTODE_DEVICE_CALL inline
+#define FASTODE_UNROLL
+#define FASTODE_ROLLED
+#endif
+
 namespace fastode::device {
 
-// How a program is launched.
+// The two numbers of a word, `low` in its lower half.
+struct Pair {
+  float low, high;
+};
+
 struct Launch {
   int blocks;
   int threads;
@@ -14,11 +44,6 @@ struct Launch {
   int cluster = 1;
   bool cooperative = false;
   void* stream = nullptr;
-};
-
-// Two 16-bit floats of one word, the lower half first.
-struct Pair {
-  float low, high;
 };
 
 }  // namespace fastode::device

@@ -1,13 +1,11 @@
 // device.cuh for nvcc.
 #pragma once
 
+#include "device.cuh"
+
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-
-#define FASTODE_DEVICE __device__ __forceinline__
-#define FASTODE_DEVICE_CALL static __device__ __noinline__
-#define FASTODE_UNROLL _Pragma("unroll")
 
 namespace fastode::device {
 

@@ -1,5 +1,8 @@
-// The resident operators over the programs: forward and backward of explicit schemes, IE-Skip forwards.
+// The resident operators over the programs, for the card's tensors or, on the test machine, the CPU's: explicit schemes
+// and their input gradients, IE-Skip forwards.
 #pragma once
+
+#include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
@@ -59,7 +62,7 @@ inline SchemeCall scheme_call(const Tensor& x, const Tensor& result, const Tenso
   return call;
 }
 
-inline Forward scheme_forward(const Programs& programs, const Tensor& x, const Tensors& parameters,
+inline Forward scheme_forward(const Tensor& x, const Tensors& parameters,
                               const Integers& units, const Numbers& numbers, const Tensor& table, bool keep) {
   const Tensor y = new_map_like(x);
   SchemeCall call = scheme_call(x, y, parameters, units, numbers);
@@ -67,15 +70,15 @@ inline Forward scheme_forward(const Programs& programs, const Tensor& x, const T
   const Kept kept(x, places.slots, keep ? call.stages : 0, call.branch.count);
   call.room = kept.place(x.size(0));
   call.branch.statistics = keep ? static_cast<float*>(kept.statistics.data_ptr()) : nullptr;
-  launched(programs.scheme_forward(type_of(x), shape_of(x), call, programs.stream(x)));
+  launched(cuda::scheme_forward(type_of(x), shape_of(x), call, stream_of(x)));
   return {y, new_vector(x, 0, ScalarType::Float), keep ? kept.pieces() : Tensors{}};
 }
 
-inline Tensor scheme_backward(const Programs& programs, const Tensor& x, const Tensor& cotangent,
+inline Tensor scheme_backward(const Tensor& x, const Tensor& cotangent,
                               const Tensors& kept_pieces, const Tensors& parameters, const Integers& units,
                               const Numbers& numbers, const Tensor& table) {
   Tensors pieces = kept_pieces;
-  if (pieces.empty()) pieces = std::get<2>(scheme_forward(programs, x, parameters, units, numbers, table, true));
+  if (pieces.empty()) pieces = std::get<2>(scheme_forward(x, parameters, units, numbers, table, true));
   const Kept kept(pieces);
   const Tensor bar = new_map_like(x);
   SchemeCall call = scheme_call(cotangent, bar, parameters, units, numbers);
@@ -83,11 +86,11 @@ inline Tensor scheme_backward(const Programs& programs, const Tensor& x, const T
   places.turn();
   call.room = kept.place(x.size(0));
   call.branch.statistics = static_cast<float*>(kept.statistics.data_ptr());
-  launched(programs.scheme_backward(type_of(x), shape_of(x), call, programs.stream(x)));
+  launched(cuda::scheme_backward(type_of(x), shape_of(x), call, stream_of(x)));
   return bar;
 }
 
-inline Tensor descent_forward(const Programs& programs, const Tensor& x, const Tensors& parameters,
+inline Tensor descent_forward(const Tensor& x, const Tensors& parameters,
                               const Integers& units, const Numbers& numbers, int64_t steps, double step_size,
                               double theta) {
   const Tensor y = new_map_like(x);
@@ -102,8 +105,36 @@ inline Tensor descent_forward(const Programs& programs, const Tensor& x, const T
   const Kept kept(x, slots, 1, call.branch.count);
   call.room = kept.place(x.size(0));
   call.branch.statistics = static_cast<float*>(kept.statistics.data_ptr());
-  launched(programs.descent_forward(type_of(x), shape_of(x), call, programs.stream(x)));
+  launched(cuda::descent_forward(type_of(x), shape_of(x), call, stream_of(x)));
   return y;
+}
+
+// ---- the operators
+
+inline Forward rk_forward(const Tensor& x, const Tensors& parameters, const Integers& units, const Numbers& numbers,
+                          const Tensor& table, bool keep, bool) {
+  return scheme_forward(x, parameters, units, numbers, table, keep);
+}
+
+inline Backward rk_backward(const Tensor& x, const Tensor& cotangent, const Tensors& kept, const Tensors& parameters,
+                            const Integers& units, const Numbers& numbers, const Tensor& table, bool gradients,
+                            bool table_gradient, bool) {
+  if (gradients || table_gradient) throw std::runtime_error("there are no programs for the parameters' gradients");
+  return {scheme_backward(x, cotangent, kept, parameters, units, numbers, table), {},
+          new_vector(x, 0, ScalarType::Double)};
+}
+
+inline Forward ie_forward(const Tensor& x, const Tensors& parameters, const Integers& units, const Numbers& numbers,
+                          int64_t steps, double step_size, double theta, bool, bool) {
+  return {descent_forward(x, parameters, units, numbers, steps, step_size, theta),
+          new_vector(x, 0, ScalarType::Float), {}};
+}
+
+template <class Library>
+void implement(Library& m) {
+  m.impl("resident_rk_forward", TORCH_BOX(&rk_forward));
+  m.impl("resident_rk_backward", TORCH_BOX(&rk_backward));
+  m.impl("resident_ie_forward", TORCH_BOX(&ie_forward));
 }
 
 }  // namespace fastode::cuda

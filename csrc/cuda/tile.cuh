@@ -259,9 +259,9 @@ struct Tile {
     constexpr int kRows = kTiles / kHalves;
     const int top = first_row(), matrix = lane() / 8;
     const char* const mine = map + matrix / 2 * kPixels * 16 + (matrix % 2 * 8 + lane() % 8) * 16;
-#pragma unroll 1
+FASTODE_ROLLED
     for (int step = 0; step < C / 16; ++step) {
-#pragma unroll 1
+FASTODE_ROLLED
       for (int dx = -1; dx <= 1; ++dx) {
         uint32_t factor[3][2][2];
         FASTODE_UNROLL
@@ -293,9 +293,9 @@ struct Tile {
   static FASTODE_DEVICE void convolve_narrow(Sum& sum, const char* map, const char* weight) {
     const int top = first_row(), matrix = lane() / 8;
     const char* const mine = map + matrix / 2 * kPixels * 16 + (matrix % 2 * (W + 2) + lane() % 8) * 16;
-#pragma unroll 1
+FASTODE_ROLLED
     for (int step = 0; step < C / 16; ++step) {
-#pragma unroll 1
+FASTODE_ROLLED
       for (int dx = -1; dx <= 1; ++dx) {
         uint32_t rows[kTiles + 1][4];  // two rows each: their lower channels, their upper channels
         FASTODE_UNROLL

@@ -1,0 +1,393 @@
+// The machine: fibers that run until they have to wait, and the meetings at which they wait for each other.
+#include <algorithm>
+#include <map>
+#include <mutex>
+#include <numeric>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "collectives.h"
+#include "control.h"
+#include "fiber.h"
+
+namespace fastode::device::simt {
+
+Thread* running;
+
+namespace {
+
+constexpr const char* kNames[] = {"block_barrier", "cluster_barrier",    "grid_barrier", "warp_barrier",
+                                  "shuffle_xor",   "mma_bf16",           "mma_f16",      "mma_tf32",
+                                  "ldmatrix",      "ldmatrix_transposed"};
+static_assert(std::size(kNames) == kKinds);
+
+constexpr size_t kMostShared = 227 * 1024;  // of a block, on sm_90
+constexpr size_t kGuard = 1024;             // bytes before and after a block's shared memory
+constexpr unsigned char kUnset = 0xff;      // shared memory before it is written: NaN in each of the formats
+
+struct Fiber : Thread {
+  Stack stack;
+  const Site* waits = nullptr;
+  Kind kind{};
+  bool left = false;
+};
+
+// Threads first … first + size - 1, which meet.
+struct Group {
+  int first, size;
+  int waiting = 0;
+  int opener = 0;
+};
+
+struct Gap {
+  char* begin;
+  size_t bytes;
+};
+
+struct Block {
+  char* shared;
+  int running;
+  std::vector<Gap> gaps;
+};
+
+std::string place(const Site& site) {
+  const std::string file = site.file_name();
+  return file.substr(file.find_last_of('/') + 1) + ":" + std::to_string(site.line());
+}
+
+std::string at(Kind kind, const Site& site) { return std::string(kNames[kind]) + " (" + place(site) + ")"; }
+
+std::string name_of(const Thread& thread) {
+  return "thread " + std::to_string(thread.thread) + " of block " + std::to_string(thread.block);
+}
+
+bool same(const Site& a, const Site& b) {
+  return a.line() == b.line() && a.column() == b.column() &&
+         (a.file_name() == b.file_name() || std::strcmp(a.file_name(), b.file_name()) == 0);
+}
+
+class Machine {
+ public:
+  Order order = kForward;
+  uint64_t seed = 0;
+  int64_t counted[kKinds + 1] = {};
+
+  const char* launch(const Launch& how, int most_threads, Program program, const void* arguments) {
+    const std::lock_guard<std::mutex> one_at_a_time(mutex_);
+    error_ = refused(how, most_threads);
+    if (error_.empty()) {
+      ++counted[0];
+      how_ = how, program_ = program, arguments_ = arguments, random_ = seed * 0x9e3779b97f4a7c15u + 1;
+      counter_ = nullptr;
+      const int together = how.cooperative ? how.blocks : how.cluster;
+      allocate(together);
+      std::vector<int> turns(how.blocks / together);
+      std::iota(turns.begin(), turns.end(), 0);
+      if (order == kReverse) std::reverse(turns.begin(), turns.end());
+      if (order == kRandom)
+        for (size_t i = turns.size(); i > 1; --i) std::swap(turns[i - 1], turns[draw(i)]);
+      for (size_t i = 0; i < turns.size() && error_.empty(); ++i) run(turns[i] * together);
+      running = nullptr;
+    }
+    return error_.empty() ? nullptr : error_.c_str();
+  }
+
+  void meet(Kind kind, void* operands, const Site& site) {
+    Fiber& self = own();
+    if (static_cast<char*>(__builtin_frame_address(0)) < self.stack.bottom + kStackMargin && !FASTODE_ASAN)
+      fail(name_of(self) + " needs more than " + std::to_string(kStackBytes >> 10) + " KiB of stack");
+    Group& group = group_of(kind);
+    self.waits = &site, self.kind = kind;
+    if (group.waiting == 0) {
+      group.opener = index();
+    } else if (const Fiber& first = fibers_[group.opener]; first.kind != kind || !same(*first.waits, site)) {
+      fail(name_of(self) + " is at " + at(kind, site) + " where " + name_of(first) + " waits at " +
+           at(first.kind, *first.waits));
+    }
+    operands_[index()] = operands;
+    if (++group.waiting == group.size) {
+      group.waiting = 0;
+      ++counted[1 + kind];
+      if (kind > kWarpBarrier) exchange(kind, &operands_[group.first]);
+      ready(group.first, group.size);
+    }
+    leave_to(next());
+    self.waits = nullptr;
+  }
+
+  void meet_grid(unsigned* counter, const Site& site) {
+    if (!how_.cooperative) fail(at(kGridBarrier, site) + " in a launch that is not cooperative");
+    if (counter_ == nullptr && *counter != 0)
+      fail("the counter of " + at(kGridBarrier, site) + " is not zero at first");
+    if (counter_ != nullptr && counter_ != counter)
+      fail("the counter of " + at(kGridBarrier, site) + " is not that of the barrier before");
+    counter_ = counter;
+    meet(kGridBarrier, nullptr, site);
+    *counter = 1;  // whoever takes it for the next launch has to zero it
+  }
+
+  void check_row(const void* row, const Site& site) {
+    if (reinterpret_cast<uintptr_t>(row) % 16)
+      fail("a row of " + place(site) + "'s ldmatrix is not aligned to 16 bytes in " + name_of(own()));
+    if (!inside(row, 16))
+      fail("a row of " + place(site) + "'s ldmatrix is not in the shared memory of the block in " + name_of(own()));
+  }
+
+  char* peer(char* own_place, int rank, const Site& site) {
+    if (rank < 0 || rank >= how_.cluster)
+      fail("peer (" + place(site) + ") of rank " + std::to_string(rank) + " in a cluster of " +
+           std::to_string(how_.cluster));
+    if (!inside(own_place, 1))
+      fail("peer (" + place(site) + ") of a place that is not in the shared memory of the block");
+    const Block& other = blocks_[block_index() - own().rank + rank];
+    if (other.running == 0) fail("peer (" + place(site) + ") of a block that has left");
+    return own_place - own().shared + other.shared;
+  }
+
+  void gap(char* begin, size_t bytes, const Site& site) {
+    if (!inside(begin, bytes)) fail("a gap (" + place(site) + ") that is not in the shared memory of the block");
+    if (own().thread != 0) return;
+    blocks_[block_index()].gaps.push_back({begin, bytes});
+#if FASTODE_ASAN
+    ASAN_POISON_MEMORY_REGION(begin, bytes);
+#endif
+  }
+
+ private:
+  std::mutex mutex_;
+  Launch how_{};
+  Program program_ = nullptr;
+  const void* arguments_ = nullptr;
+  unsigned* counter_ = nullptr;
+  std::string error_;
+  uint64_t random_ = 0;
+  Pages stacks_, shared_;
+  bool abandoned_ = false;  // the last launch ended in an error, in the middle of its stacks
+  Fiber host_{};
+  std::vector<Fiber> fibers_;
+  std::vector<void*> operands_;
+  std::vector<int> ready_;
+  std::vector<Block> blocks_;
+  std::vector<Group> groups_[4];  // of blocks, clusters, the grid, warps
+
+  static std::string refused(const Launch& how, int most_threads) {
+    const auto number = [](auto value) { return std::to_string(value); };
+    if (how.blocks < 1 || how.cluster < 1 || how.cluster > 8 || how.blocks % how.cluster)
+      return "a grid must be a multiple of a cluster of 1 to 8 blocks; got " + number(how.blocks) + " in clusters of " +
+             number(how.cluster);
+    if (how.threads < 32 || how.threads % 32 || how.threads > most_threads || most_threads > 1024)
+      return "a block of this kernel must have a multiple of 32 threads, at most " +
+             number(std::min(most_threads, 1024)) + "; got " + number(how.threads);
+    if (how.shared_bytes > kMostShared)
+      return "a block has at most " + number(kMostShared) + " bytes of shared memory; got " + number(how.shared_bytes);
+    return "";
+  }
+
+  Fiber& own() { return *static_cast<Fiber*>(running); }
+  int index() { return static_cast<int>(&own() - fibers_.data()); }
+  int block_index() { return index() / how_.threads; }
+
+  Group& group_of(Kind kind) {
+    const int scope = std::min<int>(kind, kWarpBarrier);
+    const std::vector<Group>& of_scope = groups_[scope];
+    return groups_[scope][index() / of_scope[0].size];
+  }
+
+  bool inside(const void* begin, size_t bytes) {
+    const char* first = static_cast<const char*>(begin);
+    return first >= own().shared && first + bytes <= own().shared + how_.shared_bytes;
+  }
+
+  uint64_t draw(uint64_t below) {
+    random_ ^= random_ << 13, random_ ^= random_ >> 7, random_ ^= random_ << 17;
+    return random_ % below;
+  }
+
+  // ---- turns
+
+  // What comes later in the order is put below what comes earlier: the last of `ready_` runs first.
+  void ready(int first, int size) {
+    for (int i = 0; i < size; ++i) ready_.push_back(order == kReverse ? first + i : first + size - 1 - i);
+  }
+
+  Fiber& next() {
+    if (ready_.empty()) return host_;
+    if (order == kRandom) std::swap(ready_[draw(ready_.size())], ready_.back());
+    const int index = ready_.back();
+    ready_.pop_back();
+    return fibers_[index];
+  }
+
+  void leave_to(Fiber& to) {
+    Fiber& from = own();
+    if (&to == &from) return;
+    running = &to;
+    switch_stack(from.stack, to.stack);
+  }
+
+  [[noreturn]] void fail(std::string why) {
+    error_ = std::move(why);
+    abandoned_ = true;
+    leave_to(host_);
+    __builtin_unreachable();
+  }
+
+  // ---- a run: the blocks that are there together
+
+  // Memory and groups for `together` blocks.
+  void allocate(int together) {
+    const int threads = how_.threads, count = together * threads;
+    const size_t stride = (how_.shared_bytes + 2 * kGuard + 127) / 128 * 128 + 128;
+    char* stacks = stacks_.at_least(count * kStackBytes);
+    char* shared = shared_.at_least(together * stride);
+#if FASTODE_ASAN
+    if (abandoned_) ASAN_UNPOISON_MEMORY_REGION(stacks, stacks_.bytes());
+    ASAN_UNPOISON_MEMORY_REGION(shared, shared_.bytes());
+#endif
+    abandoned_ = false;
+    fibers_.assign(count, {});
+    operands_.assign(count, nullptr);
+    blocks_.assign(together, {});
+    // No more aligned than is promised: to 16 bytes.
+    for (int i = 0; i < together; ++i) blocks_[i].shared = shared + i * stride + kGuard + 16;
+    for (int i = 0; i < count; ++i) fibers_[i].stack.bottom = stacks + i * kStackBytes;
+    const int sizes[] = {threads, how_.cluster * threads, count, 32};
+    for (int scope = 0; scope < 4; ++scope) {
+      groups_[scope].clear();
+      for (int i = 0; i < count; i += sizes[scope]) groups_[scope].push_back({i, sizes[scope]});
+    }
+  }
+
+  void run(int first_block) {
+    const int threads = how_.threads;
+    for (size_t i = 0; i < blocks_.size(); ++i) {
+      Block& block = blocks_[i];
+      block.running = threads;
+      open(block);
+      for (int j = 0; j < threads; ++j) {
+        Fiber& fiber = fibers_[i * threads + j];
+        const int number = first_block + static_cast<int>(i);
+        static_cast<Thread&>(fiber) = {j, threads, number, how_.blocks, number % how_.cluster, block.shared};
+        fiber.left = false;
+        prepare(fiber.stack, enter, j);
+      }
+    }
+    ready_.clear();
+    ready(0, static_cast<int>(fibers_.size()));
+    host_ = {};
+    running = &host_;
+    leave_to(next());
+    if (error_.empty() && std::any_of(fibers_.begin(), fibers_.end(), [](const Fiber& f) { return !f.left; })) {
+      error_ = deadlock();
+      abandoned_ = true;
+    }
+    if (!error_.empty())
+      for (Block& block : blocks_) close(block);
+  }
+
+  static void enter();
+
+  void leave() {
+    Fiber& self = own();
+    self.left = true;
+    Block& block = blocks_[block_index()];
+    if (--block.running == 0) {
+      if (std::string why = close(block); !why.empty()) fail("block " + std::to_string(self.block) + " " + why);
+    }
+#if FASTODE_ASAN
+    Fiber& to = next();
+    running = &to;
+    __sanitizer_start_switch_fiber(nullptr, to.stack.bottom, to.stack.bytes);
+    fastode_simt_switch(&self.stack.pointer, to.stack.pointer);
+#else
+    leave_to(next());
+#endif
+    __builtin_unreachable();
+  }
+
+  std::string deadlock() {
+    using Place = std::tuple<int, std::string>;
+    std::map<Place, std::vector<const Fiber*>> waiting;
+    for (const Fiber& fiber : fibers_)
+      waiting[fiber.left ? Place{1, "have left"} : Place{0, "wait at " + at(fiber.kind, *fiber.waits)}].push_back(
+          &fiber);
+    std::string why;
+    for (const auto& [place, threads] : waiting)
+      why += (why.empty() ? "" : ", ") + std::to_string(threads.size()) + " threads " + std::get<1>(place) +
+             " (first " + name_of(*threads[0]) + ")";
+    return "no thread can go on: " + why;
+  }
+
+  // ---- shared memory
+
+  void open(Block& block) {
+    block.gaps.clear();
+    std::memset(block.shared - kGuard, kUnset, how_.shared_bytes + 2 * kGuard);
+#if FASTODE_ASAN
+    ASAN_POISON_MEMORY_REGION(block.shared - kGuard, kGuard);
+    ASAN_POISON_MEMORY_REGION(block.shared + how_.shared_bytes, kGuard);
+#endif
+  }
+
+  // What was written where nothing may be written, or nothing. The memory of a block that has left is no one's.
+  std::string close(Block& block) {
+    char* begin = block.shared - kGuard;
+    const size_t all = how_.shared_bytes + 2 * kGuard;
+#if FASTODE_ASAN
+    ASAN_UNPOISON_MEMORY_REGION(begin, all);
+#endif
+    block.gaps.push_back({begin, kGuard});
+    block.gaps.push_back({block.shared + how_.shared_bytes, kGuard});
+    std::string why;
+    for (const Gap& gap : block.gaps)
+      for (size_t i = 0; i < gap.bytes && why.empty(); ++i)
+        if (static_cast<unsigned char>(gap.begin[i]) != kUnset)
+          why = "wrote byte " + std::to_string(gap.begin + i - block.shared) + " of its shared memory, which is " +
+                (inside_of(block, gap) ? "a gap" : "beyond the " + std::to_string(how_.shared_bytes) + " asked for");
+    std::memset(begin, kUnset, all);
+    return why;
+  }
+
+  bool inside_of(const Block& block, const Gap& gap) const {
+    return gap.begin >= block.shared && gap.begin < block.shared + how_.shared_bytes;
+  }
+
+ public:
+  void body() {
+    program_(arguments_);
+    leave();
+  }
+  Stack& host() { return host_.stack; }
+};
+
+Machine machine;
+
+void Machine::enter() {
+#if FASTODE_ASAN
+  // The first fiber comes from the host's stack, which only the sanitizer knows.
+  const void* bottom;
+  size_t bytes;
+  __sanitizer_finish_switch_fiber(nullptr, &bottom, &bytes);
+  if (machine.host().bytes == 0)
+    machine.host().bottom = static_cast<char*>(const_cast<void*>(bottom)), machine.host().bytes = bytes;
+#endif
+  machine.body();
+}
+
+}  // namespace
+
+void meet(Kind kind, void* operands, const Site& site) { machine.meet(kind, operands, site); }
+void meet_grid(unsigned* counter, const Site& site) { machine.meet_grid(counter, site); }
+void check_row(const void* row, const Site& site) { machine.check_row(row, site); }
+char* peer(char* own, int rank, const Site& site) { return machine.peer(own, rank, site); }
+void gap(char* begin, size_t bytes, const Site& site) { machine.gap(begin, bytes, site); }
+
+const char* launch(const Launch& how, int most_threads, Program program, const void* arguments) {
+  return machine.launch(how, most_threads, program, arguments);
+}
+
+void set_order(Order order, uint64_t seed) { machine.order = order, machine.seed = seed; }
+const int64_t* counts() { return machine.counted; }
+
+}  // namespace fastode::device::simt

@@ -1,0 +1,136 @@
+"""The test machine of tests/simt as a library: device code of csrc/cuda, run by the CPU in an order of the test's choice."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import platform
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from fastode.native import cuda, toolchain
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+SOURCES = CHECKOUT / "tests" / "simt"
+DEVICE = CHECKOUT / "csrc" / "cuda"
+# The last -O counts; what -O3 adds to -O2 is compile time.
+FLAGS = (*toolchain.FLAGS, "-O2", *toolchain.NATIVE, *toolchain.STABLE_ABI)
+KINDS = (
+    "launch",
+    "block_barrier",
+    "cluster_barrier",
+    "grid_barrier",
+    "warp_barrier",
+    "shuffle",
+    "mma_bf16",
+    "mma_f16",
+    "mma_tf32",
+    "ldmatrix",
+    "ldmatrix_transposed",
+)
+# In which threads and blocks take their turns: the number of the order, and a seed.
+ORDERS = {"forward": (0, 0), "reverse": (1, 0), "random 1": (2, 1), "random 2": (2, 2)}
+_libraries: list[torch.library.Library] = []
+
+
+def sanitized() -> bool:
+    """Whether the machine is built under the address sanitizer: `make simt-asan`."""
+    return "-fsanitize=address" in os.environ.get("FASTODE_CXXFLAGS", "")
+
+
+def recipe() -> toolchain.Recipe:
+    """The build of every file of tests/simt, from these and from the device code that they include."""
+    command, version = toolchain.compiler()
+    home, extra = Path(torch.__file__).resolve().parent, toolchain.extra_flags()
+    includes = [f"-I{path}" for path in (SOURCES, DEVICE, CHECKOUT / "csrc")]
+    torch_includes = ("-isystem", f"{home}/include", "-isystem", f"{home}/include/torch/csrc/api/include")
+    hashes = "".join(toolchain.source_hash(root) for root in (SOURCES, DEVICE))
+    constants = (CHECKOUT / "csrc" / "constants.h").read_text()
+    facts = {
+        "sources": hashlib.sha256((hashes + constants).encode()).hexdigest(),
+        "torch": torch.__version__,
+        "python": f"{platform.python_implementation()} {platform.python_version()} {platform.machine()}",
+        "compiler": f"{shlex.join(command)}\n{version}",
+        "flags": shlex.join((*FLAGS, *extra)),
+        "cpu": " ".join(toolchain.cpu_features()),
+    }
+    return toolchain.Recipe(
+        SOURCES,
+        tuple(sorted(SOURCES.glob("*.cpp"))),
+        command,
+        facts,
+        (*FLAGS, *includes, *torch_includes, *extra),
+        ("-shared", *extra, f"-L{home}/lib", "-ltorch_cpu", "-lc10"),
+    )
+
+
+def build() -> Path:
+    """The library's path, built first if need be."""
+    return toolchain.build(recipe(), toolchain.cache_directory())
+
+
+@functools.cache
+def load() -> None:
+    """Make torch.ops.fastode_simt usable, built first if need be.
+
+    Its operators have the schemas of csrc/ops.cpp: those of them that tests/simt implements are defined.
+    """
+    library = build()
+    namespace = torch.library.Library("fastode_simt", "FRAGMENT")
+    implemented = {name for path in (*SOURCES.glob("*.cpp"), DEVICE / "operators.h") for name in re.findall(r'm\.impl\("(\w+)"', path.read_text())}
+    for schema in cuda.schemas(CHECKOUT / "csrc" / "ops.cpp"):
+        if schema.split("(")[0] in implemented:
+            namespace.define(schema)
+    _libraries.append(namespace)
+    torch.ops.load_library(str(library))
+
+
+@contextlib.contextmanager
+def order(name: str) -> Iterator[None]:
+    """Let threads and blocks take their turns in one of ORDERS."""
+    load()
+    torch.ops.fastode_simt.set_order(*ORDERS[name])
+    try:
+        yield
+    finally:
+        torch.ops.fastode_simt.set_order(*ORDERS["forward"])
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[dict[str, int]]:
+    """How many launches, and meetings of each of KINDS, there are until the end; filled in there."""
+    load()
+    before, counts = torch.ops.fastode_simt.counts(), {}
+    yield counts
+    after = torch.ops.fastode_simt.counts()
+    counts.update(zip(KINDS, (now - then for now, then in zip(after, before, strict=True)), strict=True))
+
+
+def probe(
+    name: str,
+    tensors: list[torch.Tensor],
+    *numbers: int,
+    blocks: int = 1,
+    threads: int = 32,
+    shared: int = 0,
+    cluster: int = 1,
+    cooperative: bool = False,
+) -> None:
+    """Launch one of the kernels of tests/simt/probes.cuh.
+
+    Raises:
+        RuntimeError: what the machine found wrong.
+    """
+    load()
+    how = [blocks, threads, shared, cluster, int(cooperative)]
+    torch.ops.fastode_simt.probe(name, tensors, list(numbers), how)
+
+
+if __name__ == "__main__":
+    print(build())
