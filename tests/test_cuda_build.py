@@ -228,6 +228,7 @@ def test_the_library_loads_in_this_torch(library: Path) -> None:
     """In a process of its own, for it stays registered; in a torch for the CPU, its launches say what is missing."""
     program = (
         "import ctypes, sys, torch; from fastode.native import cuda_library, operators; "
+        "cuda_library.wanted = lambda: False; "  # the card's own would be registered twice
         "assert operators.load() is None; cuda_library.open_library(sys.argv[1]); "
         "probe = ctypes.CDLL(sys.argv[1]).fastode_cuda_probe; probe.restype = ctypes.c_char_p; "
         "print(torch.version.cuda is None and probe(0, None, 0).decode())"
@@ -244,7 +245,8 @@ def test_a_broken_kernel_leaves_the_cpu_operators_and_one_warning(tmp_path: Path
     (broken / "cuda" / "broken.cu").write_text("__global__ void broken() { undeclared(); }\n")
     program = f"""
 import pathlib, torch
-from fastode.native import cuda_library, operators, toolchain
+from fastode.native import cuda_library, nvcc, operators
+nvcc.capabilities = list
 cuda_library.wanted = lambda: True
 cuda_library.source_root = lambda: pathlib.Path({str(broken)!r})
 assert operators.load() is None and operators.load() is None
