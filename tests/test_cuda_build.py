@@ -240,6 +240,21 @@ def test_the_library_loads_in_this_torch(library: Path) -> None:
 
 
 @pytest.mark.nvcc
+def test_the_library_finds_torchs_cuda_through_libtorch_and_brings_its_own_runtime(library: Path) -> None:
+    """So that one library serves every torch: what it names must be in each, and the runtime's version is its own."""
+    said = subprocess.run(["readelf", "-d", str(library)], capture_output=True, text=True, check=True).stdout
+    needed = set(re.findall(r"NEEDED.*\[([^\]]+)\]", said))
+    assert {"libtorch.so", "libtorch_cpu.so"} <= needed
+    assert not [name for name in needed if "cuda" in name]
+
+
+@pytest.mark.nvcc
+def test_an_architecture_that_nvcc_does_not_know_is_the_reason(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match=r"^the build failed: nvcc fatal +: Unsupported gpu architecture 'compute_20'"):
+        toolchain.build(nvcc.recipe(root, ["20"]), tmp_path / "cache", announce=False)
+
+
+@pytest.mark.nvcc
 def test_a_broken_kernel_leaves_the_cpu_operators_and_one_warning(tmp_path: Path) -> None:
     broken = Path(shutil.copytree(CSRC, tmp_path / "csrc", ignore=shutil.ignore_patterns("*.cu")))
     (broken / "cuda" / "broken.cu").write_text("__global__ void broken() { undeclared(); }\n")
