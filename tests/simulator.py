@@ -1,4 +1,4 @@
-"""The test machine of tests/simt as a library: device code of csrc/cuda, run by the CPU in an order of the test's choice."""
+"""The test machine of tests/simt as a library: device code of csrc/cuda, run by the CPU in any order."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from fastode.dispatch import decisions
-from fastode.native import cuda, operators, toolchain
+from fastode.native import cuda, cuda_library, operators, toolchain
 from fastode.native.toolchain import BuildError
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -56,6 +56,7 @@ def package(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     """The stub in the place of the installed package, with nothing built or decided yet."""
     monkeypatch.setattr(operators, "PACKAGE", root.parent)
     monkeypatch.setattr(operators, "_state", operators._State())
+    monkeypatch.setattr(cuda_library, "_reason", cuda_library._reason)  # put back, for a failed load writes it
     monkeypatch.setenv("FASTODE_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("FASTODE_CXXFLAGS", raising=False)
     return root.parent

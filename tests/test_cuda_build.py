@@ -228,6 +228,7 @@ def test_the_library_loads_in_this_torch(library: Path) -> None:
     """In a process of its own, for it stays registered; in a torch for the CPU, its launches say what is missing."""
     program = (
         "import ctypes, sys, torch; from fastode.native import cuda_library, operators; "
+        "cuda_library.wanted = lambda: False; "  # the card's own would be registered twice
         "assert operators.load() is None; cuda_library.open_library(sys.argv[1]); "
         "probe = ctypes.CDLL(sys.argv[1]).fastode_cuda_probe; probe.restype = ctypes.c_char_p; "
         "print(torch.version.cuda is None and probe(0, None, 0).decode())"
@@ -239,12 +240,28 @@ def test_the_library_loads_in_this_torch(library: Path) -> None:
 
 
 @pytest.mark.nvcc
+def test_the_library_finds_torchs_cuda_through_libtorch_and_brings_its_own_runtime(library: Path) -> None:
+    """So that one library serves every torch: what it names must be in each, and the runtime's version is its own."""
+    said = subprocess.run(["readelf", "-d", str(library)], capture_output=True, text=True, check=True).stdout
+    needed = set(re.findall(r"NEEDED.*\[([^\]]+)\]", said))
+    assert {"libtorch.so", "libtorch_cpu.so"} <= needed
+    assert not [name for name in needed if "cuda" in name]
+
+
+@pytest.mark.nvcc
+def test_an_architecture_that_nvcc_does_not_know_is_the_reason(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match=r"^the build failed: nvcc fatal +: Unsupported gpu architecture 'compute_20'"):
+        toolchain.build(nvcc.recipe(root, ["20"]), tmp_path / "cache", announce=False)
+
+
+@pytest.mark.nvcc
 def test_a_broken_kernel_leaves_the_cpu_operators_and_one_warning(tmp_path: Path) -> None:
     broken = Path(shutil.copytree(CSRC, tmp_path / "csrc", ignore=shutil.ignore_patterns("*.cu")))
     (broken / "cuda" / "broken.cu").write_text("__global__ void broken() { undeclared(); }\n")
     program = f"""
 import pathlib, torch
-from fastode.native import cuda_library, operators, toolchain
+from fastode.native import cuda_library, nvcc, operators
+nvcc.capabilities = list
 cuda_library.wanted = lambda: True
 cuda_library.source_root = lambda: pathlib.Path({str(broken)!r})
 assert operators.load() is None and operators.load() is None

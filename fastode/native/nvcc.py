@@ -194,6 +194,7 @@ def recipe(root: Path, chosen: Sequence[str] | None = None) -> Recipe:
     chosen = architectures() if chosen is None else tuple(chosen)
     extra, (includes, libraries) = toolchain.extra_flags(), toolchain.torch_flags()
     host = ("-ccbin", command[0]) if len(command) == 1 else ()  # nvcc takes a program, without arguments
+    threads = f"--threads={max(1, min(len(chosen), toolchain.jobs() // len(units)))}"  # architectures at a time
     runtime, headers = _runtime(nvcc)
     facts = {
         "sources": toolchain.source_hash(root, without="cpu"),
@@ -210,7 +211,7 @@ def recipe(root: Path, chosen: Sequence[str] | None = None) -> Recipe:
         facts,
         (*toolchain.FLAGS, *toolchain.STABLE_ABI, f"-I{root}", *includes, *headers, *extra),
         ("-shared", *extra, libraries, f"-L{runtime}", *LINK_FLAGS),
-        (nvcc.path, *device_flags(chosen), *host, f"-I{root}"),
+        (nvcc.path, *device_flags(chosen), *host, threads, f"-I{root}"),
         NAME,
     )
 

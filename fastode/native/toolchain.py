@@ -340,7 +340,7 @@ def compile_into(made: Recipe, directory: Path, log: Path, *, announce: bool = F
     commands = [made.command(unit, object_) for unit, object_ in zip(made.sources, objects, strict=True)]
     progress = Progress(len(commands)) if announce else None
     errors = []
-    with ThreadPoolExecutor(max_workers=_jobs()) as pool:
+    with ThreadPoolExecutor(max_workers=jobs()) as pool:
         for compiled in as_completed([pool.submit(run, command) for command in commands]):
             if (output := compiled.result()) is not None:
                 errors.append(output)
@@ -359,7 +359,7 @@ def compile_into(made: Recipe, directory: Path, log: Path, *, announce: bool = F
     return library
 
 
-def _jobs() -> int:
+def jobs() -> int:
     """How many files to compile at a time: one per core this process may use, unless MAX_JOBS says otherwise."""
     wanted = os.environ.get("MAX_JOBS", "")
     if wanted.isdigit() and int(wanted) > 0:

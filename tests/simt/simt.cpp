@@ -163,7 +163,6 @@ class Machine {
   std::string error_;
   uint64_t random_ = 0;
   Pages stacks_, shared_;
-  bool abandoned_ = false;  // the last launch ended in an error, in the middle of its stacks
   Fiber host_{};
   std::vector<Fiber> fibers_;
   std::vector<void*> operands_;
@@ -228,7 +227,6 @@ class Machine {
 
   [[noreturn]] void fail(std::string why) {
     error_ = std::move(why);
-    abandoned_ = true;
     leave_to(host_);
     __builtin_unreachable();
   }
@@ -241,11 +239,6 @@ class Machine {
     const size_t stride = (how_.shared_bytes + 2 * kGuard + 127) / 128 * 128 + 128;
     char* stacks = stacks_.at_least(count * kStackBytes);
     char* shared = shared_.at_least(together * stride);
-#if FASTODE_ASAN
-    if (abandoned_) ASAN_UNPOISON_MEMORY_REGION(stacks, stacks_.bytes());
-    ASAN_UNPOISON_MEMORY_REGION(shared, shared_.bytes());
-#endif
-    abandoned_ = false;
     fibers_.assign(count, {});
     operands_.assign(count, nullptr);
     blocks_.assign(together, {});
@@ -280,10 +273,19 @@ class Machine {
     leave_to(next());
     if (error_.empty() && std::any_of(fibers_.begin(), fibers_.end(), [](const Fiber& f) { return !f.left; })) {
       error_ = deadlock();
-      abandoned_ = true;
     }
-    if (!error_.empty())
-      for (Block& block : blocks_) close(block);
+    if (!error_.empty()) abandon();
+  }
+
+  // After an error: nobody goes on with what is left on the stacks and in shared memory.
+  void abandon() {
+    for (Block& block : blocks_) close(block);
+#if FASTODE_ASAN
+    for (const Fiber& fiber : fibers_) {
+      const char* pointer = static_cast<char*>(fiber.stack.pointer);
+      ASAN_UNPOISON_MEMORY_REGION(pointer, fiber.stack.bottom + fiber.stack.bytes - pointer);
+    }
+#endif
   }
 
   static void enter();
@@ -298,6 +300,7 @@ class Machine {
 #if FASTODE_ASAN
     Fiber& to = next();
     running = &to;
+    __asan_handle_no_return();  // nothing on this stack is poisoned any more
     __sanitizer_start_switch_fiber(nullptr, to.stack.bottom, to.stack.bytes);
     fastode_simt_switch(&self.stack.pointer, to.stack.pointer);
 #else
