@@ -49,9 +49,11 @@ enum Present : int64_t {
 
 namespace cuda {
 
-// What the programs of csrc/cuda take at most: units of a branch, stages of an explicit scheme.
+// What the programs of csrc/cuda take at most: units of a branch, stages of an explicit scheme; steps of an IE-Skip that
+// is differentiated, each of which has two streams whose weight gradients are added up, beside that of f(x).
 inline constexpr int64_t kMostUnits = 3;
 inline constexpr int64_t kMostStages = 16;
+inline constexpr int64_t kMostSteps = 7;
 
 // The maps that they are compiled for: each(channels, pixels of a side, warps of a block, units of a branch at most).
 #define FASTODE_TILES(each) \

@@ -32,6 +32,10 @@ struct alignas(16) Words {
   uint32_t word[4];
 };
 
+struct alignas(8) Half {
+  uint32_t word[2];
+};
+
 // T: BFloat16 or Float16. C: channels. W: pixels of a side. Warps: of a block.
 template <class T, int C, int W, int Warps>
 struct Tile {
@@ -125,6 +129,12 @@ struct Tile {
 
   static FASTODE_DEVICE Words kept_tile(const char* place, int tile) {
     return reinterpret_cast<const Words*>(place)[tile * kThreads + thread()];
+  }
+
+  // Of that, the words of eight channels: of the upper and of the lower eight pixels.
+  static FASTODE_DEVICE void kept_words(uint32_t (&words)[2], const char* place, int tile, int eight) {
+    const Half found = reinterpret_cast<const Half*>(place)[(tile * kThreads + thread()) * 2 + eight];
+    words[0] = found.word[0], words[1] = found.word[1];
   }
 
   static FASTODE_DEVICE void recall(State& state, const char* place) {

@@ -2,7 +2,7 @@
 // on the tensor cores, a block's share of samples and stages at a time, and the sum of all blocks' shares.
 #pragma once
 
-#include "branch.cuh"
+#include "second.cuh"
 
 namespace fastode::device {
 
@@ -89,29 +89,24 @@ struct WeightGradients {
   static constexpr size_t bytes(int units) {
     return Memory<Tile>::bytes(units, 0) + Tile::kKeptBytes + kSums * sizeof(float);
   }
-  static int most_items(const cuda::WeightsCall& call) {
-    const cuda::SchemeCall& scheme = call.backward.scheme;
-    return scheme.samples * scheme.stages * scheme.branch.count;
-  }
+  static int most_items(const cuda::WeightsCall& call) { return call.samples * call.count * call.branch.count; }
 
   static FASTODE_DEVICE void run(const cuda::WeightsCall& call) {
-    const cuda::SchemeCall& scheme = call.backward.scheme;
-    const cuda::Left& left = call.backward.left;
-    const int units = scheme.branch.count, u = block() % units;
-    Branch<Tile> branch(scheme.branch, scheme.samples, false);
+    const int units = call.branch.count, u = block() % units;
+    Second<Tile> branch(call.branch, call.samples, false);
     char* const bare = branch.memory().end;
     Products<Tile> products;
     products.clear();
     float bias[4] = {0, 0, 0, 0};
-    for (int item = block() / units; item < scheme.samples * scheme.stages; item += blocks() / units) {
-      const int k = item / scheme.samples, n = item % scheme.samples;
-      if (left.cotangent[k][u] < 0) continue;
+    for (int item = block() / units; item < call.samples * call.count; item += blocks() / units) {
+      const cuda::Product& product = call.product[item / call.samples];
+      const int n = item % call.samples;
       typename Tile::State state;
       block_barrier();
-      branch.revisit(state, u, n, k, Branch<Tile>::place(scheme.room, scheme.input[k][u], n));
-      Tile::recall(state, Branch<Tile>::place(left.room, left.cotangent[k][u], n));
+      put_input(branch, call, product, u, n, state);
+      cotangent(state, product.factor, Branch<Tile>::place(call.room, product.cotangent[u], n));
       Tile::put_bare(bare, state);
-      add_pixels(bias, state);
+      if (product.tangent[u] < 0) add_pixels(bias, state);  // a tangent has no bias
       block_barrier();
       products.add(branch.memory().map, bare);
     }
@@ -119,6 +114,22 @@ struct WeightGradients {
   }
 
  private:
+  static FASTODE_DEVICE void put_input(Second<Tile>& branch, const cuda::WeightsCall& call,
+                                       const cuda::Product& product, int u, int n, typename Tile::State& state) {
+    const char* const input = Branch<Tile>::place(call.room, product.input[u], n);
+    if (product.tangent[u] < 0) return branch.revisit(state, u, n, product.evaluation, input);
+    branch.revisit_tangent(state, u, n, product.evaluation, product.tangent_evaluation, input,
+                           Branch<Tile>::place(call.room, product.tangent[u], n));
+  }
+
+  static FASTODE_DEVICE void cotangent(typename Tile::State& state, float factor, const char* place) {
+    if (factor == 1) return Tile::recall(state, place);
+    typename Tile::Sum sum;
+    Tile::clear(sum);
+    Tile::add_kept(sum, factor, place);
+    Tile::round(state, sum);
+  }
+
   static constexpr int kSums = kShares ? Products<Tile>::kEntries : 0;
 
   static FASTODE_DEVICE void add_pixels(float (&bias)[4], const typename Tile::State& state) {

@@ -60,9 +60,12 @@ class DescentStep:
     descent: Descent
     variant: str
     family: str = "ie"
-    stages: int = 1
     learned: bool = False
     traceable: bool = False  # the reference calls autograd inside its forward
+
+    @property
+    def stages(self) -> int:
+        return self.descent.steps
 
     def apply(
         self, engine: Engine, plan: Plan, rerun: Rerun | None, x: Tensor, tensors: MaybeTensors, table: Table | None

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...branch.read import Unit
 from ...native import cuda_library
-from ...native.constants import MOST_STAGES, MOST_UNITS, TILES
+from ...native.constants import MOST_STAGES, MOST_STEPS, MOST_UNITS, TILES
 from ..engine import Call
 from ..plan import Plan
 
@@ -25,9 +25,7 @@ def refuses(call: Call) -> str:
         return "it has no programs of the skew pair for CUDA"
     if call.learned and call.mode != "forward":
         return "its programs for CUDA make no gradients of a scheme's coefficients"
-    if call.family == "ie" and call.mode != "forward":
-        return "its program of IE-Skip for CUDA goes forwards only"
-    return refuses_input(x) or refuses_units(plan, x.shape[1]) or _refuses_size(plan, x, call.stages)
+    return refuses_input(x) or refuses_units(plan, x.shape[1]) or _refuses_size(plan, x, call)
 
 
 def refuses_input(x: Tensor) -> str:
@@ -71,10 +69,13 @@ def _is_plain_convolution(unit: Unit, channels: int) -> bool:
     )
 
 
-def _refuses_size(plan: Plan, x: Tensor, stages: int) -> str:
+def _refuses_size(plan: Plan, x: Tensor, call: Call) -> str:
     most = min(MOST_UNITS, TILES[x.shape[1], x.shape[2]])
     if len(plan.units) > most:
         return f"its program for such maps has room for {most} units, and the branch has {len(plan.units)}"
-    if stages > MOST_STAGES:
-        return f"its programs for CUDA take schemes of {MOST_STAGES} stages at most, and this one has {stages}"
+    if call.family == "ie":
+        if call.mode == "train" and call.stages > MOST_STEPS:
+            return f"its programs for CUDA train IE-Skips of {MOST_STEPS} steps at most, and this one has {call.stages}"
+    elif call.stages > MOST_STAGES:
+        return f"its programs for CUDA take schemes of {MOST_STAGES} stages at most, and this one has {call.stages}"
     return ""
