@@ -33,6 +33,7 @@ KINDS = (
     "mma_tf32",
     "ldmatrix",
     "ldmatrix_transposed",
+    "bank_conflicts",  # turns that ldmatrix needs beyond one for each matrix
 )
 # In which threads and blocks take their turns: the number of the order, and a seed.
 ORDERS = {"forward": (0, 0), "reverse": (1, 0), "random 1": (2, 1), "random 2": (2, 2)}
@@ -110,6 +111,13 @@ def counting() -> Iterator[dict[str, int]]:
     yield counts
     after = torch.ops.fastode_simt.counts()
     counts.update(zip(KINDS, (now - then for now, then in zip(after, before, strict=True)), strict=True))
+
+
+def fenced(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's copy between NaN, so that a kernel's result shows that it reads out of its bounds."""
+    edge = 256  # elements, which keeps the alignment of the storage
+    storage = torch.full((tensor.numel() + 2 * edge,), torch.nan, dtype=tensor.dtype)
+    return storage[edge:-edge].view(tensor.shape).copy_(tensor)
 
 
 def probe(

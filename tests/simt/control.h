@@ -10,7 +10,8 @@ enum Order { kForward, kReverse, kRandom };
 // The order in which threads that can run do so, and that of a grid's blocks, from the next launch on.
 void set_order(Order order, uint64_t seed);
 
-// The launches, and the meetings of each kind, since the library was loaded: kKinds + 1 numbers.
+// Since the library was loaded: the launches, the meetings of each kind (of mma the products), and ldmatrix's conflicts
+// of banks. kKinds + 2 numbers.
 const int64_t* counts();
 
 }  // namespace fastode::device::simt

@@ -26,18 +26,20 @@ constexpr size_t kMostShared = 227 * 1024;  // of a block, on sm_90
 constexpr size_t kGuard = 1024;             // bytes before and after a block's shared memory
 constexpr unsigned char kUnset = 0xff;      // shared memory before it is written: NaN in each of the formats
 
-struct Fiber : Thread {
-  Stack stack;
-  const Site* waits = nullptr;
-  Kind kind{};
-  bool left = false;
-};
-
 // Threads first … first + size - 1, which meet.
 struct Group {
   int first, size;
   int waiting = 0;
   int opener = 0;
+};
+
+struct Fiber : Thread {
+  Stack stack;
+  int index = 0;
+  Group* groups[4] = {};  // its block, cluster, grid and warp
+  const Site* waits = nullptr;
+  Kind kind{};
+  bool left = false;
 };
 
 struct Gap {
@@ -71,7 +73,7 @@ class Machine {
  public:
   Order order = kForward;
   uint64_t seed = 0;
-  int64_t counted[kKinds + 1] = {};
+  int64_t counted[kKinds + 2] = {};
 
   const char* launch(const Launch& how, int most_threads, Program program, const void* arguments) {
     const std::lock_guard<std::mutex> one_at_a_time(mutex_);
@@ -97,19 +99,25 @@ class Machine {
     Fiber& self = own();
     if (static_cast<char*>(__builtin_frame_address(0)) < self.stack.bottom + kStackMargin && !FASTODE_ASAN)
       fail(name_of(self) + " needs more than " + std::to_string(kStackBytes >> 10) + " KiB of stack");
-    Group& group = group_of(kind);
+    Group& group = *self.groups[std::min<int>(kind, kWarpBarrier)];
     self.waits = &site, self.kind = kind;
     if (group.waiting == 0) {
-      group.opener = index();
+      group.opener = self.index;
     } else if (const Fiber& first = fibers_[group.opener]; first.kind != kind || !same(*first.waits, site)) {
       fail(name_of(self) + " is at " + at(kind, site) + " where " + name_of(first) + " waits at " +
            at(first.kind, *first.waits));
     }
-    operands_[index()] = operands;
+    operands_[self.index] = operands;
     if (++group.waiting == group.size) {
       group.waiting = 0;
-      ++counted[1 + kind];
-      if (kind > kWarpBarrier) exchange(kind, &operands_[group.first]);
+      if (kind > kWarpBarrier) {
+        void* const* of_lanes = &operands_[group.first];
+        counted[1 + kind] += tiles(kind, of_lanes);
+        counted[1 + kKinds] += conflicts(kind, of_lanes);
+        exchange(kind, of_lanes);
+      } else {
+        ++counted[1 + kind];
+      }
       ready(group.first, group.size);
     }
     leave_to(next());
@@ -184,14 +192,7 @@ class Machine {
   }
 
   Fiber& own() { return *static_cast<Fiber*>(running); }
-  int index() { return static_cast<int>(&own() - fibers_.data()); }
-  int block_index() { return index() / how_.threads; }
-
-  Group& group_of(Kind kind) {
-    const int scope = std::min<int>(kind, kWarpBarrier);
-    const std::vector<Group>& of_scope = groups_[scope];
-    return groups_[scope][index() / of_scope[0].size];
-  }
+  int block_index() { return own().index / how_.threads; }
 
   bool inside(const void* begin, size_t bytes) {
     const char* first = static_cast<const char*>(begin);
@@ -244,11 +245,12 @@ class Machine {
     blocks_.assign(together, {});
     // No more aligned than is promised: to 16 bytes.
     for (int i = 0; i < together; ++i) blocks_[i].shared = shared + i * stride + kGuard + 16;
-    for (int i = 0; i < count; ++i) fibers_[i].stack.bottom = stacks + i * kStackBytes;
+    for (int i = 0; i < count; ++i) fibers_[i].index = i, fibers_[i].stack.bottom = stacks + i * kStackBytes;
     const int sizes[] = {threads, how_.cluster * threads, count, 32};
     for (int scope = 0; scope < 4; ++scope) {
       groups_[scope].clear();
       for (int i = 0; i < count; i += sizes[scope]) groups_[scope].push_back({i, sizes[scope]});
+      for (int i = 0; i < count; ++i) fibers_[i].groups[scope] = &groups_[scope][i / sizes[scope]];
     }
   }
 
