@@ -74,6 +74,7 @@ gpu:
 
 kernels: $(STAMP)
 	$(BIN)/python -m benchmarks.kernels
+	$(BIN)/python -m benchmarks.cuda_kernels
 
 # Where "auto" takes the resident engine on CPUs of this kind: at most 8 minutes, and it wants all cores.
 choose: $(STAMP)

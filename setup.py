@@ -1,9 +1,11 @@
 """What pyproject.toml cannot say: csrc/ travels inside the package, and FASTODE_PREBUILD=1 compiles it on install."""
 
+import importlib
 import importlib.util
 import os
 import shutil
 import sys
+import types
 from pathlib import Path
 
 from setuptools import Distribution, setup
@@ -33,17 +35,20 @@ def prebuild(package: Path) -> None:
     """Compile the operators into `package`, for each instruction set that is told apart when they are loaded."""
     if importlib.util.find_spec("torch") is None:
         sys.exit("FASTODE_PREBUILD=1 compiles against the installed torch: add --no-build-isolation")
-    # By path: importing fastode itself would run more of the package than a build should.
-    spec = importlib.util.spec_from_file_location("fastode_toolchain", HERE / "fastode" / "native" / "toolchain.py")
-    assert spec is not None
-    assert spec.loader is not None
-    toolchain = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = toolchain
-    spec.loader.exec_module(toolchain)
+    # As a package of its own: importing fastode itself would run more of it than a build should.
+    native = types.ModuleType("fastode_native")
+    native.__path__ = [str(HERE / "fastode" / "native")]
+    sys.modules[native.__name__] = native
+    toolchain = importlib.import_module("fastode_native.toolchain")
+    nvcc = importlib.import_module("fastode_native.nvcc")
     try:
         print("fastode: built", *toolchain.build_ahead(HERE / "csrc", package))
     except toolchain.BuildError as error:
         sys.exit(f"FASTODE_PREBUILD=1: {error}")
+    try:
+        print("fastode: built", nvcc.build_ahead(HERE / "csrc", package))
+    except toolchain.BuildError as error:  # a machine without nvcc builds for the CPU
+        print(f"fastode: built without the CUDA operators: {error}", file=sys.stderr)
 
 
 class PlatformDistribution(Distribution):

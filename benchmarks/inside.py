@@ -1,4 +1,4 @@
-"""What the benchmarks use of fastode beyond its public names, but for the offline compilation of the Triton kernels."""
+"""What the benchmarks use of fastode beyond its public names, but for the offline compilation of kernels."""
 
 from __future__ import annotations
 

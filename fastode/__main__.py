@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import os
 import platform
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import fastode
 
 from .dispatch import choice, decisions, trial
 from .dispatch.engines import ENGINES
-from .native import operators, toolchain
+from .native import cuda_library, operators, toolchain
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastode", description=__doc__.replace("``", "`"))
     commands = parser.add_subparsers(dest="command", required=True, metavar="{info,build}")
     commands.add_parser("info", help="print versions, engines, and why each is or is not available")
-    build = commands.add_parser("build", help="build the C++ operators now, if they are not built yet")
+    build = commands.add_parser("build", help="build the C++ and CUDA operators now, if they are not built yet")
     build.add_argument("--no-load", action="store_true", help="only build: do not open the library")
     chosen = parser.parse_args(arguments)
     return _info() if chosen.command == "info" else _build_now(load=not chosen.no_load)
@@ -53,6 +54,7 @@ def _machine() -> list[tuple[str, str]]:
         triton = "none: it is not installed"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none: torch sees no CUDA device"
     ready, where = operators.available()
+    cuda_ready, cuda_where = cuda_library.available()
     return [
         ("fastode", f"{fastode.__version__} ({Path(fastode.__file__).parent})"),
         (
@@ -61,11 +63,13 @@ def _machine() -> list[tuple[str, str]]:
         ),
         ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         ("compiler", compiler),
+        ("nvcc", cuda_library.describe()),
         ("triton", triton),
         ("GPU", device),
         ("CPU", f"{_cpu_name()}: {', '.join(toolchain.kernel_features()) or 'no known features'}"),
         ("threads", str(torch.get_num_threads())),
         ("operators", f"{'ready' if ready else 'not ready'}: {where}"),
+        ("CUDA C++", f"{'ready' if cuda_ready else 'not ready'}: {cuda_where}"),
         ("cache", str(toolchain.cache_directory())),
     ]
 
@@ -78,7 +82,7 @@ def _cpu_name() -> str:
 
 
 def _build_now(*, load: bool) -> int:
-    """Exit status 1, with the reason, when the operators cannot be had."""
+    """Exit status 1, with the reason, when the operators cannot be had, or CUDA's for architectures that were named."""
     reason: str | None = None
     try:
         where = operators.find_or_build()
@@ -86,7 +90,15 @@ def _build_now(*, load: bool) -> int:
     except toolchain.BuildError as error:
         reason = str(error)
     print(reason or f"the C++ operators are built: {where}", file=sys.stderr if reason else sys.stdout)
-    return int(reason is not None)
+    missing = ""
+    named = bool(os.environ.get("FASTODE_CUDA_ARCHITECTURES"))
+    if named or cuda_library.wanted():
+        try:
+            print(f"the CUDA operators are built: {cuda_library.find_or_build()}")
+        except toolchain.BuildError as error:
+            missing = str(error)
+            print(f"the CUDA operators are not built: {missing}", file=sys.stderr)
+    return int(reason is not None or (named and missing != ""))
 
 
 if __name__ == "__main__":

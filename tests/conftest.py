@@ -1,4 +1,4 @@
-"""What every test shares: seeds, the reproducible hypothesis profile, and the rule for tests that need a GPU."""
+"""What every test shares: seeds, reproducible hypothesis, and the rule for tests that need a GPU, or nvcc."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from fastode.dispatch import known
+from fastode.native import nvcc
 from fastode.ops.resident import rule as measured
 
 NEEDS_GPU = "needs a CUDA device"
+NEEDS_NVCC = "needs nvcc"
 
 try:
     import hypothesis
@@ -25,18 +27,25 @@ else:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason=NEEDS_GPU))
+    lacking = {} if torch.cuda.is_available() else {"gpu": NEEDS_GPU}
+    try:
+        nvcc.find()
+    except nvcc.BuildError as error:
+        lacking["nvcc"] = f"{NEEDS_NVCC}: {error}"
+    for item in items:
+        for marker, reason in lacking.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # outermost, so that this line comes last
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Generator[None, None, None]:
     yield
     skipped = terminalreporter.stats.get("skipped", [])
-    count = sum(NEEDS_GPU in str(report.longrepr) for report in skipped)
-    terminalreporter.write_line(f"{count} tests were left out because they need a GPU")
+    for reason, what in ((NEEDS_GPU, "a GPU"), (NEEDS_NVCC, "nvcc")):
+        count = sum(reason in str(report.longrepr) for report in skipped)
+        if count or reason == NEEDS_GPU:
+            terminalreporter.write_line(f"{count} tests were left out because they need {what}")
 
 
 @pytest.fixture(autouse=True)

@@ -84,7 +84,7 @@ def load() -> None:
     """
     library = build()
     namespace = torch.library.Library("fastode_simt", "FRAGMENT")
-    implemented = {name for path in SOURCES.glob("*.cpp") for name in re.findall(r'm\.impl\("(\w+)"', path.read_text())}
+    implemented = {name for path in (*SOURCES.glob("*.cpp"), DEVICE / "operators.h") for name in re.findall(r'm\.impl\("(\w+)"', path.read_text())}
     for schema in cuda.schemas(CHECKOUT / "csrc" / "ops.cpp"):
         if schema.split("(")[0] in implemented:
             namespace.define(schema)

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from fastode.dispatch import decisions
-from fastode.native import cuda, operators, toolchain
+from fastode.native import cuda, cuda_library, operators, toolchain
 from fastode.native.toolchain import BuildError
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -35,8 +35,8 @@ def root(tmp_path: Path) -> Path:
     (root / "ops.cpp").write_text('#include "cpu/answer.h"\n' + STUB)
     (root / "cpu" / "answer.h").write_text("#define ANSWER 42\n")
     (root / "cpu" / "other.cpp").write_text("int other() { return 0; }\n")
-    (root / "kernel.cu").write_text('#include "kernel.cuh"\n')
-    (root / "kernel.cuh").write_text("")
+    (root / "cuda").mkdir()
+    (root / "cuda" / "kernel.cuh").write_text("")
     return root
 
 
@@ -56,6 +56,7 @@ def package(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     """The stub in the place of the installed package, with nothing built or decided yet."""
     monkeypatch.setattr(operators, "PACKAGE", root.parent)
     monkeypatch.setattr(operators, "_state", operators._State())
+    monkeypatch.setattr(cuda_library, "_reason", cuda_library._reason)  # put back, for a failed load writes it
     monkeypatch.setenv("FASTODE_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("FASTODE_CXXFLAGS", raising=False)
     return root.parent
@@ -77,9 +78,7 @@ CHANGES: dict[str, Callable[[Path, pytest.MonkeyPatch], object]] = {
     "a header's content": lambda root, patch: (root / "cpu" / "answer.h").write_text("#define ANSWER 43\n"),
     "a file's name": lambda root, patch: (root / "cpu" / "other.cpp").rename(root / "cpu" / "another.cpp"),
     "a new header": lambda root, patch: (root / "cpu" / "new.h").write_text(""),
-    "a CUDA kernel": lambda root, patch: (root / "kernel.cu").write_text("// changed\n"),
-    "a CUDA header": lambda root, patch: (root / "kernel.cuh").write_text("// changed\n"),
-    "a source in a language of its own": lambda root, patch: (root / "kernel.ptx").write_text(""),
+    "a source in a language of its own": lambda root, patch: (root / "kernel.asm").write_text(""),
     "torch": lambda root, patch: patch.setattr(torch, "__version__", "2.99.0"),
     "python": lambda root, patch: patch.setattr(platform, "python_version", lambda: "3.99.0"),
     "the compiler": lambda root, patch: patch.setattr(toolchain, "compiler", lambda: (("g++",), "g++ 99")),
@@ -107,7 +106,7 @@ def test_the_key_does_not_depend_on_where_the_sources_lie_or_on_what_was_compile
     assert toolchain.recipe(moved).key == before
 
 
-@pytest.mark.parametrize("edited", ["csrc/kernel.cuh", "csrc/cpu/answer.h", "fastode/ops/triton/kernel.py"])
+@pytest.mark.parametrize("edited", ["csrc/cuda/kernel.cuh", "csrc/cpu/answer.h", "fastode/ops/triton/kernel.py"])
 def test_an_edit_of_a_kernel_makes_old_decisions_stale(
     edited: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

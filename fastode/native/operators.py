@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from . import cuda, fake, toolchain
+from . import cuda, cuda_library, fake, toolchain
 from .toolchain import (
     LIBRARY,
     BuildError,
@@ -80,8 +80,10 @@ def load(announce: bool = True) -> str | None:
         try:
             _state.path = _open(find_or_build(announce))
             cuda.register()
+            cuda_library.load(announce)
         except (BuildError, OSError) as error:
             _state.reason = str(error)
+            cuda_library.leave_out(_state.reason)
             message = f"fastode runs its reference blocks on the CPU, which are slower: {error}"
             warnings.warn(message, RuntimeWarning, stacklevel=2)
             root = source_root()

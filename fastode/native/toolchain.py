@@ -1,6 +1,7 @@
 """One build of the C++ operators: what it depends on, its key, the compiler runs, the lock, the cache.
 
-Knows nothing of the package around it, so that setup.py can load this file by itself.
+Knows nothing of the package around it, so that setup.py can load this file by itself. nvcc.py beside it says what a
+build of the CUDA C++ operators depends on, and is built by the same functions.
 
 Environment: ``CXX`` names the compiler (with arguments if need be, such as ``ccache g++``), ``FASTODE_CXXFLAGS`` adds
 flags, ``FASTODE_DEBUG=1`` asks for a debug build, ``FASTODE_CACHE`` names the cache directory,
@@ -33,6 +34,7 @@ from pathlib import Path
 import torch
 
 LIBRARY = "libfastode.so"
+CUDA = "cuda"  # the folder of the sources that nvcc.py builds a library of its own from
 # -ffast-math is left out for good: it would break NaN, inf and the order of sums that the equality rule relies on.
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wno-unknown-pragmas")
 # The stable ABI of torch 2.10: one binary serves every later torch.
@@ -88,6 +90,13 @@ class Recipe:
     facts: dict[str, str] = field(hash=False)
     compile_flags: tuple[str, ...]
     link_flags: tuple[str, ...]
+    device_compiler: tuple[str, ...] = ()  # the command line, flags included, that compiles a .cu
+    name: str = "the C++ operators"
+
+    def command(self, unit: Path, result: Path) -> list[str]:
+        """The command that compiles one translation unit."""
+        line = self.device_compiler if unit.suffix == ".cu" else (*self.compiler, *self.compile_flags)
+        return [*line, "-c", str(unit), "-o", str(result)]
 
     @property
     def key(self) -> str:
@@ -99,7 +108,7 @@ class Recipe:
 
 
 def sources(root: Path) -> tuple[Path, ...]:
-    """The translation units under ``root``; device code is built by Triton or nvcc, not here."""
+    """The translation units of the CPU's operators under ``root``; nvcc.py has those of CUDA's."""
     return tuple(sorted([*root.glob("*.cpp"), *root.glob("cpu/*.cpp")]))
 
 
@@ -108,12 +117,18 @@ def source_root(package: Path) -> Path | None:
     return next((root for root in (package / "csrc", package.parent / "csrc") if any(root.glob("*.cpp"))), None)
 
 
-def source_hash(root: Path) -> str:
-    """A hash of every source under ``root``, for whatever device and in whatever language, by path and content."""
+def source_hash(root: Path, without: str | None = None) -> str:
+    """A hash of every source under ``root``, for whatever device and in whatever language, by path and content.
+
+    Args:
+        root: the directory.
+        without: a folder in it whose sources another library is built from.
+    """
     digest = hashlib.sha256()
     for path in sorted(p for p in root.rglob("*") if p.is_file() and p.suffix not in _NOT_SOURCES):
-        content = path.read_bytes()
-        digest.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode() + content)
+        name, content = path.relative_to(root), path.read_bytes()
+        if name.parts[0] != without:
+            digest.update(f"{name.as_posix()}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()
 
 
@@ -178,7 +193,7 @@ def compiler() -> tuple[tuple[str, ...], str]:
             line = (program, *command[1:])
             try:
                 done = subprocess.run(
-                    [*line, "--version"], capture_output=True, text=True, timeout=60, env=_environment()
+                    [*line, "--version"], capture_output=True, text=True, timeout=60, env=environment()
                 )
             except (OSError, subprocess.TimeoutExpired) as error:
                 raise BuildError(f"the C++ compiler {shlex.join(line)} does not run: {error}") from error
@@ -189,7 +204,7 @@ def compiler() -> tuple[tuple[str, ...], str]:
     raise BuildError(f"no C++ compiler was found ({where})")
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """The compiler's environment: ours, less what is preloaded into us (a sanitizer) and the user's language."""
     kept = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     return {**kept, "LC_ALL": "C"}
@@ -199,6 +214,13 @@ def extra_flags() -> tuple[str, ...]:
     """The flags that the environment adds; where there are some, a prebuilt library is not what was asked for."""
     debug = ("-DFASTODE_DEBUG",) if os.environ.get("FASTODE_DEBUG", "0") not in ("", "0") else ()
     return (*shlex.split(os.environ.get("FASTODE_CXXFLAGS", "")), *debug)
+
+
+def torch_flags() -> tuple[tuple[str, ...], str]:
+    """The flags by which torch's headers, and its libraries, are found."""
+    home = Path(torch.__file__).resolve().parent
+    headers = ("-isystem", f"{home}/include", "-isystem", f"{home}/include/torch/csrc/api/include")
+    return headers, f"-L{home}/lib"
 
 
 def recipe(root: Path, machine_flags: tuple[str, ...] = NATIVE) -> Recipe:
@@ -215,15 +237,13 @@ def recipe(root: Path, machine_flags: tuple[str, ...] = NATIVE) -> Recipe:
     if not units:
         raise BuildError(f"no C++ sources were found under {root}")
     command, version = compiler()
-    torch_home = Path(torch.__file__).resolve().parent
-    extra = extra_flags()
-    includes = ("-isystem", f"{torch_home}/include", "-isystem", f"{torch_home}/include/torch/csrc/api/include")
+    extra, (includes, libraries) = extra_flags(), torch_flags()
     compile_flags = (*FLAGS, *machine_flags, *STABLE_ABI, f"-I{root}", *includes, *extra)
-    link_flags: tuple[str, ...] = ("-shared", *extra, f"-L{torch_home}/lib", "-ltorch_cpu", "-lc10")
+    link_flags: tuple[str, ...] = ("-shared", *extra, libraries, "-ltorch_cpu", "-lc10")
     if sys.platform == "darwin":
         link_flags += ("-undefined", "dynamic_lookup")
     facts = {
-        "sources": source_hash(root),
+        "sources": source_hash(root, without=CUDA),
         "torch": torch.__version__,
         "python": f"{platform.python_implementation()} {platform.python_version()} {platform.machine()}",
         "compiler": f"{shlex.join(command)}\n{version}",
@@ -303,7 +323,7 @@ def compile_into(made: Recipe, directory: Path, log: Path, *, announce: bool = F
                 stderr=subprocess.STDOUT,
                 text=True,
                 errors="replace",
-                env=_environment(),
+                env=environment(),
                 timeout=max(1.0, deadline - time.monotonic()),
             )
             output, failed = done.stdout, done.returncode != 0
@@ -317,13 +337,10 @@ def compile_into(made: Recipe, directory: Path, log: Path, *, announce: bool = F
         return output
 
     objects = [directory / f"{unit.relative_to(made.root).as_posix().replace('/', '_')}.o" for unit in made.sources]
-    commands = [
-        [*made.compiler, *made.compile_flags, "-c", str(unit), "-o", str(object_)]
-        for unit, object_ in zip(made.sources, objects, strict=True)
-    ]
+    commands = [made.command(unit, object_) for unit, object_ in zip(made.sources, objects, strict=True)]
     progress = Progress(len(commands)) if announce else None
     errors = []
-    with ThreadPoolExecutor(max_workers=_jobs()) as pool:
+    with ThreadPoolExecutor(max_workers=jobs()) as pool:
         for compiled in as_completed([pool.submit(run, command) for command in commands]):
             if (output := compiled.result()) is not None:
                 errors.append(output)
@@ -342,7 +359,7 @@ def compile_into(made: Recipe, directory: Path, log: Path, *, announce: bool = F
     return library
 
 
-def _jobs() -> int:
+def jobs() -> int:
     """How many files to compile at a time: one per core this process may use, unless MAX_JOBS says otherwise."""
     wanted = os.environ.get("MAX_JOBS", "")
     if wanted.isdigit() and int(wanted) > 0:
@@ -353,7 +370,7 @@ def _jobs() -> int:
 def _first_error(output: str) -> str:
     """The line of a compiler's output that says what is wrong."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    named = [line for line in lines if re.search(r"\b(error|undefined reference)\b", line, re.IGNORECASE)]
+    named = [line for line in lines if re.search(r"\b(error|fatal|undefined reference)\b", line, re.IGNORECASE)]
     return (named or lines or ["the compiler said nothing"])[0][:300]
 
 
@@ -419,7 +436,7 @@ def build(made: Recipe, cache: Path, *, announce: bool = True) -> Path:
                 return library
             if announce:
                 count = len(made.sources)
-                print(f"fastode: building the C++ operators ({count} files, once) into {cache}", file=sys.stderr)
+                print(f"fastode: building {made.name} ({count} files, once) into {cache}", file=sys.stderr)
             for left_over in cache.glob(f"{made.key}.*/"):  # of a killed process: the lock is ours, so it is nobody's
                 shutil.rmtree(left_over, ignore_errors=True)
             work = Path(tempfile.mkdtemp(prefix=f"{made.key}.", dir=cache))
@@ -446,7 +463,7 @@ def levels() -> tuple[Level, ...]:
 
 def prebuilt_name(root: Path, level: Level) -> str:
     """The file name of a prebuilt library: it names its sources, so an outdated one is not found."""
-    return f"libfastode-{source_hash(root)[:16]}-{level.name}.so"
+    return f"libfastode-{source_hash(root, without=CUDA)[:16]}-{level.name}.so"
 
 
 def build_ahead(root: Path, package: Path) -> list[Path]:

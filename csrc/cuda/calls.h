@@ -1,0 +1,102 @@
+// From the operators' arguments to the programs' (programs.h), for tensors of any device.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../constants.h"
+#include "programs.h"
+
+namespace fastode::cuda {
+
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+using Integers = std::vector<int64_t>;
+using Numbers = std::vector<double>;
+using torch::headeronly::ScalarType;
+
+inline void checked(AOTITorchError code) {
+  if (code) throw std::runtime_error("a call of torch's stable ABI failed");
+}
+
+// The stream on which x's card runs what torch launches now.
+void* stream_of(const Tensor& x);
+
+inline void launched(const char* error) {
+  if (error) throw std::runtime_error(std::string("a program was not launched: ") + error);
+}
+
+inline Tensor new_tensor(const Tensor& like, ScalarType type, const Integers& sizes, const Integers& strides) {
+  AtenTensorHandle made;
+  int32_t device, index;
+  checked(aoti_torch_get_device_type(like.get(), &device));
+  checked(aoti_torch_get_device_index(like.get(), &index));
+  checked(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                   static_cast<int32_t>(torch::stable::detail::from(type)), device, index, &made));
+  return Tensor(made);
+}
+
+inline Tensor new_vector(const Tensor& like, int64_t length, ScalarType type) {
+  return new_tensor(like, type, {length}, {1});
+}
+
+// A map that lies as x does: channels_last, or else NCHW.
+inline Tensor new_map_like(const Tensor& x) {
+  const int64_t c = x.size(1), h = x.size(2), w = x.size(3);
+  const bool last = x.strides()[1] == 1 && c > 1;
+  return new_tensor(x, x.scalar_type(), {x.size(0), c, h, w},
+                    last ? Integers{c * h * w, 1, w * c, c} : Integers{c * h * w, h * w, w, 1});
+}
+
+inline Map map_of(const Tensor& x) {
+  const auto strides = x.strides();
+  return {x.data_ptr(), strides[0], strides[1], strides[2], strides[3]};
+}
+
+inline Type type_of(const Tensor& x) {
+  return x.scalar_type() == ScalarType::BFloat16 ? Type::kBFloat16 : Type::kFloat16;
+}
+
+inline Shape shape_of(const Tensor& x) { return {static_cast<int>(x.size(1)), static_cast<int>(x.size(2))}; }
+
+// `units` and `numbers` as csrc/cpu/resident/engine.h describes them.
+inline Branch branch_of(const Tensors& parameters, const Integers& units, const Numbers& numbers) {
+  Branch branch{};
+  branch.count = static_cast<int>(units.size() / resident::kUnitIntegers);
+  size_t next = 0;
+  for (int u = 0; u < branch.count; ++u) {
+    const int64_t* given = &units[u * resident::kUnitIntegers];
+    const double* number = &numbers[u * resident::kUnitNumbers];
+    const int64_t bits = given[6];
+    const auto take = [&](int64_t bit) { return bits & bit ? parameters[next++].data_ptr() : nullptr; };
+    Unit& unit = branch.unit[u];
+    unit.norm = static_cast<int>(given[0]), unit.groups = static_cast<int>(given[1]);
+    unit.activation = static_cast<int>(given[2]);
+    unit.eps = static_cast<float>(number[0]), unit.p = static_cast<float>(number[1]);
+    unit.q = static_cast<float>(number[2]);
+    unit.norm_weight = take(resident::kWeight), unit.norm_bias = take(resident::kBias);
+    if (bits & resident::kRunning) unit.mean = parameters[next++].data_ptr(), unit.variance = parameters[next++].data_ptr();
+    const auto strides = parameters[next].strides();
+    for (int d = 0; d < 4; ++d) unit.weight_strides[d] = strides[d];
+    unit.weight = take(resident::kConvWeight), unit.bias = take(resident::kConvBias);
+  }
+  return branch;
+}
+
+// What forward leaves to backward: maps in the order of threads, and statistics.
+struct Kept {
+  Kept(const Tensor& x, int slots, int evaluations, int units)
+      : room(new_vector(x, slots * x.size(0) * static_cast<int64_t>(kept_bytes(shape_of(x))), ScalarType::Byte)),
+        statistics(new_vector(x, evaluations * units * x.size(0) * 2 * x.size(1), ScalarType::Float)) {}
+  explicit Kept(const Tensors& pieces) : room(pieces[0]), statistics(pieces[1]) {}
+
+  Tensors pieces() const { return {room, statistics}; }
+  Room place(int64_t samples) const { return {static_cast<char*>(room.data_ptr()), samples}; }
+
+  Tensor room, statistics;
+};
+
+}  // namespace fastode::cuda

@@ -1,0 +1,108 @@
+// device.cuh for nvcc.
+#pragma once
+
+#include "device.cuh"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+namespace fastode::device {
+
+FASTODE_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
+FASTODE_DEVICE int threads() { return static_cast<int>(blockDim.x); }
+FASTODE_DEVICE int block() { return static_cast<int>(blockIdx.x); }
+FASTODE_DEVICE int blocks() { return static_cast<int>(gridDim.x); }
+FASTODE_DEVICE int lane() { return static_cast<int>(threadIdx.x % 32); }
+
+FASTODE_DEVICE char* shared_memory() {
+  extern __shared__ __align__(16) char memory[];
+  return memory;
+}
+
+// Memory that no thread may touch; only the simulator looks.
+FASTODE_DEVICE void gap(void*, size_t) {}
+
+FASTODE_DEVICE void block_barrier() { __syncthreads(); }
+
+FASTODE_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+
+FASTODE_DEVICE uint32_t shared_address(const void* place) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(place));
+}
+
+FASTODE_DEVICE void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+FASTODE_DEVICE void mma_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+FASTODE_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+FASTODE_DEVICE void ldmatrix_x4_transposed(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+FASTODE_DEVICE uint32_t pack_bf16(float low, float high) {
+  const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&both);
+}
+
+FASTODE_DEVICE Pair unpack_bf16(uint32_t word) {
+  return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
+}
+
+FASTODE_DEVICE uint32_t pack_f16(float low, float high) {
+  const __half2 both = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&both);
+}
+
+FASTODE_DEVICE Pair unpack_f16(uint32_t word) {
+  const float2 both = __half22float2(*reinterpret_cast<const __half2*>(&word));
+  return {both.x, both.y};
+}
+
+FASTODE_DEVICE float exp(float x) { return ::expf(x); }
+FASTODE_DEVICE float expm1(float x) { return ::expm1f(x); }
+FASTODE_DEVICE float log1p(float x) { return ::log1pf(x); }
+FASTODE_DEVICE float tanh(float x) { return ::tanhf(x); }
+FASTODE_DEVICE float rsqrt(float x) { return 1.0f / ::sqrtf(x); }
+
+template <class Program, class Arguments>
+__global__ void __launch_bounds__(Program::threads, 1) kernel(const __grid_constant__ Arguments arguments) {
+  Program::run(arguments);
+}
+
+// Runs Program::run(arguments) on every thread; null, or what the driver says.
+template <class Program, class Arguments>
+const char* launch(const Launch& how, const Arguments& arguments) {
+  auto* entry = &kernel<Program, Arguments>;
+  cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(entry),
+                                           cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           static_cast<int>(how.shared_bytes));
+  if (error == cudaSuccess) {
+    entry<<<how.blocks, how.threads, how.shared_bytes, static_cast<cudaStream_t>(how.stream)>>>(arguments);
+    error = cudaGetLastError();
+  }
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace fastode::device

@@ -1,0 +1,79 @@
+// What the programs are called with, and their launchers: read by nvcc and by the C++ compiler.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fastode::cuda {
+
+inline constexpr int kMostUnits = 3, kMostStages = 4;
+
+struct Map {
+  void* data;
+  int64_t sample, channel, row, column;  // strides, in elements
+};
+
+// norm, activation, 3×3 convolution without stride; absent tensors are null. All of the maps' dtype.
+struct Unit {
+  int norm, groups, activation;  // codes of constants.h; without a norm, groups is 1
+  float eps, p, q;
+  const void *norm_weight, *norm_bias, *mean, *variance;
+  const void* weight;
+  const void* bias;
+  int64_t weight_strides[4];
+};
+
+struct Branch {
+  int count;
+  Unit unit[kMostUnits];
+  // Mean and rstd of every norm: [evaluation][unit][sample][2][channels]; null where no pull-back reads them.
+  float* statistics;
+};
+
+// A place for a map of each sample in the order of threads, by number; -1: none.
+struct Room {
+  char* data;
+  int64_t samples;
+};
+
+struct SchemeCall {
+  int samples, stages;
+  Branch branch;
+  Map x, result;  // backward: the cotangent, and that of x
+  Room room;
+  float alpha[kMostStages][kMostStages], beta[kMostStages][kMostStages];
+  int point[kMostStages];              // where u_k lies
+  int image[kMostStages];              // where f(u_k) lies
+  int input[kMostStages][kMostUnits];  // where the input of each unit lies in the evaluation at u_k
+  int bar[kMostStages + 1];            // where the cotangent of u_k lies
+};
+
+struct DescentCall {
+  int samples, steps;
+  float step_size, theta;
+  Branch branch;
+  Map x, result;
+  Room room;
+  int start, skip, point, residual;  // where x, f(x), y and the residual lie
+  int input[kMostUnits];      // where the inputs of the units lie
+};
+
+enum class Type { kBFloat16, kFloat16 };
+
+// What is compiled for a card: maps of these channels and sides.
+struct Shape {
+  int channels, side;
+};
+
+// 0 where there are no programs for these maps, else the bytes of a sample's map in the order of threads.
+size_t kept_bytes(Shape shape);
+
+// Null, or why the program was not launched.
+const char* scheme_forward(Type type, Shape shape, const SchemeCall& call, void* stream);
+const char* scheme_backward(Type type, Shape shape, const SchemeCall& call, void* stream);
+const char* descent_forward(Type type, Shape shape, const DescentCall& call, void* stream);
+
+// The shared memory in bytes that a block of these programs asks for; of a branch of so many units.
+size_t shared_bytes(Shape shape, int units);
+
+}  // namespace fastode::cuda

@@ -1,0 +1,106 @@
+// Explicit schemes in Shu–Osher form, forwards and backwards. Derivation: README.md of fastode/ops/schemes/runge_kutta.
+#pragma once
+
+#include "branch.cuh"
+
+namespace fastode::device {
+
+template <class Tile>
+FASTODE_DEVICE MapArguments map_of(const cuda::Map& map) {
+  return {map.data, map.sample, map.channel, map.row, map.column};
+}
+
+// u_s, and what a later backward reads of each evaluation.
+template <class Tile>
+struct SchemeForward {
+  static constexpr int threads = Tile::kThreads;
+
+  static FASTODE_DEVICE void run(const cuda::SchemeCall& call) {
+    Branch<Tile> branch(call.branch, call.samples);
+    for (int n = block(); n < call.samples; n += blocks()) {
+      typename Tile::State point;
+      Tile::load(point, map_of<Tile>(call.x), n);
+      for (int k = 0; k < call.stages; ++k) {
+        if (call.point[k] >= 0) Tile::keep(point, Branch<Tile>::place(call.room, call.point[k], n));
+        stage(branch, call, n, k, point);
+      }
+      Tile::store(point, map_of<Tile>(call.result), n);
+    }
+  }
+
+ private:
+  // From u_k to u_{k + 1}, in `point`.
+  static FASTODE_DEVICE void stage(Branch<Tile>& branch, const cuda::SchemeCall& call, int n, int k,
+                                   typename Tile::State& point) {
+    typename Tile::Sum sum;
+    bool uses = false;
+    for (int i = k; i < call.stages; ++i) uses = uses || call.beta[i][k] != 0;
+    if (uses) {
+      typename Tile::State work = point;
+      branch.value(work, sum, n, k, call.room, call.input[k]);
+      if (call.image[k] >= 0) {
+        Tile::round(work, sum);
+        Tile::keep(work, Branch<Tile>::place(call.room, call.image[k], n));
+      }
+      Tile::scale(sum, call.beta[k][k]);
+    } else {
+      Tile::clear(sum);
+    }
+    Tile::add(sum, call.alpha[k][k], point);
+    for (int j = 0; j < k; ++j) {
+      const float a = call.alpha[k][j], b = call.beta[k][j];
+      if (a != 0) Tile::add_kept(sum, a, Branch<Tile>::place(call.room, call.point[j], n));
+      if (b != 0) Tile::add_kept(sum, b, Branch<Tile>::place(call.room, call.image[j], n));
+    }
+    Tile::round(point, sum);
+  }
+};
+
+// The cotangent of x from that of u_s, with what the forward kept.
+template <class Tile>
+struct SchemeBackward {
+  static constexpr int threads = Tile::kThreads;
+
+  static FASTODE_DEVICE void run(const cuda::SchemeCall& call) {
+    Branch<Tile> branch(call.branch, call.samples);
+    block_barrier();
+    for (int n = block(); n < call.samples; n += blocks()) {
+      typename Tile::State bar;
+      Tile::load(bar, map_of<Tile>(call.x), n);
+      for (int k = call.stages - 1; k >= 0; --k) {
+        if (call.bar[k + 1] >= 0) Tile::keep(bar, Branch<Tile>::place(call.room, call.bar[k + 1], n));
+        stage(branch, call, n, k, bar);
+      }
+      Tile::store(bar, map_of<Tile>(call.result), n);
+    }
+  }
+
+ private:
+  // From the cotangent of u_{k + 1} to that of u_k, in `bar`.
+  static FASTODE_DEVICE void stage(Branch<Tile>& branch, const cuda::SchemeCall& call, int n, int k,
+                                   typename Tile::State& bar) {
+    typename Tile::Sum sum;
+    Tile::clear(sum);
+    bool through = false;
+    for (int i = k; i < call.stages; ++i) {
+      if (call.beta[i][k] == 0) continue;
+      through = true;
+      add_bar(sum, call.beta[i][k], call, n, k, i, bar);
+    }
+    if (through) branch.pull(sum, n, k, call.room, call.input[k]);
+    for (int i = k; i < call.stages; ++i)
+      if (call.alpha[i][k] != 0) add_bar(sum, call.alpha[i][k], call, n, k, i, bar);
+    Tile::round(bar, sum);
+  }
+
+  // factor times the cotangent of u_{i + 1}
+  static FASTODE_DEVICE void add_bar(typename Tile::Sum& sum, float factor, const cuda::SchemeCall& call, int n, int k,
+                                     int i, const typename Tile::State& bar) {
+    if (i == k)
+      Tile::add(sum, factor, bar);
+    else
+      Tile::add_kept(sum, factor, Branch<Tile>::place(call.room, call.bar[i + 1], n));
+  }
+};
+
+}  // namespace fastode::device

@@ -1,0 +1,1 @@
+#include "descent_forward.cu"

@@ -1,0 +1,1 @@
+#include "scheme_backward.cu"
