@@ -2,7 +2,10 @@
 // them.
 //
 // Included by device.cuh. What a meeting checks is stricter than a card: all threads must come to it from one place in
-// the source, and what a lane reads for ldmatrix it reads when it arrives.
+// the source, and what a lane reads for ldmatrix it reads when it arrives. Not seen here: conflicts of banks but for
+// ldmatrix's, registers and how many blocks a card has room for, what the compiler makes of a loop that waits for
+// another thread, reads past a tensor (simulator.fenced, or the sanitizer, shows them), and how nvcc rounds: it
+// contracts other products and sums to FMA than g++ does.
 #pragma once
 
 #include <cmath>
