@@ -40,15 +40,20 @@ ORDERS = {"forward": (0, 0), "reverse": (1, 0), "random 1": (2, 1), "random 2": 
 _libraries: list[torch.library.Library] = []
 
 
+def extra_flags() -> tuple[str, ...]:
+    """What the environment adds: to every build, and in FASTODE_SIMT_CXXFLAGS to the machine's alone."""
+    return (*toolchain.extra_flags(), *shlex.split(os.environ.get("FASTODE_SIMT_CXXFLAGS", "")))
+
+
 def sanitized() -> bool:
     """Whether the machine is built under the address sanitizer: `make simt-asan`."""
-    return "-fsanitize=address" in os.environ.get("FASTODE_CXXFLAGS", "")
+    return any(flag.startswith("-fsanitize=address") for flag in extra_flags())
 
 
 def recipe() -> toolchain.Recipe:
     """The build of every file of tests/simt, from these and from the device code that they include."""
     command, version = toolchain.compiler()
-    home, extra = Path(torch.__file__).resolve().parent, toolchain.extra_flags()
+    home, extra = Path(torch.__file__).resolve().parent, extra_flags()
     includes = [f"-I{path}" for path in (SOURCES, DEVICE, CHECKOUT / "csrc")]
     torch_includes = ("-isystem", f"{home}/include", "-isystem", f"{home}/include/torch/csrc/api/include")
     hashes = "".join(toolchain.source_hash(root) for root in (SOURCES, DEVICE))
@@ -84,7 +89,11 @@ def load() -> None:
     """
     library = build()
     namespace = torch.library.Library("fastode_simt", "FRAGMENT")
-    implemented = {name for path in (*SOURCES.glob("*.cpp"), DEVICE / "operators.h") for name in re.findall(r'm\.impl\("(\w+)"', path.read_text())}
+    implemented = {
+        name
+        for path in (*SOURCES.glob("*.cpp"), DEVICE / "operators.h")
+        for name in re.findall(r'm\.impl\("(\w+)"', path.read_text())
+    }
     for schema in cuda.schemas(CHECKOUT / "csrc" / "ops.cpp"):
         if schema.split("(")[0] in implemented:
             namespace.define(schema)

@@ -205,6 +205,12 @@ def test_a_cluster_reads_its_peers(ranks: int, turns: str) -> None:
         probe("cluster", [x, out], 3, ranks, **how)
 
 
+def test_a_write_to_a_block_that_has_left() -> None:
+    x = torch.randn(2, 64)
+    with pytest.raises(RuntimeError, match="the shared memory of block 0 was written after it had left"):
+        probe("cluster", [x, x.clone()], 4, 2, blocks=2, threads=64, shared=256, cluster=2)
+
+
 def grid(bug: int) -> bool:
     before = torch.randn(5, 64)
     after = before.clone()

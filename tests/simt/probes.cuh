@@ -208,13 +208,19 @@ struct Reversal {
 };
 
 // Each thread adds what the threads at its place in all blocks of the cluster hold. numbers[0]: 1, the first barrier is
-// missing; 2, the last, so that a block leaves while others read; 3, a rank that does not exist
+// missing; 2, the last, so that a block leaves while others read; 3, a rank that does not exist; 4, a
+// write to rank 0 that may have left
 struct Cluster {
   static FASTODE_DEVICE void run(const Arguments& arguments) {
     float* own = reinterpret_cast<float*>(shared_memory()) + thread();
     const int64_t bug = arguments.numbers[0], ranks = arguments.numbers[1];
     *own = arguments.tensor<float>(0)[grid_thread()];
+    float* const first = peer(own, 0);
     if (bug != 1) cluster_barrier();
+    if (bug == 4) {
+      *first = 1;
+      return;
+    }
     float sum = 0;
     for (int rank = 0; rank < ranks + (bug == 3); ++rank) sum += *peer(own, rank);
     if (bug != 2) cluster_barrier();
