@@ -12,7 +12,7 @@ template <class Tile>
 struct Memory {
   static constexpr int C = Tile::kChannels;
 
-  static size_t bytes(int units) {
+  static constexpr size_t bytes(int units) {
     return static_cast<size_t>(units) * (Tile::kWeightBytes + 3 * C * sizeof(float)) + Tile::kMapBytes +
            (4 + 2 * Tile::kDown) * C * sizeof(float);
   }

@@ -22,8 +22,11 @@ inline void checked(AOTITorchError code) {
   if (code) throw std::runtime_error("a call of torch's stable ABI failed");
 }
 
-// The stream on which x's card runs what torch launches now.
-void* stream_of(const Tensor& x);
+// x's card, and the stream on which torch launches there now.
+Queue queue_of(const Tensor& x);
+
+// Whether a tensor lies where programs read it and the host does not.
+bool on_card(const Tensor& tensor);
 
 inline void launched(const char* error) {
   if (error) throw std::runtime_error(std::string("a program was not launched: ") + error);

@@ -3,8 +3,8 @@
 
 namespace fastode::cuda {
 
-const char* descent_forward(Type type, Shape shape, const DescentCall& call, void* stream) {
-  return device::launch_program<device::DescentForward>(type, shape, call, stream);
+const char* descent_forward(Type type, Shape shape, const DescentCall& call, const Queue& queue) {
+  return device::launch_program<device::DescentForward>(type, shape, call, queue);
 }
 
 }  // namespace fastode::cuda

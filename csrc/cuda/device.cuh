@@ -45,6 +45,7 @@ struct Launch {
   int cluster = 1;
   bool cooperative = false;
   void* stream = nullptr;
+  int device = 0;
 };
 
 }  // namespace fastode::device

@@ -104,18 +104,49 @@ __global__ void __launch_bounds__(Program::threads, 1) kernel(const __grid_const
   Program::run(arguments);
 }
 
-// Runs Program::run(arguments) on every thread; null, or what the driver says.
+// Makes a card the current one, and the caller's again at its end.
+class CurrentDevice {
+ public:
+  explicit CurrentDevice(int device) : wanted_(device), before_(device) {
+    error_ = cudaGetDevice(&before_);
+    if (error_ == cudaSuccess && before_ != wanted_) error_ = cudaSetDevice(wanted_);
+  }
+  ~CurrentDevice() {
+    if (before_ != wanted_) cudaSetDevice(before_);
+  }
+  cudaError_t error() const { return error_; }
+
+ private:
+  int wanted_, before_;
+  cudaError_t error_;
+};
+
+inline const char* message(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+
+// How many blocks of a program the current card runs at a time; 0 where it cannot be asked.
+template <class Program, class Arguments>
+int most_blocks(const Launch& how) {
+  const void* entry = reinterpret_cast<const void*>(&kernel<Program, Arguments>);
+  int each = 0, multiprocessors = 0;
+  cudaError_t error = cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           static_cast<int>(how.shared_bytes));
+  if (error == cudaSuccess)
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, entry, how.threads, how.shared_bytes);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, how.device);
+  return error == cudaSuccess ? each * multiprocessors : 0;
+}
+
+// Runs Program::run(arguments) on every thread, on the current card; null, or what the driver says.
 template <class Program, class Arguments>
 const char* launch(const Launch& how, const Arguments& arguments) {
   auto* entry = &kernel<Program, Arguments>;
-  cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(entry),
-                                           cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           static_cast<int>(how.shared_bytes));
-  if (error == cudaSuccess) {
-    entry<<<how.blocks, how.threads, how.shared_bytes, static_cast<cudaStream_t>(how.stream)>>>(arguments);
-    error = cudaGetLastError();
-  }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(entry),
+                                                 cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                 static_cast<int>(how.shared_bytes));
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  entry<<<how.blocks, how.threads, how.shared_bytes, static_cast<cudaStream_t>(how.stream)>>>(arguments);
+  return message(cudaGetLastError());
 }
 
 }  // namespace fastode::device

@@ -13,16 +13,17 @@ namespace fastode::cuda {
 // Places by number: those of every unit's input at each stage, then one for each image and each cotangent.
 class SchemePlaces {
  public:
-  // `table` [2, s, s], float64, on the host. `keep`: for a backward.
+  // `table` [2, s, s], float64, on the host or, learned, on the card. `keep`: for a backward.
   SchemePlaces(SchemeCall& call, const Tensor& table, bool keep) : call_(call) {
     const int s = static_cast<int>(table.size(1)), units = call.branch.count;
     if (s > kMostStages) throw std::runtime_error("a scheme has more stages than the programs take");
     const double* numbers = static_cast<const double*>(table.data_ptr());
     call.stages = s;
+    call.table = on_card(table) ? numbers : nullptr;
     for (int i = 0; i < s; ++i) {
-      for (int k = 0; k < s; ++k) {
-        call.alpha[i][k] = static_cast<float>(numbers[i * s + k]);
-        call.beta[i][k] = static_cast<float>(numbers[(s + i) * s + k]);
+      for (int k = 0; k <= i; ++k) {  // what is learned may be anything but zero
+        call.alpha[i][k] = call.table ? 1 : static_cast<float>(numbers[i * s + k]);
+        call.beta[i][k] = call.table ? 1 : static_cast<float>(numbers[(s + i) * s + k]);
       }
     }
     for (int k = 0; k < s; ++k) {
@@ -70,7 +71,7 @@ inline Forward scheme_forward(const Tensor& x, const Tensors& parameters,
   const Kept kept(x, places.slots, keep ? call.stages : 0, call.branch.count);
   call.room = kept.place(x.size(0));
   call.branch.statistics = keep ? static_cast<float*>(kept.statistics.data_ptr()) : nullptr;
-  launched(cuda::scheme_forward(type_of(x), shape_of(x), call, stream_of(x)));
+  launched(cuda::scheme_forward(type_of(x), shape_of(x), call, queue_of(x)));
   return {y, new_vector(x, 0, ScalarType::Float), keep ? kept.pieces() : Tensors{}};
 }
 
@@ -86,7 +87,7 @@ inline Tensor scheme_backward(const Tensor& x, const Tensor& cotangent,
   places.turn();
   call.room = kept.place(x.size(0));
   call.branch.statistics = static_cast<float*>(kept.statistics.data_ptr());
-  launched(cuda::scheme_backward(type_of(x), shape_of(x), call, stream_of(x)));
+  launched(cuda::scheme_backward(type_of(x), shape_of(x), call, queue_of(x)));
   return bar;
 }
 
@@ -105,7 +106,7 @@ inline Tensor descent_forward(const Tensor& x, const Tensors& parameters,
   const Kept kept(x, slots, 1, call.branch.count);
   call.room = kept.place(x.size(0));
   call.branch.statistics = static_cast<float*>(kept.statistics.data_ptr());
-  launched(cuda::descent_forward(type_of(x), shape_of(x), call, stream_of(x)));
+  launched(cuda::descent_forward(type_of(x), shape_of(x), call, queue_of(x)));
   return y;
 }
 

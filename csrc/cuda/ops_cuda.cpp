@@ -6,12 +6,19 @@
 
 namespace fastode::cuda {
 
-void* stream_of(const Tensor& x) {
+Queue queue_of(const Tensor& x) {
   int32_t index;
-  void* stream = nullptr;
+  Queue queue;
   checked(aoti_torch_get_device_index(x.get(), &index));
-  launched(current_stream(index, &stream));
-  return stream;
+  queue.device = index;
+  launched(current_stream(index, &queue.stream));
+  return queue;
+}
+
+bool on_card(const Tensor& tensor) {
+  int32_t device;
+  checked(aoti_torch_get_device_type(tensor.get(), &device));
+  return device != aoti_torch_device_type_cpu();
 }
 
 }  // namespace fastode::cuda

@@ -4,9 +4,15 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../constants.h"
+
 namespace fastode::cuda {
 
-inline constexpr int kMostUnits = 3, kMostStages = 4;
+// Where a program is launched: a card, and a stream on it.
+struct Queue {
+  int device = 0;
+  void* stream = nullptr;
+};
 
 struct Map {
   void* data;
@@ -41,6 +47,8 @@ struct SchemeCall {
   Branch branch;
   Map x, result;  // backward: the cotangent, and that of x
   Room room;
+  // Learned coefficients stay on the card, [2][stages][stages]; null where those of `alpha` and `beta` hold.
+  const double* table;
   float alpha[kMostStages][kMostStages], beta[kMostStages][kMostStages];
   int point[kMostStages];              // where u_k lies
   int image[kMostStages];              // where f(u_k) lies
@@ -65,15 +73,12 @@ struct Shape {
   int channels, side;
 };
 
-// 0 where there are no programs for these maps, else the bytes of a sample's map in the order of threads.
+// The bytes of a sample's map in the order of threads.
 size_t kept_bytes(Shape shape);
 
 // Null, or why the program was not launched.
-const char* scheme_forward(Type type, Shape shape, const SchemeCall& call, void* stream);
-const char* scheme_backward(Type type, Shape shape, const SchemeCall& call, void* stream);
-const char* descent_forward(Type type, Shape shape, const DescentCall& call, void* stream);
-
-// The shared memory in bytes that a block of these programs asks for; of a branch of so many units.
-size_t shared_bytes(Shape shape, int units);
+const char* scheme_forward(Type type, Shape shape, const SchemeCall& call, const Queue& queue);
+const char* scheme_backward(Type type, Shape shape, const SchemeCall& call, const Queue& queue);
+const char* descent_forward(Type type, Shape shape, const DescentCall& call, const Queue& queue);
 
 }  // namespace fastode::cuda

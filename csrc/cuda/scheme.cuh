@@ -5,6 +5,14 @@
 
 namespace fastode::device {
 
+// Entries of row k + 1 of the tableau, the coefficients of u_j and f(u_j) in u_{k + 1}.
+FASTODE_DEVICE float alpha(const cuda::SchemeCall& call, int k, int j) {
+  return call.table ? static_cast<float>(call.table[k * call.stages + j]) : call.alpha[k][j];
+}
+FASTODE_DEVICE float beta(const cuda::SchemeCall& call, int k, int j) {
+  return call.table ? static_cast<float>(call.table[(call.stages + k) * call.stages + j]) : call.beta[k][j];
+}
+
 template <class Tile>
 FASTODE_DEVICE MapArguments map_of(const cuda::Map& map) {
   return {map.data, map.sample, map.channel, map.row, map.column};
@@ -34,7 +42,7 @@ struct SchemeForward {
                                    typename Tile::State& point) {
     typename Tile::Sum sum;
     bool uses = false;
-    for (int i = k; i < call.stages; ++i) uses = uses || call.beta[i][k] != 0;
+    for (int i = k; i < call.stages; ++i) uses = uses || beta(call, i, k) != 0;
     if (uses) {
       typename Tile::State work = point;
       branch.value(work, sum, n, k, call.room, call.input[k]);
@@ -42,13 +50,13 @@ struct SchemeForward {
         Tile::round(work, sum);
         Tile::keep(work, Branch<Tile>::place(call.room, call.image[k], n));
       }
-      Tile::scale(sum, call.beta[k][k]);
+      Tile::scale(sum, beta(call, k, k));
     } else {
       Tile::clear(sum);
     }
-    Tile::add(sum, call.alpha[k][k], point);
+    Tile::add(sum, alpha(call, k, k), point);
     for (int j = 0; j < k; ++j) {
-      const float a = call.alpha[k][j], b = call.beta[k][j];
+      const float a = alpha(call, k, j), b = beta(call, k, j);
       if (a != 0) Tile::add_kept(sum, a, Branch<Tile>::place(call.room, call.point[j], n));
       if (b != 0) Tile::add_kept(sum, b, Branch<Tile>::place(call.room, call.image[j], n));
     }
@@ -83,13 +91,13 @@ struct SchemeBackward {
     Tile::clear(sum);
     bool through = false;
     for (int i = k; i < call.stages; ++i) {
-      if (call.beta[i][k] == 0) continue;
+      if (beta(call, i, k) == 0) continue;
       through = true;
-      add_bar(sum, call.beta[i][k], call, n, k, i, bar);
+      add_bar(sum, beta(call, i, k), call, n, k, i, bar);
     }
     if (through) branch.pull(sum, n, k, call.room, call.input[k]);
     for (int i = k; i < call.stages; ++i)
-      if (call.alpha[i][k] != 0) add_bar(sum, call.alpha[i][k], call, n, k, i, bar);
+      if (alpha(call, i, k) != 0) add_bar(sum, alpha(call, i, k), call, n, k, i, bar);
     Tile::round(bar, sum);
   }
 

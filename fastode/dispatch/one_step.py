@@ -60,6 +60,7 @@ class DescentStep:
     descent: Descent
     variant: str
     family: str = "ie"
+    stages: int = 1
     traceable: bool = False  # the reference calls autograd inside its forward
 
     def apply(
@@ -77,6 +78,10 @@ class SchemeStep:
     variant: str
     family: str = "shu_osher"
     traceable: bool = True
+
+    @property
+    def stages(self) -> int:
+        return self.scheme.stages
 
     def apply(
         self, engine: Engine, plan: Plan, rerun: Rerun | None, x: Tensor, tensors: MaybeTensors, table: Table | None
@@ -147,7 +152,7 @@ def _call(step: Step, reading: Reading, inputs: tuple[Tensor, ...]) -> Call:
         return Call(step.family, step.variant, None, (), inputs, reading.reason)
     tracked = tuple([norm is not None for norm in reading.norms])
     plan = Plan(reading.units, tracked, autocast_dtype(inputs[0]) if inputs else None)
-    return Call(step.family, step.variant, plan, reading.tensors, inputs)
+    return Call(step.family, step.variant, plan, reading.tensors, inputs, stages=step.stages)
 
 
 def run(

@@ -33,3 +33,8 @@ UNIT_INTEGERS = _FOUND["kUnitIntegers"]
 # The bits of what is present of a norm and of a convolution.
 WEIGHT, BIAS, RUNNING = _FOUND["kWeight"], _FOUND["kBias"], _FOUND["kRunning"]
 CONV_WEIGHT, CONV_BIAS = _FOUND["kConvWeight"], _FOUND["kConvBias"]
+
+# What the programs of csrc/cuda take: units and stages at most, and of maps (channels, side) the units at most.
+MOST_UNITS, MOST_STAGES = _FOUND["kMostUnits"], _FOUND["kMostStages"]
+_EACH = re.compile(r"\beach\((\d+), (\d+), \d+, (\d+)\)")
+TILES = {(int(c), int(side)): int(units) for c, side, units in _EACH.findall((_ROOT / "constants.h").read_text())}

@@ -34,6 +34,7 @@ class Call:
         tensors: of the branch (six for each unit), or of the pair (the weight, then four for each norm).
         inputs: what the block is called with; none where it is asked about on any input.
         fault: why no engine but plain PyTorch can run the block, in a sentence; empty if nothing is known.
+        stages: of an explicit scheme.
     """
 
     family: str
@@ -42,6 +43,7 @@ class Call:
     tensors: MaybeTensors
     inputs: tuple[Tensor, ...] = ()
     fault: str = ""
+    stages: int = 1
 
     @property
     def x(self) -> Tensor | None:

@@ -10,18 +10,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...native import cuda_library
 from ...native.constants import MOST_PAIR_CHANNELS
 from ..engine import Call, OperatorEngine
 from ..plan import MaybeTensors, Plan
 from ..schemes.skew_pair.pair import Pair
-from . import functions, rule, skew
+from . import card, functions, rule, skew
 
 
 class Resident(OperatorEngine):
-    """Small feature maps on the CPU."""
+    """Small feature maps: on the CPU, and on a card as one launch (card.py)."""
 
     name = "resident"
-    devices = ("cpu",)
+    devices = ("cpu", "cuda")
     ie_skip = functions.ResidentIESkipFunction
     shu_osher = functions.ResidentShuOsherFunction
     skew_pair = skew.ResidentSkewFunction
@@ -29,6 +30,8 @@ class Resident(OperatorEngine):
     solution_from_x = True
 
     def refuses(self, call: Call) -> str:
+        if call.x is not None and call.x.device.type == "cuda":
+            return card.refuses(call) or _refuses_dtypes(call.lower, call.tensors, call.x)
         if isinstance(call.program, Plan):
             return _refuses_branch(call.program, call.tensors, call.x)
         assert call.program is not None
@@ -44,6 +47,9 @@ class Resident(OperatorEngine):
             coupled = any(norm is not None and norm.mode == "batch" for norm in program.norms)
             widest = max(call.tensors[0].shape[:2])
         return rule.slower(call.family, coupled, x, widest)
+
+    def describe(self, device: str) -> tuple[bool, str]:
+        return cuda_library.available() if device == "cuda" else super().describe(device)
 
     def rule_in_words(self) -> list[str]:
         return rule.in_words()

@@ -1,0 +1,80 @@
+"""What the resident engine's programs on a card can run: csrc/cuda, one launch for a block."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...branch.read import Unit
+from ...native import cuda_library
+from ...native.constants import MOST_STAGES, MOST_UNITS, TILES
+from ..engine import Call
+from ..plan import Plan
+
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+def refuses(call: Call) -> str:
+    """Why no program can run a call on CUDA tensors; empty if one can."""
+    x = call.inputs[0]
+    missing = cuda_library.why_not(x.device.index)
+    if missing:
+        return missing
+    plan = call.program
+    if not isinstance(plan, Plan):
+        return "it has no programs of the skew pair for CUDA"
+    if call.mode == "train":
+        return "its programs for CUDA make no gradients of parameters"
+    if call.family == "ie" and call.mode != "forward":
+        return "its program of IE-Skip for CUDA goes forwards only"
+    return refuses_input(x) or refuses_units(plan, x.shape[1]) or _refuses_size(plan, x, call.stages)
+
+
+def refuses_input(x: Tensor) -> str:
+    """Why there is no program for maps of this kind."""
+    if x.dtype not in DTYPES:
+        return f"its programs for CUDA take bfloat16 and float16, and not {x.dtype}"
+    channels, height, width = x.shape[1:]
+    if height != width or (channels, height) not in TILES:
+        sizes = ", ".join([f"{c} at {side}x{side}" for c, side in TILES])
+        return f"its programs for CUDA are of {sizes} channels and pixels, and not of {channels} at {height}x{width}"
+    if not _in_words(x):
+        return "its programs for CUDA read two channels at a time, which must lie at a multiple of four bytes"
+    return ""
+
+
+def _in_words(x: Tensor) -> bool:
+    """Whether the pairs of channels of a channels_last map can be read as words; other maps are read by halves."""
+    return x.stride(1) != 1 or (x.storage_offset() % 2 == 0 and all([stride % 2 == 0 for stride in x.stride()[2:]]))
+
+
+def refuses_units(plan: Plan, channels: int) -> str:
+    """Why there is no program for a branch of these units."""
+    for unit, tracks in zip(plan.units, plan.tracked, strict=True):
+        if not _is_plain_convolution(unit, channels):
+            return f"its programs for CUDA are of units that end in a 3x3 convolution from {channels} channels to as many"
+        if unit.norm is not None and unit.norm.mode == "batch":
+            return "a batch norm in training couples the samples, which its programs for CUDA take one by one"
+        if unit.norm is not None and unit.norm.mode == "group" and tracks:
+            return "it has no running statistics of an instance norm"
+    return ""
+
+
+def _is_plain_convolution(unit: Unit, channels: int) -> bool:
+    conv = unit.conv
+    return (
+        conv is not None
+        and conv.out_channels == channels
+        and tuple(conv.kernel) == (3, 3)
+        and tuple(conv.dilation) == (1, 1)
+        and conv.groups == 1
+    )
+
+
+def _refuses_size(plan: Plan, x: Tensor, stages: int) -> str:
+    most = min(MOST_UNITS, TILES[x.shape[1], x.shape[2]])
+    if len(plan.units) > most:
+        return f"its program for such maps has room for {most} units, and the branch has {len(plan.units)}"
+    if stages > MOST_STAGES:
+        return f"its programs for CUDA take schemes of {MOST_STAGES} stages at most, and this one has {stages}"
+    return ""

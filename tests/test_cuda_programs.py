@@ -1,0 +1,71 @@
+"""The programs of csrc/cuda on the test machine: whole blocks, equal to their reference by the one rule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from block_cases import case_of, make_input, make_pair, name_of
+from pairwise import SEEDS, Case, covering
+from simulator import ORDERS, counting, load, order
+
+from fastode.native import cuda_library, operators
+from fastode.native.constants import TILES
+from fastode.ops import engine as face
+from fastode.ops.resident import card
+from fastode.ops.resident.engine import Resident
+from fastode.testing import assert_blocks_equal
+
+# Every pair of values of two factors is in some case. The test machine has two blocks, which three samples share.
+FACTORS = {
+    "family": ("res", "ssp2", "ssp3", "midpoint", "ark", "custom", "ie"),
+    "norm": ("group", "layer", "layer_bare", "instance", "instance_input", "batch_eval", "none"),
+    "activation": ("relu", "relu_inplace", "leaky_relu", "tanh", "softplus", "elu", "silu"),
+    "convolution": ("3x3", "3x3_no_bias"),
+    "shape": ("one_layer", "two_layers", "three_layers"),
+    "dtype": (torch.bfloat16, torch.float16),
+    "map": tuple(TILES),
+    "layout": ("contiguous", "channels_last", "sliced"),
+    "batch": (1, 3),
+    "mode": ("input_grad", "forward"),
+    "steps": (1, 2, 3),
+    "theta": (1.0, 0.5),
+    "order": tuple(ORDERS),
+}
+
+
+def possible(case: Case) -> bool:
+    units = {"one_layer": 1, "two_layers": 2, "three_layers": 3}[case["shape"]]
+    return units <= TILES[case["map"]] and not (case["family"] == "ie" and case["mode"] != "forward")
+
+
+CASES = [case for seed in SEEDS for case in covering(FACTORS, seed=seed, possible=possible)]
+
+
+@pytest.fixture(autouse=True)
+def _on_the_test_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tensors of the CPU are a card's: its programs run, and what the engine says of a card holds for them."""
+    assert operators.load() is None
+    load()
+    for name in ("resident_rk_forward", "resident_rk_backward", "resident_ie_forward"):
+        monkeypatch.setattr(torch.ops.fastode, name, getattr(torch.ops.fastode_simt, name))
+    monkeypatch.setitem(face.STORAGE, "cpu", face.STORAGE["cuda"])
+    monkeypatch.setattr(cuda_library, "why_not", lambda index=None: "")
+    monkeypatch.setattr(Resident, "refuses", lambda self, call: card.refuses(call))
+    yield
+
+
+def judge(case: Case) -> None:
+    (channels, side), order_name = case["map"], case["order"]
+    full = case_of(**{key: value for key, value in case.items() if key not in ("map", "order")})
+    full |= {"channels": channels, "size": (side, side)}
+    plain, fused = make_pair(full)
+    fused.engine = Resident.name
+    with order(order_name):
+        assert_blocks_equal(plain, fused, make_input(full), mode=full["mode"])
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_blocks_equal_their_reference(case: Case) -> None:
+    judge(case)
