@@ -9,7 +9,7 @@ import os
 import platform
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -110,6 +110,25 @@ def order(name: str) -> Iterator[None]:
         yield
     finally:
         torch.ops.fastode_simt.set_order(*ORDERS["forward"])
+
+
+@contextlib.contextmanager
+def without(barrier: str) -> Iterator[None]:
+    """Let nobody wait at one of `barriers`: what needs it has to come out wrong in one of ORDERS."""
+    load()
+    torch.ops.fastode_simt.leave_out(barrier)
+    try:
+        yield
+    finally:
+        torch.ops.fastode_simt.leave_out("")
+
+
+def barriers(run: Callable[[], object]) -> list[str]:
+    """Where in the source, as "file:line", are the barriers that the threads of `run` wait at."""
+    load()
+    torch.ops.fastode_simt.take_barriers()
+    run()
+    return sorted(torch.ops.fastode_simt.take_barriers().split())
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from simulator import CHECKOUT, KINDS, ORDERS, SOURCES, counting, fenced, order, probe, sanitized
+from simulator import CHECKOUT, KINDS, ORDERS, SOURCES, barriers, counting, fenced, order, probe, sanitized, without
 from torch import Tensor
 
 
@@ -182,6 +182,18 @@ def test_a_block_barrier_and_one_that_is_missing(turns: str) -> None:
     assert reversal(0)
     assert not reversal(1)
     assert not reversal(2)
+
+
+def test_a_barrier_can_be_left_out(turns: str) -> None:
+    """So that a program's test shows that it would see the absence of each of its barriers."""
+    met = barriers(lambda: reversal(0))
+    first = line_of("if (arguments.numbers[0] != 1) block_barrier();")
+    assert met == [f"probes.cuh:{line}" for line in (first, first + 2, first + 4)]
+    for barrier in met:
+        with without(barrier):
+            assert barriers(lambda: reversal(0)) == [other for other in met if other != barrier]
+            assert not reversal(0)
+    assert reversal(0)
 
 
 def test_a_missing_barrier_before_ldmatrix(turns: str) -> None:

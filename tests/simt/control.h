@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 namespace fastode::device::simt {
 
@@ -13,5 +14,11 @@ void set_order(Order order, uint64_t seed);
 // Since the library was loaded: the launches, the meetings of each kind (of mma the products), and ldmatrix's conflicts
 // of banks. kKinds + 2 numbers.
 const int64_t* counts();
+
+// The places of the barriers at which threads have met since the last call, as "file:line ".
+std::string take_barriers();
+
+// From the next launch on nobody waits at the barrier of this place; "": all barriers are waited at.
+void leave_out(const std::string& barrier);
 
 }  // namespace fastode::device::simt

@@ -51,6 +51,10 @@ void set_order(int64_t order, int64_t seed) {
   simt::set_order(static_cast<simt::Order>(order), static_cast<uint64_t>(seed));
 }
 
+std::string take_barriers() { return simt::take_barriers(); }
+
+void leave_out(std::string barrier) { simt::leave_out(barrier); }
+
 std::vector<int64_t> counts() { return {simt::counts(), simt::counts() + simt::kKinds + 2}; }
 
 }  // namespace
@@ -59,12 +63,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastode_simt, m) {
   m.def("probe(str name, Tensor(a!)[] tensors, int[] numbers, int[] how) -> ()");
   m.def("set_order(int order, int seed) -> ()");
   m.def("counts() -> int[]");
+  m.def("take_barriers() -> str");
+  m.def("leave_out(str barrier) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastode_simt, CompositeExplicitAutograd, m) {
   m.impl("probe", TORCH_BOX(&probe));
   m.impl("set_order", TORCH_BOX(&set_order));
   m.impl("counts", TORCH_BOX(&counts));
+  m.impl("take_barriers", TORCH_BOX(&take_barriers));
+  m.impl("leave_out", TORCH_BOX(&leave_out));
 }
 
 }  // namespace fastode::device::probes

@@ -3,6 +3,7 @@
 #include <map>
 #include <mutex>
 #include <numeric>
+#include <set>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -59,6 +60,8 @@ class Machine {
   Order order = kForward;
   uint64_t seed = 0;
   int64_t counted[kKinds + 2] = {};
+  std::string left_out;            // the place of a barrier at which nobody waits
+  std::set<std::string> barriers;  // the places of those at which threads have met
 
   const char* launch(const Launch& how, int most_threads, Program program, const void* arguments) {
     const std::lock_guard<std::mutex> one_at_a_time(mutex_);
@@ -84,6 +87,7 @@ class Machine {
     Fiber& self = own();
     if (static_cast<char*>(__builtin_frame_address(0)) < self.stack.bottom + kStackMargin && !FASTODE_ASAN)
       fail(name_of(self) + " needs more than " + std::to_string(kStackBytes >> 10) + " KiB of stack");
+    if (kind <= kWarpBarrier && !left_out.empty() && place(site) == left_out) return;
     Group& group = *self.groups[std::min<int>(kind, kWarpBarrier)];
     self.waits = &site, self.kind = kind;
     if (group.waiting == 0) {
@@ -102,6 +106,7 @@ class Machine {
         exchange(kind, of_lanes);
       } else {
         ++counted[1 + kind];
+        barriers.insert(place(site));
       }
       ready(group.first, group.size);
     }
@@ -337,5 +342,14 @@ const char* launch(const Launch& how, int most_threads, Program program, const v
 
 void set_order(Order order, uint64_t seed) { machine.order = order, machine.seed = seed; }
 const int64_t* counts() { return machine.counted; }
+
+std::string take_barriers() {
+  std::string all;
+  for (const std::string& barrier : machine.barriers) all += barrier + " ";
+  machine.barriers.clear();
+  return all;
+}
+
+void leave_out(const std::string& barrier) { machine.left_out = barrier; }
 
 }  // namespace fastode::device::simt
