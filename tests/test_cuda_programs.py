@@ -28,7 +28,7 @@ FACTORS = {
     "map": tuple(TILES),
     "layout": ("contiguous", "channels_last", "sliced"),
     "batch": (1, 3),
-    "mode": ("input_grad", "forward"),
+    "mode": ("train", "input_grad", "forward"),
     "steps": (1, 2, 3),
     "theta": (1.0, 0.5),
     "order": tuple(ORDERS),
@@ -37,7 +37,7 @@ FACTORS = {
 
 def possible(case: Case) -> bool:
     units = {"one_layer": 1, "two_layers": 2, "three_layers": 3}[case["shape"]]
-    return units <= TILES[case["map"]] and not (case["family"] == "ie" and case["mode"] != "forward")
+    return units <= TILES[case["map"]] and not (case["family"] in ("ie", "ark") and case["mode"] != "forward")
 
 
 CASES = [case for seed in SEEDS for case in covering(FACTORS, seed=seed, possible=possible)]

@@ -1,4 +1,5 @@
-// A branch in a block: its value and its pull-back, a sample at a time. The maps stay in registers and in shared memory.
+// A branch in a block: its value and its pull-back, a sample at a time. The maps stay in registers and in shared
+// memory.
 #pragma once
 
 #include "activation.cuh"
@@ -7,35 +8,46 @@
 
 namespace fastode::device {
 
-// Shared memory of a block. Weights lie there for all samples that the block takes.
+// Shared memory of a block, from its beginning. Parameters lie there for all samples that the block takes.
 template <class Tile>
 struct Memory {
   static constexpr int C = Tile::kChannels;
+  // Of each unit: the norm's weight and bias, the convolution's bias, and sums for the gradients of the first two.
+  static constexpr int kNumbers = 5 * C;
 
-  static constexpr size_t bytes(int units) {
-    return static_cast<size_t>(units) * (Tile::kWeightBytes + 3 * C * sizeof(float)) + Tile::kMapBytes +
-           (4 + 2 * Tile::kDown) * C * sizeof(float);
+  // `weights`: of how many units those of the convolutions lie there, too.
+  static constexpr size_t bytes(int units, int weights) {
+    return static_cast<size_t>(weights) * Tile::kWeightBytes + Tile::kMapBytes +
+           (units * kNumbers + (4 + 2 * Tile::kDown) * C) * sizeof(float);
   }
 
-  FASTODE_DEVICE explicit Memory(int units) {
-    char* next = shared_memory();
-    weights = next, next += units * Tile::kWeightBytes;
-    map = next, next += Tile::kMapBytes;
-    numbers = reinterpret_cast<float*>(next), next += units * 3 * C * static_cast<int>(sizeof(float));
-    mean = reinterpret_cast<float*>(next);
+  FASTODE_DEVICE Memory(int units, int weights) {
+    map = shared_memory();
+    numbers = reinterpret_cast<float*>(map + Tile::kMapBytes);
+    mean = numbers + units * kNumbers;
     rstd = mean + C, first = rstd + C, second = first + C, partial = second + C;
+    this->weights = reinterpret_cast<char*>(partial + 2 * Tile::kDown * C);
+    end = this->weights + weights * Tile::kWeightBytes;
   }
 
   FASTODE_DEVICE char* weight(int unit) const { return weights + unit * Tile::kWeightBytes; }
-  FASTODE_DEVICE float* norm_weight(int unit) const { return numbers + unit * 3 * C; }
-  FASTODE_DEVICE float* norm_bias(int unit) const { return numbers + (unit * 3 + 1) * C; }
-  FASTODE_DEVICE float* bias(int unit) const { return numbers + (unit * 3 + 2) * C; }
+  FASTODE_DEVICE float* norm_weight(int unit) const { return numbers + unit * kNumbers; }
+  FASTODE_DEVICE float* norm_bias(int unit) const { return norm_weight(unit) + C; }
+  FASTODE_DEVICE float* bias(int unit) const { return norm_weight(unit) + 2 * C; }
+  FASTODE_DEVICE float* sums(int unit) const { return norm_weight(unit) + 3 * C; }
 
-  char *weights, *map;
-  float* numbers;          // [unit][norm's weight, its bias, the convolution's bias][C]
-  float *mean, *rstd;      // of the norm at hand, [C]
-  float *first, *second;   // the means of its pull-back, [C]
-  float* partial;          // [2][kDown][C]
+  char* map;
+  float* numbers;
+  float *mean, *rstd;     // of the norm at hand, [C]
+  float *first, *second;  // the means of its pull-back, [C]
+  float* partial;         // [2][kDown][C]
+  char *weights, *end;
+};
+
+// Where a pull-back leaves what the parameters' gradients are made of; without cotangents it leaves nothing.
+struct Left {
+  cuda::Room room;
+  const int* cotangent = nullptr;  // the places of the cotangents of the units' convolutions
 };
 
 template <class Tile>
@@ -46,22 +58,33 @@ class Branch {
   using Sum = typename Tile::Sum;
   static constexpr int C = Tile::kChannels, W = Tile::kSide;
 
-  // Reads all parameters.
-  FASTODE_DEVICE explicit Branch(const cuda::Branch& branch, int samples)
-      : branch_(branch), samples_(samples), memory_(branch.count) {
+  // Reads all parameters; `weights`: of the convolutions, too.
+  FASTODE_DEVICE Branch(const cuda::Branch& branch, int samples, bool weights = true)
+      : branch_(branch), samples_(samples), memory_(branch.count, weights ? branch.count : 0) {
     Tile::clear_border(memory_.map);
     for (int u = 0; u < branch.count; ++u) {
       const cuda::Unit& unit = branch.unit[u];
-      Tile::put_weight(memory_.weight(u), static_cast<const uint16_t*>(unit.weight), unit.weight_strides);
+      if (weights) Tile::put_weight(memory_.weight(u), static_cast<const uint16_t*>(unit.weight), unit.weight_strides);
       for (int c = thread(); c < C; c += Tile::kThreads) {
         memory_.norm_weight(u)[c] = number(unit.norm_weight, c, 1);
         memory_.norm_bias(u)[c] = number(unit.norm_bias, c, 0);
         memory_.bias(u)[c] = number(unit.bias, c, 0);
+        memory_.sums(u)[c] = memory_.sums(u)[C + c] = 0;
       }
     }
   }
 
   FASTODE_DEVICE int count() const { return branch_.count; }
+  FASTODE_DEVICE const Memory<Tile>& memory() const { return memory_; }
+
+  // A unit's convolution's input in shared memory, again: at an evaluation whose unit inputs were kept. Barriers are
+  // the caller's: before, so that nobody reads what is there, and after.
+  FASTODE_DEVICE void revisit(State& state, int u, int64_t sample, int evaluation, const char* input) {
+    recall_statistics(evaluation, u, sample);
+    Tile::recall(state, input);
+    block_barrier();
+    put_normalised(u, state);
+  }
 
   // f(point) in `out`; `point` is overwritten. Unit inputs and statistics go where `input` and the branch say.
   FASTODE_DEVICE void value(State& point, Sum& out, int64_t sample, int evaluation, const cuda::Room& room,
@@ -81,11 +104,13 @@ class Branch {
   }
 
   // Jᵀ bar in `bar`, at the point of an evaluation whose unit inputs and statistics were kept.
-  FASTODE_DEVICE void pull(Sum& bar, int64_t sample, int evaluation, const cuda::Room& room, const int* input) {
+  FASTODE_DEVICE void pull(Sum& bar, int64_t sample, int evaluation, const cuda::Room& room, const int* input,
+                           const Left& left = {}) {
     State state;
     for (int u = branch_.count - 1; u >= 0; --u) {
       const cuda::Unit& unit = branch_.unit[u];
       Tile::round(state, bar);
+      if (left.cotangent) Tile::keep(state, place(left.room, left.cotangent[u], sample));
       block_barrier();
       Tile::put(memory_.map, state);
       recall_statistics(evaluation, u, sample);
@@ -94,10 +119,20 @@ class Branch {
       Tile::template convolve<true>(bar, memory_.map, memory_.weight(u));
       Tile::recall(state, place(room, input[u], sample));
       pull_activation(u, state, bar);
-      const bool coupled = unit.norm == kGroupNorm;
-      if (coupled) pull_means(unit, state, bar);
-      pull_norm(state, bar, coupled);
+      const bool coupled = unit.norm == kGroupNorm, wanted = left.cotangent && unit.norm_weight;
+      if (coupled || wanted) sum_channels(state, bar);
+      if (coupled) take_means(u);
+      if (wanted) add_sums(u);
+      if (coupled || wanted) block_barrier();
+      pull_norm(u, state, bar, coupled);
     }
+  }
+
+  // The sums for the gradients of the norms' weights and biases, [unit][bias, weight][C].
+  FASTODE_DEVICE void store_sums(float* to) const {
+    block_barrier();
+    for (int i = thread(); i < branch_.count * 2 * C; i += Tile::kThreads)
+      to[i] = memory_.sums(i / (2 * C))[i % (2 * C)];
   }
 
   static FASTODE_DEVICE char* place(const cuda::Room& room, int slot, int64_t sample) {
@@ -129,8 +164,7 @@ class Branch {
     for (int j = 0; j < 4; ++j) {
       float total = 0;
       FASTODE_UNROLL
-      for (int tile = 0; tile < Tile::kTiles; ++tile)
-        total += entry(state, tile, j, 0) + entry(state, tile, j, 1);
+      for (int tile = 0; tile < Tile::kTiles; ++tile) total += entry(state, tile, j, 0) + entry(state, tile, j, 1);
       mean[j] = total / (2 * Tile::kTiles);
       float square = 0;
       FASTODE_UNROLL
@@ -154,10 +188,9 @@ class Branch {
     const int width = C / unit.groups, parts = Tile::kDown * width;
     const float entries = W * W / Tile::kDown;  // of a part
     for (int g = Tile::warp(); g < unit.groups; g += Tile::kThreads / 32) {
-      const float group_mean = sum_lanes(over_parts(g, width, [&](float m, float) { return m; })) / parts;
-      const float about = sum_lanes(over_parts(g, width, [&](float m, float s) {
-        return s + (m - group_mean) * (m - group_mean) * entries;
-      }));
+      const float group_mean = sum_lanes(over_parts(g, width, [&](float m, float, int) { return m; })) / parts;
+      const float about = sum_lanes(over_parts(
+          g, width, [&](float m, float s, int) { return s + (m - group_mean) * (m - group_mean) * entries; }));
       for (int c = g * width + lane(); c < (g + 1) * width; c += 32) {
         memory_.mean[c] = group_mean;
         memory_.rstd[c] = rsqrt(about / (parts * entries) + unit.eps);
@@ -186,8 +219,9 @@ class Branch {
   FASTODE_DEVICE float over_parts(int group, int width, const F& f) const {
     float total = 0;
     for (int i = lane(); i < Tile::kDown * width; i += 32) {
-      const float* at = memory_.partial + i / width * C + group * width + i % width;
-      total += f(at[0], at[Tile::kDown * C]);
+      const int c = group * width + i % width;
+      const float* at = memory_.partial + i / width * C + c;
+      total += f(at[0], at[Tile::kDown * C], c);
     }
     return total;
   }
@@ -227,13 +261,13 @@ class Branch {
       const float low = bias[Tile::channel(eight)], high = bias[Tile::channel(eight) + 1];
       FASTODE_UNROLL
       for (int tile = 0; tile < Tile::kTiles; ++tile) {
-        float(&v)[4] = sum.value[tile][eight];
+        float (&v)[4] = sum.value[tile][eight];
         v[0] += low, v[1] += high, v[2] += low, v[3] += high;
       }
     }
   }
 
-  // bar becomes weight σ′(n) bar, the cotangent of the normalised map.
+  // bar becomes σ′(n) bar, the cotangent of the norm's result.
   FASTODE_DEVICE void pull_activation(int u, const State& state, Sum& bar) const {
     const cuda::Unit& unit = branch_.unit[u];
     const ActivationArguments act{unit.activation, unit.p, unit.q};
@@ -241,20 +275,18 @@ class Branch {
     FASTODE_UNROLL
     for (int j = 0; j < 4; ++j) {
       const int c = channel(j);
-      const float mean = memory_.mean[c], rstd = memory_.rstd[c], w = weight[c], b = bias[c];
+      const float mean = memory_.mean[c], factor = memory_.rstd[c] * weight[c], b = bias[c];
       FASTODE_UNROLL
       for (int tile = 0; tile < Tile::kTiles; ++tile) {
         FASTODE_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          const float normal = (entry(state, tile, j, half) - mean) * rstd;
-          bar.value[tile][j / 2][2 * half + j % 2] *= w * derive(act, normal * w + b);
-        }
+        for (int half = 0; half < 2; ++half)
+          bar.value[tile][j / 2][2 * half + j % 2] *= derive(act, (entry(state, tile, j, half) - mean) * factor + b);
       }
     }
   }
 
-  // The means over each group of bar and of bar times the normalised map.
-  FASTODE_DEVICE void pull_means(const cuda::Unit& unit, const State& state, const Sum& bar) {
+  // The sums over the pixels of bar and of bar times the normalised map, by channels, left as parts of warps.
+  FASTODE_DEVICE void sum_channels(const State& state, const Sum& bar) {
     float one[4], two[4];
     FASTODE_UNROLL
     for (int j = 0; j < 4; ++j) {
@@ -278,30 +310,44 @@ class Branch {
     }
     leave_partial(one, two);
     block_barrier();
+  }
+
+  // The means over each group of weight · bar and of weight · bar times the normalised map.
+  FASTODE_DEVICE void take_means(int u) {
+    const cuda::Unit& unit = branch_.unit[u];
+    const float* weight = memory_.norm_weight(u);
     const int width = C / unit.groups;
+    const float entries = static_cast<float>(width * W * W);
     for (int g = Tile::warp(); g < unit.groups; g += Tile::kThreads / 32) {
-      const float first = sum_lanes(over_parts(g, width, [](float a, float) { return a; }));
-      const float second = sum_lanes(over_parts(g, width, [](float, float b) { return b; }));
-      const float entries = static_cast<float>(width * W * W);
+      const float first = sum_lanes(over_parts(g, width, [&](float a, float, int c) { return weight[c] * a; }));
+      const float second = sum_lanes(over_parts(g, width, [&](float, float b, int c) { return weight[c] * b; }));
       for (int c = g * width + lane(); c < (g + 1) * width; c += 32)
         memory_.first[c] = first / entries, memory_.second[c] = second / entries;
     }
-    block_barrier();
   }
 
-  // bar becomes rstd (bar − its mean − n̂ · mean of n̂ bar), without the means where the statistics are given.
-  FASTODE_DEVICE void pull_norm(const State& state, Sum& bar, bool coupled) const {
+  FASTODE_DEVICE void add_sums(int u) {
+    for (int c = thread(); c < C; c += Tile::kThreads) {
+      float one = 0, two = 0;
+      for (int i = 0; i < Tile::kDown; ++i)
+        one += memory_.partial[i * C + c], two += memory_.partial[(Tile::kDown + i) * C + c];
+      memory_.sums(u)[c] += one, memory_.sums(u)[C + c] += two;
+    }
+  }
+
+  // bar becomes rstd (v − its mean − n̂ · mean of n̂ v) for v = weight · bar, without means where statistics are given.
+  FASTODE_DEVICE void pull_norm(int u, const State& state, Sum& bar, bool coupled) const {
     FASTODE_UNROLL
     for (int j = 0; j < 4; ++j) {
       const int c = channel(j);
-      const float mean = memory_.mean[c], rstd = memory_.rstd[c];
+      const float mean = memory_.mean[c], rstd = memory_.rstd[c], weight = memory_.norm_weight(u)[c];
       const float first = coupled ? memory_.first[c] : 0, second = coupled ? memory_.second[c] : 0;
       FASTODE_UNROLL
       for (int tile = 0; tile < Tile::kTiles; ++tile) {
         FASTODE_UNROLL
         for (int half = 0; half < 2; ++half) {
           float& v = bar.value[tile][j / 2][2 * half + j % 2];
-          v = rstd * (v - first - (entry(state, tile, j, half) - mean) * rstd * second);
+          v = rstd * (weight * v - first - (entry(state, tile, j, half) - mean) * rstd * second);
         }
       }
     }

@@ -81,7 +81,8 @@ inline Branch branch_of(const Tensors& parameters, const Integers& units, const 
     unit.eps = static_cast<float>(number[0]), unit.p = static_cast<float>(number[1]);
     unit.q = static_cast<float>(number[2]);
     unit.norm_weight = take(resident::kWeight), unit.norm_bias = take(resident::kBias);
-    if (bits & resident::kRunning) unit.mean = parameters[next++].data_ptr(), unit.variance = parameters[next++].data_ptr();
+    if (bits & resident::kRunning)
+      unit.mean = parameters[next++].data_ptr(), unit.variance = parameters[next++].data_ptr();
     const auto strides = parameters[next].strides();
     for (int d = 0; d < 4; ++d) unit.weight_strides[d] = strides[d];
     unit.weight = take(resident::kConvWeight), unit.bias = take(resident::kConvBias);

@@ -17,7 +17,7 @@ struct DescentForward {
       typename Tile::Sum sum;
       Tile::load(y, map_of<Tile>(call.x), n);
       Tile::keep(y, place(call, call.start, n));
-FASTODE_ROLLED
+      FASTODE_ROLLED
       for (int k = 0; k <= call.steps; ++k) {
         if (k > 0) Tile::keep(y, place(call, call.point, n));
         branch.value(y, sum, n, 0, call.room, call.input);

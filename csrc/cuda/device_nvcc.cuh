@@ -128,8 +128,8 @@ template <class Program, class Arguments>
 int most_blocks(const Launch& how) {
   const void* entry = reinterpret_cast<const void*>(&kernel<Program, Arguments>);
   int each = 0, multiprocessors = 0;
-  cudaError_t error = cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           static_cast<int>(how.shared_bytes));
+  cudaError_t error =
+      cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(how.shared_bytes));
   if (error == cudaSuccess)
     error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, entry, how.threads, how.shared_bytes);
   if (error == cudaSuccess)
@@ -141,9 +141,9 @@ int most_blocks(const Launch& how) {
 template <class Program, class Arguments>
 const char* launch(const Launch& how, const Arguments& arguments) {
   auto* entry = &kernel<Program, Arguments>;
-  const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(entry),
-                                                 cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                 static_cast<int>(how.shared_bytes));
+  const cudaError_t error =
+      cudaFuncSetAttribute(reinterpret_cast<const void*>(entry), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           static_cast<int>(how.shared_bytes));
   if (error != cudaSuccess) return cudaGetErrorString(error);
   entry<<<how.blocks, how.threads, how.shared_bytes, static_cast<cudaStream_t>(how.stream)>>>(arguments);
   return message(cudaGetLastError());

@@ -56,6 +56,36 @@ struct SchemeCall {
   int bar[kMostStages + 1];            // where the cotangent of u_k lies
 };
 
+// What the parameters' gradients are made of, beside what the forward kept.
+struct Left {
+  Room room;                               // of the cotangents of the convolutions
+  int cotangent[kMostStages][kMostUnits];  // where they lie; -1 of a stage that is not evaluated
+  float* sums;                             // of the norms, [block][unit][bias, weight][channels]; null: none is wanted
+};
+
+struct BackwardCall {
+  SchemeCall scheme;
+  Left left;
+};
+
+// The gradients of the convolutions' parameters, from what a backward left.
+struct WeightsCall {
+  BackwardCall backward;
+  float* partial;  // [block / units][unit][9 · channels² as (tap, in, out), then channels of the bias]
+};
+
+// A unit's gradients: contiguous, of the maps' dtype; null where the parameter is absent.
+struct UnitGradients {
+  void *norm_weight, *norm_bias, *weight, *bias;
+};
+
+struct FinishCall {
+  int units, channels;
+  const float *partial, *sums;
+  int partial_rows, sums_rows;
+  UnitGradients unit[kMostUnits];
+};
+
 struct DescentCall {
   int samples, steps;
   float step_size, theta;
@@ -63,7 +93,7 @@ struct DescentCall {
   Map x, result;
   Room room;
   int start, skip, point, residual;  // where x, f(x), y and the residual lie
-  int input[kMostUnits];      // where the inputs of the units lie
+  int input[kMostUnits];             // where the inputs of the units lie
 };
 
 enum class Type { kBFloat16, kFloat16 };
@@ -78,7 +108,13 @@ size_t kept_bytes(Shape shape);
 
 // Null, or why the program was not launched.
 const char* scheme_forward(Type type, Shape shape, const SchemeCall& call, const Queue& queue);
-const char* scheme_backward(Type type, Shape shape, const SchemeCall& call, const Queue& queue);
+const char* scheme_backward(Type type, Shape shape, const BackwardCall& call, const Queue& queue);
+const char* weight_gradients(Type type, Shape shape, const WeightsCall& call, const Queue& queue);
+const char* finish_gradients(Type type, const FinishCall& call, const Queue& queue);
 const char* descent_forward(Type type, Shape shape, const DescentCall& call, const Queue& queue);
+
+// How many blocks a launch of these programs will have.
+int scheme_backward_blocks(Type type, Shape shape, const BackwardCall& call, const Queue& queue);
+int weight_gradients_blocks(Type type, Shape shape, const WeightsCall& call, const Queue& queue);
 
 }  // namespace fastode::cuda

@@ -69,7 +69,8 @@ template <class Tile>
 struct SchemeBackward {
   static constexpr int threads = Tile::kThreads;
 
-  static FASTODE_DEVICE void run(const cuda::SchemeCall& call) {
+  static FASTODE_DEVICE void run(const cuda::BackwardCall& backward) {
+    const cuda::SchemeCall& call = backward.scheme;
     Branch<Tile> branch(call.branch, call.samples);
     block_barrier();
     for (int n = block(); n < call.samples; n += blocks()) {
@@ -77,16 +78,19 @@ struct SchemeBackward {
       Tile::load(bar, map_of<Tile>(call.x), n);
       for (int k = call.stages - 1; k >= 0; --k) {
         if (call.bar[k + 1] >= 0) Tile::keep(bar, Branch<Tile>::place(call.room, call.bar[k + 1], n));
-        stage(branch, call, n, k, bar);
+        stage(branch, backward, n, k, bar);
       }
       Tile::store(bar, map_of<Tile>(call.result), n);
     }
+    const cuda::Left& left = backward.left;
+    if (left.sums) branch.store_sums(left.sums + block() * call.branch.count * 2 * Tile::kChannels);
   }
 
  private:
   // From the cotangent of u_{k + 1} to that of u_k, in `bar`.
-  static FASTODE_DEVICE void stage(Branch<Tile>& branch, const cuda::SchemeCall& call, int n, int k,
+  static FASTODE_DEVICE void stage(Branch<Tile>& branch, const cuda::BackwardCall& backward, int n, int k,
                                    typename Tile::State& bar) {
+    const cuda::SchemeCall& call = backward.scheme;
     typename Tile::Sum sum;
     Tile::clear(sum);
     bool through = false;
@@ -95,7 +99,8 @@ struct SchemeBackward {
       through = true;
       add_bar(sum, beta(call, i, k), call, n, k, i, bar);
     }
-    if (through) branch.pull(sum, n, k, call.room, call.input[k]);
+    const Left left{backward.left.room, backward.left.sums ? backward.left.cotangent[k] : nullptr};
+    if (through) branch.pull(sum, n, k, call.room, call.input[k], left);
     for (int i = k; i < call.stages; ++i)
       if (alpha(call, i, k) != 0) add_bar(sum, alpha(call, i, k), call, n, k, i, bar);
     Tile::round(bar, sum);

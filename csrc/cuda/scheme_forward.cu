@@ -4,7 +4,7 @@
 namespace fastode::cuda {
 
 const char* scheme_forward(Type type, Shape shape, const SchemeCall& call, const Queue& queue) {
-  return device::launch_program<device::SchemeForward>(type, shape, call, queue);
+  return device::launch_by_sample<device::SchemeForward>(type, shape, call, call.samples, call.branch.count, queue);
 }
 
 size_t kept_bytes(Shape shape) {

@@ -3,7 +3,8 @@
 
 #include <cstdint>
 
-// libtorch_cuda's. Weak, so that the library loads where torch is built for the CPU, and its operators are never called.
+// libtorch_cuda's. Weak, so that the library loads where torch is built for the CPU, and its operators are never
+// called.
 extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 namespace fastode::cuda {

@@ -1,8 +1,8 @@
 // A sample's map in a block: fragments in registers, one copy with a border of zeros in shared memory, and 3×3
 // convolutions between them on the tensor cores.
 //
-// A map of C channels and W × W pixels is cut into tiles of 16 pixels by 8 channels, the accumulators of one mma. A warp
-// has kTiles × 2 of them: pixels of whole rows, and 16 channels. In shared memory a map is planes [C / 8][pixel][8
+// A map of C channels and W × W pixels is cut into tiles of 16 pixels by 8 channels, the accumulators of one mma. A
+// warp has kTiles × 2 of them: pixels of whole rows, and 16 channels. In shared memory a map is planes [C / 8][pixel][8
 // channels], so that ldmatrix reads the 16 bytes of eight neighbouring pixels without a bank conflict.
 #pragma once
 
@@ -45,7 +45,7 @@ struct Tile {
   static constexpr int kWeightBytes = 9 * C * C * 2;
   static constexpr int kKeptBytes = C * W * W * 2;  // of a map in the order of threads
   static_assert(C % 16 == 0 && Warps % kAcross == 0 && kTiles >= 1 && kTiles * kDown * 16 == W * W);
-  static constexpr int kHalves = W == 8 ? 1 : W / 16;  // tiles beside each other in a row
+  static constexpr int kHalves = W == 8 ? 1 : W / 16;               // tiles beside each other in a row
   static_assert((W == 8 || W % 16 == 0) && kTiles % kHalves == 0);  // a warp has whole rows
 
   // A map as it is stored, two channels to a word: [tile][eight channels][upper or lower eight pixels].
@@ -86,9 +86,8 @@ struct Tile {
         for (int half = 0; half < 2; ++half) {
           const uint16_t* at = data + offset(map, sample, tile, eight, half);
           // Every stride of such a map is even, and so is its beginning (`Supported` in programs.h).
-          state.word[tile][eight][half] = map.channel == 1
-                                              ? *reinterpret_cast<const uint32_t*>(at)
-                                              : at[0] | static_cast<uint32_t>(at[map.channel]) << 16;
+          state.word[tile][eight][half] = map.channel == 1 ? *reinterpret_cast<const uint32_t*>(at)
+                                                           : at[0] | static_cast<uint32_t>(at[map.channel]) << 16;
         }
       }
     }
@@ -205,6 +204,19 @@ struct Tile {
     }
   }
 
+  // A map without a border: [C / 8][pixel][8 channels].
+  static FASTODE_DEVICE void put_bare(char* map, const State& state) {
+    FASTODE_UNROLL
+    for (int tile = 0; tile < kTiles; ++tile) {
+      FASTODE_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int pixel = row(tile, i % 2) * W + column(tile, i % 2);
+        char* at = map + ((first_channel() / 8 + i / 2) * W * W + pixel) * 16 + lane() % 4 * 4;
+        *reinterpret_cast<uint32_t*>(at) = state.word[tile][i / 2][i % 2];
+      }
+    }
+  }
+
   // The border, once: nothing else is ever written there.
   static FASTODE_DEVICE void clear_border(char* map) {
     for (int i = thread(); i < C / 8 * kPixels; i += kThreads) {
@@ -259,9 +271,9 @@ struct Tile {
     constexpr int kRows = kTiles / kHalves;
     const int top = first_row(), matrix = lane() / 8;
     const char* const mine = map + matrix / 2 * kPixels * 16 + (matrix % 2 * 8 + lane() % 8) * 16;
-FASTODE_ROLLED
+    FASTODE_ROLLED
     for (int step = 0; step < C / 16; ++step) {
-FASTODE_ROLLED
+      FASTODE_ROLLED
       for (int dx = -1; dx <= 1; ++dx) {
         uint32_t factor[3][2][2];
         FASTODE_UNROLL
@@ -293,9 +305,9 @@ FASTODE_ROLLED
   static FASTODE_DEVICE void convolve_narrow(Sum& sum, const char* map, const char* weight) {
     const int top = first_row(), matrix = lane() / 8;
     const char* const mine = map + matrix / 2 * kPixels * 16 + (matrix % 2 * (W + 2) + lane() % 8) * 16;
-FASTODE_ROLLED
+    FASTODE_ROLLED
     for (int step = 0; step < C / 16; ++step) {
-FASTODE_ROLLED
+      FASTODE_ROLLED
       for (int dx = -1; dx <= 1; ++dx) {
         uint32_t rows[kTiles + 1][4];  // two rows each: their lower channels, their upper channels
         FASTODE_UNROLL
@@ -308,8 +320,8 @@ FASTODE_ROLLED
           FASTODE_UNROLL
           for (int tile = 0; tile < kTiles; ++tile) {
             // Rows 2 tile + dy and the next, of the map with its border.
-            const uint32_t(&p)[4] = rows[tile + dy / 2];
-            const uint32_t(&q)[4] = rows[tile + (dy + 1) / 2];
+            const uint32_t (&p)[4] = rows[tile + dy / 2];
+            const uint32_t (&q)[4] = rows[tile + (dy + 1) / 2];
             const int i = dy % 2, j = 1 - i;
             const uint32_t a[4] = {p[i], q[j], p[2 + i], q[2 + j]};
             T::mma(sum.value[tile][0], a, low);

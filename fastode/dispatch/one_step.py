@@ -61,6 +61,7 @@ class DescentStep:
     variant: str
     family: str = "ie"
     stages: int = 1
+    learned: bool = False
     traceable: bool = False  # the reference calls autograd inside its forward
 
     def apply(
@@ -82,6 +83,10 @@ class SchemeStep:
     @property
     def stages(self) -> int:
         return self.scheme.stages
+
+    @property
+    def learned(self) -> bool:
+        return not self.rows
 
     def apply(
         self, engine: Engine, plan: Plan, rerun: Rerun | None, x: Tensor, tensors: MaybeTensors, table: Table | None
@@ -152,7 +157,9 @@ def _call(step: Step, reading: Reading, inputs: tuple[Tensor, ...]) -> Call:
         return Call(step.family, step.variant, None, (), inputs, reading.reason)
     tracked = tuple([norm is not None for norm in reading.norms])
     plan = Plan(reading.units, tracked, autocast_dtype(inputs[0]) if inputs else None)
-    return Call(step.family, step.variant, plan, reading.tensors, inputs, stages=step.stages)
+    return Call(
+        step.family, step.variant, plan, reading.tensors, inputs, stages=step.stages, learned=step.learned
+    )
 
 
 def run(

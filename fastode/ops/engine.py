@@ -35,6 +35,7 @@ class Call:
         inputs: what the block is called with; none where it is asked about on any input.
         fault: why no engine but plain PyTorch can run the block, in a sentence; empty if nothing is known.
         stages: of an explicit scheme.
+        learned: whether a scheme's coefficients are learned.
     """
 
     family: str
@@ -44,6 +45,7 @@ class Call:
     inputs: tuple[Tensor, ...] = ()
     fault: str = ""
     stages: int = 1
+    learned: bool = False
 
     @property
     def x(self) -> Tensor | None:

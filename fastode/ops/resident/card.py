@@ -23,8 +23,8 @@ def refuses(call: Call) -> str:
     plan = call.program
     if not isinstance(plan, Plan):
         return "it has no programs of the skew pair for CUDA"
-    if call.mode == "train":
-        return "its programs for CUDA make no gradients of parameters"
+    if call.learned and call.mode != "forward":
+        return "its programs for CUDA make no gradients of a scheme's coefficients"
     if call.family == "ie" and call.mode != "forward":
         return "its program of IE-Skip for CUDA goes forwards only"
     return refuses_input(x) or refuses_units(plan, x.shape[1]) or _refuses_size(plan, x, call.stages)

@@ -1,0 +1,47 @@
+#include "shapes.cuh"
+#include "weights.cuh"
+
+namespace fastode::cuda {
+
+namespace {
+
+// As many blocks for each unit.
+template <class Tile>
+device::Launch plan_of(const WeightsCall& call, const Queue& queue) {
+  using Program = device::WeightGradients<Tile>;
+  const int units = call.backward.scheme.branch.count;
+  device::Launch how = device::plan<Program, WeightsCall>(Program::most_items(call), Program::bytes(units), queue);
+  how.blocks = std::max(1, how.blocks / units) * units;
+  return how;
+}
+
+}  // namespace
+
+const char* weight_gradients(Type type, Shape shape, const WeightsCall& call, const Queue& queue) {
+  const device::CurrentDevice here(queue.device);
+  const char* reason = device::kNoProgram;
+  device::with_tile(type, shape, [&]<class Tile>() {
+    reason = device::launch<device::WeightGradients<Tile>>(plan_of<Tile>(call, queue), call);
+  });
+  return reason;
+}
+
+int weight_gradients_blocks(Type type, Shape shape, const WeightsCall& call, const Queue& queue) {
+  const device::CurrentDevice here(queue.device);
+  int blocks = 0;
+  device::with_tile(type, shape, [&]<class Tile>() { blocks = plan_of<Tile>(call, queue).blocks; });
+  return blocks;
+}
+
+const char* finish_gradients(Type type, const FinishCall& call, const Queue& queue) {
+  const device::CurrentDevice here(queue.device);
+  const auto run = [&]<class Program>() {
+    const int blocks = (Program::entries(call) + Program::kAcross - 1) / Program::kAcross;
+    return device::launch<Program>({blocks, Program::threads, Program::bytes(), 1, false, queue.stream, queue.device},
+                                   call);
+  };
+  return type == Type::kBFloat16 ? run.template operator()<device::FinishGradients<device::BFloat16>>()
+                                 : run.template operator()<device::FinishGradients<device::Float16>>();
+}
+
+}  // namespace fastode::cuda

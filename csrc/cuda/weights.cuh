@@ -1,0 +1,212 @@
+// The gradients of the parameters, from what a backward program left: those of the convolutions as products over pixels
+// on the tensor cores, a block's share of samples and stages at a time, and the sum of all blocks' shares.
+#pragma once
+
+#include "branch.cuh"
+
+namespace fastode::device {
+
+// The product of a map's shifts with a cotangent: [tap][in][out], in tiles of 16 by 8 for each mma. A warp has one or
+// more squares of 16 × 16 channels at all taps; where there are fewer squares than warps, the warps share out the
+// pixels.
+template <class Tile>
+struct Products {
+  using T = typename Tile::Type;
+  static constexpr int C = Tile::kChannels, W = Tile::kSide, kWarps = Tile::kThreads / 32;
+  static constexpr int kSide = C / 16, kSquares = kSide * kSide;
+  static constexpr int kEach = kSquares > kWarps ? kSquares / kWarps : 1;  // squares of a warp, beside each other
+  static constexpr int kParts = kWarps * kEach / kSquares;                 // of the pixels
+  static constexpr int kSteps = W * W / 16 / kParts;
+  static constexpr int kEntries = 9 * C * C;
+  static_assert(kParts * kSquares == kWarps * kEach && kSide % kEach == 0 && kSteps * kParts * 16 == W * W);
+
+  float value[9][kEach][2][4];
+
+  static FASTODE_DEVICE int part() { return Tile::warp() % kParts; }
+  static FASTODE_DEVICE int first_in() { return Tile::warp() / kParts * kEach / kSide * 16; }
+  static FASTODE_DEVICE int first_out() { return Tile::warp() / kParts * kEach % kSide * 16; }
+
+  FASTODE_DEVICE void clear() {
+    FASTODE_UNROLL
+    for (int tap = 0; tap < 9; ++tap) {
+      FASTODE_UNROLL
+      for (int i = 0; i < kEach * 8; ++i) value[tap][i / 8][i / 4 % 2][i % 4] = 0;
+    }
+  }
+
+  // `map` has a border, `bare` none.
+  FASTODE_DEVICE void add(const char* map, const char* bare) {
+    const int matrix = lane() / 8, in_matrix = lane() % 8;
+    FASTODE_ROLLED
+    for (int step = part() * kSteps; step < (part() + 1) * kSteps; ++step) {
+      // The 16 pixels of a step are two matrices of eight, beside or above each other.
+      const int row = W == 8 ? 2 * step : step / Tile::kHalves, column = step % Tile::kHalves * 16;
+      uint32_t right[kEach][2][2];
+      FASTODE_UNROLL
+      for (int each = 0; each < kEach; ++each) {
+        const int eight = first_out() / 8 + 2 * each + matrix / 2, pixel = step * 16 + matrix % 2 * 8 + in_matrix;
+        uint32_t found[4];
+        ldmatrix_x4_transposed(found, bare + (eight * W * W + pixel) * 16);
+        FASTODE_UNROLL
+        for (int i = 0; i < 4; ++i) right[each][i / 2][i % 2] = found[i];
+      }
+      const int half = matrix / 2 * (W == 8 ? W + 2 : 8);
+      const char* at =
+          map + ((first_in() / 8 + matrix % 2) * Tile::kPixels + row * (W + 2) + column + half + in_matrix) * 16;
+      FASTODE_UNROLL
+      for (int tap = 0; tap < 9; ++tap) {
+        uint32_t left[4];
+        ldmatrix_x4_transposed(left, at + (tap / 3 * (W + 2) + tap % 3) * 16);
+        FASTODE_UNROLL
+        for (int i = 0; i < kEach * 2; ++i) T::mma(value[tap][i / 2][i % 2], left, right[i / 2][i % 2]);
+      }
+    }
+  }
+
+  // Adds the warp's products to, or puts them at, [tap][in][out].
+  FASTODE_DEVICE void store(float* to, bool add) const {
+    FASTODE_UNROLL
+    for (int tap = 0; tap < 9; ++tap) {
+      FASTODE_UNROLL
+      for (int i = 0; i < kEach * 8; ++i) {
+        const int in = first_in() + lane() / 4 + i / 2 % 2 * 8;
+        const int out = first_out() + i / 8 * 16 + i / 4 % 2 * 8 + lane() % 4 * 2 + i % 2;
+        float& place = to[(tap * C + in) * C + out];
+        const float own = value[tap][i / 8][i / 4 % 2][i % 4];
+        place = add ? place + own : own;
+      }
+    }
+  }
+};
+
+// A block's share of the gradients of one unit's convolution.
+template <class Tile>
+struct WeightGradients {
+  static constexpr int threads = Tile::kThreads;
+  static constexpr int C = Tile::kChannels;
+  static constexpr bool kShares = Products<Tile>::kParts > 1;
+
+  static constexpr size_t bytes(int units) {
+    return Memory<Tile>::bytes(units, 0) + Tile::kKeptBytes + kSums * sizeof(float);
+  }
+  static int most_items(const cuda::WeightsCall& call) {
+    const cuda::SchemeCall& scheme = call.backward.scheme;
+    return scheme.samples * scheme.stages * scheme.branch.count;
+  }
+
+  static FASTODE_DEVICE void run(const cuda::WeightsCall& call) {
+    const cuda::SchemeCall& scheme = call.backward.scheme;
+    const cuda::Left& left = call.backward.left;
+    const int units = scheme.branch.count, u = block() % units;
+    Branch<Tile> branch(scheme.branch, scheme.samples, false);
+    char* const bare = branch.memory().end;
+    Products<Tile> products;
+    products.clear();
+    float bias[4] = {0, 0, 0, 0};
+    for (int item = block() / units; item < scheme.samples * scheme.stages; item += blocks() / units) {
+      const int k = item / scheme.samples, n = item % scheme.samples;
+      if (left.cotangent[k][u] < 0) continue;
+      typename Tile::State state;
+      block_barrier();
+      branch.revisit(state, u, n, k, Branch<Tile>::place(scheme.room, scheme.input[k][u], n));
+      Tile::recall(state, Branch<Tile>::place(left.room, left.cotangent[k][u], n));
+      Tile::put_bare(bare, state);
+      add_pixels(bias, state);
+      block_barrier();
+      products.add(branch.memory().map, bare);
+    }
+    store(call.partial + block() * static_cast<int64_t>(Products<Tile>::kEntries + C), products, bias, branch.memory());
+  }
+
+ private:
+  static constexpr int kSums = kShares ? Products<Tile>::kEntries : 0;
+
+  static FASTODE_DEVICE void add_pixels(float (&bias)[4], const typename Tile::State& state) {
+    FASTODE_UNROLL
+    for (int tile = 0; tile < Tile::kTiles; ++tile) {
+      FASTODE_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const Pair pair = Tile::Type::unpack(state.word[tile][i / 2][i % 2]);
+        bias[i / 2 * 2] += pair.low, bias[i / 2 * 2 + 1] += pair.high;
+      }
+    }
+  }
+
+  static FASTODE_DEVICE void store(float* to, const Products<Tile>& products, float (&bias)[4],
+                                   const Memory<Tile>& memory) {
+    FASTODE_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      FASTODE_UNROLL
+      for (int mask = 4; mask < 32; mask *= 2) bias[j] += shuffle_xor(bias[j], mask);
+      if (lane() < 4) memory.partial[Tile::warp() / Tile::kAcross * C + Tile::channel(j / 2) + j % 2] = bias[j];
+    }
+    block_barrier();
+    for (int c = thread(); c < C; c += Tile::kThreads) {
+      float total = 0;
+      for (int i = 0; i < Tile::kDown; ++i) total += memory.partial[i * C + c];
+      to[Products<Tile>::kEntries + c] = total;
+    }
+    if (!kShares) return products.store(to, false);
+    float* const sums = reinterpret_cast<float*>(memory.end + Tile::kKeptBytes);
+    for (int part = 0; part < Products<Tile>::kParts; ++part) {
+      if (part == Products<Tile>::part()) products.store(sums, part > 0);
+      block_barrier();
+    }
+    for (int i = thread(); i < Products<Tile>::kEntries; i += Tile::kThreads) to[i] = sums[i];
+  }
+};
+
+// The sums of all blocks' shares, in the order of the blocks, rounded to the parameters' dtype.
+template <class T>
+struct FinishGradients {
+  static constexpr int kAcross = 32, kDown = 8, threads = kAcross * kDown;
+
+  static int entries(const cuda::FinishCall& call) { return call.units * unit_entries(call) + norm_entries(call); }
+  static size_t bytes() { return threads * sizeof(float); }
+
+  static FASTODE_DEVICE void run(const cuda::FinishCall& call) {
+    float* const parts = reinterpret_cast<float*>(shared_memory());
+    const int first = call.units * unit_entries(call), total = first + norm_entries(call);
+    const int entry = block() * kAcross + thread() % kAcross;
+    float sum = 0;
+    if (entry < total) {
+      const bool norm = entry >= first;
+      const float* from = norm ? call.sums + entry - first : call.partial + entry;
+      const int64_t width = norm ? norm_entries(call) : first;
+      const int rows = norm ? call.sums_rows : call.partial_rows;
+      for (int row = thread() / kAcross; row < rows; row += kDown) sum += from[row * width];
+    }
+    parts[thread()] = sum;
+    block_barrier();
+    if (thread() >= kAcross || entry >= total) return;
+    sum = 0;
+    for (int i = 0; i < kDown; ++i) sum += parts[i * kAcross + thread()];
+    put(call, entry, first, sum);
+  }
+
+ private:
+  static FASTODE_DEVICE_HOST int unit_entries(const cuda::FinishCall& call) {
+    return (9 * call.channels + 1) * call.channels;
+  }
+  static FASTODE_DEVICE_HOST int norm_entries(const cuda::FinishCall& call) { return call.units * 2 * call.channels; }
+
+  static FASTODE_DEVICE void put(const cuda::FinishCall& call, int entry, int first, float value) {
+    const int channels = call.channels;
+    void* to = nullptr;
+    int at = 0;
+    if (entry >= first) {
+      const cuda::UnitGradients& unit = call.unit[(entry - first) / (2 * channels)];
+      const bool weight = (entry - first) / channels % 2 == 1;
+      to = weight ? unit.norm_weight : unit.norm_bias, at = (entry - first) % channels;
+    } else {
+      const cuda::UnitGradients& unit = call.unit[entry / unit_entries(call)];
+      const int i = entry % unit_entries(call), tap = i / (channels * channels);
+      const bool bias = tap == 9;
+      to = bias ? unit.bias : unit.weight;
+      at = bias ? i % channels : (i % channels * channels + i / channels % channels) * 9 + tap;
+    }
+    if (to) static_cast<uint16_t*>(to)[at] = static_cast<uint16_t>(T::pack(value, 0));
+  }
+};
+
+}  // namespace fastode::device
