@@ -107,7 +107,6 @@ struct WeightGradients {
       const int k = item / scheme.samples, n = item % scheme.samples;
       if (left.cotangent[k][u] < 0) continue;
       typename Tile::State state;
-      block_barrier();
       branch.revisit(state, u, n, k, Branch<Tile>::place(scheme.room, scheme.input[k][u], n));
       Tile::recall(state, Branch<Tile>::place(left.room, left.cotangent[k][u], n));
       Tile::put_bare(bare, state);
