@@ -144,7 +144,7 @@ class Branch {
 
   // The sums for the gradients of the norms' weights and biases, [unit][bias, weight][C].
   FASTODE_DEVICE void store_sums(float* to) const {
-    block_barrier();
+    block_barrier();  // unseen: it is needed where nothing was pulled back, because all of beta is zero
     for (int i = thread(); i < branch_.count * 2 * C; i += Tile::kThreads)
       to[i] = memory_.sums(i / (2 * C))[i % (2 * C)];
   }
@@ -162,7 +162,7 @@ class Branch {
   // Mean and rstd of a unit's norm, which all threads read after it; nobody reads the map in shared memory then.
   FASTODE_DEVICE void prepare(const cuda::Unit& unit, const State& state) {
     if (unit.norm == kGroupNorm) return take_statistics(unit, state);
-    block_barrier();
+    block_barrier();  // unseen: whoever still reads the norm before it finds the same numbers
     for (int c = thread(); c < C; c += Tile::kThreads) {
       const bool fixed = unit.norm == kFixedNorm;
       memory_.mean[c] = fixed ? number(unit.mean, c, 0) : 0;

@@ -72,7 +72,6 @@ struct SchemeBackward {
   static FASTODE_DEVICE void run(const cuda::BackwardCall& backward) {
     const cuda::SchemeCall& call = backward.scheme;
     Branch<Tile> branch(call.branch, call.samples);
-    block_barrier();
     for (int n = block(); n < call.samples; n += blocks()) {
       typename Tile::State bar;
       Tile::load(bar, map_of<Tile>(call.x), n);

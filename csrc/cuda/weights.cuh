@@ -102,7 +102,6 @@ struct WeightGradients {
       const cuda::Product& product = call.product[item / call.samples];
       const int n = item % call.samples;
       typename Tile::State state;
-      block_barrier();
       put_input(branch, call, product, u, n, state);
       cotangent(state, product.factor, Branch<Tile>::place(call.room, product.cotangent[u], n));
       Tile::put_bare(bare, state);
