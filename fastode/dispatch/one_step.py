@@ -160,9 +160,7 @@ def _call(step: Step, reading: Reading, inputs: tuple[Tensor, ...]) -> Call:
         return Call(step.family, step.variant, None, (), inputs, reading.reason)
     tracked = tuple([norm is not None for norm in reading.norms])
     plan = Plan(reading.units, tracked, autocast_dtype(inputs[0]) if inputs else None)
-    return Call(
-        step.family, step.variant, plan, reading.tensors, inputs, stages=step.stages, learned=step.learned
-    )
+    return Call(step.family, step.variant, plan, reading.tensors, inputs, stages=step.stages, learned=step.learned)
 
 
 def run(
