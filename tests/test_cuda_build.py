@@ -1,4 +1,4 @@
-"""Building the CUDA operators: nvcc, architectures, keys, failures. No test here needs a card but the last."""
+"""Building the CUDA operators: nvcc, architectures, keys, failures. No test here needs a card."""
 
 from __future__ import annotations
 
@@ -225,17 +225,29 @@ def library() -> Path:
 
 @pytest.mark.nvcc
 def test_the_library_loads_in_this_torch(library: Path) -> None:
-    """In a process of its own, for it stays registered; in a torch for the CPU, its launches say what is missing."""
-    program = (
-        "import ctypes, sys, torch; from fastode.native import cuda_library, operators; "
-        "cuda_library.wanted = lambda: False; "  # the card's own would be registered twice
-        "assert operators.load() is None; cuda_library.open_library(sys.argv[1]); "
-        "probe = ctypes.CDLL(sys.argv[1]).fastode_cuda_probe; probe.restype = ctypes.c_char_p; "
-        "print(torch.version.cuda is None and probe(0, None, 0).decode())"
-    )
+    """In a process of its own, for it stays registered; in a torch for the CPU, its programs say what is missing."""
+    program = """
+import sys, torch
+from fastode.native import cuda_library, operators
+cuda_library.wanted = lambda: False  # the card's own would be registered twice
+assert operators.load() is None
+forward = torch.ops.fastode.resident_rk_forward.default
+has = lambda: torch._C._dispatch_has_kernel_for_dispatch_key(forward.name(), "CUDA")
+assert not has()
+cuda_library.open_library(sys.argv[1])
+assert has()
+x, weight = torch.zeros(1, 16, 8, 8, dtype=torch.bfloat16), torch.zeros(16, 16, 3, 3, dtype=torch.bfloat16)
+euler = torch.ones(2, 1, 1, dtype=torch.float64)
+unit = [[weight], [0, 1, 0, 1, 1, 1, 8], [0.0, 0.0, 0.0]]
+try:
+    forward.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), x, *unit, euler, False, False)
+except RuntimeError as error:
+    print(torch.version.cuda is None and str(error))
+"""
     done = run_python(program, str(library))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == ("torch is built without CUDA" if torch.version.cuda is None else "False")
+    if torch.version.cuda is None:
+        assert "a program was not launched: torch is built without CUDA" in done.stdout
     assert "Warning" not in done.stderr
 
 
@@ -374,25 +386,3 @@ def test_info_says_which_nvcc_and_for_what_or_why_not(
         lines = dict(re.findall(r"^(nvcc|CUDA C\+\+) +(.*)$", capsys.readouterr().out, re.MULTILINE))
         assert lines["nvcc"] == said
         assert lines["CUDA C++"].startswith(("ready: ", "not ready: "))
-
-
-# ---- on a card
-
-
-@pytest.mark.gpu
-@pytest.mark.nvcc
-def test_a_kernel_runs_on_the_card_and_on_torchs_stream() -> None:
-    program = """
-import ctypes, torch
-from fastode.native import cuda_library, operators
-assert operators.load() is None and cuda_library.why_not() == cuda_library.why_not(0) == ""
-probe = ctypes.CDLL(str(cuda_library._path)).fastode_cuda_probe
-probe.restype = ctypes.c_char_p
-x = torch.zeros(1000, device="cuda")
-with torch.cuda.stream(torch.cuda.Stream()):
-    x.fill_(1.0)
-    assert probe(0, ctypes.c_void_p(x.data_ptr()), 1000) is None
-    assert x.eq(2.0).all()
-"""
-    done = run_python(program)
-    assert done.returncode == 0, done.stderr
