@@ -74,10 +74,10 @@ def stages(step: str) -> list[Stage]:
     eager, compiled, rows = ", ".join(BASELINES), ", ".join(gpu_bench.COMPILED), len(gpu_rows.rows())
     return {
         "smoke": [
-            Stage("build", 0.25, "the C++ operators", gpu_smoke.build),
-            Stage("launches", 0.35, f"{rows} blocks that launch every kernel, judged on every engine",
+            Stage("build", 0.5, "the C++ operators", gpu_smoke.build),
+            Stage("launches", 0.25, f"{rows} blocks that launch every kernel, judged on every engine",
                   gpu_smoke.launches, gpu_rows.described),
-            Stage("times", 0.4, f"the CUDA programs, then the five block families, against {eager}", times,
+            Stage("times", 0.25, f"the CUDA programs, then the five block families, against {eager}", times,
                   names(gpu_bench.smoke_plan)),
         ],
         "check": [
