@@ -29,7 +29,9 @@ def block(device: str) -> nn.Module:
 
 def fused(plain: nn.Module) -> nn.Module:
     """A fused copy, which runs on the programs or not at all."""
-    return fastode.fuse(copy.deepcopy(plain), engine=Resident.name)
+    twin = copy.deepcopy(plain)
+    fastode.fuse(twin, engine=Resident.name)
+    return twin
 
 
 def image(device: str, seed: int = 0, batch: int = BATCH) -> Tensor:
