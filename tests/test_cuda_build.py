@@ -7,15 +7,21 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+import fastode
 from fastode import __main__ as command_line
+from fastode import reference
+from fastode.dispatch import choice
 from fastode.native import cuda_library, nvcc, toolchain
 from fastode.native.toolchain import BuildError
+from fastode.ops.resident import card
+from fastode.ops.resident.engine import Resident
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 CSRC = CHECKOUT / "csrc"
@@ -344,6 +350,59 @@ def test_without_a_card_nothing_is_built_and_the_reason_is_the_card(monkeypatch:
     monkeypatch.setattr(cuda_library, "find_or_build", lambda announce: pytest.fail("it built"))
     assert cuda_library.load() == cuda_library.why_not() == "there is no CUDA device"
     assert cuda_library.available() == (False, "there is no CUDA device")
+
+
+def test_without_nvcc_nothing_warns_and_the_reason_is_said_where_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cuda_library, "_path", None)
+    monkeypatch.setattr(cuda_library, "_reason", "")
+    monkeypatch.setattr(cuda_library, "wanted", lambda: True)
+    monkeypatch.setattr(cuda_library, "_prebuilt", lambda: None)
+    monkeypatch.setenv("CUDA_HOME", "/nonexistent")
+    cards(monkeypatch, (9, 0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reason = cuda_library.load()
+    missing = "no nvcc was found (CUDA_HOME is '/nonexistent', which has no bin/nvcc)"
+    assert reason == cuda_library.why_not(0) == f"the CUDA operators are not built: {missing}"
+    block = reference.SSP2(reference.PreActBranch(16, norm="layer")).to(torch.bfloat16)
+    fastode.fuse(block)
+    monkeypatch.setattr(Resident, "refuses", lambda self, call: card.refuses(call))
+    x = torch.zeros(1, 16, 8, 8, dtype=torch.bfloat16)
+    assert choice.can_use(Resident.name, block, x) == (False, reason)
+    assert command_line.main(["info"]) == 0
+    lines = dict(re.findall(r"^(CUDA C\+\+|  resident +CUDA) +(.*)$", capsys.readouterr().out, re.MULTILINE))
+    assert lines["CUDA C++"] == f"not ready: {missing}"
+    assert lines["  resident          CUDA"].endswith(missing)
+
+
+@pytest.mark.parametrize("part", ["an old card", "an old driver"])
+def test_a_card_or_driver_for_which_nothing_can_be_built_does_not_warn(
+    part: str, root: Path, toolkit: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_library, "_path", None)
+    monkeypatch.setattr(cuda_library, "_reason", "")
+    monkeypatch.setattr(cuda_library, "source_root", lambda: root)
+    monkeypatch.setattr(cuda_library, "_prebuilt", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 12080, raising=False)
+    cards(monkeypatch, (7, 5) if part == "an old card" else (9, 0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reason = cuda_library.load()
+    assert ("capability 7.5" if part == "an old card" else "needs a driver of CUDA 13") in reason
+
+
+def test_a_variable_that_names_no_architecture_warns(toolkit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_library, "_path", None)
+    monkeypatch.setattr(cuda_library, "_reason", "")
+    monkeypatch.setattr(cuda_library, "wanted", lambda: True)
+    monkeypatch.setattr(cuda_library, "_prebuilt", lambda: None)
+    cards(monkeypatch, (9, 0))
+    monkeypatch.setenv("FASTODE_CUDA_ARCHITECTURES", "hopper")
+    with pytest.warns(RuntimeWarning, match="Triton's take their place: FASTODE_CUDA_ARCHITECTURES must name"):
+        assert cuda_library.load().startswith("FASTODE_CUDA_ARCHITECTURES must name")
 
 
 def test_a_card_too_old_for_the_library_is_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

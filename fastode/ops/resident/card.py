@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...branch.read import Unit
 from ...native import cuda_library
-from ...native.constants import MOST_STAGES, MOST_UNITS, TILES
+from ...native.constants import MOST_STAGES, MOST_UNITS, TILES, WARPS
 from ..engine import Call
 from ..plan import Plan
 
@@ -77,4 +77,21 @@ def _refuses_size(plan: Plan, x: Tensor, stages: int) -> str:
         return f"its program for such maps has room for {most} units, and the branch has {len(plan.units)}"
     if stages > MOST_STAGES:
         return f"its programs for CUDA take schemes of {MOST_STAGES} stages at most, and this one has {stages}"
+    needed, there = shared_bytes(x.shape[1], x.shape[2], len(plan.units)), cuda_library.shared_bytes(x.device.index)
+    if there is not None and needed > there:
+        return f"its program for such maps needs {needed} bytes of shared memory, and a block has {there} on this card"
     return ""
+
+
+def shared_bytes(channels: int, side: int, units: int) -> int:
+    """The bytes of shared memory of a program's block: `Memory<Tile>::bytes` of csrc/cuda/branch.cuh.
+
+    Args:
+        channels: of a map that there is a program for.
+        side: of the map, in pixels.
+        units: of the branch.
+    """
+    weights = units * 9 * channels * channels * 2
+    bordered_map = channels * (side + 2) ** 2 * 2
+    numbers = 5 * units * channels + 4 * channels + 32 * WARPS[channels, side]
+    return weights + bordered_map + 4 * numbers
