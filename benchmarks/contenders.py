@@ -159,12 +159,13 @@ def _fused(engine: str, module: nn.Module, inputs: Inputs) -> nn.Module:
     return module
 
 
-def engines(block: nn.Module, inputs: Inputs) -> dict[str, str]:
-    """For every engine of the project "" if it can run this block on this input, else why not.
+def engines(block: nn.Module, inputs: Inputs, mode: str = "train") -> dict[str, str]:
+    """For every engine of the project "" if it can run this block on this input in a mode, else why not.
 
     Args:
         block: a reference block.
         inputs: its inputs.
+        mode: "forward", "input_grad" or "train".
     """
     try:
         twin = _fused("auto", copy.deepcopy(block), inputs)
@@ -172,7 +173,9 @@ def engines(block: nn.Module, inputs: Inputs) -> dict[str, str]:
         return dict.fromkeys(inside.FUSED_ENGINES, str(warning))
     if not hasattr(twin, "why_not"):
         return dict.fromkeys(inside.FUSED_ENGINES, f"{type(block).__name__} has no fused twin")
-    return inside.refusals(twin, inputs)
+    twin.requires_grad_(mode == "train")
+    with torch.set_grad_enabled(mode != "forward"):
+        return inside.refusals(twin, tuple(x.detach().requires_grad_(mode != "forward") for x in inputs))
 
 
 def _as_is(module: nn.Module, inputs: Inputs) -> nn.Module:

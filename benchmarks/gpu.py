@@ -71,13 +71,14 @@ def stages(step: str) -> list[Stage]:
     rivals = partial(gpu_bench.bench, name="gpu-compiled", items=gpu_bench.compiled_plan())
     times = partial(gpu_bench.bench, name="gpu-smoke", items=gpu_bench.smoke_plan())
     rooflines = partial(gpu_kernels.rooflines, chosen=gpu_bench.measured()[:3])
-    eager, compiled, rows = ", ".join(BASELINES), ", ".join(gpu_bench.COMPILED), len(gpu_rows.TABLE)
+    eager, compiled, rows = ", ".join(BASELINES), ", ".join(gpu_bench.COMPILED), len(gpu_rows.rows())
     return {
         "smoke": [
-            Stage("build", 0.3, "the C++ operators", gpu_smoke.build),
-            Stage("launches", 0.4, f"{rows} blocks that launch every kernel, judged on every engine",
+            Stage("build", 0.5, "the C++ operators", gpu_smoke.build),
+            Stage("launches", 0.25, f"{rows} blocks that launch every kernel, judged on every engine",
                   gpu_smoke.launches, gpu_rows.described),
-            Stage("times", 0.3, f"the five block families against {eager}", times, names(gpu_bench.smoke_plan)),
+            Stage("times", 0.25, f"the CUDA programs, then the five block families, against {eager}", times,
+                  names(gpu_bench.smoke_plan)),
         ],
         "check": [
             Stage("tests", 0.3, "the tests marked gpu, if there is pytest", gpu_check.card_tests),
@@ -96,7 +97,8 @@ def stages(step: str) -> list[Stage]:
         ],
         "sanitize": [
             Stage("compile", 0.25, "what will be sanitized, judged once more", gpu_smoke.prepare, gpu_rows.described),
-            Stage("tools", 0.75, f"{rows} blocks under {', '.join(gpu_smoke.TOOLS)}", gpu_smoke.sanitize),
+            Stage("tools", 0.75, f"{len(gpu_rows.sanitized())} blocks under {', '.join(gpu_smoke.TOOLS)}",
+                  gpu_smoke.sanitize),
         ],
     }[step]  # fmt: skip
 

@@ -1,14 +1,14 @@
-"""What `benchmarks.gpu` times: ie, ssp3 and skew against eager and compiled, the most wanted first."""
+"""What `benchmarks.gpu` times against eager and compiled, the most wanted first: the programs, then ie, ssp3, skew."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from . import contenders, families, gpu_rows, header, measure, printing, report, run, timing, workloads
+from . import contenders, families, gpu_rows, header, measure, printing, programs, report, run, timing, workloads
 from .gpu_processes import Crew
 from .gpu_report import Report
 from .suites import Item
@@ -17,6 +17,8 @@ from .workloads import Workload
 FAMILIES = {"ie": "k1", "ssp3": "", "skew": "pair"}
 DTYPES = ("bfloat16", "tf32")
 MODES = ("train", "forward", "input_grad")
+# In which every CUDA program's block is timed, and where: the programs take no other dtype of these.
+PROGRAM_MODES, PROGRAM_DTYPE = ("forward", "input_grad"), "bfloat16"
 COMPILED = ("compile-cl", "compile-ro", "vjp-compile")
 SECONDS = 0.4
 # Fewest rounds of a row and most: a card's times scatter by per cents, and the budget is short.
@@ -30,38 +32,63 @@ def measured() -> list[Workload]:
     return [w for same in itertools.zip_longest(*shapes) for w in same if w is not None]
 
 
-def plan() -> list[Item]:
-    """What is timed against eager on every engine, as plain calls and graph replays: a family's first shape first."""
-    first, rest = measured()[: len(FAMILIES)], measured()[len(FAMILIES) :]
+def programmed(chosen: Sequence[Workload], rivals: Sequence[str] = ()) -> list[Item]:
+    """The blocks of the CUDA programs, each size in both modes before the next."""
+    sizes = [list(same) for _, same in itertools.groupby(chosen, key=lambda w: w.shape)]
     return [
+        Item(workload, mode, PROGRAM_DTYPE, _rivals(workload, rivals), rounds=ROUNDS)
+        for same in sizes
+        for mode in PROGRAM_MODES
+        for workload in same
+    ]
+
+
+def _rivals(workload: Workload, rivals: Sequence[str]) -> tuple[str, ...]:
+    return tuple(name for name in rivals if name != "vjp-compile" or workload.id == "ie")
+
+
+def _once(items: Iterable[Item]) -> list[Item]:
+    """Each measurement once, where it stands first."""
+    found: dict[str, Item] = {}
+    for item in items:
+        found.setdefault(item.name, item)
+    return list(found.values())
+
+
+def plan() -> list[Item]:
+    """What is timed on every engine, as plain calls and graph replays: programs, then a family's first shape first."""
+    first, rest = measured()[: len(FAMILIES)], measured()[len(FAMILIES) :]
+    families_ = [
         Item(workload, mode, dtype, (), rounds=ROUNDS)
         for chosen in (first, rest)
         for dtype in DTYPES
         for mode in MODES
         for workload in chosen
     ]
+    return _once([*programmed(programs.timed()), *families_])
 
 
 def compiled_plan() -> list[Item]:
-    """One shape of each family against the compiled contenders as well."""
-    items = []
-    for dtype, mode, workload in itertools.product(DTYPES, MODES, measured()[: len(FAMILIES)]):
-        rivals = tuple(name for name in COMPILED if name != "vjp-compile" or workload.id == "ie")
-        items.append(Item(workload, mode, dtype, rivals, rounds=ROUNDS))
-    return items
+    """Against the compiled contenders as well: the programs at two sizes, and one shape of each family."""
+    families_ = [
+        Item(workload, mode, dtype, _rivals(workload, COMPILED), rounds=ROUNDS)
+        for dtype, mode, workload in itertools.product(DTYPES, MODES, measured()[: len(FAMILIES)])
+    ]
+    return _once([*programmed(programs.timed()[:4], COMPILED), *families_])
 
 
 def smoke_plan() -> list[Item]:
-    """The five block families against eager, a training step each and then a forward."""
-    return [
+    """The programs at two sizes, then the five block families, a training step each and then a forward."""
+    families_ = [
         Item(workload, mode, DTYPES[0], (), rounds=ROUNDS)
         for mode in ("train", "forward")
         for workload in gpu_rows.timed()
     ]
+    return _once([*programmed(programs.timed()[:4]), *families_])
 
 
 def to_compile() -> list[str]:
-    """What is compiled before anything is timed, the slowest first: "name | dtype | contender"."""
+    """What is compiled before anything is timed, the slowest first: "name | mode | dtype | contender"."""
     compiled = [
         f"{item.workload.name} | {item.mode} | {item.dtype} | {rival}"
         for item in compiled_plan()
@@ -74,11 +101,11 @@ def to_compile() -> list[str]:
 def compile_answer(item: str, device: torch.device) -> Iterator[dict[str, Any]]:
     """Run a contender once, so that what it compiles lies in Triton's and the compiler's caches on disk."""
     name, mode, dtype, contender = item.split(" | ")
-    workload = next(w for w in measured() if w.name == name)
+    workload = next(item.workload for item in (*plan(), *compiled_plan()) if item.workload.name == name)
     measure.set_precision(dtype, device)
     block, inputs = workloads.make(workload, device, measure.DTYPES[dtype])
     found = [contenders.CONTENDERS[contender]] if contender != "fused" else [
-        contenders.fused(engine) for engine, reason in contenders.engines(block, inputs).items() if not reason
+        contenders.fused(engine) for engine, reason in contenders.engines(block, inputs, mode).items() if not reason
     ]  # fmt: skip
     for each in found:
         try:

@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 
-from . import contenders, families, header, inside, measure, workloads
+from fastode.native.constants import TILES
+
+from . import contenders, families, header, inside, measure, programs, workloads
 from .gpu_processes import Crew, stream
 from .gpu_report import Report
 from .gpu_rows import judged
@@ -26,11 +28,26 @@ JUDGED = 8  # samples of a workload; what is timed is judged again as a whole
 RANDOM = 2000  # more random blocks than any budget reaches
 # The families of the checks and trials, those that are timed first, by id and variant.
 FAMILIES = {"ie": "k1", "ssp3": "", "skew": "pair", "res": "", "ssp2": "", "ark": ""}
+# What random blocks for the CUDA programs are made of. A map of 300 gives every block of a launch several samples.
+PROGRAM_FACTORS: dict[str, tuple[Any, ...]] = {
+    "norm": ("batch_eval", "group", "layer", "layer_bare", "instance", "instance_input", "none"),
+    "convolution": ("3x3", "3x3_no_bias"),
+    "shape": ("one_layer", "two_layers"),
+    "dtype": (torch.bfloat16, torch.float16),
+    "batch": (1, 2, 5, 300),
+    "mode": ("input_grad", "forward", "train"),
+}
 Row = dict[str, Any]
 
 
 def checked() -> list[Workload]:
-    """The workloads of the families, every family's first shape before any family's second."""
+    """The CUDA programs' blocks, then the families', every family's first shape before any family's second."""
+    first = programs.timed()
+    names = {w.name for w in first}
+    return first + [w for w in _families() if w.name not in names]
+
+
+def _families() -> list[Workload]:
     found = [w for w in families.everything() if w.statistics == "train" and FAMILIES.get(w.id) == w.variant]
     turns: dict[str, int] = {}
     place = {}
@@ -69,7 +86,7 @@ def random_case(number: int, half: bool) -> tuple[dict[str, Any], str]:
     """A case of tests/block_cases.py, always the same for a number, and a precision.
 
     Args:
-        number: even ones are IE-Skips, odd ones explicit schemes.
+        number: of four two are IE-Skips and explicit schemes of any shape, and two such as the CUDA programs take.
         half: float16 as well.
     """
     sys.path.insert(0, str(TESTS))
@@ -82,6 +99,9 @@ def random_case(number: int, half: bool) -> tuple[dict[str, Any], str]:
     more: dict[str, Any] = {"size": (*block_cases.COMMON["size"], (32, 32)), "batch": (1, 2, 5, 33)}
     if half:
         more["dtype"] = (*block_cases.COMMON["dtype"], torch.float16)
+    if half and number % 4 >= 2:
+        channels, side = draw.choice(list(TILES))
+        more |= PROGRAM_FACTORS | {"channels": (channels,), "size": ((side, side),)}
     while True:
         case = {name: draw.choice(values) for name, values in (design | more).items()}
         if block_cases.possible(case):
@@ -148,14 +168,14 @@ def workload_answer(item: str, device: torch.device) -> Iterator[Row]:
     measure.set_precision(dtype, device)
     block, inputs = workloads.make(workload, device, measure.DTYPES[dtype])
     few = tuple(x[:JUDGED] for x in inputs)
-    for engine, reason in contenders.engines(block, few).items():
-        row = {"item": item, "workload": name, "dtype": dtype, "engine": engine}
-        if reason:
-            yield row | {"left_out": reason}
-            continue
-        for mode in workload.modes:
+    for mode in workload.modes:
+        for engine, reason in contenders.engines(block, few, mode).items():
+            row = {"item": item, "workload": name, "dtype": dtype, "engine": engine, "mode": mode}
+            if reason:
+                yield row | {"left_out": reason}
+                continue
             module, own = contenders.fused(engine).make(block, few)
-            yield row | {"mode": mode} | judged(block, module, own[0] if len(own) == 1 else own, mode)
+            yield row | judged(block, module, own[0] if len(own) == 1 else own, mode)
 
 
 def workload_blocks(report: Report, crew: Crew, deadline: float) -> bool:

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from . import gpu_rows, header, inside
+from . import gpu_rows, header, inside, programs
 from .gpu_processes import Crew, stream
 from .gpu_report import Report
 
@@ -42,24 +42,31 @@ def launches(report: Report, crew: Crew, deadline: float) -> bool:
 
     def hear(result: gpu_rows.Result) -> None:
         results.append(result)
-        report.say(gpu_rows.line(result))
+        if "left_out" not in result:
+            report.say(gpu_rows.line(result))
         report.write(f"launches-{report.step}.json", {"header": head, "results": results})
 
     left = crew.work("launches", gpu_rows.judge, gpu_rows.items(), deadline, hear, report.folder / "workers.txt")
     ran = [result for result in results if "left_out" not in result]
     equal = sum(result["ok"] for result in ran)
-    report.say(f"launches: {equal} of {len(ran)} rows equal")
+    report.say(f"launches: {equal} of {len(ran)} comparisons equal")
+    if took_none := gpu_rows.no_part(results):
+        report.say("engines that took no part: " + "; ".join(took_none))
     report.left_out("launches", left)
     missing = unlaunched(ran) if crew.device.type == "cuda" else set()
     if crew.device.type == "cuda":
-        report.say(f"Triton kernels that were not launched: {', '.join(sorted(missing)) or 'none'}")
+        report.say(f"kernels that were not launched: {', '.join(sorted(missing)) or 'none'}")
+        if reason := inside.no_programs(crew.device):
+            report.say(f"there are no CUDA programs: {reason}")
+            missing -= programs.names()
     # What was out of time has not failed; it is listed.
     return bool(ran) and equal == len(ran) and (bool(left) or not missing)
 
 
 def unlaunched(results: Sequence[gpu_rows.Result]) -> set[str]:
-    """The project's Triton kernels that none of these results has launched, by name."""
-    return inside.kernel_names() - {name for result in results for name in result.get("kernels", ())}
+    """The project's Triton kernels and CUDA programs that none of these results has launched, by name."""
+    launched = {name for result in results for kind in ("kernels", "programs") for name in result.get(kind, ())}
+    return (inside.kernel_names() | programs.names()) - launched
 
 
 def prepare(report: Report, crew: Crew, deadline: float) -> bool:
@@ -74,7 +81,7 @@ def sanitizer() -> str | None:
 
 
 def sanitize(report: Report, crew: Crew, deadline: float) -> bool:
-    """Every row of the table under every tool of compute-sanitizer, a line each.
+    """The rows of the table under every tool of compute-sanitizer, a line each.
 
     Returns:
         True if nothing was found; also where the tool is missing or refuses this card, which one line then says.
@@ -84,7 +91,7 @@ def sanitize(report: Report, crew: Crew, deadline: float) -> bool:
         report.say(f"sanitize: skipped, {SANITIZER} is not on this machine")
         return True
     results: list[dict[str, Any]] = []
-    left = [f"{tool} {row.name}" for tool in TOOLS for row in gpu_rows.TABLE]
+    left = [f"{tool} {row.name}" for tool in TOOLS for row in gpu_rows.sanitized()]
     refused: list[str] = []
     lock = threading.Lock()
     head = header.header(crew.device, "sanitize")
@@ -114,7 +121,7 @@ def sanitize(report: Report, crew: Crew, deadline: float) -> bool:
             report.write("sanitize.json", {"header": head, "results": results})
 
     with ThreadPoolExecutor(AT_ONCE) as threads:
-        for done in [threads.submit(one, tool, row) for tool in TOOLS for row in gpu_rows.TABLE]:
+        for done in [threads.submit(one, tool, row) for tool in TOOLS for row in gpu_rows.sanitized()]:
             done.result()
     if refused:
         report.say(f"sanitize: skipped, {SANITIZER} refuses this machine: {refused[0].strip('= ')}")

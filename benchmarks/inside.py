@@ -8,19 +8,23 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import fastode
 from fastode.dispatch import choice
 from fastode.dispatch import decisions as kept
 from fastode.dispatch.engines import ENGINES, REFERENCE
-from fastode.native import operators
+from fastode.native import cuda_library, operators
 from fastode.ops.resident import rule
+from fastode.ops.resident.engine import Resident
 
 # The measured rule by which "auto" chooses on a CPU, which benchmarks/choose.py writes, and a line of it.
 Line = rule.Line
 # The engines that fuse something, in the project's order of preference.
 FUSED_ENGINES: tuple[str, ...] = tuple(engine.name for engine in ENGINES if engine is not REFERENCE)
+# The engine whose calls launch the CUDA programs.
+PROGRAM_ENGINE = Resident.name
 # The file of what trials on cards have decided, and the package's folder, where one of that name may be shipped.
 DECISIONS, PACKAGE = kept.NAME, kept.PACKAGE
 
@@ -28,6 +32,11 @@ DECISIONS, PACKAGE = kept.NAME, kept.PACKAGE
 def build() -> str:
     """Build and load the C++ operators; why they are missing, or "" where they are not."""
     return operators.load() or ""
+
+
+def no_programs(device: torch.device) -> str:
+    """Why there are no CUDA programs here, "" where there are."""
+    return cuda_library.why_not(device.index) if device.type == "cuda" else "there is no card"
 
 
 def refusals(twin: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, str]:

@@ -14,6 +14,8 @@ COLUMNS = (
     "mode",
     "contender",
     "ms (p20–p80)",
+    "graph ms",
+    "× graph",
     "× eager",
     "× better eager",
     "ceiling",
@@ -46,6 +48,17 @@ def times(ratio: Row | None, span: bool = False) -> str:
     return f"{text} ({ratio['p20']:.2f}–{ratio['p80']:.2f})" if span else text
 
 
+def graph(row: Row) -> tuple[str, str]:
+    """The time of a replay as a CUDA graph, and its ratio to the better eager layout's replay; "" where none is."""
+    found = row.get("graph")
+    if not found:
+        return "", ""
+    if "errors" in found:
+        return "failed", ""
+    ratio = found["ratio_to_better_eager"]
+    return f"{found['median_ms']:.3f}", f"{ratio:.2f}" if ratio else "–"
+
+
 def cells(row: Row) -> list[str]:
     """One row of the terminal's table."""
     first = [title(row), MODES[row["mode"]], contender(row)]
@@ -56,6 +69,7 @@ def cells(row: Row) -> list[str]:
     return [
         *first,
         f"{row['median_ms']:.2f} ({row['p20']:.2f}–{row['p80']:.2f})",
+        *graph(row),
         times(row["ratio_to_eager"]),
         times(better, span=True),
         f"{better['ceiling']:.2f}" if better else f"{row['ceiling']:.2f}",
@@ -75,9 +89,10 @@ def line(row: Row) -> str:
     found = cells(row)
     if row["errors"]:
         return f"{found[0]:<24} {found[1]:<15} {found[2]:<16} failed: {row['errors']}"
+    replayed = f"graph {found[4]:>7} ms × {found[5]:<6}" if found[4] else ""
     return (
-        f"{found[0]:<24} {found[1]:<15} {found[2]:<16} {found[3]:>28} ms  × better eager {found[5]:<18} "
-        f"ceiling {found[6]:<6} {found[8]:>5} GFLOP/s {found[9]:>5} GB/s {found[11]:>8} MB  {found[12]}"
+        f"{found[0]:<24} {found[1]:<15} {found[2]:<16} {found[3]:>28} ms  × better eager {found[7]:<18} {replayed}"
+        f"ceiling {found[8]:<6} {found[10]:>5} GFLOP/s {found[11]:>5} GB/s {found[13]:>8} MB  {found[14]}"
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from . import networks, overhead, targets
 from .contenders import BASELINES
 from .header import RESULTS, ROOT, short_commit, threads
-from .printing import contender, rates, times, title
+from .printing import contender, graph, rates, times, title
 from .suites import MODES
 
 PAGE, README = ROOT / "docs" / "measured.md", ROOT / "README.md"
@@ -32,6 +32,8 @@ PAGE_COLUMNS = (
     "roofline",
     "memory",
 )
+# Of a record with replays as CUDA graphs, whose times are the card's own.
+GRAPH_COLUMNS = ("eager graph ms", "graph ms", "× graph")
 
 Row = dict[str, Any]
 
@@ -59,27 +61,31 @@ def _table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(entries)} |" for entries in (columns, rule, *lines)]
 
 
-def _page_lines(rows: Iterable[Row]) -> Iterable[list[str]]:
+def _page_lines(rows: Sequence[Row], graphs: bool) -> Iterable[list[str]]:
+    # A card's times may be hundredths of a millisecond.
+    digits = 3 if graphs else 1
     for group in _groups(rows):
         by_name = {contender(row): row for row in group}
 
         def milliseconds(name: str, by_name: dict[str, Row] = by_name) -> str:
             row = by_name.get(name)
-            return "–" if row is None else "failed" if row["errors"] else f"{row['median_ms']:.1f}"
+            return "–" if row is None else "failed" if row["errors"] else f"{row['median_ms']:.{digits}f}"
 
         for row in group:
             if row["contender"] != "fused":
                 continue
             first = [f"{title(row)}", MODES[row["mode"]], milliseconds("eager"), milliseconds("eager-cl")]
             if row["errors"]:
-                yield [*first, "failed", row["engine"], row["errors"].replace("|", "/"), "", "", "", ""]
+                blank = [""] * (4 + (len(GRAPH_COLUMNS) if graphs else 0))
+                yield [*first, "failed", row["engine"], row["errors"].replace("|", "/"), *blank]
                 continue
             better, compiled = row["ratio_to_better_eager"], row["ratio_to_best_compiled"]
             yield [
                 *first,
-                f"{row['median_ms']:.1f}",
+                f"{row['median_ms']:.{digits}f}",
                 row["engine"],
                 times(better, span=True),
+                *([_eager_graph(group), *graph(row)] if graphs else []),
                 f"{better['ceiling']:.2f}" if better else "–",
                 f"{times(compiled)} {compiled['than']}" if compiled else "–",
                 f"{100 * row['fraction_of_roofline']:.0f} %",
@@ -87,9 +93,18 @@ def _page_lines(rows: Iterable[Row]) -> Iterable[list[str]]:
             ]
 
 
-def page_table(rows: Iterable[Row]) -> list[str]:
-    """The project's own rows as lines of a markdown table."""
-    return _table(PAGE_COLUMNS, _page_lines(rows))
+def _eager_graph(group: Iterable[Row]) -> str:
+    """The replay of the better eager layout."""
+    found = [row["graph"] for row in group if row["contender"] in BASELINES and "median_ms" in row.get("graph", {})]
+    return f"{min(each['median_ms'] for each in found):.3f}" if found else "–"
+
+
+def page_table(rows: Sequence[Row]) -> list[str]:
+    """The project's own rows as lines of a markdown table; with replays as CUDA graphs where there are some."""
+    graphs = any("graph" in row for row in rows)
+    place = PAGE_COLUMNS.index("ceiling")
+    columns = (*PAGE_COLUMNS[:place], *GRAPH_COLUMNS, *PAGE_COLUMNS[place:]) if graphs else PAGE_COLUMNS
+    return _table(columns, _page_lines(rows, graphs))
 
 
 def _parts(head: Row) -> bool:

@@ -59,7 +59,7 @@ def contenders_of(item: Item, device: torch.device, wanted: Sequence[str]) -> tu
             found.append(contenders.fused(engine))
         else:
             block, inputs = workloads.make(item.workload, device, measure.DTYPES[item.dtype])
-            refusals = contenders.engines(block, inputs)
+            refusals = contenders.engines(block, inputs, item.mode)
             found += [contenders.fused(engine) for engine, reason in refusals.items() if not reason]
             refusals = {engine: reason for engine, reason in refusals.items() if reason}
     return found, refusals

@@ -32,7 +32,7 @@ def launched(row: gpu_rows.Row, engine: str) -> set[str]:
     def keeping(real: Any) -> Any:
         return lambda kernel, programs, *arguments, **constants: found.add(kernel.__name__)
 
-    block, few, _ = gpu_rows.ready(row.name, engine, CPU, gpu_rows.SANITIZED_SAMPLES)
+    block, few, _ = gpu_rows.ready(row, engine, "train", CPU, gpu_rows.SANITIZED_SAMPLES)
     module, own = contenders.fused(engine).make(block, few)
     with inside.launches_replaced(keeping):
         for mode in ("train", "forward"):

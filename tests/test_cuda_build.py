@@ -1,4 +1,4 @@
-"""Building the CUDA operators: nvcc, architectures, keys, failures. No test here needs a card but the last."""
+"""Building the CUDA operators: nvcc, architectures, keys, failures. No test here needs a card."""
 
 from __future__ import annotations
 
@@ -7,15 +7,21 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+import fastode
 from fastode import __main__ as command_line
+from fastode import reference
+from fastode.dispatch import choice
 from fastode.native import cuda_library, nvcc, toolchain
 from fastode.native.toolchain import BuildError
+from fastode.ops.resident import card
+from fastode.ops.resident.engine import Resident
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 CSRC = CHECKOUT / "csrc"
@@ -225,17 +231,29 @@ def library() -> Path:
 
 @pytest.mark.nvcc
 def test_the_library_loads_in_this_torch(library: Path) -> None:
-    """In a process of its own, for it stays registered; in a torch for the CPU, its launches say what is missing."""
-    program = (
-        "import ctypes, sys, torch; from fastode.native import cuda_library, operators; "
-        "cuda_library.wanted = lambda: False; "  # the card's own would be registered twice
-        "assert operators.load() is None; cuda_library.open_library(sys.argv[1]); "
-        "probe = ctypes.CDLL(sys.argv[1]).fastode_cuda_probe; probe.restype = ctypes.c_char_p; "
-        "print(torch.version.cuda is None and probe(0, None, 0).decode())"
-    )
+    """In a process of its own, for it stays registered; in a torch for the CPU, its programs say what is missing."""
+    program = """
+import sys, torch
+from fastode.native import cuda_library, operators
+cuda_library.wanted = lambda: False  # the card's own would be registered twice
+assert operators.load() is None
+forward = torch.ops.fastode.resident_rk_forward.default
+has = lambda: torch._C._dispatch_has_kernel_for_dispatch_key(forward.name(), "CUDA")
+assert not has()
+cuda_library.open_library(sys.argv[1])
+assert has()
+x, weight = torch.zeros(1, 16, 8, 8, dtype=torch.bfloat16), torch.zeros(16, 16, 3, 3, dtype=torch.bfloat16)
+euler = torch.ones(2, 1, 1, dtype=torch.float64)
+unit = [[weight], [0, 1, 0, 1, 1, 1, 8], [0.0, 0.0, 0.0]]
+try:
+    forward.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), x, *unit, euler, False, False)
+except RuntimeError as error:
+    print(torch.version.cuda is None and str(error))
+"""
     done = run_python(program, str(library))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == ("torch is built without CUDA" if torch.version.cuda is None else "False")
+    if torch.version.cuda is None:
+        assert "a program was not launched: torch is built without CUDA" in done.stdout
     assert "Warning" not in done.stderr
 
 
@@ -334,6 +352,59 @@ def test_without_a_card_nothing_is_built_and_the_reason_is_the_card(monkeypatch:
     assert cuda_library.available() == (False, "there is no CUDA device")
 
 
+def test_without_nvcc_nothing_warns_and_the_reason_is_said_where_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cuda_library, "_path", None)
+    monkeypatch.setattr(cuda_library, "_reason", "")
+    monkeypatch.setattr(cuda_library, "wanted", lambda: True)
+    monkeypatch.setattr(cuda_library, "_prebuilt", lambda: None)
+    monkeypatch.setenv("CUDA_HOME", "/nonexistent")
+    cards(monkeypatch, (9, 0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reason = cuda_library.load()
+    missing = "no nvcc was found (CUDA_HOME is '/nonexistent', which has no bin/nvcc)"
+    assert reason == cuda_library.why_not(0) == f"the CUDA operators are not built: {missing}"
+    block = reference.SSP2(reference.PreActBranch(16, norm="layer")).to(torch.bfloat16)
+    fastode.fuse(block)
+    monkeypatch.setattr(Resident, "refuses", lambda self, call: card.refuses(call))
+    x = torch.zeros(1, 16, 8, 8, dtype=torch.bfloat16)
+    assert choice.can_use(Resident.name, block, x) == (False, reason)
+    assert command_line.main(["info"]) == 0
+    lines = dict(re.findall(r"^(CUDA C\+\+|  resident +CUDA) +(.*)$", capsys.readouterr().out, re.MULTILINE))
+    assert lines["CUDA C++"] == f"not ready: {missing}"
+    assert lines["  resident          CUDA"].endswith(missing)
+
+
+@pytest.mark.parametrize("part", ["an old card", "an old driver"])
+def test_a_card_or_driver_for_which_nothing_can_be_built_does_not_warn(
+    part: str, root: Path, toolkit: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_library, "_path", None)
+    monkeypatch.setattr(cuda_library, "_reason", "")
+    monkeypatch.setattr(cuda_library, "source_root", lambda: root)
+    monkeypatch.setattr(cuda_library, "_prebuilt", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 12080, raising=False)
+    cards(monkeypatch, (7, 5) if part == "an old card" else (9, 0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reason = cuda_library.load()
+    assert ("capability 7.5" if part == "an old card" else "needs a driver of CUDA 13") in reason
+
+
+def test_a_variable_that_names_no_architecture_warns(toolkit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_library, "_path", None)
+    monkeypatch.setattr(cuda_library, "_reason", "")
+    monkeypatch.setattr(cuda_library, "wanted", lambda: True)
+    monkeypatch.setattr(cuda_library, "_prebuilt", lambda: None)
+    cards(monkeypatch, (9, 0))
+    monkeypatch.setenv("FASTODE_CUDA_ARCHITECTURES", "hopper")
+    with pytest.warns(RuntimeWarning, match="Triton's take their place: FASTODE_CUDA_ARCHITECTURES must name"):
+        assert cuda_library.load().startswith("FASTODE_CUDA_ARCHITECTURES must name")
+
+
 def test_a_card_too_old_for_the_library_is_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(cuda_library, "_path", None)
     monkeypatch.setattr(cuda_library, "_too_old", {})
@@ -374,25 +445,3 @@ def test_info_says_which_nvcc_and_for_what_or_why_not(
         lines = dict(re.findall(r"^(nvcc|CUDA C\+\+) +(.*)$", capsys.readouterr().out, re.MULTILINE))
         assert lines["nvcc"] == said
         assert lines["CUDA C++"].startswith(("ready: ", "not ready: "))
-
-
-# ---- on a card
-
-
-@pytest.mark.gpu
-@pytest.mark.nvcc
-def test_a_kernel_runs_on_the_card_and_on_torchs_stream() -> None:
-    program = """
-import ctypes, torch
-from fastode.native import cuda_library, operators
-assert operators.load() is None and cuda_library.why_not() == cuda_library.why_not(0) == ""
-probe = ctypes.CDLL(str(cuda_library._path)).fastode_cuda_probe
-probe.restype = ctypes.c_char_p
-x = torch.zeros(1000, device="cuda")
-with torch.cuda.stream(torch.cuda.Stream()):
-    x.fill_(1.0)
-    assert probe(0, ctypes.c_void_p(x.data_ptr()), 1000) is None
-    assert x.eq(2.0).all()
-"""
-    done = run_python(program)
-    assert done.returncode == 0, done.stderr

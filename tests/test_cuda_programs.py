@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 
 import pytest
@@ -46,7 +45,7 @@ CASES = [case for seed in SEEDS for case in covering(FACTORS, seed=seed, possibl
 
 
 @pytest.fixture(autouse=True)
-def _on_the_test_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _on_the_test_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors of the CPU are a card's: its programs run, and what the engine says of a card holds for them."""
     assert operators.load() is None
     load()
@@ -55,7 +54,6 @@ def _on_the_test_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(face.STORAGE, "cpu", face.STORAGE["cuda"])
     monkeypatch.setattr(cuda_library, "why_not", lambda index=None: "")
     monkeypatch.setattr(Resident, "refuses", lambda self, call: card.refuses(call))
-    yield
 
 
 def judge(case: Case) -> None:

@@ -148,7 +148,24 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(monkeypatch: pytest.Monkey
     assert "rows against" not in out and "every engine" in out
 
 
-def test_the_plan_has_every_family_mode_and_dtype_before_any_second_shape() -> None:
+def test_the_cuda_programs_come_first_at_each_size_in_both_modes() -> None:
+    items, blocks = gpu_bench.plan(), gpu_bench.programs.timed()
+    leading = [(i.workload.name, i.mode, i.dtype) for i in items[: 2 * len(blocks)]]
+    assert leading[:4] == [
+        (name, mode, "bfloat16") for mode in ("forward", "input_grad") for name in ("ssp3 eval 16@32", "ie k1 16@32")
+    ]
+    assert {(name, mode) for name, mode, _ in leading} == {
+        (w.name, mode) for w in blocks for mode in ("forward", "input_grad")
+    }
+    assert len({i.name for i in items}) == len(items)
+    for plan in (gpu_bench.compiled_plan(), gpu_bench.smoke_plan()):
+        assert [i.name for i in plan[:8]] == [i.name for i in items[:8]] and len({i.name for i in plan}) == len(plan)
+    assert all("compile-ro" in i.rivals for i in gpu_bench.compiled_plan())
+    assert [w.name for w in gpu_check.checked()[: len(blocks)]] == [w.name for w in blocks]
+
+
+def test_the_plan_has_every_family_mode_and_dtype_before_any_second_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_bench.programs, "timed", list)
     items = gpu_bench.plan()
     assert len({(i.workload.name, i.mode, i.dtype) for i in items}) == len(items)
     first = items[: len(gpu_bench.FAMILIES) * 3 * 2]
@@ -197,6 +214,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """One small block instead of the papers', and short rounds."""
     monkeypatch.setattr(gpu_rows, "workload", lambda row: tiny())
     monkeypatch.setattr(gpu_rows, "TABLE", gpu_rows.TABLE[:2])
+    monkeypatch.setattr(gpu_rows, "PROGRAMS", ())
+    monkeypatch.setattr(gpu_bench.programs, "timed", list)
     monkeypatch.setattr(gpu_bench, "measured", lambda: [tiny()])
     monkeypatch.setattr(gpu_bench, "compiled_plan", lambda: [Item(tiny(), "forward", "bfloat16", (), rounds=(2, 2))])
     monkeypatch.setattr(gpu_bench, "MODES", ("train",))
@@ -251,7 +270,7 @@ def test_a_killed_run_keeps_what_it_had(monkeypatch: pytest.MonkeyPatch, tmp_pat
     with pytest.raises(KeyboardInterrupt):
         gpu.main(["--device", "cpu", "--step", "smoke", "--processes", "0", "--results", str(tmp_path)])
     assert len(json.loads((tmp_path / "launches-smoke.json").read_text())["results"]) == 2
-    assert sum(line.startswith("ie k1 16@32") for line in (tmp_path / "summary-smoke.md").read_text().splitlines()) == 2
+    assert sum(line.startswith("ie k1 16@32") for line in (tmp_path / "summary-smoke.md").read_text().splitlines()) == 1
 
 
 def test_what_is_out_of_time_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -300,14 +319,17 @@ def test_what_is_not_equal_is_found_and_recorded(
     assert not gpu_check.workload_blocks(told, HERE, time.monotonic() + 100)
     assert "workloads: 0 of 6 comparisons equal" in told.lines
     assert said in (tmp_path / "equality.json").read_text() and "NOT EQUAL or failed" in capsys.readouterr().out
-    assert not gpu_smoke.launches(told, HERE, time.monotonic() + 100) and "launches: 0 of 4 rows equal" in told.lines
+    assert (
+        not gpu_smoke.launches(told, HERE, time.monotonic() + 100)
+        and "launches: 0 of 4 comparisons equal" in told.lines
+    )
 
 
 def test_a_kernel_that_no_row_launched_is_named() -> None:
     names = sorted(gpu_smoke.inside.kernel_names())
     assert len(names) > 15 and "convolution_kernel" in names
     results: list[dict[str, Any]] = [{"kernels": names[1:3]}, {"errors": "its process ended"}, {"kernels": names[2:]}]
-    assert gpu_smoke.unlaunched(results) == {names[0]}
+    assert gpu_smoke.unlaunched(results) - gpu_smoke.programs.names() == {names[0]}
 
 
 # A stand-in for compute-sanitizer, which says what the tool would and does not run the command.

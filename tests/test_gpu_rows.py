@@ -47,11 +47,12 @@ def test_interpreted() -> None:
 
 
 def test_every_row_names_a_workload_and_the_five_families_are_timed() -> None:
-    for row in gpu_rows.TABLE:
+    for row in gpu_rows.rows():
         assert gpu_rows.workload(row).name == row.name
-    assert len({row.name for row in gpu_rows.TABLE}) == len(gpu_rows.TABLE)
+    for rows in (gpu_rows.TABLE, gpu_rows.PROGRAMS, gpu_rows.sanitized()):
+        assert len({row.name for row in rows}) == len(rows)
     assert [w.id + w.variant for w in gpu_rows.timed()] == ["iek1", "ssp3", "skewpair", "skewsoblock-rk4", "res"]
-    assert len(gpu_rows.items()) == len(gpu_rows.TABLE) * len(inside.FUSED_ENGINES)
+    assert len(gpu_rows.items()) == len(gpu_rows.TABLE) * len(inside.FUSED_ENGINES) + len(gpu_rows.PROGRAMS)
 
 
 def tiny() -> Workload:
@@ -66,17 +67,15 @@ def test_a_row_is_run_on_every_engine_that_can(monkeypatch: pytest.MonkeyPatch, 
     name = gpu_rows.TABLE[0].name
     judged = [result for engine in inside.FUSED_ENGINES for result in gpu_rows.judge(f"{name} | {engine}", CPU)]
     assert {result["engine"] for result in judged if result.get("ok")} == {"resident", "staged"}
-    assert [gpu_rows.line(r) for r in judged if "left_out" in r] == [
-        f"{name:<28}fused_convolution  takes no part: it runs on CUDA only"
-    ]
+    assert gpu_rows.no_part(judged + judged) == [f"fused_convolution: it runs on CUDA only ({name}, {name})"]
     # As the sanitizer runs it.
     assert gpu.main(["--device", "cpu", "--launch", name]) == 0
     out = capsys.readouterr().out
-    assert out.count("'ok': True") == 2 and out.count("it runs on CUDA only") == 1
+    assert out.count("'ok': True") == 2 and out.count("it runs on CUDA only") == 2  # in two modes
 
 
 def test_what_is_wrong_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    found: dict[str, Any] = {"item": "a | b", "row": "a", "engine": "b", "kernels": [], "seconds": 1.0}
+    found: dict[str, Any] = {"item": "a | b", "row": "a", "engine": "b", "mode": "train", "kernels": [], "seconds": 1.0}
     assert "NOT EQUAL: output has 3 of the error" in gpu_rows.line(
         found | {"ok": False, "worst": 3.0, "tensor": "output"}
     )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import bench_nets, contenders, data, header, measure, networks, report, run, workloads
+from benchmarks import bench_nets, contenders, data, header, measure, networks, printing, report, run, workloads
 from benchmarks.header import RESULTS
 from fastode import nets, reference
 
@@ -99,6 +99,31 @@ def test_report_makes_table_and_plot_from_the_record(tmp_path: Any) -> None:
     assert "](machine/default.json)" in page.read_text() and "](machine/default.png)" in page.read_text()
     assert report.digest(path).encode() in path.with_suffix(".png").read_bytes()
     assert not report.update(page, report.markdown(tmp_path, page))
+
+
+def test_a_record_with_replays_has_their_times_and_ratios(tmp_path: Path) -> None:
+    rows = json.loads(record(tmp_path).read_text())["rows"]
+    assert "graph" not in "".join(report.page_table(rows)) and "graph" not in printing.line(rows[2])
+    spread = {"p20": 0.02, "p80": 0.9}
+    rows[0]["graph"] = {"median_ms": 0.5, "ratio_to_better_eager": 0.8, **spread}
+    rows[1]["graph"] = {"median_ms": 0.4056, "ratio_to_better_eager": 1.0, **spread}
+    rows[2] |= {"median_ms": 0.0406, "graph": {"median_ms": 0.037, "ratio_to_better_eager": 10.9621, **spread}}
+    head, _, line = (entry.split(" | ") for entry in report.page_table(rows))
+    cells = dict(zip(head, line, strict=True))
+    assert (cells["fused ms"], cells["eager graph ms"], cells["graph ms"], cells["× graph"]) == (
+        "0.041", "0.406", "0.037", "10.96",
+    )  # fmt: skip
+    assert "graph   0.037 ms × 10.96" in printing.line(rows[2])
+    assert dict(zip(printing.COLUMNS, printing.cells(rows[2]), strict=True))["× graph"] == "10.96"
+    # Eager's was not captured, the fused one's failed, the fused contender itself failed.
+    rows[1]["graph"], rows[0]["graph"] = {"errors": "no"}, {"errors": "no"}
+    rows[2]["graph"]["ratio_to_better_eager"] = None
+    assert "| – | 0.037 | – |" in report.page_table(rows)[2]
+    rows[2]["graph"] = {"errors": "no"}
+    assert "| – | failed |  |" in report.page_table(rows)[2]
+    rows[2]["errors"] = "not equal"
+    widths = {len(entry.split("|")) for entry in report.page_table(rows)}
+    assert widths == {len(report.PAGE_COLUMNS) + len(report.GRAPH_COLUMNS) + 2}
 
 
 def test_a_page_without_markers_is_refused() -> None:

@@ -63,8 +63,7 @@ FASTODE_DEVICE float derive(const ActivationArguments& a, float x) {
 }
 
 FASTODE_DEVICE float derive_twice(const ActivationArguments& a, float x) {
-  return a.kind == kRelu || a.kind == kLeakyRelu || a.kind == kIdentity ? 0
-                                                                        : derive_twice_smooth(a.kind, x, a.p, a.q);
+  return a.kind == kRelu || a.kind == kLeakyRelu || a.kind == kIdentity ? 0 : derive_twice_smooth(a.kind, x, a.p, a.q);
 }
 
 }  // namespace fastode::device

@@ -175,22 +175,22 @@ class Branch {
   // Chan's rule for parts of one size, so that a mean far above the deviation costs no digits.
   FASTODE_DEVICE void take_statistics(const cuda::Unit& unit, const State& state) {
     float parts_of[2][4];
-    float(&mean)[4] = parts_of[0], (&squares)[4] = parts_of[1];
-    FASTODE_UNROLL
+    float (&mean)[4] = parts_of[0], (&squares)[4] = parts_of[1];
+    FASTODE_UNROLLED
     for (int j = 0; j < 4; ++j) {
       float total = 0;
-      FASTODE_UNROLL
+      FASTODE_UNROLLED
       for (int tile = 0; tile < Tile::kTiles; ++tile) total += entry(state, tile, j, 0) + entry(state, tile, j, 1);
       mean[j] = total / (2 * Tile::kTiles);
       float square = 0;
-      FASTODE_UNROLL
+      FASTODE_UNROLLED
       for (int tile = 0; tile < Tile::kTiles; ++tile) {
         const float low = entry(state, tile, j, 0) - mean[j], high = entry(state, tile, j, 1) - mean[j];
         square += low * low + high * high;
       }
       squares[j] = square;
       float each = 2 * Tile::kTiles;  // entries of either part
-      FASTODE_UNROLL
+      FASTODE_UNROLLED
       for (int mask = 4; mask < 32; mask *= 2) {
         const float other = shuffle_xor(mean[j], mask), more = shuffle_xor(squares[j], mask);
         const float apart = other - mean[j];
@@ -205,8 +205,8 @@ class Branch {
     const float entries = W * W / Tile::kDown;  // of a part
     for (int g = Tile::warp(); g < unit.groups; g += Tile::kThreads / 32) {
       const float group_mean = sum_lanes(over_parts(g, width, [&](float m, float) { return m; })) / parts;
-      const float about = sum_lanes(over_parts(
-          g, width, [&](float m, float s) { return s + (m - group_mean) * (m - group_mean) * entries; }));
+      const float about = sum_lanes(
+          over_parts(g, width, [&](float m, float s) { return s + (m - group_mean) * (m - group_mean) * entries; }));
       for (int c = g * width + lane(); c < (g + 1) * width; c += 32) {
         memory_.mean[c] = group_mean;
         memory_.rstd[c] = rsqrt(about / (parts * entries) + unit.eps);
@@ -227,10 +227,10 @@ class Branch {
   template <int kinds>
   FASTODE_DEVICE void leave_partial(float (&sums)[kinds][4], bool add = true) const {
     float* at = memory_.partial + Tile::warp() / Tile::kAcross * C;
-    FASTODE_UNROLL
+    FASTODE_UNROLLED
     for (int i = 0; i < kinds * 4; ++i) {
       float sum = sums[i / 4][i % 4];
-      FASTODE_UNROLL
+      FASTODE_UNROLLED
       for (int mask = 4; add && mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
       if (lane() < 4) at[i / 4 * Tile::kDown * C + channel(i % 4)] = sum;
     }
@@ -267,7 +267,7 @@ class Branch {
   }
 
   static FASTODE_DEVICE float sum_lanes(float value) {
-    FASTODE_UNROLL
+    FASTODE_UNROLLED
     for (int mask = 1; mask < 32; mask *= 2) value += shuffle_xor(value, mask);
     return value;
   }
@@ -276,15 +276,15 @@ class Branch {
     const cuda::Unit& unit = branch_.unit[u];
     const ActivationArguments act{unit.activation, unit.p, unit.q};
     const float *weight = memory_.norm_weight(u), *bias = memory_.norm_bias(u);
-    FASTODE_UNROLL
+    FASTODE_UNROLLED
     for (int eight = 0; eight < 2; ++eight) {
       const int c = Tile::channel(eight);
       const float mean[2] = {memory_.mean[c], memory_.mean[c + 1]};
       const float factor[2] = {memory_.rstd[c] * weight[c], memory_.rstd[c + 1] * weight[c + 1]};
       const float shift[2] = {bias[c], bias[c + 1]};
-      FASTODE_UNROLL
+      FASTODE_UNROLLED
       for (int tile = 0; tile < Tile::kTiles; ++tile) {
-        FASTODE_UNROLL
+        FASTODE_UNROLLED
         for (int half = 0; half < 2; ++half) {
           const Pair pair = T::unpack(state.word[tile][eight][half]);
           const float low = activate(act, (pair.low - mean[0]) * factor[0] + shift[0]);
@@ -296,10 +296,10 @@ class Branch {
   }
 
   static FASTODE_DEVICE void add_bias(Sum& sum, const float* bias) {
-    FASTODE_UNROLL
+    FASTODE_UNROLLED
     for (int eight = 0; eight < 2; ++eight) {
       const float low = bias[Tile::channel(eight)], high = bias[Tile::channel(eight) + 1];
-      FASTODE_UNROLL
+      FASTODE_UNROLLED
       for (int tile = 0; tile < Tile::kTiles; ++tile) {
         float (&v)[4] = sum.value[tile][eight];
         v[0] += low, v[1] += high, v[2] += low, v[3] += high;
@@ -312,13 +312,13 @@ class Branch {
     const cuda::Unit& unit = branch_.unit[u];
     const ActivationArguments act{unit.activation, unit.p, unit.q};
     const float *weight = memory_.norm_weight(u), *bias = memory_.norm_bias(u);
-    FASTODE_UNROLL
+    FASTODE_UNROLLED
     for (int j = 0; j < 4; ++j) {
       const int c = channel(j);
       const float mean = memory_.mean[c], factor = memory_.rstd[c] * weight[c], b = bias[c];
-      FASTODE_UNROLL
+      FASTODE_UNROLLED
       for (int tile = 0; tile < Tile::kTiles; ++tile) {
-        FASTODE_UNROLL
+        FASTODE_UNROLLED
         for (int half = 0; half < 2; ++half)
           bar.value[tile][j / 2][2 * half + j % 2] *= derive(act, (entry(state, tile, j, half) - mean) * factor + b);
       }
@@ -328,14 +328,14 @@ class Branch {
   // The sums over the pixels of bar and of bar times the normalised map, by channels, left as parts of warps.
   FASTODE_DEVICE void sum_channels(const State& state, const Sum& bar) {
     float sums[2][4];
-    FASTODE_UNROLL
+    FASTODE_UNROLLED
     for (int j = 0; j < 4; ++j) {
       const int c = channel(j);
       const float mean = memory_.mean[c], rstd = memory_.rstd[c];
       sums[0][j] = sums[1][j] = 0;
-      FASTODE_UNROLL
+      FASTODE_UNROLLED
       for (int tile = 0; tile < Tile::kTiles; ++tile) {
-        FASTODE_UNROLL
+        FASTODE_UNROLLED
         for (int half = 0; half < 2; ++half) {
           const float v = bar.value[tile][j / 2][2 * half + j % 2];
           sums[0][j] += v;
@@ -366,14 +366,14 @@ class Branch {
 
   // bar becomes rstd (v − its mean − n̂ · mean of n̂ v) for v = weight · bar, without means where statistics are given.
   FASTODE_DEVICE void pull_norm(int u, const State& state, Sum& bar, bool coupled) const {
-    FASTODE_UNROLL
+    FASTODE_UNROLLED
     for (int j = 0; j < 4; ++j) {
       const int c = channel(j);
       const float mean = memory_.mean[c], rstd = memory_.rstd[c], weight = memory_.norm_weight(u)[c];
       const float first = coupled ? memory_.means[c] : 0, second = coupled ? memory_.means[C + c] : 0;
-      FASTODE_UNROLL
+      FASTODE_UNROLLED
       for (int tile = 0; tile < Tile::kTiles; ++tile) {
-        FASTODE_UNROLL
+        FASTODE_UNROLLED
         for (int half = 0; half < 2; ++half) {
           float& v = bar.value[tile][j / 2][2 * half + j % 2];
           v = rstd * (weight * v - first - (entry(state, tile, j, half) - mean) * rstd * second);

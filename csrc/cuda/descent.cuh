@@ -50,8 +50,8 @@ struct DescentForward {
   }
 
   // From f(y) to y − 2γ (e − θ Jᵀ e) with e = y − x − (1 − θ) f(x) − θ f(y).
-  static FASTODE_DEVICE void step(Branch<Tile>& branch, const cuda::DescentCall& call, int n, int k,
-                                  Slots input, typename Tile::State& work, typename Tile::Sum& sum) {
+  static FASTODE_DEVICE void step(Branch<Tile>& branch, const cuda::DescentCall& call, int n, int k, Slots input,
+                                  typename Tile::State& work, typename Tile::Sum& sum) {
     const Slots cotangent{call.at_point.cotangent, (k - 1) * call.stride};
     const Slots back{call.at_point.back, (k - 1) * call.stride};
     Tile::scale(sum, -call.theta);
@@ -101,8 +101,8 @@ struct DescentBackward {
     branch.push(bar, sum, n, k, means, call.room, input, tangent);
     Tile::scale(sum, 2 * call.step_size * call.theta);
     Tile::add_kept(sum, -2 * call.step_size, pushed);
-    branch.sweep(sum, -2 * call.step_size, n, k, means, call.room, input, tangent, back, value,
-                 -call.theta, call.sums != nullptr);
+    branch.sweep(sum, -2 * call.step_size, n, k, means, call.room, input, tangent, back, value, -call.theta,
+                 call.sums != nullptr);
     Tile::scale(sum, -call.theta);
     Tile::add_kept(sum, 1, pushed);
     Tile::add_kept(sum, 1, e_bar);

@@ -50,13 +50,13 @@ FASTODE_DEVICE void mma_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_
 // Products of one A with several B.
 template <int tiles>
 FASTODE_DEVICE void mma_row_bf16(float (&c)[tiles][4], const uint32_t (&a)[4], const uint32_t (&b)[tiles][2]) {
-  FASTODE_UNROLL
+  FASTODE_UNROLLED
   for (int i = 0; i < tiles; ++i) mma_bf16(c[i], a, b[i]);
 }
 
 template <int tiles>
 FASTODE_DEVICE void mma_row_f16(float (&c)[tiles][4], const uint32_t (&a)[4], const uint32_t (&b)[tiles][2]) {
-  FASTODE_UNROLL
+  FASTODE_UNROLLED
   for (int i = 0; i < tiles; ++i) mma_f16(c[i], a, b[i]);
 }
 

@@ -118,8 +118,8 @@ inline Tensors new_gradients(const Tensors& parameters, const Integers& units, F
 }
 
 // From what a backward left to the parameters' gradients: two launches.
-inline Tensors parameter_gradients(const Tensor& x, WeightsCall& call, const Tensors& parameters,
-                                   const Integers& units, const float* sums, int sums_rows) {
+inline Tensors parameter_gradients(const Tensor& x, WeightsCall& call, const Tensors& parameters, const Integers& units,
+                                   const float* sums, int sums_rows) {
   const Queue queue = queue_of(x);
   const int count = call.branch.count, channels = static_cast<int>(x.size(1));
   const int blocks = weight_gradients_blocks(type_of(x), shape_of(x), call, queue);
@@ -209,9 +209,8 @@ inline int place_backward(DescentCall& call, bool gradients) {
   return first + (gradients ? call.steps : 1) * (next - first) - call.room.split;
 }
 
-inline DescentCall descent_call(const Tensor& x, const Tensor& result, const Tensors& parameters,
-                                const Integers& units, const Numbers& numbers, int64_t steps, double step_size,
-                                double theta) {
+inline DescentCall descent_call(const Tensor& x, const Tensor& result, const Tensors& parameters, const Integers& units,
+                                const Numbers& numbers, int64_t steps, double step_size, double theta) {
   DescentCall call{};
   call.samples = static_cast<int>(x.size(0)), call.steps = static_cast<int>(steps);
   call.step_size = static_cast<float>(step_size), call.theta = static_cast<float>(theta);

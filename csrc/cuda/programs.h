@@ -36,8 +36,8 @@ struct Branch {
   float* statistics;
 };
 
-// Places for a map of each sample in the order of threads, by number: the first `split` are what a forward keeps for its
-// backward, those behind are a backward's own. -1: none.
+// Places for a map of each sample in the order of threads, by number: the first `split` are what a forward keeps for
+// its backward, those behind are a backward's own. -1: none.
 struct Room {
   char* kept;
   char* own;
@@ -111,7 +111,7 @@ struct DescentCall {
   Branch branch;  // evaluations: at x, then at y_0 …; behind them the tangents' statistics of each step
   Map x, result;  // backward: the cotangent, and that of x
   Room room;
-  int start, skip;  // where x and f(x) lie
+  int start, skip;       // where x and f(x) lie
   Trace at_x, at_point;  // of the first step; those of the next lie `stride` places further each
   int stride;
   // Backward: where ȳ, ē, Σ ē, the tangents along ȳ and the cotangents of the value's stream lie, those of each step

@@ -17,8 +17,8 @@ class Second : public Branch<Tile> {
   static constexpr int C = Tile::kChannels, W = Tile::kSide;
   using Base::Base;
 
-  // J t in `out`, at an evaluation whose unit inputs were kept; `t` is overwritten. The tangents of the units' inputs go
-  // to `tangent`, their means to the statistics of `means`.
+  // J t in `out`, at an evaluation whose unit inputs were kept; `t` is overwritten. The tangents of the units' inputs
+  // go to `tangent`, their means to the statistics of `means`.
   FASTODE_DEVICE void push(State& t, Sum& out, int64_t sample, int evaluation, int means, const cuda::Room& room,
                            Slots input, Slots tangent) {
     for (int u = 0; u < this->branch_.count; ++u) {
@@ -52,11 +52,10 @@ class Second : public Branch<Tile> {
     put_tangent(u, t, input);
   }
 
-  // The gradient at a point of ⟨bar, f⟩ + factor ⟨e, J t⟩ in `bar`, where a pull-back of e has left `back`. `value`: where
-  // the cotangents of the convolutions in the value's stream go. The norms' sums count `weight` times.
+  // The gradient at a point of ⟨bar, f⟩ + factor ⟨e, J t⟩ in `bar`, where a pull-back of e has left `back`. `value`:
+  // where the cotangents of the convolutions in the value's stream go. The norms' sums count `weight` times.
   FASTODE_DEVICE void sweep(Sum& bar, float factor, int64_t sample, int evaluation, int means, const cuda::Room& room,
-                            Slots input, Slots tangent, Slots back, Slots value, float weight,
-                            bool sums) {
+                            Slots input, Slots tangent, Slots back, Slots value, float weight, bool sums) {
     for (int u = this->branch_.count - 1; u >= 0; --u) {
       const cuda::Unit& unit = this->branch_.unit[u];
       {
@@ -84,7 +83,8 @@ class Second : public Branch<Tile> {
   }
 
  private:
-  // Rows of Memory::means: the means of the tangent and of it times the normalised map; then of the sums of `pull_both`.
+  // Rows of Memory::means: the means of the tangent and of it times the normalised map; then of the sums of
+  // `pull_both`.
   static constexpr int kTangent = 5, kPulled = 0;
 
   struct Places {
@@ -102,7 +102,11 @@ class Second : public Branch<Tile> {
 
   FASTODE_DEVICE Channel channel_of(int u, int c) const {
     const Memory<Tile>& m = this->memory_;
-    return {m.mean[c], m.rstd[c], m.norm_weight(u)[c], m.norm_bias(u)[c], m.means[kTangent * C + c],
+    return {m.mean[c],
+            m.rstd[c],
+            m.norm_weight(u)[c],
+            m.norm_bias(u)[c],
+            m.means[kTangent * C + c],
             m.means[(kTangent + 1) * C + c]};
   }
 
@@ -124,18 +128,18 @@ class Second : public Branch<Tile> {
   // The sums of the tangent and of it times the normalised map.
   FASTODE_DEVICE void sum_tangent(const State& t, const char* h) {
     float sums[2][4];
-    FASTODE_UNROLL
+    FASTODE_UNROLLED
     for (int eight = 0; eight < 2; ++eight) {
       const int c = Tile::channel(eight);
       const float mean[2] = {this->memory_.mean[c], this->memory_.mean[c + 1]};
       const float rstd[2] = {this->memory_.rstd[c], this->memory_.rstd[c + 1]};
-      FASTODE_UNROLL
+      FASTODE_UNROLLED
       for (int odd = 0; odd < 2; ++odd) sums[0][2 * eight + odd] = sums[1][2 * eight + odd] = 0;
-      FASTODE_UNROLL
+      FASTODE_UNROLLED
       for (int tile = 0; tile < Tile::kTiles; ++tile) {
         uint32_t words[2];
         Tile::kept_words(words, h, tile, eight);
-        FASTODE_UNROLL
+        FASTODE_UNROLLED
         for (int i = 0; i < 4; ++i) {
           const int half = i / 2, odd = i % 2;
           const float v = part(t.word[tile][eight][half], odd);
@@ -152,26 +156,25 @@ class Second : public Branch<Tile> {
   FASTODE_DEVICE void put_tangent(int u, const State& t, const char* h) const {
     const cuda::Unit& unit = this->branch_.unit[u];
     const ActivationArguments act{unit.activation, unit.p, unit.q};
-    FASTODE_UNROLL
+    FASTODE_UNROLLED
     for (int eight = 0; eight < 2; ++eight) {
       const int c = Tile::channel(eight);
       const Channel channels[2] = {channel_of(u, c), channel_of(u, c + 1)};
-      FASTODE_UNROLL
+      FASTODE_UNROLLED
       for (int tile = 0; tile < Tile::kTiles; ++tile) {
         uint32_t words[2];
         Tile::kept_words(words, h, tile, eight);
-        FASTODE_UNROLL
+        FASTODE_UNROLLED
         for (int half = 0; half < 2; ++half) {
           float made[2];
-          FASTODE_UNROLL
+          FASTODE_UNROLLED
           for (int odd = 0; odd < 2; ++odd) {
             const Channel& k = channels[odd];
             const float normal = k.normal(part(words[half], odd));
             made[odd] = derive(act, normal * k.weight + k.bias) * k.weight *
                         k.pushed(part(t.word[tile][eight][half], odd), normal);
           }
-          *reinterpret_cast<uint32_t*>(Tile::word_in(this->memory_.map, tile, eight, half)) =
-              T::pack(made[0], made[1]);
+          *reinterpret_cast<uint32_t*>(Tile::word_in(this->memory_.map, tile, eight, half)) = T::pack(made[0], made[1]);
         }
       }
     }
@@ -183,19 +186,19 @@ class Second : public Branch<Tile> {
     const cuda::Unit& unit = this->branch_.unit[u];
     const ActivationArguments act{unit.activation, unit.p, unit.q};
     float sums[5][4];
-    FASTODE_UNROLL
+    FASTODE_UNROLLED
     for (int eight = 0; eight < 2; ++eight) {
       const int c = Tile::channel(eight);
       const Channel channels[2] = {channel_of(u, c), channel_of(u, c + 1)};
-      FASTODE_UNROLL
+      FASTODE_UNROLLED
       for (int i = 0; i < 10; ++i) sums[i / 2][2 * eight + i % 2] = 0;
-      FASTODE_UNROLL
+      FASTODE_UNROLLED
       for (int tile = 0; tile < Tile::kTiles; ++tile) {
         uint32_t h[2], t[2], back[2];
         Tile::kept_words(h, places.h, tile, eight);
         Tile::kept_words(t, places.t, tile, eight);
         Tile::kept_words(back, places.back, tile, eight);
-        FASTODE_UNROLL
+        FASTODE_UNROLLED
         for (int i = 0; i < 4; ++i) {
           const int half = i / 2, odd = i % 2, j = 2 * eight + odd;
           const Channel& k = channels[odd];
@@ -223,26 +226,26 @@ class Second : public Branch<Tile> {
   FASTODE_DEVICE void combine(int u, Sum& bar, float factor, const Places& places, bool coupled) {
     const cuda::Unit& unit = this->branch_.unit[u];
     const ActivationArguments act{unit.activation, unit.p, unit.q};
-    FASTODE_UNROLL
+    FASTODE_UNROLLED
     for (int eight = 0; eight < 2; ++eight) {
       const int c = Tile::channel(eight);
       const Channel channels[2] = {channel_of(u, c), channel_of(u, c + 1)};
       if (!coupled) {
-        FASTODE_UNROLL
+        FASTODE_UNROLLED
         for (int tile = 0; tile < Tile::kTiles; ++tile) {
-          FASTODE_UNROLL
+          FASTODE_UNROLLED
           for (int i = 0; i < 4; ++i) bar.value[tile][eight][i] *= channels[i % 2].rstd * channels[i % 2].weight;
         }
         continue;
       }
       const float* means = this->memory_.means;
-      FASTODE_UNROLL
+      FASTODE_UNROLLED
       for (int tile = 0; tile < Tile::kTiles; ++tile) {
         uint32_t h[2], t[2], back[2];
         Tile::kept_words(h, places.h, tile, eight);
         Tile::kept_words(t, places.t, tile, eight);
         Tile::kept_words(back, places.back, tile, eight);
-        FASTODE_UNROLL
+        FASTODE_UNROLLED
         for (int i = 0; i < 4; ++i) {
           const int half = i / 2, odd = i % 2;
           const Channel& k = channels[odd];

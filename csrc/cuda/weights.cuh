@@ -27,9 +27,9 @@ struct Products {
   static FASTODE_DEVICE int first_out() { return Tile::warp() / kParts * kEach % kSide * 16; }
 
   FASTODE_DEVICE void clear() {
-    FASTODE_UNROLL
+    FASTODE_UNROLLED
     for (int tap = 0; tap < 9; ++tap) {
-      FASTODE_UNROLL
+      FASTODE_UNROLLED
       for (int i = 0; i < kEach * 8; ++i) value[tap][i / 8][i / 4 % 2][i % 4] = 0;
     }
   }
@@ -42,22 +42,22 @@ struct Products {
       // The 16 pixels of a step are two matrices of eight, beside or above each other.
       const int row = W == 8 ? 2 * step : step / Tile::kHalves, column = step % Tile::kHalves * 16;
       uint32_t right[kEach][2][2];
-      FASTODE_UNROLL
+      FASTODE_UNROLLED
       for (int each = 0; each < kEach; ++each) {
         const int eight = first_out() / 8 + 2 * each + matrix / 2, pixel = step * 16 + matrix % 2 * 8 + in_matrix;
         uint32_t found[4];
         ldmatrix_x4_transposed(found, bare + (eight * W * W + pixel) * 16);
-        FASTODE_UNROLL
+        FASTODE_UNROLLED
         for (int i = 0; i < 4; ++i) right[each][i / 2][i % 2] = found[i];
       }
       const int half = matrix / 2 * (W == 8 ? W + 2 : 8);
       const char* at =
           map + ((first_in() / 8 + matrix % 2) * Tile::kPixels + row * (W + 2) + column + half + in_matrix) * 16;
-      FASTODE_UNROLL
+      FASTODE_UNROLLED
       for (int tap = 0; tap < 9; ++tap) {
         uint32_t left[4];
         ldmatrix_x4_transposed(left, at + (tap / 3 * (W + 2) + tap % 3) * 16);
-        FASTODE_UNROLL
+        FASTODE_UNROLLED
         for (int i = 0; i < kEach * 2; ++i) T::mma(value[tap][i / 2][i % 2], left, right[i / 2][i % 2]);
       }
     }
@@ -65,9 +65,9 @@ struct Products {
 
   // Adds the warp's products to, or puts them at, [tap][in][out].
   FASTODE_DEVICE void store(float* to, bool add) const {
-    FASTODE_UNROLL
+    FASTODE_UNROLLED
     for (int tap = 0; tap < 9; ++tap) {
-      FASTODE_UNROLL
+      FASTODE_UNROLLED
       for (int i = 0; i < kEach * 8; ++i) {
         const int in = first_in() + lane() / 4 + i / 2 % 2 * 8;
         const int out = first_out() + i / 8 * 16 + i / 4 % 2 * 8 + lane() % 4 * 2 + i % 2;
@@ -132,9 +132,9 @@ struct WeightGradients {
   static constexpr int kSums = kShares ? Products<Tile>::kEntries : 0;
 
   static FASTODE_DEVICE void add_pixels(float (&bias)[4], const typename Tile::State& state) {
-    FASTODE_UNROLL
+    FASTODE_UNROLLED
     for (int tile = 0; tile < Tile::kTiles; ++tile) {
-      FASTODE_UNROLL
+      FASTODE_UNROLLED
       for (int i = 0; i < 4; ++i) {
         const Pair pair = Tile::Type::unpack(state.word[tile][i / 2][i % 2]);
         bias[i / 2 * 2] += pair.low, bias[i / 2 * 2 + 1] += pair.high;
@@ -144,9 +144,9 @@ struct WeightGradients {
 
   static FASTODE_DEVICE void store(float* to, const Products<Tile>& products, float (&bias)[4],
                                    const Memory<Tile>& memory) {
-    FASTODE_UNROLL
+    FASTODE_UNROLLED
     for (int j = 0; j < 4; ++j) {
-      FASTODE_UNROLL
+      FASTODE_UNROLLED
       for (int mask = 4; mask < 32; mask *= 2) bias[j] += shuffle_xor(bias[j], mask);
       if (lane() < 4) memory.partial[Tile::warp() / Tile::kAcross * C + Tile::channel(j / 2) + j % 2] = bias[j];
     }

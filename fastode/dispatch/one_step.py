@@ -35,11 +35,19 @@ class Step(Protocol):
     Attributes:
         family: of blocks, as a `Call` has it.
         variant: what else the time of its calls depends on, in words.
+        stages: as a `Call` has it.
+        learned: whether coefficients are learned.
         traceable: whether torch.compile may trace the reference.
     """
 
     @property
     def family(self) -> str: ...
+
+    @property
+    def stages(self) -> int: ...
+
+    @property
+    def learned(self) -> bool: ...
 
     @property
     def variant(self) -> str: ...

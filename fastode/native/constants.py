@@ -34,7 +34,10 @@ UNIT_INTEGERS = _FOUND["kUnitIntegers"]
 WEIGHT, BIAS, RUNNING = _FOUND["kWeight"], _FOUND["kBias"], _FOUND["kRunning"]
 CONV_WEIGHT, CONV_BIAS = _FOUND["kConvWeight"], _FOUND["kConvBias"]
 
-# What the programs of csrc/cuda take: units, stages and steps at most, and of maps (channels, side) the units at most.
+# What the programs of csrc/cuda take: units, stages and steps at most, and of maps (channels, side) the units at most, and
+# the warps of a block.
 MOST_UNITS, MOST_STAGES, MOST_STEPS = (_FOUND[f"kMost{what}"] for what in ("Units", "Stages", "Steps"))
-_EACH = re.compile(r"\beach\((\d+), (\d+), \d+, (\d+)\)")
-TILES = {(int(c), int(side)): int(units) for c, side, units in _EACH.findall((_ROOT / "constants.h").read_text())}
+_EACH = re.compile(r"\beach\((\d+), (\d+), (\d+), (\d+)\)")
+_LISTED = [tuple(map(int, numbers)) for numbers in _EACH.findall((_ROOT / "constants.h").read_text())]
+TILES = {(channels, side): units for channels, side, _, units in _LISTED}
+WARPS = {(channels, side): warps for channels, side, warps, _ in _LISTED}

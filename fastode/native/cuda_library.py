@@ -20,6 +20,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 _path: Path | None = None  # of the library that is loaded
 _reason = "the CUDA operators were not loaded"  # why there is none
 _too_old: dict[int, str] = {}  # the cards that it has no code for, and why
+_shared: dict[int, int] = {}  # the bytes of shared memory that a block can have on each card
 
 
 def source_root() -> Path | None:
@@ -43,6 +44,15 @@ def why_not(index: int | None = None) -> str:
     return "" if index is None else _too_old.get(index, "")
 
 
+def shared_bytes(index: int | None) -> int | None:
+    """The bytes of shared memory that a block can have on a card; None where the library is not loaded. Can be traced.
+
+    Args:
+        index: of the card.
+    """
+    return None if index is None else _shared.get(index)
+
+
 def leave_out(reason: str) -> None:
     """Say why they are not even tried."""
     global _reason
@@ -56,7 +66,8 @@ def load(announce: bool = True) -> str:
         announce: say on stderr when a build starts.
 
     Returns:
-        Why it cannot be had, of which this also warns; empty if it is loaded.
+        Why it cannot be had; empty if it is loaded. Of a build that fails this also warns, but not where there is no
+        nvcc: `python -m fastode info` and a block's `why_not` say that.
     """
     global _path, _reason
     if _path is not None:
@@ -67,11 +78,15 @@ def load(announce: bool = True) -> str:
     try:
         _path = open_library(find_or_build(announce))
         _reason = ""
+        for index in range(torch.cuda.device_count()):
+            _shared[index] = torch.cuda.get_device_properties(index).shared_memory_per_block_optin
         for index, (major, minor) in enumerate(nvcc.capabilities()):
             if (major, minor) < nvcc.OLDEST:
                 _too_old[index] = (
                     f"there are CUDA operators for capability 8.0 and above, and the card's is {major}.{minor}"
                 )
+    except nvcc.NothingToBuildWith as missing:
+        leave_out(f"the CUDA operators are not built: {missing}")
     except (BuildError, OSError) as error:
         leave_out(str(error))
         message = f"fastode runs without its CUDA C++ operators, and Triton's take their place: {error}"
@@ -122,7 +137,9 @@ def _check_driver(found: nvcc.Nvcc) -> None:
     """A CUDA runtime asks for a driver of its own major release: refused before minutes of compiling."""
     release = _driver_release()
     if release is not None and release < found.release[0]:
-        raise BuildError(f"{found} needs a driver of CUDA {found.release[0]}, and this one is of CUDA {release}")
+        raise nvcc.NothingToBuildWith(
+            f"{found} needs a driver of CUDA {found.release[0]}, and this one is of CUDA {release}"
+        )
 
 
 def _driver_release() -> int | None:

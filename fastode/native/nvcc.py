@@ -36,6 +36,10 @@ _NVCC_READS = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
 _ARCHITECTURE = re.compile(r"(?:sm_)?(\d{2,3}[af]?)")
 
 
+class NothingToBuildWith(BuildError):
+    """There is no nvcc, or no card for which there is code: nothing has failed, and nothing was tried."""
+
+
 @dataclass(frozen=True)
 class Nvcc:
     """A compiler for device code.
@@ -58,17 +62,18 @@ def find() -> Nvcc:
     """The nvcc of CUDA_HOME, else of PATH, of the package nvidia-cuda-nvcc, or of /usr/local/cuda.
 
     Raises:
-        BuildError: there is none, or it does not run.
+        NothingToBuildWith: there is none.
+        BuildError: it does not run.
     """
     home = os.environ.get("CUDA_HOME")
     if home:
         path = shutil.which("nvcc", path=str(Path(home) / "bin"))
         if path is None:
-            raise BuildError(f"no nvcc was found (CUDA_HOME is {home!r}, which has no bin/nvcc)")
+            raise NothingToBuildWith(f"no nvcc was found (CUDA_HOME is {home!r}, which has no bin/nvcc)")
     else:
         path = shutil.which("nvcc") or _packaged() or shutil.which("nvcc", path="/usr/local/cuda/bin")
         if path is None:
-            raise BuildError(
+            raise NothingToBuildWith(
                 "no nvcc was found (CUDA_HOME is not set, and it is neither on PATH, nor in the package "
                 "nvidia-cuda-nvcc, nor in /usr/local/cuda)"
             )
@@ -135,7 +140,8 @@ def architectures() -> tuple[str, ...]:
     """What to compile for: what FASTODE_CUDA_ARCHITECTURES names, else the cards that are there.
 
     Raises:
-        BuildError: there is no card that has kernels, or the variable does not name architectures.
+        NothingToBuildWith: there is no card that has kernels.
+        BuildError: the variable does not name architectures, or none of the card.
     """
     cards, wanted = capabilities(), os.environ.get("FASTODE_CUDA_ARCHITECTURES", "")
     if wanted.strip():
@@ -150,9 +156,11 @@ def architectures() -> tuple[str, ...]:
         return chosen
     chosen = tuple(sorted({native(card) for card in cards if card >= OLDEST}, key=lambda name: int(name.rstrip("a"))))
     if not cards:
-        raise BuildError("there is no card to build for, and FASTODE_CUDA_ARCHITECTURES is not set")
+        raise NothingToBuildWith("there is no card to build for, and FASTODE_CUDA_ARCHITECTURES is not set")
     if not chosen:
-        raise BuildError(f"there are CUDA operators for cards of capability 8.0 and above, and not for {_say(cards)}")
+        raise NothingToBuildWith(
+            f"there are CUDA operators for cards of capability 8.0 and above, and not for {_say(cards)}"
+        )
     return chosen
 
 

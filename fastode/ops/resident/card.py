@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...branch.read import Unit
 from ...native import cuda_library
-from ...native.constants import MOST_STAGES, MOST_STEPS, MOST_UNITS, TILES
+from ...native.constants import MOST_STAGES, MOST_STEPS, MOST_UNITS, TILES, WARPS
 from ..engine import Call
 from ..plan import Plan
 
@@ -50,9 +50,7 @@ def refuses_units(plan: Plan, channels: int) -> str:
     """Why there is no program for a branch of these units."""
     for unit, tracks in zip(plan.units, plan.tracked, strict=True):
         if not _is_plain_convolution(unit, channels):
-            return (
-                f"its programs for CUDA are of units that end in a 3x3 convolution from {channels} channels to as many"
-            )
+            return f"its programs for CUDA are of units that end in a 3x3 convolution of {channels} channels to as many"
         if unit.norm is not None and unit.norm.mode == "batch":
             return "a batch norm in training couples the samples, which its programs for CUDA take one by one"
         if unit.norm is not None and unit.norm.mode == "group" and tracks:
@@ -80,4 +78,21 @@ def _refuses_size(plan: Plan, x: Tensor, call: Call) -> str:
             return f"its programs for CUDA train IE-Skips of {MOST_STEPS} steps at most, and this one has {call.stages}"
     elif call.stages > MOST_STAGES:
         return f"its programs for CUDA take schemes of {MOST_STAGES} stages at most, and this one has {call.stages}"
+    needed, there = shared_bytes(x.shape[1], x.shape[2], len(plan.units)), cuda_library.shared_bytes(x.device.index)
+    if there is not None and needed > there:
+        return f"its program for such maps needs {needed} bytes of shared memory, and a block has {there} on this card"
     return ""
+
+
+def shared_bytes(channels: int, side: int, units: int) -> int:
+    """The bytes of shared memory of a program's block: `Memory<Tile>::bytes` of csrc/cuda/branch.cuh.
+
+    Args:
+        channels: of a map that there is a program for.
+        side: of the map, in pixels.
+        units: of the branch.
+    """
+    weights = units * 9 * channels * channels * 2
+    bordered_map = channels * (side + 2) ** 2 * 2
+    numbers = 5 * units * channels + 9 * channels + 5 * 16 * WARPS[channels, side]
+    return weights + bordered_map + 4 * numbers

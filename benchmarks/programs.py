@@ -1,0 +1,109 @@
+"""The CUDA programs of csrc/cuda: the blocks that launch them at every size, and what a call has launched."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from fastode.native.constants import TILES
+from fastode.testing import sample_input
+
+from . import bench_ie, bench_rk, header
+from .workloads import Workload, maps
+
+# The families that have programs, by id and variant: running statistics, or a norm of each sample by itself.
+BLOCKS: dict[tuple[str, str], Callable[[int], nn.Module]] = {
+    ("ssp3", "eval"): partial(bench_rk.block, "ssp3"),
+    ("ie", "k1"): lambda channels: bench_ie.block(channels, "layer", 1, False),
+    ("res", "eval"): partial(bench_rk.block, "res"),
+}
+MODES = ("forward", "input_grad", "train")
+# A call launches one program forwards, and one more for the gradient of the input.
+LAUNCHES = {"forward": 1, "input_grad": 2}
+TIMED = ("ssp3", "ie")
+PAPERS = ((16, 32), (64, 8), (32, 16))  # the sizes of the papers' networks
+ELEMENTS = 2**22  # of a judged input: every block of a launch takes several samples
+_PROGRAM = re.compile(r"^struct (\w+) \{|^  static FASTODE_DEVICE void (run)\(", re.MULTILINE)
+_KERNEL = re.compile(r"fastode::device::kernel<fastode::device::(\w+)")
+
+
+def workload(id: str, variant: str, channels: int, side: int) -> Workload:
+    """A family's block at one size, with the images of every other workload of that size."""
+    statistics = "eval" if variant == "eval" else "train"
+    build = partial(BLOCKS[id, variant], channels)
+    return Workload(id, variant, f"{channels}@{side}", build, maps(channels, side), statistics=statistics)
+
+
+def workloads() -> list[Workload]:
+    """Every family at every size for which there are programs: the papers' sizes first."""
+    sizes = dict.fromkeys([*(size for size in PAPERS if size in TILES), *TILES])
+    return [workload(*named, *size) for size in sizes for named in BLOCKS]
+
+
+def timed() -> list[Workload]:
+    """What is timed: at the papers' sizes."""
+    return [w for w in workloads()[: len(BLOCKS) * len(PAPERS)] if w.id in TIMED]
+
+
+def many(channels: int, side: int) -> Tensor:
+    """A map of so many samples that each block of a launch takes several, and not all as many.
+
+    Returns:
+        float32 [N, channels, side, side] with ELEMENTS elements, but for one sample.
+    """
+    return sample_input(ELEMENTS // (channels * side * side) - 1, channels, side, side)
+
+
+def names() -> set[str]:
+    """The CUDA programs of the project, by the names of their structures; read from the sources."""
+    found, last = set(), ""
+    for path in sorted((header.ROOT / "csrc" / "cuda").glob("*.cuh")):
+        for name, runs in _PROGRAM.findall(path.read_text()):
+            last = name or last
+            if runs:
+                found.add(last)
+    return found
+
+
+def name_of(kernel: str) -> str:
+    """The program of a kernel as the profiler names it; "" of any other kernel.
+
+    Example:
+        >>> name_of("void fastode::device::kernel<fastode::device::SchemeForward<Tile<...>>, Call>(Call)")
+        'SchemeForward'
+        >>> name_of("void at::native::vectorized_elementwise_kernel<4>")
+        ''
+    """
+    found = _KERNEL.search(kernel)
+    return found[1] if found else ""
+
+
+def launched(run: Callable[[], object]) -> dict[str, int]:
+    """How often a call on a card launches each program, by torch.profiler."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    return dict(Counter(name for event in profile.events() if (name := name_of(event.name))))
+
+
+def count_is_wrong(launches: dict[str, int], mode: str) -> str:
+    """What is wrong with the number of launches of a call, in a sentence; "" where it is right or may be any.
+
+    Example:
+        >>> count_is_wrong({"SchemeForward": 1}, "forward")
+        ''
+        >>> count_is_wrong({"SchemeForward": 1}, "input_grad")
+        'input_grad launched 1 programs (SchemeForward) and not 2'
+    """
+    count, expected = sum(launches.values()), LAUNCHES.get(mode, math.inf)
+    if count == expected or (mode not in LAUNCHES and count):
+        return ""
+    told = ", ".join(sorted(launches)) or "none"
+    return f"{mode} launched {count} programs ({told}) and not {LAUNCHES.get(mode, 'some')}"
