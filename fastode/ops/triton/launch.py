@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...native.constants import NORM_CODE
-from . import conv_plan, plan
+from . import compiled, conv_plan, plan
 from .finish import finish_moments_kernel, finish_sums_kernel, sum_samples_kernel
 
 NONE, GROUP, BATCH, FIXED = 0, *(NORM_CODE[mode] for mode in ("group", "batch", "fixed"))
@@ -35,7 +35,7 @@ def architecture(x: Tensor) -> int:
 
 def launch(kernel: Any, programs: int, *arguments: Any, warps: int = 4, **constants: Any) -> None:
     """Every launch of this package: the one place to count them, and to compile them where there is no card."""
-    kernel[(programs,)](*arguments, **constants, num_warps=warps)
+    compiled.run(kernel, programs, arguments, constants, warps)
 
 
 def is_channels_last(x: Tensor) -> bool:
