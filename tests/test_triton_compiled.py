@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -148,7 +149,7 @@ def split(call: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], int]:
 def key(call: dict[str, Any]) -> tuple[Any, ...]:
     """What `run` looks a call up under."""
     made = object.__new__(triton.compiler.CompiledKernel)
-    made._run = None
+    made._run = made.module = None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(driver, "_active", Card())
         patch.setattr(compiled, "_found", {})
@@ -248,6 +249,22 @@ def test_a_card_has_its_own(card: Card, monkeypatch: pytest.MonkeyPatch) -> None
     assert first[3] != second[3] == third[3]
 
 
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_launch_goes_to_the_tensors_card(card: Card, monkeypatch: pytest.MonkeyPatch, hooked: bool) -> None:
+    @contextmanager
+    def device(index: int) -> Iterator[None]:
+        card.device, before = index, card.device
+        yield
+        card.device = before
+
+    assert compiled._home(x) == compiled._home((x, y)) == -1
+    monkeypatch.setattr(compiled, "_home", lambda first: FIRST + 1)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(compiled, "_hooked", lambda: hooked)
+    assert [run(PLAIN)[2] for _ in range(2)] == [1001 + FIRST] * 2
+    assert card.device == FIRST
+
+
 def test_hooks_are_called_as_triton_calls_them(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = counted(monkeypatch)
     run(PLAIN)
@@ -305,7 +322,7 @@ def test_a_launcher_gets_what_triton_would_give_it(
 ) -> None:
     given: list[tuple[Any, ...]] = []
     made = object.__new__(triton.compiler.CompiledKernel)
-    made.module, made.function, made.packed_metadata = 1, 2, (4, 1, 0)
+    made.module, made.function, made.packed_metadata = None, 2, (4, 1, 0)
     made._run = lambda *arguments: given.append(arguments)
     monkeypatch.setattr(triton.JITFunction, "run", lambda self, *arguments, **keywords: made)
     for each, *_ in kernels.launches([maps], [torch.bfloat16], [90]):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 from triton import knobs
@@ -29,21 +30,27 @@ _found: dict[tuple[Any, ...], tuple[CompiledKernel, Any, tuple[Any, ...]]] = {}
 
 
 def run(kernel: Any, programs: int, arguments: tuple[Any, ...], constants: dict[str, Any], warps: int) -> None:
-    """Launch a kernel on the current device and stream.
+    """Launch a kernel on its first tensor's device, and that device's current stream.
 
     Args:
         kernel: as `triton.jit` made it.
         programs: how many.
-        arguments: tensors, numbers, None, and tuples of these, by position.
+        arguments: tensors, numbers, None, and tuples of these, by position; the first is a tensor or has some.
         constants: its constants by name, and options of Triton.
         warps: of a program.
     """
-    # Triton's interpreter has nothing compiled; a profiler's hooks may change how kernels are compiled.
-    if kernel.__class__ is not JITFunction or kernel.pre_run_hooks or _hooked():
+    if kernel.__class__ is not JITFunction:  # Triton's interpreter has nothing compiled
         kernel[(programs,)](*arguments, **constants, num_warps=warps)
         return
     active = driver.active
-    device = active.get_current_device()
+    device, home = active.get_current_device(), _home(arguments[0])
+    if home != device and home >= 0:  # Triton launches on the current device
+        with torch.cuda.device(home):
+            run(kernel, programs, arguments, constants, warps)
+        return
+    if kernel.pre_run_hooks or _hooked():  # a profiler's, which may change how kernels are compiled
+        kernel[(programs,)](*arguments, **constants, num_warps=warps)
+        return
     key: list[Any] = [id(kernel), device, warps, tuple(constants), *constants.values()]
     given: list[Any] = []
     known = _describe(arguments, key, given)
@@ -60,6 +67,12 @@ def run(kernel: Any, programs: int, arguments: tuple[Any, ...], constants: dict[
         if len(_found) >= MOST:
             _found.clear()
         _found[name] = compiled, compiled.run, tuple([constants[each] for each in behind])
+
+
+def _home(first: Tensor | tuple[Tensor, ...]) -> int:
+    """The index of a tensor's device, or of several tensors' one device; -1 on the host."""
+    index: int = (first[0] if isinstance(first, tuple) else first).get_device()
+    return index
 
 
 def _hooked() -> bool:
