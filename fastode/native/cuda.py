@@ -70,7 +70,7 @@ def operators(x: torch.Tensor) -> Any:
 
     The way through PyTorch's dispatcher takes as long as a launch.
     """
-    found = direct.get(x.device.type) if direct else None
+    found = direct.get("cuda" if x.is_cuda else x.device.type) if direct else None
     if found is None or torch.compiler.is_compiling():
         return torch.ops.fastode
     watched = torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None

@@ -89,10 +89,12 @@ def _norm_constants(norm: int, groups: int, coupled: bool, act: int, suffix: str
 
 def precision(dtype: torch.dtype) -> str:
     """What a product of this dtype may round its factors to, as PyTorch is told for cuDNN's convolutions."""
+    if dtype != torch.float32:
+        return "ieee"
     cudnn = torch.backends.cudnn
     settings = getattr(cudnn, "conv", None)
     allowed = cudnn.allow_tf32 if settings is None else settings.fp32_precision == "tf32"
-    return "tf32" if dtype == torch.float32 and allowed else "ieee"
+    return "tf32" if allowed else "ieee"
 
 
 def on_tensor_cores(dtype: torch.dtype) -> bool:

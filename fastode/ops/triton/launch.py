@@ -45,8 +45,10 @@ def is_channels_last(x: Tensor) -> bool:
 
 def feature_map(x: Tensor, samples: int | None = None) -> Tensor:
     """A new map that lies as x does, with another batch if `samples` is given."""
-    shape = (x.shape[0] if samples is None else samples, *x.shape[1:])
     layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+    if samples is None:
+        return torch.empty_like(x, memory_format=layout)
+    shape = (samples, *x.shape[1:])
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
@@ -67,7 +69,7 @@ def coefficients(coefs: MaybeTensor, x: Tensor) -> tuple[Any, bool]:
     """
     if coefs is None:
         return None, False
-    if coefs.device.type == "cpu" and (x.device.type == "cpu" or x.dtype != torch.float64):
+    if coefs.is_cpu and (x.dtype != torch.float64 or x.is_cpu):
         return tuple(coefs.tolist()), False
     return coefs.to(x.device), True
 
