@@ -56,8 +56,8 @@ class Card:
         properties = {"max_shared_mem": 1 << 18}
         self.utils = SimpleNamespace(load_binary=self.load, get_device_properties=lambda device: properties)
 
-    def load(self, *binary: Any) -> tuple[int, int, int, int, int]:
-        return 1, next(self.loaded), 32, 0, 1024
+    def load(self, *binary: Any) -> tuple[None, int, int, int, int]:
+        return None, next(self.loaded), 32, 0, 1024  # no module, so that there is none to unload
 
     def get_current_device(self) -> int:
         return self.device
