@@ -274,6 +274,14 @@ def test_statistics_of_a_mean_far_above_the_deviation(ops: Any, dtype: torch.dty
     assert not naive.ok
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_batch_mean_is_rounded_once(ops: Any, dtype: torch.dtype) -> None:
+    # Sums of integers are exact, so nothing but the division by 3 x 7 rounds.
+    h = (sample_input(3, 64, 7, 1, layout="channels_last") * 100).round().to(dtype)
+    found = ops.norm_act([h], NONE, None, None, None, *Pointwise("batch", 1, "identity").codes)[2][0]
+    assert torch.equal(found, (h.sum((0, 2, 3)) / 21).to(dtype))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("activation", "slope"), [("relu", 0.0), ("leaky_relu", 0.01)])
 def test_slope_at_the_kink(ops: Any, dtype: torch.dtype, activation: str, slope: float) -> None:

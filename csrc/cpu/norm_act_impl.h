@@ -148,30 +148,32 @@ inline void group_statistics(const Geometry& g, const NormAct<A>& op, const A* h
   });
 }
 
-// A sample's own mean and squares about it, to be merged over the batch.
+// A sample's own sum and squares about its mean, to be merged over the batch.
 template <class A>
 inline void channel_moments(const Geometry& g, const A* h, const Scratch<A>& s, int64_t worker, A* out) {
   A* mean = s.row(worker, kMean);
   sum_of(g, h, out);
-  for (int64_t c = 0; c < g.channels; ++c) mean[c] = out[c] = out[c] / A(g.pixels);
+  for (int64_t c = 0; c < g.channels; ++c) mean[c] = out[c] / A(g.pixels);
   repeat(mean, g.channels);
   squares_about(g, h, mean, out + g.channels);
 }
 
-// Merges the samples' moments (equal counts) into the batch statistics, in double and in order.
+// Merges the samples' moments (equal counts) into the batch statistics, in double and in order. The mean is of the
+// sums: rounded means of samples would round it more than once.
 template <class A>
 inline void merge_moments(const Geometry& g, const Scratch<A>& s, A* stats) {
   const int64_t stride = kMaxSums * g.channels;
   for (int64_t c = 0; c < g.channels; ++c) {
-    double mean = 0, squares = 0;
-    for (int64_t n = 0; n < g.samples; ++n) mean += s.partial[n * stride + c];
-    mean /= double(g.samples);
+    const double pixels = double(g.pixels), size = double(g.samples) * pixels;
+    double sum = 0, squares = 0;
+    for (int64_t n = 0; n < g.samples; ++n) sum += s.partial[n * stride + c];
+    const double mean = sum / size;
     for (int64_t n = 0; n < g.samples; ++n) {
-      const double off = s.partial[n * stride + c] - mean;
-      squares += s.partial[n * stride + g.channels + c] + off * off * double(g.pixels);
+      const double off = s.partial[n * stride + c] / pixels - mean;
+      squares += s.partial[n * stride + g.channels + c] + off * off * pixels;
     }
     stats[c] = A(mean);
-    stats[g.channels + c] = A(squares / (double(g.samples) * double(g.pixels)));
+    stats[g.channels + c] = A(squares / size);
   }
 }
 
