@@ -30,7 +30,8 @@ def test_the_shared_memory_is_what_the_device_code_says(channels: int, side: int
         (
             (64, 16),
             "two_layers",
-            f"its program for such maps needs {card.shared_bytes(64, 16, 2)} bytes of shared memory, and a block has 166912 on this card",
+            f"its program for such maps needs {card.shared_bytes(64, 16, 2)} bytes of shared memory, and a block has "
+            "166912 on this card",
         ),
         ((64, 16), "one_layer", ""),
         ((64, 8), "two_layers", ""),

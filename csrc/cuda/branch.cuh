@@ -14,7 +14,7 @@ struct Memory {
   static constexpr int C = Tile::kChannels;
   // Of each unit: the norm's weight and bias, the convolution's bias, and sums for the gradients of the first two.
   static constexpr int kNumbers = 5 * C;
-  static constexpr int kMeans = 9, kSums = 5;
+  static constexpr int kMeans = 9, kSums = 3;
 
   // `weights`: of how many units those of the convolutions lie there, too.
   static constexpr size_t bytes(int units, int weights) {
@@ -138,6 +138,7 @@ class Branch {
       if (coupled) take_means(u, 2, 0);
       if (wanted) add_sums(u);
       if (coupled || wanted) block_barrier();
+      if (coupled && left.back[u] >= 0) keep_rows(evaluation, u, sample, 1, memory_.means);
       pull_norm(u, state, bar, coupled);
     }
   }
@@ -382,18 +383,28 @@ class Branch {
     }
   }
 
+  // Of an evaluation's norm four rows of C: mean and rstd, then the means of a pull-back or, of a tangent, its own.
   FASTODE_DEVICE float* statistics(int evaluation, int u, int64_t sample) const {
-    return branch_.statistics + ((evaluation * branch_.count + u) * static_cast<int64_t>(samples_) + sample) * 2 * C;
+    return branch_.statistics + ((evaluation * branch_.count + u) * static_cast<int64_t>(samples_) + sample) * 4 * C;
+  }
+
+  // Two rows, the first or the second pair of them.
+  FASTODE_DEVICE void keep_rows(int evaluation, int u, int64_t sample, int pair, const float* rows) const {
+    float* at = statistics(evaluation, u, sample) + pair * 2 * C;
+    for (int i = thread(); i < 2 * C; i += Tile::kThreads) at[i] = rows[i];
+  }
+
+  FASTODE_DEVICE void recall_rows(int evaluation, int u, int64_t sample, int pair, float* rows, float factor) const {
+    const float* at = statistics(evaluation, u, sample) + pair * 2 * C;
+    for (int i = thread(); i < 2 * C; i += Tile::kThreads) rows[i] = factor * at[i];
   }
 
   FASTODE_DEVICE void keep_statistics(int evaluation, int u, int64_t sample) const {
-    float* at = statistics(evaluation, u, sample);
-    for (int c = thread(); c < C; c += Tile::kThreads) at[c] = memory_.mean[c], at[C + c] = memory_.rstd[c];
+    keep_rows(evaluation, u, sample, 0, memory_.mean);
   }
 
   FASTODE_DEVICE void recall_statistics(int evaluation, int u, int64_t sample) const {
-    const float* at = statistics(evaluation, u, sample);
-    for (int c = thread(); c < C; c += Tile::kThreads) memory_.mean[c] = at[c], memory_.rstd[c] = at[C + c];
+    recall_rows(evaluation, u, sample, 0, memory_.mean, 1);
   }
 
   const cuda::Branch& branch_;

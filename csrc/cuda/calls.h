@@ -112,7 +112,7 @@ class Store {
 
 // The statistics of so many evaluations.
 inline int64_t statistics_of(const Tensor& x, int evaluations, int units) {
-  return static_cast<int64_t>(evaluations) * units * x.size(0) * 2 * x.size(1);
+  return static_cast<int64_t>(evaluations) * units * x.size(0) * 4 * x.size(1);
 }
 
 // A backward's sums of the norms' gradients, from so many blocks.

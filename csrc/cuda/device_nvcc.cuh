@@ -113,18 +113,19 @@ class CurrentDevice {
   ~CurrentDevice() {
     if (before_ != wanted_) cudaSetDevice(before_);
   }
+
  private:
   int wanted_, before_;
 };
 
-// How many blocks of a program the current card runs at a time; 0 where it cannot be asked. It also allows the program so
-// much shared memory, which has to be done before a launch with more than 48 KB.
+// How many blocks of a program the current card runs at a time; 0 where it cannot be asked. It also allows the program
+// so much shared memory, which has to be done before a launch with more than 48 KB.
 template <class Program, class Arguments>
 int most_blocks(const Launch& how) {
   const void* entry = reinterpret_cast<const void*>(&kernel<Program, Arguments>);
   int each = 0, multiprocessors = 0;
-  cudaError_t error = cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           static_cast<int>(how.shared_bytes));
+  cudaError_t error =
+      cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(how.shared_bytes));
   if (error == cudaSuccess)
     error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, entry, how.threads, how.shared_bytes);
   if (error == cudaSuccess)

@@ -33,7 +33,8 @@ struct Unit {
 struct Branch {
   int count;
   Unit unit[kMostUnits];
-  // Mean and rstd of every norm: [evaluation][unit][sample][2][channels]; null where no pull-back reads them.
+  // Of every norm mean, rstd and two means of a pull-back: [evaluation][unit][sample][4][channels]; null where no
+  // pull-back reads them.
   float* statistics;
 };
 

@@ -33,7 +33,7 @@ class Second : public Branch<Tile> {
         this->take_means(u, 2, kTangent, false);
         block_barrier();
       }
-      keep_means(means, u, sample);
+      this->keep_rows(means, u, sample, 1, this->memory_.means + kTangent * C);
       put_tangent(u, t, h);
       block_barrier();
       Tile::clear(out);
@@ -46,7 +46,7 @@ class Second : public Branch<Tile> {
   FASTODE_DEVICE void revisit_tangent(State& t, int u, int64_t sample, int evaluation, int means, const char* input,
                                       const char* tangent) {
     this->recall_statistics(evaluation, u, sample);
-    recall_means(means, u, sample);
+    this->recall_rows(means, u, sample, 1, this->memory_.means + kTangent * C, 1);
     Tile::recall(t, tangent);
     block_barrier();
     put_tangent(u, t, input);
@@ -66,7 +66,9 @@ class Second : public Branch<Tile> {
         Tile::put(this->memory_.map, state);
       }
       this->recall_statistics(evaluation, u, sample);
-      recall_means(means, u, sample);
+      this->recall_rows(means, u, sample, 1, this->memory_.means + kTangent * C, 1);
+      if (unit.norm == kGroupNorm)
+        this->recall_rows(evaluation, u, sample, 1, this->memory_.means + kFound * C, factor);
       block_barrier();
       Tile::clear(bar);
       Tile::template convolve<true>(bar, this->memory_.map, this->memory_.weight(u));
@@ -75,7 +77,7 @@ class Second : public Branch<Tile> {
       pull_both(u, bar, factor, places);
       block_barrier();
       const bool coupled = unit.norm == kGroupNorm;
-      if (coupled) this->take_means(u, 5, kPulled);
+      if (coupled) this->take_means(u, 3, kPulled);
       if (sums && unit.norm_weight) add_both(u, weight);
       block_barrier();
       combine(u, bar, factor, places, coupled);
@@ -83,9 +85,9 @@ class Second : public Branch<Tile> {
   }
 
  private:
-  // Rows of Memory::means: the means of the tangent and of it times the normalised map; then of the sums of
-  // `pull_both`.
-  static constexpr int kTangent = 5, kPulled = 0;
+  // Rows of Memory::means: of the sums of `pull_both`; what the pull-back of e found, the means of w M and w M n̂; those
+  // of the tangent and of it times the normalised map.
+  static constexpr int kPulled = 0, kFound = 3, kTangent = 5;
 
   struct Places {
     const char *h, *t, *back;
@@ -113,16 +115,6 @@ class Second : public Branch<Tile> {
   static FASTODE_DEVICE float part(uint32_t word, int odd) {
     const Pair pair = T::unpack(word);
     return odd ? pair.high : pair.low;
-  }
-
-  FASTODE_DEVICE void keep_means(int means, int u, int64_t sample) const {
-    float* at = this->statistics(means, u, sample);
-    for (int i = thread(); i < 2 * C; i += Tile::kThreads) at[i] = this->memory_.means[kTangent * C + i];
-  }
-
-  FASTODE_DEVICE void recall_means(int means, int u, int64_t sample) const {
-    const float* at = this->statistics(means, u, sample);
-    for (int i = thread(); i < 2 * C; i += Tile::kThreads) this->memory_.means[kTangent * C + i] = at[i];
   }
 
   // The sums of the tangent and of it times the normalised map.
@@ -180,18 +172,18 @@ class Second : public Branch<Tile> {
     }
   }
 
-  // bar becomes N = σ′(n) bar + σ″(n) ṅ B, the cotangent of n. Leaves the sums of N, N n̂, M, M n̂ and M times the
-  // tangent of n̂, where M = σ′(n) B is the cotangent of ṅ and B = factor · back.
+  // bar becomes N = σ′(n) bar + σ″(n) ṅ B, the cotangent of n. Leaves the sums of N, N n̂ and M times the tangent of n̂,
+  // where M = σ′(n) B is the cotangent of ṅ and B = factor · back.
   FASTODE_DEVICE void pull_both(int u, Sum& bar, float factor, const Places& places) {
     const cuda::Unit& unit = this->branch_.unit[u];
     const ActivationArguments act{unit.activation, unit.p, unit.q};
-    float sums[5][4];
+    float sums[3][4];
     FASTODE_UNROLLED
     for (int eight = 0; eight < 2; ++eight) {
       const int c = Tile::channel(eight);
       const Channel channels[2] = {channel_of(u, c), channel_of(u, c + 1)};
       FASTODE_UNROLLED
-      for (int i = 0; i < 10; ++i) sums[i / 2][2 * eight + i % 2] = 0;
+      for (int i = 0; i < 6; ++i) sums[i / 2][2 * eight + i % 2] = 0;
       FASTODE_UNROLLED
       for (int tile = 0; tile < Tile::kTiles; ++tile) {
         uint32_t h[2], t[2], back[2];
@@ -204,11 +196,11 @@ class Second : public Branch<Tile> {
           const Channel& k = channels[odd];
           const float normal = k.normal(part(h[half], odd)), n = normal * k.weight + k.bias;
           const float pushed = k.pushed(part(t[half], odd), normal), b = factor * part(back[half], odd);
-          const float first = derive(act, n), m = first * b;
+          const float first = derive(act, n);
           float& v = bar.value[tile][eight][i];
           v = first * v + derive_twice(act, n) * k.weight * pushed * b;
           sums[0][j] += v, sums[1][j] += v * normal;
-          sums[2][j] += m, sums[3][j] += m * normal, sums[4][j] += m * pushed;
+          sums[2][j] += first * b * pushed;
         }
       }
     }
@@ -218,7 +210,7 @@ class Second : public Branch<Tile> {
   FASTODE_DEVICE void add_both(int u, float weight) {
     for (int c = thread(); c < C; c += Tile::kThreads) {
       this->memory_.sums(u)[c] += weight * this->sum_channel(0, c);
-      this->memory_.sums(u)[C + c] += weight * (this->sum_channel(1, c) + this->sum_channel(4, c));
+      this->memory_.sums(u)[C + c] += weight * (this->sum_channel(1, c) + this->sum_channel(2, c));
     }
   }
 
@@ -253,9 +245,9 @@ class Second : public Branch<Tile> {
           const float normal = k.normal(part(h[half], odd)), pushed = k.pushed(part(t[half], odd), normal);
           const float m = k.weight * derive(act, normal * k.weight + k.bias) * factor * part(back[half], odd);
           float& v = bar.value[tile][eight][i];
-          const float pulled = k.rstd * (m - mean[2 * C] - normal * mean[3 * C]);  // P(w M)
+          const float pulled = k.rstd * (m - mean[kFound * C] - normal * mean[(kFound + 1) * C]);  // P(w M)
           v = k.rstd * (k.weight * v - mean[0] - normal * mean[C]) -
-              k.rstd * (normal * mean[4 * C] + k.second * pulled + mean[3 * C] * pushed);
+              k.rstd * (normal * mean[2 * C] + k.second * pulled + mean[(kFound + 1) * C] * pushed);
         }
       }
     }

@@ -30,8 +30,8 @@ void with_tile(cuda::Type type, cuda::Shape shape, const F& f) {
 
 inline constexpr const char* kNoProgram = "there is no program for such maps";
 
-// How many blocks of a program run at a time, asked once for each thread's last card and size: to ask takes as long as a
-// launch.
+// How many blocks of a program run at a time, asked once for each thread's last card and size: to ask takes as long as
+// a launch.
 template <class Program, class Call>
 int known_blocks(const Launch& how) {
   struct Answer {

@@ -87,5 +87,5 @@ def shared_bytes(channels: int, side: int, units: int) -> int:
     """
     weights = units * 9 * channels * channels * 2
     bordered_map = channels * (side + 2) ** 2 * 2
-    numbers = 5 * units * channels + 9 * channels + 5 * 16 * WARPS[channels, side]
+    numbers = 5 * units * channels + 9 * channels + 3 * 16 * WARPS[channels, side]
     return weights + bordered_map + 4 * numbers
