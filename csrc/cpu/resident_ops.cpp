@@ -68,8 +68,10 @@ Backward backward(const Tensor& x, const Tensor& cotangent, const BranchArgument
     const int64_t workers = workers_for(x.size(0));
     Kept kept(kept_pieces);
     Call<A> call{packed, x, &cotangent, new_map_like(x), kept_pieces.empty() ? nullptr : &kept};
-    const Tensor sums = new_vector(workers * packed.spec.gradients, scalar_type<A>(), true);
-    call.gradients = static_cast<A*>(sums.data_ptr());
+    CallMemory sums;
+    const int64_t size = workers * packed.spec.gradients;
+    call.gradients = static_cast<A*>(sums.take(size * static_cast<int64_t>(sizeof(A))));
+    std::fill_n(call.gradients, size, A(0));
     std::vector<double> partial(workers * products, 0.0);
     call.products = partial.data(), call.products_stride = products;
     run<Program>(call, rule);

@@ -124,7 +124,8 @@ def kind_of_call(constants: Hashable, inputs: tuple[Tensor, ...], reading: _Read
     asked: Hashable = None
     if x.device.type in trial.DEVICES:
         asked = (mode(inputs, reading.tensors), trial.allows_tf32(), x.stride())
-    return constants, shapes, autocast_dtype(x), torch.get_num_threads(), asked
+    lower = autocast_dtype(x) if torch._C._is_any_autocast_enabled() else None  # few calls ask for a device's name
+    return constants, shapes, lower, torch.get_num_threads(), asked
 
 
 def remembered(function: _Function) -> _Function:

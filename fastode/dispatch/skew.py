@@ -156,4 +156,5 @@ def repeated(x: Tensor, channels: int, stride: int) -> Tensor:
 
 
 def _rerun(make_reference: Callable[[StandIn], nn.Module], inputs: int, tensors: MaybeTensors) -> Rerun | None:
-    return None if torch.compiler.is_compiling() else Rerun(make_reference, inputs, tensors)
+    needless = torch.compiler.is_compiling() or not torch.is_grad_enabled()
+    return None if needless else Rerun(make_reference, inputs, tensors)

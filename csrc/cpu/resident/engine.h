@@ -62,7 +62,7 @@ class Packed {
   BranchArguments arguments_;
   int64_t channels_;
   bool lowers_;  // convolutions multiply in bfloat16, as PyTorch's do for such tensors
-  Tensor storage_;
+  CallMemory memory_;
 };
 
 template <class T>

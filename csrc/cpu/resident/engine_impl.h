@@ -14,8 +14,7 @@ Packed<A>::Packed(const BranchArguments& arguments, const Tensor& x, const Wante
       lowers_(x.scalar_type() == ScalarType::BFloat16 && x.size(2) * x.size(3) >= kTilePixels && has_tiles()) {
   Arena count(nullptr);
   read(count, wanted);
-  storage_ = new_vector(count.used() / static_cast<int64_t>(sizeof(A)), scalar_type<A>());
-  Arena arena(storage_.data_ptr());
+  Arena arena(memory_.take(count.used()));
   read(arena, wanted);
   arena.check();
 }

@@ -36,7 +36,7 @@ class PackedPair {
   void read(Arena& arena, int64_t height, int64_t width, Asked asked);
 
   PairArguments arguments_;
-  Tensor storage_;
+  CallMemory memory_;
 };
 
 // Bytes of the next sample's maps that are prefetched; those of the sample at hand fill the rest of a core's cache.

@@ -62,9 +62,10 @@ void each_worker(const Tensor& like, const Make& make) {
   Arena count(nullptr);
   make(count, 0);
   const int64_t bytes = count.used();
-  const Tensor scratch = new_vector(workers * bytes / static_cast<int64_t>(sizeof(A)), scalar_type<A>());
+  CallMemory memory;
+  char* scratch = static_cast<char*>(memory.take(workers * bytes));
   std::vector<Arena> arenas;
-  for (int64_t w = 0; w < workers; ++w) arenas.emplace_back(static_cast<char*>(scratch.data_ptr()) + w * bytes);
+  for (int64_t w = 0; w < workers; ++w) arenas.emplace_back(scratch + w * bytes);
   in_parallel(workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t w = begin; w < end; ++w) {
       auto worker = make(arenas[w], w);

@@ -10,8 +10,7 @@ PackedPair<A>::PackedPair(const PairArguments& arguments, int64_t height, int64_
     : arguments_(arguments) {
   Arena count(nullptr);
   read(count, height, width, asked);
-  storage_ = new_vector(count.used() / static_cast<int64_t>(sizeof(A)), scalar_type<A>());
-  Arena arena(storage_.data_ptr());
+  Arena arena(memory_.take(count.used()));
   read(arena, height, width, asked);
   arena.check();
 }
