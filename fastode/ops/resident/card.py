@@ -52,7 +52,9 @@ def refuses_units(plan: Plan, channels: int) -> str:
     """Why there is no program for a branch of these units."""
     for unit, tracks in zip(plan.units, plan.tracked, strict=True):
         if not _is_plain_convolution(unit, channels):
-            return f"its programs for CUDA are of units that end in a 3x3 convolution from {channels} channels to as many"
+            return (
+                f"its programs for CUDA are of units that end in a 3x3 convolution from {channels} channels to as many"
+            )
         if unit.norm is not None and unit.norm.mode == "batch":
             return "a batch norm in training couples the samples, which its programs for CUDA take one by one"
         if unit.norm is not None and unit.norm.mode == "group" and tracks:
