@@ -100,13 +100,14 @@ sanitize: $(STAMP)
 	LD_PRELOAD=$(RUNTIMES) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    $(BIN)/python -m pytest -q -p no:cacheprovider -n 2 --dist worksteal $(SANITIZE_TESTS)
 
-# CUDA C++ on the test machine of tests/simt, where the sanitizer sees the bounds of what a kernel keeps in shared memory.
-SIMT_TESTS ?= $(wildcard tests/test_simt*.py)
+# CUDA C++ on the test machine of tests/simt: with poisoned gaps the sanitizer sees the bounds of each array of a block.
+SIMT_TESTS ?= $(wildcard tests/test_simt*.py tests/test_cuda_programs.py)
 simt-asan: export CXX := g++
-simt-asan: export FASTODE_CXXFLAGS := $(SANITIZER)
+simt-asan: export FASTODE_SIMT_CXXFLAGS := $(SANITIZER)
 simt-asan: export FASTODE_ONE_DESIGN := 1
 simt-asan: export OMP_NUM_THREADS := 1
 simt-asan: $(STAMP)
+	$(BIN)/python -m fastode build
 	$(BIN)/python tests/simulator.py
 	LD_PRELOAD=$(RUNTIMES) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    $(BIN)/python -m pytest -q -p no:cacheprovider -n 2 --dist worksteal $(SIMT_TESTS)

@@ -47,21 +47,14 @@ enum Present : int64_t {
 
 }  // namespace resident
 
-namespace cuda {
-
-// What the programs of csrc/cuda take at most: units of a branch, stages of an explicit scheme.
+// What the programs of csrc/cuda take at most: units of a branch, stages of an explicit scheme; steps of an IE-Skip
+// that is differentiated, each of which has two streams whose weight gradients are added up, beside that of f(x).
 inline constexpr int64_t kMostUnits = 3;
 inline constexpr int64_t kMostStages = 16;
+inline constexpr int64_t kMostSteps = 7;
 
 // The maps that they are compiled for: each(channels, pixels of a side, warps of a block, units of a branch at most).
-#define FASTODE_TILES(each) \
-  each(16, 32, 8, 3)        \
-  each(16, 16, 8, 3)        \
-  each(16, 8, 4, 3)         \
-  each(32, 16, 8, 3)        \
-  each(32, 8, 8, 3)         \
-  each(64, 16, 8, 2)        \
-  each(64, 8, 8, 2)
-
-}  // namespace cuda
+#define FASTODE_CUDA_TILES(each)                                                                                  \
+  each(16, 32, 8, 3) each(16, 16, 8, 3) each(16, 8, 4, 3) each(32, 16, 8, 3) each(32, 8, 8, 3) each(64, 16, 8, 2) \
+      each(64, 8, 8, 2)
 }  // namespace fastode

@@ -9,7 +9,7 @@ import os
 import platform
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -33,21 +33,27 @@ KINDS = (
     "mma_tf32",
     "ldmatrix",
     "ldmatrix_transposed",
+    "bank_conflicts",  # turns that ldmatrix needs beyond one for each matrix
 )
 # In which threads and blocks take their turns: the number of the order, and a seed.
 ORDERS = {"forward": (0, 0), "reverse": (1, 0), "random 1": (2, 1), "random 2": (2, 2)}
 _libraries: list[torch.library.Library] = []
 
 
+def extra_flags() -> tuple[str, ...]:
+    """What the environment adds: to every build, and in FASTODE_SIMT_CXXFLAGS to the machine's alone."""
+    return (*toolchain.extra_flags(), *shlex.split(os.environ.get("FASTODE_SIMT_CXXFLAGS", "")))
+
+
 def sanitized() -> bool:
     """Whether the machine is built under the address sanitizer: `make simt-asan`."""
-    return "-fsanitize=address" in os.environ.get("FASTODE_CXXFLAGS", "")
+    return any(flag.startswith("-fsanitize=address") for flag in extra_flags())
 
 
 def recipe() -> toolchain.Recipe:
     """The build of every file of tests/simt, from these and from the device code that they include."""
     command, version = toolchain.compiler()
-    home, extra = Path(torch.__file__).resolve().parent, toolchain.extra_flags()
+    home, extra = Path(torch.__file__).resolve().parent, extra_flags()
     includes = [f"-I{path}" for path in (SOURCES, DEVICE, CHECKOUT / "csrc")]
     torch_includes = ("-isystem", f"{home}/include", "-isystem", f"{home}/include/torch/csrc/api/include")
     hashes = "".join(toolchain.source_hash(root) for root in (SOURCES, DEVICE))
@@ -83,7 +89,11 @@ def load() -> None:
     """
     library = build()
     namespace = torch.library.Library("fastode_simt", "FRAGMENT")
-    implemented = {name for path in (*SOURCES.glob("*.cpp"), DEVICE / "operators.h") for name in re.findall(r'm\.impl\("(\w+)"', path.read_text())}
+    implemented = {
+        name
+        for path in (*SOURCES.glob("*.cpp"), DEVICE / "operators.h")
+        for name in re.findall(r'm\.impl\("(\w+)"', path.read_text())
+    }
     for schema in cuda.schemas(CHECKOUT / "csrc" / "ops.cpp"):
         if schema.split("(")[0] in implemented:
             namespace.define(schema)
@@ -103,6 +113,25 @@ def order(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def without(barrier: str) -> Iterator[None]:
+    """Let nobody wait at one of `barriers`: what needs it has to come out wrong in one of ORDERS."""
+    load()
+    torch.ops.fastode_simt.leave_out(barrier)
+    try:
+        yield
+    finally:
+        torch.ops.fastode_simt.leave_out("")
+
+
+def barriers(run: Callable[[], object]) -> list[str]:
+    """Where in the source, as "file:line", are the barriers that the threads of `run` wait at."""
+    load()
+    torch.ops.fastode_simt.take_barriers()
+    run()
+    return sorted(torch.ops.fastode_simt.take_barriers().split())
+
+
+@contextlib.contextmanager
 def counting() -> Iterator[dict[str, int]]:
     """How many launches, and meetings of each of KINDS, there are until the end; filled in there."""
     load()
@@ -110,6 +139,13 @@ def counting() -> Iterator[dict[str, int]]:
     yield counts
     after = torch.ops.fastode_simt.counts()
     counts.update(zip(KINDS, (now - then for now, then in zip(after, before, strict=True)), strict=True))
+
+
+def fenced(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's copy between NaN, so that a kernel's result shows that it reads out of its bounds."""
+    edge = 256  # elements, which keeps the alignment of the storage
+    storage = torch.full((tensor.numel() + 2 * edge,), torch.nan, dtype=tensor.dtype)
+    return storage[edge:-edge].view(tensor.shape).copy_(tensor)
 
 
 def probe(

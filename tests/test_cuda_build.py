@@ -423,7 +423,7 @@ def test_a_driver_older_than_the_toolkit_is_refused_before_compiling(
     monkeypatch.setattr(cuda_library, "source_root", lambda: root)
     monkeypatch.setattr(cuda_library, "_prebuilt", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 12080, raising=False)
+    monkeypatch.setattr(cuda_library, "_driver_release", lambda: 12)
     cards(monkeypatch, (9, 0))
     with pytest.raises(BuildError) as refused:
         cuda_library.find_or_build()

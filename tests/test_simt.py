@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from simulator import CHECKOUT, KINDS, ORDERS, SOURCES, counting, order, probe, sanitized
+from simulator import CHECKOUT, KINDS, ORDERS, SOURCES, barriers, counting, fenced, order, probe, sanitized, without
 from torch import Tensor
 
 
@@ -77,34 +77,35 @@ def test_shared_memory_is_nan_before_each_block(turns: str) -> None:
 # ---- fragments
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_mma_of_sixteen_bits_is_the_product(dtype: torch.dtype, turns: str) -> None:
-    a, b, c = torch.randn(16, 16).to(dtype), torch.randn(16, 8).to(dtype), torch.randn(16, 8)
-    name = "mma_bf16" if dtype == torch.bfloat16 else "mma_f16"
+DTYPES = {"mma_bf16": torch.bfloat16, "mma_f16": torch.float16, "mma_tf32": torch.float32}
+
+
+def fragments(name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """A [16, K], two B [K, 8] and two C [16, 8]."""
+    k = 8 if name == "mma_tf32" else 16
+    return torch.randn(16, k).to(DTYPES[name]), torch.randn(2, k, 8).to(DTYPES[name]), torch.randn(2, 16, 8)
+
+
+def cut(x: Tensor, rounds: int) -> Tensor:
+    """What a tensor core reads of a tf32 operand, ten bits of mantissa: rounded by to_tf32, else cut off."""
+    return torch.from_numpy(((x.numpy().view(np.uint32) + 0x1000 * rounds) & 0xFFFFE000).view(np.float32))
+
+
+@pytest.mark.parametrize("row", [0, 1], ids=["alone", "row"])
+@pytest.mark.parametrize("rounds", [0, 1])
+@pytest.mark.parametrize("name", DTYPES)
+def test_mma_is_the_product(name: str, rounds: int, row: int, turns: str) -> None:
+    a, b, c = fragments(name)
     right, wrong = c.clone(), c.clone()
-    probe(name, [a, b, right], 0)
-    expected = c.double() + a.double() @ b.double()
-    bound = (c.double().abs() + a.double().abs() @ b.double().abs()) * 2**-22
-    assert ((right - expected).abs() <= bound).all()
-    probe(name, [a, b, wrong], 1)  # a wrong lane map of B
-    assert ((wrong - expected).abs() > 0.1).any()
-
-
-def test_mma_of_tf32_is_the_product_of_what_it_reads(turns: str) -> None:
-    a, b, c = torch.randn(16, 8), torch.randn(8, 8), torch.randn(16, 8)
-    for rounds in (0, 1):
-        right = c.clone()
-        probe("mma_tf32", [a, b, right], 0, rounds)
-        # Ten bits of mantissa: rounded to the nearest by to_tf32, else cut off.
-        read = [
-            torch.from_numpy(((x.numpy().view(np.uint32) + 0x1000 * rounds) & 0xFFFFE000).view(np.float32)).double()
-            for x in (a, b)
-        ]
-        expected = c.double() + read[0] @ read[1]
-        assert ((right - expected).abs() <= (c.abs() + a.abs() @ b.abs()) * 2**-21).all()
+    with counting() as counts:
+        probe(name, [a, b, right], 0, rounds, row)
+    assert counts[name] == 2
+    read = [cut(x, rounds).double() if name == "mma_tf32" else x.double() for x in (a, b)]
+    expected = c.double() + read[0] @ read[1]
+    assert ((right - expected).abs() <= (c.abs().double() + read[0].abs() @ read[1].abs()) * 2**-21).all()
+    if name == "mma_tf32":
         assert ((right - (c + a @ b)).abs() > 1e-5).any()
-    wrong = c.clone()
-    probe("mma_tf32", [a, b, wrong], 1, 1)
+    probe(name, [a, b, wrong], 1, rounds, row)  # a wrong lane map of B
     assert ((wrong - expected).abs() > 0.1).any()
 
 
@@ -183,6 +184,18 @@ def test_a_block_barrier_and_one_that_is_missing(turns: str) -> None:
     assert not reversal(2)
 
 
+def test_a_barrier_can_be_left_out(turns: str) -> None:
+    """So that a program's test shows that it would see the absence of each of its barriers."""
+    met = barriers(lambda: reversal(0))
+    first = line_of("if (arguments.numbers[0] != 1) block_barrier();")
+    assert met == [f"probes.cuh:{line}" for line in (first, first + 2, first + 4)]
+    for barrier in met:
+        with without(barrier):
+            assert barriers(lambda: reversal(0)) == [other for other in met if other != barrier]
+            assert not reversal(0)
+    assert reversal(0)
+
+
 def test_a_missing_barrier_before_ldmatrix(turns: str) -> None:
     a, b, out = torch.randn(16, 16).bfloat16(), torch.randn(16, 8).bfloat16(), torch.zeros(16, 8)
     probe("product", [a, b, out], 1, 0, shared=768)
@@ -202,6 +215,12 @@ def test_a_cluster_reads_its_peers(ranks: int, turns: str) -> None:
         probe("cluster", [x, out], 2, ranks, **how)
     with pytest.raises(RuntimeError, match=rf"peer \(probes.cuh:\d+\) of rank {ranks} in a cluster of {ranks}"):
         probe("cluster", [x, out], 3, ranks, **how)
+
+
+def test_a_write_to_a_block_that_has_left() -> None:
+    x = torch.randn(2, 64)
+    with pytest.raises(RuntimeError, match="the shared memory of block 0 was written after it had left"):
+        probe("cluster", [x, x.clone()], 4, 2, blocks=2, threads=64, shared=256, cluster=2)
 
 
 def grid(bug: int) -> bool:
@@ -256,7 +275,8 @@ def test_threads_that_do_not_meet_end_the_launch(bug: int, turns: str) -> None:
 def halo(bug: int) -> Tensor:
     """Sums of three neighbours in a row of 64 with a zero on both sides; 66 numbers, then a gap of 24 bytes."""
     out = torch.zeros(64)
-    probe("halo", [torch.ones(64), out], bug, threads=64, shared=66 * 4 + 24)
+    x = torch.ones(64) if sanitized() else fenced(torch.ones(64))
+    probe("halo", [x, out], bug, threads=64, shared=66 * 4 + 24)
     return out
 
 
@@ -269,6 +289,7 @@ BEYOND = {
     2: ("row[width + 3] = 1", "block 0 wrote byte 268 of its shared memory, which is a gap"),
     3: ("row[width + 8] = 1", "block 0 wrote byte 288 of its shared memory, which is beyond the 288 asked for"),
     4: ("row[-1] = 1", "block 0 wrote byte -4 of its shared memory, which is beyond the 288 asked for"),
+    5: ("arguments.tensor<float>(0)[thread() + 1]", None),
 }
 
 
@@ -278,7 +299,7 @@ def test_an_access_out_of_bounds_is_seen(bug: int) -> None:
     text, message = BEYOND[bug]
     if sanitized():
         done = in_a_process(f"import test_simt; test_simt.halo({bug})")
-        assert "use-after-poison" in done.stderr
+        assert ("heap-buffer-overflow" if bug == 5 else "use-after-poison") in done.stderr
         assert f"probes.cuh:{line_of(text)}" in done.stderr
     elif message is None:
         assert halo(bug)[-1].isnan()
@@ -328,6 +349,18 @@ def test_a_launch_that_a_card_would_refuse(how: dict[str, int], message: str) ->
 def test_launches_and_meetings_are_counted() -> None:
     with counting() as counts:
         reversal(0)
-        probe("mma_f16", [torch.zeros(16, 8), torch.zeros(16, 4), torch.zeros(16, 8)], 0)
-    expected = {"launch": 2, "block_barrier": 9, "mma_f16": 1}
+        probe("divergent", [], 0, threads=64)
+    expected = {"launch": 2, "block_barrier": 10}
     assert counts == {kind: expected.get(kind, 0) for kind in KINDS}
+
+
+def test_conflicts_of_banks_are_counted() -> None:
+    """Rows 16 bytes apart take the eight groups of banks in turn, rows of 32 bytes only every other one."""
+    rows, out = torch.zeros(4, 8, 8, dtype=torch.int16), torch.zeros(32, 4, dtype=torch.int32)
+    with counting() as counts:
+        probe("ldmatrix", [rows, out], 0, 4, 0, shared=512)
+    assert (counts["ldmatrix"], counts["bank_conflicts"]) == (1, 0)
+    a, b = torch.zeros(16, 16).bfloat16(), torch.zeros(16, 8).bfloat16()
+    with counting() as counts:
+        probe("product", [a, b, torch.zeros(16, 8)], 0, 0, shared=768)
+    assert (counts["ldmatrix"], counts["ldmatrix_transposed"], counts["bank_conflicts"]) == (1, 1, 4)

@@ -1,4 +1,4 @@
-// The activations and their first derivatives, agreeing with PyTorch at every kink and threshold.
+// The activations and their derivatives, agreeing with PyTorch at every kink and threshold.
 #pragma once
 
 #include "../constants.h"
@@ -36,6 +36,20 @@ FASTODE_DEVICE_CALL float derive_smooth(int kind, float x, float p, float q) {
   return z > q ? 1 : sigmoid(z);
 }
 
+FASTODE_DEVICE_CALL float derive_twice_smooth(int kind, float x, float p, float q) {
+  if (kind == kTanh) {
+    const float t = device::tanh(x);
+    return -2 * t * (1 - t * t);
+  }
+  if (kind == kSilu) {
+    const float s = sigmoid(x);
+    return s * (1 - s) * (2 + x * (1 - 2 * s));
+  }
+  if (kind == kElu) return x > 0 ? 0 : p * device::exp(x);
+  const float z = x * p, s = sigmoid(z);
+  return z > q ? 0 : p * s * (1 - s);
+}
+
 FASTODE_DEVICE float activate(const ActivationArguments& a, float x) {
   if (a.kind == kRelu) return x <= 0 ? 0 : x;  // NaN passes, as it does in PyTorch
   if (a.kind == kLeakyRelu) return x > 0 ? x : x * a.p;
@@ -46,6 +60,10 @@ FASTODE_DEVICE float derive(const ActivationArguments& a, float x) {
   if (a.kind == kRelu) return x <= 0 ? 0 : 1;
   if (a.kind == kLeakyRelu) return x > 0 ? 1 : a.p;
   return a.kind == kIdentity ? 1 : derive_smooth(a.kind, x, a.p, a.q);
+}
+
+FASTODE_DEVICE float derive_twice(const ActivationArguments& a, float x) {
+  return a.kind == kRelu || a.kind == kLeakyRelu || a.kind == kIdentity ? 0 : derive_twice_smooth(a.kind, x, a.p, a.q);
 }
 
 }  // namespace fastode::device

@@ -14,19 +14,20 @@ struct Memory {
   static constexpr int C = Tile::kChannels;
   // Of each unit: the norm's weight and bias, the convolution's bias, and sums for the gradients of the first two.
   static constexpr int kNumbers = 5 * C;
+  static constexpr int kMeans = 9, kSums = 5;
 
   // `weights`: of how many units those of the convolutions lie there, too.
   static constexpr size_t bytes(int units, int weights) {
     return static_cast<size_t>(weights) * Tile::kWeightBytes + Tile::kMapBytes +
-           (units * kNumbers + (4 + 2 * Tile::kDown) * C) * sizeof(float);
+           (units * kNumbers + (kMeans + kSums * Tile::kDown) * C) * sizeof(float);
   }
 
   FASTODE_DEVICE Memory(int units, int weights) {
     map = shared_memory();
     numbers = reinterpret_cast<float*>(map + Tile::kMapBytes);
     mean = numbers + units * kNumbers;
-    rstd = mean + C, first = rstd + C, second = first + C, partial = second + C;
-    this->weights = reinterpret_cast<char*>(partial + 2 * Tile::kDown * C);
+    rstd = mean + C, means = rstd + C, partial = mean + kMeans * C;
+    this->weights = reinterpret_cast<char*>(partial + kSums * Tile::kDown * C);
     end = this->weights + weights * Tile::kWeightBytes;
   }
 
@@ -38,16 +39,25 @@ struct Memory {
 
   char* map;
   float* numbers;
-  float *mean, *rstd;     // of the norm at hand, [C]
-  float *first, *second;  // the means of its pull-back, [C]
-  float* partial;         // [2][kDown][C]
+  float *mean, *rstd;  // of the norm at hand, [C]
+  float* means;        // of its pull-back, [7][C]
+  float* partial;      // sums of warps, [kSums][kDown][C]
   char *weights, *end;
 };
 
-// Where a pull-back leaves what the parameters' gradients are made of; without cotangents it leaves nothing.
+// The places of a map of each unit, moved on by so many; negative: none.
+struct Slots {
+  const int* first = nullptr;
+  int by = 0;
+
+  FASTODE_DEVICE int operator[](int u) const { return !first || first[u] < 0 ? -1 : first[u] + by; }
+};
+
+// Where a pull-back leaves maps for the parameters' gradients and for a derivative of its own.
 struct Left {
-  cuda::Room room;
-  const int* cotangent = nullptr;  // the places of the cotangents of the units' convolutions
+  Slots cotangent;    // of the units' convolutions
+  Slots back;         // those through the convolutions, of the activations
+  bool sums = false;  // whether the norms' sums are wanted
 };
 
 template <class Tile>
@@ -88,10 +98,10 @@ class Branch {
 
   // f(point) in `out`; `point` is overwritten. Unit inputs and statistics go where `input` and the branch say.
   FASTODE_DEVICE void value(State& point, Sum& out, int64_t sample, int evaluation, const cuda::Room& room,
-                            const int* input) {
+                            Slots input) {
     for (int u = 0; u < branch_.count; ++u) {
       const cuda::Unit& unit = branch_.unit[u];
-      if (input && input[u] >= 0) Tile::keep(point, place(room, input[u], sample));
+      if (input[u] >= 0) Tile::keep(point, place(room, input[u], sample));
       prepare(unit, point);
       if (branch_.statistics) keep_statistics(evaluation, u, sample);
       put_normalised(u, point);
@@ -104,24 +114,28 @@ class Branch {
   }
 
   // Jᵀ bar in `bar`, at the point of an evaluation whose unit inputs and statistics were kept.
-  FASTODE_DEVICE void pull(Sum& bar, int64_t sample, int evaluation, const cuda::Room& room, const int* input,
+  FASTODE_DEVICE void pull(Sum& bar, int64_t sample, int evaluation, const cuda::Room& room, Slots input,
                            const Left& left = {}) {
     State state;
     for (int u = branch_.count - 1; u >= 0; --u) {
       const cuda::Unit& unit = branch_.unit[u];
       Tile::round(state, bar);
-      if (left.cotangent) Tile::keep(state, place(left.room, left.cotangent[u], sample));
+      if (left.cotangent[u] >= 0) Tile::keep(state, place(room, left.cotangent[u], sample));
       block_barrier();
       Tile::put(memory_.map, state);
       recall_statistics(evaluation, u, sample);
       block_barrier();
       Tile::clear(bar);
       Tile::template convolve<true>(bar, memory_.map, memory_.weight(u));
+      if (left.back[u] >= 0) {
+        Tile::round(state, bar);
+        Tile::keep(state, place(room, left.back[u], sample));
+      }
       Tile::recall(state, place(room, input[u], sample));
       pull_activation(u, state, bar);
-      const bool coupled = unit.norm == kGroupNorm, wanted = left.cotangent && unit.norm_weight;
+      const bool coupled = unit.norm == kGroupNorm, wanted = left.sums && unit.norm_weight;
       if (coupled || wanted) sum_channels(state, bar);
-      if (coupled) take_means(u);
+      if (coupled) take_means(u, 2, 0);
       if (wanted) add_sums(u);
       if (coupled || wanted) block_barrier();
       pull_norm(u, state, bar, coupled);
@@ -130,16 +144,17 @@ class Branch {
 
   // The sums for the gradients of the norms' weights and biases, [unit][bias, weight][C].
   FASTODE_DEVICE void store_sums(float* to) const {
-    block_barrier();
+    block_barrier();  // unseen: it is needed where nothing was pulled back, because all of beta is zero
     for (int i = thread(); i < branch_.count * 2 * C; i += Tile::kThreads)
       to[i] = memory_.sums(i / (2 * C))[i % (2 * C)];
   }
 
   static FASTODE_DEVICE char* place(const cuda::Room& room, int slot, int64_t sample) {
-    return room.data + (slot * room.samples + sample) * Tile::kKeptBytes;
+    char* const first = slot < room.split ? room.kept : room.own;
+    return first + ((slot < room.split ? slot : slot - room.split) * room.samples + sample) * Tile::kKeptBytes;
   }
 
- private:
+ protected:
   static FASTODE_DEVICE float number(const void* data, int at, float otherwise) {
     return data ? T::unpack(static_cast<const uint16_t*>(data)[at]).low : otherwise;
   }
@@ -147,7 +162,7 @@ class Branch {
   // Mean and rstd of a unit's norm, which all threads read after it; nobody reads the map in shared memory then.
   FASTODE_DEVICE void prepare(const cuda::Unit& unit, const State& state) {
     if (unit.norm == kGroupNorm) return take_statistics(unit, state);
-    block_barrier();
+    block_barrier();  // unseen: whoever still reads the norm before it finds the same numbers
     for (int c = thread(); c < C; c += Tile::kThreads) {
       const bool fixed = unit.norm == kFixedNorm;
       memory_.mean[c] = fixed ? number(unit.mean, c, 0) : 0;
@@ -159,22 +174,23 @@ class Branch {
   // Means and squares about them: of a thread's entries of a channel, then of lanes, warps and channels merged by
   // Chan's rule for parts of one size, so that a mean far above the deviation costs no digits.
   FASTODE_DEVICE void take_statistics(const cuda::Unit& unit, const State& state) {
-    float mean[4], squares[4];
-    FASTODE_UNROLL
+    float parts_of[2][4];
+    float (&mean)[4] = parts_of[0], (&squares)[4] = parts_of[1];
+    FASTODE_UNROLLED
     for (int j = 0; j < 4; ++j) {
       float total = 0;
-      FASTODE_UNROLL
+      FASTODE_UNROLLED
       for (int tile = 0; tile < Tile::kTiles; ++tile) total += entry(state, tile, j, 0) + entry(state, tile, j, 1);
       mean[j] = total / (2 * Tile::kTiles);
       float square = 0;
-      FASTODE_UNROLL
+      FASTODE_UNROLLED
       for (int tile = 0; tile < Tile::kTiles; ++tile) {
         const float low = entry(state, tile, j, 0) - mean[j], high = entry(state, tile, j, 1) - mean[j];
         square += low * low + high * high;
       }
       squares[j] = square;
       float each = 2 * Tile::kTiles;  // entries of either part
-      FASTODE_UNROLL
+      FASTODE_UNROLLED
       for (int mask = 4; mask < 32; mask *= 2) {
         const float other = shuffle_xor(mean[j], mask), more = shuffle_xor(squares[j], mask);
         const float apart = other - mean[j];
@@ -183,14 +199,14 @@ class Branch {
         each *= 2;
       }
     }
-    leave_partial(mean, squares);
+    leave_partial(parts_of, false);
     block_barrier();
     const int width = C / unit.groups, parts = Tile::kDown * width;
     const float entries = W * W / Tile::kDown;  // of a part
     for (int g = Tile::warp(); g < unit.groups; g += Tile::kThreads / 32) {
-      const float group_mean = sum_lanes(over_parts(g, width, [&](float m, float, int) { return m; })) / parts;
-      const float about = sum_lanes(over_parts(
-          g, width, [&](float m, float s, int) { return s + (m - group_mean) * (m - group_mean) * entries; }));
+      const float group_mean = sum_lanes(over_parts(g, width, [&](float m, float) { return m; })) / parts;
+      const float about = sum_lanes(
+          over_parts(g, width, [&](float m, float s) { return s + (m - group_mean) * (m - group_mean) * entries; }));
       for (int c = g * width + lane(); c < (g + 1) * width; c += 32) {
         memory_.mean[c] = group_mean;
         memory_.rstd[c] = rsqrt(about / (parts * entries) + unit.eps);
@@ -207,11 +223,35 @@ class Branch {
 
   static FASTODE_DEVICE int channel(int j) { return Tile::channel(j / 2) + j % 2; }
 
-  FASTODE_DEVICE void leave_partial(const float (&one)[4], const float (&two)[4]) const {
-    if (lane() >= 4) return;
+  // Leaves the sums of a warp's lanes, by channels: of the lane's own channels, four sums of each kind.
+  template <int kinds>
+  FASTODE_DEVICE void leave_partial(float (&sums)[kinds][4], bool add = true) const {
     float* at = memory_.partial + Tile::warp() / Tile::kAcross * C;
-    FASTODE_UNROLL
-    for (int j = 0; j < 4; ++j) at[channel(j)] = one[j], at[Tile::kDown * C + channel(j)] = two[j];
+    FASTODE_UNROLLED
+    for (int i = 0; i < kinds * 4; ++i) {
+      float sum = sums[i / 4][i % 4];
+      FASTODE_UNROLLED
+      for (int mask = 4; add && mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
+      if (lane() < 4) at[i / 4 * Tile::kDown * C + channel(i % 4)] = sum;
+    }
+  }
+
+  // The sum of one kind over a group's parts, weighted by channels, in every lane.
+  FASTODE_DEVICE float sum_group(int kind, int group, int width, const float* weight) const {
+    const float* from = memory_.partial + kind * Tile::kDown * C;
+    float total = 0;
+    for (int i = lane(); i < Tile::kDown * width; i += 32) {
+      const int c = group * width + i % width;
+      total += from[i / width * C + c] * (weight ? weight[c] : 1);
+    }
+    return sum_lanes(total);
+  }
+
+  // The sum of one kind over a channel's parts.
+  FASTODE_DEVICE float sum_channel(int kind, int c) const {
+    float total = 0;
+    for (int i = 0; i < Tile::kDown; ++i) total += memory_.partial[(kind * Tile::kDown + i) * C + c];
+    return total;
   }
 
   // This lane's share of a sum over a group's parts.
@@ -221,13 +261,13 @@ class Branch {
     for (int i = lane(); i < Tile::kDown * width; i += 32) {
       const int c = group * width + i % width;
       const float* at = memory_.partial + i / width * C + c;
-      total += f(at[0], at[Tile::kDown * C], c);
+      total += f(at[0], at[Tile::kDown * C]);
     }
     return total;
   }
 
   static FASTODE_DEVICE float sum_lanes(float value) {
-    FASTODE_UNROLL
+    FASTODE_UNROLLED
     for (int mask = 1; mask < 32; mask *= 2) value += shuffle_xor(value, mask);
     return value;
   }
@@ -236,15 +276,15 @@ class Branch {
     const cuda::Unit& unit = branch_.unit[u];
     const ActivationArguments act{unit.activation, unit.p, unit.q};
     const float *weight = memory_.norm_weight(u), *bias = memory_.norm_bias(u);
-    FASTODE_UNROLL
+    FASTODE_UNROLLED
     for (int eight = 0; eight < 2; ++eight) {
       const int c = Tile::channel(eight);
       const float mean[2] = {memory_.mean[c], memory_.mean[c + 1]};
       const float factor[2] = {memory_.rstd[c] * weight[c], memory_.rstd[c + 1] * weight[c + 1]};
       const float shift[2] = {bias[c], bias[c + 1]};
-      FASTODE_UNROLL
+      FASTODE_UNROLLED
       for (int tile = 0; tile < Tile::kTiles; ++tile) {
-        FASTODE_UNROLL
+        FASTODE_UNROLLED
         for (int half = 0; half < 2; ++half) {
           const Pair pair = T::unpack(state.word[tile][eight][half]);
           const float low = activate(act, (pair.low - mean[0]) * factor[0] + shift[0]);
@@ -256,10 +296,10 @@ class Branch {
   }
 
   static FASTODE_DEVICE void add_bias(Sum& sum, const float* bias) {
-    FASTODE_UNROLL
+    FASTODE_UNROLLED
     for (int eight = 0; eight < 2; ++eight) {
       const float low = bias[Tile::channel(eight)], high = bias[Tile::channel(eight) + 1];
-      FASTODE_UNROLL
+      FASTODE_UNROLLED
       for (int tile = 0; tile < Tile::kTiles; ++tile) {
         float (&v)[4] = sum.value[tile][eight];
         v[0] += low, v[1] += high, v[2] += low, v[3] += high;
@@ -272,13 +312,13 @@ class Branch {
     const cuda::Unit& unit = branch_.unit[u];
     const ActivationArguments act{unit.activation, unit.p, unit.q};
     const float *weight = memory_.norm_weight(u), *bias = memory_.norm_bias(u);
-    FASTODE_UNROLL
+    FASTODE_UNROLLED
     for (int j = 0; j < 4; ++j) {
       const int c = channel(j);
       const float mean = memory_.mean[c], factor = memory_.rstd[c] * weight[c], b = bias[c];
-      FASTODE_UNROLL
+      FASTODE_UNROLLED
       for (int tile = 0; tile < Tile::kTiles; ++tile) {
-        FASTODE_UNROLL
+        FASTODE_UNROLLED
         for (int half = 0; half < 2; ++half)
           bar.value[tile][j / 2][2 * half + j % 2] *= derive(act, (entry(state, tile, j, half) - mean) * factor + b);
       }
@@ -287,64 +327,53 @@ class Branch {
 
   // The sums over the pixels of bar and of bar times the normalised map, by channels, left as parts of warps.
   FASTODE_DEVICE void sum_channels(const State& state, const Sum& bar) {
-    float one[4], two[4];
-    FASTODE_UNROLL
+    float sums[2][4];
+    FASTODE_UNROLLED
     for (int j = 0; j < 4; ++j) {
       const int c = channel(j);
       const float mean = memory_.mean[c], rstd = memory_.rstd[c];
-      one[j] = two[j] = 0;
-      FASTODE_UNROLL
+      sums[0][j] = sums[1][j] = 0;
+      FASTODE_UNROLLED
       for (int tile = 0; tile < Tile::kTiles; ++tile) {
-        FASTODE_UNROLL
+        FASTODE_UNROLLED
         for (int half = 0; half < 2; ++half) {
           const float v = bar.value[tile][j / 2][2 * half + j % 2];
-          one[j] += v;
-          two[j] += v * ((entry(state, tile, j, half) - mean) * rstd);
+          sums[0][j] += v;
+          sums[1][j] += v * ((entry(state, tile, j, half) - mean) * rstd);
         }
       }
-      FASTODE_UNROLL
-      for (int mask = 4; mask < 32; mask *= 2) {
-        one[j] += shuffle_xor(one[j], mask);
-        two[j] += shuffle_xor(two[j], mask);
-      }
     }
-    leave_partial(one, two);
+    leave_partial(sums);
     block_barrier();
   }
 
-  // The means over each group of weight · bar and of weight · bar times the normalised map.
-  FASTODE_DEVICE void take_means(int u) {
-    const cuda::Unit& unit = branch_.unit[u];
-    const float* weight = memory_.norm_weight(u);
-    const int width = C / unit.groups;
-    const float entries = static_cast<float>(width * W * W);
-    for (int g = Tile::warp(); g < unit.groups; g += Tile::kThreads / 32) {
-      const float first = sum_lanes(over_parts(g, width, [&](float a, float, int c) { return weight[c] * a; }));
-      const float second = sum_lanes(over_parts(g, width, [&](float, float b, int c) { return weight[c] * b; }));
-      for (int c = g * width + lane(); c < (g + 1) * width; c += 32)
-        memory_.first[c] = first / entries, memory_.second[c] = second / entries;
+  // Of each group, the means of some kinds of sums times the norm's weight (or of the sums themselves), to `means` from
+  // `at` on.
+  FASTODE_DEVICE void take_means(int u, int kinds, int at, bool weighted = true) {
+    const int width = C / branch_.unit[u].groups;
+    const float* weight = weighted ? memory_.norm_weight(u) : nullptr;
+    for (int i = Tile::warp(); i < branch_.unit[u].groups * kinds; i += Tile::kThreads / 32) {
+      const int g = i / kinds, kind = i % kinds;
+      const float mean = sum_group(kind, g, width, weight) / static_cast<float>(width * W * W);
+      for (int c = g * width + lane(); c < (g + 1) * width; c += 32) memory_.means[(at + kind) * C + c] = mean;
     }
   }
 
   FASTODE_DEVICE void add_sums(int u) {
-    for (int c = thread(); c < C; c += Tile::kThreads) {
-      float one = 0, two = 0;
-      for (int i = 0; i < Tile::kDown; ++i)
-        one += memory_.partial[i * C + c], two += memory_.partial[(Tile::kDown + i) * C + c];
-      memory_.sums(u)[c] += one, memory_.sums(u)[C + c] += two;
-    }
+    for (int c = thread(); c < C; c += Tile::kThreads)
+      memory_.sums(u)[c] += sum_channel(0, c), memory_.sums(u)[C + c] += sum_channel(1, c);
   }
 
   // bar becomes rstd (v − its mean − n̂ · mean of n̂ v) for v = weight · bar, without means where statistics are given.
   FASTODE_DEVICE void pull_norm(int u, const State& state, Sum& bar, bool coupled) const {
-    FASTODE_UNROLL
+    FASTODE_UNROLLED
     for (int j = 0; j < 4; ++j) {
       const int c = channel(j);
       const float mean = memory_.mean[c], rstd = memory_.rstd[c], weight = memory_.norm_weight(u)[c];
-      const float first = coupled ? memory_.first[c] : 0, second = coupled ? memory_.second[c] : 0;
-      FASTODE_UNROLL
+      const float first = coupled ? memory_.means[c] : 0, second = coupled ? memory_.means[C + c] : 0;
+      FASTODE_UNROLLED
       for (int tile = 0; tile < Tile::kTiles; ++tile) {
-        FASTODE_UNROLL
+        FASTODE_UNROLLED
         for (int half = 0; half < 2; ++half) {
           float& v = bar.value[tile][j / 2][2 * half + j % 2];
           v = rstd * (weight * v - first - (entry(state, tile, j, half) - mean) * rstd * second);

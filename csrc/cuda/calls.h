@@ -98,7 +98,10 @@ struct Kept {
   explicit Kept(const Tensors& pieces) : room(pieces[0]), statistics(pieces[1]) {}
 
   Tensors pieces() const { return {room, statistics}; }
-  Room place(int64_t samples) const { return {static_cast<char*>(room.data_ptr()), samples}; }
+  float* numbers() const { return static_cast<float*>(statistics.data_ptr()); }
+  Room room_of(int64_t samples, int split) const {
+    return {static_cast<char*>(room.data_ptr()), nullptr, split, samples};
+  }
 
   Tensor room, statistics;
 };

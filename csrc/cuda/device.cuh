@@ -8,6 +8,7 @@
 //   fragments    mma_bf16, mma_f16 (m16n8k16), mma_tf32 (m16n8k8), ldmatrix_x2, _x4, and both _transposed, as PTX lays
 //                them out; ldmatrix takes from lane l the address of row l % 8 of matrix l / 8, in the block's own
 //                memory
+//                mma_row_bf16, _f16, _tf32: products of one A with several B, one meeting of the test machine's threads
 //   numbers      to_tf32, pack_bf16, unpack_bf16, pack_f16, unpack_f16; exp, log1p, tanh, rsqrt
 //   gap          gap(begin, bytes): nobody may touch these bytes of shared memory; nothing on a card
 //
@@ -22,13 +23,13 @@
 #define FASTODE_DEVICE __device__ __forceinline__
 #define FASTODE_DEVICE_CALL static __device__ __noinline__
 #define FASTODE_DEVICE_HOST __device__ __host__ __forceinline__
-#define FASTODE_UNROLL _Pragma("unroll")
+#define FASTODE_UNROLLED _Pragma("unroll")
 #define FASTODE_ROLLED _Pragma("unroll 1")
 #else
 #define FASTODE_DEVICE inline
 #define FASTODE_DEVICE_CALL inline
 #define FASTODE_DEVICE_HOST inline
-#define FASTODE_UNROLL
+#define FASTODE_UNROLLED
 #define FASTODE_ROLLED
 #endif
 

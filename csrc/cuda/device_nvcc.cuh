@@ -47,6 +47,19 @@ FASTODE_DEVICE void mma_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// Products of one A with several B.
+template <int tiles>
+FASTODE_DEVICE void mma_row_bf16(float (&c)[tiles][4], const uint32_t (&a)[4], const uint32_t (&b)[tiles][2]) {
+  FASTODE_UNROLLED
+  for (int i = 0; i < tiles; ++i) mma_bf16(c[i], a, b[i]);
+}
+
+template <int tiles>
+FASTODE_DEVICE void mma_row_f16(float (&c)[tiles][4], const uint32_t (&a)[4], const uint32_t (&b)[tiles][2]) {
+  FASTODE_UNROLLED
+  for (int i = 0; i < tiles; ++i) mma_f16(c[i], a, b[i]);
+}
+
 FASTODE_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])

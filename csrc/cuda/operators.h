@@ -76,10 +76,22 @@ inline Forward scheme_forward(const Tensor& x, const Tensors& parameters, const 
   SchemeCall call = scheme_call(x, y, parameters, units, numbers);
   const SchemePlaces places(call, table, keep);
   const Kept kept(x, places.slots, keep ? call.stages : 0, call.branch.count);
-  call.room = kept.place(x.size(0));
-  call.branch.statistics = keep ? static_cast<float*>(kept.statistics.data_ptr()) : nullptr;
+  call.room = kept.room_of(x.size(0), places.slots);
+  call.branch.statistics = keep ? kept.numbers() : nullptr;
   launched(cuda::scheme_forward(type_of(x), shape_of(x), call, queue_of(x)));
   return {y, new_vector(x, 0, ScalarType::Float), keep ? kept.pieces() : Tensors{}};
+}
+
+// Adds a product for each unit to those of the weights' gradients; `tangent`: along it.
+inline void add_product(WeightsCall& call, int evaluation, const int (&input)[kMostUnits],
+                        const int (&cotangent)[kMostUnits], float factor, const int* tangent = nullptr,
+                        int tangent_evaluation = 0) {
+  Product& product = call.product[call.count++];
+  product.evaluation = evaluation, product.tangent_evaluation = tangent_evaluation, product.factor = factor;
+  for (int u = 0; u < kMostUnits; ++u) {
+    product.input[u] = input[u], product.cotangent[u] = cotangent[u];
+    product.tangent[u] = tangent ? tangent[u] : -1;
+  }
 }
 
 // The gradients of the parameters in their order, those of running statistics empty, and where the programs put them.
@@ -106,65 +118,163 @@ inline Tensors new_gradients(const Tensors& parameters, const Integers& units, F
 }
 
 // From what a backward left to the parameters' gradients: two launches.
-inline Tensors parameter_gradients(const Tensor& x, const BackwardCall& backward, const Tensors& parameters,
-                                   const Integers& units, int sums_rows) {
+inline Tensors parameter_gradients(const Tensor& x, WeightsCall& call, const Tensors& parameters, const Integers& units,
+                                   const float* sums, int sums_rows) {
   const Queue queue = queue_of(x);
-  const int count = backward.scheme.branch.count, channels = static_cast<int>(x.size(1));
-  WeightsCall call{backward, nullptr};
+  const int count = call.branch.count, channels = static_cast<int>(x.size(1));
   const int blocks = weight_gradients_blocks(type_of(x), shape_of(x), call, queue);
   const Tensor partial = new_vector(x, static_cast<int64_t>(blocks) * (9 * channels + 1) * channels, ScalarType::Float);
   call.partial = static_cast<float*>(partial.data_ptr());
   launched(weight_gradients(type_of(x), shape_of(x), call, queue));
-  FinishCall finish{count, channels, call.partial, backward.left.sums, blocks / count, sums_rows, {}};
+  FinishCall finish{count, channels, call.partial, sums, blocks / count, sums_rows, {}};
   const Tensors bars = new_gradients(parameters, units, finish);
   launched(finish_gradients(type_of(x), finish, queue));
   return bars;
 }
 
+// Memory of a backward's own: places of maps, and sums of the norms' gradients.
+struct Own {
+  Own(const Tensor& x, int slots, int units, int rows)
+      : maps(new_vector(x, slots * x.size(0) * static_cast<int64_t>(kept_bytes(shape_of(x))), ScalarType::Byte)),
+        sums(new_vector(x, static_cast<int64_t>(rows) * units * 2 * x.size(1), ScalarType::Float)) {}
+
+  char* at() const { return static_cast<char*>(maps.data_ptr()); }
+  float* numbers() const { return static_cast<float*>(sums.data_ptr()); }
+
+  Tensor maps, sums;
+};
+
+using Gradients = std::tuple<Tensor, Tensors>;
+
 // The gradients of x and, if they are wanted, of the parameters.
-inline std::tuple<Tensor, Tensors> scheme_backward(const Tensor& x, const Tensor& cotangent, const Tensors& kept_pieces,
-                                                   const Tensors& parameters, const Integers& units,
-                                                   const Numbers& numbers, const Tensor& table, bool gradients) {
+inline Gradients scheme_backward(const Tensor& x, const Tensor& cotangent, const Tensors& kept_pieces,
+                                 const Tensors& parameters, const Integers& units, const Numbers& numbers,
+                                 const Tensor& table, bool gradients) {
   Tensors pieces = kept_pieces;
   if (pieces.empty()) pieces = std::get<2>(scheme_forward(x, parameters, units, numbers, table, true));
   const Kept kept(pieces);
   const Tensor bar = new_map_like(x);
   const Queue queue = queue_of(x);
-  BackwardCall call{scheme_call(cotangent, bar, parameters, units, numbers), {}};
-  SchemePlaces places(call.scheme, table, true);
+  BackwardCall call{scheme_call(cotangent, bar, parameters, units, numbers), {}, nullptr};
+  SchemeCall& scheme = call.scheme;
+  SchemePlaces places(scheme, table, true);
   places.turn();
-  call.scheme.room = kept.place(x.size(0));
-  call.scheme.branch.statistics = static_cast<float*>(kept.statistics.data_ptr());
-  const int count = call.scheme.branch.count;
+  scheme.branch.statistics = kept.numbers();
+  const int count = scheme.branch.count;
   int slots = 0;
-  for (int k = 0; gradients && k < call.scheme.stages; ++k)
-    for (int u = 0; u < count; ++u) call.left.cotangent[k][u] = places.used(k) ? slots++ : -1;
+  WeightsCall weights{scheme.samples, 0, scheme.branch, {}, nullptr, {}};
+  for (int k = 0; k < scheme.stages; ++k) {
+    const bool used = gradients && places.used(k);
+    for (int u = 0; u < count; ++u) call.cotangent[k][u] = used ? places.slots + slots++ : -1;
+    if (used) add_product(weights, k, scheme.input[k], call.cotangent[k], 1);
+  }
+  scheme.room = kept.room_of(x.size(0), places.slots);
   const int rows = gradients ? scheme_backward_blocks(type_of(x), shape_of(x), call, queue) : 0;
-  const Tensor left =
-      new_vector(x, slots * x.size(0) * static_cast<int64_t>(kept_bytes(shape_of(x))), ScalarType::Byte);
-  const Tensor sums = new_vector(x, static_cast<int64_t>(rows) * count * 2 * x.size(1), ScalarType::Float);
-  call.left.room = {static_cast<char*>(left.data_ptr()), x.size(0)};
-  call.left.sums = gradients ? static_cast<float*>(sums.data_ptr()) : nullptr;
+  const Own own(x, slots, count, rows);
+  scheme.room.own = own.at(), weights.room = scheme.room;
+  call.sums = gradients ? own.numbers() : nullptr;
   launched(cuda::scheme_backward(type_of(x), shape_of(x), call, queue));
-  return {bar, gradients ? parameter_gradients(x, call, parameters, units, rows) : Tensors{}};
+  return {bar, gradients ? parameter_gradients(x, weights, parameters, units, call.sums, rows) : Tensors{}};
 }
 
-inline Tensor descent_forward(const Tensor& x, const Tensors& parameters, const Integers& units, const Numbers& numbers,
-                              int64_t steps, double step_size, double theta) {
-  const Tensor y = new_map_like(x);
+// ---- IE-Skip
+
+// The places of a forward, with `keep` those that a backward reads, and of that backward.
+inline void place_descent(DescentCall& call, bool keep) {
+  const int count = call.branch.count;
+  int next = 0;
+  const auto take = [&](bool wanted) { return wanted ? next++ : -1; };
+  for (int u = 0; u < kMostUnits; ++u) call.at_x.input[u] = take(u < count && (u == 0 || keep));
+  call.skip = take(call.theta != 1 && call.steps > 0);
+  const int first = next;
+  for (int u = 0; u < kMostUnits; ++u) {
+    call.at_point.input[u] = take(u < count);
+    call.at_point.cotangent[u] = take(u < count && (keep || u + 1 == count));
+    call.at_point.back[u] = take(u < count && keep);
+  }
+  call.stride = keep ? next - first : 0;
+  call.room.split = keep ? first + call.steps * call.stride : next;
+}
+
+// Returns how many places a backward has of its own.
+inline int place_backward(DescentCall& call, bool gradients) {
+  const int count = call.branch.count;
+  int next = call.room.split;
+  const auto take = [&](bool wanted) { return wanted ? next++ : -1; };
+  call.bar = next++, call.e_bars = next++;
+  for (int u = 0; u < kMostUnits; ++u) call.at_x.cotangent[u] = take(u < count && gradients);
+  const int first = next;
+  for (int u = 0; u < kMostUnits; ++u) call.tangent[u] = take(u < count), call.value[u] = take(u < count);
+  call.stride_back = gradients ? next - first : 0;
+  return first + (gradients ? call.steps : 1) * (next - first) - call.room.split;
+}
+
+inline DescentCall descent_call(const Tensor& x, const Tensor& result, const Tensors& parameters, const Integers& units,
+                                const Numbers& numbers, int64_t steps, double step_size, double theta) {
   DescentCall call{};
   call.samples = static_cast<int>(x.size(0)), call.steps = static_cast<int>(steps);
   call.step_size = static_cast<float>(step_size), call.theta = static_cast<float>(theta);
   call.branch = branch_of(parameters, units, numbers);
-  call.x = map_of(x), call.result = map_of(y);
-  int slots = 0;
-  call.start = slots++, call.skip = slots++, call.residual = slots++, call.point = slots++;
-  for (int u = 0; u < kMostUnits; ++u) call.input[u] = u < call.branch.count ? slots++ : -1;
-  const Kept kept(x, slots, 1, call.branch.count);
-  call.room = kept.place(x.size(0));
-  call.branch.statistics = static_cast<float*>(kept.statistics.data_ptr());
+  call.x = map_of(x), call.result = map_of(result);
+  return call;
+}
+
+inline std::tuple<Tensor, Tensors> descent_forward(const Tensor& x, const Tensors& parameters, const Integers& units,
+                                                   const Numbers& numbers, int64_t steps, double step_size,
+                                                   double theta, bool keep) {
+  const Tensor y = new_map_like(x);
+  DescentCall call = descent_call(x, y, parameters, units, numbers, steps, step_size, theta);
+  place_descent(call, keep);
+  // Behind the evaluations there is room for the tangents' means of a backward.
+  const Kept kept(x, call.room.split, (keep ? 2 : 1) * call.steps + 1, call.branch.count);
+  call.room = kept.room_of(x.size(0), call.room.split);
+  call.branch.statistics = kept.numbers();
   launched(cuda::descent_forward(type_of(x), shape_of(x), call, queue_of(x)));
-  return y;
+  return {y, keep ? kept.pieces() : Tensors{}};
+}
+
+inline void shift(int (&places)[kMostUnits], int by) {
+  for (int& place : places) place = place < 0 ? place : place + by;
+}
+
+// Of f(x), and of each step the value's stream and the tangent's, which counts −2η times −θ.
+inline WeightsCall descent_products(const DescentCall& call) {
+  WeightsCall weights{call.samples, 0, call.branch, call.room, nullptr, {}};
+  add_product(weights, 0, call.at_x.input, call.at_x.cotangent, 1);
+  for (int k = 1; k <= call.steps; ++k) {
+    Trace trace = call.at_point;
+    int tangent[kMostUnits], value[kMostUnits];
+    for (int u = 0; u < kMostUnits; ++u) tangent[u] = call.tangent[u], value[u] = call.value[u];
+    const int by = (k - 1) * call.stride, back_by = (k - 1) * call.stride_back;
+    shift(trace.input, by), shift(trace.cotangent, by), shift(tangent, back_by), shift(value, back_by);
+    add_product(weights, k, trace.input, value, -call.theta);
+    add_product(weights, k, trace.input, trace.cotangent, 2 * call.step_size * call.theta, tangent, call.steps + k);
+  }
+  return weights;
+}
+
+inline Gradients descent_backward(const Tensor& x, const Tensor& cotangent, const Tensors& kept_pieces,
+                                  const Tensors& parameters, const Integers& units, const Numbers& numbers,
+                                  int64_t steps, double step_size, double theta, bool gradients) {
+  Tensors pieces = kept_pieces;
+  if (pieces.empty())
+    pieces = std::get<1>(descent_forward(x, parameters, units, numbers, steps, step_size, theta, true));
+  const Kept kept(pieces);
+  const Tensor bar = new_map_like(x);
+  const Queue queue = queue_of(x);
+  DescentCall call = descent_call(cotangent, bar, parameters, units, numbers, steps, step_size, theta);
+  place_descent(call, true);
+  const int slots = place_backward(call, gradients);
+  call.branch.statistics = kept.numbers();
+  const int rows = gradients ? descent_backward_blocks(type_of(x), shape_of(x), call, queue) : 0;
+  const Own own(x, slots, call.branch.count, rows);
+  call.room = kept.room_of(x.size(0), call.room.split);
+  call.room.own = own.at();
+  call.sums = gradients ? own.numbers() : nullptr;
+  launched(cuda::descent_backward(type_of(x), shape_of(x), call, queue));
+  if (!gradients) return {bar, {}};
+  WeightsCall weights = descent_products(call);
+  return {bar, parameter_gradients(x, weights, parameters, units, call.sums, rows)};
 }
 
 // ---- the operators
@@ -183,9 +293,17 @@ inline Backward rk_backward(const Tensor& x, const Tensor& cotangent, const Tens
 }
 
 inline Forward ie_forward(const Tensor& x, const Tensors& parameters, const Integers& units, const Numbers& numbers,
-                          int64_t steps, double step_size, double theta, bool, bool) {
-  return {
-      descent_forward(x, parameters, units, numbers, steps, step_size, theta), new_vector(x, 0, ScalarType::Float), {}};
+                          int64_t steps, double step_size, double theta, bool keep, bool) {
+  auto [y, kept] = descent_forward(x, parameters, units, numbers, steps, step_size, theta, keep);
+  return {y, new_vector(x, 0, ScalarType::Float), kept};
+}
+
+inline Gradients ie_backward(const Tensor& x, const Tensor& cotangent, const Tensors& kept, const Tensors& parameters,
+                             const Integers& units, const Numbers& numbers, int64_t steps, double step_size,
+                             double theta, bool detach, bool gradients, bool) {
+  // With a detached descent the derivative is the residual block's, which x alone gives.
+  return descent_backward(x, cotangent, detach ? Tensors{} : kept, parameters, units, numbers, detach ? 0 : steps,
+                          step_size, theta, gradients);
 }
 
 template <class Library>
@@ -193,6 +311,7 @@ void implement(Library& m) {
   m.impl("resident_rk_forward", TORCH_BOX(&rk_forward));
   m.impl("resident_rk_backward", TORCH_BOX(&rk_backward));
   m.impl("resident_ie_forward", TORCH_BOX(&ie_forward));
+  m.impl("resident_ie_backward", TORCH_BOX(&ie_backward));
 }
 
 }  // namespace fastode::cuda

@@ -36,9 +36,12 @@ struct Branch {
   float* statistics;
 };
 
-// A place for a map of each sample in the order of threads, by number; -1: none.
+// Places for a map of each sample in the order of threads, by number: the first `split` are what a forward keeps for
+// its backward, those behind are a backward's own. -1: none.
 struct Room {
-  char* data;
+  char* kept;
+  char* own;
+  int split;
   int64_t samples;
 };
 
@@ -56,22 +59,31 @@ struct SchemeCall {
   int bar[kMostStages + 1];            // where the cotangent of u_k lies
 };
 
-// What the parameters' gradients are made of, beside what the forward kept.
-struct Left {
-  Room room;                               // of the cotangents of the convolutions
-  int cotangent[kMostStages][kMostUnits];  // where they lie; -1 of a stage that is not evaluated
-  float* sums;                             // of the norms, [block][unit][bias, weight][channels]; null: none is wanted
-};
-
+// What a backward leaves for the parameters' gradients, beside the places of cotangents.
 struct BackwardCall {
   SchemeCall scheme;
-  Left left;
+  int cotangent[kMostStages][kMostUnits];  // of the units' convolutions at each stage; -1: not evaluated
+  float* sums;  // of the norms, [block][unit][bias, weight][channels]; null: the parameters' gradients are not wanted
 };
 
-// The gradients of the convolutions' parameters, from what a backward left.
+// One product of a convolution's input with the cotangent of its result, for each unit. The input is that of an
+// evaluation or, along a tangent, its derivative.
+struct Product {
+  int evaluation, tangent_evaluation;
+  int input[kMostUnits], tangent[kMostUnits], cotangent[kMostUnits];
+  float factor;
+};
+
+inline constexpr int kMostProducts = 16;
+static_assert(kMostProducts >= kMostStages && kMostProducts >= 2 * kMostSteps + 1);
+
+// The gradients of the convolutions' parameters.
 struct WeightsCall {
-  BackwardCall backward;
+  int samples, count;  // of products
+  Branch branch;
+  Room room;
   float* partial;  // [block / units][unit][9 · channels² as (tap, in, out), then channels of the bias]
+  Product product[kMostProducts];
 };
 
 // A unit's gradients: contiguous, of the maps' dtype; null where the parameter is absent.
@@ -86,14 +98,28 @@ struct FinishCall {
   UnitGradients unit[kMostUnits];
 };
 
+// What an evaluation of the branch and its pull-back keep, by place.
+struct Trace {
+  int input[kMostUnits];
+  int cotangent[kMostUnits];  // of each unit's convolution
+  int back[kMostUnits];       // that through the convolution, of the activation
+};
+
 struct DescentCall {
   int samples, steps;
   float step_size, theta;
-  Branch branch;
-  Map x, result;
+  Branch branch;  // evaluations: at x, then at y_0 …; behind them the tangents' statistics of each step
+  Map x, result;  // backward: the cotangent, and that of x
   Room room;
-  int start, skip, point, residual;  // where x, f(x), y and the residual lie
-  int input[kMostUnits];             // where the inputs of the units lie
+  int start, skip;       // where x and f(x) lie
+  Trace at_x, at_point;  // of the first step; those of the next lie `stride` places further each
+  int stride;
+  // Backward: where ȳ, ē, Σ ē, the tangents along ȳ and the cotangents of the value's stream lie, those of each step
+  // `stride_back` places further.
+  int bar, e_bar, e_bars;
+  int tangent[kMostUnits], value[kMostUnits];
+  int stride_back;
+  float* sums;
 };
 
 enum class Type { kBFloat16, kFloat16 };
@@ -112,9 +138,11 @@ const char* scheme_backward(Type type, Shape shape, const BackwardCall& call, co
 const char* weight_gradients(Type type, Shape shape, const WeightsCall& call, const Queue& queue);
 const char* finish_gradients(Type type, const FinishCall& call, const Queue& queue);
 const char* descent_forward(Type type, Shape shape, const DescentCall& call, const Queue& queue);
+const char* descent_backward(Type type, Shape shape, const DescentCall& call, const Queue& queue);
 
 // How many blocks a launch of these programs will have.
 int scheme_backward_blocks(Type type, Shape shape, const BackwardCall& call, const Queue& queue);
+int descent_backward_blocks(Type type, Shape shape, const DescentCall& call, const Queue& queue);
 int weight_gradients_blocks(Type type, Shape shape, const WeightsCall& call, const Queue& queue);
 
 }  // namespace fastode::cuda

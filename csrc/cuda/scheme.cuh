@@ -45,7 +45,7 @@ struct SchemeForward {
     for (int i = k; i < call.stages; ++i) uses = uses || beta(call, i, k) != 0;
     if (uses) {
       typename Tile::State work = point;
-      branch.value(work, sum, n, k, call.room, call.input[k]);
+      branch.value(work, sum, n, k, call.room, {call.input[k]});
       if (call.image[k] >= 0) {
         Tile::round(work, sum);
         Tile::keep(work, Branch<Tile>::place(call.room, call.image[k], n));
@@ -72,7 +72,6 @@ struct SchemeBackward {
   static FASTODE_DEVICE void run(const cuda::BackwardCall& backward) {
     const cuda::SchemeCall& call = backward.scheme;
     Branch<Tile> branch(call.branch, call.samples);
-    block_barrier();
     for (int n = block(); n < call.samples; n += blocks()) {
       typename Tile::State bar;
       Tile::load(bar, map_of<Tile>(call.x), n);
@@ -82,8 +81,7 @@ struct SchemeBackward {
       }
       Tile::store(bar, map_of<Tile>(call.result), n);
     }
-    const cuda::Left& left = backward.left;
-    if (left.sums) branch.store_sums(left.sums + block() * call.branch.count * 2 * Tile::kChannels);
+    if (backward.sums) branch.store_sums(backward.sums + block() * call.branch.count * 2 * Tile::kChannels);
   }
 
  private:
@@ -99,8 +97,9 @@ struct SchemeBackward {
       through = true;
       add_bar(sum, beta(call, i, k), call, n, k, i, bar);
     }
-    const Left left{backward.left.room, backward.left.sums ? backward.left.cotangent[k] : nullptr};
-    if (through) branch.pull(sum, n, k, call.room, call.input[k], left);
+    const bool sums = backward.sums != nullptr;
+    const Left left{{sums ? backward.cotangent[k] : nullptr}, {}, sums};
+    if (through) branch.pull(sum, n, k, call.room, {call.input[k]}, left);
     for (int i = k; i < call.stages; ++i)
       if (alpha(call, i, k) != 0) add_bar(sum, alpha(call, i, k), call, n, k, i, bar);
     Tile::round(bar, sum);

@@ -15,7 +15,7 @@ void with_tile(cuda::Shape shape, const F& f) {
 #define FASTODE_TILE(channels_, side_, warps, units)                                           \
   static_assert(Memory<Tile<T, channels_, side_, warps>>::bytes(units, units) <= kMostShared); \
   if (shape.channels == channels_ && shape.side == side_) f.template operator()<Tile<T, channels_, side_, warps>>();
-  FASTODE_TILES(FASTODE_TILE)
+  FASTODE_CUDA_TILES(FASTODE_TILE)
 #undef FASTODE_TILE
 }
 

@@ -32,6 +32,10 @@ struct alignas(16) Words {
   uint32_t word[4];
 };
 
+struct alignas(8) Half {
+  uint32_t word[2];
+};
+
 // T: BFloat16 or Float16. C: channels. W: pixels of a side. Warps: of a block.
 template <class T, int C, int W, int Warps>
 struct Tile {
@@ -78,11 +82,11 @@ struct Tile {
 
   static FASTODE_DEVICE void load(State& state, const MapArguments& map, int64_t sample) {
     const uint16_t* data = static_cast<const uint16_t*>(map.data);
-    FASTODE_UNROLL
+    FASTODE_UNROLLED
     for (int tile = 0; tile < kTiles; ++tile) {
-      FASTODE_UNROLL
+      FASTODE_UNROLLED
       for (int eight = 0; eight < 2; ++eight) {
-        FASTODE_UNROLL
+        FASTODE_UNROLLED
         for (int half = 0; half < 2; ++half) {
           const uint16_t* at = data + offset(map, sample, tile, eight, half);
           // Every stride of such a map is even, and so is its beginning (`Supported` in programs.h).
@@ -95,11 +99,11 @@ struct Tile {
 
   static FASTODE_DEVICE void store(const State& state, const MapArguments& map, int64_t sample) {
     uint16_t* data = static_cast<uint16_t*>(map.data);
-    FASTODE_UNROLL
+    FASTODE_UNROLLED
     for (int tile = 0; tile < kTiles; ++tile) {
-      FASTODE_UNROLL
+      FASTODE_UNROLLED
       for (int eight = 0; eight < 2; ++eight) {
-        FASTODE_UNROLL
+        FASTODE_UNROLLED
         for (int half = 0; half < 2; ++half) {
           uint16_t* at = data + offset(map, sample, tile, eight, half);
           const uint32_t word = state.word[tile][eight][half];
@@ -116,7 +120,7 @@ struct Tile {
 
   // Maps that only these programs read lie in the order of threads: kKeptBytes of a sample at `place`.
   static FASTODE_DEVICE void keep(const State& state, char* place) {
-    FASTODE_UNROLL
+    FASTODE_UNROLLED
     for (int tile = 0; tile < kTiles; ++tile) {
       const auto& w = state.word[tile];
       reinterpret_cast<Words*>(place)[tile * kThreads + thread()] = {{w[0][0], w[0][1], w[1][0], w[1][1]}};
@@ -127,37 +131,43 @@ struct Tile {
     return reinterpret_cast<const Words*>(place)[tile * kThreads + thread()];
   }
 
+  // Of that, the words of eight channels: of the upper and of the lower eight pixels.
+  static FASTODE_DEVICE void kept_words(uint32_t (&words)[2], const char* place, int tile, int eight) {
+    const Half found = reinterpret_cast<const Half*>(place)[(tile * kThreads + thread()) * 2 + eight];
+    words[0] = found.word[0], words[1] = found.word[1];
+  }
+
   static FASTODE_DEVICE void recall(State& state, const char* place) {
-    FASTODE_UNROLL
+    FASTODE_UNROLLED
     for (int tile = 0; tile < kTiles; ++tile) {
       const Words found = kept_tile(place, tile);
-      FASTODE_UNROLL
+      FASTODE_UNROLLED
       for (int i = 0; i < 4; ++i) state.word[tile][i / 2][i % 2] = found.word[i];
     }
   }
 
   static FASTODE_DEVICE void clear(Sum& sum) {
-    FASTODE_UNROLL
+    FASTODE_UNROLLED
     for (int tile = 0; tile < kTiles; ++tile) {
-      FASTODE_UNROLL
+      FASTODE_UNROLLED
       for (int i = 0; i < 8; ++i) sum.value[tile][i / 4][i % 4] = 0;
     }
   }
 
   // Adds factor times a kept map.
   static FASTODE_DEVICE void add_kept(Sum& sum, float factor, const char* place) {
-    FASTODE_UNROLL
+    FASTODE_UNROLLED
     for (int tile = 0; tile < kTiles; ++tile) {
       const Words found = kept_tile(place, tile);
-      FASTODE_UNROLL
+      FASTODE_UNROLLED
       for (int i = 0; i < 4; ++i) add_word(sum, factor, found.word[i], tile, i / 2, i % 2);
     }
   }
 
   static FASTODE_DEVICE void add(Sum& sum, float factor, const State& state) {
-    FASTODE_UNROLL
+    FASTODE_UNROLLED
     for (int tile = 0; tile < kTiles; ++tile) {
-      FASTODE_UNROLL
+      FASTODE_UNROLLED
       for (int i = 0; i < 4; ++i) add_word(sum, factor, state.word[tile][i / 2][i % 2], tile, i / 2, i % 2);
     }
   }
@@ -169,17 +179,17 @@ struct Tile {
   }
 
   static FASTODE_DEVICE void scale(Sum& sum, float factor) {
-    FASTODE_UNROLL
+    FASTODE_UNROLLED
     for (int tile = 0; tile < kTiles; ++tile) {
-      FASTODE_UNROLL
+      FASTODE_UNROLLED
       for (int i = 0; i < 8; ++i) sum.value[tile][i / 4][i % 4] *= factor;
     }
   }
 
   static FASTODE_DEVICE void round(State& state, const Sum& sum) {
-    FASTODE_UNROLL
+    FASTODE_UNROLLED
     for (int tile = 0; tile < kTiles; ++tile) {
-      FASTODE_UNROLL
+      FASTODE_UNROLLED
       for (int i = 0; i < 4; ++i) {
         const float* pair = &sum.value[tile][i / 2][i % 2 * 2];
         state.word[tile][i / 2][i % 2] = T::pack(pair[0], pair[1]);
@@ -196,9 +206,9 @@ struct Tile {
   }
 
   static FASTODE_DEVICE void put(char* map, const State& state) {
-    FASTODE_UNROLL
+    FASTODE_UNROLLED
     for (int tile = 0; tile < kTiles; ++tile) {
-      FASTODE_UNROLL
+      FASTODE_UNROLLED
       for (int i = 0; i < 4; ++i)
         *reinterpret_cast<uint32_t*>(word_in(map, tile, i / 2, i % 2)) = state.word[tile][i / 2][i % 2];
     }
@@ -206,9 +216,9 @@ struct Tile {
 
   // A map without a border: [C / 8][pixel][8 channels].
   static FASTODE_DEVICE void put_bare(char* map, const State& state) {
-    FASTODE_UNROLL
+    FASTODE_UNROLLED
     for (int tile = 0; tile < kTiles; ++tile) {
-      FASTODE_UNROLL
+      FASTODE_UNROLLED
       for (int i = 0; i < 4; ++i) {
         const int pixel = row(tile, i % 2) * W + column(tile, i % 2);
         char* at = map + ((first_channel() / 8 + i / 2) * W * W + pixel) * 16 + lane() % 4 * 4;
@@ -231,7 +241,7 @@ struct Tile {
     for (int i = thread(); i < C * C; i += kThreads) {
       const int out = i / C, in = i % C;
       const uint16_t* from = weight + out * strides[0] + in * strides[1];
-      FASTODE_UNROLL
+      FASTODE_UNROLLED
       for (int tap = 0; tap < 9; ++tap)
         target[((tap * (C / 8) + in / 8) * C + out) * 8 + in % 8] = from[tap / 3 * strides[2] + tap % 3 * strides[3]];
     }
@@ -276,17 +286,17 @@ struct Tile {
       FASTODE_ROLLED
       for (int dx = -1; dx <= 1; ++dx) {
         uint32_t factor[3][2][2];
-        FASTODE_UNROLL
+        FASTODE_UNROLLED
         for (int dy = -1; dy <= 1; ++dy)
           load_weight<kTransposed>(factor[dy + 1][0], factor[dy + 1][1], weight, step, dy, dx);
         const char* const plane = mine + (step * 2 * kPixels + top * (W + 2) + 1 + dx) * 16;
-        FASTODE_UNROLL
+        FASTODE_UNROLLED
         for (int side = 0; side < kHalves; ++side) {
-          FASTODE_UNROLL
+          FASTODE_UNROLLED
           for (int r = 0; r < kRows + 2; ++r) {  // of the map with its border
             uint32_t a[4];
             ldmatrix_x4(a, plane + (r * (W + 2) + side * 16) * 16);
-            FASTODE_UNROLL
+            FASTODE_UNROLLED
             for (int dy = 0; dy < 3; ++dy) {
               const int out = r - dy;
               if (out >= 0 && out < kRows) {
@@ -310,14 +320,14 @@ struct Tile {
       FASTODE_ROLLED
       for (int dx = -1; dx <= 1; ++dx) {
         uint32_t rows[kTiles + 1][4];  // two rows each: their lower channels, their upper channels
-        FASTODE_UNROLL
+        FASTODE_UNROLLED
         for (int pair = 0; pair <= kTiles; ++pair)
           ldmatrix_x4(rows[pair], mine + (step * 2 * kPixels + (top + 2 * pair) * (W + 2) + 1 + dx) * 16);
-        FASTODE_UNROLL
+        FASTODE_UNROLLED
         for (int dy = 0; dy < 3; ++dy) {
           uint32_t low[2], high[2];
           load_weight<kTransposed>(low, high, weight, step, dy - 1, dx);
-          FASTODE_UNROLL
+          FASTODE_UNROLLED
           for (int tile = 0; tile < kTiles; ++tile) {
             // Rows 2 tile + dy and the next, of the map with its border.
             const uint32_t (&p)[4] = rows[tile + dy / 2];

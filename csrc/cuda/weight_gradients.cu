@@ -9,7 +9,7 @@ namespace {
 template <class Tile>
 device::Launch plan_of(const WeightsCall& call, const Queue& queue) {
   using Program = device::WeightGradients<Tile>;
-  const int units = call.backward.scheme.branch.count;
+  const int units = call.branch.count;
   device::Launch how = device::plan<Program, WeightsCall>(Program::most_items(call), Program::bytes(units), queue);
   how.blocks = std::max(1, how.blocks / units) * units;
   return how;

@@ -2,7 +2,7 @@
 // on the tensor cores, a block's share of samples and stages at a time, and the sum of all blocks' shares.
 #pragma once
 
-#include "branch.cuh"
+#include "second.cuh"
 
 namespace fastode::device {
 
@@ -27,9 +27,9 @@ struct Products {
   static FASTODE_DEVICE int first_out() { return Tile::warp() / kParts * kEach % kSide * 16; }
 
   FASTODE_DEVICE void clear() {
-    FASTODE_UNROLL
+    FASTODE_UNROLLED
     for (int tap = 0; tap < 9; ++tap) {
-      FASTODE_UNROLL
+      FASTODE_UNROLLED
       for (int i = 0; i < kEach * 8; ++i) value[tap][i / 8][i / 4 % 2][i % 4] = 0;
     }
   }
@@ -42,22 +42,22 @@ struct Products {
       // The 16 pixels of a step are two matrices of eight, beside or above each other.
       const int row = W == 8 ? 2 * step : step / Tile::kHalves, column = step % Tile::kHalves * 16;
       uint32_t right[kEach][2][2];
-      FASTODE_UNROLL
+      FASTODE_UNROLLED
       for (int each = 0; each < kEach; ++each) {
         const int eight = first_out() / 8 + 2 * each + matrix / 2, pixel = step * 16 + matrix % 2 * 8 + in_matrix;
         uint32_t found[4];
         ldmatrix_x4_transposed(found, bare + (eight * W * W + pixel) * 16);
-        FASTODE_UNROLL
+        FASTODE_UNROLLED
         for (int i = 0; i < 4; ++i) right[each][i / 2][i % 2] = found[i];
       }
       const int half = matrix / 2 * (W == 8 ? W + 2 : 8);
       const char* at =
           map + ((first_in() / 8 + matrix % 2) * Tile::kPixels + row * (W + 2) + column + half + in_matrix) * 16;
-      FASTODE_UNROLL
+      FASTODE_UNROLLED
       for (int tap = 0; tap < 9; ++tap) {
         uint32_t left[4];
         ldmatrix_x4_transposed(left, at + (tap / 3 * (W + 2) + tap % 3) * 16);
-        FASTODE_UNROLL
+        FASTODE_UNROLLED
         for (int i = 0; i < kEach * 2; ++i) T::mma(value[tap][i / 2][i % 2], left, right[i / 2][i % 2]);
       }
     }
@@ -65,9 +65,9 @@ struct Products {
 
   // Adds the warp's products to, or puts them at, [tap][in][out].
   FASTODE_DEVICE void store(float* to, bool add) const {
-    FASTODE_UNROLL
+    FASTODE_UNROLLED
     for (int tap = 0; tap < 9; ++tap) {
-      FASTODE_UNROLL
+      FASTODE_UNROLLED
       for (int i = 0; i < kEach * 8; ++i) {
         const int in = first_in() + lane() / 4 + i / 2 % 2 * 8;
         const int out = first_out() + i / 8 * 16 + i / 4 % 2 * 8 + lane() % 4 * 2 + i % 2;
@@ -89,29 +89,23 @@ struct WeightGradients {
   static constexpr size_t bytes(int units) {
     return Memory<Tile>::bytes(units, 0) + Tile::kKeptBytes + kSums * sizeof(float);
   }
-  static int most_items(const cuda::WeightsCall& call) {
-    const cuda::SchemeCall& scheme = call.backward.scheme;
-    return scheme.samples * scheme.stages * scheme.branch.count;
-  }
+  static int most_items(const cuda::WeightsCall& call) { return call.samples * call.count * call.branch.count; }
 
   static FASTODE_DEVICE void run(const cuda::WeightsCall& call) {
-    const cuda::SchemeCall& scheme = call.backward.scheme;
-    const cuda::Left& left = call.backward.left;
-    const int units = scheme.branch.count, u = block() % units;
-    Branch<Tile> branch(scheme.branch, scheme.samples, false);
+    const int units = call.branch.count, u = block() % units;
+    Second<Tile> branch(call.branch, call.samples, false);
     char* const bare = branch.memory().end;
     Products<Tile> products;
     products.clear();
     float bias[4] = {0, 0, 0, 0};
-    for (int item = block() / units; item < scheme.samples * scheme.stages; item += blocks() / units) {
-      const int k = item / scheme.samples, n = item % scheme.samples;
-      if (left.cotangent[k][u] < 0) continue;
+    for (int item = block() / units; item < call.samples * call.count; item += blocks() / units) {
+      const cuda::Product& product = call.product[item / call.samples];
+      const int n = item % call.samples;
       typename Tile::State state;
-      block_barrier();
-      branch.revisit(state, u, n, k, Branch<Tile>::place(scheme.room, scheme.input[k][u], n));
-      Tile::recall(state, Branch<Tile>::place(left.room, left.cotangent[k][u], n));
+      put_input(branch, call, product, u, n, state);
+      cotangent(state, product.factor, Branch<Tile>::place(call.room, product.cotangent[u], n));
       Tile::put_bare(bare, state);
-      add_pixels(bias, state);
+      if (product.tangent[u] < 0) add_pixels(bias, state);  // a tangent has no bias
       block_barrier();
       products.add(branch.memory().map, bare);
     }
@@ -119,12 +113,28 @@ struct WeightGradients {
   }
 
  private:
+  static FASTODE_DEVICE void put_input(Second<Tile>& branch, const cuda::WeightsCall& call,
+                                       const cuda::Product& product, int u, int n, typename Tile::State& state) {
+    const char* const input = Branch<Tile>::place(call.room, product.input[u], n);
+    if (product.tangent[u] < 0) return branch.revisit(state, u, n, product.evaluation, input);
+    branch.revisit_tangent(state, u, n, product.evaluation, product.tangent_evaluation, input,
+                           Branch<Tile>::place(call.room, product.tangent[u], n));
+  }
+
+  static FASTODE_DEVICE void cotangent(typename Tile::State& state, float factor, const char* place) {
+    if (factor == 1) return Tile::recall(state, place);
+    typename Tile::Sum sum;
+    Tile::clear(sum);
+    Tile::add_kept(sum, factor, place);
+    Tile::round(state, sum);
+  }
+
   static constexpr int kSums = kShares ? Products<Tile>::kEntries : 0;
 
   static FASTODE_DEVICE void add_pixels(float (&bias)[4], const typename Tile::State& state) {
-    FASTODE_UNROLL
+    FASTODE_UNROLLED
     for (int tile = 0; tile < Tile::kTiles; ++tile) {
-      FASTODE_UNROLL
+      FASTODE_UNROLLED
       for (int i = 0; i < 4; ++i) {
         const Pair pair = Tile::Type::unpack(state.word[tile][i / 2][i % 2]);
         bias[i / 2 * 2] += pair.low, bias[i / 2 * 2 + 1] += pair.high;
@@ -134,9 +144,9 @@ struct WeightGradients {
 
   static FASTODE_DEVICE void store(float* to, const Products<Tile>& products, float (&bias)[4],
                                    const Memory<Tile>& memory) {
-    FASTODE_UNROLL
+    FASTODE_UNROLLED
     for (int j = 0; j < 4; ++j) {
-      FASTODE_UNROLL
+      FASTODE_UNROLLED
       for (int mask = 4; mask < 32; mask *= 2) bias[j] += shuffle_xor(bias[j], mask);
       if (lane() < 4) memory.partial[Tile::warp() / Tile::kAcross * C + Tile::channel(j / 2) + j % 2] = bias[j];
     }

@@ -35,11 +35,19 @@ class Step(Protocol):
     Attributes:
         family: of blocks, as a `Call` has it.
         variant: what else the time of its calls depends on, in words.
+        stages: as a `Call` has it.
+        learned: whether coefficients are learned.
         traceable: whether torch.compile may trace the reference.
     """
 
     @property
     def family(self) -> str: ...
+
+    @property
+    def stages(self) -> int: ...
+
+    @property
+    def learned(self) -> bool: ...
 
     @property
     def variant(self) -> str: ...
@@ -60,9 +68,12 @@ class DescentStep:
     descent: Descent
     variant: str
     family: str = "ie"
-    stages: int = 1
     learned: bool = False
     traceable: bool = False  # the reference calls autograd inside its forward
+
+    @property
+    def stages(self) -> int:
+        return self.descent.steps
 
     def apply(
         self, engine: Engine, plan: Plan, rerun: Rerun | None, x: Tensor, tensors: MaybeTensors, table: Table | None
@@ -157,9 +168,7 @@ def _call(step: Step, reading: Reading, inputs: tuple[Tensor, ...]) -> Call:
         return Call(step.family, step.variant, None, (), inputs, reading.reason)
     tracked = tuple([norm is not None for norm in reading.norms])
     plan = Plan(reading.units, tracked, autocast_dtype(inputs[0]) if inputs else None)
-    return Call(
-        step.family, step.variant, plan, reading.tensors, inputs, stages=step.stages, learned=step.learned
-    )
+    return Call(step.family, step.variant, plan, reading.tensors, inputs, stages=step.stages, learned=step.learned)
 
 
 def run(

@@ -5,6 +5,8 @@ Without them Triton's operators run. The order is as in operators.py: built ahea
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import warnings
 from pathlib import Path
 
@@ -134,12 +136,20 @@ def _here() -> Recipe:
 
 def _check_driver(found: nvcc.Nvcc) -> None:
     """A CUDA runtime asks for a driver of its own major release: refused before minutes of compiling."""
-    if torch.cuda.is_available():
-        driver = torch._C._cuda_getDriverVersion() // 1000  # type: ignore[attr-defined]  # in builds for CUDA
-        if driver < found.release[0]:
-            raise nvcc.NothingToBuildWith(
-                f"{found} needs a driver of CUDA {found.release[0]}, and this one is of CUDA {driver}"
-            )
+    release = _driver_release()
+    if release is not None and release < found.release[0]:
+        raise nvcc.NothingToBuildWith(
+            f"{found} needs a driver of CUDA {found.release[0]}, and this one is of CUDA {release}"
+        )
+
+
+def _driver_release() -> int | None:
+    """The major release of CUDA that this machine's driver is of; None where it cannot be asked."""
+    version = ctypes.c_int(0)
+    with contextlib.suppress(OSError, AttributeError):
+        if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version)) == 0:
+            return version.value // 1000
+    return None
 
 
 def available() -> tuple[bool, str]:

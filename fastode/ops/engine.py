@@ -34,7 +34,7 @@ class Call:
         tensors: of the branch (six for each unit), or of the pair (the weight, then four for each norm).
         inputs: what the block is called with; none where it is asked about on any input.
         fault: why no engine but plain PyTorch can run the block, in a sentence; empty if nothing is known.
-        stages: of an explicit scheme.
+        stages: of an explicit scheme, or the steps of an IE-Skip.
         learned: whether a scheme's coefficients are learned.
     """
 

@@ -1,77 +1,63 @@
 #include "collectives.h"
 
+#include <algorithm>
+
 namespace fastode::device::simt {
 
 namespace {
 
 using Row = float __attribute__((vector_size(32)));  // the eight columns of C
 
+// How a word of a fragment is read: `per_word` numbers, which lie `stride` apart in the matrix.
 struct Bf16 {
-  static constexpr int k = 16;
-  static Pair read(uint32_t word) { return unpack_bf16(word); }
+  static constexpr int per_word = 2;
+  static void put(uint32_t word, float* at, int stride) {
+    const Pair two = unpack_bf16(word);
+    at[0] = two.low, at[stride] = two.high;
+  }
 };
 
 struct F16 {
-  static constexpr int k = 16;
-  static Pair read(uint32_t word) { return unpack_f16(word); }
+  static constexpr int per_word = 2;
+  static void put(uint32_t word, float* at, int stride) {
+    const Pair two = unpack_f16(word);
+    at[0] = two.low, at[stride] = two.high;
+  }
 };
 
-// The matrix unit reads 19 bits of a tf32 operand.
-float read_tf32(uint32_t word) { return from_bits(word & ~0x1fffu); }
+// A card reads 19 bits of a tf32 operand.
+struct Tf32 {
+  static constexpr int per_word = 1;
+  static void put(uint32_t word, float* at, int) { *at = from_bits(word & ~0x1fffu); }
+};
 
-void gather(float (&a)[16][16], float (&b)[16][8], void* const* operands, auto type) {
-  using T = decltype(type);
-  for (int lane = 0; lane < 32; ++lane) {
-    const Mma& own = *static_cast<const Mma*>(operands[lane]);
-    const int group = lane / 4, in_group = lane % 4;
-    for (int i = 0; i < 4; ++i) {
-      const Pair two = T::read(own.a[i]);
-      float* at = &a[group + i % 2 * 8][2 * in_group + i / 2 * 8];
-      at[0] = two.low, at[1] = two.high;
-    }
-    for (int i = 0; i < 2; ++i) {
-      const Pair two = T::read(own.b[i]);
-      b[2 * in_group + 8 * i][group] = two.low, b[2 * in_group + 8 * i + 1][group] = two.high;
-    }
-  }
-}
+const Mma& mma_of(void* const* operands, int lane) { return *static_cast<const Mma*>(operands[lane]); }
 
-void gather_tf32(float (&a)[16][16], float (&b)[16][8], void* const* operands) {
-  for (int lane = 0; lane < 32; ++lane) {
-    const Mma& own = *static_cast<const Mma*>(operands[lane]);
-    const int group = lane / 4, in_group = lane % 4;
-    for (int i = 0; i < 4; ++i) a[group + i % 2 * 8][in_group + i / 2 * 4] = read_tf32(own.a[i]);
-    for (int i = 0; i < 2; ++i) b[in_group + 4 * i][group] = read_tf32(own.b[i]);
-  }
-}
-
-template <int k>
-void multiply(const float (&a)[16][16], const float (&b)[16][8], void* const* operands) {
-  alignas(32) float product[16][8];
-  Row columns[k];
-  for (int j = 0; j < k; ++j) std::memcpy(&columns[j], b[j], sizeof(Row));
-  for (int i = 0; i < 16; ++i) {
-    Row sum{};
-    for (int j = 0; j < k; ++j) sum += a[i][j] * columns[j];
-    std::memcpy(product[i], &sum, sizeof(Row));
-  }
-  for (int lane = 0; lane < 32; ++lane) {
-    const Mma& own = *static_cast<const Mma*>(operands[lane]);
-    for (int i = 0; i < 4; ++i) own.c[i] += product[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
-  }
-}
-
+// Lane 4 g + t holds of A the words t and t + 4 of rows g and g + 8, of B those of column g, of C the columns 2 t and
+// 2 t + 1 of rows g and g + 8.
 template <class T>
 void mma(void* const* operands) {
-  float a[16][16], b[16][8];
-  gather(a, b, operands, T{});
-  multiply<T::k>(a, b, operands);
-}
-
-void mma_tf32(void* const* operands) {
-  float a[16][16], b[16][8];
-  gather_tf32(a, b, operands);
-  multiply<8>(a, b, operands);
+  constexpr int k = 8 * T::per_word;
+  float a[16][k], b[k][8], product[16][8];
+  for (int lane = 0; lane < 32; ++lane)
+    for (int i = 0; i < 4; ++i)
+      T::put(mma_of(operands, lane).a[i], &a[lane / 4 + i % 2 * 8][T::per_word * (lane % 4 + i / 2 * 4)], 1);
+  for (int tile = 0; tile < mma_of(operands, 0).tiles; ++tile) {
+    for (int lane = 0; lane < 32; ++lane)
+      for (int i = 0; i < 2; ++i)
+        T::put(mma_of(operands, lane).b[2 * tile + i], &b[T::per_word * (lane % 4 + 4 * i)][lane / 4], 8);
+    Row rows[k];
+    std::memcpy(rows, b, sizeof(b));
+    for (int i = 0; i < 16; ++i) {
+      Row sum{};
+      for (int j = 0; j < k; ++j) sum += a[i][j] * rows[j];
+      std::memcpy(product[i], &sum, sizeof(Row));
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      float* c = mma_of(operands, lane).c + 4 * tile;
+      for (int i = 0; i < 4; ++i) c[i] += product[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
+    }
+  }
 }
 
 const char* row_of(void* const* operands, int matrix, int row) {
@@ -108,9 +94,29 @@ void exchange(Kind kind, void* const* operands) {
   if (kind == kShuffle) return shuffle(operands);
   if (kind == kMmaBf16) return mma<Bf16>(operands);
   if (kind == kMmaF16) return mma<F16>(operands);
-  if (kind == kMmaTf32) return mma_tf32(operands);
+  if (kind == kMmaTf32) return mma<Tf32>(operands);
   if (kind == kLdmatrix) return ldmatrix<false>(operands);
   if (kind == kLdmatrixTransposed) return ldmatrix<true>(operands);
+}
+
+int tiles(Kind kind, void* const* operands) {
+  return kind == kMmaBf16 || kind == kMmaF16 || kind == kMmaTf32 ? mma_of(operands, 0).tiles : 1;
+}
+
+int conflicts(Kind kind, void* const* operands) {
+  if (kind != kLdmatrix && kind != kLdmatrixTransposed) return 0;
+  int extra = 0;
+  for (int i = 0; i < static_cast<const Ldmatrix*>(operands[0])->matrices; ++i) {
+    int most = 1, rows[8] = {};
+    for (int row = 0; row < 8; ++row) {
+      const auto address = [&](int j) { return static_cast<const Ldmatrix*>(operands[8 * i + j])->address; };
+      bool seen = false;  // rows that are the same one are read once
+      for (int before = 0; before < row; ++before) seen |= address(before) == address(row);
+      if (!seen) most = std::max(most, ++rows[address(row) / 16 % 8]);
+    }
+    extra += most - 1;
+  }
+  return extra;
 }
 
 }  // namespace fastode::device::simt

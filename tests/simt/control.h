@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 namespace fastode::device::simt {
 
@@ -10,7 +11,14 @@ enum Order { kForward, kReverse, kRandom };
 // The order in which threads that can run do so, and that of a grid's blocks, from the next launch on.
 void set_order(Order order, uint64_t seed);
 
-// The launches, and the meetings of each kind, since the library was loaded: kKinds + 1 numbers.
+// Since the library was loaded: the launches, the meetings of each kind (of mma the products), and ldmatrix's conflicts
+// of banks. kKinds + 2 numbers.
 const int64_t* counts();
+
+// The places of the barriers at which threads have met since the last call, as "file:line ".
+std::string take_barriers();
+
+// From the next launch on nobody waits at the barrier of this place; "": all barriers are waited at.
+void leave_out(const std::string& barrier);
 
 }  // namespace fastode::device::simt

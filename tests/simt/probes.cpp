@@ -17,22 +17,14 @@ using torch::stable::Tensor;
 using Launcher = const char* (*)(const Launch&, const Arguments&);
 
 const std::pair<const char*, Launcher> kProbes[] = {
-    {"identity", launch<Kernel<Identity>, Arguments>},
-    {"turns", launch<Kernel<Turns>, Arguments>},
-    {"unset", launch<Kernel<Unset>, Arguments>},
-    {"mma_bf16", launch<Kernel<Mma16<mma_bf16>>, Arguments>},
-    {"mma_f16", launch<Kernel<Mma16<mma_f16>>, Arguments>},
-    {"mma_tf32", launch<Kernel<MmaTf32>, Arguments>},
-    {"product", launch<Kernel<Product>, Arguments>},
-    {"ldmatrix", launch<Kernel<Ldmatrix>, Arguments>},
-    {"shuffle", launch<Kernel<Shuffle>, Arguments>},
-    {"numbers", launch<Kernel<Numbers>, Arguments>},
-    {"reversal", launch<Kernel<Reversal>, Arguments>},
-    {"cluster", launch<Kernel<Cluster>, Arguments>},
-    {"grid", launch<Kernel<Grid>, Arguments>},
-    {"halo", launch<Kernel<Halo>, Arguments>},
-    {"divergent", launch<Kernel<Divergent>, Arguments>},
-    {"deep", launch<Kernel<Deep>, Arguments>},
+    {"identity", launch<Kernel<Identity>, Arguments>},   {"turns", launch<Kernel<Turns>, Arguments>},
+    {"unset", launch<Kernel<Unset>, Arguments>},         {"mma_bf16", launch<Kernel<Mma<Bf16>>, Arguments>},
+    {"mma_f16", launch<Kernel<Mma<F16>>, Arguments>},    {"mma_tf32", launch<Kernel<Mma<Tf32>>, Arguments>},
+    {"product", launch<Kernel<Product>, Arguments>},     {"ldmatrix", launch<Kernel<Ldmatrix>, Arguments>},
+    {"shuffle", launch<Kernel<Shuffle>, Arguments>},     {"numbers", launch<Kernel<Numbers>, Arguments>},
+    {"reversal", launch<Kernel<Reversal>, Arguments>},   {"cluster", launch<Kernel<Cluster>, Arguments>},
+    {"grid", launch<Kernel<Grid>, Arguments>},           {"halo", launch<Kernel<Halo>, Arguments>},
+    {"divergent", launch<Kernel<Divergent>, Arguments>}, {"deep", launch<Kernel<Deep>, Arguments>},
     {"many", launch<Kernel<Many>, Arguments>},
 };
 
@@ -59,7 +51,11 @@ void set_order(int64_t order, int64_t seed) {
   simt::set_order(static_cast<simt::Order>(order), static_cast<uint64_t>(seed));
 }
 
-std::vector<int64_t> counts() { return {simt::counts(), simt::counts() + simt::kKinds + 1}; }
+std::string take_barriers() { return simt::take_barriers(); }
+
+void leave_out(std::string barrier) { simt::leave_out(barrier); }
+
+std::vector<int64_t> counts() { return {simt::counts(), simt::counts() + simt::kKinds + 2}; }
 
 }  // namespace
 
@@ -67,12 +63,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastode_simt, m) {
   m.def("probe(str name, Tensor(a!)[] tensors, int[] numbers, int[] how) -> ()");
   m.def("set_order(int order, int seed) -> ()");
   m.def("counts() -> int[]");
+  m.def("take_barriers() -> str");
+  m.def("leave_out(str barrier) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastode_simt, CompositeExplicitAutograd, m) {
   m.impl("probe", TORCH_BOX(&probe));
   m.impl("set_order", TORCH_BOX(&set_order));
   m.impl("counts", TORCH_BOX(&counts));
+  m.impl("take_barriers", TORCH_BOX(&take_barriers));
+  m.impl("leave_out", TORCH_BOX(&leave_out));
 }
 
 }  // namespace fastode::device::probes

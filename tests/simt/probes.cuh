@@ -53,45 +53,71 @@ struct Unset {
   }
 };
 
-// ---- fragments: A [16, K] and B [K, 8] row by row, C [16, 8] is added to; the planted bug swaps B's lanes
+// ---- fragments: A [16, K] and two B [K, 8] row by row, to two C [16, 8] is added; the planted bug swaps B's lanes
 
-template <void (*mma)(float (&)[4], const uint32_t (&)[4], const uint32_t (&)[2], simt::Site)>
-struct Mma16 {
-  static FASTODE_DEVICE void run(const Arguments& arguments) {
-    const uint32_t* a_rows = arguments.tensor<uint32_t>(0);  // two numbers a word
-    const uint16_t* b_rows = arguments.tensor<uint16_t>(1);
-    float* c_rows = arguments.tensor<float>(2);
-    const int group = lane() / 4, in_group = lane() % 4;
-    const int column = arguments.bug() ? lane() % 8 : group, row = arguments.bug() ? lane() / 8 : in_group;
-    const uint32_t a[4] = {a_rows[group * 8 + in_group], a_rows[(group + 8) * 8 + in_group],
-                           a_rows[group * 8 + in_group + 4], a_rows[(group + 8) * 8 + in_group + 4]};
-    uint32_t b[2];
-    for (int i = 0; i < 2; ++i)
-      b[i] = b_rows[(2 * row + 8 * i) * 8 + column] | static_cast<uint32_t>(b_rows[(2 * row + 8 * i + 1) * 8 + column])
-                                                          << 16;
-    float c[4];
-    for (int i = 0; i < 4; ++i) c[i] = c_rows[(group + i / 2 * 8) * 8 + 2 * in_group + i % 2];
-    mma(c, a, b, simt::Site::current());
-    for (int i = 0; i < 4; ++i) c_rows[(group + i / 2 * 8) * 8 + 2 * in_group + i % 2] = c[i];
+struct Bf16 {
+  using Stored = uint16_t;
+  static constexpr int per_word = 2;
+  static FASTODE_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma_bf16(c, a, b); }
+  static FASTODE_DEVICE void row(float (&c)[2][4], const uint32_t (&a)[4], const uint32_t (&b)[2][2]) {
+    mma_row_bf16(c, a, b);
   }
 };
 
-struct MmaTf32 {
+struct F16 : Bf16 {
+  static FASTODE_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma_f16(c, a, b); }
+  static FASTODE_DEVICE void row(float (&c)[2][4], const uint32_t (&a)[4], const uint32_t (&b)[2][2]) {
+    mma_row_f16(c, a, b);
+  }
+};
+
+struct Tf32 {
+  using Stored = float;
+  static constexpr int per_word = 1;
+  static FASTODE_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma_tf32(c, a, b); }
+  static FASTODE_DEVICE void row(float (&c)[2][4], const uint32_t (&a)[4], const uint32_t (&b)[2][2]) {
+    mma_row_tf32(c, a, b);
+  }
+};
+
+// The numbers of a word of a fragment, which lie `stride` apart; floats are rounded to tf32 if `rounds`.
+FASTODE_DEVICE uint32_t word_of(const uint16_t* first, int stride, bool) {
+  return first[0] | static_cast<uint32_t>(first[stride]) << 16;
+}
+
+FASTODE_DEVICE uint32_t word_of(const float* first, int, bool rounds) {
+  return rounds ? to_tf32(*first) : simt::bits(*first);
+}
+
+// numbers: bug, whether tf32 is rounded, whether both products are one row
+template <class T>
+struct Mma {
   static FASTODE_DEVICE void run(const Arguments& arguments) {
-    const float* a_rows = arguments.tensor<float>(0);
-    const float* b_rows = arguments.tensor<float>(1);
+    constexpr int k = 8 * T::per_word;
+    const auto* a_rows = arguments.tensor<typename T::Stored>(0);
+    const auto* b_rows = arguments.tensor<typename T::Stored>(1);
     float* c_rows = arguments.tensor<float>(2);
     const int group = lane() / 4, in_group = lane() % 4;
     const bool rounds = arguments.numbers[1] != 0;
-    const auto operand = [&](float x) { return rounds ? to_tf32(x) : simt::bits(x); };
-    uint32_t a[4], b[2];
-    for (int i = 0; i < 4; ++i) a[i] = operand(a_rows[(group + i % 2 * 8) * 8 + in_group + i / 2 * 4]);
     const int column = arguments.bug() ? lane() % 8 : group, row = arguments.bug() ? lane() / 8 : in_group;
-    for (int i = 0; i < 2; ++i) b[i] = operand(b_rows[(row + 4 * i) * 8 + column]);
-    float c[4];
-    for (int i = 0; i < 4; ++i) c[i] = c_rows[(group + i / 2 * 8) * 8 + 2 * in_group + i % 2];
-    mma_tf32(c, a, b);
-    for (int i = 0; i < 4; ++i) c_rows[(group + i / 2 * 8) * 8 + 2 * in_group + i % 2] = c[i];
+    uint32_t a[4], b[2][2];
+    for (int i = 0; i < 4; ++i)
+      a[i] = word_of(a_rows + (group + i % 2 * 8) * k + T::per_word * (in_group + i / 2 * 4), 1, rounds);
+    float c[2][4];
+    const auto place = [&](int tile, int i) { return (tile * 16 + group + i / 2 * 8) * 8 + 2 * in_group + i % 2; };
+    for (int tile = 0; tile < 2; ++tile) {
+      for (int i = 0; i < 2; ++i)
+        b[tile][i] = word_of(b_rows + (tile * k + T::per_word * (row + 4 * i)) * 8 + column, 8, rounds);
+      for (int i = 0; i < 4; ++i) c[tile][i] = c_rows[place(tile, i)];
+    }
+    if (arguments.numbers[2]) {
+      T::row(c, a, b);
+    } else {
+      T::mma(c[0], a, b[0]);
+      T::mma(c[1], a, b[1]);
+    }
+    for (int tile = 0; tile < 2; ++tile)
+      for (int i = 0; i < 4; ++i) c_rows[place(tile, i)] = c[tile][i];
   }
 };
 
@@ -182,13 +208,19 @@ struct Reversal {
 };
 
 // Each thread adds what the threads at its place in all blocks of the cluster hold. numbers[0]: 1, the first barrier is
-// missing; 2, the last, so that a block leaves while others read; 3, a rank that does not exist
+// missing; 2, the last, so that a block leaves while others read; 3, a rank that does not exist; 4, a
+// write to rank 0 that may have left
 struct Cluster {
   static FASTODE_DEVICE void run(const Arguments& arguments) {
     float* own = reinterpret_cast<float*>(shared_memory()) + thread();
     const int64_t bug = arguments.numbers[0], ranks = arguments.numbers[1];
     *own = arguments.tensor<float>(0)[grid_thread()];
+    float* const first = peer(own, 0);
     if (bug != 1) cluster_barrier();
+    if (bug == 4) {
+      *first = 1;
+      return;
+    }
     float sum = 0;
     for (int rank = 0; rank < ranks + (bug == 3); ++rank) sum += *peer(own, rank);
     if (bug != 2) cluster_barrier();
@@ -213,7 +245,8 @@ struct Grid {
 
 // ---- memory: a row [threads] between two halo cells, then four bytes of gap and a second row
 
-// numbers[0]: 1, reads past the halo; 2, writes past it; 3, writes beyond the shared memory asked for; 4, before it
+// numbers[0]: 1, reads past the halo; 2, writes past it; 3, writes beyond the shared memory asked for; 4, before it;
+// 5, reads past the tensor
 struct Halo {
   static FASTODE_DEVICE void run(const Arguments& arguments) {
     float* row = reinterpret_cast<float*>(shared_memory());
@@ -228,6 +261,7 @@ struct Halo {
     if (bug == 2 && thread() == 0) row[width + 3] = 1;
     if (bug == 3 && thread() == 0) row[width + 8] = 1;
     if (bug == 4 && thread() == 0) row[-1] = 1;
+    if (bug == 5) sum += arguments.tensor<float>(0)[thread() + 1];
     arguments.tensor<float>(1)[thread()] = sum;
   }
 };
@@ -267,13 +301,21 @@ struct Deep {
   static FASTODE_DEVICE void run(const Arguments& arguments) { deep(arguments.numbers[0]); }
 };
 
-// numbers[1] products one after the other, as many as a block of two stages at 16 channels and 32 x 32 has
+// numbers[1] products of zeros, numbers[2] of them in a row: 1, 2 or 4
 struct Many {
+  template <int tiles>
+  static FASTODE_DEVICE float products(int64_t rows) {
+    uint32_t a[4] = {}, b[tiles][2] = {};
+    float c[tiles][4] = {};
+    for (int64_t i = 0; i < rows; ++i) mma_row_bf16(c, a, b);
+    return c[tiles - 1][3];
+  }
+
   static FASTODE_DEVICE void run(const Arguments& arguments) {
-    uint32_t a[4] = {}, b[2] = {};
-    float c[4] = {};
-    for (int64_t i = 0; i < arguments.numbers[1]; ++i) mma_bf16(c, a, b);
-    arguments.tensor<float>(0)[grid_thread()] = c[0];
+    const int64_t count = arguments.numbers[1], tiles = arguments.numbers[2];
+    arguments.tensor<float>(0)[grid_thread()] = tiles == 1   ? products<1>(count)
+                                                : tiles == 2 ? products<2>(count / 2)
+                                                             : products<4>(count / 4);
   }
 };
 

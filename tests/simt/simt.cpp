@@ -3,13 +3,14 @@
 #include <map>
 #include <mutex>
 #include <numeric>
+#include <set>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "block.h"
 #include "collectives.h"
 #include "control.h"
-#include "fiber.h"
 
 namespace fastode::device::simt {
 
@@ -22,17 +23,6 @@ constexpr const char* kNames[] = {"block_barrier", "cluster_barrier",    "grid_b
                                   "ldmatrix",      "ldmatrix_transposed"};
 static_assert(std::size(kNames) == kKinds);
 
-constexpr size_t kMostShared = 227 * 1024;  // of a block, on sm_90
-constexpr size_t kGuard = 1024;             // bytes before and after a block's shared memory
-constexpr unsigned char kUnset = 0xff;      // shared memory before it is written: NaN in each of the formats
-
-struct Fiber : Thread {
-  Stack stack;
-  const Site* waits = nullptr;
-  Kind kind{};
-  bool left = false;
-};
-
 // Threads first … first + size - 1, which meet.
 struct Group {
   int first, size;
@@ -40,15 +30,13 @@ struct Group {
   int opener = 0;
 };
 
-struct Gap {
-  char* begin;
-  size_t bytes;
-};
-
-struct Block {
-  char* shared;
-  int running;
-  std::vector<Gap> gaps;
+struct Fiber : Thread {
+  Stack stack;
+  int index = 0;
+  Group* groups[4] = {};  // its block, cluster, grid and warp
+  const Site* waits = nullptr;
+  Kind kind{};
+  bool left = false;
 };
 
 std::string place(const Site& site) {
@@ -71,7 +59,9 @@ class Machine {
  public:
   Order order = kForward;
   uint64_t seed = 0;
-  int64_t counted[kKinds + 1] = {};
+  int64_t counted[kKinds + 2] = {};
+  std::string left_out;            // the place of a barrier at which nobody waits
+  std::set<std::string> barriers;  // the places of those at which threads have met
 
   const char* launch(const Launch& how, int most_threads, Program program, const void* arguments) {
     const std::lock_guard<std::mutex> one_at_a_time(mutex_);
@@ -97,19 +87,27 @@ class Machine {
     Fiber& self = own();
     if (static_cast<char*>(__builtin_frame_address(0)) < self.stack.bottom + kStackMargin && !FASTODE_ASAN)
       fail(name_of(self) + " needs more than " + std::to_string(kStackBytes >> 10) + " KiB of stack");
-    Group& group = group_of(kind);
+    if (kind <= kWarpBarrier && !left_out.empty() && place(site) == left_out) return;
+    Group& group = *self.groups[std::min<int>(kind, kWarpBarrier)];
     self.waits = &site, self.kind = kind;
     if (group.waiting == 0) {
-      group.opener = index();
+      group.opener = self.index;
     } else if (const Fiber& first = fibers_[group.opener]; first.kind != kind || !same(*first.waits, site)) {
       fail(name_of(self) + " is at " + at(kind, site) + " where " + name_of(first) + " waits at " +
            at(first.kind, *first.waits));
     }
-    operands_[index()] = operands;
+    operands_[self.index] = operands;
     if (++group.waiting == group.size) {
       group.waiting = 0;
-      ++counted[1 + kind];
-      if (kind > kWarpBarrier) exchange(kind, &operands_[group.first]);
+      if (kind > kWarpBarrier) {
+        void* const* of_lanes = &operands_[group.first];
+        counted[1 + kind] += tiles(kind, of_lanes);
+        counted[1 + kKinds] += conflicts(kind, of_lanes);
+        exchange(kind, of_lanes);
+      } else {
+        ++counted[1 + kind];
+        barriers.insert(place(site));
+      }
       ready(group.first, group.size);
     }
     leave_to(next());
@@ -130,7 +128,7 @@ class Machine {
   void check_row(const void* row, const Site& site) {
     if (reinterpret_cast<uintptr_t>(row) % 16)
       fail("a row of " + place(site) + "'s ldmatrix is not aligned to 16 bytes in " + name_of(own()));
-    if (!inside(row, 16))
+    if (!own_block().contains(row, 16))
       fail("a row of " + place(site) + "'s ldmatrix is not in the shared memory of the block in " + name_of(own()));
   }
 
@@ -138,20 +136,17 @@ class Machine {
     if (rank < 0 || rank >= how_.cluster)
       fail("peer (" + place(site) + ") of rank " + std::to_string(rank) + " in a cluster of " +
            std::to_string(how_.cluster));
-    if (!inside(own_place, 1))
+    if (!own_block().contains(own_place, 1))
       fail("peer (" + place(site) + ") of a place that is not in the shared memory of the block");
-    const Block& other = blocks_[block_index() - own().rank + rank];
+    const Block& other = (&own_block())[rank - own().rank];
     if (other.running == 0) fail("peer (" + place(site) + ") of a block that has left");
     return own_place - own().shared + other.shared;
   }
 
   void gap(char* begin, size_t bytes, const Site& site) {
-    if (!inside(begin, bytes)) fail("a gap (" + place(site) + ") that is not in the shared memory of the block");
-    if (own().thread != 0) return;
-    blocks_[block_index()].gaps.push_back({begin, bytes});
-#if FASTODE_ASAN
-    ASAN_POISON_MEMORY_REGION(begin, bytes);
-#endif
+    if (!own_block().contains(begin, bytes))
+      fail("a gap (" + place(site) + ") that is not in the shared memory of the block");
+    if (own().thread == 0) own_block().add_gap(begin, bytes);
   }
 
  private:
@@ -184,19 +179,7 @@ class Machine {
   }
 
   Fiber& own() { return *static_cast<Fiber*>(running); }
-  int index() { return static_cast<int>(&own() - fibers_.data()); }
-  int block_index() { return index() / how_.threads; }
-
-  Group& group_of(Kind kind) {
-    const int scope = std::min<int>(kind, kWarpBarrier);
-    const std::vector<Group>& of_scope = groups_[scope];
-    return groups_[scope][index() / of_scope[0].size];
-  }
-
-  bool inside(const void* begin, size_t bytes) {
-    const char* first = static_cast<const char*>(begin);
-    return first >= own().shared && first + bytes <= own().shared + how_.shared_bytes;
-  }
+  Block& own_block() { return blocks_[own().index / how_.threads]; }
 
   uint64_t draw(uint64_t below) {
     random_ ^= random_ << 13, random_ ^= random_ >> 7, random_ ^= random_ << 17;
@@ -236,19 +219,19 @@ class Machine {
   // Memory and groups for `together` blocks.
   void allocate(int together) {
     const int threads = how_.threads, count = together * threads;
-    const size_t stride = (how_.shared_bytes + 2 * kGuard + 127) / 128 * 128 + 128;
     char* stacks = stacks_.at_least(count * kStackBytes);
-    char* shared = shared_.at_least(together * stride);
+    char* shared = shared_.at_least(together * Block::stride(how_.shared_bytes));
     fibers_.assign(count, {});
     operands_.assign(count, nullptr);
     blocks_.assign(together, {});
-    // No more aligned than is promised: to 16 bytes.
-    for (int i = 0; i < together; ++i) blocks_[i].shared = shared + i * stride + kGuard + 16;
-    for (int i = 0; i < count; ++i) fibers_[i].stack.bottom = stacks + i * kStackBytes;
+    for (int i = 0; i < together; ++i)
+      blocks_[i].shared = Block::place(shared, how_.shared_bytes, i), blocks_[i].bytes = how_.shared_bytes;
+    for (int i = 0; i < count; ++i) fibers_[i].index = i, fibers_[i].stack.bottom = stacks + i * kStackBytes;
     const int sizes[] = {threads, how_.cluster * threads, count, 32};
     for (int scope = 0; scope < 4; ++scope) {
       groups_[scope].clear();
       for (int i = 0; i < count; i += sizes[scope]) groups_[scope].push_back({i, sizes[scope]});
+      for (int i = 0; i < count; ++i) fibers_[i].groups[scope] = &groups_[scope][i / sizes[scope]];
     }
   }
 
@@ -256,8 +239,7 @@ class Machine {
     const int threads = how_.threads;
     for (size_t i = 0; i < blocks_.size(); ++i) {
       Block& block = blocks_[i];
-      block.running = threads;
-      open(block);
+      block.open(threads);
       for (int j = 0; j < threads; ++j) {
         Fiber& fiber = fibers_[i * threads + j];
         const int number = first_block + static_cast<int>(i);
@@ -271,15 +253,17 @@ class Machine {
     host_ = {};
     running = &host_;
     leave_to(next());
-    if (error_.empty() && std::any_of(fibers_.begin(), fibers_.end(), [](const Fiber& f) { return !f.left; })) {
+    if (error_.empty() && std::any_of(fibers_.begin(), fibers_.end(), [](const Fiber& f) { return !f.left; }))
       error_ = deadlock();
-    }
-    if (!error_.empty()) abandon();
+    if (!error_.empty()) return abandon();
+    for (size_t i = 0; i < blocks_.size() && blocks_.size() > 1; ++i)
+      if (blocks_[i].touched())
+        error_ = "the shared memory of block " + std::to_string(first_block + i) + " was written after it had left";
   }
 
   // After an error: nobody goes on with what is left on the stacks and in shared memory.
   void abandon() {
-    for (Block& block : blocks_) close(block);
+    for (Block& block : blocks_) block.close();
 #if FASTODE_ASAN
     for (const Fiber& fiber : fibers_) {
       const char* pointer = static_cast<char*>(fiber.stack.pointer);
@@ -293,9 +277,9 @@ class Machine {
   void leave() {
     Fiber& self = own();
     self.left = true;
-    Block& block = blocks_[block_index()];
+    Block& block = own_block();
     if (--block.running == 0) {
-      if (std::string why = close(block); !why.empty()) fail("block " + std::to_string(self.block) + " " + why);
+      if (std::string why = block.close(); !why.empty()) fail("block " + std::to_string(self.block) + " " + why);
     }
 #if FASTODE_ASAN
     Fiber& to = next();
@@ -320,40 +304,6 @@ class Machine {
       why += (why.empty() ? "" : ", ") + std::to_string(threads.size()) + " threads " + std::get<1>(place) +
              " (first " + name_of(*threads[0]) + ")";
     return "no thread can go on: " + why;
-  }
-
-  // ---- shared memory
-
-  void open(Block& block) {
-    block.gaps.clear();
-    std::memset(block.shared - kGuard, kUnset, how_.shared_bytes + 2 * kGuard);
-#if FASTODE_ASAN
-    ASAN_POISON_MEMORY_REGION(block.shared - kGuard, kGuard);
-    ASAN_POISON_MEMORY_REGION(block.shared + how_.shared_bytes, kGuard);
-#endif
-  }
-
-  // What was written where nothing may be written, or nothing. The memory of a block that has left is no one's.
-  std::string close(Block& block) {
-    char* begin = block.shared - kGuard;
-    const size_t all = how_.shared_bytes + 2 * kGuard;
-#if FASTODE_ASAN
-    ASAN_UNPOISON_MEMORY_REGION(begin, all);
-#endif
-    block.gaps.push_back({begin, kGuard});
-    block.gaps.push_back({block.shared + how_.shared_bytes, kGuard});
-    std::string why;
-    for (const Gap& gap : block.gaps)
-      for (size_t i = 0; i < gap.bytes && why.empty(); ++i)
-        if (static_cast<unsigned char>(gap.begin[i]) != kUnset)
-          why = "wrote byte " + std::to_string(gap.begin + i - block.shared) + " of its shared memory, which is " +
-                (inside_of(block, gap) ? "a gap" : "beyond the " + std::to_string(how_.shared_bytes) + " asked for");
-    std::memset(begin, kUnset, all);
-    return why;
-  }
-
-  bool inside_of(const Block& block, const Gap& gap) const {
-    return gap.begin >= block.shared && gap.begin < block.shared + how_.shared_bytes;
   }
 
  public:
@@ -392,5 +342,14 @@ const char* launch(const Launch& how, int most_threads, Program program, const v
 
 void set_order(Order order, uint64_t seed) { machine.order = order, machine.seed = seed; }
 const int64_t* counts() { return machine.counted; }
+
+std::string take_barriers() {
+  std::string all;
+  for (const std::string& barrier : machine.barriers) all += barrier + " ";
+  machine.barriers.clear();
+  return all;
+}
+
+void leave_out(const std::string& barrier) { machine.left_out = barrier; }
 
 }  // namespace fastode::device::simt

@@ -2,7 +2,10 @@
 // them.
 //
 // Included by device.cuh. What a meeting checks is stricter than a card: all threads must come to it from one place in
-// the source, and what a lane reads for ldmatrix it reads when it arrives.
+// the source, and what a lane reads for ldmatrix it reads when it arrives. Not seen here: conflicts of banks but for
+// ldmatrix's, registers and how many blocks a card has room for, what the compiler makes of a loop that waits for
+// another thread, reads past a tensor (simulator.fenced, or the sanitizer, shows them), and how nvcc rounds: it
+// contracts other products and sums to FMA than g++ does.
 #pragma once
 
 #include <cmath>
@@ -45,15 +48,18 @@ struct Shuffle {
   int mask;
 };
 
+// `tiles` products that share A: c [tiles, 4], a [4], b [tiles, 2].
 struct Mma {
   float* c;
   const uint32_t* a;
   const uint32_t* b;
+  int tiles;
 };
 
 struct Ldmatrix {
   uint32_t* r;
   int matrices;
+  size_t address;  // of the row, from the beginning of shared memory
   alignas(16) char row[16];
 };
 
@@ -68,10 +74,16 @@ void gap(char* begin, size_t bytes, const Site& site);
 using Program = void (*)(const void* arguments);
 const char* launch(const Launch& how, int most_threads, Program program, const void* arguments);
 
+inline void mma(Kind kind, float* c, const uint32_t* a, const uint32_t* b, int tiles, const Site& site) {
+  Mma operands{c, a, b, tiles};
+  meet(kind, &operands, site);
+}
+
 inline void ldmatrix(Kind kind, uint32_t* r, int matrices, const void* row, const Site& site) {
-  Ldmatrix operands{r, matrices, {}};
+  Ldmatrix operands{r, matrices, 0, {}};
   if (running->thread % 32 < 8 * matrices) {
     check_row(row, site);
+    operands.address = static_cast<const char*>(row) - running->shared;
     std::memcpy(operands.row, row, 16);  // here, so that a sanitizer names the kernel's line
   }
   meet(kind, &operands, site);
@@ -158,20 +170,35 @@ FASTODE_DEVICE float shuffle_xor(float value, int mask, simt::Site site = simt::
 
 FASTODE_DEVICE void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                              simt::Site site = simt::Site::current()) {
-  simt::Mma operands{c, a, b};
-  simt::meet(simt::kMmaBf16, &operands, site);
+  simt::mma(simt::kMmaBf16, c, a, b, 1, site);
+}
+
+template <int tiles>
+FASTODE_DEVICE void mma_row_bf16(float (&c)[tiles][4], const uint32_t (&a)[4], const uint32_t (&b)[tiles][2],
+                                 simt::Site site = simt::Site::current()) {
+  simt::mma(simt::kMmaBf16, c[0], a, b[0], tiles, site);
 }
 
 FASTODE_DEVICE void mma_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                             simt::Site site = simt::Site::current()) {
-  simt::Mma operands{c, a, b};
-  simt::meet(simt::kMmaF16, &operands, site);
+  simt::mma(simt::kMmaF16, c, a, b, 1, site);
+}
+
+template <int tiles>
+FASTODE_DEVICE void mma_row_f16(float (&c)[tiles][4], const uint32_t (&a)[4], const uint32_t (&b)[tiles][2],
+                                simt::Site site = simt::Site::current()) {
+  simt::mma(simt::kMmaF16, c[0], a, b[0], tiles, site);
 }
 
 FASTODE_DEVICE void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                              simt::Site site = simt::Site::current()) {
-  simt::Mma operands{c, a, b};
-  simt::meet(simt::kMmaTf32, &operands, site);
+  simt::mma(simt::kMmaTf32, c, a, b, 1, site);
+}
+
+template <int tiles>
+FASTODE_DEVICE void mma_row_tf32(float (&c)[tiles][4], const uint32_t (&a)[4], const uint32_t (&b)[tiles][2],
+                                 simt::Site site = simt::Site::current()) {
+  simt::mma(simt::kMmaTf32, c[0], a, b[0], tiles, site);
 }
 
 FASTODE_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row, simt::Site site = simt::Site::current()) {

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...branch.read import Unit
 from ...native import cuda_library
-from ...native.constants import MOST_STAGES, MOST_UNITS, TILES, WARPS
+from ...native.constants import MOST_STAGES, MOST_STEPS, MOST_UNITS, TILES, WARPS
 from ..engine import Call
 from ..plan import Plan
 
@@ -25,9 +25,7 @@ def refuses(call: Call) -> str:
         return "it has no programs of the skew pair for CUDA"
     if call.learned and call.mode != "forward":
         return "its programs for CUDA make no gradients of a scheme's coefficients"
-    if call.family == "ie" and call.mode != "forward":
-        return "its program of IE-Skip for CUDA goes forwards only"
-    return refuses_input(x) or refuses_units(plan, x.shape[1]) or _refuses_size(plan, x, call.stages)
+    return refuses_input(x) or refuses_units(plan, x.shape[1]) or _refuses_size(plan, x, call)
 
 
 def refuses_input(x: Tensor) -> str:
@@ -52,9 +50,7 @@ def refuses_units(plan: Plan, channels: int) -> str:
     """Why there is no program for a branch of these units."""
     for unit, tracks in zip(plan.units, plan.tracked, strict=True):
         if not _is_plain_convolution(unit, channels):
-            return (
-                f"its programs for CUDA are of units that end in a 3x3 convolution from {channels} channels to as many"
-            )
+            return f"its programs for CUDA are of units that end in a 3x3 convolution of {channels} channels to as many"
         if unit.norm is not None and unit.norm.mode == "batch":
             return "a batch norm in training couples the samples, which its programs for CUDA take one by one"
         if unit.norm is not None and unit.norm.mode == "group" and tracks:
@@ -73,12 +69,15 @@ def _is_plain_convolution(unit: Unit, channels: int) -> bool:
     )
 
 
-def _refuses_size(plan: Plan, x: Tensor, stages: int) -> str:
+def _refuses_size(plan: Plan, x: Tensor, call: Call) -> str:
     most = min(MOST_UNITS, TILES[x.shape[1], x.shape[2]])
     if len(plan.units) > most:
         return f"its program for such maps has room for {most} units, and the branch has {len(plan.units)}"
-    if stages > MOST_STAGES:
-        return f"its programs for CUDA take schemes of {MOST_STAGES} stages at most, and this one has {stages}"
+    if call.family == "ie":
+        if call.mode == "train" and call.stages > MOST_STEPS:
+            return f"its programs for CUDA train IE-Skips of {MOST_STEPS} steps at most, and this one has {call.stages}"
+    elif call.stages > MOST_STAGES:
+        return f"its programs for CUDA take schemes of {MOST_STAGES} stages at most, and this one has {call.stages}"
     needed, there = shared_bytes(x.shape[1], x.shape[2], len(plan.units)), cuda_library.shared_bytes(x.device.index)
     if there is not None and needed > there:
         return f"its program for such maps needs {needed} bytes of shared memory, and a block has {there} on this card"
@@ -95,5 +94,5 @@ def shared_bytes(channels: int, side: int, units: int) -> int:
     """
     weights = units * 9 * channels * channels * 2
     bordered_map = channels * (side + 2) ** 2 * 2
-    numbers = 5 * units * channels + 4 * channels + 32 * WARPS[channels, side]
+    numbers = 5 * units * channels + 9 * channels + 5 * 16 * WARPS[channels, side]
     return weights + bordered_map + 4 * numbers

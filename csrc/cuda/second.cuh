@@ -1,0 +1,265 @@
+// The derivative of a branch's pull-back: a tangent pushed through the branch, and a sweep back with two cotangents.
+// Derivation: fastode/ops/README.md and that of implicit_euler; N, M and B are named where they are made.
+#pragma once
+
+#include "branch.cuh"
+
+namespace fastode::device {
+
+template <class Tile>
+class Second : public Branch<Tile> {
+  using Base = Branch<Tile>;
+  using T = typename Tile::Type;
+
+ public:
+  using State = typename Tile::State;
+  using Sum = typename Tile::Sum;
+  static constexpr int C = Tile::kChannels, W = Tile::kSide;
+  using Base::Base;
+
+  // J t in `out`, at an evaluation whose unit inputs were kept; `t` is overwritten. The tangents of the units' inputs
+  // go to `tangent`, their means to the statistics of `means`.
+  FASTODE_DEVICE void push(State& t, Sum& out, int64_t sample, int evaluation, int means, const cuda::Room& room,
+                           Slots input, Slots tangent) {
+    for (int u = 0; u < this->branch_.count; ++u) {
+      const char* const h = this->place(room, input[u], sample);
+      Tile::keep(t, this->place(room, tangent[u], sample));
+      block_barrier();
+      this->recall_statistics(evaluation, u, sample);
+      for (int i = thread(); i < 2 * C; i += Tile::kThreads) this->memory_.means[kTangent * C + i] = 0;
+      block_barrier();
+      if (this->branch_.unit[u].norm == kGroupNorm) {
+        sum_tangent(t, h);
+        this->take_means(u, 2, kTangent, false);
+        block_barrier();
+      }
+      keep_means(means, u, sample);
+      put_tangent(u, t, h);
+      block_barrier();
+      Tile::clear(out);
+      Tile::template convolve<false>(out, this->memory_.map, this->memory_.weight(u));
+      if (u + 1 < this->branch_.count) Tile::round(t, out);
+    }
+  }
+
+  // A unit's convolution's input along a tangent in shared memory, as `revisit` puts the input.
+  FASTODE_DEVICE void revisit_tangent(State& t, int u, int64_t sample, int evaluation, int means, const char* input,
+                                      const char* tangent) {
+    this->recall_statistics(evaluation, u, sample);
+    recall_means(means, u, sample);
+    Tile::recall(t, tangent);
+    block_barrier();
+    put_tangent(u, t, input);
+  }
+
+  // The gradient at a point of ⟨bar, f⟩ + factor ⟨e, J t⟩ in `bar`, where a pull-back of e has left `back`. `value`:
+  // where the cotangents of the convolutions in the value's stream go. The norms' sums count `weight` times.
+  FASTODE_DEVICE void sweep(Sum& bar, float factor, int64_t sample, int evaluation, int means, const cuda::Room& room,
+                            Slots input, Slots tangent, Slots back, Slots value, float weight, bool sums) {
+    for (int u = this->branch_.count - 1; u >= 0; --u) {
+      const cuda::Unit& unit = this->branch_.unit[u];
+      {
+        State state;
+        Tile::round(state, bar);
+        Tile::keep(state, this->place(room, value[u], sample));
+        block_barrier();
+        Tile::put(this->memory_.map, state);
+      }
+      this->recall_statistics(evaluation, u, sample);
+      recall_means(means, u, sample);
+      block_barrier();
+      Tile::clear(bar);
+      Tile::template convolve<true>(bar, this->memory_.map, this->memory_.weight(u));
+      const Places places{this->place(room, input[u], sample), this->place(room, tangent[u], sample),
+                          this->place(room, back[u], sample)};
+      pull_both(u, bar, factor, places);
+      block_barrier();
+      const bool coupled = unit.norm == kGroupNorm;
+      if (coupled) this->take_means(u, 5, kPulled);
+      if (sums && unit.norm_weight) add_both(u, weight);
+      block_barrier();
+      combine(u, bar, factor, places, coupled);
+    }
+  }
+
+ private:
+  // Rows of Memory::means: the means of the tangent and of it times the normalised map; then of the sums of
+  // `pull_both`.
+  static constexpr int kTangent = 5, kPulled = 0;
+
+  struct Places {
+    const char *h, *t, *back;
+  };
+
+  // What is the same for a channel's entries.
+  struct Channel {
+    float mean, rstd, weight, bias, first, second;  // the last two: means of the tangent
+
+    FASTODE_DEVICE float normal(float h) const { return (h - mean) * rstd; }
+    // The tangent of the normalised map.
+    FASTODE_DEVICE float pushed(float t, float normal) const { return rstd * (t - first - normal * second); }
+  };
+
+  FASTODE_DEVICE Channel channel_of(int u, int c) const {
+    const Memory<Tile>& m = this->memory_;
+    return {m.mean[c],
+            m.rstd[c],
+            m.norm_weight(u)[c],
+            m.norm_bias(u)[c],
+            m.means[kTangent * C + c],
+            m.means[(kTangent + 1) * C + c]};
+  }
+
+  static FASTODE_DEVICE float part(uint32_t word, int odd) {
+    const Pair pair = T::unpack(word);
+    return odd ? pair.high : pair.low;
+  }
+
+  FASTODE_DEVICE void keep_means(int means, int u, int64_t sample) const {
+    float* at = this->statistics(means, u, sample);
+    for (int i = thread(); i < 2 * C; i += Tile::kThreads) at[i] = this->memory_.means[kTangent * C + i];
+  }
+
+  FASTODE_DEVICE void recall_means(int means, int u, int64_t sample) const {
+    const float* at = this->statistics(means, u, sample);
+    for (int i = thread(); i < 2 * C; i += Tile::kThreads) this->memory_.means[kTangent * C + i] = at[i];
+  }
+
+  // The sums of the tangent and of it times the normalised map.
+  FASTODE_DEVICE void sum_tangent(const State& t, const char* h) {
+    float sums[2][4];
+    FASTODE_UNROLLED
+    for (int eight = 0; eight < 2; ++eight) {
+      const int c = Tile::channel(eight);
+      const float mean[2] = {this->memory_.mean[c], this->memory_.mean[c + 1]};
+      const float rstd[2] = {this->memory_.rstd[c], this->memory_.rstd[c + 1]};
+      FASTODE_UNROLLED
+      for (int odd = 0; odd < 2; ++odd) sums[0][2 * eight + odd] = sums[1][2 * eight + odd] = 0;
+      FASTODE_UNROLLED
+      for (int tile = 0; tile < Tile::kTiles; ++tile) {
+        uint32_t words[2];
+        Tile::kept_words(words, h, tile, eight);
+        FASTODE_UNROLLED
+        for (int i = 0; i < 4; ++i) {
+          const int half = i / 2, odd = i % 2;
+          const float v = part(t.word[tile][eight][half], odd);
+          sums[0][2 * eight + odd] += v;
+          sums[1][2 * eight + odd] += v * ((part(words[half], odd) - mean[odd]) * rstd[odd]);
+        }
+      }
+    }
+    this->leave_partial(sums);
+    block_barrier();
+  }
+
+  // σ′(n) times the tangent of n.
+  FASTODE_DEVICE void put_tangent(int u, const State& t, const char* h) const {
+    const cuda::Unit& unit = this->branch_.unit[u];
+    const ActivationArguments act{unit.activation, unit.p, unit.q};
+    FASTODE_UNROLLED
+    for (int eight = 0; eight < 2; ++eight) {
+      const int c = Tile::channel(eight);
+      const Channel channels[2] = {channel_of(u, c), channel_of(u, c + 1)};
+      FASTODE_UNROLLED
+      for (int tile = 0; tile < Tile::kTiles; ++tile) {
+        uint32_t words[2];
+        Tile::kept_words(words, h, tile, eight);
+        FASTODE_UNROLLED
+        for (int half = 0; half < 2; ++half) {
+          float made[2];
+          FASTODE_UNROLLED
+          for (int odd = 0; odd < 2; ++odd) {
+            const Channel& k = channels[odd];
+            const float normal = k.normal(part(words[half], odd));
+            made[odd] = derive(act, normal * k.weight + k.bias) * k.weight *
+                        k.pushed(part(t.word[tile][eight][half], odd), normal);
+          }
+          *reinterpret_cast<uint32_t*>(Tile::word_in(this->memory_.map, tile, eight, half)) = T::pack(made[0], made[1]);
+        }
+      }
+    }
+  }
+
+  // bar becomes N = σ′(n) bar + σ″(n) ṅ B, the cotangent of n. Leaves the sums of N, N n̂, M, M n̂ and M times the
+  // tangent of n̂, where M = σ′(n) B is the cotangent of ṅ and B = factor · back.
+  FASTODE_DEVICE void pull_both(int u, Sum& bar, float factor, const Places& places) {
+    const cuda::Unit& unit = this->branch_.unit[u];
+    const ActivationArguments act{unit.activation, unit.p, unit.q};
+    float sums[5][4];
+    FASTODE_UNROLLED
+    for (int eight = 0; eight < 2; ++eight) {
+      const int c = Tile::channel(eight);
+      const Channel channels[2] = {channel_of(u, c), channel_of(u, c + 1)};
+      FASTODE_UNROLLED
+      for (int i = 0; i < 10; ++i) sums[i / 2][2 * eight + i % 2] = 0;
+      FASTODE_UNROLLED
+      for (int tile = 0; tile < Tile::kTiles; ++tile) {
+        uint32_t h[2], t[2], back[2];
+        Tile::kept_words(h, places.h, tile, eight);
+        Tile::kept_words(t, places.t, tile, eight);
+        Tile::kept_words(back, places.back, tile, eight);
+        FASTODE_UNROLLED
+        for (int i = 0; i < 4; ++i) {
+          const int half = i / 2, odd = i % 2, j = 2 * eight + odd;
+          const Channel& k = channels[odd];
+          const float normal = k.normal(part(h[half], odd)), n = normal * k.weight + k.bias;
+          const float pushed = k.pushed(part(t[half], odd), normal), b = factor * part(back[half], odd);
+          const float first = derive(act, n), m = first * b;
+          float& v = bar.value[tile][eight][i];
+          v = first * v + derive_twice(act, n) * k.weight * pushed * b;
+          sums[0][j] += v, sums[1][j] += v * normal;
+          sums[2][j] += m, sums[3][j] += m * normal, sums[4][j] += m * pushed;
+        }
+      }
+    }
+    this->leave_partial(sums);
+  }
+
+  FASTODE_DEVICE void add_both(int u, float weight) {
+    for (int c = thread(); c < C; c += Tile::kThreads) {
+      this->memory_.sums(u)[c] += weight * this->sum_channel(0, c);
+      this->memory_.sums(u)[C + c] += weight * (this->sum_channel(1, c) + this->sum_channel(4, c));
+    }
+  }
+
+  // bar becomes the cotangent of the unit's input, of both streams: P(w N) and the derivative of ⟨w M, P(t)⟩.
+  FASTODE_DEVICE void combine(int u, Sum& bar, float factor, const Places& places, bool coupled) {
+    const cuda::Unit& unit = this->branch_.unit[u];
+    const ActivationArguments act{unit.activation, unit.p, unit.q};
+    FASTODE_UNROLLED
+    for (int eight = 0; eight < 2; ++eight) {
+      const int c = Tile::channel(eight);
+      const Channel channels[2] = {channel_of(u, c), channel_of(u, c + 1)};
+      if (!coupled) {
+        FASTODE_UNROLLED
+        for (int tile = 0; tile < Tile::kTiles; ++tile) {
+          FASTODE_UNROLLED
+          for (int i = 0; i < 4; ++i) bar.value[tile][eight][i] *= channels[i % 2].rstd * channels[i % 2].weight;
+        }
+        continue;
+      }
+      const float* means = this->memory_.means;
+      FASTODE_UNROLLED
+      for (int tile = 0; tile < Tile::kTiles; ++tile) {
+        uint32_t h[2], t[2], back[2];
+        Tile::kept_words(h, places.h, tile, eight);
+        Tile::kept_words(t, places.t, tile, eight);
+        Tile::kept_words(back, places.back, tile, eight);
+        FASTODE_UNROLLED
+        for (int i = 0; i < 4; ++i) {
+          const int half = i / 2, odd = i % 2;
+          const Channel& k = channels[odd];
+          const float* mean = means + c + odd;
+          const float normal = k.normal(part(h[half], odd)), pushed = k.pushed(part(t[half], odd), normal);
+          const float m = k.weight * derive(act, normal * k.weight + k.bias) * factor * part(back[half], odd);
+          float& v = bar.value[tile][eight][i];
+          const float pulled = k.rstd * (m - mean[2 * C] - normal * mean[3 * C]);  // P(w M)
+          v = k.rstd * (k.weight * v - mean[0] - normal * mean[C]) -
+              k.rstd * (normal * mean[4 * C] + k.second * pulled + mean[3 * C] * pushed);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace fastode::device

@@ -1,0 +1,1 @@
+#include "descent_backward.cu"
