@@ -13,7 +13,8 @@ from fastode.native.constants import TILES
 from fastode.ops.resident import card
 from fastode.ops.resident.engine import Resident
 
-AMPERE = 166912  # bytes of shared memory that a block can have on an A100
+# Bytes of shared memory that a block can have on an A100 and on an H100.
+AMPERE, HOPPER = 166912, 232448
 
 
 @pytest.mark.parametrize(("channels", "side"), TILES)
@@ -25,31 +26,34 @@ def test_the_shared_memory_is_what_the_device_code_says(channels: int, side: int
 
 
 @pytest.mark.parametrize(
-    ("size", "shape", "reason"),
+    ("size", "shape", "units", "fits"),
     [
-        (
-            (64, 16),
-            "two_layers",
-            "its program for such maps needs 193536 bytes of shared memory, and a block has 166912 on this card",
-        ),
-        ((64, 16), "one_layer", ""),
-        ((64, 8), "two_layers", ""),
-        ((16, 32), "three_layers", ""),
+        ((64, 16), "two_layers", 2, False),
+        ((64, 8), "two_layers", 2, False),
+        ((64, 16), "one_layer", 1, True),
+        ((32, 16), "three_layers", 3, True),
+        ((16, 32), "three_layers", 3, True),
     ],
 )
 def test_a_card_with_less_shared_memory_is_refused_what_it_has_no_room_for(
-    size: tuple[int, int], shape: str, reason: str, monkeypatch: pytest.MonkeyPatch
+    size: tuple[int, int], shape: str, units: int, fits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     channels, side = size
     case = case_of("ssp3", channels=channels, shape=shape, dtype=torch.bfloat16, batch=1)
     block = make_pair(case)[1]
     monkeypatch.setattr(cuda_library, "why_not", lambda index=None: "")
-    monkeypatch.setattr(cuda_library, "shared_bytes", lambda index: AMPERE)
     monkeypatch.setattr(Resident, "refuses", lambda self, call: card.refuses(call))
-    x = torch.zeros(1, channels, side, side, dtype=torch.bfloat16)
-    assert choice.can_use(Resident.name, block, x) == (not reason, reason)
-    monkeypatch.setattr(cuda_library, "shared_bytes", lambda index: 232448)
-    assert choice.can_use(Resident.name, block, x) == (True, "")
+    x, needed = torch.zeros(1, channels, side, side, dtype=torch.bfloat16), card.shared_bytes(channels, side, units)
+    assert (needed <= AMPERE) == fits
+    for there, able in ((AMPERE, fits), (HOPPER, True), (needed, True), (needed - 1, False)):
+        monkeypatch.setattr(cuda_library, "shared_bytes", lambda index, there=there: there)
+        assert choice.can_use(Resident.name, block, x) == (
+            able,
+            ""
+            if able
+            else f"its program for such maps needs {needed} bytes of shared memory, and a block has {there} "
+            "on this card",
+        )
 
 
 def test_the_shared_memory_of_each_card_is_read_when_the_library_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
