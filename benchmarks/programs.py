@@ -30,6 +30,7 @@ PAPERS = ((16, 32), (64, 8), (32, 16))  # the sizes of the papers' networks
 ELEMENTS = 2**22  # of a judged input: every block of a launch takes several samples
 _PROGRAM = re.compile(r"^struct (\w+) \{|^  static FASTODE_DEVICE void (run)\(", re.MULTILINE)
 _KERNEL = re.compile(r"fastode::device::kernel<fastode::device::(\w+)")
+_MANGLED = re.compile(r"^_ZN7fastode6device6kernelINS0_(\d+)(\w+)")
 
 
 def workload(id: str, variant: str, channels: int, side: int) -> Workload:
@@ -71,16 +72,20 @@ def names() -> set[str]:
 
 
 def name_of(kernel: str) -> str:
-    """The program of a kernel as the profiler names it; "" of any other kernel.
+    """The program of a kernel as the profiler names it, demangled or not; "" of any other kernel.
 
     Example:
         >>> name_of("void fastode::device::kernel<fastode::device::SchemeForward<Tile<...>>, Call>(Call)")
         'SchemeForward'
+        >>> name_of("_ZN7fastode6device6kernelINS0_13SchemeForwardINS0_4TileI")
+        'SchemeForward'
         >>> name_of("void at::native::vectorized_elementwise_kernel<4>")
         ''
     """
-    found = _KERNEL.search(kernel)
-    return found[1] if found else ""
+    if found := _KERNEL.search(kernel):
+        return found[1]
+    mangled = _MANGLED.match(kernel)
+    return mangled[2][: int(mangled[1])] if mangled else ""
 
 
 def launched(run: Callable[[], object]) -> dict[str, int]:
