@@ -1,8 +1,8 @@
 """`make fuzz SECONDS=...`: random blocks on random inputs, each fused engine against the reference, until time is up.
 
 A case is drawn from a seed and an index alone, and is run by each engine that can run it. It is judged by the one rule
-of fastode/testing; in float64 that is a few hundred units of rounding. A case that fails is judged once more by more
-runs of the reference. A failure is printed as it is found, with the command that runs that case again.
+of fastode/testing; in float64 that is a few hundred units of rounding. A case that fails is judged once more, as
+`rejudge` says. A failure is printed as it is found, with the command that runs that case again.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from fastode.dispatch import choice
 from fastode.tableau import Tableau
 from fastode.testing import Judge, sample_input
 
+from . import rejudge
 from .inside import FUSED_ENGINES
 
-MOVES = 16  # of the runs that a failure is judged by once more
 ENGINES = (*FUSED_ENGINES, "reference", "auto")
 
 Draw = random.Random
@@ -321,9 +321,8 @@ def judged(judge: Judge, fused: nn.Module, case: Case) -> str:
     try:
         comparison = judge.compare(fused)
         if not comparison.ok:
-            # Near a kink a few roundings in a hundred flip an entry's slope: more moved runs tell that from a fault.
-            again = Judge(case.plain, judge.inputs, mode=case.mode, autocast=case.autocast, moves=MOVES)
-            comparison = again.compare(fused)
+            again = rejudge.judge_again(case.plain, judge.inputs, case.mode, case.autocast)
+            comparison = rejudge.compare_again(again, fused)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "" if comparison.ok else "\n".join(row for row in comparison.describe().splitlines() if row[:4] == "FAIL")

@@ -21,7 +21,7 @@ from test_operators import (  # noqa: F401  (its tests are this module's as well
     test_values_that_are_not_finite,
 )
 
-from fastode.ops.triton import passes, plan
+from fastode.ops.triton import launch, passes, plan
 
 METHODS = sorted(name for name in vars(TestOperators) if name.startswith("test_"))
 # Of five samples each would only be interpreted for longer than of two.
@@ -71,7 +71,7 @@ def learned_coefficients(monkeypatch: pytest.MonkeyPatch) -> None:
 @contextmanager
 def planned(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], None] | None) -> Iterator[None]:
     """With another plan."""
-    caches = [f for f in vars(plan).values() if hasattr(f, "cache_clear")]
+    caches = [f for module in (plan, launch) for f in vars(module).values() if hasattr(f, "cache_clear")]
     if change is not None:
         change(monkeypatch)
     for cached in caches:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -272,6 +273,14 @@ def test_statistics_of_a_mean_far_above_the_deviation(ops: Any, dtype: torch.dty
     squares = unit.statistics(h * h)[0] - unit.statistics(h)[0] ** 2
     naive = compare_tensors({"mean": found[0], "variance": squares}, truth, runs, h[:, 0].numel())
     assert not naive.ok
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_batch_mean_is_rounded_once(ops: Any, dtype: torch.dtype) -> None:
+    h = (0.9 + 0.01 * sample_input(3, 64, 7, 9, dtype=torch.float64, layout="channels_last")).to(dtype)
+    found = ops.norm_act([h], NONE, None, None, None, *Pointwise("batch", 1, "identity").codes)[2][0]
+    exact = [float(sum(map(Fraction, channel.flatten().tolist())) / 189) for channel in h.unbind(1)]
+    assert torch.equal(found, torch.tensor(exact, dtype=torch.float64).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -148,30 +148,43 @@ inline void group_statistics(const Geometry& g, const NormAct<A>& op, const A* h
   });
 }
 
-// A sample's own mean and squares about it, to be merged over the batch.
+// A sample's own mean, squares about it and deviations from it, to be merged over the batch.
 template <class A>
 inline void channel_moments(const Geometry& g, const A* h, const Scratch<A>& s, int64_t worker, A* out) {
   A* mean = s.row(worker, kMean);
   sum_of(g, h, out);
   for (int64_t c = 0; c < g.channels; ++c) mean[c] = out[c] = out[c] / A(g.pixels);
   repeat(mean, g.channels);
-  squares_about(g, h, mean, out + g.channels);
+  reduce<2, A>(
+      g.length(), g.channels,
+      [&]<class V>(int64_t i, int64_t j, V* sums) {
+        const V d = load<V>(h + i) - load<V>(mean + j);
+        sums[0] += d * d;
+        sums[1] += d;
+      },
+      out + g.channels);
 }
 
-// Merges the samples' moments (equal counts) into the batch statistics, in double and in order.
+// Merges the samples' moments (equal counts) into the batch statistics, in double and in order. The deviations take out
+// of the mean what its sum has rounded: with a spread far below the mean, that is what the gradients' rounding comes
+// of.
 template <class A>
 inline void merge_moments(const Geometry& g, const Scratch<A>& s, A* stats) {
   const int64_t stride = kMaxSums * g.channels;
+  const double pixels = double(g.pixels), size = double(g.samples) * pixels;
   for (int64_t c = 0; c < g.channels; ++c) {
-    double mean = 0, squares = 0;
-    for (int64_t n = 0; n < g.samples; ++n) mean += s.partial[n * stride + c];
-    mean /= double(g.samples);
+    const A *means = s.partial + c, *squares = means + g.channels, *deviations = squares + g.channels;
+    double near = 0, off = 0, sum = 0;
+    for (int64_t n = 0; n < g.samples; ++n) near += means[n * stride];
+    near /= double(g.samples);
+    for (int64_t n = 0; n < g.samples; ++n) off += (means[n * stride] - near) * pixels + deviations[n * stride];
+    const double mean = near + off / size;
     for (int64_t n = 0; n < g.samples; ++n) {
-      const double off = s.partial[n * stride + c] - mean;
-      squares += s.partial[n * stride + g.channels + c] + off * off * double(g.pixels);
+      const double beside = means[n * stride] - mean;
+      sum += squares[n * stride] + beside * (beside * pixels + 2 * deviations[n * stride]);
     }
     stats[c] = A(mean);
-    stats[g.channels + c] = A(squares / (double(g.samples) * double(g.pixels)));
+    stats[g.channels + c] = A(sum / size);
   }
 }
 

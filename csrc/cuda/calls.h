@@ -56,7 +56,9 @@ inline Tensor new_map_like(const Tensor& x) {
 
 inline Map map_of(const Tensor& x) {
   const auto strides = x.strides();
-  return {x.data_ptr(), strides[0], strides[1], strides[2], strides[3]};
+  const bool even = strides[0] % 2 == 0 && strides[2] % 2 == 0 && strides[3] % 2 == 0;
+  const bool words = strides[1] == 1 && even && reinterpret_cast<uintptr_t>(x.data_ptr()) % 4 == 0;
+  return {x.data_ptr(), strides[0], strides[1], strides[2], strides[3], words};
 }
 
 inline Type type_of(const Tensor& x) {
@@ -90,20 +92,32 @@ inline Branch branch_of(const Tensors& parameters, const Integers& units, const 
   return branch;
 }
 
-// What forward leaves to backward: maps in the order of threads, and statistics.
-struct Kept {
-  Kept(const Tensor& x, int slots, int evaluations, int units)
-      : room(new_vector(x, slots * x.size(0) * static_cast<int64_t>(kept_bytes(shape_of(x))), ScalarType::Byte)),
-        statistics(new_vector(x, evaluations * units * x.size(0) * 2 * x.size(1), ScalarType::Float)) {}
-  explicit Kept(const Tensors& pieces) : room(pieces[0]), statistics(pieces[1]) {}
+// Places of maps in the order of threads, and behind them numbers: one tensor, for each takes as long as a launch.
+class Store {
+ public:
+  Store(const Tensor& x, int places, int64_t numbers)
+      : tensor(new_vector(x, maps(x, places) + numbers * static_cast<int64_t>(sizeof(float)), ScalarType::Byte)) {}
+  explicit Store(const Tensor& found) : tensor(found) {}
 
-  Tensors pieces() const { return {room, statistics}; }
-  float* numbers() const { return static_cast<float*>(statistics.data_ptr()); }
-  Room room_of(int64_t samples, int split) const {
-    return {static_cast<char*>(room.data_ptr()), nullptr, split, samples};
+  char* at() const { return static_cast<char*>(tensor.data_ptr()); }
+  float* numbers(const Tensor& x, int places) const { return reinterpret_cast<float*>(at() + maps(x, places)); }
+
+  Tensor tensor;
+
+ private:
+  static int64_t maps(const Tensor& x, int places) {
+    return places * x.size(0) * static_cast<int64_t>(kept_bytes(shape_of(x)));
   }
-
-  Tensor room, statistics;
 };
+
+// The statistics of so many evaluations.
+inline int64_t statistics_of(const Tensor& x, int evaluations, int units) {
+  return static_cast<int64_t>(evaluations) * units * x.size(0) * 2 * x.size(1);
+}
+
+// A backward's sums of the norms' gradients, from so many blocks.
+inline int64_t sums_of(const Tensor& x, int rows, int units) {
+  return static_cast<int64_t>(rows) * units * 2 * x.size(1);
+}
 
 }  // namespace fastode::cuda

@@ -18,7 +18,7 @@ struct DescentForward {
     for (int n = block(); n < call.samples; n += blocks()) {
       typename Tile::State y;
       typename Tile::Sum sum;
-      Tile::load(y, map_of<Tile>(call.x), n);
+      Tile::load(y, call.x, n);
       FASTODE_ROLLED
       for (int k = 0; k <= call.steps; ++k) {  // the evaluation at x, then at y_0, y_1, …
         const int by = (k - 1) * call.stride;
@@ -30,7 +30,7 @@ struct DescentForward {
           step(branch, call, n, k, input, y, sum);
         Tile::round(y, sum);
       }
-      Tile::store(y, map_of<Tile>(call.result), n);
+      Tile::store(y, call.result, n);
     }
   }
 
@@ -76,11 +76,11 @@ struct DescentBackward {
     for (int n = block(); n < call.samples; n += blocks()) {
       typename Tile::State bar;
       typename Tile::Sum sum;
-      Tile::load(bar, map_of<Tile>(call.x), n);
+      Tile::load(bar, call.x, n);
       FASTODE_ROLLED
       for (int k = call.steps; k > 0; --k) step(branch, call, n, k, bar, sum);
       finish(branch, call, n, bar, sum);
-      Tile::store(bar, map_of<Tile>(call.result), n);
+      Tile::store(bar, call.result, n);
     }
     if (call.sums) branch.store_sums(call.sums + block() * call.branch.count * 2 * Tile::kChannels);
   }

@@ -108,28 +108,23 @@ __global__ void __launch_bounds__(Program::threads, 1) kernel(const __grid_const
 class CurrentDevice {
  public:
   explicit CurrentDevice(int device) : wanted_(device), before_(device) {
-    error_ = cudaGetDevice(&before_);
-    if (error_ == cudaSuccess && before_ != wanted_) error_ = cudaSetDevice(wanted_);
+    if (cudaGetDevice(&before_) == cudaSuccess && before_ != wanted_) cudaSetDevice(wanted_);
   }
   ~CurrentDevice() {
     if (before_ != wanted_) cudaSetDevice(before_);
   }
-  cudaError_t error() const { return error_; }
-
  private:
   int wanted_, before_;
-  cudaError_t error_;
 };
 
-inline const char* message(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
-
-// How many blocks of a program the current card runs at a time; 0 where it cannot be asked.
+// How many blocks of a program the current card runs at a time; 0 where it cannot be asked. It also allows the program so
+// much shared memory, which has to be done before a launch with more than 48 KB.
 template <class Program, class Arguments>
 int most_blocks(const Launch& how) {
   const void* entry = reinterpret_cast<const void*>(&kernel<Program, Arguments>);
   int each = 0, multiprocessors = 0;
-  cudaError_t error =
-      cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(how.shared_bytes));
+  cudaError_t error = cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           static_cast<int>(how.shared_bytes));
   if (error == cudaSuccess)
     error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, entry, how.threads, how.shared_bytes);
   if (error == cudaSuccess)
@@ -140,13 +135,10 @@ int most_blocks(const Launch& how) {
 // Runs Program::run(arguments) on every thread, on the current card; null, or what the driver says.
 template <class Program, class Arguments>
 const char* launch(const Launch& how, const Arguments& arguments) {
-  auto* entry = &kernel<Program, Arguments>;
-  const cudaError_t error =
-      cudaFuncSetAttribute(reinterpret_cast<const void*>(entry), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           static_cast<int>(how.shared_bytes));
-  if (error != cudaSuccess) return cudaGetErrorString(error);
-  entry<<<how.blocks, how.threads, how.shared_bytes, static_cast<cudaStream_t>(how.stream)>>>(arguments);
-  return message(cudaGetLastError());
+  kernel<Program, Arguments>
+      <<<how.blocks, how.threads, how.shared_bytes, static_cast<cudaStream_t>(how.stream)>>>(arguments);
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 }  // namespace fastode::device

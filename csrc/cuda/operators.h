@@ -75,11 +75,11 @@ inline Forward scheme_forward(const Tensor& x, const Tensors& parameters, const 
   const Tensor y = new_map_like(x);
   SchemeCall call = scheme_call(x, y, parameters, units, numbers);
   const SchemePlaces places(call, table, keep);
-  const Kept kept(x, places.slots, keep ? call.stages : 0, call.branch.count);
-  call.room = kept.room_of(x.size(0), places.slots);
-  call.branch.statistics = keep ? kept.numbers() : nullptr;
+  const Store kept(x, places.slots, keep ? statistics_of(x, call.stages, call.branch.count) : 0);
+  call.room = {kept.at(), nullptr, places.slots, x.size(0)};
+  call.branch.statistics = keep ? kept.numbers(x, places.slots) : nullptr;
   launched(cuda::scheme_forward(type_of(x), shape_of(x), call, queue_of(x)));
-  return {y, new_vector(x, 0, ScalarType::Float), keep ? kept.pieces() : Tensors{}};
+  return {y, new_vector(x, 0, ScalarType::Float), keep ? Tensors{kept.tensor} : Tensors{}};
 }
 
 // Adds a product for each unit to those of the weights' gradients; `tangent`: along it.
@@ -132,18 +132,6 @@ inline Tensors parameter_gradients(const Tensor& x, WeightsCall& call, const Ten
   return bars;
 }
 
-// Memory of a backward's own: places of maps, and sums of the norms' gradients.
-struct Own {
-  Own(const Tensor& x, int slots, int units, int rows)
-      : maps(new_vector(x, slots * x.size(0) * static_cast<int64_t>(kept_bytes(shape_of(x))), ScalarType::Byte)),
-        sums(new_vector(x, static_cast<int64_t>(rows) * units * 2 * x.size(1), ScalarType::Float)) {}
-
-  char* at() const { return static_cast<char*>(maps.data_ptr()); }
-  float* numbers() const { return static_cast<float*>(sums.data_ptr()); }
-
-  Tensor maps, sums;
-};
-
 using Gradients = std::tuple<Tensor, Tensors>;
 
 // The gradients of x and, if they are wanted, of the parameters.
@@ -152,14 +140,14 @@ inline Gradients scheme_backward(const Tensor& x, const Tensor& cotangent, const
                                  const Tensor& table, bool gradients) {
   Tensors pieces = kept_pieces;
   if (pieces.empty()) pieces = std::get<2>(scheme_forward(x, parameters, units, numbers, table, true));
-  const Kept kept(pieces);
+  const Store kept(pieces[0]);
   const Tensor bar = new_map_like(x);
   const Queue queue = queue_of(x);
   BackwardCall call{scheme_call(cotangent, bar, parameters, units, numbers), {}, nullptr};
   SchemeCall& scheme = call.scheme;
   SchemePlaces places(scheme, table, true);
   places.turn();
-  scheme.branch.statistics = kept.numbers();
+  scheme.branch.statistics = kept.numbers(x, places.slots);
   const int count = scheme.branch.count;
   int slots = 0;
   WeightsCall weights{scheme.samples, 0, scheme.branch, {}, nullptr, {}};
@@ -168,11 +156,11 @@ inline Gradients scheme_backward(const Tensor& x, const Tensor& cotangent, const
     for (int u = 0; u < count; ++u) call.cotangent[k][u] = used ? places.slots + slots++ : -1;
     if (used) add_product(weights, k, scheme.input[k], call.cotangent[k], 1);
   }
-  scheme.room = kept.room_of(x.size(0), places.slots);
   const int rows = gradients ? scheme_backward_blocks(type_of(x), shape_of(x), call, queue) : 0;
-  const Own own(x, slots, count, rows);
-  scheme.room.own = own.at(), weights.room = scheme.room;
-  call.sums = gradients ? own.numbers() : nullptr;
+  const Store own(x, slots, sums_of(x, rows, count));
+  scheme.room = weights.room = {kept.at(), own.at(), places.slots, x.size(0)};
+  weights.branch.statistics = scheme.branch.statistics;
+  call.sums = gradients ? own.numbers(x, slots) : nullptr;
   launched(cuda::scheme_backward(type_of(x), shape_of(x), call, queue));
   return {bar, gradients ? parameter_gradients(x, weights, parameters, units, call.sums, rows) : Tensors{}};
 }
@@ -226,11 +214,12 @@ inline std::tuple<Tensor, Tensors> descent_forward(const Tensor& x, const Tensor
   DescentCall call = descent_call(x, y, parameters, units, numbers, steps, step_size, theta);
   place_descent(call, keep);
   // Behind the evaluations there is room for the tangents' means of a backward.
-  const Kept kept(x, call.room.split, (keep ? 2 : 1) * call.steps + 1, call.branch.count);
-  call.room = kept.room_of(x.size(0), call.room.split);
-  call.branch.statistics = kept.numbers();
+  const int places = call.room.split;
+  const Store kept(x, places, statistics_of(x, (keep ? 2 : 1) * call.steps + 1, call.branch.count));
+  call.room = {kept.at(), nullptr, places, x.size(0)};
+  call.branch.statistics = kept.numbers(x, places);
   launched(cuda::descent_forward(type_of(x), shape_of(x), call, queue_of(x)));
-  return {y, keep ? kept.pieces() : Tensors{}};
+  return {y, keep ? Tensors{kept.tensor} : Tensors{}};
 }
 
 inline void shift(int (&places)[kMostUnits], int by) {
@@ -259,18 +248,17 @@ inline Gradients descent_backward(const Tensor& x, const Tensor& cotangent, cons
   Tensors pieces = kept_pieces;
   if (pieces.empty())
     pieces = std::get<1>(descent_forward(x, parameters, units, numbers, steps, step_size, theta, true));
-  const Kept kept(pieces);
+  const Store kept(pieces[0]);
   const Tensor bar = new_map_like(x);
   const Queue queue = queue_of(x);
   DescentCall call = descent_call(cotangent, bar, parameters, units, numbers, steps, step_size, theta);
   place_descent(call, true);
-  const int slots = place_backward(call, gradients);
-  call.branch.statistics = kept.numbers();
+  const int places = call.room.split, slots = place_backward(call, gradients);
+  call.branch.statistics = kept.numbers(x, places);
   const int rows = gradients ? descent_backward_blocks(type_of(x), shape_of(x), call, queue) : 0;
-  const Own own(x, slots, call.branch.count, rows);
-  call.room = kept.room_of(x.size(0), call.room.split);
-  call.room.own = own.at();
-  call.sums = gradients ? own.numbers() : nullptr;
+  const Store own(x, slots, sums_of(x, rows, call.branch.count));
+  call.room = {kept.at(), own.at(), places, x.size(0)};
+  call.sums = gradients ? own.numbers(x, slots) : nullptr;
   launched(cuda::descent_backward(type_of(x), shape_of(x), call, queue));
   if (!gradients) return {bar, {}};
   WeightsCall weights = descent_products(call);

@@ -17,6 +17,7 @@ struct Queue {
 struct Map {
   void* data;
   int64_t sample, channel, row, column;  // strides, in elements
+  bool words;                            // two channels lie together, in a word
 };
 
 // norm, activation, 3×3 convolution without stride; absent tensors are null. All of the maps' dtype.

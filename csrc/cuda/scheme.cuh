@@ -13,11 +13,6 @@ FASTODE_DEVICE float beta(const cuda::SchemeCall& call, int k, int j) {
   return call.table ? static_cast<float>(call.table[(call.stages + k) * call.stages + j]) : call.beta[k][j];
 }
 
-template <class Tile>
-FASTODE_DEVICE MapArguments map_of(const cuda::Map& map) {
-  return {map.data, map.sample, map.channel, map.row, map.column};
-}
-
 // u_s, and what a later backward reads of each evaluation.
 template <class Tile>
 struct SchemeForward {
@@ -27,12 +22,12 @@ struct SchemeForward {
     Branch<Tile> branch(call.branch, call.samples);
     for (int n = block(); n < call.samples; n += blocks()) {
       typename Tile::State point;
-      Tile::load(point, map_of<Tile>(call.x), n);
+      Tile::load(point, call.x, n);
       for (int k = 0; k < call.stages; ++k) {
         if (call.point[k] >= 0) Tile::keep(point, Branch<Tile>::place(call.room, call.point[k], n));
         stage(branch, call, n, k, point);
       }
-      Tile::store(point, map_of<Tile>(call.result), n);
+      Tile::store(point, call.result, n);
     }
   }
 
@@ -74,12 +69,12 @@ struct SchemeBackward {
     Branch<Tile> branch(call.branch, call.samples);
     for (int n = block(); n < call.samples; n += blocks()) {
       typename Tile::State bar;
-      Tile::load(bar, map_of<Tile>(call.x), n);
+      Tile::load(bar, call.x, n);
       for (int k = call.stages - 1; k >= 0; --k) {
         if (call.bar[k + 1] >= 0) Tile::keep(bar, Branch<Tile>::place(call.room, call.bar[k + 1], n));
         stage(branch, backward, n, k, bar);
       }
-      Tile::store(bar, map_of<Tile>(call.result), n);
+      Tile::store(bar, call.result, n);
     }
     if (backward.sums) branch.store_sums(backward.sums + block() * call.branch.count * 2 * Tile::kChannels);
   }

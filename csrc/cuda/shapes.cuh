@@ -30,12 +30,26 @@ void with_tile(cuda::Type type, cuda::Shape shape, const F& f) {
 
 inline constexpr const char* kNoProgram = "there is no program for such maps";
 
+// How many blocks of a program run at a time, asked once for each thread's last card and size: to ask takes as long as a
+// launch.
+template <class Program, class Call>
+int known_blocks(const Launch& how) {
+  struct Answer {
+    int device, most;
+    size_t bytes;
+  };
+  thread_local Answer last{-1, 0, 0};
+  if (last.device != how.device || last.bytes != how.shared_bytes)
+    last = {how.device, most_blocks<Program, Call>(how), how.shared_bytes};
+  return last.most;
+}
+
 // A launch of a program with a block for each of so many items, but no more than run at a time: a block reads all
 // parameters.
 template <class Program, class Call>
 Launch plan(int items, size_t bytes, const cuda::Queue& queue) {
   Launch how{items, Program::threads, bytes, 1, false, queue.stream, queue.device};
-  const int most = most_blocks<Program, Call>(how);
+  const int most = known_blocks<Program, Call>(how);
   if (most > 0) how.blocks = std::min(how.blocks, most);
   return how;
 }

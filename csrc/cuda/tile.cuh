@@ -7,6 +7,7 @@
 #pragma once
 
 #include "device.cuh"
+#include "programs.h"
 
 namespace fastode::device {
 
@@ -20,12 +21,6 @@ struct Float16 {
   static FASTODE_DEVICE uint32_t pack(float low, float high) { return pack_f16(low, high); }
   static FASTODE_DEVICE Pair unpack(uint32_t word) { return unpack_f16(word); }
   static FASTODE_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma_f16(c, a, b); }
-};
-
-// A batch of maps in global memory, of 16-bit floats; strides in elements.
-struct MapArguments {
-  void* data;
-  int64_t sample, channel, row, column;
 };
 
 struct alignas(16) Words {
@@ -75,12 +70,12 @@ struct Tile {
   // The first of the thread's two channels among eight.
   static FASTODE_DEVICE int channel(int eight) { return first_channel() + eight * 8 + lane() % 4 * 2; }
 
-  static FASTODE_DEVICE int64_t offset(const MapArguments& map, int64_t sample, int tile, int eight, int half) {
+  static FASTODE_DEVICE int64_t offset(const cuda::Map& map, int64_t sample, int tile, int eight, int half) {
     return sample * map.sample + channel(eight) * map.channel + row(tile, half) * map.row +
            column(tile, half) * map.column;
   }
 
-  static FASTODE_DEVICE void load(State& state, const MapArguments& map, int64_t sample) {
+  static FASTODE_DEVICE void load(State& state, const cuda::Map& map, int64_t sample) {
     const uint16_t* data = static_cast<const uint16_t*>(map.data);
     FASTODE_UNROLLED
     for (int tile = 0; tile < kTiles; ++tile) {
@@ -89,7 +84,6 @@ struct Tile {
         FASTODE_UNROLLED
         for (int half = 0; half < 2; ++half) {
           const uint16_t* at = data + offset(map, sample, tile, eight, half);
-          // Every stride of such a map is even, and so is its beginning (`Supported` in programs.h).
           state.word[tile][eight][half] = map.channel == 1 ? *reinterpret_cast<const uint32_t*>(at)
                                                            : at[0] | static_cast<uint32_t>(at[map.channel]) << 16;
         }
@@ -97,7 +91,7 @@ struct Tile {
     }
   }
 
-  static FASTODE_DEVICE void store(const State& state, const MapArguments& map, int64_t sample) {
+  static FASTODE_DEVICE void store(const State& state, const cuda::Map& map, int64_t sample) {
     uint16_t* data = static_cast<uint16_t*>(map.data);
     FASTODE_UNROLLED
     for (int tile = 0; tile < kTiles; ++tile) {
@@ -107,7 +101,7 @@ struct Tile {
         for (int half = 0; half < 2; ++half) {
           uint16_t* at = data + offset(map, sample, tile, eight, half);
           const uint32_t word = state.word[tile][eight][half];
-          if (map.channel == 1) {
+          if (map.words) {
             *reinterpret_cast<uint32_t*>(at) = word;
           } else {
             at[0] = static_cast<uint16_t>(word);

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -266,24 +266,57 @@ def _as_it_was(
 
 def update_running(reading: Reading, statistics: Iterable[Tensor], x: Tensor) -> None:
     """Update running statistics as PyTorch's norms do, once for each evaluation of the branch, in order."""
-    norms = [norm for norm in reading.norms if norm is not None]
-    pixels = x.shape[2] * x.shape[3]
+    norms: list[Any] = [norm for norm in reading.norms if norm is not None]
+    evaluations = list(zip(*[iter(statistics)] * len(norms), strict=True))
+    factor = norms[0].momentum
     with torch.no_grad():
-        for index, stats in enumerate(statistics):
-            norm: Any = norms[index % len(norms)]
-            if isinstance(norm, nn.InstanceNorm2d):
-                count, stats = pixels, stats.mean(1)
-                factor: float | Tensor = 0.0 if norm.momentum is None else norm.momentum
-            else:
-                count = x.shape[0] * pixels
-                norm.num_batches_tracked.add_(1)
-                factor = 1.0 / norm.num_batches_tracked.double() if norm.momentum is None else norm.momentum
-            mean, variance = norm.running_mean, norm.running_var
-            _move(mean, stats[0], factor)
-            _move(variance, stats[1] * (count / max(count - 1, 1)), factor)
+        if isinstance(factor, float) and all(norm.momentum == factor for norm in norms):
+            _move_together(norms, evaluations, factor, x)
+            return
+        for met in evaluations:
+            for norm, stats in zip(norms, met, strict=True):
+                _move(norm, *_met(norm, stats, x))
 
 
-def _move(running: Tensor, now: Tensor, factor: float | Tensor) -> None:
+def _met(norm: Any, stats: Tensor, x: Tensor) -> tuple[Tensor, Tensor, float]:
+    """The mean and the variance that a norm met in x, and by what the variance is to be multiplied."""
+    count = x.shape[2] * x.shape[3]
+    if isinstance(norm, nn.InstanceNorm2d):
+        stats = stats.mean(1)
+    else:
+        count *= x.shape[0]
+    mean, variance = stats.unbind()
+    return mean, variance, count / max(count - 1, 1)
+
+
+def _move(norm: Any, mean: Tensor, variance: Tensor, unbiased: float) -> None:
     """running ← (1 − factor) running + factor now."""
-    weight = factor.to(now.dtype) if isinstance(factor, Tensor) else factor
-    running.copy_(torch.lerp(running.to(now.dtype), now, weight))
+    factor: float | Tensor = 0.0 if norm.momentum is None else norm.momentum
+    if not isinstance(norm, nn.InstanceNorm2d):
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:
+            factor = (1.0 / norm.num_batches_tracked.double()).to(mean.dtype)
+    for running, now in ((norm.running_mean, mean), (norm.running_var, variance * unbiased)):
+        running.copy_(torch.lerp(running.to(now.dtype), now, factor))
+
+
+def _move_together(norms: Sequence[Any], evaluations: Sequence[Sequence[Tensor]], factor: float, x: Tensor) -> None:
+    """`_move` of all norms at once, where their factor is the same number."""
+    counters = [norm.num_batches_tracked for norm in norms if not isinstance(norm, nn.InstanceNorm2d)]
+    if counters:
+        torch._foreach_add_(counters, len(evaluations))
+    running = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
+    moved: list[Tensor] = []
+    for met in evaluations:
+        rows = [_met(norm, stats, x) for norm, stats in zip(norms, met, strict=True)]
+        variances = torch._foreach_mul([row[1] for row in rows], [row[2] for row in rows])
+        now = [*(row[0] for row in rows), *variances]
+        if all(each.dtype == other.dtype for each, other in zip(running, now, strict=True)):
+            torch._foreach_lerp_(running, now, factor)
+        else:
+            if moved:
+                torch._foreach_copy_(moved, running)
+            else:
+                moved = [each.to(other.dtype) for each, other in zip(running, now, strict=True)]
+            torch._foreach_lerp_(moved, now, factor)
+            torch._foreach_copy_(running, moved)

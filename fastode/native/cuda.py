@@ -5,11 +5,10 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import re
-from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,6 +17,8 @@ from . import fake
 
 _reason: str | None = None  # why nothing is registered, None before it was tried
 _libraries: list[torch.library.Library] = []  # a registration lives as long as its library object
+# The Triton operators as functions, by the type of device.
+direct: dict[str, SimpleNamespace] = {}
 _DEFINE = re.compile(r'#define\s+(\w+)\s+"([^"]*)"')
 _SCHEMA = re.compile(r'm\.def\(((?:\s*(?:"[^"]*"|\w+))+)\s*\)')
 _PIECE = re.compile(r'"([^"]*)"|(\w+)')
@@ -59,19 +60,21 @@ def implement(key: str = "CUDA") -> None:
 
     library = torch.library.Library("fastode", "IMPL", key)
     for operator in passes.OPERATORS:
-        library.impl(operator.__name__, _on_its_device(operator) if key == "CUDA" else operator)
+        library.impl(operator.__name__, operator)
     _libraries.append(library)
+    direct[key.lower()] = SimpleNamespace(**passes.DIRECT)
 
 
-def _on_its_device(operator: Callable[..., Any]) -> Callable[..., Any]:
-    """Triton launches on the current device, which need not be the maps'."""
+def operators(x: torch.Tensor) -> Any:
+    """The operators for x by name: torch.ops.fastode or, where nothing stands between, what it would call.
 
-    @functools.wraps(operator)
-    def run(first: Any, *rest: Any) -> Any:
-        with torch.cuda.device_of(first if isinstance(first, torch.Tensor) else first[0]):
-            return operator(first, *rest)
-
-    return run
+    The way through PyTorch's dispatcher takes as long as a launch.
+    """
+    found = direct.get("cuda" if x.is_cuda else x.device.type) if direct else None
+    if found is None or torch.compiler.is_compiling():
+        return torch.ops.fastode
+    watched = torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None
+    return torch.ops.fastode if watched or torch._C._autograd._profiler_enabled() else found
 
 
 def register(source: Path | None = None) -> None:

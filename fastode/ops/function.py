@@ -6,7 +6,6 @@ its parameters: apply(*constants, rerun, *inputs, *tensors).
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -98,35 +97,19 @@ def _owed(ctx: Any, given: MaybeTensors, needed: tuple[bool, ...]) -> tuple[bool
 
     needs_input_grad is true for every trainable parameter, also where only the gradient of an image was asked for.
     """
-    if _everything_runs():
-        return needed
-    nodes = iter(ctx.next_functions)  # one for each argument that is a tensor
-    return tuple(
-        [tensor is not None and _will_run(next(nodes)[0], need) for tensor, need in zip(given, needed, strict=True)]
-    )
-
-
-@functools.cache
-def _strange_node() -> Any:
-    """A node that is part of no graph."""
-    with torch.inference_mode(False), torch.enable_grad():
-        return torch.zeros((), device="cpu", requires_grad=True).view(1).grad_fn
-
-
-def _everything_runs() -> bool:
-    """Whether this is a backward() of everything: then the engine says so of any node, even one it does not know."""
+    edges = iter(ctx.next_functions)  # one for each argument that is a tensor
+    nodes: list[Any] = [None if tensor is None else next(edges)[0] for tensor in given]
+    runs = torch._C._will_engine_execute_node
     try:
-        return torch._C._will_engine_execute_node(_strange_node())
-    except RuntimeError:  # called by something else than the engine, which has to be answered in full
-        return True
+        return tuple([need and runs(node) for node, need in zip(nodes, needed, strict=True)])
+    except RuntimeError:  # not all are nodes that the engine is asked about
+        return tuple([need and _will_run(node) for node, need in zip(nodes, needed, strict=True)])
 
 
-def _will_run(node: Any, need: bool) -> bool:
-    if not need or node is None:
-        return False
+def _will_run(node: Any) -> bool:
     try:
         return torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # a leaf whose gradient autograd.grad was asked for
+    except RuntimeError:  # a leaf whose gradient autograd.grad was asked for, or no engine calls this backward
         return True
 
 

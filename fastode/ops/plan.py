@@ -44,6 +44,16 @@ class Plan:
     lower: torch.dtype | None
     memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
+    def codes(self, index: int) -> Codes:
+        """The norm and the activation of a unit as the operators take them."""
+        if torch.compiler.is_compiling():
+            return codes(self.units[index])
+        kept = self.memo.get("codes")
+        if kept is None:
+            kept = self.memo["codes"] = [codes(unit) for unit in self.units]
+        found: Codes = kept[index]
+        return found
+
 
 class Record(NamedTuple):
     """What a sweep keeps of one unit for its pull-back.
@@ -70,6 +80,8 @@ class Gradients:
         self._tensors = tensors
         self._wanted = wanted
         self._sums: list[MaybeTensor] = [None] * len(wanted)
+        # What the sums lack, one of each at most: all of these are added at once.
+        self._waiting: dict[int, Tensor] = {}
 
     def wants(self, index: int) -> bool:
         return self._wanted[index]
@@ -81,18 +93,38 @@ class Gradients:
     def add(self, index: int, gradient: Tensor, scale: float = 1.0) -> None:
         if self._wanted[index]:
             gradient = gradient if scale == 1.0 else gradient * scale
-            present = self._sums[index]
-            self._sums[index] = gradient if present is None else present + gradient
+            if self._sums[index] is None:
+                self._sums[index] = gradient
+                return
+            if index in self._waiting:
+                self._add_waiting()
+            self._waiting[index] = gradient
 
     def add_norm(self, at: int, weight_bar: Tensor, bias_bar: Tensor, scale: float = 1.0) -> None:
         """`add` for weight and bias of the norm whose tensors begin at `at`."""
         self.add(at + NORM_WEIGHT, weight_bar, scale)
         self.add(at + NORM_BIAS, bias_bar, scale)
 
+    def _add_waiting(self) -> None:
+        alike: dict[torch.dtype, list[int]] = {}  # of tensors of several dtypes a card would add each by itself
+        for index, gradient in self._waiting.items():
+            alike.setdefault(gradient.dtype, []).append(index)
+        for places in alike.values():
+            sums = [total for index in places if (total := self._sums[index]) is not None]
+            totals = torch._foreach_add(sums, [self._waiting[index] for index in places])
+            for index, total in zip(places, totals, strict=True):
+                self._sums[index] = total
+        self._waiting.clear()
+
     def result(self) -> list[MaybeTensor]:
         """A gradient for each tensor, in its dtype; None where there is none."""
+        if self._waiting:
+            self._add_waiting()
         pairs = zip(self._sums, self._tensors, strict=True)
-        return [None if bar is None or tensor is None else bar.to(tensor.dtype) for bar, tensor in pairs]
+        return [
+            None if bar is None or tensor is None else bar if bar.dtype == tensor.dtype else bar.to(tensor.dtype)
+            for bar, tensor in pairs
+        ]
 
 
 def statistics_of(records: Sequence[Record]) -> list[Tensor]:

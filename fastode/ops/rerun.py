@@ -52,10 +52,13 @@ class Rerun:
         """Whether this backward is itself differentiated, forwards too, or under torch.func.vmap."""
         if torch.is_grad_enabled():
             return True
-        present = [bar for bar in cotangents if bar is not None]
-        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(bar).tangent is not None for bar in present):
-            return True
-        return any(map(is_batchedtensor, present))
+        forwards = forward_ad._current_level >= 0
+        for bar in cotangents:
+            if bar is not None and (
+                is_batchedtensor(bar) or (forwards and forward_ad.unpack_dual(bar).tangent is not None)
+            ):
+                return True
+        return False
 
     def gradients(
         self, given: MaybeTensors, wanted: Sequence[bool], cotangents: Sequence[MaybeTensor]

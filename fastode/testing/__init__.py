@@ -4,14 +4,12 @@ from .compare import (
     MODES,
     Inputs,
     Judge,
-    Layout,
     Mode,
     assert_blocks_equal,
     compare_blocks,
     compare_tensors,
-    moved,
-    sample_input,
 )
+from .inputs import Layout, moved, sample_input
 from .rule import Comparison, Row, Rule, rounding
 
 __all__ = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -110,11 +111,27 @@ class Recorder(TorchFunctionMode):
         return result
 
 
-def clear_of_kinks(truth: Recorder, runs: Sequence[Recorder], eps: float) -> bool:
-    """Whether no pre-activation can fall on the wrong side of a kink by rounding.
+class Shifted(TorchFunctionMode):
+    """Adds a tensor, dense or sparse, to the pre-activations of each call that a `Recorder` notes, in order."""
 
-    The distance to the kink must exceed twice the largest deviation that the working precision's own runs show, plus
-    two units of rounding of the largest pre-activation: the shape of the rule, applied to the pre-activations.
+    def __init__(self, steps: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.steps = iter(steps)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if getattr(func, "__name__", "").rstrip("_") in _KINKS:
+            moved = _argument(args, kwargs, 0, "input", None) + next(self.steps)
+            kwargs.pop("input", None)
+            args = (moved, *args[1:])
+        return func(*args, **kwargs)
+
+
+def across_kinks(truth: Recorder, runs: Sequence[Recorder], eps: float) -> list[Tensor] | None:
+    """What moves each pre-activation to the other side of a kink where it can fall there by rounding; zero elsewhere.
+
+    It can, unless the distance to the kink exceeds twice the largest deviation that the working precision's own runs
+    show, plus two units of rounding of the largest pre-activation: the shape of the rule, applied to pre-activations.
 
     Args:
         truth: the recorder of the float64 run.
@@ -122,21 +139,25 @@ def clear_of_kinks(truth: Recorder, runs: Sequence[Recorder], eps: float) -> boo
         eps: the working precision's unit of rounding.
 
     Returns:
-        True for a smooth block; False when runs made different calls or a value is not finite.
+        A sparse tensor for each recorded call; None when runs made different calls or a value is not finite.
     """
+    found = []
     for index, (exact, kinks) in enumerate(zip(truth.pre_activations, truth.kinks, strict=True)):
+        if any(len(run.pre_activations) != len(truth.pre_activations) for run in runs):
+            return None
         if exact.numel() == 0:
+            found.append(torch.zeros_like(exact).to_sparse())
             continue
-        rounding = 2.0 * eps * float(exact.abs().max())
-        margin = rounding
-        for run in runs:
-            if len(run.pre_activations) != len(truth.pre_activations):
-                return False
-            margin = max(margin, 2.0 * float((run.pre_activations[index] - exact).abs().max()) + rounding)
-        distance = min(float((exact - kink).abs().min()) for kink in kinks)
-        if not distance > margin:
-            return False
-    return True
+        largest = float(exact.abs().max())
+        deviations = [float((run.pre_activations[index] - exact).abs().max()) for run in runs]
+        margin = 2.0 * max(deviations, default=0.0) + 2.0 * eps * largest
+        if not math.isfinite(sum(deviations, margin)):
+            return None
+        to_kinks = torch.stack([kink - exact for kink in kinks])
+        step = to_kinks.gather(0, to_kinks.abs().argmin(0, keepdim=True))[0]
+        beyond = torch.where(step >= 0, 1.0, -1.0) * 4.0 * torch.finfo(torch.float64).eps * largest
+        found.append(torch.where(step.abs() <= margin, step + beyond, 0.0).to_sparse())
+    return found
 
 
 def warm_up() -> None:

@@ -143,8 +143,8 @@ class Rule:
         second = self.again()[name]
         return second is None or _two_norm(_finite(second) - _finite(truth)) > digits * own
 
-    def row(self, name: str, found: Tensor | None) -> Row:
-        """The verdict on what was found for one of the truths."""
+    def row(self, name: str, found: Tensor | None, excused: Tensor | None = None) -> Row:
+        """The verdict on what was found for one of the truths, less a difference that it is excused for."""
         truth, runs = self.truths[name], [t for t in (run[name] for run in self.references) if t is not None]
         if found is None or truth is None:
             note = "" if found is None and truth is None else f"found {_what(found)}, the reference has {_what(truth)}"
@@ -162,6 +162,8 @@ class Rule:
             return Row(name, math.inf, 0.0, None, "NaN or inf where the reference has none, or the other way round")
         exact, *values = (t.double() if everywhere else t.double()[finite] for t in (truth, found, *runs))
         differences = [t - exact for t in values]
+        if excused is not None:
+            differences[0] = differences[0] - (excused if everywhere else excused[finite])
         slack = rounding(self.dtype or found.dtype, self.longest)
         ratios = []
         for norm, scale in zip((_two_norm, _max_norm), self._scales(name), strict=True):

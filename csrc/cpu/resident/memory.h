@@ -198,7 +198,7 @@ class Scratch {
   }
 
  private:
-  static constexpr int64_t kHere = 1 << 13, kChunk = 1 << 16;
+  static constexpr int64_t kHere = 1 << 15, kChunk = 1 << 16;
 
   void* allocate(int64_t bytes) {
     tensors_.push_back(new_vector(bytes, ScalarType::Byte));

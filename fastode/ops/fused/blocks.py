@@ -5,10 +5,9 @@ Their contracts are the `Forward` of each scheme.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ..maps import coefficients, combine
+from ..maps import cast, coefficients, combine, rows_of
 from ..plan import MaybeTensor, MaybeTensors, Plan, statistics_of
 from ..schemes.implicit_euler.descent import Descent, residual_terms, update
 from ..schemes.runge_kutta.stages import Scheme, present
@@ -22,10 +21,11 @@ def shu_osher(
     points: list[Tensor] = [x]
     images: list[MaybeTensor] = []
     statistics: list[Tensor] = []
+    row = rows_of(table)
     stats: Tensor | None = None  # of the last point, where the convolution that made it took them
     for k in range(scheme.stages):
         alphas, betas = scheme.alpha[k], [j for j in scheme.beta[k] if j != k]
-        along = [table[0, k, j : j + 1] for j in alphas] + [table[1, k, j : j + 1] for j in betas]
+        along = [*((0, k, j) for j in alphas), *((1, k, j) for j in betas)]
         image, made = None, None
         if scheme.uses(k):
             point = points[k]
@@ -33,7 +33,7 @@ def shu_osher(
             ends = k in scheme.beta[k]
             keep = any(k in row for row in scheme.beta[k + 1 :])
             terms = [*present(points, alphas), *present(images, betas)] if ends else []
-            coefs = torch.cat([table[1, k, k : k + 1], *along]) if ends else None
+            coefs = row([(1, k, k), *along]) if ends else None
             onward = ends and k + 1 < scheme.stages and scheme.uses(k + 1)
             made = evaluate(branch, tensors, point, stats, terms, coefs, keep and ends, onward)
             statistics += statistics_of(made.records)
@@ -42,7 +42,7 @@ def shu_osher(
         images.append(image)
         if made is None:
             terms = [*present(points, alphas), *present(images, betas)]
-            points.append(combine(terms, torch.cat(along)))
+            points.append(combine(terms, row(along)))
             stats = None
         else:
             points.append(made.out)
@@ -65,7 +65,7 @@ def ie_skip(
         made = evaluate(branch, tensors, y, stats, terms, coefficients(values[-1], *values[:-1]))
         statistics += statistics_of(made.records)
         e = made.out
-        pulled = pull(branch, tensors, made.records, e.to(y.dtype), [y, e], update(descent), None)
+        pulled = pull(branch, tensors, made.records, cast(e, y.dtype), [y, e], update(descent), None)
         assert pulled is not None
         y, stats = pulled, None
     return y, points, statistics

@@ -283,10 +283,10 @@ def _through_norm(which: int, half: Half, partial: MaybeTensor, chunks: plan.Blo
     if partial is not None:
         assert point.stats is not None
         wanted = grads.wants_norm(norm_at(which))
-        bars = unit.parameter_bars(wanted)
-        shares = unit.parameter_shares(bars, wanted)
+        bars = unit.parameter_bars() if wanted else None
+        shares = unit.parameter_shares(bars)
         launch.finish_sums(unit, chunks, partial, point.stats, None, point.weight, sets, shares, 2)
         unit.add_shares(shares, bars)
-        if wanted:
+        if bars is not None:
             grads.add_norm(norm_at(which), *bars)
     return pull_set(replace(point, x=half.out, sets=sets), (), coefficients(1.0))

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ...branch.layers import TENSORS_PER_UNIT, Conv
-from ..maps import fixed_statistics, lowered, norm_tensors
-from ..plan import CONV_BIAS, CONV_WEIGHT, Gradients, MaybeTensors, Plan, Record, codes
+from ..maps import cast, fixed_statistics, lowered, norm_tensors
+from ..plan import CONV_BIAS, CONV_WEIGHT, Gradients, MaybeTensors, Plan, Record
 from ..staged.sweeps import dual, pull_dual
 from ..triton import convolution as fused
 from ..triton import launch as launching
@@ -102,7 +102,7 @@ def pull(
             return None
         weight = lowered(branch.lower, weight)
         own, own_coefs = (tuple(addends), coefs) if first else ((), None)
-        own = tuple(term.to(record.h.dtype) for term in own)
+        own = tuple(cast(term, record.h.dtype) for term in own)
         if here.unit is None:
             left = Operand(
                 convolution(
@@ -126,7 +126,7 @@ def pull_set(pulled: Operand, addends: Sequence[Tensor], coefs: Tensor) -> Tenso
     assert unit is not None
     out = launching.feature_map(unit.x)
     values, learned = launching.coefficients(coefs, unit.x)
-    programs, sizes, shape = launching.apply_shape(unit)
+    programs, sizes, shape = unit.layout.apply_shape
     launching.launch(
         cotangent_apply_kernel, programs, unit.x, pulled.x, tuple(addends) or None, values, out, pulled.stats,
         pulled.sets, pulled.weight, pulled.bias, *sizes, *unit.numbers, **shape, NORMED=True,
@@ -161,7 +161,7 @@ def _given(branch: Plan, tensors: MaybeTensors, index: int, x: Tensor) -> Tensor
 def _operand(branch: Plan, tensors: MaybeTensors, index: int, record: Record) -> Operand:
     """What the convolution of a unit reads."""
     weight, bias = norm_tensors(tensors, index * TENSORS_PER_UNIT, record.h.dtype)
-    unit = Unit(record.h, *codes(branch.units[index]))
+    unit = Unit(record.h, *branch.codes(index))
     return value_of(unit, record.stats if record.stats.numel() else None, weight, bias)
 
 
@@ -172,7 +172,7 @@ def _convolve(
     """A unit's norm, activation and convolution, and the statistics with which `next_unit` normalises the result."""
     conv, weight = _conv(branch, tensors, index)
     bias = tensors[index * TENSORS_PER_UNIT + CONV_BIAS]
-    norm = None if next_unit is None else codes(branch.units[next_unit])[:2]
+    norm = None if next_unit is None else branch.codes(next_unit)[:2]
     if norm is not None and norm[0] not in (launching.GROUP, launching.BATCH):
         norm = None
     return convolution(

@@ -36,14 +36,7 @@ def refuses_input(x: Tensor) -> str:
     if height != width or (channels, height) not in TILES:
         sizes = ", ".join([f"{c} at {side}x{side}" for c, side in TILES])
         return f"its programs for CUDA are of {sizes} channels and pixels, and not of {channels} at {height}x{width}"
-    if not _in_words(x):
-        return "its programs for CUDA read two channels at a time, which must lie at a multiple of four bytes"
     return ""
-
-
-def _in_words(x: Tensor) -> bool:
-    """Whether the pairs of channels of a channels_last map can be read as words; other maps are read by halves."""
-    return x.stride(1) != 1 or (x.storage_offset() % 2 == 0 and all([stride % 2 == 0 for stride in x.stride()[2:]]))
 
 
 def refuses_units(plan: Plan, channels: int) -> str:

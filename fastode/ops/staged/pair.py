@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ...branch.layers import Activation
-from ..maps import channels_last, coefficients, combine, fixed_statistics, lowered, norm_tensors, promoted
+from ...native.cuda import operators
+from ..maps import cast, channels_last, coefficients, combine, fixed_statistics, lowered, norm_tensors, promoted
 from ..plan import (
     NO_ACTIVATION,
     NO_NORM,
@@ -75,8 +76,8 @@ def pull_back(
     hy_bar = pull_slope(pair, POST_Y, tensors, kept.h_y, kept.stats[POST_Y], bars[0], grads, scale, scale)
     hz_bar_turned = pull_slope(pair, POST_Z, tensors, kept.h_z, kept.stats[POST_Z], bars[1], grads, -scale, scale)
     w = weight_of(pair, tensors)
-    hy_low = None if hy_bar is None else hy_bar.to(w.dtype)
-    hz_low = None if hz_bar_turned is None else hz_bar_turned.to(w.dtype)
+    hy_low = None if hy_bar is None else cast(hy_bar, w.dtype)
+    hz_low = None if hz_bar_turned is None else cast(hz_bar_turned, w.dtype)
     if grads.wants(WEIGHT):
         _add_weight_gradient(pair, w, tensors, kept, hy_low, hz_low, grads)
     # (3): the forward's two convolutions again, with the sign of W turned
@@ -135,7 +136,7 @@ def _activate(pair: Pair, image: Tensor, state: MaybeTensor) -> tuple[Tensor, Te
     """What to keep of h = image − γ state, and σ(h)."""
     if pair.gamma and state is not None:
         dtype = torch.promote_types(image.dtype, state.dtype)
-        terms, coefs = [image.to(dtype), state.to(dtype)], coefficients(1.0, -pair.gamma)
+        terms, coefs = [cast(image, dtype), cast(state, dtype)], coefficients(1.0, -pair.gamma)
     else:
         terms, coefs = [image], coefficients(1.0)
     if pair.activation is None:
@@ -143,10 +144,10 @@ def _activate(pair: Pair, image: Tensor, state: MaybeTensor) -> tuple[Tensor, Te
         return h, h
     codes = activation_codes(pair.activation)
     if tells_its_derivative(pair.activation):
-        slope = torch.ops.fastode.combine(terms, coefs, *codes)
+        slope = operators(image).combine(terms, coefs, *codes)
         return slope, slope
     alone = len(terms) == 1  # with a coefficient of one
-    h, slope, _ = torch.ops.fastode.norm_act(
+    h, slope, _ = operators(image).norm_act(
         terms, coefficients() if alone else coefs, None, None, None, *NO_NORM, *codes
     )
     return (image if alone else h), slope
@@ -170,7 +171,7 @@ def _normalise(
     weight, bias = norm_tensors(tensors, norm_at(which), terms[0].dtype)
     given = fixed_statistics(tensors, norm_at(which), terms[0].dtype)
     given_coefs = coefficients() if coefs is None else coefs
-    u, normed, made = torch.ops.fastode.norm_act(
+    u, normed, made = operators(terms[0]).norm_act(
         terms, given_coefs, weight, bias, given, *norm_codes(norm), *NO_ACTIVATION
     )
     return (terms[0] if coefs is None else u), normed, made if given is None else given
@@ -182,9 +183,7 @@ def normalised_again(pair: Pair, which: int, tensors: MaybeTensors, point: Tenso
     if norm is None:
         return point
     weight, bias = norm_tensors(tensors, norm_at(which), point.dtype)
-    return torch.ops.fastode.norm_act([point], coefficients(), weight, bias, stats, *norm_codes(norm), *NO_ACTIVATION)[
-        1
-    ]
+    return operators(point).norm_act([point], coefficients(), weight, bias, stats, *norm_codes(norm), *NO_ACTIVATION)[1]
 
 
 def pull_slope(
@@ -206,14 +205,14 @@ def pull_slope(
     if pair.norms[which] is not None:
         slope = h
         if pair.activation is not None and not tells_its_derivative(pair.activation):
-            slope = torch.ops.fastode.combine([h], coefficients(1.0), *activation_codes(pair.activation))
+            slope = operators(h).combine([h], coefficients(1.0), *activation_codes(pair.activation))
         bar = _pull_norm(pair, which, tensors, slope, stats, bar, grads, inner, scale)
     elif codes is None and factor != 1.0:
         bar = combine([bar], coefficients(factor))
     if codes is None:
         return bar
     empty = h.new_empty(0)
-    return torch.ops.fastode.norm_act_vjp(h, bar, empty, None, None, [], coefficients(factor), False, *codes)[0]
+    return operators(h).norm_act_vjp(h, bar, empty, None, None, [], coefficients(factor), False, *codes)[0]
 
 
 def pull_point(
@@ -235,7 +234,7 @@ def pull_point(
     bar = present[0][1]
     if len(present) > 1 or present[0][0] != 1.0:
         bar = combine([term for _, term in present], coefficients(*(factor for factor, _ in present)))
-    bar = bar.to(point.dtype)
+    bar = cast(bar, point.dtype)
     if pair.norms[which] is None:
         return bar
     return _pull_norm(pair, which, tensors, point, stats, bar, grads, 1.0, 1.0)
@@ -257,7 +256,7 @@ def _pull_norm(
     assert norm is not None
     weight, bias = norm_tensors(tensors, norm_at(which), x.dtype)
     param_grads = grads.wants_norm(norm_at(which))
-    out, weight_bar, bias_bar = torch.ops.fastode.norm_act_vjp(
+    out, weight_bar, bias_bar = operators(x).norm_act_vjp(
         x, bar, stats, weight, bias, [], coefficients(factor), param_grads, *norm_codes(norm), *NO_ACTIVATION
     )
     if param_grads:

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from ...branch.layers import TENSORS_PER_UNIT
 from ...branch.read import Unit
+from ...native.cuda import operators
 from ..maps import (
     accumulator,
+    cast,
     channels_last,
     coefficients,
     combine,
@@ -29,7 +31,7 @@ from ..maps import (
     norm_tensors,
     promoted,
 )
-from ..plan import CONV_BIAS, CONV_WEIGHT, Gradients, MaybeTensors, Plan, Record, codes
+from ..plan import CONV_BIAS, CONV_WEIGHT, Gradients, MaybeTensors, Plan, Record
 
 
 def value(
@@ -101,16 +103,16 @@ def pull(
             return None
         if _has_pass(unit):
             weight, bias = norm_tensors(tensors, at, record.h.dtype)
-            cot, wbar, bbar = torch.ops.fastode.norm_act_vjp(
+            cot, wbar, bbar = operators(cot).norm_act_vjp(
                 record.h,
-                cot.to(record.h.dtype),
+                cast(cot, record.h.dtype),
                 record.stats,
                 weight,
                 bias,
                 in_dtype(addends, record.h.dtype) if first else [],
                 coefs if first else coefficients(1.0),
                 norm_grads,
-                *codes(unit),
+                *plan.codes(index),
             )
             if grads is not None and norm_grads:
                 grads.add_norm(at, wbar, bbar, scale)
@@ -133,7 +135,7 @@ def dual(
         stacked = _convolve(plan, tensors, index, a, with_bias=False)
         bias = tensors[index * TENSORS_PER_UNIT + CONV_BIAS]
         if bias is not None:
-            stacked[:samples].add_(bias.to(stacked.dtype).view(1, -1, 1, 1))
+            stacked[:samples].add_(cast(bias, stacked.dtype).view(1, -1, 1, 1))
         h, t = stacked[:samples], stacked[samples:]
     return stacked, records
 
@@ -172,10 +174,10 @@ def pull_dual(
         if _has_pass(unit):
             norm_grads = grads is not None and grads.wants_norm(at)
             weight, bias = norm_tensors(tensors, at, record.h.dtype)
-            cot, wbar, bbar = torch.ops.fastode.norm_act_second(
+            cot, wbar, bbar = operators(cot).norm_act_second(
                 record.h,
-                tangent.to(record.h.dtype),
-                cot.to(record.h.dtype),
+                cast(tangent, record.h.dtype),
+                cast(cot, record.h.dtype),
                 record.stats,
                 record.tstats,
                 weight,
@@ -184,7 +186,7 @@ def pull_dual(
                 coefs if first else coefficients(1.0),
                 norm_grads,
                 not first,
-                *codes(unit),
+                *plan.codes(index),
             )
             if grads is not None and norm_grads:
                 grads.add_norm(at, wbar, bbar, scale)
@@ -217,8 +219,8 @@ def _pass(
     if statistics is None and unit.norm is not None and unit.norm.mode == "fixed":
         statistics = fixed_statistics(tensors, at, x.dtype)
     weight, bias = norm_tensors(tensors, at, x.dtype)
-    u, a, made = torch.ops.fastode.norm_act(
-        terms, coefficients() if coefs is None else coefs, weight, bias, statistics, *codes(unit)
+    u, a, made = operators(x).norm_act(
+        terms, coefficients() if coefs is None else coefs, weight, bias, statistics, *plan.codes(index)
     )
     return x if coefs is None else u, a, made if statistics is None else statistics
 
@@ -228,11 +230,11 @@ def _dual_pass(
 ) -> tuple[Tensor, Tensor]:
     """A unit's norm and activation of h beside their tangent along t, stacked, and the statistics of the tangent."""
     unit, at = plan.units[index], index * TENSORS_PER_UNIT
-    t = t.to(h.dtype)
+    t = cast(t, h.dtype)
     if not _has_pass(unit):
         return torch.cat([h, t]), statistics
     weight, bias = norm_tensors(tensors, at, h.dtype)
-    a, _, tstats = torch.ops.fastode.norm_act_dual(h, t, weight, bias, statistics, *codes(unit))
+    a, _, tstats = operators(h).norm_act_dual(h, t, weight, bias, statistics, *plan.codes(index))
     return a, tstats
 
 
@@ -276,7 +278,7 @@ def _convolve_back(
     assert conv is not None and weight is not None
     need_weight = grads is not None and grads.wants(at + CONV_WEIGHT)
     lower = lowered(plan.lower, a)
-    cot = cot.to(lower.dtype)
+    cot = cast(cot, lower.dtype)
     a_bar, weight_bar, _ = torch.ops.aten.convolution_backward.default(
         cot,
         lower,
@@ -294,4 +296,4 @@ def _convolve_back(
         grads.add(at + CONV_WEIGHT, weight_bar, scale)
     if grads is not None and grads.wants(at + CONV_BIAS):
         grads.add(at + CONV_BIAS, cot[:bias_samples].sum((0, 2, 3)), scale)
-    return channels_last(a_bar).to(a.dtype) if need_input else cot
+    return cast(channels_last(a_bar), a.dtype) if need_input else cot

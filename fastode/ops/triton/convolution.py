@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,7 +21,10 @@ ENTRIES = 256
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-@dataclass(frozen=True)
+_KIND = {"": "KIND", "_IN": "KIND_IN"}
+
+
+@dataclass(slots=True)
 class Operand:
     """A map as a convolution reads it.
 
@@ -57,7 +61,7 @@ class Operand:
 
     def constants(self, suffix: str) -> Shape:
         """The operand as a kernel's constants."""
-        return {"KIND" + suffix: self.kind} | norm_constants(self.unit, suffix)
+        return {_KIND[suffix]: self.kind, **norm_constants(self.unit, suffix)}
 
 
 def value_of(unit: Unit, stats: MaybeTensor, weight: MaybeTensor, bias: MaybeTensor) -> Operand:
@@ -68,21 +72,29 @@ def value_of(unit: Unit, stats: MaybeTensor, weight: MaybeTensor, bias: MaybeTen
 
 
 def norm_constants(unit: Unit | None, suffix: str = "") -> Shape:
-    normed = unit is not None and unit.norm != launching.NONE
+    """The norm and the activation as a kernel's constants, which are not to be changed."""
+    if unit is None:
+        return _norm_constants(launching.NONE, 1, False, 0, suffix)
+    return _norm_constants(unit.norm, unit.map.groups, unit.map.coupled, unit.act, suffix)
+
+
+@cache
+def _norm_constants(norm: int, groups: int, coupled: bool, act: int, suffix: str) -> Shape:
+    normed = norm != launching.NONE
     found = {
-        "G": unit.map.groups if unit is not None and normed else 1, "NORMED": normed,
-        "COUPLED": unit is not None and unit.map.coupled, "ACT": 0 if unit is None else unit.act,
-        "SAMPLED": unit is not None and unit.norm == GROUP,
+        "G": groups if normed else 1, "NORMED": normed, "COUPLED": coupled, "ACT": act, "SAMPLED": norm == GROUP,
     }  # fmt: skip
     return {name + suffix: value for name, value in found.items()}
 
 
 def precision(dtype: torch.dtype) -> str:
     """What a product of this dtype may round its factors to, as PyTorch is told for cuDNN's convolutions."""
+    if dtype != torch.float32:
+        return "ieee"
     cudnn = torch.backends.cudnn
     settings = getattr(cudnn, "conv", None)
     allowed = cudnn.allow_tf32 if settings is None else settings.fp32_precision == "tf32"
-    return "tf32" if dtype == torch.float32 and allowed else "ieee"
+    return "tf32" if allowed else "ieee"
 
 
 def on_tensor_cores(dtype: torch.dtype) -> bool:
@@ -95,7 +107,7 @@ def weight_memory(weight: Tensor) -> Tensor:
     return weight.contiguous(memory_format=torch.channels_last)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Made:
     """What a convolution made: coefs[0] (conv + bias) + sum_i coefs[i + 1] terms[i]; conv + bias; its statistics."""
 
@@ -172,7 +184,7 @@ def _with_statistics(left: Operand, blocks: conv_plan.Product) -> tuple[Operand,
     return replace(left, stats=passes.statistics([unit.x], None, unit.norm, unit.groups)[1]), False
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Pulled:
     """What `pull` made.
 
@@ -207,8 +219,8 @@ def pull(
     assert unit is not None
     g, channels = unit.map, weight.shape[1]
     out = _map(left.x, channels, unit.x.dtype)
-    bars = unit.parameter_bars(True) if param_grads else None
-    shares = None if bars is None else unit.parameter_shares(bars, True)
+    bars = unit.parameter_bars() if param_grads else None
+    shares = unit.parameter_shares(bars)
     blocks = _blocks(left, weight, channels, unit.norm == GROUP, g.coupled, lower)
     alone = g.coupled and unit.norm == GROUP and blocks.alone
     summed = g.coupled or shares is not None
@@ -228,8 +240,7 @@ def pull(
     if partial is not None:
         assert at.stats is not None
         launching.finish_sums(unit, _chunks(blocks, unit), partial, at.stats, None, at.weight, sets, shares, 2)
-    if bars is not None:
-        unit.add_shares(shares, bars)
+    unit.add_shares(shares, bars)
     made = Operand(out, gather.PULLED.value, unit, at.stats, sets, at.weight, at.bias) if waits else Operand(out)
     return Pulled(made, waits, bars)
 
@@ -244,9 +255,9 @@ def _blocks(
     )  # fmt: skip
 
 
-def _registers(left: Operand, blocks: conv_plan.Product, pull: bool, tensor_cores: bool) -> Shape:
+def _registers(kind: int, blocks: conv_plan.Product, pull: bool, tensor_cores: bool) -> Shape:
     """A limit of registers, where ptxas without one spills a few bytes to fit one more program on a multiprocessor."""
-    if tensor_cores and (blocks.warps > 8 or (pull and (blocks.warps < 8 or left.kind == gather.PLAIN.value))):
+    if tensor_cores and (blocks.warps > 8 or (pull and (blocks.warps < 8 or kind == gather.PLAIN.value))):
         return {}
     return {"maxnreg": conv_plan.registers(blocks.warps)}
 
@@ -255,18 +266,33 @@ def _launch(
     left: Operand, weight: Tensor, dilation: tuple[int, int], transposed: bool, blocks: conv_plan.Product,
     lower: torch.dtype, result: tuple[Any, ...], at: Operand, partial: MaybeTensor, made: Any, constants: Shape,
 ) -> None:  # fmt: skip
-    inputs, height, width = left.x.shape[1:]
-    out = result[2]
+    _, inputs, height, width = left.x.shape
+    channels, (_, _, *kernel) = result[2].shape[1], weight.shape
     _, h, stats, _, norm_weight, norm_bias = at.pointers
+    x, x_h, *norm = left.pointers
+    sizes = _sizes(
+        blocks, left.kind, constants["PULL"], inputs, channels, *kernel, *dilation, transposed, lower, precision(lower)
+    )
     launching.launch(
-        product.convolution_kernel, blocks.programs, *left.pointers[:2], weight_memory(weight), *left.pointers[2:],
-        *result, h, stats, norm_weight, norm_bias, partial, made, blocks.spans, blocks.pixels, height, width,
-        *left.numbers, *at.numbers, **left.constants("_IN"), CI=inputs, CP=blocks.padded, CO=out.shape[1],
-        KH=weight.shape[2], KW=weight.shape[3], DH=dilation[0], DW=dilation[1], TRANSPOSED=transposed,
-        BM=blocks.rows, BN=blocks.columns, BK=blocks.step, ACC=tl.float32, DOT=DTYPES[lower],
-        PRECISION=precision(lower), PB=max(1, blocks.warps * ENTRIES // blocks.padded), warps=blocks.warps,
-        num_stages=blocks.stages, **constants, **_registers(left, blocks, constants["PULL"], on_tensor_cores(lower)),
+        product.convolution_kernel, blocks.programs, x, x_h, weight_memory(weight), *norm, *result, h, stats,
+        norm_weight, norm_bias, partial, made, blocks.spans, blocks.pixels, height, width, *left.numbers, *at.numbers,
+        **left.constants("_IN"), **sizes, **constants,
     )  # fmt: skip
+
+
+@cache
+def _sizes(
+    blocks: conv_plan.Product, kind: int, pull: bool, inputs: int, channels: int, kernel_height: int, kernel_width: int,
+    down: int, across: int, transposed: bool, lower: torch.dtype, rounding: str,
+) -> Shape:  # fmt: skip
+    """A convolution's own constants and options."""
+    return {
+        "CI": inputs, "CP": blocks.padded, "CO": channels, "KH": kernel_height, "KW": kernel_width, "DH": down,
+        "DW": across, "TRANSPOSED": transposed, "BM": blocks.rows, "BN": blocks.columns, "BK": blocks.step,
+        "ACC": tl.float32, "DOT": DTYPES[lower], "PRECISION": rounding,
+        "PB": max(1, blocks.warps * ENTRIES // blocks.padded), "warps": blocks.warps, "num_stages": blocks.stages,
+        **_registers(kind, blocks, pull, lower != torch.float32 or rounding == "tf32"),
+    }  # fmt: skip
 
 
 def weight_gradient(
@@ -326,13 +352,10 @@ def sum_weight_gradients(
     done = 0
     for (a, b), blocks in zip(pairs, cuts, strict=True):
         launching.launch(
-            weight_gradient_kernel, blocks.programs, *a.pointers, *b.pointers, partial[done:], blocks.spans,
-            blocks.length, height, width, out_height, out_width, blocks.chunk_blocks, entries, *a.numbers, *b.numbers,
-            **a.constants("_IN"), **b.constants(""), CI=inputs, CP=blocks.padded, CO=channels, KH=kernel[0],
-            KW=kernel[1], STEP=stride, DH=dilation[0], DW=dilation[1], PH=padding[0], PW=padding[1], BIAS=bias,
-            BP=blocks.pixels, BK=blocks.rows, BN=blocks.columns, ACC=tl.float32, DOT=DTYPES[lower],
-            PRECISION=precision(lower), warps=blocks.warps, num_stages=blocks.stages,
-            maxnreg=conv_plan.registers(blocks.warps),
+            weight_gradient_kernel, blocks.programs, *a.pointers, *b.pointers, partial[done:] if done else partial,
+            blocks.spans, blocks.length, height, width, out_height, out_width, blocks.chunk_blocks, entries, *a.numbers,
+            *b.numbers, **a.constants("_IN"), **b.constants(""),
+            **_weight_sizes(blocks, inputs, channels, kernel, padding, stride, dilation, bias, lower, precision(lower)),
         )  # fmt: skip
         done += blocks.chunks
     total = partial[0]
@@ -343,5 +366,20 @@ def sum_weight_gradients(
             sum_chunks_kernel, -(-entries // conv_plan.SUM_COLUMNS), partial, total, chunks, entries,
             BLOCK=conv_plan.SUM_COLUMNS, RB=rows,
         )  # fmt: skip
-    weight_bar = total[:weights].view(channels, *kernel, inputs).permute(0, 3, 1, 2)
+    strides = (taps * inputs, 1, kernel[1] * inputs, inputs)
+    weight_bar = total.as_strided((channels, inputs, *kernel), strides)
     return weight_bar, total[weights:] if bias else None
+
+
+@cache
+def _weight_sizes(
+    blocks: conv_plan.WeightProduct, inputs: int, channels: int, kernel: tuple[int, int], padding: tuple[int, int],
+    stride: int, dilation: tuple[int, int], bias: bool, lower: torch.dtype, rounding: str,
+) -> Shape:  # fmt: skip
+    """A weight gradient's own constants and options."""
+    return {
+        "CI": inputs, "CP": blocks.padded, "CO": channels, "KH": kernel[0], "KW": kernel[1], "STEP": stride,
+        "DH": dilation[0], "DW": dilation[1], "PH": padding[0], "PW": padding[1], "BIAS": bias, "BP": blocks.pixels,
+        "BK": blocks.rows, "BN": blocks.columns, "ACC": tl.float32, "DOT": DTYPES[lower], "PRECISION": rounding,
+        "warps": blocks.warps, "num_stages": blocks.stages, "maxnreg": conv_plan.registers(blocks.warps),
+    }  # fmt: skip

@@ -17,7 +17,6 @@ from .launch import (
     MaybeTensor,
     Pair,
     Unit,
-    apply_shape,
     coefficients,
     feature_map,
     finish_moments,
@@ -25,7 +24,6 @@ from .launch import (
     launch,
     of_float,
     partial_sums,
-    set_shape,
     vector,
 )
 from .second import second_apply_kernel, second_set_kernel, second_sums_kernel
@@ -70,26 +68,36 @@ def norm_act(
     terms: Maps, coefs: Tensor, weight: MaybeTensor, bias: MaybeTensor, stats: MaybeTensor,
     norm: int, groups: int, eps: float, act: int, p: float, q: float,
 ) -> Triple:  # fmt: skip
+    u, a, made = _norm_act(terms, coefs, weight, bias, stats, norm, groups, eps, act, p, q)
+    x = terms[0]
+    return feature_map(x, 0) if u is None else u, a, vector(x, 2, 0) if made is None else made
+
+
+def _norm_act(
+    terms: Maps, coefs: Tensor, weight: MaybeTensor, bias: MaybeTensor, stats: MaybeTensor,
+    norm: int, groups: int, eps: float, act: int, p: float, q: float,
+) -> tuple[MaybeTensor, Tensor, MaybeTensor]:  # fmt: skip
+    """`norm_act` with None for the combination of one term and for statistics that are given."""
     x = terms[0]
     unit = Unit(x, norm, groups, eps, act, p, q)
     several = coefs.numel() > 0
-    u, a = feature_map(x, None if several else 0), feature_map(x)
-    made = unit.statistics() if stats is None else vector(x, 2, 0)
+    u, a = feature_map(x) if several else None, feature_map(x)
+    made = unit.statistics() if stats is None else None
     if not x.numel():
-        return u, a, made.fill_(torch.nan)  # no entries have no mean
-    written = u if several else None
+        return u, a, None if made is None else made.fill_(torch.nan)  # no entries have no mean
+    written = u
     scaling = coefs if several else None
-    if stats is None and unit.map.coupled:
-        if plan.one_program_per_set(unit.map, x.element_size()):
+    if made is not None and unit.map.coupled:
+        if unit.layout.one_program_per_set:
             values, learned = coefficients(scaling, x)
-            programs, shape = set_shape(unit, "value")
+            programs, shape = unit.layout.set_shape("value")
             launch(
                 value_set_kernel, programs, tuple(terms), values, written, a, made, weight, bias, unit.map.samples,
                 unit.map.pixels, *unit.numbers, **shape, ACT=act, LEARNED=learned,
             )  # fmt: skip
             return u, a, made
         _moments(unit, terms, scaling, written, made)
-        terms, scaling, written = ([u], None, None) if several else (terms, None, None)
+        terms, scaling, written = (terms if u is None else [u]), None, None
     _apply_value(unit, terms, scaling, written, a, made if stats is None else stats, weight, bias)
     return u, a, made
 
@@ -99,7 +107,7 @@ def _apply_value(
     bias: MaybeTensor,
 ) -> None:  # fmt: skip
     values, learned = coefficients(coefs, a)
-    programs, sizes, shape = apply_shape(unit)
+    programs, sizes, shape = unit.layout.apply_shape
     launch(
         value_apply_kernel, programs, tuple(terms), values, u, a, stats, weight, bias, *sizes, *unit.numbers, **shape,
         NORMED=unit.map.normed, ACT=unit.act, LEARNED=learned,
@@ -112,9 +120,9 @@ def statistics(terms: Maps, coefs: MaybeTensor, norm: int, groups: int) -> Pair:
     unit = Unit(x, norm, groups, 0.0, 0, 0.0, 0.0)
     u = x if coefs is None else feature_map(x)
     written, stats = None if coefs is None else u, unit.statistics()
-    if plan.one_program_per_set(unit.map, x.element_size()):
+    if unit.layout.one_program_per_set:
         values, learned = coefficients(coefs, x)
-        programs, shape = set_shape(unit, "value")
+        programs, shape = unit.layout.set_shape("value")
         launch(
             set_moments_kernel, programs, tuple(terms), values, written, stats, unit.map.samples, unit.map.pixels,
             **shape, LEARNED=learned,
@@ -127,10 +135,10 @@ def statistics(terms: Maps, coefs: MaybeTensor, norm: int, groups: int) -> Pair:
 def _moments(unit: Unit, terms: Maps, coefs: MaybeTensor, u: MaybeTensor, stats: Tensor) -> None:
     """The map's own statistics, by chunks; writes the combination to u."""
     values, learned = coefficients(coefs, stats if coefs is None else terms[0])
-    partial, chunked, programs, shape = partial_sums(unit, "moments", 2)
+    partial, chunked, shape = partial_sums(unit, "moments", 2)
     g = unit.map
     launch(
-        value_moments_kernel, programs, tuple(terms), values, u, partial, g.pixels, chunked.chunk_rows,
+        value_moments_kernel, chunked.programs, tuple(terms), values, u, partial, g.pixels, chunked.chunk_rows,
         LEARNED=learned, **shape,
     )  # fmt: skip
     finish_moments(unit, chunked, partial, stats)
@@ -140,37 +148,51 @@ def norm_act_vjp(
     h: Tensor, cot: Tensor, stats: Tensor, weight: MaybeTensor, bias: MaybeTensor, addends: Maps, coefs: Tensor,
     param_grads: bool, norm: int, groups: int, eps: float, act: int, p: float, q: float,
 ) -> Triple:  # fmt: skip
+    out, weight_bar, bias_bar = _norm_act_vjp(
+        h, cot, stats, weight, bias, addends, coefs, param_grads, norm, groups, eps, act, p, q
+    )
+    if weight_bar is None or bias_bar is None:
+        weight_bar, bias_bar = vector(h, 0), vector(h, 0)
+    return out, weight_bar, bias_bar
+
+
+def _norm_act_vjp(
+    h: Tensor, cot: Tensor, stats: Tensor, weight: MaybeTensor, bias: MaybeTensor, addends: Maps, coefs: Tensor,
+    param_grads: bool, norm: int, groups: int, eps: float, act: int, p: float, q: float,
+) -> tuple[Tensor, MaybeTensor, MaybeTensor]:  # fmt: skip
+    """`norm_act_vjp` with None for gradients that are not wanted."""
     unit = Unit(h, norm, groups, eps, act, p, q)
     out = feature_map(h)
-    bars = unit.parameter_bars(param_grads)
+    bars = unit.parameter_bars() if param_grads else None
+    found = (None, None) if bars is None else bars
     if not h.numel():
-        return out, *bars
+        return out, *found
     g, added = unit.map, tuple(addends) or None
     values, learned = coefficients(coefs, h)
-    shares = unit.parameter_shares(bars, param_grads)
-    if g.coupled and plan.one_program_per_set(g, h.element_size()):
-        programs, shape = set_shape(unit, "cotangent")
+    shares = unit.parameter_shares(bars)
+    if g.coupled and unit.layout.one_program_per_set:
+        programs, shape = unit.layout.set_shape("cotangent")
         launch(
             cotangent_set_kernel, programs, h, cot, added, values, out, stats, weight, bias, shares, g.samples,
             g.pixels, *unit.numbers, **shape, ACT=act, LEARNED=learned,
         )  # fmt: skip
         unit.add_shares(shares, bars)
-        return out, *bars
+        return out, *found
     sets = vector(h, 2, g.samples, g.groups) if g.coupled else None
     if g.coupled or shares is not None:
-        partial, chunked, programs, shape = partial_sums(unit, "sums", 2)
+        partial, chunked, shape = partial_sums(unit, "sums", 2)
         launch(
-            cotangent_sums_kernel, programs, h, cot, stats, weight, bias, partial, g.samples, g.pixels,
+            cotangent_sums_kernel, chunked.programs, h, cot, stats, weight, bias, partial, g.samples, g.pixels,
             chunked.chunk_rows, *unit.numbers, **shape, ACT=act,
         )  # fmt: skip
         finish_sums(unit, chunked, partial, stats, None, weight, sets, shares, 2)
         unit.add_shares(shares, bars)
-    programs, sizes, shape = apply_shape(unit)
+    programs, sizes, shape = unit.layout.apply_shape
     launch(
         cotangent_apply_kernel, programs, h, cot, added, values, out, stats if g.normed else None, sets, weight, bias,
         *sizes, *unit.numbers, **shape, NORMED=g.normed, COUPLED=g.coupled, ACT=act, LEARNED=learned,
     )  # fmt: skip
-    return out, *bars
+    return out, *found
 
 
 def norm_act_dual(
@@ -187,20 +209,20 @@ def norm_act_dual(
     if stats is None and g.coupled:
         _moments(unit, [h], None, None, made)
     used = made if stats is None else stats
-    if g.coupled and plan.one_program_per_set(g, h.element_size()):
-        programs, shape = set_shape(unit, "tangent")
+    if g.coupled and unit.layout.one_program_per_set:
+        programs, shape = unit.layout.set_shape("tangent")
         launch(
             tangent_set_kernel, programs, h, t, stacked, used, tstats, weight, bias, g.samples, g.pixels, g.total,
             *unit.numbers, **shape, ACT=act,
         )  # fmt: skip
         return stacked, made, tstats
     if g.coupled:
-        partial, chunked, programs, shape = partial_sums(unit, "sums", 2)
+        partial, chunked, shape = partial_sums(unit, "sums", 2)
         launch(
-            tangent_sums_kernel, programs, h, t, used, partial, g.samples, g.pixels, chunked.chunk_rows, **shape
+            tangent_sums_kernel, chunked.programs, h, t, used, partial, g.samples, g.pixels, chunked.chunk_rows, **shape
         )  # fmt: skip
         finish_sums(unit, chunked, partial, used, None, None, tstats, None, 2, tangent=True)
-    programs, sizes, shape = apply_shape(unit)
+    programs, sizes, shape = unit.layout.apply_shape
     launch(
         tangent_apply_kernel, programs, h, t, stacked, used if g.normed else None, tstats if g.coupled else None,
         weight, bias, *sizes, *unit.numbers, **shape, NORMED=g.normed, COUPLED=g.coupled, ACT=act,
@@ -215,31 +237,32 @@ def norm_act_second(
 ) -> Triple:  # fmt: skip
     unit = Unit(h, norm, groups, eps, act, p, q)
     out = feature_map(h, (2 if tangent else 1) * h.shape[0])
-    bars = unit.parameter_bars(param_grads)
+    wanted = unit.parameter_bars() if param_grads else None
+    bars = (vector(h, 0), vector(h, 0)) if wanted is None else wanted
     if not h.numel():
         return out, *bars
     g, added = unit.map, tuple(addends) or None
     values, learned = coefficients(coefs, h)
-    shares = unit.parameter_shares(bars, param_grads)
+    shares = unit.parameter_shares(wanted)
     met = tstats if g.coupled else None
-    if g.coupled and plan.one_program_per_set(g, h.element_size()):
-        programs, shape = set_shape(unit, "second")
+    if g.coupled and unit.layout.one_program_per_set:
+        programs, shape = unit.layout.set_shape("second")
         launch(
             second_set_kernel, programs, h, t, cot, added, values, out, stats, met, weight, bias, shares, g.samples,
             g.pixels, g.total, *unit.numbers, **shape, BOTH=tangent, ACT=act, LEARNED=learned,
         )  # fmt: skip
-        unit.add_shares(shares, bars)
+        unit.add_shares(shares, wanted)
         return out, *bars
     sets = vector(h, 5, g.samples, g.groups) if g.coupled else None
     if g.coupled or shares is not None:
-        partial, chunked, programs, shape = partial_sums(unit, "second_sums", 5)
+        partial, chunked, shape = partial_sums(unit, "second_sums", 5)
         launch(
-            second_sums_kernel, programs, h, t, cot, stats, met, weight, bias, partial, g.samples, g.pixels, g.total,
-            chunked.chunk_rows, *unit.numbers, **shape, COUPLED=g.coupled, ACT=act,
+            second_sums_kernel, chunked.programs, h, t, cot, stats, met, weight, bias, partial, g.samples, g.pixels,
+            g.total, chunked.chunk_rows, *unit.numbers, **shape, COUPLED=g.coupled, ACT=act,
         )  # fmt: skip
         finish_sums(unit, chunked, partial, stats, met, weight, sets, shares, 5)
-        unit.add_shares(shares, bars)
-    programs, sizes, shape = apply_shape(unit)
+        unit.add_shares(shares, wanted)
+    programs, sizes, shape = unit.layout.apply_shape
     launch(
         second_apply_kernel, programs, h, t, cot, added, values, out, stats if g.normed else None, met, sets, weight,
         bias, *sizes, *unit.numbers, **shape, NORMED=g.normed, COUPLED=g.coupled, BOTH=tangent, ACT=act,
@@ -261,4 +284,9 @@ def dots(v: Tensor, terms: Maps) -> Tensor:
 
 
 OPERATORS = (combine, combine_pair, norm_act, norm_act_vjp, norm_act_dual, norm_act_second, dots)
-__all__ = ["BATCH", "FIXED", "GROUP", "NONE", "OPERATORS", *(operator.__name__ for operator in OPERATORS)]
+# What stands for them where they are called from Python, which need not have a tensor in every place.
+DIRECT = {operator.__name__: operator for operator in OPERATORS} | {
+    "norm_act": _norm_act,
+    "norm_act_vjp": _norm_act_vjp,
+}
+__all__ = ["BATCH", "DIRECT", "FIXED", "GROUP", "NONE", "OPERATORS", *(operator.__name__ for operator in OPERATORS)]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...function import gradients
-from ...maps import channels_last, coefficients, combine, combine_pair, like_reference
+from ...maps import channels_last, coefficients, combine, combine_pair, converted, like_reference
 from ...plan import Gradients, MaybeTensor, MaybeTensors, Plan, statistics_of, tracked_statistics
 from ...rerun import Rerun
 from ...sweeps import ForwardSweeps, Sweeps
@@ -43,7 +43,8 @@ def make_function(sweeps: Sweeps, run: Forward) -> type[torch.autograd.Function]
         def forward(
             ctx: Any, plan: Plan, descent: Descent, rerun: Rerun | None, x: Tensor, *tensors: MaybeTensor
         ) -> Any:
-            y, points, statistics = run(plan, descent, channels_last(x), tensors)
+            read = converted(plan, tensors, x.dtype)
+            y, points, statistics = run(plan, descent, channels_last(x), read)
             tracked = tracked_statistics(plan, statistics)
             if descent.detach:
                 points, statistics = [], statistics[: len(plan.units)]
@@ -65,7 +66,8 @@ def make_function(sweeps: Sweeps, run: Forward) -> type[torch.autograd.Function]
                 grads = Gradients(tensors, wanted[1:]) if any(wanted[1:]) else None
                 points, statistics = list(kept[:steps]), kept[steps:]
                 ends = channels_last(x), channels_last(bar)
-                x_bar = backward(sweeps, ctx.plan, ctx.descent, *ends, tensors, points, statistics, grads, wanted[0])
+                read = converted(ctx.plan, tensors, x.dtype)
+                x_bar = backward(sweeps, ctx.plan, ctx.descent, *ends, read, points, statistics, grads, wanted[0])
                 return [x_bar, *([None] * len(tensors) if grads is None else grads.result())]
 
             return gradients(ctx, given, [y_bar], pull)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...function import gradients
-from ...maps import channels_last, combine, dots, like_reference
+from ...maps import channels_last, combine, converted, dots, like_reference, rows_of
 from ...plan import Gradients, MaybeTensor, MaybeTensors, Plan, Record, statistics_of, tracked_statistics
 from ...rerun import Rerun
 from ...sweeps import ForwardSweeps, Sweeps
@@ -53,7 +53,8 @@ def make_function(sweeps: Sweeps, run: Forward) -> type[torch.autograd.Function]
         def forward(
             ctx: Any, plan: Plan, scheme: Scheme, rerun: Rerun | None, x: Tensor, table: Tensor, *tensors: MaybeTensor
         ) -> Any:
-            y, points, statistics = run(plan, scheme, table, channels_last(x), tensors)
+            read = converted(plan, tensors, x.dtype)
+            y, points, statistics = run(plan, scheme, table, channels_last(x), read)
             tracked = tracked_statistics(plan, statistics)
             ctx.save_for_backward(x, table, *tensors, *points[1:], *statistics)
             ctx.plan, ctx.scheme, ctx.rerun, ctx.count = plan, scheme, rerun, 2 + len(tensors)
@@ -72,8 +73,9 @@ def make_function(sweeps: Sweeps, run: Forward) -> type[torch.autograd.Function]
                 assert bar is not None
                 grads = Gradients(tensors, wanted[2:]) if any(wanted[2:]) else None
                 points, statistics = [channels_last(x), *kept[:last]], kept[last:]
+                read = converted(ctx.plan, tensors, x.dtype)
                 x_bar, table_bar = backward(
-                    sweeps, ctx.plan, ctx.scheme, table, points, tensors, statistics, channels_last(bar), grads,
+                    sweeps, ctx.plan, ctx.scheme, table, points, read, statistics, channels_last(bar), grads,
                     *wanted[:2],
                 )  # fmt: skip
                 return [x_bar, table_bar, *([None] * len(tensors) if grads is None else grads.result())]
@@ -92,6 +94,7 @@ def forward(
     statistics: list[Tensor] = []
     terms: list[Tensor] = [x]
     coefs: MaybeTensor = None
+    row = rows_of(table)
     for k in range(scheme.stages):
         if scheme.uses(k):
             point, image, records = sweeps.value(plan, tensors, terms, coefs)
@@ -102,9 +105,7 @@ def forward(
         images.append(image)
         # (1): u_{k+1} from what its row of the tableau names
         terms = _named(scheme, k, points, images)
-        coefs = torch.cat(
-            [*(table[0, k, j : j + 1] for j in scheme.alpha[k]), *(table[1, k, j : j + 1] for j in scheme.beta[k])]
-        )
+        coefs = row([*((0, k, j) for j in scheme.alpha[k]), *((1, k, j) for j in scheme.beta[k])])
         # Free an image f(u_k) as soon as no later stage needs it.
         images = [image if any(j in row for row in scheme.beta[k + 1 :]) else None for j, image in enumerate(images)]
     assert coefs is not None
@@ -145,6 +146,7 @@ def backward(
     bars: list[Tensor | None] = [None] * stages + [y_bar]  # ū_0 … ū_s
     images: list[Tensor | None] = [None] * stages
     table_bar = torch.zeros_like(table) if need_table else None
+    row = rows_of(table)
     revisited: dict[int, list[Record]] = {}
     for k in used if need_table else ():  # every f(u_k) stands in the coefficients' gradients
         met = statistics[used.index(k) * units :][:units]
@@ -155,17 +157,17 @@ def backward(
         skips = [i for i in range(k, stages) if k in scheme.alpha[i] and bars[i + 1] is not None]
         through = [i for i in range(k, stages) if k in scheme.beta[i] and bars[i + 1] is not None]
         addends = present(bars, [i + 1 for i in skips])
-        along = [table[0, i, k : k + 1] for i in skips]
+        along = [(0, i, k) for i in skips]
         if not through:
-            bars[k] = combine(addends, torch.cat(along)) if addends else None
+            bars[k] = combine(addends, row(along)) if addends else None
             continue
         records = revisited.pop(k, None)
         if records is None:
             records, _ = sweeps.revisit(plan, tensors, points[k], statistics[used.index(k) * units :][:units])
         # (3): the cotangent of f(u_k)
-        cot = combine(present(bars, [i + 1 for i in through]), torch.cat([table[1, i, k : k + 1] for i in through]))
+        cot = combine(present(bars, [i + 1 for i in through]), row([(1, i, k) for i in through]))
         needed = need_x or need_table or k > 0
-        skip = torch.cat([table.new_ones(1), *along])
+        skip = row([None, *along])
         bars[k] = sweeps.pull(plan, tensors, records, cot, addends, skip, grads, need_point=needed)
     return bars[0], table_bar
 

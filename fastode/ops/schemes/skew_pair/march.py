@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ...function import gradients
-from ...maps import channels_last, coefficients, combine, is_channels_last, like_reference
-from ...plan import Gradients, MaybeTensor, MaybeTensors
+from ...maps import Converted, cast, channels_last, coefficients, combine, is_channels_last, like_reference
+from ...plan import TENSORS_PER_NORM, Gradients, MaybeTensor, MaybeTensors
 from ...rerun import Rerun
 from .pair import Kept, Pair, PairSweeps
 
@@ -65,7 +65,7 @@ def make_pair_function(sweeps: PairSweeps) -> type[torch.autograd.Function]:
 
         @staticmethod
         def forward(ctx: Any, pair: Pair, rerun: Rerun | None, y: Tensor, z: Tensor, *tensors: MaybeTensor) -> Any:
-            dy, dz, kept = sweeps.evaluate(pair, tensors, [channels_last(y)], [channels_last(z)])
+            dy, dz, kept = sweeps.evaluate(pair, _converted(pair, tensors, y), [channels_last(y)], [channels_last(z)])
             assert dy is not None and dz is not None
             statistics = _tracked(pair, kept)
             # The points are the inputs in channels_last, made again in backward where they are copies.
@@ -86,7 +86,8 @@ def make_pair_function(sweeps: PairSweeps) -> type[torch.autograd.Function]:
                 sums = Gradients(tensors, wanted[2:])
                 dense = [None if bar is None else channels_last(bar) for bar in bars]
                 point = kept._replace(y=channels_last(y), z=channels_last(z))
-                ends = sweeps.pull_back(ctx.pair, tensors, point, (dense[0], dense[1]), sums, (wanted[0], wanted[1]))
+                read = _converted(ctx.pair, tensors, y)
+                ends = sweeps.pull_back(ctx.pair, read, point, (dense[0], dense[1]), sums, (wanted[0], wanted[1]))
                 return [*ends, *sums.result()]
 
             return gradients(ctx, given, [dy_bar, dz_bar], pull)
@@ -104,7 +105,8 @@ def make_march_function(sweeps: PairSweeps) -> type[torch.autograd.Function]:
         def forward(
             ctx: Any, pair: Pair, march: March, rerun: Rerun | None, y: Tensor, z: Tensor, *tensors: MaybeTensor
         ) -> Any:
-            end, evaluations = _march(sweeps, pair, march, tensors, channels_last(y), channels_last(z))
+            read = _converted(pair, tensors, y)
+            end, evaluations = _march(sweeps, pair, march, read, channels_last(y), channels_last(z))
             statistics = [stats for kept in evaluations for stats in _tracked(pair, kept)]
             ctx.save_for_backward(y, z, *tensors, *_flat(evaluations))
             ctx.pair, ctx.march, ctx.rerun, ctx.count = pair, march, rerun, 2 + len(tensors)
@@ -121,12 +123,20 @@ def make_march_function(sweeps: PairSweeps) -> type[torch.autograd.Function]:
                 (bar,), tensors = bars, given[2:]
                 assert bar is not None
                 sums = Gradients(tensors, wanted[2:])
-                ends = _march_back(sweeps, ctx.pair, ctx.march, tensors, _kept(kept), channels_last(bar), sums, wanted)
+                read = _converted(ctx.pair, tensors, given[0])
+                ends = _march_back(sweeps, ctx.pair, ctx.march, read, _kept(kept), channels_last(bar), sums, wanted)
                 return [*ends, *sums.result()]
 
             return gradients(ctx, given, [end_bar], pull)
 
     return MarchFunction
+
+
+def _converted(pair: Pair, tensors: MaybeTensors, y: Tensor) -> MaybeTensors:
+    """The tensors as the sweeps read them."""
+    if torch.compiler.is_compiling():
+        return tensors
+    return Converted(tensors, range(1, len(tensors), TENSORS_PER_NORM), (0,), pair.lower, y.dtype)
 
 
 def like_convolution(dy: Tensor, dz: Tensor, y: Tensor, z: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -231,7 +241,7 @@ def _slope_bars(
             continue
         factors, terms = [c / common for c, _ in pairs], [bar for _, bar in pairs]
         bar = terms[0] if factors == [1.0] else combine(terms, coefficients(*factors))
-        found.append(bar.to(h.dtype))
+        found.append(cast(bar, h.dtype))
     return (found[0], found[1]), common
 
 
