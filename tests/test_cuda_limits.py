@@ -29,7 +29,6 @@ def test_the_shared_memory_is_what_the_device_code_says(channels: int, side: int
     ("size", "shape", "units", "fits"),
     [
         ((64, 16), "two_layers", 2, False),
-        ((64, 8), "two_layers", 2, False),
         ((64, 16), "one_layer", 1, True),
         ((32, 16), "three_layers", 3, True),
         ((16, 32), "three_layers", 3, True),
