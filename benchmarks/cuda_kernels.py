@@ -2,7 +2,8 @@
 
 Every .cu of csrc/cuda is compiled with the library's own flags for each architecture. ptxas tells registers and spills,
 and the machine code is counted: tensor-core instructions and ldmatrix as they are written, not as loops repeat them.
-Shared memory that a launch asks for is not known to the compiler, and not listed. Nothing is timed.
+What shared memory a launch asks for the compiler does not know: a small program, built with the headers, tells it.
+Nothing is timed.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from fastode.native import nvcc, toolchain
+from fastode.native.constants import MOST_UNITS, TILES
 
 from . import header
 
@@ -32,6 +34,10 @@ _SHARED = re.compile(r"(\d+) bytes smem")
 _THREADS = re.compile(r"\.entry (\w+)\((?:(?!\.entry)[^{])*?\.maxntid (\d+)")
 _SECTION = re.compile(r"^\.text\.(\w+):$", re.MULTILINE)
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+
+# "kernel<SchemeForward<Tile<BFloat16, 16, 32, 8>>, SchemeCall>": the program, and its size.
+_PROGRAM = re.compile(r"kernel<(\w+(?:<.*>)?), \w+>")
+_TILE = re.compile(r"Tile<\w+, (\d+), (\d+), \d+>")
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,8 @@ class Kernel:
         spills: bytes stored to and loaded from local memory because there are no more registers.
         stack: bytes of local memory of a thread, for spills and for arrays that are indexed at run time.
         shared: bytes of shared memory that it always has.
+        dynamic: bytes that a launch asks for beside them, with the most units that a branch has at this size; None of a
+            kernel that is none of the programs.
         instructions: of machine code; None, like the next two, where there is no nvdisasm.
         tensor_core: instructions for the tensor cores.
         ldmatrix: instructions that load their operands.
@@ -60,6 +68,7 @@ class Kernel:
     spills: int
     stack: int
     shared: int
+    dynamic: int | None
     instructions: int | None
     tensor_core: int | None
     ldmatrix: int | None
@@ -117,6 +126,7 @@ def compile_one(source: Path, architecture: str, root: Path = CSRC) -> list[Kern
                 stored + loaded,
                 stack,
                 sum(map(int, _SHARED.findall(said))),
+                None,
                 None if own is None else len(own),
                 None if own is None else sum(_is_tensor_core(each) for each in own),
                 None if own is None else sum(each.startswith("LDSM") for each in own),
@@ -163,28 +173,81 @@ def _short(name: str) -> str:
     return name
 
 
+_SIZES = """
+#include <cstdio>
+{includes}
+using namespace fastode::device;
+template <class Program, class Tile>
+size_t bytes(int units) {{
+  if constexpr (requires {{ Program::bytes(units); }}) return Program::bytes(units);
+  else if constexpr (requires {{ Program::bytes(); }}) return Program::bytes();
+  else return Memory<Tile>::bytes(units, units);
+}}
+int main() {{
+{lines}
+}}
+"""
+
+
+def dynamic_bytes(kernels: Iterable[str], root: Path = CSRC) -> dict[str, int]:
+    """What each program asks for in shared memory with the most units of its size, by the name of its kernel.
+
+    Args:
+        kernels: names as `compile_one` gives them; those of other kernels are left out.
+        root: the directory that holds ``cuda/``.
+
+    Raises:
+        RuntimeError: the program that tells it is not built, or does not run.
+    """
+    programs = {name: match for name in sorted(set(kernels)) if (match := _PROGRAM.fullmatch(name))}
+    if not programs:
+        return {}
+    lines = []
+    for name, match in programs.items():
+        tile = _TILE.search(name)
+        units = TILES[int(tile[1]), int(tile[2])] if tile else MOST_UNITS
+        lines.append(f'  std::printf("%zu {name}\\n", bytes<{match[1]}, {tile[0] if tile else "void"}>({units}));')
+    headers = sorted(f'#include "{path.name}"' for path in (root / toolchain.CUDA).glob("*.cuh"))
+    with tempfile.TemporaryDirectory() as work:
+        source, built = Path(work) / "sizes.cu", Path(work) / "sizes"
+        source.write_text(_SIZES.format(includes="\n".join(headers), lines="\n".join(lines)))
+        compiler = nvcc.recipe(root, [nvcc.PREBUILT[0]]).device_compiler
+        for command in ([*compiler, f"-I{root / toolchain.CUDA}", str(source), "-o", str(built)], [str(built)]):
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"the sizes of shared memory: {(done.stdout + done.stderr).strip()}")
+    told = (line.partition(" ") for line in done.stdout.splitlines())
+    return {name: int(size) for size, _, name in told}
+
+
 def compile_all(architectures: Sequence[str] = nvcc.PREBUILT, root: Path = CSRC) -> list[Kernel]:
     """Every kernel under ``root``/cuda for some architectures, by name."""
     wanted = list(itertools.product([unit for unit in nvcc.sources(root) if unit.suffix == ".cu"], architectures))
     with ThreadPoolExecutor(max_workers=toolchain.jobs()) as pool:
         found = pool.map(lambda each: compile_one(*each, root), wanted)
         rows = [row for rows in found for row in rows]
+    sizes = dynamic_bytes((row.kernel for row in rows), root)
+    rows = [replace(row, dynamic=sizes.get(row.kernel)) for row in rows]
     return sorted(rows, key=lambda row: (row.source, row.kernel, int(re.sub(r"\D", "", row.architecture))))
 
 
 def markdown(rows: Sequence[Kernel]) -> str:
     """The table, a line for each kernel and architecture."""
     lines = [
-        "Compiled, not timed. Instructions as they stand in the code, not as loops repeat them.",
+        "Compiled, not timed. Instructions as they stand in the code, not as loops repeat them. Shared memory is that"
+        " of a launch with the most units; a block has 166912 bytes at most on sm_80, where a larger one is refused,"
+        " and 232448 on sm_90a and sm_100.",
         "",
-        "| kernel | source | architecture | warps | registers | spilled bytes | stack bytes | instructions |"
+        "| kernel | source | architecture | warps | registers | spilled bytes | stack bytes | shared bytes |"
+        " instructions |"
         " tensor-core | ldmatrix | ldmatrix per tensor-core |",
-        "|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
         ratio = f"{row.ldmatrix / row.tensor_core:.2f}" if row.ldmatrix is not None and row.tensor_core else ""
         cells = [
             f"`{row.kernel}`", row.source, row.architecture, row.warps or "", row.registers, row.spills, row.stack,
+            row.shared + (row.dynamic or 0),
             *("" if each is None else each for each in (row.instructions, row.tensor_core, row.ldmatrix)), ratio,
         ]  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells)) + " |")

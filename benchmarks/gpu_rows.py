@@ -199,7 +199,8 @@ def line(result: Result) -> str:
         return f"{result['item']}: FAILED: {result['errors']}"
     first = f"{result['row']:<28}{result['engine']:<18}{'' if result['mode'] == 'train' else result['mode']:<11}"
     if "errors" in result:
-        return f"{first} FAILED: {result['errors']}"
+        equal = f"equal {float(result['worst']):.2g} of the error allowed, but " if "worst" in result else ""
+        return f"{first} {equal}FAILED: {result['errors']}"
     verdict = "equal" if result["ok"] else f"NOT EQUAL: {result['tensor']} has"
     verdict += f" {float(result['worst']):.2g} of the error allowed"
     launches = [f"{len(result['kernels'])} Triton kernels"] if "programs" not in result else [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -24,13 +23,14 @@ BLOCKS: dict[tuple[str, str], Callable[[int], nn.Module]] = {
     ("res", "eval"): partial(bench_rk.block, "res"),
 }
 MODES = ("forward", "input_grad", "train")
-# A call launches one program forwards, and one more for the gradient of the input.
-LAUNCHES = {"forward": 1, "input_grad": 2}
+# A call launches one program forwards, one more for the gradient of the input, and two for those of the parameters.
+LAUNCHES = {"forward": 1, "input_grad": 2, "train": 4}
 TIMED = ("ssp3", "ie")
 PAPERS = ((16, 32), (64, 8), (32, 16))  # the sizes of the papers' networks
 ELEMENTS = 2**22  # of a judged input: every block of a launch takes several samples
 _PROGRAM = re.compile(r"^struct (\w+) \{|^  static FASTODE_DEVICE void (run)\(", re.MULTILINE)
 _KERNEL = re.compile(r"fastode::device::kernel<fastode::device::(\w+)")
+_MANGLED = re.compile(r"^_ZN7fastode6device6kernelINS0_(\d+)(\w+)")
 
 
 def workload(id: str, variant: str, channels: int, side: int) -> Workload:
@@ -72,16 +72,20 @@ def names() -> set[str]:
 
 
 def name_of(kernel: str) -> str:
-    """The program of a kernel as the profiler names it; "" of any other kernel.
+    """The program of a kernel as the profiler names it, demangled or not; "" of any other kernel.
 
     Example:
         >>> name_of("void fastode::device::kernel<fastode::device::SchemeForward<Tile<...>>, Call>(Call)")
         'SchemeForward'
+        >>> name_of("_ZN7fastode6device6kernelINS0_13SchemeForwardINS0_4TileI")
+        'SchemeForward'
         >>> name_of("void at::native::vectorized_elementwise_kernel<4>")
         ''
     """
-    found = _KERNEL.search(kernel)
-    return found[1] if found else ""
+    if found := _KERNEL.search(kernel):
+        return found[1]
+    mangled = _MANGLED.match(kernel)
+    return mangled[2][: int(mangled[1])] if mangled else ""
 
 
 def launched(run: Callable[[], object]) -> dict[str, int]:
@@ -94,7 +98,7 @@ def launched(run: Callable[[], object]) -> dict[str, int]:
 
 
 def count_is_wrong(launches: dict[str, int], mode: str) -> str:
-    """What is wrong with the number of launches of a call, in a sentence; "" where it is right or may be any.
+    """What is wrong with the number of launches of a call, in a sentence; "" where it is right.
 
     Example:
         >>> count_is_wrong({"SchemeForward": 1}, "forward")
@@ -102,8 +106,7 @@ def count_is_wrong(launches: dict[str, int], mode: str) -> str:
         >>> count_is_wrong({"SchemeForward": 1}, "input_grad")
         'input_grad launched 1 programs (SchemeForward) and not 2'
     """
-    count, expected = sum(launches.values()), LAUNCHES.get(mode, math.inf)
-    if count == expected or (mode not in LAUNCHES and count):
+    count, expected = sum(launches.values()), LAUNCHES[mode]
+    if count == expected:
         return ""
-    told = ", ".join(sorted(launches)) or "none"
-    return f"{mode} launched {count} programs ({told}) and not {LAUNCHES.get(mode, 'some')}"
+    return f"{mode} launched {count} programs ({', '.join(sorted(launches)) or 'none'}) and not {expected}"

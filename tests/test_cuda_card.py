@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fastode
+from benchmarks import programs, workloads
 from fastode import reference
 from fastode.dispatch import choice
 from fastode.native import cuda_library, operators
@@ -109,13 +110,8 @@ def test_programs_are_captured_in_graphs(learning: bool) -> None:
             assert p.grad is not None and q[1].grad is not None and torch.equal(p.grad, q[1].grad), name
 
 
-def test_a_forward_and_an_input_gradient_are_a_launch_each() -> None:
-    model = fused(block("cuda")).requires_grad_(False)
-    x = image("cuda").requires_grad_()
-    gradient(model, x)  # what is made once is made
-    for wanted, call in ((1, lambda: model(x.detach())), (2, lambda: torch.autograd.grad(model(x), x, image("cuda")))):
-        torch.cuda.synchronize()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            call()
-            torch.cuda.synchronize()
-        assert sum("fastode" in event.name for event in profile.events()) == wanted
+@pytest.mark.parametrize("mode", programs.MODES)
+def test_a_call_is_as_many_launches_as_are_promised(mode: str) -> None:
+    run = workloads.work(fused(block("cuda")), (image("cuda"),), mode).run
+    run()  # what is made once is made
+    assert not programs.count_is_wrong(programs.launched(run), mode)

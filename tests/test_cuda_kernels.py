@@ -77,7 +77,7 @@ def test_what_is_in_the_code_is_counted(rows: list[cuda_kernels.Kernel]) -> None
     for row in indexes:
         assert row.spills == 0 and row.stack == 256, row
     for row in product:
-        assert (row.spills, row.stack, row.shared, row.tensor_core, row.ldmatrix) == (0, 0, 0, 6, 3), row
+        assert (row.spills, row.stack, row.shared, row.dynamic, row.tensor_core, row.ldmatrix) == (0, 0, 0, None, 6, 3)
         assert 0 < row.registers < 64
         assert row.instructions is not None and 20 < row.instructions < 200
     for row in spills:  # 64 registers are all that 1024 threads have, and 200 numbers are alive

@@ -89,7 +89,11 @@ def test_a_wrong_number_of_launches_is_a_failure(monkeypatch: pytest.MonkeyPatch
         "errors": "forward launched 2 programs (SchemeForward) and not 1",
     }
     line = gpu_rows.line({"item": "a", "row": "ssp3", "engine": "b", "mode": "forward"} | found)
-    assert line.endswith("FAILED: forward launched 2 programs (SchemeForward) and not 1")
+    assert line.endswith(" FAILED: forward launched 2 programs (SchemeForward) and not 1")
+    line = gpu_rows.line({"item": "a", "row": "ssp3", "engine": "b", "mode": "forward", "worst": 0.25} | found)
+    assert line.endswith(
+        " equal 0.25 of the error allowed, but FAILED: forward launched 2 programs (SchemeForward) and not 1"
+    )
     monkeypatch.setattr(programs, "launched", lambda run: {"SchemeForward": 1})
     assert gpu_rows.counted(lambda: None, "forward") == {"programs": {"SchemeForward": 1}}
     found = {"item": "a", "row": "ssp3", "engine": "b", "mode": "forward", "ok": True, "worst": 0.5, "kernels": []}

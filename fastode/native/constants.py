@@ -34,8 +34,8 @@ UNIT_INTEGERS = _FOUND["kUnitIntegers"]
 WEIGHT, BIAS, RUNNING = _FOUND["kWeight"], _FOUND["kBias"], _FOUND["kRunning"]
 CONV_WEIGHT, CONV_BIAS = _FOUND["kConvWeight"], _FOUND["kConvBias"]
 
-# What the programs of csrc/cuda take: units, stages and steps at most, of maps (channels, side) the units at most, and
-# the warps of a block.
+# What the programs of csrc/cuda take: units, stages and steps at most, and for maps of (channels, side) the units at
+# most, and the warps of a block.
 MOST_UNITS, MOST_STAGES, MOST_STEPS = (_FOUND[f"kMost{what}"] for what in ("Units", "Stages", "Steps"))
 _EACH = re.compile(r"\beach\((\d+), (\d+), (\d+), (\d+)\)")
 _LISTED = [tuple(map(int, numbers)) for numbers in _EACH.findall((_ROOT / "constants.h").read_text())]

@@ -79,7 +79,8 @@ def load(announce: bool = True) -> str:
         _path = open_library(find_or_build(announce))
         _reason = ""
         for index in range(torch.cuda.device_count()):
-            _shared[index] = torch.cuda.get_device_properties(index).shared_memory_per_block_optin  # type: ignore[attr-defined]
+            found = torch.cuda.get_device_properties(index)
+            _shared[index] = found.shared_memory_per_block_optin  # type: ignore[attr-defined]  # torch's stub lacks it
         for index, (major, minor) in enumerate(nvcc.capabilities()):
             if (major, minor) < nvcc.OLDEST:
                 _too_old[index] = (

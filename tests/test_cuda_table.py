@@ -1,0 +1,63 @@
+"""The committed table of what the CUDA programs compile to: of every one at every size, without a spill."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+
+from benchmarks import cuda_kernels, programs
+from benchmarks.header import RESULTS
+from fastode.native import nvcc
+from fastode.native.constants import TILES, WARPS
+from fastode.ops.resident import card
+
+FOLDER = RESULTS / "offline"
+ARCHITECTURES = [f"sm_{each}" for each in nvcc.PREBUILT]
+DTYPES = ("BFloat16", "Float16")
+# Bytes that a block can have on sm_90a and sm_100, and on every card that has programs.
+MOST_SHARED, LEAST_SHARED = 232448, 101376
+_SIZED = re.compile(r"kernel<(\w+)<Tile<(\w+), (\d+), (\d+), (\d+)> ?>, \w+>")
+
+
+def recorded() -> list[cuda_kernels.Kernel]:
+    return [cuda_kernels.Kernel(**row) for row in json.loads((FOLDER / "cuda.json").read_text())["results"]]
+
+
+def sized() -> list[tuple[str, str, int, int, cuda_kernels.Kernel]]:
+    """The rows of programs that are compiled for a size: program, dtype, channels, side, row."""
+    found = [(match, row) for row in recorded() if (match := _SIZED.fullmatch(row.kernel))]
+    for match, row in found:
+        assert WARPS[int(match[3]), int(match[4])] == int(match[5]) == row.warps, "run make kernels"
+    return [(match[1], match[2], int(match[3]), int(match[4]), row) for match, row in found]
+
+
+def test_what_is_a_threads_own_is_in_registers() -> None:
+    assert [row for row in recorded() if row.spills or row.stack or not row.registers] == []
+
+
+def test_the_table_is_that_of_the_records() -> None:
+    assert (FOLDER / "cuda.md").read_text() == cuda_kernels.markdown(recorded()), "run make kernels"
+
+
+def test_every_program_has_a_row_at_every_size_for_every_architecture() -> None:
+    assert {row.kernel.removeprefix("kernel<").partition("<")[0] for row in recorded()} == programs.names(), (
+        "run make kernels"
+    )
+    found = [(program, dtype, channels, side, row.architecture) for program, dtype, channels, side, row in sized()]
+    every = itertools.product({each[0] for each in found}, DTYPES, TILES, ARCHITECTURES)
+    assert sorted(found) == sorted((program, dtype, *size, each) for program, dtype, size, each in every)
+    for row in recorded():
+        assert row.architecture in ARCHITECTURES and row.dynamic is not None
+
+
+def test_the_shared_memory_is_there_and_is_what_the_package_reckons_with() -> None:
+    """What a program needs beside the convolutions' weights is less than any card has, and so is never refused."""
+    for _, _, channels, side, row in sized():
+        assert row.dynamic is not None and row.shared + row.dynamic <= MOST_SHARED
+        assert row.dynamic == card.shared_bytes(channels, side, TILES[channels, side]) or row.dynamic <= LEAST_SHARED
+
+
+def test_operands_are_loaded_for_more_than_one_product() -> None:
+    for program, _, channels, side, row in sized():
+        assert row.tensor_core and row.ldmatrix and row.ldmatrix < row.tensor_core, (program, channels, side)
