@@ -386,7 +386,7 @@ def test_a_card_or_driver_for_which_nothing_can_be_built_does_not_warn(
     monkeypatch.setattr(cuda_library, "source_root", lambda: root)
     monkeypatch.setattr(cuda_library, "_prebuilt", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 12080, raising=False)
+    monkeypatch.setattr(cuda_library, "_driver_release", lambda: 12)
     cards(monkeypatch, (7, 5) if part == "an old card" else (9, 0))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
