@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import fastode
 from fastode import nets
 from fastode.testing import sample_input
+from fastode.testing.compare import moved
 
 STEPS = 10
 ENGINES = ("resident", "staged")
@@ -24,14 +25,20 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def losses(model: nn.Module, dtype: torch.dtype, memory_format: torch.memory_format) -> list[Tensor]:
-    """The losses of ten SGD steps with momentum on random images and labels."""
+MOVES = 4  # runs of the reference on images that differ in their last digit
+
+
+def losses(
+    model: nn.Module, dtype: torch.dtype, memory_format: torch.memory_format, move: int | None = None
+) -> list[Tensor]:
+    """The losses of ten SGD steps with momentum on random images and labels; `move` moves the images' last digits."""
     model = model.to(dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     labels = torch.arange(8) % 10
     found = []
     for step in range(STEPS):
         images = sample_input(8, 3, 16, 16, dtype=dtype, seed=step).to(memory_format=memory_format)
+        images = images if move is None else moved(images, STEPS * move + step)
         optimizer.zero_grad()
         loss = F.cross_entropy(model(images), labels)
         loss.backward()
@@ -72,9 +79,11 @@ def test_ten_steps_in_float64(name: str, engine: str) -> None:
 def test_ten_steps_in_float32(name: str, engine: str) -> None:
     model = NETWORKS[name]()
     expected = losses(copy.deepcopy(model), torch.float32, torch.contiguous_format)
-    other = losses(copy.deepcopy(model), torch.float32, torch.channels_last)
+    # One run says little: a value that rounding takes over a kink of ReLU moves all that comes after it.
+    others = [losses(copy.deepcopy(model), torch.float32, torch.channels_last)]
+    others += [losses(copy.deepcopy(model), torch.float32, torch.contiguous_format, move) for move in range(MOVES)]
     found = losses(fused_copy(model, engine), torch.float32, torch.contiguous_format)
-    assert furthest(found, expected) <= 10 * furthest(other, expected)
+    assert furthest(found, expected) <= 10 * max(furthest(other, expected) for other in others)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -2,6 +2,8 @@
 // second order are in norm_act_tangent_impl.h, the sweeps in norm_act_sweeps_impl.h.
 #pragma once
 
+#include <cmath>
+
 #include "norm_act.h"
 
 namespace fastode {
@@ -178,7 +180,7 @@ inline void merge_moments(const Geometry& g, const Scratch<A>& s, A* stats) {
     for (int64_t n = 0; n < g.samples; ++n) near += means[n * stride];
     near /= double(g.samples);
     for (int64_t n = 0; n < g.samples; ++n) off += (means[n * stride] - near) * pixels + deviations[n * stride];
-    const double mean = near + off / size;
+    const double mean = std::isfinite(near) ? near + off / size : near;
     for (int64_t n = 0; n < g.samples; ++n) {
       const double beside = means[n * stride] - mean;
       sum += squares[n * stride] + beside * (beside * pixels + 2 * deviations[n * stride]);
