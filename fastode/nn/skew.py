@@ -21,8 +21,11 @@ from ..ops.plan import MaybeTensors
 from ..ops.rerun import StandIn
 from ..ops.schemes.skew_pair.march import March
 from ..ops.schemes.skew_pair.pair import Pair
+from ..reference.adaptive import State
 from ..reference.skew import PADDING
-from ..reference.solvers import FIXED, State, solve_adaptive, solve_fixed
+from ..reference.solvers import solve as solve_plain
+from ..reference.solvers import solve_fixed, without_time
+from ..tableau import Butcher
 from .base import Fused, note
 
 __all__ = ["SOBlock", "SOClassifier", "SkewLinear", "SkewPair"]
@@ -37,7 +40,7 @@ class SkewPair(Fused, reference.SkewPair):
     def describe_call(self, inputs: tuple[Tensor, ...] = ()) -> Call:
         return _read(self).call("skew_pair", "", inputs)
 
-    def forward(self, y: Tensor, z: Tensor) -> State:
+    def forward(self, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         found = _known(self)
         kind = _kind(found, ("pair", self.engine), y, z)
         answer: tuple[Engine, Pair | None, MaybeTensors] | None = None if kind is None else found.answer(kind)
@@ -66,7 +69,7 @@ class SkewLinear(Fused, reference.SkewLinear):
         reason = "its two matrix products are all the work there is, and PyTorch's are as fast as any"
         return Call("skew_linear", "", None, (), inputs, reason)
 
-    def forward(self, y: Tensor, z: Tensor) -> State:
+    def forward(self, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         note(self, choice.choose(self.engine, self.describe_call((y, z))))
         return super().forward(y, z)
 
@@ -81,7 +84,8 @@ class _FusedSolve(Fused, reference.SOBlock):
         return _read(self.field).call("skew_solution", self._variant(), inputs)
 
     def _variant(self) -> str:
-        return f"by {self.solver} in {self.steps} steps"
+        solver = self.settings
+        return f"by {solver.name} in {solver.steps} steps"
 
     def _fault(self) -> str:
         """Why the block cannot be fused because of its field, which must be a plain SkewPair; empty if it is one."""
@@ -126,12 +130,13 @@ class _FusedSolve(Fused, reference.SOBlock):
         note(self.field, chosen)
         if march is None:
             return self._adaptive(chosen, found, pair, tensors, x)
-        make = partial(_FixedSolution, found, self.solver, self.t1, self.steps)
+        make = partial(_FixedSolution, found, self.settings.tableau, self.t1, self.steps)
         return solve(chosen, found.reading, pair, x, march, make, tensors)
 
     def _march(self) -> March | None:
-        scheme = FIXED.get(self.solver)
-        return None if scheme is None else March(scheme.a, scheme.b, self.t1 / self.steps, self.steps)
+        solver = self.settings
+        scheme = solver.tableau
+        return None if solver.is_adaptive else March(scheme.a, scheme.b, solver.t1 / solver.steps, solver.steps)
 
     def _adaptive(
         self, engine: Engine, known_field: Known[Field], pair: Pair, tensors: MaybeTensors, x: Tensor
@@ -139,12 +144,13 @@ class _FusedSolve(Fused, reference.SOBlock):
         """torchdiffeq flattens its state: as [N, H, W, C], so that the field finds it in its own memory format."""
         field, make = known_field.reading, partial(_as_it_was, known_field)
 
-        def slopes(y: Tensor, z: Tensor) -> State:
+        def slopes(_: Any, state: State) -> State:
+            y, z = state
             found = evaluate(engine, field, pair, _to_front(y), _to_front(z), make, tensors)
             return _to_back(found[0]), _to_back(found[1])
 
         back = (_to_back(repeated(x, field.weight.shape[0], field.stride)), _to_back(x))
-        end, _ = solve_adaptive(slopes, back, self.solver, self.rtol, self.atol, self.t1)
+        end, _ = solve_plain(slopes, back, self.settings, self)
         return _to_front(end).contiguous()
 
 
@@ -161,14 +167,14 @@ class SOClassifier(_FusedSolve, reference.SOClassifier):
 class _FixedSolution(nn.Module):
     """The reference solution by fixed steps, as a function of the initial state or of x, which gives one."""
 
-    def __init__(self, field: Known[Field], solver: str, t1: float, steps: int, stand_in: StandIn) -> None:
+    def __init__(self, field: Known[Field], scheme: Butcher, t1: float, steps: int, stand_in: StandIn) -> None:
         super().__init__()
         self.field = _as_it_was(field, stand_in)
-        self.scheme, self.t1, self.steps = FIXED[solver], t1, steps
+        self.scheme, self.t1, self.steps = scheme, t1, steps
 
     def forward(self, *state: Tensor) -> Tensor:
         y, z = state if len(state) == 2 else self.field.initial_state(*state)
-        return solve_fixed(self.field, (y, z), self.scheme, self.t1, self.steps)[0]
+        return solve_fixed(without_time(self.field), (y, z), self.scheme, self.t1, self.steps)[0]
 
 
 def _as_reference(field: Any) -> reference.SkewPair:
