@@ -103,7 +103,7 @@ def solver_of(solver: Any, parts: dict[str, Any]) -> Solver:
     given = {name: value for name, value in parts.items() if value is not None}
     unknown = next((name for name in given if name not in PARTS), None)
     if unknown is not None:
-        raise TypeError(f"solver must be given by method, {', '.join(PARTS)}, got {unknown!r}")
+        raise TypeError(f"a part of solver must be one of {', '.join(map(repr, PARTS))}, got {unknown!r}")
     if isinstance(solver, Solver):
         if given:
             raise TypeError(f"solver must be a Solver, or a method with its parts, got a Solver and {min(given)}")
