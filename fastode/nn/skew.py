@@ -15,7 +15,7 @@ from ..dispatch import choice
 from ..dispatch.engines import AUTO, NAMES, REFERENCE, is_reference
 from ..dispatch.known import Known, kind_of_call, known
 from ..dispatch.registry import reference_of, register
-from ..dispatch.skew import Field, evaluate, read_field, repeated, solve
+from ..dispatch.skew import Field, evaluate, read_field, repeated, solve, solve_adaptive
 from ..ops.engine import Call, Engine
 from ..ops.plan import MaybeTensors
 from ..ops.rerun import StandIn
@@ -25,6 +25,7 @@ from ..reference.adaptive import State
 from ..reference.skew import PADDING
 from ..reference.solvers import solve as solve_plain
 from ..reference.solvers import solve_fixed, without_time
+from ..steps import Watch
 from ..tableau import Butcher
 from .base import Fused, note
 
@@ -80,8 +81,16 @@ class _FusedSolve(Fused, reference.SOBlock):
     def describe_call(self, inputs: tuple[Tensor, ...] = ()) -> Call:
         reason = self._fault()
         if reason:
-            return Call("skew_solution", self._variant(), None, (), inputs, reason)
-        return _read(self.field).call("skew_solution", self._variant(), inputs)
+            return Call(self._family(), self._variant(), None, (), inputs, reason)
+        return _read(self.field).call(self._family(), self._variant(), inputs)
+
+    def _family(self) -> str:
+        """Whether steps by error may be the engine's own; else the reference drives where steps are not equal."""
+        solver = self.settings
+        # The exact gradient goes through attempts that the engines forget, and samples alone are solved one by one.
+        own = solver.is_adaptive and solver.gradient != "exact" and not solver.per_sample
+        # A tracing compiler cannot follow steps that are chosen by the data.
+        return "skew_adaptive" if own and not torch.compiler.is_compiling() else "skew_solution"
 
     def _variant(self) -> str:
         solver = self.settings
@@ -101,7 +110,7 @@ class _FusedSolve(Fused, reference.SOBlock):
     def forward(self, x: Tensor) -> Tensor:
         reason = self._fault()
         found = _known(self.field) if not reason else None
-        settings = (self.solver, self.steps, self.t1, self.engine)
+        settings = (self.solver, self.steps, self.t1, self.gradient, self.per_sample, self.engine)
         kind = None if found is None else _kind(found, settings, x)
         answer: tuple[Engine, Pair | None, MaybeTensors, March | None] | None = None
         if found is not None and kind is not None:
@@ -112,9 +121,9 @@ class _FusedSolve(Fused, reference.SOBlock):
                 # Before an engine is chosen, so that the block refuses an input in its reference's own words.
                 self.field.check_input(x)
             if found is None:
-                call = Call("skew_solution", self._variant(), None, (), (x,), reason)
+                call = Call(self._family(), self._variant(), None, (), (x,), reason)
             else:
-                call = found.reading.call("skew_solution", self._variant(), (x,))
+                call = found.reading.call(self._family(), self._variant(), (x,))
             chosen = choice.choose(self.engine, call, partial(_as_plain_solve, self))
             if chosen is not REFERENCE and found is not None:
                 stride = found.reading.stride
@@ -141,16 +150,20 @@ class _FusedSolve(Fused, reference.SOBlock):
     def _adaptive(
         self, engine: Engine, known_field: Known[Field], pair: Pair, tensors: MaybeTensors, x: Tensor
     ) -> Tensor:
-        """torchdiffeq flattens its state: as [N, H, W, C], so that the field finds it in its own memory format."""
-        field, make = known_field.reading, partial(_as_it_was, known_field)
+        """By the engine's own steps where it has them, else with each evaluation as a call of it."""
+        field, make, solver = known_field.reading, partial(_as_it_was, known_field), self.settings
+        if self._family() == "skew_adaptive" and engine.skew_adaptive is not None and x.shape[0]:
+            watch = Watch(self.in_words(), solver)
+            return solve_adaptive(engine, field, pair, x, solver, watch, make, tensors).contiguous()
 
         def slopes(_: Any, state: State) -> State:
             y, z = state
             found = evaluate(engine, field, pair, _to_front(y), _to_front(z), make, tensors)
             return _to_back(found[0]), _to_back(found[1])
 
+        # torchdiffeq flattens its state: as [N, H, W, C], so that the field finds it in its own memory format.
         back = (_to_back(repeated(x, field.weight.shape[0], field.stride)), _to_back(x))
-        end, _ = solve_plain(slopes, back, self.settings, self)
+        end, _ = solve_plain(slopes, back, solver, self)
         return _to_front(end).contiguous()
 
 

@@ -6,7 +6,7 @@ The control is torchdiffeq 0.2's. Times are float64; inside a stage they have th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -72,6 +72,19 @@ def integrate(slope: Slope, state: State, solver: Solver, watch: Watch) -> State
     watch.fail_at_most()
 
 
+def retaken(slope: Slope, state: State, first: State, sizes: Sequence[Tensor], solver: Solver) -> State:
+    """The state at t₁ by steps of given sizes, the last of which contains it; `first` is the slope at time 0."""
+    tableau = solver.tableau
+    assert isinstance(tableau, Embedded)
+    t = torch.zeros_like(sizes[0])
+    for h in sizes[:-1]:
+        state, slopes, _ = attempt(slope, state, first, t, h, tableau, solver)
+        t, first = t + h, slopes[-1]
+    h = sizes[-1]
+    end, slopes, _ = attempt(slope, state, first, t, h, tableau, solver)
+    return interpolated(tableau, state, end, slopes, h, (solver.t1 - t) / h)
+
+
 def first_step(slope: Slope, state: State, first: State, order: int, solver: Solver) -> Tensor:
     """The size of the first step, float64, from the field's size and a second evaluation of it."""
     scale = [solver.atol + solver.rtol * u.abs() for u in state]
@@ -104,12 +117,20 @@ def attempt(
 
 def next_size(h: Tensor, ratio: Tensor, order: int) -> Tensor:
     """The size of the step after one of size h and error ratio ρ, float64; it shrinks only after a rejected one."""
+    return h * next_factor(ratio.double(), order)
+
+
+_Number = TypeVar("_Number", float, Tensor)
+
+
+def next_factor(ratio: _Number, order: int) -> _Number | float:
+    """By what the next step is longer after an error ratio ρ."""
     if ratio == 0:
-        return h * MOST_GROWTH
-    factor = SAFETY / ratio.double() ** (1 / order)
+        return MOST_GROWTH
+    factor = SAFETY / ratio ** (1 / order)
     least = 1.0 if ratio < 1 else MOST_SHRINKAGE
     # By comparison: a clamp's zero gradient times that of an infinite ρ would be NaN.
-    return h * (least if factor < least else MOST_GROWTH if factor > MOST_GROWTH else factor)
+    return least if factor < least else MOST_GROWTH if factor > MOST_GROWTH else factor
 
 
 def interpolated(tableau: Embedded, state: State, end: State, slopes: Sequence[State], h: Tensor, x: Tensor) -> State:
