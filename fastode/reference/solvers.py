@@ -203,6 +203,8 @@ class ODEBlock(_Solution):
     Source: Chen et al., "Neural Ordinary Differential Equations", 2018, as papers 002 and 003 take it.
 
     Example:
+        >>> import torch
+        >>> from torch import nn
         >>> from fastode.reference import TimeConv2d
         >>> block = ODEBlock(nn.Sequential(nn.ReLU(), TimeConv2d(2, 2, padding=1)), solver="rk4")
         >>> block(torch.ones(1, 2, 4, 4)).shape
