@@ -52,8 +52,11 @@ NETWORKS = (
     Network("sspnet_mnist", 2, "the same"),
     Network("sonet", 3, "`SOBlock` on `SkewPair`, `SOClassifier`"),
     Network("soblock_resnet10", 3, "`SOBlock` on `SkewPair`, `ResBlock`"),
+    Network("odenet", 3, "`ODEBlock` on `TimeConv2d`"),
     Network("resnet10", 3, "`ResBlock`"),
     Network("resnet56", 4, "`ResBlock` with step h"),
+    Network("neural_ode_mnist", 4, "`ODEBlock` on `TimeConv2d`"),
+    Network("neural_ode_cifar", 4, "the same"),
 )
 
 

@@ -11,22 +11,28 @@ import torch
 if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < (2, 11):  # before anything that an older one lacks
     raise ImportError(f"fastode needs torch 2.11 or later, got torch {torch.__version__}")
 
-from . import branch, functional, nets, nn, reference, tableau
+from . import branch, embedded, functional, nets, nn, reference, tableau
 from .dispatch.registry import register
 from .fusion.graphs import graphed
 from .fusion.report import FusionReport
 from .fusion.swap import fuse, unfuse
+from .solver import SolveError, Solver
+from .steps import record_steps
 
 __version__ = "0.1.0"
 
 __all__ = [
     "FusionReport",
+    "SolveError",
+    "Solver",
     "branch",
+    "embedded",
     "functional",
     "fuse",
     "graphed",
     "nets",
     "nn",
+    "record_steps",
     "reference",
     "register",
     "tableau",

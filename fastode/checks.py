@@ -29,6 +29,14 @@ def steps(value: Any, name: str = "steps") -> None:
         raise ValueError(f"{name} must be an int >= 1, got {value}")
 
 
+def count(value: Any, name: str) -> None:
+    """Refuse anything but an int of at least zero."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int >= 0, got {what(value)}")
+    if value < 0:
+        raise ValueError(f"{name} must be an int >= 0, got {value}")
+
+
 def step_size(value: Any, name: str = "step_size") -> None:
     """Refuse anything but a finite number above zero."""
     if not _is_number(value):
@@ -71,11 +79,6 @@ def one_of(name: str, value: Any, known: Sequence[str]) -> None:
 def engine(value: Any, known: Sequence[str]) -> None:
     """Refuse an engine whose name is not known."""
     one_of("engine", value, known)
-
-
-def solver(value: Any, known: Sequence[str]) -> None:
-    """Refuse a solver whose name is not known."""
-    one_of("solver", value, known)
 
 
 def module(name: str, value: Any) -> None:
@@ -175,10 +178,7 @@ def skew_pair(y: Any, z: Any, weight: Any, stride: int, padding: int) -> None:
     if weight.dim() != 4 or weight.shape[2] != weight.shape[3]:
         raise ValueError(f"weight must be a tensor [C_out, C_in, k, k], got shape {list(weight.shape)}")
     steps(stride, "stride")
-    if isinstance(padding, bool) or not isinstance(padding, int):
-        raise TypeError(f"padding must be an int >= 0, got {what(padding)}")
-    if padding < 0:
-        raise ValueError(f"padding must be an int >= 0, got {padding}")
+    count(padding, "padding")
     channels_out, channels_in, kernel, _ = weight.shape
     feature_map("y", y, channels_out)
     feature_map("z", z, channels_in)

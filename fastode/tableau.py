@@ -1,7 +1,8 @@
 """Explicit one-step schemes as data: frozen tableaus that check themselves when they are made.
 
 A `Tableau` holds a scheme in Shu–Osher form, as paper 004 writes its blocks, with the step Δt folded into its
-coefficients; a `Butcher` tableau holds the classical form that the fixed-step ODE solvers step with.
+coefficients; a `Butcher` tableau holds the classical form that the fixed-step ODE solvers step with, and an `Embedded`
+one beside it the weights by which an adaptive solver chooses its steps (`fastode.embedded` has the known ones).
 """
 
 from __future__ import annotations
@@ -129,6 +130,82 @@ class Butcher:
         return tuple(math.fsum(row) for row in self.a)
 
 
+@dataclass(frozen=True)
+class Embedded(Butcher):
+    """A `Butcher` tableau with a second solution of lower order and a value in the middle of a step.
+
+    With k_i as there, e = Δt Σ b_error_i k_i estimates the error of y⁺ = y + Δt Σ b_i k_i, and y + Δt Σ b_mid_i k_i is
+    the value at half the step, which the interpolant goes through.
+
+    Args:
+        name: as in Butcher.
+        a: as in Butcher.
+        b: as in Butcher.
+        order: of y⁺; the step control takes its root of the error.
+        c: the times of the stages in steps, which the rows of a sum to but for rounding.
+        b_error: one weight per stage, the solution's minus those of the second solution; they sum to zero.
+        b_mid: one weight per stage; they sum to one half.
+        embedded_order: of the second solution, checked as `order` is.
+
+    Raises:
+        TypeError, ValueError: as Butcher raises them; c, b_error or b_mid is not what it may be.
+
+    Source: Dormand and Prince, "A family of embedded Runge-Kutta formulae", 1980, which paper 003 cites.
+
+    Example:
+        >>> pair = {"a": ((), (1.0,)), "b": (0.5, 0.5), "order": 2, "c": (0.0, 1.0)}
+        >>> heun = Embedded("heun", **pair, b_error=(-0.5, 0.5), b_mid=(0.5, 0.0), embedded_order=1)
+        >>> heun.nodes, heun.b_embedded, heun.ends_in_solution
+        ((0.0, 1.0), (1.0, 0.0), False)
+    """
+
+    c: tuple[float, ...]
+    b_error: tuple[float, ...]
+    b_mid: tuple[float, ...]
+    embedded_order: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, total in (("b_error", 0.0), ("b_mid", 0.5)):
+            weights = self._weights(name)
+            if not _rounds_to(math.fsum(weights), total, math.fsum(map(abs, weights))):
+                raise ValueError(f"{name} must be weights that sum to {total:g}, got {weights}")
+        for c, row in zip(self._weights("c"), self.a, strict=True):
+            if not _rounds_to(math.fsum(row), c, math.fsum(map(abs, row))):
+                raise ValueError(f"c must be the sums of the rows of a, got {c} for the row {row}")
+        _check_order(
+            self.embedded_order,
+            lambda magnitude: (_each(magnitude, self.a), _each(magnitude, (self.b_embedded,))[0]),
+            "embedded_order",
+        )
+
+    def _weights(self, name: str) -> tuple[float, ...]:
+        """An attribute as a tuple of floats, one for each stage, and kept as that."""
+        (weights,) = _rows(name, (getattr(self, name),))
+        if len(weights) != self.stages:
+            raise ValueError(f"{name} must be {self.stages} numbers, one for each row of a, got {len(weights)}")
+        object.__setattr__(self, name, weights)
+        return weights
+
+    @property
+    def nodes(self) -> tuple[float, ...]:
+        """The times of the stages, in steps."""
+        return self.c
+
+    @property
+    def b_embedded(self) -> tuple[float, ...]:
+        """The weights of the second solution."""
+        return tuple(b - error for b, error in zip(self.b, self.b_error, strict=True))
+
+    @property
+    def ends_in_solution(self) -> bool:
+        """Whether the last stage is evaluated at y⁺ (first same as last), so that its slope is the next step's first.
+
+        torchdiffeq takes it for that in every method, also where it is none.
+        """
+        return self.b[-1] == 0 and self.b[:-1] == self.a[-1]
+
+
 def euler(step_size: float) -> Tableau:
     """The explicit Euler step u₁ = x + h f(x): a residual block.
 
@@ -251,19 +328,21 @@ def _conditions(a: Rows, b: tuple[float, ...]) -> list[tuple[int, float, float]]
     ]
 
 
-def _check_order(order: Any, form: Callable[[Callable[[float], float]], tuple[Rows, tuple[float, ...]]]) -> None:
+def _check_order(
+    order: Any, form: Callable[[Callable[[float], float]], tuple[Rows, tuple[float, ...]]], name: str = "order"
+) -> None:
     """Refuse an order whose conditions fail; `form(function)` is (a, b) made of function(coefficient)."""
-    checks.steps(order, "order")
+    checks.steps(order, name)
     (a, b), (magnitude_a, magnitude_b) = form(float), form(abs)
     step, magnitude_step = math.fsum(b), math.fsum(magnitude_b)
     for (p, side, gamma), (_, magnitude, _) in zip(
         _conditions(a, b), _conditions(magnitude_a, magnitude_b), strict=True
     ):
         if p <= order and not _rounds_to(side, step**p / gamma, magnitude + magnitude_step**p):
-            raise ValueError(f"order must be at most {p - 1} with these coefficients, got {order}")
+            raise ValueError(f"{name} must be at most {p - 1} with these coefficients, got {order}")
     # No explicit scheme has a higher order than stages.
     if order > len(b):
-        raise ValueError(f"order must be at most {len(b)} with these coefficients, got {order}")
+        raise ValueError(f"{name} must be at most {len(b)} with these coefficients, got {order}")
 
 
 EULER = euler(1.0)

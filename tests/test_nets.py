@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import fastode
 from fastode import nets, reference
 
 BASIC = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
@@ -35,6 +36,9 @@ SMALL = {
     "resnet10": nets.resnet10,
     "sonet": functools.partial(nets.sonet, solver="rk4"),
     "soblock_resnet10": functools.partial(nets.soblock_resnet10, solver="midpoint"),
+    "odenet": functools.partial(nets.odenet, blocks=2, solver="midpoint"),
+    "neural_ode_mnist": functools.partial(nets.neural_ode_mnist, solver="euler", t1=1.0),
+    "neural_ode_cifar": functools.partial(nets.neural_ode_cifar, solver="euler", steps=2, t1=2.0),
 }
 
 
@@ -185,6 +189,42 @@ def test_sonet_replaces_every_layer_by_a_skew_pair(width):
     assert parameters(nets.sonet, width=width, released=True) == total + 8 * width + 10
 
 
+def time_conv(c):
+    """A 3×3 convolution from c channels and the time's."""
+    return 9 * (c + 1) * c + c
+
+
+def test_odenet_has_the_released_layout():
+    """Ten blocks norm, conv, norm, conv, norm on 3×3 maps of the time and w channels, and a head on 3×3 positions."""
+    w = 64
+    block = affine(w, w, w) + 2 * time_conv(w)
+    assert parameters(nets.odenet, width=w) == 10 * block + affine(w) + linear(9 * w, 10)
+    with torch.device("meta"):
+        model = nets.odenet()
+    # Beside a counter of evaluations the released field has these.
+    released = ["norm1", "conv1._layer", "norm2", "conv2._layer", "norm3"]
+    assert list(model.block9.field.state_dict()) == [f"{name}.{end}" for name in released for end in ("weight", "bias")]
+    x = torch.rand(1, 2, 4, 4)
+    assert torch.equal(nets.odenet(in_channels=2, width=5).copy(x), torch.cat([x, x, x[:, :1]], 1))
+
+
+@pytest.mark.parametrize(
+    ("make", "image", "convs", "w", "t1"),
+    [(nets.neural_ode_mnist, 1, 4, 128, 100.0), (nets.neural_ode_cifar, 3, 5, 256, 500.0)],
+)
+def test_neural_odes_have_table_a1s_layers_channels_and_times(make, image, convs, w, t1):
+    stem = 9 * image * w + w + 2 * (16 * w * w + w) + affine(w, w)
+    field = convs * (affine(w) + time_conv(w)) + affine(w)
+    assert parameters(make) == stem + field + affine(w) + linear(w, 10)
+    with torch.device("meta"):
+        blocks = [make(width=8).block, make(width=8, t1=2.0).block, make(width=8, solver=fastode.Solver()).block]
+    assert [block.settings for block in blocks] == [
+        fastode.Solver("dopri5", 1e-3, 1e-3, t1),
+        fastode.Solver("dopri5", 1e-3, 1e-3, 2.0),
+        fastode.Solver(),
+    ]
+
+
 def layers_run(model, x, shortcuts=False):
     """How many convolutions and linear layers a forward goes through, shortcuts apart."""
     run = []
@@ -309,6 +349,10 @@ def test_ode_arguments_reach_every_block():
     for block in blocks:
         assert {name: getattr(block.field if name == "gamma" else block, name) for name in given} == given
     assert isinstance(models[1].stem.field.pre_norm_y, nn.BatchNorm2d)
+    del given["gamma"]
+    whole = fastode.Solver(given["solver"], **{name: given[name] for name in ("rtol", "atol", "t1", "steps")})
+    for model in (small("odenet", **given), nets.odenet(width=8, blocks=2, solver=whole)):
+        assert [model.block0.settings, model.block1.settings] == [whole, whole]
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -330,7 +374,8 @@ def test_every_network_trains(name):
 
 @pytest.mark.parametrize("norm", ["batch", "group", "layer", "instance", "none"])
 @pytest.mark.parametrize(
-    "name", ["ie_resnet18", "ie_resnet50", "sspnet adap", "sspnet_mnist ssp3", "resnet56", "resnet10", "sonet"]
+    "name",
+    ["ie_resnet18", "ie_resnet50", "sspnet adap", "sspnet_mnist ssp3", "resnet56", "sonet", "odenet"],
 )
 def test_every_norm(name, norm):
     torch.manual_seed(0)
@@ -341,7 +386,7 @@ def test_every_norm(name, norm):
     elif norm == "batch":
         assert {type(m) for m in norms} == {nn.BatchNorm2d}
     else:
-        most = 8 if name == "sonet" else 32
+        most = 8 if name in ("sonet", "odenet") else 32
         groups = {"group": lambda c: min(most, c), "layer": lambda c: 1, "instance": lambda c: c}[norm]
         assert {m.num_groups == groups(m.num_channels) for m in norms} == {True}
     # Every norm of the network is of the kind: in training batch norm alone lets the samples see each other.
@@ -351,9 +396,10 @@ def test_every_norm(name, norm):
     assert (apart > 1e-3) if norm == "batch" else (apart < 1e-10)
 
 
-def test_sonet_runs_its_adaptive_solver():
+@pytest.mark.parametrize("make", [nets.sonet, functools.partial(nets.odenet, blocks=2)])
+def test_a_network_runs_its_adaptive_solver(make):
     torch.manual_seed(0)
-    model = nets.sonet(width=4)
+    model = make(width=4, gradient="exact")
     model(images("sonet", side=8)).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
@@ -373,6 +419,8 @@ def test_sizes_are_positive_ints(make, argument, value, error, got):
     assert str(raised.value) == f"{argument} must be an int >= 1, got {got}"
 
 
+PARTS = "'rtol', 'atol', 't1', 'steps', 'gradient', 'per_sample', 'max_steps', 'first_step'"
+WIDTH = "width must be a number whose multiples by 1 are each at most 8 or a multiple of 8 with norm 'group', got 54"
 REFUSED = [
     (nets.ie_resnet18, {"steps": 0}, ValueError, "steps must be an int >= 1, got 0"),
     (nets.ie_resnet34, {"steps": 1.5}, TypeError, "steps must be an int >= 1, got 1.5"),
@@ -386,6 +434,10 @@ REFUSED = [
     (nets.sspnet, {"n": 0}, ValueError, "n must be an int >= 1, got 0"),
     (nets.soblock_resnet10, {"skew_norm": None}, TypeError, f"skew_norm must be one of {NORMS}, got None"),
     (nets.sonet, {"steps": 0}, ValueError, "steps must be an int >= 1, got 0"),
+    (nets.sonet, {"stepz": 1}, TypeError, f"a part of solver must be one of {PARTS}, got 'stepz'"),
+    (nets.odenet, {"blocks": 0}, ValueError, "blocks must be an int >= 1, got 0"),
+    (nets.odenet, {"width": 54}, ValueError, WIDTH),
+    (nets.neural_ode_mnist, {"t1": 0}, ValueError, "t1 must be a finite number > 0, got 0"),
     (nets.sspnet_mnist, {"n": "6"}, TypeError, "n must be an int >= 1, got '6'"),
 ]
 REFUSED += [(make, {"norm": "spectral"}, ValueError, f"norm must be one of {NORMS}, got 'spectral'") for make in EVERY]

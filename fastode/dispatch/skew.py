@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,12 @@ from ..ops.engine import Call, Engine, autocast_dtype
 from ..ops.maps import is_channels_last
 from ..ops.plan import TENSORS_PER_NORM, MaybeTensor, MaybeTensors
 from ..ops.rerun import Rerun, StandIn
+from ..ops.schemes.skew_pair.adaptive import Steps
 from ..ops.schemes.skew_pair.march import March
 from ..ops.schemes.skew_pair.pair import Pair
+from ..reference.adaptive import first_step, retaken
+from ..solver import Solver
+from ..steps import Watch
 from .one_step import update_running
 
 
@@ -142,6 +147,61 @@ def solve(
     if statistics:
         field.update_running(statistics, inputs[0], x)
     return end if engine.solution_from_x or is_channels_last(x) else end.contiguous()
+
+
+def solve_adaptive(
+    engine: Engine,
+    field: Field,
+    pair: Pair,
+    x: Tensor,
+    solver: Solver,
+    watch: Watch,
+    make_reference: Callable[[StandIn], nn.Module],
+    tensors: MaybeTensors,
+) -> Tensor:
+    """y(t₁) with steps by error from the state that x gives, by an engine that has it; `tensors` are the field's.
+
+    The first step's size is chosen by plain PyTorch around two evaluations, through which its gradient goes.
+    """
+    function_of_steps, tableau = engine.skew_adaptive, solver.tableau
+    assert function_of_steps is not None
+    state = repeated(x, field.weight.shape[0], field.stride), x
+
+    def slope(_: Any, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        watch.evaluations += 1
+        y, z = state
+        return evaluate(engine, field, pair, y, z, make_reference, tensors)
+
+    first = slope(None, state)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and solver.gradient == "solver"):
+        if solver.first_step is None:
+            h = first_step(slope, state, first, tableau.order, solver)
+        else:
+            h = torch.tensor(solver.first_step, dtype=torch.float64, device=x.device)
+    steps = Steps()
+
+    def make(stand_in: StandIn) -> nn.Module:
+        return _Retaken(make_reference(stand_in), solver, steps)
+
+    rerun = Rerun(make, 5, tensors)
+    inputs = (*state, *first, h)
+    constants = (pair, solver, watch, steps, rerun)
+    end, *statistics = function.call(function_of_steps, constants, (*inputs, *tensors))
+    field.update_running(statistics, *state)
+    return end
+
+
+class _Retaken(nn.Module):
+    """The reference solution by the steps that a solve has taken, the first one's size a tensor."""
+
+    def __init__(self, field: nn.Module, solver: Solver, steps: Steps) -> None:
+        super().__init__()
+        self.field, self.solver, self.steps = field, solver, steps
+
+    def forward(self, y: Tensor, z: Tensor, dy: Tensor, dz: Tensor, h: Tensor) -> Tensor:
+        later = [torch.full_like(h, size) for size in self.steps.sizes]
+        sizes = [h, *later[1:]] if self.steps.first_stayed else later
+        return retaken(lambda _, state: self.field(*state), (y, z), (dy, dz), sizes, self.solver)[0]
 
 
 def repeated(x: Tensor, channels: int, stride: int) -> Tensor:

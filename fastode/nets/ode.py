@@ -10,6 +10,8 @@ from torch import nn
 from .. import checks
 from ..reference import ResBlock, SkewPair, SOBlock, SOClassifier, skew
 from ..reference.branches import make_norm
+from ..solver import Solver, solver_of
+from ..tableau import Butcher
 from ._stages import check, check_groups, check_norm, conv, head, norm_act
 
 _RESNET56_BLOCKS = 9  # in each of three stages: 56 = 6 × 9 + 2
@@ -108,12 +110,9 @@ def sonet(
     width: int = 64,
     norm: str = "group",
     gamma: float = 0.0,
-    solver: str = "dopri5",
-    rtol: float = 0.1,
-    atol: float = 0.1,
-    t1: float = 1.0,
-    steps: int = 1,
+    solver: str | Butcher | Solver = "dopri5",
     released: bool = False,
+    **parts: Any,
 ) -> nn.Sequential:
     """SONet: five skew-symmetric ODE blocks, average pooling and a skew-symmetric classification block.
 
@@ -126,12 +125,11 @@ def sonet(
         norm: the norms before and after each skew pair: "group" (min(8, C) groups, the released code's), "batch",
             "layer", "instance" or "none".
         gamma: γ, the damping, at least 0; the paper trains with 0.
-        solver: "euler", "midpoint", "rk4" or one of torchdiffeq's adaptive solvers, as in `SOBlock`.
-        rtol: relative tolerance of an adaptive solver.
-        atol: absolute tolerance of an adaptive solver.
-        t1: the dimensionless time at which each block's solution is read.
-        steps: equal steps of a fixed-step solver.
+        solver: a `fastode.Solver` or its method, as in `SOBlock`, for every block; the paper has dopri5 with tolerances
+            0.1 and t1 = 1.
         released: True takes the released code's classification block instead of the paper's.
+        **parts: of the solver by name, as in `SOBlock`: rtol, atol, t1, steps, gradient, per_sample, max_steps,
+            first_step.
 
     Returns:
         A network of parts `block0` … `block4`, `pool`, `flatten`, `head` that maps [N, in_channels, H, W] to
@@ -151,19 +149,19 @@ def sonet(
         torch.Size([2, 10])
     """
     check(in_channels, num_classes, width, norm, _MULTIPLES, skew.MOST_GROUPS)
-    time: dict[str, Any] = {"solver": solver, "rtol": rtol, "atol": atol, "t1": t1, "steps": steps}
-    parts: OrderedDict[str, nn.Module] = OrderedDict()
-    parts["block0"] = SOBlock(SkewPair(in_channels, width, gamma=gamma, norm=norm), **time)
+    settings = solver_of(solver, parts)
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    layers["block0"] = SOBlock(SkewPair(in_channels, width, gamma=gamma, norm=norm), settings)
     channels = width
     for i, stride in enumerate(_STRIDES):
         channels_out = width * 2**i
         field = SkewPair(channels, channels_out, stride=stride, gamma=gamma, norm=norm)
-        parts[f"block{i + 1}"] = SOBlock(field, **time)
+        layers[f"block{i + 1}"] = SOBlock(field, settings)
         channels = channels_out
-    parts["pool"] = nn.AdaptiveAvgPool2d(1)
-    parts["flatten"] = nn.Flatten()
-    parts["head"] = SOClassifier(channels, num_classes, gamma=gamma, released=released, **time)
-    return nn.Sequential(parts)
+    layers["pool"] = nn.AdaptiveAvgPool2d(1)
+    layers["flatten"] = nn.Flatten()
+    layers["head"] = SOClassifier(channels, num_classes, gamma=gamma, released=released, solver=settings)
+    return nn.Sequential(layers)
 
 
 def soblock_resnet10(
@@ -174,11 +172,8 @@ def soblock_resnet10(
     norm: str = "batch",
     skew_norm: str = "group",
     gamma: float = 0.0,
-    solver: str = "dopri5",
-    rtol: float = 0.1,
-    atol: float = 0.1,
-    t1: float = 1.0,
-    steps: int = 1,
+    solver: str | Butcher | Solver = "dopri5",
+    **parts: Any,
 ) -> nn.Sequential:
     """ResNet10 with a skew-symmetric ODE block in place of its first layer, which the paper calls SOBlock.
 
@@ -189,11 +184,9 @@ def soblock_resnet10(
         norm: the norms of the residual blocks: "batch", "group", "layer", "instance" or "none".
         skew_norm: the norms before and after the skew pair, by the same names ("group" has min(8, C) groups here).
         gamma: γ, the damping, at least 0; the paper trains with 0.
-        solver: "euler", "midpoint", "rk4" or one of torchdiffeq's adaptive solvers, as in `SOBlock`.
-        rtol: relative tolerance of an adaptive solver.
-        atol: absolute tolerance of an adaptive solver.
-        t1: the dimensionless time at which the block's solution is read.
-        steps: equal steps of a fixed-step solver.
+        solver: a `fastode.Solver` or its method, as in `SOBlock`; the paper has dopri5 with tolerances 0.1 and t1 = 1.
+        **parts: of the solver by name, as in `SOBlock`: rtol, atol, t1, steps, gradient, per_sample, max_steps,
+            first_step.
 
     Returns:
         A network of parts `stem`, `block1` … `block4`, `head` that maps [N, in_channels, H, W] to [N, num_classes].
@@ -216,7 +209,7 @@ def soblock_resnet10(
     if skew_norm == "group":
         check_groups(width, (1,), skew.MOST_GROUPS, "skew_norm")
     field = SkewPair(in_channels, width, gamma=gamma, norm=skew_norm)
-    stem = SOBlock(field, solver=solver, rtol=rtol, atol=atol, t1=t1, steps=steps)
+    stem = SOBlock(field, solver_of(solver, parts))
     return _resnet10(stem, num_classes, width, norm)
 
 

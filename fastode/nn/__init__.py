@@ -3,10 +3,12 @@
 A twin adds no state to its reference. `fastode.fuse` swaps it in by assigning `__class__`.
 """
 
-from . import one_step, skew
+from . import ode, one_step, skew
+from .ode import *
 from .one_step import *
 from .skew import *
 
 __all__: list[str] = []
+__all__ += ode.__all__
 __all__ += one_step.__all__
 __all__ += skew.__all__

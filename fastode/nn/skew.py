@@ -15,14 +15,18 @@ from ..dispatch import choice
 from ..dispatch.engines import AUTO, NAMES, REFERENCE, is_reference
 from ..dispatch.known import Known, kind_of_call, known
 from ..dispatch.registry import reference_of, register
-from ..dispatch.skew import Field, evaluate, read_field, repeated, solve
+from ..dispatch.skew import Field, evaluate, read_field, repeated, solve, solve_adaptive
 from ..ops.engine import Call, Engine
 from ..ops.plan import MaybeTensors
 from ..ops.rerun import StandIn
 from ..ops.schemes.skew_pair.march import March
 from ..ops.schemes.skew_pair.pair import Pair
+from ..reference.adaptive import State
 from ..reference.skew import PADDING
-from ..reference.solvers import FIXED, State, solve_adaptive, solve_fixed
+from ..reference.solvers import solve as solve_plain
+from ..reference.solvers import solve_fixed, without_time
+from ..steps import Watch
+from ..tableau import Butcher
 from .base import Fused, note
 
 __all__ = ["SOBlock", "SOClassifier", "SkewLinear", "SkewPair"]
@@ -37,7 +41,7 @@ class SkewPair(Fused, reference.SkewPair):
     def describe_call(self, inputs: tuple[Tensor, ...] = ()) -> Call:
         return _read(self).call("skew_pair", "", inputs)
 
-    def forward(self, y: Tensor, z: Tensor) -> State:
+    def forward(self, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         found = _known(self)
         kind = _kind(found, ("pair", self.engine), y, z)
         answer: tuple[Engine, Pair | None, MaybeTensors] | None = None if kind is None else found.answer(kind)
@@ -66,7 +70,7 @@ class SkewLinear(Fused, reference.SkewLinear):
         reason = "its two matrix products are all the work there is, and PyTorch's are as fast as any"
         return Call("skew_linear", "", None, (), inputs, reason)
 
-    def forward(self, y: Tensor, z: Tensor) -> State:
+    def forward(self, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         note(self, choice.choose(self.engine, self.describe_call((y, z))))
         return super().forward(y, z)
 
@@ -77,11 +81,20 @@ class _FusedSolve(Fused, reference.SOBlock):
     def describe_call(self, inputs: tuple[Tensor, ...] = ()) -> Call:
         reason = self._fault()
         if reason:
-            return Call("skew_solution", self._variant(), None, (), inputs, reason)
-        return _read(self.field).call("skew_solution", self._variant(), inputs)
+            return Call(self._family(), self._variant(), None, (), inputs, reason)
+        return _read(self.field).call(self._family(), self._variant(), inputs)
+
+    def _family(self) -> str:
+        """Whether steps by error may be the engine's own; else the reference drives where steps are not equal."""
+        solver = self.settings
+        # The exact gradient goes through attempts that the engines forget, and samples alone are solved one by one.
+        own = solver.is_adaptive and solver.gradient != "exact" and not solver.per_sample
+        # A tracing compiler cannot follow steps that are chosen by the data.
+        return "skew_adaptive" if own and not torch.compiler.is_compiling() else "skew_solution"
 
     def _variant(self) -> str:
-        return f"by {self.solver} in {self.steps} steps"
+        solver = self.settings
+        return f"by {solver.name} in {solver.steps} steps"
 
     def _fault(self) -> str:
         """Why the block cannot be fused because of its field, which must be a plain SkewPair; empty if it is one."""
@@ -97,7 +110,7 @@ class _FusedSolve(Fused, reference.SOBlock):
     def forward(self, x: Tensor) -> Tensor:
         reason = self._fault()
         found = _known(self.field) if not reason else None
-        settings = (self.solver, self.steps, self.t1, self.engine)
+        settings = (self.solver, self.steps, self.t1, self.gradient, self.per_sample, self.engine)
         kind = None if found is None else _kind(found, settings, x)
         answer: tuple[Engine, Pair | None, MaybeTensors, March | None] | None = None
         if found is not None and kind is not None:
@@ -108,9 +121,9 @@ class _FusedSolve(Fused, reference.SOBlock):
                 # Before an engine is chosen, so that the block refuses an input in its reference's own words.
                 self.field.check_input(x)
             if found is None:
-                call = Call("skew_solution", self._variant(), None, (), (x,), reason)
+                call = Call(self._family(), self._variant(), None, (), (x,), reason)
             else:
-                call = found.reading.call("skew_solution", self._variant(), (x,))
+                call = found.reading.call(self._family(), self._variant(), (x,))
             chosen = choice.choose(self.engine, call, partial(_as_plain_solve, self))
             if chosen is not REFERENCE and found is not None:
                 stride = found.reading.stride
@@ -126,25 +139,31 @@ class _FusedSolve(Fused, reference.SOBlock):
         note(self.field, chosen)
         if march is None:
             return self._adaptive(chosen, found, pair, tensors, x)
-        make = partial(_FixedSolution, found, self.solver, self.t1, self.steps)
+        make = partial(_FixedSolution, found, self.settings.tableau, self.t1, self.steps)
         return solve(chosen, found.reading, pair, x, march, make, tensors)
 
     def _march(self) -> March | None:
-        scheme = FIXED.get(self.solver)
-        return None if scheme is None else March(scheme.a, scheme.b, self.t1 / self.steps, self.steps)
+        solver = self.settings
+        scheme = solver.tableau
+        return None if solver.is_adaptive else March(scheme.a, scheme.b, solver.t1 / solver.steps, solver.steps)
 
     def _adaptive(
         self, engine: Engine, known_field: Known[Field], pair: Pair, tensors: MaybeTensors, x: Tensor
     ) -> Tensor:
-        """torchdiffeq flattens its state: as [N, H, W, C], so that the field finds it in its own memory format."""
-        field, make = known_field.reading, partial(_as_it_was, known_field)
+        """By the engine's own steps where it has them, else with each evaluation as a call of it."""
+        field, make, solver = known_field.reading, partial(_as_it_was, known_field), self.settings
+        if self._family() == "skew_adaptive" and engine.skew_adaptive is not None and x.shape[0]:
+            watch = Watch(self.in_words(), solver)
+            return solve_adaptive(engine, field, pair, x, solver, watch, make, tensors).contiguous()
 
-        def slopes(y: Tensor, z: Tensor) -> State:
+        def slopes(_: Any, state: State) -> State:
+            y, z = state
             found = evaluate(engine, field, pair, _to_front(y), _to_front(z), make, tensors)
             return _to_back(found[0]), _to_back(found[1])
 
+        # torchdiffeq flattens its state: as [N, H, W, C], so that the field finds it in its own memory format.
         back = (_to_back(repeated(x, field.weight.shape[0], field.stride)), _to_back(x))
-        end, _ = solve_adaptive(slopes, back, self.solver, self.rtol, self.atol, self.t1)
+        end, _ = solve_plain(slopes, back, solver, self)
         return _to_front(end).contiguous()
 
 
@@ -161,14 +180,14 @@ class SOClassifier(_FusedSolve, reference.SOClassifier):
 class _FixedSolution(nn.Module):
     """The reference solution by fixed steps, as a function of the initial state or of x, which gives one."""
 
-    def __init__(self, field: Known[Field], solver: str, t1: float, steps: int, stand_in: StandIn) -> None:
+    def __init__(self, field: Known[Field], scheme: Butcher, t1: float, steps: int, stand_in: StandIn) -> None:
         super().__init__()
         self.field = _as_it_was(field, stand_in)
-        self.scheme, self.t1, self.steps = FIXED[solver], t1, steps
+        self.scheme, self.t1, self.steps = scheme, t1, steps
 
     def forward(self, *state: Tensor) -> Tensor:
         y, z = state if len(state) == 2 else self.field.initial_state(*state)
-        return solve_fixed(self.field, (y, z), self.scheme, self.t1, self.steps)[0]
+        return solve_fixed(without_time(self.field), (y, z), self.scheme, self.t1, self.steps)[0]
 
 
 def _as_reference(field: Any) -> reference.SkewPair:

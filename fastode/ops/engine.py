@@ -28,7 +28,7 @@ class Call:
     """What an engine is asked to run: a block of a family, its branch or field, and the tensors it gets.
 
     Attributes:
-        family: "ie", "shu_osher", "skew_pair" or "skew_solution".
+        family: "ie", "shu_osher", "skew_pair", "skew_solution" or "skew_adaptive".
         variant: what else the time of its calls depends on, in words.
         program: the branch, or the pair, as constants; None where it cannot be read.
         tensors: of the branch (six for each unit), or of the pair (the weight, then four for each norm).
@@ -134,6 +134,14 @@ class Engine:
     def skew_solution(self) -> type[Function]:
         """The pair's solution by equal steps, as (Pair, March, Rerun, y, z, *tensors), or with x for y and z."""
         return self._lacks("the skew pair's solution")
+
+    @property
+    def skew_adaptive(self) -> type[Function] | None:
+        """The pair's solution with steps by error, as (Pair, Solver, Watch, Steps, Rerun, y, z, ẏ, ż, h, *tensors).
+
+        None where the engine has the pair alone: then each evaluation is a call of it, and the reference drives.
+        """
+        return None
 
     def _lacks(self, family: str) -> NoReturn:
         raise TypeError(f"the engine {self.name} has no function for {family}, which its why_not has to say")

@@ -1,14 +1,16 @@
 """The papers' blocks in plain PyTorch: the definitions that every faster version is held against."""
 
-from . import blocks, branches, skew, solvers
+from . import blocks, branches, skew, solvers, timed
 from .blocks import *
 from .branches import *
 from .plain import plain_norms
 from .skew import *
 from .solvers import *
+from .timed import *
 
 __all__ = ["plain_norms"]
 __all__ += blocks.__all__
 __all__ += branches.__all__
 __all__ += skew.__all__
 __all__ += solvers.__all__
+__all__ += timed.__all__

@@ -36,7 +36,7 @@ class _OneStep(nn.Module):
         """branch(x), which leaves x as it is and must have the shape of x (or `shape`)."""
         checks.tensor("x", x)
         call = self.branch if branch is None else branch
-        out = call_repaired(call, (self.branch,), _unshared(x, self.branch), keeps_shape=shape is None)
+        out = call_repaired(call, (self.branch,), unshared(x, self.branch), keeps_shape=shape is None)
         shape = x.shape if shape is None else shape
         if not isinstance(out, Tensor):
             raise TypeError(f"branch must be a map to the shape {list(shape)}, got {checks.what(out)} from it")
@@ -78,7 +78,7 @@ class ResBlock(_OneStep):
             slope = self.evaluate(x)  # which refuses an x that is no tensor
             return torch.add(x, slope, alpha=self.step_size)
         checks.tensor("x", x)
-        skip = call_repaired(self.shortcut, (self.shortcut,), _unshared(x, self.shortcut), keeps_shape=False)
+        skip = call_repaired(self.shortcut, (self.shortcut,), unshared(x, self.shortcut), keeps_shape=False)
         return torch.add(skip, self.evaluate(x, skip.shape), alpha=self.step_size)
 
     def extra_repr(self) -> str:
@@ -352,7 +352,7 @@ def _combine(terms: Iterable[tuple[float, Tensor | None]]) -> Tensor:
     return total
 
 
-def _unshared(x: Tensor, module: nn.Module) -> Tensor:
+def unshared(x: Tensor, module: nn.Module) -> Tensor:
     """x, or a copy where the module may change its input in place, as an in-place activation does that comes first."""
     for part in _parts(module):
         if isinstance(part, _FRESH):

@@ -38,6 +38,8 @@ class Resident(OperatorEngine):
         return _refuses_pair(call.program, call.tensors, call.inputs)
 
     def against(self, call: Call) -> str:
+        if call.family == "skew_adaptive":
+            return "it runs steps by error one evaluation at a time, which was measured slower than the solve as one"
         x, program = call.inputs[-1], call.program
         if isinstance(program, Plan):
             coupled = any(unit.norm is not None and unit.norm.mode == "batch" for unit in program.units)

@@ -7,7 +7,7 @@ from functools import partial
 from ..engine import OperatorEngine
 from ..schemes.implicit_euler import descent
 from ..schemes.runge_kutta import stages
-from ..schemes.skew_pair import march
+from ..schemes.skew_pair import adaptive, march
 from . import pair, sweeps
 
 
@@ -20,3 +20,4 @@ class Staged(OperatorEngine):
     shu_osher = stages.make_function(sweeps, partial(stages.forward, sweeps))
     skew_pair = march.make_pair_function(pair)
     skew_solution = march.make_march_function(pair)
+    skew_adaptive = adaptive.make_adaptive_function(pair)

@@ -18,7 +18,7 @@ from ...plan import TENSORS_PER_NORM, Gradients, MaybeTensor, MaybeTensors
 from ...rerun import Rerun
 from .pair import Kept, Pair, PairSweeps
 
-_PER_EVALUATION = 8  # tensors in a Kept
+PER_EVALUATION = 8  # tensors in a Kept
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,9 @@ def make_pair_function(sweeps: PairSweeps) -> type[torch.autograd.Function]:
         def forward(ctx: Any, pair: Pair, rerun: Rerun | None, y: Tensor, z: Tensor, *tensors: MaybeTensor) -> Any:
             dy, dz, kept = sweeps.evaluate(pair, _converted(pair, tensors, y), [channels_last(y)], [channels_last(z)])
             assert dy is not None and dz is not None
-            statistics = _tracked(pair, kept)
+            statistics = tracked(pair, kept)
             # The points are the inputs in channels_last, made again in backward where they are copies.
-            ctx.save_for_backward(y, z, *tensors, *_flat([kept._replace(y=None, z=None)]))
+            ctx.save_for_backward(y, z, *tensors, *flat([kept._replace(y=None, z=None)]))
             ctx.pair, ctx.rerun = pair, rerun
             ctx.set_materialize_grads(False)
             ctx.mark_non_differentiable(*statistics)
@@ -79,7 +79,7 @@ def make_pair_function(sweeps: PairSweeps) -> type[torch.autograd.Function]:
         @staticmethod
         def backward(ctx: Any, dy_bar: MaybeTensor, dz_bar: MaybeTensor, *_: None) -> tuple[MaybeTensor, ...]:
             saved = ctx.saved_tensors
-            given, (kept,) = saved[:-_PER_EVALUATION], _kept(saved[-_PER_EVALUATION:])
+            given, (kept,) = saved[:-PER_EVALUATION], unflat(saved[-PER_EVALUATION:])
 
             def pull(bars: Sequence[MaybeTensor], wanted: Sequence[bool]) -> list[MaybeTensor]:
                 y, z, *tensors = given
@@ -107,8 +107,8 @@ def make_march_function(sweeps: PairSweeps) -> type[torch.autograd.Function]:
         ) -> Any:
             read = _converted(pair, tensors, y)
             end, evaluations = _march(sweeps, pair, march, read, channels_last(y), channels_last(z))
-            statistics = [stats for kept in evaluations for stats in _tracked(pair, kept)]
-            ctx.save_for_backward(y, z, *tensors, *_flat(evaluations))
+            statistics = [stats for kept in evaluations for stats in tracked(pair, kept)]
+            ctx.save_for_backward(y, z, *tensors, *flat(evaluations))
             ctx.pair, ctx.march, ctx.rerun, ctx.count = pair, march, rerun, 2 + len(tensors)
             ctx.set_materialize_grads(False)
             ctx.mark_non_differentiable(*statistics)
@@ -124,7 +124,7 @@ def make_march_function(sweeps: PairSweeps) -> type[torch.autograd.Function]:
                 assert bar is not None
                 sums = Gradients(tensors, wanted[2:])
                 read = _converted(ctx.pair, tensors, given[0])
-                ends = _march_back(sweeps, ctx.pair, ctx.march, read, _kept(kept), channels_last(bar), sums, wanted)
+                ends = _march_back(sweeps, ctx.pair, ctx.march, read, unflat(kept), channels_last(bar), sums, wanted)
                 return [*ends, *sums.result()]
 
             return gradients(ctx, given, [end_bar], pull)
@@ -159,19 +159,19 @@ def _march(
     for step in range(march.steps):
         slopes: list[tuple[MaybeTensor, MaybeTensor]] = []
         for row, want in zip(march.a, used[step], strict=True):
-            y_terms, y_coefs = _terms(end_y, [slope[0] for slope in slopes], row, march.step)
-            z_terms, z_coefs = _terms(end_z, [slope[1] for slope in slopes], row, march.step)
+            y_terms, y_coefs = terms_of(end_y, [slope[0] for slope in slopes], row, march.step)
+            z_terms, z_coefs = terms_of(end_z, [slope[1] for slope in slopes], row, march.step)
             want = (True, True) if any(pair.tracked) else want
             dy, dz, kept = sweeps.evaluate(pair, tensors, y_terms, z_terms, y_coefs, z_coefs, want)
             slopes.append((dy, dz))
             evaluations.append(kept)
-        end_y = _advance(end_y, [slope[0] for slope in slopes], march.b, march.step)
-        end_z = None if step + 1 == march.steps else _advance(end_z, [s[1] for s in slopes], march.b, march.step)
+        end_y = advanced(end_y, [slope[0] for slope in slopes], march.b, march.step)
+        end_z = None if step + 1 == march.steps else advanced(end_z, [s[1] for s in slopes], march.b, march.step)
     assert end_y is not None
     return end_y, evaluations
 
 
-def _terms(
+def terms_of(
     state: MaybeTensor, slopes: Sequence[MaybeTensor], row: Sequence[float], step: float
 ) -> tuple[list[Tensor], MaybeTensor]:
     """The state and the slopes that a row names, and their coefficients; none for the state alone."""
@@ -181,8 +181,8 @@ def _terms(
     return terms, None if [c for c, _ in present] == [1.0] else coefficients(*(c for c, _ in present))
 
 
-def _advance(state: MaybeTensor, slopes: Sequence[MaybeTensor], row: Sequence[float], step: float) -> MaybeTensor:
-    terms, coefs = _terms(state, slopes, row, step)
+def advanced(state: MaybeTensor, slopes: Sequence[MaybeTensor], row: Sequence[float], step: float) -> MaybeTensor:
+    terms, coefs = terms_of(state, slopes, row, step)
     if coefs is None:
         return terms[0] if terms else None
     return combine(terms, coefs) if terms else None
@@ -231,6 +231,13 @@ def _slope_bars(
     for half in (0, 1):
         above = [bars[half], *(point[half] for point in points[stage + 1 :])]
         sums.append([(march.step * w, bar) for w, bar in zip(weights, above, strict=True) if w and bar is not None])
+    return scaled_bars(sums, kept)
+
+
+def scaled_bars(
+    sums: Sequence[Sequence[tuple[float, Tensor]]], kept: Kept
+) -> tuple[tuple[MaybeTensor, MaybeTensor], float]:
+    """The sums of factor × cotangent for each half of an evaluation's slopes, up to a common factor, and the factor."""
     scales = {pairs[0][0] for pairs in sums if len(pairs) == 1}
     # A sum of one term needs no pass: a factor that both halves share goes into the pull-back, which is linear.
     common = scales.pop() if len(scales) == 1 and all(len(pairs) <= 1 for pairs in sums) else 1.0
@@ -245,16 +252,16 @@ def _slope_bars(
     return (found[0], found[1]), common
 
 
-def _tracked(pair: Pair, kept: Kept) -> list[Tensor]:
+def tracked(pair: Pair, kept: Kept) -> list[Tensor]:
     """The statistics with which an evaluation updates running statistics, in the norms' order."""
     pairs = zip(pair.tracked, kept.stats, strict=True)
     return [stats for tracked, stats in pairs if tracked and stats is not None]
 
 
-def _flat(evaluations: Sequence[Kept]) -> list[MaybeTensor]:
+def flat(evaluations: Sequence[Kept]) -> list[MaybeTensor]:
     return [tensor for kept in evaluations for tensor in (*kept[:4], *kept.stats)]
 
 
-def _kept(flat: Sequence[MaybeTensor]) -> list[Kept]:
-    rows = (flat[at : at + _PER_EVALUATION] for at in range(0, len(flat), _PER_EVALUATION))
+def unflat(flat: Sequence[MaybeTensor]) -> list[Kept]:
+    rows = (flat[at : at + PER_EVALUATION] for at in range(0, len(flat), PER_EVALUATION))
     return [Kept(row[0], row[1], row[2], row[3], (row[4], row[5], row[6], row[7])) for row in rows]

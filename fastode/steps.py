@@ -1,0 +1,162 @@
+"""What an adaptive solve did: its steps for who asks for them, and where it stopped for the error that says so."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from .solver import SolveError, Solver
+
+_logs: list[StepLog] = []
+
+
+@dataclass(frozen=True)
+class SolveSteps:
+    """The steps of one adaptive solve.
+
+    Attributes:
+        block: the block, in words.
+        solver: how it was solved.
+        sample: which of the batch was solved, with steps of each sample; None where all share them.
+        times: from 0 to the end of the last accepted step, which lies past t₁: u(t₁) is interpolated.
+        ratios: ρ of each accepted step, its error in units of the tolerance; at most 1.
+        rejected: (t, h, ρ) of each attempt whose ρ was above 1.
+        evaluations: of the field, the first step's choice included.
+        error: why the solve stopped before t₁; empty if it did not.
+    """
+
+    block: str
+    solver: Solver
+    sample: int | None
+    times: tuple[float, ...]
+    ratios: tuple[float, ...]
+    rejected: tuple[tuple[float, float, float], ...]
+    evaluations: int
+    error: str = ""
+
+
+class StepLog(list[SolveSteps]):
+    """The adaptive solves that were made, oldest first; printed, a table."""
+
+    def __str__(self) -> str:
+        rows = [("block", "method", "tolerance", "times", "error ratios", "rejected", "evaluations")]
+        for solve in self:
+            block = solve.block if solve.sample is None else f"{solve.block}, sample {solve.sample}"
+            tolerances = dict.fromkeys((solve.solver.rtol, solve.solver.atol))
+            tolerance = ", ".join(f"{value:g}" for value in tolerances)
+            times, ratios = (", ".join(f"{v:.3f}" for v in values) for values in (solve.times, solve.ratios))
+            counts = f"{len(solve.rejected)}", f"{solve.evaluations}"
+            rows.append((block, solve.solver.name, tolerance, f"[{times}]", f"[{ratios}]", *counts))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+@contextmanager
+def record_steps() -> Iterator[StepLog]:
+    """Collect, while in this context, the steps of every adaptive solve.
+
+    Returns:
+        A context manager that gives the log, a list of `SolveSteps`, oldest first; `print(log)` is a table.
+
+    Source: Huang et al., "Adversarial Robustness of Stabilized NeuralODEs Might be from Obfuscated Gradients", Table 3
+        (paper 003), which has the times.
+
+    Example:
+        >>> from fastode.reference import SOClassifier
+        >>> with record_steps() as log:
+        ...     y = SOClassifier(2, 1, solver=Solver(first_step=0.5, atol=9.0))(torch.zeros(1, 2))
+        >>> log[0].times, log[0].evaluations, log[0].rejected
+        ((0.0, 0.5, 5.5), 13, ())
+    """
+    log = StepLog()
+    _logs.append(log)
+    try:
+        yield log
+    finally:
+        _logs[:] = [other for other in _logs if other is not log]
+
+
+class Watch:
+    """What is known of a solve while it goes on. Where nobody records, nothing is kept but the last attempt.
+
+    Args:
+        block: the block, in words.
+        solver: how it is solved.
+        sample: which of the batch is solved, if it is one alone.
+    """
+
+    def __init__(self, block: str, solver: Solver, sample: int | None = None) -> None:
+        self.block, self.solver, self.sample = block, solver, sample
+        self.evaluations = 0
+        self.t: Any = math.nan
+        self.h: Any = math.nan
+        self.ratio: Any = math.nan  # before the first attempt was judged
+        self.state: tuple[Tensor, ...] = ()
+        self.attempts: list[tuple[float, float, float, bool]] | None = [] if _logs else None
+
+    def attempt(self, t: Any, h: Any, state: tuple[Tensor, ...]) -> None:
+        """Note that a step of size h from t is about to be tried."""
+        self.t, self.h, self.state = t, h, state
+
+    def judged(self, ratio: Any, accepted: bool) -> None:
+        """Note the error ratio of the last attempt."""
+        self.ratio = ratio
+        if self.attempts is not None:
+            self.attempts.append((_number(self.t), _number(self.h), _number(ratio), accepted))
+
+    def finish(self, error: str = "") -> None:
+        """Give the steps to who records."""
+        if self.attempts is None:
+            return
+        accepted = [(t + h, ratio) for t, h, ratio, good in self.attempts if good]
+        steps = SolveSteps(
+            self.block,
+            self.solver,
+            self.sample,
+            (0.0, *(time for time, _ in accepted)),
+            tuple(ratio for _, ratio in accepted),
+            tuple((t, h, ratio) for t, h, ratio, good in self.attempts if not good),
+            self.evaluations,
+            error,
+        )
+        for log in _logs:
+            log.append(steps)
+
+    def fail(self, reason: str, advice: str) -> NoReturn:
+        """Raise what says that the solve cannot go on."""
+        self.finish(reason)
+        block = self.block if self.sample is None else f"{self.block}, sample {self.sample}"
+        # From None: the assertion of a library that may have led here says less.
+        raise SolveError(block, reason, advice, *map(_number, (self.t, self.h, self.ratio))) from None
+
+    def fail_at_step(self) -> NoReturn:
+        """Raise why the attempt that was noted last cannot be made."""
+        if not all(bool(torch.isfinite(u).all()) for u in self.state):
+            self.fail("the state is not finite", "look for NaN and infinity in the input, or normalise the field")
+        # A size that is NaN is noted as 0 by torchdiffeq; no finite one shrinks as far before the time stands still.
+        if not 0 < _number(self.h) < math.inf or _number(self.ratio) == math.inf:
+            self.fail(
+                "the field gave a value that is not finite",
+                "look for NaN and infinity in the input and the parameters, or normalise the field",
+            )
+        self.fail(
+            "the step is too small to move the time",
+            "try larger tolerances, a solver in equal steps, or a smoother or damped field",
+        )
+
+    def fail_at_most(self) -> NoReturn:
+        """Raise that max_steps attempts did not reach t₁."""
+        self.fail(
+            f"max_steps = {self.solver.max_steps} attempts did not reach t1 = {self.solver.t1:g}",
+            "raise max_steps or the tolerances, or shorten t1",
+        )
+
+
+def _number(value: float | Tensor) -> float:
+    return float(value.detach()) if isinstance(value, Tensor) else value
