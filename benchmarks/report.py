@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import networks, overhead, targets
+from . import card, networks, overhead, targets
 from .contenders import BASELINES
 from .header import RESULTS, ROOT, short_commit, threads
 from .printing import contender, graph, rates, times, title
@@ -39,13 +39,13 @@ Row = dict[str, Any]
 
 
 def recorded(folder: Path) -> list[Path]:
-    """Every results file below a folder, sorted."""
+    """Every file of timed contenders below a folder, sorted."""
     return sorted(path for path in folder.glob("*/*.json") if _is_record(path))
 
 
 def _is_record(path: Path) -> bool:
     found = json.loads(path.read_text())
-    return isinstance(found, dict) and {"header", "rows"} <= set(found)
+    return isinstance(found, dict) and {"header", "rows"} <= set(found) and all("contender" in r for r in found["rows"])
 
 
 def _groups(rows: Iterable[Row]) -> list[list[Row]]:
@@ -307,11 +307,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     for path in [*written, *plots(recorded(results))]:
         print(f"written: {path}")
-    changed = {
-        page: update(page, markdown(results, page)),
-        readme: update(readme, networks.markdown(results), "networks"),
-    }
-    for path, rewritten in changed.items():
+    changed = [
+        (page, update(page, markdown(results, page))),
+        (readme, update(readme, networks.markdown(results), "networks")),
+        (readme, update(readme, card.markdown(results), "card")),
+    ]
+    for path, rewritten in changed:
         print(f"{path}: {'rewritten' if rewritten else 'unchanged'}")
     return 0
 

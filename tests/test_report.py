@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import bench_nets, contenders, data, header, measure, networks, printing, report, run, workloads
+from benchmarks import bench_nets, card, contenders, data, header, measure, networks, printing, report, run, workloads
 from benchmarks.header import RESULTS
 from fastode import nets, reference
 
@@ -26,6 +26,8 @@ def test_the_page_has_the_recorded_numbers() -> None:
 def test_the_readme_has_the_recorded_numbers() -> None:
     _, table, _ = report.between(report.README.read_text(), "networks")
     assert table.strip() == networks.markdown().strip(), "run python -m benchmarks.report"
+    _, table, _ = report.between(report.README.read_text(), "card")
+    assert table.strip() == card.markdown().strip(), "run python -m benchmarks.report"
 
 
 def test_the_readme_has_a_row_for_every_network() -> None:
@@ -90,6 +92,8 @@ def test_report_makes_table_and_plot_from_the_record(tmp_path: Any) -> None:
     pages = {name: tmp_path / f"{name}.md" for name in ("benchmarks", "networks")}
     for name, page in pages.items():
         page.write_text(f"before\n<!-- {name}:begin -->\nold\n<!-- {name}:end -->\nafter\n")
+    with pages["networks"].open("a") as readme_file:
+        readme_file.write("<!-- card:begin -->\nold\n<!-- card:end -->\nafter\n")
     page, readme = pages.values()
     assert report.main(["--results", str(tmp_path), "--page", str(page), "--readme", str(readme)]) == 0
     for text in (page.read_text(), readme.read_text()):
