@@ -23,7 +23,7 @@ DTYPE = "bfloat16"
 SAMPLES = 8  # of a row that is judged
 SANITIZED_SAMPLES = 2
 # Of a row of programs: at its size a card runs a block on each multiprocessor, and some blocks take two samples.
-SANITIZED_SIZE, SANITIZED_PROGRAM_SAMPLES = "64@8", 150
+SANITIZED_SIZE, SANITIZED_PROGRAM_SAMPLES = "64@8", programs.SAMPLES
 Result = dict[str, Any]
 
 
@@ -101,6 +101,11 @@ def described() -> list[str]:
 def items() -> list[str]:
     """What is shared out to processes: "row | engine", of the programs' rows with "programs" behind it."""
     return [f"{row.name} | {engine}{' | programs' if row.program else ''}" for row in rows() for engine in row.engines]
+
+
+def is_program(item: str) -> bool:
+    """Whether one of `items` is of the CUDA programs' rows."""
+    return item.endswith(" | programs")
 
 
 def timed() -> list[Workload]:

@@ -46,7 +46,12 @@ def launches(report: Report, crew: Crew, deadline: float) -> bool:
             report.say(gpu_rows.line(result))
         report.write(f"launches-{report.step}.json", {"header": head, "results": results})
 
-    left = crew.work("launches", gpu_rows.judge, gpu_rows.items(), deadline, hear, report.folder / "workers.txt")
+    # The CUDA programs are compiled by now: this process has them judged before a crowd of others has begun.
+    every, log = gpu_rows.items(), report.folder / "workers.txt"
+    own = [item for item in every if gpu_rows.is_program(item)]
+    left = Crew(crew.device, 0).work("launches", gpu_rows.judge, own, deadline, hear, log)
+    others = [item for item in every if item not in own]
+    left += crew.work("launches", gpu_rows.judge, others, deadline, hear, log)
     ran = [result for result in results if "left_out" not in result]
     equal = sum(result["ok"] for result in ran)
     report.say(f"launches: {equal} of {len(ran)} comparisons equal")

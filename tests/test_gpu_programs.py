@@ -22,7 +22,7 @@ SMALLEST = min(TILES, key=lambda size: size[0] * size[1] ** 2)
 def _small(monkeypatch: pytest.MonkeyPatch, _on_the_test_machine: None) -> None:  # noqa: F811
     """Few samples; and `fuse` asks an engine about blocks before there is an input."""
     monkeypatch.setattr(Resident, "refuses", lambda self, call: card.refuses(call) if call.inputs else "")
-    monkeypatch.setattr(programs, "ELEMENTS", 4 * SMALLEST[0] * SMALLEST[1] ** 2)
+    monkeypatch.setattr(programs, "SAMPLES", 3)
 
 
 def smallest() -> list[gpu_rows.Row]:
@@ -57,8 +57,8 @@ def test_a_program_that_no_row_launched_is_named() -> None:
     assert gpu_smoke.unlaunched([]) == every
 
 
-def test_a_judged_input_gives_blocks_several_samples_and_not_all_as_many() -> None:
-    assert programs.many(*SMALLEST).shape == (3, SMALLEST[0], SMALLEST[1], SMALLEST[1])
+def test_a_judged_input_gives_some_blocks_two_samples() -> None:
+    assert programs.many(*SMALLEST).shape == (programs.SAMPLES, SMALLEST[0], SMALLEST[1], SMALLEST[1])
 
 
 @pytest.mark.parametrize("row", smallest(), ids=lambda row: row.name)
