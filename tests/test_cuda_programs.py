@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import pytest
 import torch
 from block_cases import case_of, make_input, make_pair, name_of
 from pairwise import SEEDS, Case, covering
-from simulator import ORDERS, counting, load, order
+from simulator import ORDERS, counting, fenced, load, order
+from torch import Tensor, nn
 
 from fastode.native import cuda_library, operators
 from fastode.native.constants import TILES
@@ -101,3 +104,62 @@ def test_a_block_is_one_launch_each_way(family: str, mode: str, launches: int, k
             y.float().sum().backward()
     # What is kept beside saved tensors is not where hooks take those: the forward runs again then.
     assert counts["launch"] == launches + (not keeps and mode != "forward")
+
+
+# ---- what a caller may hand over beside fresh, dense tensors
+
+BATCH, CHANNELS, SIDE = 3, 16, 8
+SMALL = {"dtype": torch.bfloat16, "channels": CHANNELS, "size": (SIDE, SIDE), "batch": BATCH}
+
+
+def numbers(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(7)).to(torch.bfloat16)
+
+
+def pixels_first(*, offset: int, channels: int) -> Tensor:
+    """A map whose channels lie together, `channels` apart from pixel to pixel, that begins at `offset`."""
+    last = numbers(BATCH * SIDE * SIDE * channels + offset)[offset:].view(BATCH, SIDE, SIDE, channels)
+    return last[..., :CHANNELS].permute(0, 3, 1, 2)
+
+
+MAPS: dict[str, Callable[[], Tensor]] = {
+    "begins at an odd place": lambda: pixels_first(offset=1, channels=CHANNELS),
+    "channels of an odd number": lambda: pixels_first(offset=0, channels=CHANNELS + 1),
+    "channels behind one": lambda: pixels_first(offset=1, channels=CHANNELS + 2),
+    "samples at odd places": lambda: torch.as_strided(
+        numbers(BATCH * (SIDE * SIDE * CHANNELS + 1)),
+        (BATCH, CHANNELS, SIDE, SIDE),
+        (SIDE * SIDE * CHANNELS + 1, 1, SIDE * CHANNELS, CHANNELS),
+    ),
+    "every other column": lambda: numbers(BATCH, CHANNELS, SIDE, 2 * SIDE + 1)[..., 1::2],
+    "rows and columns changed": lambda: numbers(BATCH, SIDE, SIDE, CHANNELS).permute(0, 3, 2, 1),
+    "one number": lambda: numbers(1, 1, 1, 1).expand(BATCH, CHANNELS, SIDE, SIDE),
+    "one pixel": lambda: numbers(BATCH, 1, 1, CHANNELS).expand(-1, SIDE, SIDE, -1).permute(0, 3, 1, 2),
+}
+
+
+def on_programs(block: nn.Module) -> nn.Module:
+    block.engine = Resident.name  # type: ignore[assignment]
+    return block
+
+
+def results(block: nn.Module, x: Tensor, cotangent: Tensor) -> list[Tensor]:
+    """y, then the gradients of x and of every parameter."""
+    leaf = x.detach().requires_grad_()
+    y = block(leaf)
+    return [y.detach(), *torch.autograd.grad(y, [leaf, *block.parameters()], cotangent)]
+
+
+def assert_same_bits(found: list[Tensor], wanted: list[Tensor]) -> None:
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("family", ["ssp3", "ie"])
+@pytest.mark.parametrize("strides", MAPS)
+def test_maps_may_lie_anywhere(strides: str, family: str) -> None:
+    """The test machine refuses a word between two words' places, as a card does."""
+    block, dense = on_programs(make_pair(case_of(family, **SMALL))[1]), numbers(BATCH, CHANNELS, SIDE, SIDE)
+    view = MAPS[strides]()
+    assert_same_bits(results(block, view, dense), results(block, fenced(view), dense))
+    assert_same_bits(results(block, dense, view), results(block, dense, fenced(view)))

@@ -23,6 +23,8 @@ FASTODE_DEVICE char* shared_memory() {
 // Memory that no thread may touch; only the simulator looks.
 FASTODE_DEVICE void gap(void*, size_t) {}
 
+FASTODE_DEVICE uint32_t load_word(const uint16_t* at) { return *reinterpret_cast<const uint32_t*>(at); }
+
 FASTODE_DEVICE void block_barrier() { __syncthreads(); }
 
 FASTODE_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
