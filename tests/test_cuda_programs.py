@@ -163,3 +163,28 @@ def test_maps_may_lie_anywhere(strides: str, family: str) -> None:
     view = MAPS[strides]()
     assert_same_bits(results(block, view, dense), results(block, fenced(view), dense))
     assert_same_bits(results(block, dense, view), results(block, dense, fenced(view)))
+
+
+@pytest.mark.parametrize("norm", ["group", "batch_eval"])
+def test_parameters_may_lie_anywhere(norm: str) -> None:
+    block = on_programs(make_pair(case_of("ie", norm=norm, theta=0.5, steps=2, **SMALL))[1])
+    other, x, cotangent = copy.deepcopy(block), make_input(case_of(**SMALL)), numbers(BATCH, CHANNELS, SIDE, SIDE)
+    for tensor in [*other.parameters(), *[buffer for buffer in other.buffers() if buffer.is_floating_point()]]:
+        wide = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1] + 1), torch.nan, dtype=tensor.dtype)
+        tensor.data = wide[..., 1::2].copy_(tensor.data)
+    assert_same_bits(results(other, x, cotangent), results(block, x, cotangent))
+
+
+def without_weights(branch: nn.Module) -> nn.Module:
+    """Its norms have a bias and no weight, with which PyTorch can differentiate batch norm and not group norm."""
+    for module in branch.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.weight = None  # type: ignore[assignment]
+    return branch
+
+
+@pytest.mark.parametrize("family", ["ssp2", "ie"])
+def test_a_norm_with_a_bias_alone_is_trained(family: str) -> None:
+    case = case_of(family, norm="batch_eval", theta=0.5, **SMALL)
+    plain, fused = (without_weights(block) for block in make_pair(case))
+    assert_blocks_equal(plain, on_programs(fused), make_input(case))

@@ -133,7 +133,7 @@ class Branch {
       }
       Tile::recall(state, place(room, input[u], sample));
       pull_activation(u, state, bar);
-      const bool coupled = unit.norm == kGroupNorm, wanted = left.sums && unit.norm_weight;
+      const bool coupled = unit.norm == kGroupNorm, wanted = left.sums && affine(unit);
       if (coupled || wanted) sum_channels(state, bar);
       if (coupled) take_means(u, 2, 0);
       if (wanted) add_sums(u);
@@ -156,8 +156,10 @@ class Branch {
   }
 
  protected:
-  static FASTODE_DEVICE float number(const void* data, int at, float otherwise) {
-    return data ? T::unpack(static_cast<const uint16_t*>(data)[at]).low : otherwise;
+  static FASTODE_DEVICE bool affine(const cuda::Unit& unit) { return unit.norm_weight.data || unit.norm_bias.data; }
+
+  static FASTODE_DEVICE float number(const cuda::Vector& vector, int at, float otherwise) {
+    return vector.data ? T::unpack(static_cast<const uint16_t*>(vector.data)[at * vector.stride]).low : otherwise;
   }
 
   // Mean and rstd of a unit's norm, which all threads read after it; nobody reads the map in shared memory then.

@@ -78,7 +78,7 @@ class Second : public Branch<Tile> {
       block_barrier();
       const bool coupled = unit.norm == kGroupNorm;
       if (coupled) this->take_means(u, 3, kPulled);
-      if (sums && unit.norm_weight) add_both(u, weight);
+      if (sums && Base::affine(unit)) add_both(u, weight);
       block_barrier();
       combine(u, bar, factor, places, coupled);
     }
