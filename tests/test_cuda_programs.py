@@ -13,11 +13,14 @@ from pairwise import SEEDS, Case, covering
 from simulator import ORDERS, counting, fenced, load, order
 from torch import Tensor, nn
 
+import fastode
+from fastode import reference
 from fastode.native import cuda_library, operators
 from fastode.native.constants import TILES
 from fastode.ops import engine as face
 from fastode.ops.resident import card
 from fastode.ops.resident.engine import Resident
+from fastode.tableau import Tableau
 from fastode.testing import assert_blocks_equal
 
 # Every pair of values of two factors is in some case. The test machine has two blocks, which three samples share.
@@ -188,3 +191,55 @@ def test_a_norm_with_a_bias_alone_is_trained(family: str) -> None:
     case = case_of(family, norm="batch_eval", theta=0.5, **SMALL)
     plain, fused = (without_weights(block) for block in make_pair(case))
     assert_blocks_equal(plain, on_programs(fused), make_input(case))
+
+
+# Entries that are zero below the diagonal, on it, and in a whole column.
+SPARSE = {
+    "an unused evaluation": (((1.0,), (0.5, 0.5)), ((0.5,), (0.3, 0.0))),
+    "an unused first evaluation": (((1.0,), (0.5, 0.5)), ((0.0,), (0.0, 0.5))),
+    "three stages": (((1.0,), (1.0, 0.0), (0.5, 0.5, 0.0)), ((0.4,), (0.1, 0.0), (0.2, 0.0, 0.1))),
+}
+
+
+def sparse_pair(name: str, branch: nn.Module) -> tuple[nn.Module, nn.Module]:
+    alpha, beta = SPARSE[name]
+    tableau = Tableau("sparse", order=1, alpha=alpha, beta=beta)
+    return reference.ShuOsher(branch, tableau), on_programs(fastode.nn.ShuOsher(copy.deepcopy(branch), tableau))
+
+
+@pytest.mark.parametrize("mode", ["train", "input_grad", "forward"])
+@pytest.mark.parametrize("name", SPARSE)
+def test_coefficients_may_be_zero(name: str, mode: str) -> None:
+    """Tables of two stages are read by the programs, as learned ones are: the host does not know their zeros."""
+    case = case_of("ssp2", **SMALL)
+    plain, fused = sparse_pair(name, make_pair(case)[0].branch)
+    assert_blocks_equal(plain, fused, make_input(case), mode=mode)
+
+
+def assert_as_finite(plain: nn.Module, fused: nn.Module, x: Tensor) -> None:
+    """Both have numbers in the same places, at least one of which is not finite."""
+    cotangent = numbers(*x.shape)
+    wanted = [torch.isfinite(each) for each in results(plain, x, cotangent)]
+    assert_same_bits([torch.isfinite(each) for each in results(fused, x, cotangent)], wanted)
+    assert not all(each.all() for each in wanted)
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("family", ["res", "ssp3", "ie"])
+@pytest.mark.parametrize("activation", ["tanh", "elu", "softplus", "leaky_relu"])
+def test_what_is_infinite_spreads_as_in_the_reference(activation: str, family: str, value: float) -> None:
+    """Without a norm a unit's pull-back asks nothing of its input but the activation's slope."""
+    case = case_of(family, norm="none", activation=activation, theta=0.5, **SMALL)
+    plain, fused = make_pair(case)
+    x = make_input(case)
+    x[0, 3, 4, 4] = value
+    assert_as_finite(plain, on_programs(fused), x)
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_what_is_infinite_counts_nothing_zero_times(name: str) -> None:
+    case = case_of("ssp2", norm="none", **SMALL)
+    plain, fused = sparse_pair(name, make_pair(case)[0].branch)
+    x = make_input(case)
+    x[0, 3, 4, 4] = torch.inf
+    assert_as_finite(plain, fused, x)

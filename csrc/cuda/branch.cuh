@@ -373,7 +373,15 @@ class Branch {
     for (int j = 0; j < 4; ++j) {
       const int c = channel(j);
       const float mean = memory_.mean[c], rstd = memory_.rstd[c], weight = memory_.norm_weight(u)[c];
-      const float first = coupled ? memory_.means[c] : 0, second = coupled ? memory_.means[C + c] : 0;
+      if (!coupled) {  // the map is not read: it may be infinite
+        FASTODE_UNROLLED
+        for (int tile = 0; tile < Tile::kTiles; ++tile) {
+          FASTODE_UNROLLED
+          for (int half = 0; half < 2; ++half) bar.value[tile][j / 2][2 * half + j % 2] *= rstd * weight;
+        }
+        continue;
+      }
+      const float first = memory_.means[c], second = memory_.means[C + c];
       FASTODE_UNROLLED
       for (int tile = 0; tile < Tile::kTiles; ++tile) {
         FASTODE_UNROLLED
