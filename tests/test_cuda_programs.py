@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import fastode
 from fastode import reference
+from fastode.dispatch import choice
 from fastode.native import cuda_library, operators
 from fastode.native.constants import TILES
 from fastode.ops import engine as face
@@ -243,3 +244,13 @@ def test_what_is_infinite_counts_nothing_zero_times(name: str) -> None:
     x = make_input(case)
     x[0, 3, 4, 4] = torch.inf
     assert_as_finite(plain, fused, x)
+
+
+def test_coefficients_that_are_all_that_is_trained_are_refused() -> None:
+    block = on_programs(make_pair(case_of("ark", **SMALL))[1])
+    block.branch.requires_grad_(False)  # type: ignore[union-attr]
+    x = make_input(case_of(**SMALL))
+    reason = "its programs for CUDA make no gradients of a scheme's coefficients"
+    assert choice.can_use(Resident.name, block, x) == (False, reason)
+    with torch.no_grad():
+        assert choice.can_use(Resident.name, block, x) == (True, "")
