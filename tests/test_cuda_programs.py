@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import fastode
 from fastode import reference
-from fastode.dispatch import choice
+from fastode.dispatch import choice, trial
 from fastode.native import cuda_library, operators
 from fastode.native.constants import TILES
 from fastode.ops import engine as face
@@ -254,3 +254,17 @@ def test_coefficients_that_are_all_that_is_trained_are_refused() -> None:
     assert choice.can_use(Resident.name, block, x) == (False, reason)
     with torch.no_grad():
         assert choice.can_use(Resident.name, block, x) == (True, "")
+
+
+def test_they_are_refused_also_after_a_call_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The choice is kept from call to call; on a card it depends on what will be differentiated."""
+    monkeypatch.setattr(trial, "DEVICES", ("cpu",))
+    monkeypatch.setattr(trial, "is_known", lambda call: True)
+    block = on_programs(make_pair(case_of("ark", **SMALL))[1])
+    block.branch.requires_grad_(False)  # type: ignore[union-attr]
+    x = make_input(case_of(**SMALL))
+    for _ in range(2):
+        with torch.no_grad():
+            block(x)
+    with pytest.raises(ValueError, match="its programs for CUDA make no gradients of a scheme's coefficients"):
+        block(x)
