@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import pytest
 import torch
 from block_cases import case_of, make_input, make_pair, name_of
 from pairwise import SEEDS, Case, covering
-from simulator import ORDERS, counting, load, order
+from simulator import ORDERS, counting, fenced, load, order
+from torch import Tensor, nn
 
+import fastode
+from fastode import reference
+from fastode.dispatch import choice, trial
 from fastode.native import cuda_library, operators
 from fastode.native.constants import TILES
 from fastode.ops import engine as face
 from fastode.ops.resident import card
 from fastode.ops.resident.engine import Resident
+from fastode.tableau import Tableau
 from fastode.testing import assert_blocks_equal
 
 # Every pair of values of two factors is in some case. The test machine has two blocks, which three samples share.
@@ -101,3 +108,163 @@ def test_a_block_is_one_launch_each_way(family: str, mode: str, launches: int, k
             y.float().sum().backward()
     # What is kept beside saved tensors is not where hooks take those: the forward runs again then.
     assert counts["launch"] == launches + (not keeps and mode != "forward")
+
+
+# ---- what a caller may hand over beside fresh, dense tensors
+
+BATCH, CHANNELS, SIDE = 3, 16, 8
+SMALL = {"dtype": torch.bfloat16, "channels": CHANNELS, "size": (SIDE, SIDE), "batch": BATCH}
+
+
+def numbers(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(7)).to(torch.bfloat16)
+
+
+def pixels_first(*, offset: int, channels: int) -> Tensor:
+    """A map whose channels lie together, `channels` apart from pixel to pixel, that begins at `offset`."""
+    last = numbers(BATCH * SIDE * SIDE * channels + offset)[offset:].view(BATCH, SIDE, SIDE, channels)
+    return last[..., :CHANNELS].permute(0, 3, 1, 2)
+
+
+MAPS: dict[str, Callable[[], Tensor]] = {
+    "begins at an odd place": lambda: pixels_first(offset=1, channels=CHANNELS),
+    "channels of an odd number": lambda: pixels_first(offset=0, channels=CHANNELS + 1),
+    "channels behind one": lambda: pixels_first(offset=1, channels=CHANNELS + 2),
+    "samples at odd places": lambda: torch.as_strided(
+        numbers(BATCH * (SIDE * SIDE * CHANNELS + 1)),
+        (BATCH, CHANNELS, SIDE, SIDE),
+        (SIDE * SIDE * CHANNELS + 1, 1, SIDE * CHANNELS, CHANNELS),
+    ),
+    "every other column": lambda: numbers(BATCH, CHANNELS, SIDE, 2 * SIDE + 1)[..., 1::2],
+    "rows and columns changed": lambda: numbers(BATCH, SIDE, SIDE, CHANNELS).permute(0, 3, 2, 1),
+    "one number": lambda: numbers(1, 1, 1, 1).expand(BATCH, CHANNELS, SIDE, SIDE),
+    "one pixel": lambda: numbers(BATCH, 1, 1, CHANNELS).expand(-1, SIDE, SIDE, -1).permute(0, 3, 1, 2),
+}
+
+
+def on_programs(block: nn.Module) -> nn.Module:
+    block.engine = Resident.name  # type: ignore[assignment]
+    return block
+
+
+def results(block: nn.Module, x: Tensor, cotangent: Tensor) -> list[Tensor]:
+    """y, then the gradients of x and of every parameter."""
+    leaf = x.detach().requires_grad_()
+    y = block(leaf)
+    return [y.detach(), *torch.autograd.grad(y, [leaf, *block.parameters()], cotangent)]
+
+
+def assert_same_bits(found: list[Tensor], wanted: list[Tensor]) -> None:
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("family", ["ssp3", "ie"])
+@pytest.mark.parametrize("strides", MAPS)
+def test_maps_may_lie_anywhere(strides: str, family: str) -> None:
+    """The test machine refuses a word between two words' places, as a card does."""
+    block, dense = on_programs(make_pair(case_of(family, **SMALL))[1]), numbers(BATCH, CHANNELS, SIDE, SIDE)
+    view = MAPS[strides]()
+    assert_same_bits(results(block, view, dense), results(block, fenced(view), dense))
+    assert_same_bits(results(block, dense, view), results(block, dense, fenced(view)))
+
+
+@pytest.mark.parametrize("norm", ["group", "batch_eval"])
+def test_parameters_may_lie_anywhere(norm: str) -> None:
+    block = on_programs(make_pair(case_of("ie", norm=norm, theta=0.5, steps=2, **SMALL))[1])
+    other, x, cotangent = copy.deepcopy(block), make_input(case_of(**SMALL)), numbers(BATCH, CHANNELS, SIDE, SIDE)
+    for tensor in [*other.parameters(), *[buffer for buffer in other.buffers() if buffer.is_floating_point()]]:
+        wide = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1] + 1), torch.nan, dtype=tensor.dtype)
+        tensor.data = wide[..., 1::2].copy_(tensor.data)
+    assert_same_bits(results(other, x, cotangent), results(block, x, cotangent))
+
+
+def without_weights(branch: nn.Module) -> nn.Module:
+    """Its norms have a bias and no weight, with which PyTorch can differentiate batch norm and not group norm."""
+    for module in branch.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.weight = None  # type: ignore[assignment]
+    return branch
+
+
+@pytest.mark.parametrize("family", ["ssp2", "ie"])
+def test_a_norm_with_a_bias_alone_is_trained(family: str) -> None:
+    case = case_of(family, norm="batch_eval", theta=0.5, **SMALL)
+    plain, fused = (without_weights(block) for block in make_pair(case))
+    assert_blocks_equal(plain, on_programs(fused), make_input(case))
+
+
+# Entries that are zero below the diagonal, on it, and in a whole column.
+SPARSE = {
+    "an unused evaluation": (((1.0,), (0.5, 0.5)), ((0.5,), (0.3, 0.0))),
+    "an unused first evaluation": (((1.0,), (0.5, 0.5)), ((0.0,), (0.0, 0.5))),
+    "three stages": (((1.0,), (1.0, 0.0), (0.5, 0.5, 0.0)), ((0.4,), (0.1, 0.0), (0.2, 0.0, 0.1))),
+}
+
+
+def sparse_pair(name: str, branch: nn.Module) -> tuple[nn.Module, nn.Module]:
+    alpha, beta = SPARSE[name]
+    tableau = Tableau("sparse", order=1, alpha=alpha, beta=beta)
+    return reference.ShuOsher(branch, tableau), on_programs(fastode.nn.ShuOsher(copy.deepcopy(branch), tableau))
+
+
+@pytest.mark.parametrize("mode", ["train", "input_grad", "forward"])
+@pytest.mark.parametrize("name", SPARSE)
+def test_coefficients_may_be_zero(name: str, mode: str) -> None:
+    """Tables of two stages are read by the programs, as learned ones are: the host does not know their zeros."""
+    case = case_of("ssp2", **SMALL)
+    plain, fused = sparse_pair(name, make_pair(case)[0].branch)
+    assert_blocks_equal(plain, fused, make_input(case), mode=mode)
+
+
+def assert_as_finite(plain: nn.Module, fused: nn.Module, x: Tensor) -> None:
+    """Both have numbers in the same places, at least one of which is not finite."""
+    cotangent = numbers(*x.shape)
+    wanted = [torch.isfinite(each) for each in results(plain, x, cotangent)]
+    assert_same_bits([torch.isfinite(each) for each in results(fused, x, cotangent)], wanted)
+    assert not all(each.all() for each in wanted)
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("family", ["res", "ssp3", "ie"])
+@pytest.mark.parametrize("activation", ["tanh", "elu", "softplus", "leaky_relu"])
+def test_what_is_infinite_spreads_as_in_the_reference(activation: str, family: str, value: float) -> None:
+    """Without a norm a unit's pull-back asks nothing of its input but the activation's slope."""
+    case = case_of(family, norm="none", activation=activation, theta=0.5, **SMALL)
+    plain, fused = make_pair(case)
+    x = make_input(case)
+    x[0, 3, 4, 4] = value
+    assert_as_finite(plain, on_programs(fused), x)
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_what_is_infinite_counts_nothing_zero_times(name: str) -> None:
+    case = case_of("ssp2", norm="none", **SMALL)
+    plain, fused = sparse_pair(name, make_pair(case)[0].branch)
+    x = make_input(case)
+    x[0, 3, 4, 4] = torch.inf
+    assert_as_finite(plain, fused, x)
+
+
+def test_coefficients_that_are_all_that_is_trained_are_refused() -> None:
+    block = on_programs(make_pair(case_of("ark", **SMALL))[1])
+    block.branch.requires_grad_(False)  # type: ignore[union-attr]
+    x = make_input(case_of(**SMALL))
+    reason = "its programs for CUDA make no gradients of a scheme's coefficients"
+    assert choice.can_use(Resident.name, block, x) == (False, reason)
+    with torch.no_grad():
+        assert choice.can_use(Resident.name, block, x) == (True, "")
+
+
+def test_they_are_refused_also_after_a_call_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The choice is kept from call to call; on a card it depends on what will be differentiated."""
+    monkeypatch.setattr(trial, "DEVICES", ("cpu",))
+    monkeypatch.setattr(trial, "is_known", lambda call: True)
+    block = on_programs(make_pair(case_of("ark", **SMALL))[1])
+    block.branch.requires_grad_(False)  # type: ignore[union-attr]
+    x = make_input(case_of(**SMALL))
+    for _ in range(2):
+        with torch.no_grad():
+            block(x)
+    with pytest.raises(ValueError, match="its programs for CUDA make no gradients of a scheme's coefficients"):
+        block(x)

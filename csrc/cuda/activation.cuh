@@ -62,8 +62,9 @@ FASTODE_DEVICE float derive(const ActivationArguments& a, float x) {
   return a.kind == kIdentity ? 1 : derive_smooth(a.kind, x, a.p, a.q);
 }
 
-FASTODE_DEVICE float derive_twice(const ActivationArguments& a, float x) {
-  return a.kind == kRelu || a.kind == kLeakyRelu || a.kind == kIdentity ? 0 : derive_twice_smooth(a.kind, x, a.p, a.q);
+// Whether there is a second derivative: 0 times what is infinite would be NaN.
+FASTODE_DEVICE bool bends(const ActivationArguments& a) {
+  return a.kind != kRelu && a.kind != kLeakyRelu && a.kind != kIdentity;
 }
 
 }  // namespace fastode::device

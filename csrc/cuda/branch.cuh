@@ -133,7 +133,7 @@ class Branch {
       }
       Tile::recall(state, place(room, input[u], sample));
       pull_activation(u, state, bar);
-      const bool coupled = unit.norm == kGroupNorm, wanted = left.sums && unit.norm_weight;
+      const bool coupled = unit.norm == kGroupNorm, wanted = left.sums && affine(unit);
       if (coupled || wanted) sum_channels(state, bar);
       if (coupled) take_means(u, 2, 0);
       if (wanted) add_sums(u);
@@ -156,8 +156,10 @@ class Branch {
   }
 
  protected:
-  static FASTODE_DEVICE float number(const void* data, int at, float otherwise) {
-    return data ? T::unpack(static_cast<const uint16_t*>(data)[at]).low : otherwise;
+  static FASTODE_DEVICE bool affine(const cuda::Unit& unit) { return unit.norm_weight.data || unit.norm_bias.data; }
+
+  static FASTODE_DEVICE float number(const cuda::Vector& vector, int at, float otherwise) {
+    return vector.data ? T::unpack(static_cast<const uint16_t*>(vector.data)[at * vector.stride]).low : otherwise;
   }
 
   // Mean and rstd of a unit's norm, which all threads read after it; nobody reads the map in shared memory then.
@@ -371,7 +373,15 @@ class Branch {
     for (int j = 0; j < 4; ++j) {
       const int c = channel(j);
       const float mean = memory_.mean[c], rstd = memory_.rstd[c], weight = memory_.norm_weight(u)[c];
-      const float first = coupled ? memory_.means[c] : 0, second = coupled ? memory_.means[C + c] : 0;
+      if (!coupled) {  // the map is not read: it may be infinite
+        FASTODE_UNROLLED
+        for (int tile = 0; tile < Tile::kTiles; ++tile) {
+          FASTODE_UNROLLED
+          for (int half = 0; half < 2; ++half) bar.value[tile][j / 2][2 * half + j % 2] *= rstd * weight;
+        }
+        continue;
+      }
+      const float first = memory_.means[c], second = memory_.means[C + c];
       FASTODE_UNROLLED
       for (int tile = 0; tile < Tile::kTiles; ++tile) {
         FASTODE_UNROLLED

@@ -76,18 +76,21 @@ inline Branch branch_of(const Tensors& parameters, const Integers& units, const 
     const int64_t* given = &units[u * resident::kUnitIntegers];
     const double* number = &numbers[u * resident::kUnitNumbers];
     const int64_t bits = given[6];
-    const auto take = [&](int64_t bit) { return bits & bit ? parameters[next++].data_ptr() : nullptr; };
+    const auto take = [&](int64_t bit) -> Vector {
+      if (!(bits & bit)) return {nullptr, 0};
+      const Tensor& found = parameters[next++];
+      return {found.data_ptr(), found.strides()[0]};
+    };
     Unit& unit = branch.unit[u];
     unit.norm = static_cast<int>(given[0]), unit.groups = static_cast<int>(given[1]);
     unit.activation = static_cast<int>(given[2]);
     unit.eps = static_cast<float>(number[0]), unit.p = static_cast<float>(number[1]);
     unit.q = static_cast<float>(number[2]);
     unit.norm_weight = take(resident::kWeight), unit.norm_bias = take(resident::kBias);
-    if (bits & resident::kRunning)
-      unit.mean = parameters[next++].data_ptr(), unit.variance = parameters[next++].data_ptr();
+    unit.mean = take(resident::kRunning), unit.variance = take(resident::kRunning);
     const auto strides = parameters[next].strides();
     for (int d = 0; d < 4; ++d) unit.weight_strides[d] = strides[d];
-    unit.weight = take(resident::kConvWeight), unit.bias = take(resident::kConvBias);
+    unit.weight = take(resident::kConvWeight).data, unit.bias = take(resident::kConvBias);
   }
   return branch;
 }

@@ -23,6 +23,8 @@ FASTODE_DEVICE char* shared_memory() {
 // Memory that no thread may touch; only the simulator looks.
 FASTODE_DEVICE void gap(void*, size_t) {}
 
+FASTODE_DEVICE uint32_t load_word(const uint16_t* at) { return *reinterpret_cast<const uint32_t*>(at); }
+
 FASTODE_DEVICE void block_barrier() { __syncthreads(); }
 
 FASTODE_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
@@ -119,13 +121,13 @@ class CurrentDevice {
 };
 
 // How many blocks of a program the current card runs at a time; 0 where it cannot be asked. It also allows the program
-// so much shared memory, which has to be done before a launch with more than 48 KB.
+// all shared memory there is, without which it has 48 KB: what one thread allowed, another must not take back.
 template <class Program, class Arguments>
 int most_blocks(const Launch& how) {
   const void* entry = reinterpret_cast<const void*>(&kernel<Program, Arguments>);
-  int each = 0, multiprocessors = 0;
-  cudaError_t error =
-      cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(how.shared_bytes));
+  int each = 0, multiprocessors = 0, shared = 0;
+  cudaError_t error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, how.device);
+  if (error == cudaSuccess) error = cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (error == cudaSuccess)
     error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, entry, how.threads, how.shared_bytes);
   if (error == cudaSuccess)

@@ -20,13 +20,18 @@ struct Map {
   bool words;                            // two channels lie together, in a word
 };
 
-// norm, activation, 3×3 convolution without stride; absent tensors are null. All of the maps' dtype.
+// A tensor of one dimension, null where it is absent.
+struct Vector {
+  const void* data;
+  int64_t stride;
+};
+
+// norm, activation, 3×3 convolution without stride. All of the maps' dtype.
 struct Unit {
   int norm, groups, activation;  // codes of constants.h; without a norm, groups is 1
   float eps, p, q;
-  const void *norm_weight, *norm_bias, *mean, *variance;
+  Vector norm_weight, norm_bias, mean, variance, bias;
   const void* weight;
-  const void* bias;
   int64_t weight_strides[4];
 };
 

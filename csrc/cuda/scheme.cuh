@@ -36,7 +36,7 @@ struct SchemeForward {
   static FASTODE_DEVICE void stage(Branch<Tile>& branch, const cuda::SchemeCall& call, int n, int k,
                                    typename Tile::State& point) {
     typename Tile::Sum sum;
-    bool uses = false;
+    bool uses = call.table != nullptr;  // what is learned has a gradient where it is zero, too
     for (int i = k; i < call.stages; ++i) uses = uses || beta(call, i, k) != 0;
     if (uses) {
       typename Tile::State work = point;
@@ -45,11 +45,13 @@ struct SchemeForward {
         Tile::round(work, sum);
         Tile::keep(work, Branch<Tile>::place(call.room, call.image[k], n));
       }
-      Tile::scale(sum, beta(call, k, k));
-    } else {
-      Tile::clear(sum);
     }
-    Tile::add(sum, alpha(call, k, k), point);
+    // What counts zero times is left out: it may be infinite.
+    if (beta(call, k, k) != 0)
+      Tile::scale(sum, beta(call, k, k));
+    else
+      Tile::clear(sum);
+    if (alpha(call, k, k) != 0) Tile::add(sum, alpha(call, k, k), point);
     for (int j = 0; j < k; ++j) {
       const float a = alpha(call, k, j), b = beta(call, k, j);
       if (a != 0) Tile::add_kept(sum, a, Branch<Tile>::place(call.room, call.point[j], n));
@@ -86,7 +88,7 @@ struct SchemeBackward {
     const cuda::SchemeCall& call = backward.scheme;
     typename Tile::Sum sum;
     Tile::clear(sum);
-    bool through = false;
+    bool through = call.table != nullptr;
     for (int i = k; i < call.stages; ++i) {
       if (beta(call, i, k) == 0) continue;
       through = true;

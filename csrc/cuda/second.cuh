@@ -78,7 +78,7 @@ class Second : public Branch<Tile> {
       block_barrier();
       const bool coupled = unit.norm == kGroupNorm;
       if (coupled) this->take_means(u, 3, kPulled);
-      if (sums && unit.norm_weight) add_both(u, weight);
+      if (sums && Base::affine(unit)) add_both(u, weight);
       block_barrier();
       combine(u, bar, factor, places, coupled);
     }
@@ -98,8 +98,10 @@ class Second : public Branch<Tile> {
     float mean, rstd, weight, bias, first, second;  // the last two: means of the tangent
 
     FASTODE_DEVICE float normal(float h) const { return (h - mean) * rstd; }
-    // The tangent of the normalised map.
-    FASTODE_DEVICE float pushed(float t, float normal) const { return rstd * (t - first - normal * second); }
+    // The tangent of the normalised map, which may be infinite where statistics are given: `second` is zero there.
+    FASTODE_DEVICE float pushed(float t, float normal) const {
+      return rstd * (t - first - (second == 0 ? 0 : normal * second));
+    }
   };
 
   FASTODE_DEVICE Channel channel_of(int u, int c) const {
@@ -198,7 +200,8 @@ class Second : public Branch<Tile> {
           const float pushed = k.pushed(part(t[half], odd), normal), b = factor * part(back[half], odd);
           const float first = derive(act, n);
           float& v = bar.value[tile][eight][i];
-          v = first * v + derive_twice(act, n) * k.weight * pushed * b;
+          v *= first;
+          if (bends(act)) v += derive_twice_smooth(act.kind, n, act.p, act.q) * k.weight * pushed * b;
           sums[0][j] += v, sums[1][j] += v * normal;
           sums[2][j] += first * b * pushed;
         }

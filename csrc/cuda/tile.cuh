@@ -84,8 +84,8 @@ struct Tile {
         FASTODE_UNROLLED
         for (int half = 0; half < 2; ++half) {
           const uint16_t* at = data + offset(map, sample, tile, eight, half);
-          state.word[tile][eight][half] = map.channel == 1 ? *reinterpret_cast<const uint32_t*>(at)
-                                                           : at[0] | static_cast<uint32_t>(at[map.channel]) << 16;
+          state.word[tile][eight][half] =
+              map.words ? load_word(at) : at[0] | static_cast<uint32_t>(at[map.channel]) << 16;
         }
       }
     }

@@ -123,7 +123,7 @@ def kind_of_call(constants: Hashable, inputs: tuple[Tensor, ...], reading: _Read
     x = inputs[0]
     asked: Hashable = None
     if x.device.type in trial.DEVICES:
-        asked = (mode(inputs, reading.tensors), trial.allows_tf32(), x.stride())
+        asked = (mode(inputs, reading.tensors), torch.is_grad_enabled(), trial.allows_tf32(), x.stride())
     lower = autocast_dtype(x) if torch._C._is_any_autocast_enabled() else None  # few calls ask for a device's name
     return constants, shapes, lower, torch.get_num_threads(), asked
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .constants import BIAS, CONV_WEIGHT, NORM_CODE, RUNNING, UNIT_INTEGERS, WEIGHT
+from .constants import BIAS, CONV_BIAS, CONV_WEIGHT, NORM_CODE, RUNNING, UNIT_INTEGERS, WEIGHT
 
 MaybeTensor = Tensor | None
 
@@ -106,8 +106,15 @@ def _met(x: Tensor, units: Sequence[int], evaluations: int) -> Tensor:
     return x.new_empty(evaluations * size, dtype=_accumulator(x))
 
 
-def _gradients(parameters: Sequence[Tensor], wanted: bool) -> list[Tensor]:
-    return [torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters] if wanted else []
+def _gradients(parameters: Sequence[Tensor], units: Sequence[int], wanted: bool) -> list[Tensor]:
+    """Running statistics have an empty one."""
+    if not wanted:
+        return []
+    sizes: list[bool] = []
+    for bits in units[UNIT_INTEGERS - 1 :: UNIT_INTEGERS]:
+        norm, running, conv = (WEIGHT, BIAS), (RUNNING, RUNNING), (CONV_WEIGHT, CONV_BIAS)
+        sizes += [bit != RUNNING for bit in (*norm, *running, *conv) if bits & bit]
+    return [p.new_empty(p.shape if full else (0,)) for p, full in zip(parameters, sizes, strict=True)]
 
 
 def _ie_forward(
@@ -122,7 +129,7 @@ def _ie_backward(
     numbers: Sequence[float], steps: int, step_size: float, theta: float, detach: bool, gradients: bool,
     kept_all: bool,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
-    return _alike(x), _gradients(parameters, gradients)
+    return _alike(x), _gradients(parameters, units, gradients)
 
 
 def _rk_forward(
@@ -137,7 +144,7 @@ def _rk_backward(
     numbers: Sequence[float], table: Tensor, gradients: bool, table_gradient: bool, kept_all: bool,
 ) -> tuple[Tensor, list[Tensor], Tensor]:  # fmt: skip
     table_bar = x.new_empty(table.numel() if table_gradient else 0, dtype=torch.float64)
-    return _alike(x), _gradients(parameters, gradients), table_bar
+    return _alike(x), _gradients(parameters, units, gradients), table_bar
 
 
 # ---- resident: the skew pair and its solution

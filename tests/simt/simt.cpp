@@ -132,6 +132,11 @@ class Machine {
       fail("a row of " + place(site) + "'s ldmatrix is not in the shared memory of the block in " + name_of(own()));
   }
 
+  void check_word(const void* at, const Site& site) {
+    if (reinterpret_cast<uintptr_t>(at) % 4)
+      fail("a word that " + place(site) + " reads is not aligned to 4 bytes in " + name_of(own()));
+  }
+
   char* peer(char* own_place, int rank, const Site& site) {
     if (rank < 0 || rank >= how_.cluster)
       fail("peer (" + place(site) + ") of rank " + std::to_string(rank) + " in a cluster of " +
@@ -333,6 +338,7 @@ void Machine::enter() {
 void meet(Kind kind, void* operands, const Site& site) { machine.meet(kind, operands, site); }
 void meet_grid(unsigned* counter, const Site& site) { machine.meet_grid(counter, site); }
 void check_row(const void* row, const Site& site) { machine.check_row(row, site); }
+void check_word(const void* at, const Site& site) { machine.check_word(at, site); }
 char* peer(char* own, int rank, const Site& site) { return machine.peer(own, rank, site); }
 void gap(char* begin, size_t bytes, const Site& site) { machine.gap(begin, bytes, site); }
 

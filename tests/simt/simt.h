@@ -68,6 +68,8 @@ void meet(Kind kind, void* operands, const Site& site);
 void meet_grid(unsigned* counter, const Site& site);
 // Ends the launch with an error if a row of a matrix does not lie, aligned, in the block's own shared memory.
 void check_row(const void* row, const Site& site);
+// The same for a word of global memory: a card reads none from between two.
+void check_word(const void* at, const Site& site);
 char* peer(char* own, int rank, const Site& site);
 void gap(char* begin, size_t bytes, const Site& site);
 
@@ -235,6 +237,13 @@ FASTODE_DEVICE Pair unpack_bf16(uint32_t word) {
 FASTODE_DEVICE uint32_t pack_f16(float low, float high) { return simt::bits_f16(low) | simt::bits_f16(high) << 16; }
 
 FASTODE_DEVICE Pair unpack_f16(uint32_t word) { return {simt::from_bits_f16(word), simt::from_bits_f16(word >> 16)}; }
+
+FASTODE_DEVICE uint32_t load_word(const uint16_t* at, simt::Site site = simt::Site::current()) {
+  simt::check_word(at, site);
+  uint32_t word;
+  std::memcpy(&word, at, 4);
+  return word;
+}
 
 FASTODE_DEVICE float exp(float x) { return std::exp(x); }
 FASTODE_DEVICE float log1p(float x) { return std::log1p(x); }

@@ -23,7 +23,8 @@ def refuses(call: Call) -> str:
     plan = call.program
     if not isinstance(plan, Plan):
         return "it has no programs of the skew pair for CUDA"
-    if call.learned and call.mode != "forward":
+    # Its coefficients may be all that is trained, which `call.mode` does not see.
+    if call.learned and torch.is_grad_enabled():
         return "its programs for CUDA make no gradients of a scheme's coefficients"
     return refuses_input(x) or refuses_units(plan, x.shape[1]) or _refuses_size(plan, x, call)
 
