@@ -3,47 +3,9 @@
 #pragma once
 
 #include "activation.cuh"
-#include "programs.h"
-#include "tile.cuh"
+#include "memory.cuh"
 
 namespace fastode::device {
-
-// Shared memory of a block, from its beginning. Parameters lie there for all samples that the block takes.
-template <class Tile>
-struct Memory {
-  static constexpr int C = Tile::kChannels;
-  // Of each unit: the norm's weight and bias, the convolution's bias, and sums for the gradients of the first two.
-  static constexpr int kNumbers = 5 * C;
-  static constexpr int kMeans = 9, kSums = 3;
-
-  // `weights`: of how many units those of the convolutions lie there, too.
-  static constexpr size_t bytes(int units, int weights) {
-    return static_cast<size_t>(weights) * Tile::kWeightBytes + Tile::kMapBytes +
-           (units * kNumbers + (kMeans + kSums * Tile::kDown) * C) * sizeof(float);
-  }
-
-  FASTODE_DEVICE Memory(int units, int weights) {
-    map = shared_memory();
-    numbers = reinterpret_cast<float*>(map + Tile::kMapBytes);
-    mean = numbers + units * kNumbers;
-    rstd = mean + C, means = rstd + C, partial = mean + kMeans * C;
-    this->weights = reinterpret_cast<char*>(partial + kSums * Tile::kDown * C);
-    end = this->weights + weights * Tile::kWeightBytes;
-  }
-
-  FASTODE_DEVICE char* weight(int unit) const { return weights + unit * Tile::kWeightBytes; }
-  FASTODE_DEVICE float* norm_weight(int unit) const { return numbers + unit * kNumbers; }
-  FASTODE_DEVICE float* norm_bias(int unit) const { return norm_weight(unit) + C; }
-  FASTODE_DEVICE float* bias(int unit) const { return norm_weight(unit) + 2 * C; }
-  FASTODE_DEVICE float* sums(int unit) const { return norm_weight(unit) + 3 * C; }
-
-  char* map;
-  float* numbers;
-  float *mean, *rstd;  // of the norm at hand, [C]
-  float* means;        // of its pull-back, [7][C]
-  float* partial;      // sums of warps, [kSums][kDown][C]
-  char *weights, *end;
-};
 
 // The places of a map of each unit, moved on by so many; negative: none.
 struct Slots {
@@ -155,7 +117,29 @@ class Branch {
     return first + ((slot < room.split ? slot : slot - room.split) * room.samples + sample) * Tile::kKeptBytes;
   }
 
+  // Leaves the sums of a warp's lanes, by channels: of the lane's own channels, four sums of each kind.
+  template <int kinds>
+  FASTODE_DEVICE void leave_partial(float (&sums)[kinds][4], bool add = true) const {
+    float* at = memory_.partial + Tile::warp() / Tile::kAcross * C;
+    FASTODE_UNROLLED
+    for (int i = 0; i < kinds * 4; ++i) {
+      float sum = sums[i / 4][i % 4];
+      FASTODE_UNROLLED
+      for (int mask = 4; add && mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
+      if (lane() < 4) at[i / 4 * Tile::kDown * C + channel(i % 4)] = sum;
+    }
+  }
+
+  // The sum of one kind over a channel's parts.
+  FASTODE_DEVICE float sum_channel(int kind, int c) const {
+    float total = 0;
+    for (int i = 0; i < Tile::kDown; ++i) total += memory_.partial[(kind * Tile::kDown + i) * C + c];
+    return total;
+  }
+
  protected:
+  static FASTODE_DEVICE int channel(int j) { return Tile::channel(j / 2) + j % 2; }
+
   static FASTODE_DEVICE bool affine(const cuda::Unit& unit) { return unit.norm_weight.data || unit.norm_bias.data; }
 
   static FASTODE_DEVICE float number(const cuda::Vector& vector, int at, float otherwise) {
@@ -224,21 +208,6 @@ class Branch {
     return j % 2 ? pair.high : pair.low;
   }
 
-  static FASTODE_DEVICE int channel(int j) { return Tile::channel(j / 2) + j % 2; }
-
-  // Leaves the sums of a warp's lanes, by channels: of the lane's own channels, four sums of each kind.
-  template <int kinds>
-  FASTODE_DEVICE void leave_partial(float (&sums)[kinds][4], bool add = true) const {
-    float* at = memory_.partial + Tile::warp() / Tile::kAcross * C;
-    FASTODE_UNROLLED
-    for (int i = 0; i < kinds * 4; ++i) {
-      float sum = sums[i / 4][i % 4];
-      FASTODE_UNROLLED
-      for (int mask = 4; add && mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
-      if (lane() < 4) at[i / 4 * Tile::kDown * C + channel(i % 4)] = sum;
-    }
-  }
-
   // The sum of one kind over a group's parts, weighted by channels, in every lane.
   FASTODE_DEVICE float sum_group(int kind, int group, int width, const float* weight) const {
     const float* from = memory_.partial + kind * Tile::kDown * C;
@@ -248,13 +217,6 @@ class Branch {
       total += from[i / width * C + c] * (weight ? weight[c] : 1);
     }
     return sum_lanes(total);
-  }
-
-  // The sum of one kind over a channel's parts.
-  FASTODE_DEVICE float sum_channel(int kind, int c) const {
-    float total = 0;
-    for (int i = 0; i < Tile::kDown; ++i) total += memory_.partial[(kind * Tile::kDown + i) * C + c];
-    return total;
   }
 
   // This lane's share of a sum over a group's parts.

@@ -8,14 +8,8 @@ const char* descent_backward(Type type, Shape shape, const DescentCall& call, co
 }
 
 int descent_backward_blocks(Type type, Shape shape, const DescentCall& call, const Queue& queue) {
-  const device::CurrentDevice here(queue.device);
-  const int units = call.branch.count;
-  int blocks = 0;
-  device::with_tile(type, shape, [&]<class Tile>() {
-    const size_t bytes = device::Memory<Tile>::bytes(units, units);
-    blocks = device::plan<device::DescentBackward<Tile>, DescentCall>(call.samples, bytes, queue).blocks;
-  });
-  return blocks;
+  return device::blocks_by_sample<device::DescentBackward, DescentCall>(type, shape, call.samples, call.branch.count,
+                                                                        queue);
 }
 
 }  // namespace fastode::cuda

@@ -41,6 +41,9 @@ struct Pair {
   float low, high;
 };
 
+// Bytes of shared memory that a block can have, from sm_90 on.
+inline constexpr size_t kMostShared = 227 * 1024;
+
 struct Launch {
   int blocks;
   int threads;

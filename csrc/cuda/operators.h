@@ -1,5 +1,5 @@
 // The resident operators over the programs, for the card's tensors or, on the test machine, the CPU's: explicit schemes
-// and their input gradients, IE-Skip forwards.
+// and IE-Skip, forwards and backwards.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

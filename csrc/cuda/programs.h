@@ -118,12 +118,12 @@ struct DescentCall {
   Branch branch;  // evaluations: at x, then at y_0 …; behind them the tangents' statistics of each step
   Map x, result;  // backward: the cotangent, and that of x
   Room room;
-  int start, skip;       // where x and f(x) lie
+  int skip;              // where f(x) lies
   Trace at_x, at_point;  // of the first step; those of the next lie `stride` places further each
   int stride;
-  // Backward: where ȳ, ē, Σ ē, the tangents along ȳ and the cotangents of the value's stream lie, those of each step
+  // Backward: where ȳ₀, Σ ē, the tangents along ȳ and the cotangents of the value's stream lie, those of each step
   // `stride_back` places further.
-  int bar, e_bar, e_bars;
+  int bar, e_bars;
   int tangent[kMostUnits], value[kMostUnits];
   int stride_back;
   float* sums;

@@ -119,6 +119,29 @@ class Second : public Branch<Tile> {
     return odd ? pair.high : pair.low;
   }
 
+  // Eight channels of a tile of the three kept maps.
+  struct Words {
+    FASTODE_DEVICE Words(const Places& places, int tile, int eight) {
+      Tile::kept_words(h, places.h, tile, eight);
+      Tile::kept_words(t, places.t, tile, eight);
+      Tile::kept_words(back, places.back, tile, eight);
+    }
+
+    uint32_t h[2], t[2], back[2];
+  };
+
+  // One of their four entries: n̂, n, the tangent of n̂, σ′(n) and B.
+  struct Entry {
+    FASTODE_DEVICE Entry(const Words& words, const Channel& k, const ActivationArguments& act, float factor, int i)
+        : normal(k.normal(part(words.h[i / 2], i % 2))),
+          n(normal * k.weight + k.bias),
+          pushed(k.pushed(part(words.t[i / 2], i % 2), normal)),
+          first(derive(act, n)),
+          b(factor * part(words.back[i / 2], i % 2)) {}
+
+    float normal, n, pushed, first, b;
+  };
+
   // The sums of the tangent and of it times the normalised map.
   FASTODE_DEVICE void sum_tangent(const State& t, const char* h) {
     float sums[2][4];
@@ -188,22 +211,17 @@ class Second : public Branch<Tile> {
       for (int i = 0; i < 6; ++i) sums[i / 2][2 * eight + i % 2] = 0;
       FASTODE_UNROLLED
       for (int tile = 0; tile < Tile::kTiles; ++tile) {
-        uint32_t h[2], t[2], back[2];
-        Tile::kept_words(h, places.h, tile, eight);
-        Tile::kept_words(t, places.t, tile, eight);
-        Tile::kept_words(back, places.back, tile, eight);
+        const Words words(places, tile, eight);
         FASTODE_UNROLLED
         for (int i = 0; i < 4; ++i) {
-          const int half = i / 2, odd = i % 2, j = 2 * eight + odd;
-          const Channel& k = channels[odd];
-          const float normal = k.normal(part(h[half], odd)), n = normal * k.weight + k.bias;
-          const float pushed = k.pushed(part(t[half], odd), normal), b = factor * part(back[half], odd);
-          const float first = derive(act, n);
+          const int j = 2 * eight + i % 2;
+          const Channel& k = channels[i % 2];
+          const Entry e(words, k, act, factor, i);
           float& v = bar.value[tile][eight][i];
-          v *= first;
-          if (bends(act)) v += derive_twice_smooth(act.kind, n, act.p, act.q) * k.weight * pushed * b;
-          sums[0][j] += v, sums[1][j] += v * normal;
-          sums[2][j] += first * b * pushed;
+          v *= e.first;
+          if (bends(act)) v += derive_twice_smooth(act.kind, e.n, act.p, act.q) * k.weight * e.pushed * e.b;
+          sums[0][j] += v, sums[1][j] += v * e.normal;
+          sums[2][j] += e.first * e.b * e.pushed;
         }
       }
     }
@@ -236,21 +254,18 @@ class Second : public Branch<Tile> {
       const float* means = this->memory_.means;
       FASTODE_UNROLLED
       for (int tile = 0; tile < Tile::kTiles; ++tile) {
-        uint32_t h[2], t[2], back[2];
-        Tile::kept_words(h, places.h, tile, eight);
-        Tile::kept_words(t, places.t, tile, eight);
-        Tile::kept_words(back, places.back, tile, eight);
+        const Words words(places, tile, eight);
         FASTODE_UNROLLED
         for (int i = 0; i < 4; ++i) {
-          const int half = i / 2, odd = i % 2;
-          const Channel& k = channels[odd];
-          const float* mean = means + c + odd;
-          const float normal = k.normal(part(h[half], odd)), pushed = k.pushed(part(t[half], odd), normal);
-          const float m = k.weight * derive(act, normal * k.weight + k.bias) * factor * part(back[half], odd);
+          const Channel& k = channels[i % 2];
+          const Entry e(words, k, act, factor, i);
+          const float* mean = means + c + i % 2;
           float& v = bar.value[tile][eight][i];
-          const float pulled = k.rstd * (m - mean[kFound * C] - normal * mean[(kFound + 1) * C]);  // P(w M)
-          v = k.rstd * (k.weight * v - mean[0] - normal * mean[C]) -
-              k.rstd * (normal * mean[2 * C] + k.second * pulled + mean[(kFound + 1) * C] * pushed);
+          // P(w M)
+          const float pulled =
+              k.rstd * (k.weight * e.first * e.b - mean[kFound * C] - e.normal * mean[(kFound + 1) * C]);
+          v = k.rstd * (k.weight * v - mean[0] - e.normal * mean[C]) -
+              k.rstd * (e.normal * mean[2 * C] + k.second * pulled + mean[(kFound + 1) * C] * e.pushed);
         }
       }
     }

@@ -7,8 +7,6 @@
 
 namespace fastode::device {
 
-inline constexpr size_t kMostShared = 227 * 1024;  // bytes that a block can have, from sm_90 on
-
 // Calls f<Tile>() for a shape, or not at all.
 template <class T, class F>
 void with_tile(cuda::Shape shape, const F& f) {
@@ -54,17 +52,31 @@ Launch plan(int items, size_t bytes, const cuda::Queue& queue) {
   return how;
 }
 
-// Launches Program<Tile>, which takes sample by sample.
+// Calls f<Program<Tile>>() with the launch of a program that takes sample by sample.
+template <template <class> class Program, class Call, class F>
+void plan_by_sample(cuda::Type type, cuda::Shape shape, int samples, int units, const cuda::Queue& queue, const F& f) {
+  const CurrentDevice here(queue.device);
+  with_tile(type, shape, [&]<class Tile>() {
+    f.template operator()<Program<Tile>>(plan<Program<Tile>, Call>(samples, Memory<Tile>::bytes(units, units), queue));
+  });
+}
+
 template <template <class> class Program, class Call>
 const char* launch_by_sample(cuda::Type type, cuda::Shape shape, const Call& call, int samples, int units,
                              const cuda::Queue& queue) {
-  const CurrentDevice here(queue.device);
   const char* reason = kNoProgram;
-  with_tile(type, shape, [&]<class Tile>() {
-    const Launch how = plan<Program<Tile>, Call>(samples, Memory<Tile>::bytes(units, units), queue);
-    reason = launch<Program<Tile>>(how, call);
-  });
+  plan_by_sample<Program, Call>(type, shape, samples, units, queue,
+                                [&]<class P>(const Launch& how) { reason = launch<P>(how, call); });
   return reason;
+}
+
+// How many blocks that launch has.
+template <template <class> class Program, class Call>
+int blocks_by_sample(cuda::Type type, cuda::Shape shape, int samples, int units, const cuda::Queue& queue) {
+  int blocks = 0;
+  plan_by_sample<Program, Call>(type, shape, samples, units, queue,
+                                [&]<class P>(const Launch& how) { blocks = how.blocks; });
+  return blocks;
 }
 
 }  // namespace fastode::device

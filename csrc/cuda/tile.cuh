@@ -80,13 +80,10 @@ struct Tile {
     FASTODE_UNROLLED
     for (int tile = 0; tile < kTiles; ++tile) {
       FASTODE_UNROLLED
-      for (int eight = 0; eight < 2; ++eight) {
-        FASTODE_UNROLLED
-        for (int half = 0; half < 2; ++half) {
-          const uint16_t* at = data + offset(map, sample, tile, eight, half);
-          state.word[tile][eight][half] =
-              map.words ? load_word(at) : at[0] | static_cast<uint32_t>(at[map.channel]) << 16;
-        }
+      for (int i = 0; i < 4; ++i) {
+        const uint16_t* at = data + offset(map, sample, tile, i / 2, i % 2);
+        state.word[tile][i / 2][i % 2] =
+            map.words ? load_word(at) : at[0] | static_cast<uint32_t>(at[map.channel]) << 16;
       }
     }
   }
@@ -96,17 +93,14 @@ struct Tile {
     FASTODE_UNROLLED
     for (int tile = 0; tile < kTiles; ++tile) {
       FASTODE_UNROLLED
-      for (int eight = 0; eight < 2; ++eight) {
-        FASTODE_UNROLLED
-        for (int half = 0; half < 2; ++half) {
-          uint16_t* at = data + offset(map, sample, tile, eight, half);
-          const uint32_t word = state.word[tile][eight][half];
-          if (map.words) {
-            *reinterpret_cast<uint32_t*>(at) = word;
-          } else {
-            at[0] = static_cast<uint16_t>(word);
-            at[map.channel] = static_cast<uint16_t>(word >> 16);
-          }
+      for (int i = 0; i < 4; ++i) {
+        uint16_t* at = data + offset(map, sample, tile, i / 2, i % 2);
+        const uint32_t word = state.word[tile][i / 2][i % 2];
+        if (map.words) {
+          *reinterpret_cast<uint32_t*>(at) = word;
+        } else {
+          at[0] = static_cast<uint16_t>(word);
+          at[map.channel] = static_cast<uint16_t>(word >> 16);
         }
       }
     }

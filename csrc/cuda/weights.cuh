@@ -97,7 +97,7 @@ struct WeightGradients {
     char* const bare = branch.memory().end;
     Products<Tile> products;
     products.clear();
-    float bias[4] = {0, 0, 0, 0};
+    float bias[1][4] = {};
     for (int item = block() / units; item < call.samples * call.count; item += blocks() / units) {
       const cuda::Product& product = call.product[item / call.samples];
       const int n = item % call.samples;
@@ -105,11 +105,15 @@ struct WeightGradients {
       put_input(branch, call, product, u, n, state);
       cotangent(state, product.factor, Branch<Tile>::place(call.room, product.cotangent[u], n));
       Tile::put_bare(bare, state);
-      if (product.tangent[u] < 0) add_pixels(bias, state);  // a tangent has no bias
+      if (product.tangent[u] < 0) add_pixels(bias[0], state);  // a tangent has no bias
       block_barrier();
       products.add(branch.memory().map, bare);
     }
-    store(call.partial + block() * static_cast<int64_t>(Products<Tile>::kEntries + C), products, bias, branch.memory());
+    float* const to = call.partial + block() * static_cast<int64_t>(Products<Tile>::kEntries + C);
+    branch.leave_partial(bias);
+    block_barrier();
+    for (int c = thread(); c < C; c += Tile::kThreads) to[Products<Tile>::kEntries + c] = branch.sum_channel(0, c);
+    store(to, products, branch.memory());
   }
 
  private:
@@ -142,20 +146,7 @@ struct WeightGradients {
     }
   }
 
-  static FASTODE_DEVICE void store(float* to, const Products<Tile>& products, float (&bias)[4],
-                                   const Memory<Tile>& memory) {
-    FASTODE_UNROLLED
-    for (int j = 0; j < 4; ++j) {
-      FASTODE_UNROLLED
-      for (int mask = 4; mask < 32; mask *= 2) bias[j] += shuffle_xor(bias[j], mask);
-      if (lane() < 4) memory.partial[Tile::warp() / Tile::kAcross * C + Tile::channel(j / 2) + j % 2] = bias[j];
-    }
-    block_barrier();
-    for (int c = thread(); c < C; c += Tile::kThreads) {
-      float total = 0;
-      for (int i = 0; i < Tile::kDown; ++i) total += memory.partial[i * C + c];
-      to[Products<Tile>::kEntries + c] = total;
-    }
+  static FASTODE_DEVICE void store(float* to, const Products<Tile>& products, const Memory<Tile>& memory) {
     if (!kShares) return products.store(to, false);
     float* const sums = reinterpret_cast<float*>(memory.end + Tile::kKeptBytes);
     for (int part = 0; part < Products<Tile>::kParts; ++part) {

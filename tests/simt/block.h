@@ -10,9 +10,8 @@
 
 namespace fastode::device::simt {
 
-constexpr size_t kMostShared = 227 * 1024;  // of a block, on sm_90
-constexpr size_t kGuard = 1024;             // bytes before and after what a block may touch
-constexpr char kUnset = '\xff';             // shared memory before it is written: NaN in each of the formats
+constexpr size_t kGuard = 1024;  // bytes before and after what a block may touch
+constexpr char kUnset = '\xff';  // shared memory before it is written: NaN in each of the formats
 
 struct Block {
   struct Gap {

@@ -79,7 +79,7 @@ def _refuses_size(plan: Plan, x: Tensor, call: Call) -> str:
 
 
 def shared_bytes(channels: int, side: int, units: int) -> int:
-    """The bytes of shared memory of a program's block: `Memory<Tile>::bytes` of csrc/cuda/branch.cuh.
+    """The bytes of shared memory of a program's block: `Memory<Tile>::bytes` of csrc/cuda/memory.cuh.
 
     Args:
         channels: of a map that there is a program for.
