@@ -40,13 +40,30 @@ class _Solution(nn.Module):
     max_steps: int | None
     first_step: float | None
 
-    def __init__(self, field: nn.Module, solver: Any, parts: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        field: nn.Module,
+        solver: str | Butcher | Solver = "dopri5",
+        rtol: float | None = None,
+        atol: float | None = None,
+        t1: float | None = None,
+        steps: int | None = None,
+        gradient: str | None = None,
+        per_sample: bool | None = None,
+        max_steps: int | None = None,
+        first_step: float | None = None,
+    ) -> None:
         super().__init__()
-        settings = solver_of(solver, parts)
+        self._check_field(field)
+        parts = (rtol, atol, t1, steps, gradient, per_sample, max_steps, first_step)
+        settings = solver_of(solver, dict(zip(PARTS, parts, strict=True)))
         self.field = field
         self.solver = settings.method
         for name in PARTS:
             setattr(self, name, getattr(settings, name))
+
+    def _check_field(self, field: Any) -> None:
+        checks.module("field", field)
 
     @property
     def settings(self) -> Solver:
@@ -101,24 +118,10 @@ class SOBlock(_Solution):
         torch.Size([2, 8, 2, 2])
     """
 
-    def __init__(
-        self,
-        field: nn.Module,
-        solver: str | Butcher | Solver = "dopri5",
-        rtol: float | None = None,
-        atol: float | None = None,
-        t1: float | None = None,
-        steps: int | None = None,
-        gradient: str | None = None,
-        per_sample: bool | None = None,
-        max_steps: int | None = None,
-        first_step: float | None = None,
-    ) -> None:
-        checks.module("field", field)
+    def _check_field(self, field: Any) -> None:
+        super()._check_field(field)
         if not callable(getattr(field, "initial_state", None)):
             raise TypeError(f"field must be a module with initial_state(x), as SkewPair is, got {checks.what(field)}")
-        parts = (rtol, atol, t1, steps, gradient, per_sample, max_steps, first_step)
-        super().__init__(field, solver, dict(zip(PARTS, parts, strict=True)))
 
     def forward(self, x: Tensor) -> Tensor:
         state: State = cast(Any, self.field).initial_state(x)
@@ -210,23 +213,6 @@ class ODEBlock(_Solution):
         >>> block(torch.ones(1, 2, 4, 4)).shape
         torch.Size([1, 2, 4, 4])
     """
-
-    def __init__(
-        self,
-        field: nn.Module,
-        solver: str | Butcher | Solver = "dopri5",
-        rtol: float | None = None,
-        atol: float | None = None,
-        t1: float | None = None,
-        steps: int | None = None,
-        gradient: str | None = None,
-        per_sample: bool | None = None,
-        max_steps: int | None = None,
-        first_step: float | None = None,
-    ) -> None:
-        checks.module("field", field)
-        parts = (rtol, atol, t1, steps, gradient, per_sample, max_steps, first_step)
-        super().__init__(field, solver, dict(zip(PARTS, parts, strict=True)))
 
     def forward(self, x: Tensor) -> Tensor:
         checks.tensor("x", x)

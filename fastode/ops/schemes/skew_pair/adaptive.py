@@ -18,10 +18,10 @@ from ....solver import Solver
 from ....steps import Watch
 from ....tableau import Embedded
 from ...function import gradients
-from ...maps import channels_last, coefficients, combine, dots
+from ...maps import accumulator, cast, channels_last, coefficients, combine, dots
 from ...plan import Gradients, MaybeTensor, MaybeTensors
 from ...rerun import Rerun
-from .march import advanced, flat, scaled_bars, terms_of, tracked, unflat
+from .march import advanced, converted, flat, scaled_bars, terms_of, tracked, unflat
 from .pair import Kept, Pair, PairSweeps
 
 _INPUTS = 5  # y, z, their slopes and the first step's size
@@ -66,7 +66,7 @@ def make_adaptive_function(sweeps: PairSweeps) -> type[torch.autograd.Function]:
         ) -> Any:
             y, z, dy, dz, h, *tensors = given
             assert y is not None and z is not None and dy is not None and dz is not None and h is not None
-            solve = _Solve(sweeps, pair, solver, watch, steps, tensors)
+            solve = _Solve(sweeps, pair, solver, watch, steps, converted(pair, tensors, y))
             end = solve.run((channels_last(y), channels_last(z)), (dy, dz), float(h))
             # The gradient of a step's size needs its slopes, which nothing else does.
             wanted = solve.slopes if h.requires_grad and steps.first_stayed else []
@@ -89,7 +89,8 @@ def make_adaptive_function(sweeps: PairSweeps) -> type[torch.autograd.Function]:
                 (bar,), tensors = bars, given[_INPUTS:]
                 assert bar is not None
                 sums = Gradients(tensors, wanted[_INPUTS:])
-                way = _WayBack(sweeps, ctx.pair, ctx.solver, ctx.steps, tensors, sums)
+                read = converted(ctx.pair, tensors, given[0])
+                way = _WayBack(sweeps, ctx.pair, ctx.solver, ctx.steps, read, sums)
                 ends = way.run(channels_last(bar), list(kept), slopes if wanted[_INPUTS - 1] else ())
                 return [*ends, *sums.result()]
 
@@ -169,7 +170,7 @@ class _Solve:
             error = combine([slopes[i][half] for i, _ in pairs], coefs)
             tolerance = torch.maximum(state[half].abs(), end[half].abs()).mul_(self.solver.rtol).add_(self.solver.atol)
             scaled = error.div_(tolerance)
-            norms.append(torch.linalg.vector_norm(scaled, dtype=_wide(scaled)) / math.sqrt(scaled.numel()))
+            norms.append(torch.linalg.vector_norm(scaled, dtype=accumulator(scaled.dtype)) / math.sqrt(scaled.numel()))
         found: list[float] = torch.stack(norms).tolist()
         return found
 
@@ -309,9 +310,5 @@ def _each(sums: Sequence[Sequence[tuple[float, Tensor]]]) -> Halves:
 
 def _like(slopes: State, state: State) -> State:
     """The slopes in the state's dtype, as a stage's sum takes them."""
-    dy, dz = (channels_last(k if k.dtype == u.dtype else k.to(u.dtype)) for k, u in zip(slopes, state, strict=True))
+    dy, dz = (channels_last(cast(k, u.dtype)) for k, u in zip(slopes, state, strict=True))
     return dy, dz
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

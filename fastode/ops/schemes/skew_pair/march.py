@@ -65,7 +65,7 @@ def make_pair_function(sweeps: PairSweeps) -> type[torch.autograd.Function]:
 
         @staticmethod
         def forward(ctx: Any, pair: Pair, rerun: Rerun | None, y: Tensor, z: Tensor, *tensors: MaybeTensor) -> Any:
-            dy, dz, kept = sweeps.evaluate(pair, _converted(pair, tensors, y), [channels_last(y)], [channels_last(z)])
+            dy, dz, kept = sweeps.evaluate(pair, converted(pair, tensors, y), [channels_last(y)], [channels_last(z)])
             assert dy is not None and dz is not None
             statistics = tracked(pair, kept)
             # The points are the inputs in channels_last, made again in backward where they are copies.
@@ -86,7 +86,7 @@ def make_pair_function(sweeps: PairSweeps) -> type[torch.autograd.Function]:
                 sums = Gradients(tensors, wanted[2:])
                 dense = [None if bar is None else channels_last(bar) for bar in bars]
                 point = kept._replace(y=channels_last(y), z=channels_last(z))
-                read = _converted(ctx.pair, tensors, y)
+                read = converted(ctx.pair, tensors, y)
                 ends = sweeps.pull_back(ctx.pair, read, point, (dense[0], dense[1]), sums, (wanted[0], wanted[1]))
                 return [*ends, *sums.result()]
 
@@ -105,7 +105,7 @@ def make_march_function(sweeps: PairSweeps) -> type[torch.autograd.Function]:
         def forward(
             ctx: Any, pair: Pair, march: March, rerun: Rerun | None, y: Tensor, z: Tensor, *tensors: MaybeTensor
         ) -> Any:
-            read = _converted(pair, tensors, y)
+            read = converted(pair, tensors, y)
             end, evaluations = _march(sweeps, pair, march, read, channels_last(y), channels_last(z))
             statistics = [stats for kept in evaluations for stats in tracked(pair, kept)]
             ctx.save_for_backward(y, z, *tensors, *flat(evaluations))
@@ -123,7 +123,7 @@ def make_march_function(sweeps: PairSweeps) -> type[torch.autograd.Function]:
                 (bar,), tensors = bars, given[2:]
                 assert bar is not None
                 sums = Gradients(tensors, wanted[2:])
-                read = _converted(ctx.pair, tensors, given[0])
+                read = converted(ctx.pair, tensors, given[0])
                 ends = _march_back(sweeps, ctx.pair, ctx.march, read, unflat(kept), channels_last(bar), sums, wanted)
                 return [*ends, *sums.result()]
 
@@ -132,7 +132,7 @@ def make_march_function(sweeps: PairSweeps) -> type[torch.autograd.Function]:
     return MarchFunction
 
 
-def _converted(pair: Pair, tensors: MaybeTensors, y: Tensor) -> MaybeTensors:
+def converted(pair: Pair, tensors: MaybeTensors, y: Tensor) -> MaybeTensors:
     """The tensors as the sweeps read them."""
     if torch.compiler.is_compiling():
         return tensors
