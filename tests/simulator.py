@@ -56,10 +56,9 @@ def recipe() -> toolchain.Recipe:
     home, extra = Path(torch.__file__).resolve().parent, extra_flags()
     includes = [f"-I{path}" for path in (SOURCES, DEVICE, CHECKOUT / "csrc")]
     torch_includes = ("-isystem", f"{home}/include", "-isystem", f"{home}/include/torch/csrc/api/include")
-    hashes = "".join(toolchain.source_hash(root) for root in (SOURCES, DEVICE))
-    constants = (CHECKOUT / "csrc" / "constants.h").read_text()
+    hashes = toolchain.source_hash(SOURCES) + toolchain.source_hash(CHECKOUT / "csrc", without="cpu")
     facts = {
-        "sources": hashlib.sha256((hashes + constants).encode()).hexdigest(),
+        "sources": hashlib.sha256(hashes.encode()).hexdigest(),
         "torch": torch.__version__,
         "python": f"{platform.python_implementation()} {platform.python_version()} {platform.machine()}",
         "compiler": f"{shlex.join(command)}\n{version}",

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../constants.h"
+#include "../tensors.h"
 #include "programs.h"
 
 namespace fastode::cuda {
@@ -17,10 +18,6 @@ using Tensors = std::vector<Tensor>;
 using Integers = std::vector<int64_t>;
 using Numbers = std::vector<double>;
 using torch::headeronly::ScalarType;
-
-inline void checked(AOTITorchError code) {
-  if (code) throw std::runtime_error("a call of torch's stable ABI failed");
-}
 
 // x's card, and the stream on which torch launches there now.
 Queue queue_of(const Tensor& x);
@@ -33,13 +30,10 @@ inline void launched(const char* error) {
 }
 
 inline Tensor new_tensor(const Tensor& like, ScalarType type, const Integers& sizes, const Integers& strides) {
-  AtenTensorHandle made;
   int32_t device, index;
   checked(aoti_torch_get_device_type(like.get(), &device));
   checked(aoti_torch_get_device_index(like.get(), &index));
-  checked(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                   static_cast<int32_t>(torch::stable::detail::from(type)), device, index, &made));
-  return Tensor(made);
+  return empty_strided(type, sizes.data(), strides.data(), static_cast<int64_t>(sizes.size()), device, index);
 }
 
 inline Tensor new_vector(const Tensor& like, int64_t length, ScalarType type) {

@@ -17,6 +17,7 @@
 #include <utility>
 #include <vector>
 
+#include "../../tensors.h"
 #include "../parallel.h"
 #include "conv_bf16.h"
 
@@ -25,23 +26,14 @@ namespace fastode::resident {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Of a call of the stable ABI; torch 2.11 and 2.13 name their own check differently.
-inline void checked(AOTITorchError code) {
-  if (code) throw std::runtime_error("a call of torch's stable ABI failed");
-}
-
 inline Tensor fresh(const Tensor& made) {
   fill_fresh(made.data_ptr(), made.numel() * static_cast<int64_t>(made.element_size()));
   return made;
 }
 
-// On the CPU, uninitialised. Straight from the allocator: torch::stable::empty and new_empty look an operator up by its
-// name each time, which takes as long as a convolution of a small map.
+// On the CPU, uninitialised.
 inline Tensor new_tensor(ScalarType type, const int64_t* sizes, const int64_t* strides, int64_t dimensions) {
-  AtenTensorHandle made;
-  checked(aoti_torch_empty_strided(dimensions, sizes, strides, static_cast<int32_t>(torch::stable::detail::from(type)),
-                                   aoti_torch_device_type_cpu(), 0, &made));
-  return fresh(Tensor(made));
+  return fresh(empty_strided(type, sizes, strides, dimensions, aoti_torch_device_type_cpu(), 0));
 }
 
 inline Tensor new_vector(int64_t length, ScalarType type, bool zero = false) {
