@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from .header import RESULTS, short_commit
-from .printing import title
+from .printing import groups, markdown_table, title
+from .suites import MODES
 
 COLUMNS = ("block", "mode", "better eager, ms", "fastode, ms", "× eager", "× eager, both as CUDA graphs")
 NOTHING = "Nothing is recorded of a card yet."
-MODES = {"forward": "forward", "input_grad": "input gradient", "train": "training step"}
 Row = dict[str, Any]
 
 
@@ -25,10 +25,7 @@ def recorded(results: Path = RESULTS) -> Iterator[tuple[Row, list[Row]]]:
 
 def best(rows: Sequence[Row]) -> Iterator[tuple[Row, Row]]:
     """Of each block and mode the better eager row, and the fastest fused row whose graph was timed too."""
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((title(row), row["mode"]), []).append(row)
-    for group in groups.values():
+    for group in groups(rows):
         eager = [row for row in group if row["contender"].startswith("eager") and not row["errors"]]
         fused = [row for row in group if row["contender"] == "fused" and not row["errors"] and row.get("graph")]
         if eager and fused:
@@ -52,10 +49,8 @@ def markdown(results: Path = RESULTS) -> str:
     parts = []
     for head, rows in recorded(results):
         lines = [line(*pair) for pair in best(rows)]
-        rule = ["---"] * 2 + ["---:"] * 4
         parts.append(
             f"{head['device']}, torch {head['versions']['torch']}, batch {rows[0]['batch']}, {head['date'][:10]}, "
-            f"commit {short_commit(head['commit'])}:\n\n"
-            + "\n".join(f"| {' | '.join(cells)} |" for cells in (list(COLUMNS), rule, *lines))
+            f"commit {short_commit(head['commit'])}:\n\n" + "\n".join(markdown_table(COLUMNS, lines))
         )
     return "\n\n".join(parts or [NOTHING]) + "\n"

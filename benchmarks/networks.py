@@ -11,6 +11,7 @@ from typing import Any
 
 from . import bench_nets
 from .header import RESULTS, short_commit, threads
+from .printing import markdown_table
 from .suites import MODES
 
 Row = dict[str, Any]
@@ -111,13 +112,12 @@ def _paper(number: int) -> str:
 def markdown(results: Path = RESULTS) -> str:
     """What stands between the README's markers."""
     found = recorded(results)
-    rule = [*["---"] * 3, *["---:"] * len(MEASURED)]
     lines = [
         [_paper(network.paper), network.blocks, f"`{network.name}`"]
         + [_cell(found, network.name, mode) for mode in MEASURED]
         for network in NETWORKS
     ]
-    table = [f"| {' | '.join(cells)} |" for cells in (list(COLUMNS), rule, *lines)]
+    table = markdown_table(COLUMNS, lines, left=3)
     batches = sorted({f"{row['dtype']}, {row['batch']} images" for _, row in found})
     where = "; ".join([*batches, *_measured_on(head for head, _ in found)]) if found else "nothing is recorded yet"
     return "\n".join([*table, "", f"Measured: {where}.", ""])

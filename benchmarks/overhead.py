@@ -28,6 +28,7 @@ from fastode.testing import Judge
 
 from . import contenders, data, header, inside, measure, timing
 from .contenders import BASELINES
+from .printing import markdown_table
 from .records import write_json
 from .workloads import Unavailable
 
@@ -184,7 +185,7 @@ def table(rows: Sequence[Row]) -> list[str]:
         return "failed" if row["errors"] else f"{row['microseconds']:.1f}"
 
     by_name = {(row["block"], row["mode"], row["contender"]): row for row in rows}
-    lines = [COLUMNS, ["---"] * 2 + ["---:"] * 5 + ["---"]]
+    lines = []
     for block, mode in dict.fromkeys((row["block"], row["mode"]) for row in rows):
         fused = by_name[block, mode, FUSED]
         cells = [block, MODES[mode], *(microseconds(by_name[block, mode, name]) for name in (*BASELINES, FUSED))]
@@ -195,7 +196,7 @@ def table(rows: Sequence[Row]) -> list[str]:
         span = f"{ratio['median']:.2f} ({ratio['p20']:.2f}–{ratio['p80']:.2f})"
         verdict = "" if asked is None else "yes" if fused["reached"] else "**no**"
         lines.append([*cells, span, "–" if asked is None else f"{asked:.2f}", verdict])
-    return [f"| {' | '.join(cells)} |" for cells in lines]
+    return markdown_table(COLUMNS, lines, last="---")
 
 
 def profile(case: Case, mode: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .header import threads
@@ -34,6 +34,29 @@ def title(row: Row) -> str:
     """ "ie k1 16@32", with the dtype where it is not float32."""
     parts = [row["workload"], row["variant"], row["shape"], row["dtype"] if row["dtype"] != "float32" else ""]
     return " ".join(part for part in parts if part)
+
+
+def groups(rows: Iterable[Row]) -> list[list[Row]]:
+    """Rows of one workload, mode and dtype together, in the order they were measured."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        found.setdefault((title(row), row["mode"]), []).append(row)
+    return list(found.values())
+
+
+def markdown_table(
+    columns: Sequence[str], lines: Iterable[Sequence[str]], left: int = 2, last: str = "---:"
+) -> list[str]:
+    """The lines of a table.
+
+    Args:
+        columns: their names.
+        lines: the entries of each line.
+        left: how many columns are aligned to the left; the others are numbers.
+        last: the rule of the last column.
+    """
+    rule = ["---"] * left + ["---:"] * (len(columns) - left - 1) + [last]
+    return [f"| {' | '.join(entries)} |" for entries in (columns, rule, *lines)]
 
 
 def contender(row: Row) -> str:

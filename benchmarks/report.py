@@ -15,7 +15,7 @@ from typing import Any
 from . import card, networks, overhead, targets
 from .contenders import BASELINES
 from .header import RESULTS, ROOT, short_commit, threads
-from .printing import contender, graph, rates, times, title
+from .printing import contender, graph, groups, markdown_table, rates, times, title
 from .suites import MODES
 
 PAGE, README = ROOT / "docs" / "measured.md", ROOT / "README.md"
@@ -48,23 +48,10 @@ def _is_record(path: Path) -> bool:
     return isinstance(found, dict) and {"header", "rows"} <= set(found) and all("contender" in r for r in found["rows"])
 
 
-def _groups(rows: Iterable[Row]) -> list[list[Row]]:
-    """Rows of one workload, mode and dtype together, in the order they were measured."""
-    found: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        found.setdefault((title(row), row["mode"]), []).append(row)
-    return list(found.values())
-
-
-def _table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
-    rule = ["---"] * 2 + ["---:"] * (len(columns) - 2)
-    return [f"| {' | '.join(entries)} |" for entries in (columns, rule, *lines)]
-
-
 def _page_lines(rows: Sequence[Row], graphs: bool) -> Iterable[list[str]]:
     # A card's times may be hundredths of a millisecond.
     digits = 3 if graphs else 1
-    for group in _groups(rows):
+    for group in groups(rows):
         by_name = {contender(row): row for row in group}
 
         def milliseconds(name: str, by_name: dict[str, Row] = by_name) -> str:
@@ -104,7 +91,7 @@ def page_table(rows: Sequence[Row]) -> list[str]:
     graphs = any("graph" in row for row in rows)
     place = PAGE_COLUMNS.index("ceiling")
     columns = (*PAGE_COLUMNS[:place], *GRAPH_COLUMNS, *PAGE_COLUMNS[place:]) if graphs else PAGE_COLUMNS
-    return _table(columns, _page_lines(rows, graphs))
+    return markdown_table(columns, _page_lines(rows, graphs))
 
 
 def _parts(head: Row) -> bool:
@@ -115,7 +102,7 @@ def _parts(head: Row) -> bool:
 def _means(rows: Iterable[Row]) -> list[list[str]]:
     """Geometric means of the best engine's ratios over a family's shapes."""
     found: dict[tuple[str, str], list[Row]] = {}
-    for group in _groups(rows):
+    for group in groups(rows):
         fused = [row for row in group if row["contender"] == "fused" and not row["errors"]]
         if fused:
             best = min(fused, key=lambda row: row["median_ms"])
@@ -157,7 +144,7 @@ def markdown(results: Path = RESULTS, page: Path = PAGE) -> str:
         ]
         if head["suite"].startswith("all"):
             columns = ("blocks", "mode", "shapes", "× better eager", "ceiling", "× compiled", "memory ×")
-            parts += [*_table(columns, _means(rows)), ""]
+            parts += [*markdown_table(columns, _means(rows)), ""]
         else:
             parts += [*page_table(rows), ""]
         parts += [f"![{head['suite']} suite]({_from(path.with_suffix('.png'), page)})", ""]

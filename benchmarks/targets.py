@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .printing import markdown_table
 from .suites import MODES
 
 Row = dict[str, Any]
@@ -157,18 +158,13 @@ def _verdict(line: Line) -> str:
     return f"no: {line.note.replace('|', '/')}" if line.note else "yes" if line.ok else "**no**"
 
 
-def _table(columns: Sequence[str], left: int, rows: Iterable[Sequence[str]]) -> list[str]:
-    rule = ["---"] * left + ["---:"] * (len(columns) - left - 1) + ["---"]
-    return [f"| {' | '.join(entries)} |" for entries in (columns, rule, *rows)]
-
-
 def means_table(found: Sequence[Line]) -> list[str]:
     """The geometric means as lines of a markdown table."""
     cells = []
     for mean in means(found):
         first = (mean.family, MODES[mean.mode], mean.against, mean.shape)
         cells.append((*first, _number(mean.asked), _number(mean.reached), _number(mean.ceiling), _verdict(mean)))
-    return _table(MEANS, 3, cells)
+    return markdown_table(MEANS, cells, left=3, last="---")
 
 
 def lines_table(found: Iterable[Line]) -> list[str]:
@@ -178,7 +174,7 @@ def lines_table(found: Iterable[Line]) -> list[str]:
         span = f"{line.span[0]:.2f}–{line.span[1]:.2f}" if line.span else "–"
         first = (line.family, line.shape, MODES[line.mode], line.against)
         cells.append((*first, _number(line.asked), _number(line.reached), span, _number(line.ceiling), _verdict(line)))
-    return _table(COLUMNS, 4, cells)
+    return markdown_table(COLUMNS, cells, left=4, last="---")
 
 
 def summary(found: Sequence[Line]) -> str:
