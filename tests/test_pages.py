@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = [
     *sorted(ROOT.glob("*.md")),
-    *sorted(DOCS.rglob("*.md")),
+    *sorted(page for page in DOCS.rglob("*.md") if "_build" not in page.parts),  # which has copies
     ROOT / "benchmarks" / "README.md",
     *sorted((ROOT / "fastode").rglob("README.md")),
 ]
