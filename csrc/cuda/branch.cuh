@@ -149,6 +149,11 @@ class Branch {
   // Mean and rstd of a unit's norm, which all threads read after it; nobody reads the map in shared memory then.
   FASTODE_DEVICE void prepare(const cuda::Unit& unit, const State& state) {
     if (unit.norm == kGroupNorm) return take_statistics(unit, state);
+    prepare_given(unit);
+  }
+
+  // Those of a norm with given statistics, or of none.
+  FASTODE_DEVICE void prepare_given(const cuda::Unit& unit) {
     block_barrier();  // unseen: whoever still reads the norm before it finds the same numbers
     for (int c = thread(); c < C; c += Tile::kThreads) {
       const bool fixed = unit.norm == kFixedNorm;
@@ -158,9 +163,9 @@ class Branch {
     block_barrier();
   }
 
-  // Means and squares about them: of a thread's entries of a channel, then of lanes, warps and channels merged by
-  // Chan's rule for parts of one size, so that a mean far above the deviation costs no digits.
-  FASTODE_DEVICE void take_statistics(const cuda::Unit& unit, const State& state) {
+  // Means and squares about them: of a thread's entries of a channel, then of lanes merged by Chan's rule for parts of
+  // one size, so that a mean far above the deviation costs no digits. The warps' parts are left.
+  FASTODE_DEVICE void leave_moments(const State& state) const {
     float parts_of[2][4];
     float (&mean)[4] = parts_of[0], (&squares)[4] = parts_of[1];
     FASTODE_UNROLLED
@@ -188,6 +193,11 @@ class Branch {
     }
     leave_partial(parts_of, false);
     block_barrier();
+  }
+
+  // Those of a group norm: of warps and channels merged by the same rule.
+  FASTODE_DEVICE void take_statistics(const cuda::Unit& unit, const State& state) {
+    leave_moments(state);
     const int width = C / unit.groups, parts = Tile::kDown * width;
     const float entries = W * W / Tile::kDown;  // of a part
     for (int g = Tile::warp(); g < unit.groups; g += Tile::kThreads / 32) {

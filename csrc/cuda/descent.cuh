@@ -72,7 +72,6 @@ struct DescentBackward {
 
   static FASTODE_DEVICE void run(const cuda::DescentCall& call) {
     Second<Tile> branch(call.branch, call.samples);
-    block_barrier();
     for (int n = block(); n < call.samples; n += blocks()) {
       typename Tile::State bar;
       typename Tile::Sum sum;
