@@ -6,14 +6,12 @@
 // of such a branch have given statistics, or there is none.
 #pragma once
 
-#include "second.cuh"
+#include "branch.cuh"
 
 namespace fastode::device {
 
-template <class Tile>
-class Batch : public Second<Tile> {
-  using Base = Second<Tile>;
-
+template <class Tile, class Base = Branch<Tile>>
+class Batch : public Base {
  public:
   using State = typename Tile::State;
   using Sum = typename Tile::Sum;
@@ -25,6 +23,17 @@ class Batch : public Second<Tile> {
   FASTODE_DEVICE void each(const F& f) const {
     FASTODE_ROLLED
     for (int n = block(); n < this->samples_; n += blocks()) f(n);
+  }
+
+  // The same after a meeting; fetch(sample) loads what f reads, the first sample's before the meeting, while it waits.
+  template <class Fetch, class Meet, class F>
+  FASTODE_DEVICE void each_after(const Fetch& fetch, const Meet& meet, const F& f) const {
+    fetch(block());
+    meet();
+    each([&](int n) {
+      f(n);
+      if (n + blocks() < this->samples_) fetch(n + blocks());
+    });
   }
 
   // Leaves the moments of a unit's input to be.
@@ -50,23 +59,14 @@ class Batch : public Second<Tile> {
   FASTODE_DEVICE void value(int evaluation, const cuda::Room& room, Slots input, const Leave& leave) {
     FASTODE_ROLLED
     for (int u = 0; u < this->branch_.count; ++u) {
-      measure(evaluation, u);
-      each([&](int n) {
-        State state;
-        Sum out;
-        Tile::recall(state, this->place(room, input[u], n));
-        block_barrier();
-        if (this->branch_.statistics) this->keep_statistics(evaluation, u, n);
-        this->put_normalised(u, state);
-        block_barrier();
-        Tile::clear(out);
-        Tile::template convolve<false>(out, this->memory_.map, this->memory_.weight(u));
-        this->add_bias(out, this->memory_.bias(u));
-        if (u + 1 == this->branch_.count) return leave(n, out);
-        Tile::round(state, out);
-        Tile::keep(state, this->place(room, input[u + 1], n));
-        offer(u + 1, state, n);
-      });
+      State state;
+      each_after([&](int n) { Tile::recall(state, this->place(room, input[u], n)); }, [&] { measure(evaluation, u); },
+                 [&](int n) {
+                   block_barrier();
+                   if (this->branch_.statistics) this->keep_statistics(evaluation, u, n);
+                   this->put_normalised(u, state);
+                   convolve(u, n, room, input, leave);
+                 });
     }
   }
 
@@ -78,9 +78,11 @@ class Batch : public Second<Tile> {
     const int count = this->branch_.count;
     FASTODE_ROLLED
     for (int u = through ? count - 1 : -1; u >= -1; --u) {
+      const bool begins = u + 1 == count || !through;
+      if (!begins && is_batch(u + 1)) take_sums<2>(u + 1, 0, true, evaluation);
       each([&](int n) {
         Sum bar;
-        if (u + 1 == count || !through)
+        if (begins)
           enter(n, bar);
         else
           pull_unit(u + 1, n, evaluation, this->place(room, input[u + 1], n), this->place(room, left.back[u + 1], n),
@@ -88,89 +90,10 @@ class Batch : public Second<Tile> {
         if (u < 0) return leave(n, bar);
         pull_convolution(u, n, evaluation, room, input, left, bar);
       });
-      if (u >= 0 && is_batch(u)) take_sums<2>(u, 0, true, evaluation);
     }
-  }
-
-  // J t, as Second::push has it: enter(sample, t) makes t, leave(sample, J t) takes the result.
-  template <class Enter, class Leave>
-  FASTODE_DEVICE void push(int evaluation, int means, const cuda::Room& room, Slots input, Slots tangent,
-                           const Enter& enter, const Leave& leave) {
-    each([&](int n) {
-      State t;
-      enter(n, t);
-      offer_tangent(0, t, n, evaluation, room, input, tangent);
-    });
-    FASTODE_ROLLED
-    for (int u = 0; u < this->branch_.count; ++u) {
-      if (is_batch(u)) {
-        take_sums<2>(u, kTangent, false, means);
-      } else {
-        for (int i = thread(); i < 2 * C; i += Tile::kThreads) this->memory_.means[kTangent * C + i] = 0;
-        keep_none(u, means);
-      }
-      each([&](int n) {
-        State t;
-        Sum out;
-        Tile::recall(t, this->place(room, tangent[u], n));
-        this->recall_statistics(evaluation, u, n);  // nobody reads another unit's any more
-        block_barrier();
-        this->put_tangent(u, t, this->place(room, input[u], n));
-        block_barrier();
-        Tile::clear(out);
-        Tile::template convolve<false>(out, this->memory_.map, this->memory_.weight(u));
-        if (u + 1 == this->branch_.count) return leave(n, out);
-        Tile::round(t, out);
-        offer_tangent(u + 1, t, n, evaluation, room, input, tangent);
-      });
-    }
-  }
-
-  // What Second::sweep gives: enter(sample, bar) makes bar, leave(sample, gradient) takes the result. `waiting`: a
-  // place for cotangents that wait for the other samples.
-  template <class Enter, class Leave>
-  FASTODE_DEVICE void sweep(float factor, int evaluation, int means, const cuda::Room& room, Slots input, Slots tangent,
-                            Slots back, Slots value, int waiting, float weight, bool sums, const Enter& enter,
-                            const Leave& leave) {
-    const int count = this->branch_.count;
-    FASTODE_ROLLED
-    for (int u = count - 1; u >= -1; --u) {
-      each([&](int n) {
-        Sum bar;
-        char* const at = this->place(room, waiting, n);
-        if (u + 1 == count)
-          enter(n, bar);
-        else
-          sweep_unit(u + 1, bar, factor, n, evaluation, means,
-                     places(room, n, input[u + 1], tangent[u + 1], back[u + 1]), at);
-        if (u < 0) return leave(n, bar);
-        sweep_convolution(u, bar, factor, n, evaluation, means, room, places(room, n, input[u], tangent[u], back[u]),
-                          value[u], at);
-        if (is_batch(u)) leave_sums<3>(n);
-        if (sums && this->affine(this->branch_.unit[u])) this->add_both(u, weight);
-      });
-      if (u >= 0 && is_batch(u)) take_sums<3>(u, kPulled, true, -1);
-    }
-  }
-
-  // Lets a sweep at an evaluation be a pull-back of the value alone: there is no tangent, in all maps of which `zero`
-  // stands, and nothing was found of it.
-  FASTODE_DEVICE void no_tangent(int evaluation, const cuda::Room& room, int zero) {
-    each([&](int n) {
-      State state;
-      Tile::clear(state);
-      Tile::keep(state, this->place(room, zero, n));
-    });
-    for (int u = 0; u < this->branch_.count; ++u) keep_none(u, evaluation);
   }
 
  protected:
-  using Base::kFound;
-  using Base::kPulled;
-  using Base::kTangent;
-  using Places = typename Base::Places;
-  using Channel = typename Base::Channel;
-
   FASTODE_DEVICE bool is_batch(int u) const { return this->branch_.unit[u].norm == kBatchNorm; }
 
   // The sums of a sample that are exchanged at the next meeting. Two meetings' lie apart: a block may leave those of
@@ -186,6 +109,7 @@ class Batch : public Second<Tile> {
     static_assert(kParts <= cuda::kMostSums * Tile::kDown);
     const int c = thread() % C, part = thread() / C;
     for (float& total : totals) total = 0;
+    FASTODE_UNROLLED_8
     for (int n = part; n < this->samples_; n += kParts) {
       FASTODE_UNROLLED
       for (int kind = 0; kind < kinds; ++kind) totals[kind] += f(row(n) + c, kind);
@@ -200,25 +124,37 @@ class Batch : public Second<Tile> {
     }
   }
 
+  // The convolution of what is in shared memory once all are there, to what follows it.
+  template <class Leave>
+  FASTODE_DEVICE void convolve(int u, int n, const cuda::Room& room, Slots input, const Leave& leave) {
+    Sum out;
+    block_barrier();
+    Tile::clear(out);
+    Tile::template convolve<false>(out, this->memory_.map, this->memory_.weight(u));
+    this->add_bias(out, this->memory_.bias(u));
+    if (u + 1 == this->branch_.count) return leave(n, out);
+    State next;
+    Tile::round(next, out);
+    Tile::keep(next, this->place(room, input[u + 1], n));
+    offer(u + 1, next, n);
+  }
+
   // Mean and rstd of a unit's norm, which all threads read after another barrier.
   FASTODE_DEVICE void measure(int evaluation, int u) {
     if (!is_batch(u)) return this->prepare_given(this->branch_.unit[u]);
     grid_barrier();
     const float samples = this->samples_;
-    float mean[1], variance[1];
-    over_samples(mean, [](const float* at, int) { return at[0]; });
-    mean[0] /= samples;
-    over_samples(variance, [&](const float* at, int) {
-      const float apart = at[0] - mean[0];
-      return at[C] + apart * apart * (W * W);
-    });
-    variance[0] /= samples * (W * W);
+    float totals[2], apart[1];
+    over_samples(totals, [](const float* at, int kind) { return at[kind * C]; });
+    const float mean = totals[0] / samples;
+    over_samples(apart, [&](const float* at, int) { return (at[0] - mean) * (at[0] - mean); });
+    const float variance = (totals[1] + apart[0] * (W * W)) / (samples * (W * W));
     if (thread() < C) {
-      this->memory_.mean[thread()] = mean[0];
-      this->memory_.rstd[thread()] = rsqrt(variance[0] + this->branch_.unit[u].eps);
+      this->memory_.mean[thread()] = mean;
+      this->memory_.rstd[thread()] = rsqrt(variance + this->branch_.unit[u].eps);
       if (block() == 0 && this->branch_.measured) {
         float* const to = measured(evaluation, u) + thread();
-        to[0] = mean[0], to[C] = variance[0];
+        to[0] = mean, to[C] = variance;
       }
     }
     turn_ = 1 - turn_;
@@ -247,12 +183,6 @@ class Batch : public Second<Tile> {
       this->memory_.means[(at + kind) * C + c] = mean;
       if (evaluation >= 0) each([&](int n) { this->statistics(evaluation, u, n)[(2 + kind) * C + c] = mean; });
     }
-  }
-
-  // Zeros in the second rows.
-  FASTODE_DEVICE void keep_none(int u, int evaluation) const {
-    for (int i = thread(); i < 2 * C; i += Tile::kThreads)
-      each([&](int n) { this->statistics(evaluation, u, n)[2 * C + i] = 0; });
   }
 
   // Leaves what the warps have summed.
@@ -304,81 +234,6 @@ class Batch : public Second<Tile> {
     Tile::recall(state, input);
     this->pull_activation(u, state, bar);
     this->pull_norm(u, state, bar, is_batch(u));
-  }
-
-  static FASTODE_DEVICE Places places(const cuda::Room& room, int64_t sample, int input, int tangent, int back) {
-    return {Base::place(room, input, sample), Base::place(room, tangent, sample), Base::place(room, back, sample)};
-  }
-
-  // Keeps the tangent of a unit's input, and leaves its sums.
-  FASTODE_DEVICE void offer_tangent(int u, const State& t, int64_t sample, int evaluation, const cuda::Room& room,
-                                    Slots input, Slots tangent) {
-    Tile::keep(t, this->place(room, tangent[u], sample));
-    if (!is_batch(u)) return;
-    block_barrier();
-    this->recall_statistics(evaluation, u, sample);
-    block_barrier();
-    this->sum_tangent(t, this->place(room, input[u], sample));
-    leave_sums<2>(sample);
-  }
-
-  FASTODE_DEVICE void recall_both(int u, int64_t sample, int evaluation, int means) const {
-    this->recall_statistics(evaluation, u, sample);
-    this->recall_rows(means, u, sample, 1, this->memory_.means + kTangent * C, 1);
-  }
-
-  // From the cotangent of a convolution's result to the sums of the norm's, of both streams.
-  FASTODE_DEVICE void sweep_convolution(int u, Sum& bar, float factor, int64_t sample, int evaluation, int means,
-                                        const cuda::Room& room, const Places& places, int value, char* waiting) {
-    {
-      State state;
-      Tile::round(state, bar);
-      if (value >= 0) Tile::keep(state, this->place(room, value, sample));
-      block_barrier();
-      Tile::put(this->memory_.map, state);
-    }
-    recall_both(u, sample, evaluation, means);
-    block_barrier();
-    Tile::clear(bar);
-    Tile::template convolve<true>(bar, this->memory_.map, this->memory_.weight(u));
-    {
-      State state;
-      Tile::round(state, bar);
-      Tile::keep(state, waiting);
-      widen(bar, state);
-    }
-    this->pull_both(u, bar, factor, places);
-    block_barrier();
-  }
-
-  // From there through the activation, again, and the norm, whose means are in the first rows of Memory::means.
-  FASTODE_DEVICE void sweep_unit(int u, Sum& bar, float factor, int64_t sample, int evaluation, int means,
-                                 const Places& places, const char* waiting) {
-    const cuda::Unit& unit = this->branch_.unit[u];
-    const bool coupled = is_batch(u);
-    recall_both(u, sample, evaluation, means);  // nobody reads another unit's any more
-    if (coupled) this->recall_rows(evaluation, u, sample, 1, this->memory_.means + kFound * C, factor);
-    block_barrier();
-    const ActivationArguments act{unit.activation, unit.p, unit.q};
-    FASTODE_UNROLLED
-    for (int eight = 0; eight < 2; ++eight) {
-      const int c = Tile::channel(eight);
-      const Channel channels[2] = {this->channel_of(u, c), this->channel_of(u, c + 1)};
-      FASTODE_UNROLLED
-      for (int tile = 0; tile < Tile::kTiles; ++tile) {
-        const typename Base::Words words(places, tile, eight);
-        uint32_t found[2];
-        Tile::kept_words(found, waiting, tile, eight);
-        FASTODE_UNROLLED
-        for (int i = 0; i < 4; ++i) {
-          const Channel& k = channels[i % 2];
-          const typename Base::Entry e(words, k, act, factor, i);
-          const float n = Base::both(Base::part(found[i / 2], i % 2), e, k, act);
-          bar.value[tile][eight][i] =
-              coupled ? this->combined(n, e, k, this->memory_.means + c + i % 2) : k.rstd * k.weight * n;
-        }
-      }
-    }
   }
 
   int turn_ = 0;

@@ -1,7 +1,7 @@
 // IE-Skip of a branch with batch norms in training. Otherwise as descent.cuh has it.
 #pragma once
 
-#include "batch.cuh"
+#include "batch_second.cuh"
 
 namespace fastode::device {
 
@@ -92,7 +92,7 @@ struct BatchDescentBackward {
   static constexpr int threads = Tile::kThreads;
 
   static FASTODE_DEVICE void run(const cuda::DescentCall& call) {
-    Batch<Tile> branch(call.branch, call.samples);
+    BatchSecond<Tile> branch(call.branch, call.samples);
     branch.each([&](int n) {
       State bar;
       Tile::load(bar, call.x, n);
@@ -120,7 +120,7 @@ struct BatchDescentBackward {
   }
 
   // ē of step k from the cotangent of y_k: equation (4).
-  static FASTODE_DEVICE void push(Batch<Tile>& branch, const cuda::DescentCall& call, int k) {
+  static FASTODE_DEVICE void push(BatchSecond<Tile>& branch, const cuda::DescentCall& call, int k) {
     const int e_bar = own(call, call.value, k)[branch.count() - 1];
     branch.push(
         k, call.steps + k, call.room, at(call, call.at_point.input, k), own(call, call.tangent, k),
@@ -136,7 +136,7 @@ struct BatchDescentBackward {
 
   // From ē to the cotangent of y_{k − 1}: equation (5). With k = 0 that of x: equation (6), whose pull-back is a sweep
   // without a tangent.
-  static FASTODE_DEVICE void sweep(Batch<Tile>& branch, const cuda::DescentCall& call, int k) {
+  static FASTODE_DEVICE void sweep(BatchSecond<Tile>& branch, const cuda::DescentCall& call, int k) {
     const bool last = k == 0;
     if (last) branch.no_tangent(0, call.room, call.zero[0]);
     const Slots input = last ? Slots{call.at_x.input} : at(call, call.at_point.input, k);

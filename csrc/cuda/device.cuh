@@ -25,12 +25,14 @@
 #define FASTODE_DEVICE_CALL static __device__ __noinline__
 #define FASTODE_DEVICE_HOST __device__ __host__ __forceinline__
 #define FASTODE_UNROLLED _Pragma("unroll")
+#define FASTODE_UNROLLED_8 _Pragma("unroll 8")
 #define FASTODE_ROLLED _Pragma("unroll 1")
 #else
 #define FASTODE_DEVICE inline
 #define FASTODE_DEVICE_CALL inline
 #define FASTODE_DEVICE_HOST inline
 #define FASTODE_UNROLLED
+#define FASTODE_UNROLLED_8
 #define FASTODE_ROLLED
 #endif
 
