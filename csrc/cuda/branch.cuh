@@ -33,10 +33,16 @@ class Branch {
   // Reads all parameters; `weights`: of the convolutions, too.
   FASTODE_DEVICE Branch(const cuda::Branch& branch, int samples, bool weights = true)
       : branch_(branch), samples_(samples), memory_(branch.count, weights ? branch.count : 0) {
+    FASTODE_ROLLED
+    for (int u = 0; weights && u < branch.count; ++u) {
+      const cuda::Unit& unit = branch.unit[u];
+      Tile::put_weight(memory_.weight(u), static_cast<const uint16_t*>(unit.weight), unit.weight_strides);
+    }
     Tile::clear_border(memory_.map);
+    FASTODE_ROLLED
     for (int u = 0; u < branch.count; ++u) {
       const cuda::Unit& unit = branch.unit[u];
-      if (weights) Tile::put_weight(memory_.weight(u), static_cast<const uint16_t*>(unit.weight), unit.weight_strides);
+      FASTODE_ROLLED
       for (int c = thread(); c < C; c += Tile::kThreads) {
         memory_.norm_weight(u)[c] = number(unit.norm_weight, c, 1);
         memory_.norm_bias(u)[c] = number(unit.norm_bias, c, 0);
@@ -44,23 +50,39 @@ class Branch {
         memory_.sums(u)[c] = memory_.sums(u)[C + c] = 0;
       }
     }
+    await_copies();
   }
 
   FASTODE_DEVICE int count() const { return branch_.count; }
   FASTODE_DEVICE const Memory<Tile>& memory() const { return memory_; }
 
-  // A unit's convolution's input in shared memory, again: at an evaluation whose unit inputs were kept. Barriers are
-  // the caller's: before, so that nobody reads what is there, and after.
-  FASTODE_DEVICE void revisit(State& state, int u, int64_t sample, int evaluation, const char* input) {
-    recall_statistics(evaluation, u, sample);
-    Tile::recall(state, input);
-    block_barrier();
-    put_normalised(u, state);
+  // A unit's convolution's input in shared memory, again: at an evaluation whose unit inputs and statistics were kept.
+  // What is on its way is there for all threads after await_copies and a barrier, which are the caller's.
+  FASTODE_DEVICE void request(int u, int64_t sample, int evaluation, const char* input, char* slot) const {
+    Tile::request(slot, input);
+    const float* const from = statistics(evaluation, u, sample);
+    FASTODE_ROLLED
+    for (int i = thread() * 4; i < 2 * C; i += Tile::kThreads * 4) copy_later(memory_.mean + i, from + i);
+  }
+  FASTODE_DEVICE void revisit(int u, const char* slot) const {
+    FASTODE_ROLLED
+    for (int eight = 0; eight < 2; ++eight) {
+      const Layer made = layer(u, eight);
+      FASTODE_ROLLED
+      for (int tile = 0; tile < Tile::kTiles; ++tile) {
+        uint32_t words[2];
+        Tile::kept_words(words, slot, tile, eight);
+        FASTODE_UNROLLED
+        for (int half = 0; half < 2; ++half)
+          *reinterpret_cast<uint32_t*>(Tile::word_in(memory_.map, tile, eight, half)) = made(words[half]);
+      }
+    }
   }
 
   // f(point) in `out`; `point` is overwritten. Unit inputs and statistics go where `input` and the branch say.
   FASTODE_DEVICE void value(State& point, Sum& out, int64_t sample, int evaluation, const cuda::Room& room,
                             Slots input) {
+    FASTODE_ROLLED
     for (int u = 0; u < branch_.count; ++u) {
       const cuda::Unit& unit = branch_.unit[u];
       if (input[u] >= 0) Tile::keep(point, place(room, input[u], sample));
@@ -79,6 +101,7 @@ class Branch {
   FASTODE_DEVICE void pull(Sum& bar, int64_t sample, int evaluation, const cuda::Room& room, Slots input,
                            const Left& left = {}) {
     State state;
+    FASTODE_ROLLED
     for (int u = branch_.count - 1; u >= 0; --u) {
       const cuda::Unit& unit = branch_.unit[u];
       Tile::round(state, bar);
@@ -108,6 +131,7 @@ class Branch {
   // The sums for the gradients of the norms' weights and biases, [unit][bias, weight][C].
   FASTODE_DEVICE void store_sums(float* to) const {
     block_barrier();  // unseen: it is needed where nothing was pulled back, because all of beta is zero
+    FASTODE_ROLLED
     for (int i = thread(); i < branch_.count * 2 * C; i += Tile::kThreads)
       to[i] = memory_.sums(i / (2 * C))[i % (2 * C)];
   }
@@ -133,6 +157,7 @@ class Branch {
   // The sum of one kind over a channel's parts.
   FASTODE_DEVICE float sum_channel(int kind, int c) const {
     float total = 0;
+    FASTODE_UNROLLED
     for (int i = 0; i < Tile::kDown; ++i) total += memory_.partial[(kind * Tile::kDown + i) * C + c];
     return total;
   }
@@ -150,6 +175,7 @@ class Branch {
   FASTODE_DEVICE void prepare(const cuda::Unit& unit, const State& state) {
     if (unit.norm == kGroupNorm) return take_statistics(unit, state);
     block_barrier();  // unseen: whoever still reads the norm before it finds the same numbers
+    FASTODE_ROLLED
     for (int c = thread(); c < C; c += Tile::kThreads) {
       const bool fixed = unit.norm == kFixedNorm;
       memory_.mean[c] = fixed ? number(unit.mean, c, 0) : 0;
@@ -190,10 +216,12 @@ class Branch {
     block_barrier();
     const int width = C / unit.groups, parts = Tile::kDown * width;
     const float entries = W * W / Tile::kDown;  // of a part
+    FASTODE_ROLLED
     for (int g = Tile::warp(); g < unit.groups; g += Tile::kThreads / 32) {
       const float group_mean = sum_lanes(over_parts(g, width, [&](float m, float) { return m; })) / parts;
       const float about = sum_lanes(
           over_parts(g, width, [&](float m, float s) { return s + (m - group_mean) * (m - group_mean) * entries; }));
+      FASTODE_ROLLED
       for (int c = g * width + lane(); c < (g + 1) * width; c += 32) {
         memory_.mean[c] = group_mean;
         memory_.rstd[c] = rsqrt(about / (parts * entries) + unit.eps);
@@ -212,6 +240,7 @@ class Branch {
   FASTODE_DEVICE float sum_group(int kind, int group, int width, const float* weight) const {
     const float* from = memory_.partial + kind * Tile::kDown * C;
     float total = 0;
+    FASTODE_ROLLED
     for (int i = lane(); i < Tile::kDown * width; i += 32) {
       const int c = group * width + i % width;
       total += from[i / width * C + c] * (weight ? weight[c] : 1);
@@ -223,6 +252,7 @@ class Branch {
   template <class F>
   FASTODE_DEVICE float over_parts(int group, int width, const F& f) const {
     float total = 0;
+    FASTODE_ROLLED
     for (int i = lane(); i < Tile::kDown * width; i += 32) {
       const int c = group * width + i % width;
       const float* at = memory_.partial + i / width * C + c;
@@ -237,25 +267,38 @@ class Branch {
     return value;
   }
 
-  FASTODE_DEVICE void put_normalised(int u, const State& state) const {
+  // What a unit's norm and activation make of a word: of two channels of a pixel.
+  struct Layer {
+    ActivationArguments act;
+    float mean[2], factor[2], shift[2];
+
+    FASTODE_DEVICE uint32_t operator()(uint32_t word) const {
+      const Pair pair = T::unpack(word);
+      return T::pack(activate(act, (pair.low - mean[0]) * factor[0] + shift[0]),
+                     activate(act, (pair.high - mean[1]) * factor[1] + shift[1]));
+    }
+  };
+
+  FASTODE_DEVICE Layer layer(int u, int eight) const {
     const cuda::Unit& unit = branch_.unit[u];
-    const ActivationArguments act{unit.activation, unit.p, unit.q};
     const float *weight = memory_.norm_weight(u), *bias = memory_.norm_bias(u);
+    const int c = Tile::channel(eight);
+    return {{unit.activation, unit.p, unit.q},
+            {memory_.mean[c], memory_.mean[c + 1]},
+            {memory_.rstd[c] * weight[c], memory_.rstd[c + 1] * weight[c + 1]},
+            {bias[c], bias[c + 1]}};
+  }
+
+  FASTODE_DEVICE void put_normalised(int u, const State& state) const {
     FASTODE_UNROLLED
     for (int eight = 0; eight < 2; ++eight) {
-      const int c = Tile::channel(eight);
-      const float mean[2] = {memory_.mean[c], memory_.mean[c + 1]};
-      const float factor[2] = {memory_.rstd[c] * weight[c], memory_.rstd[c + 1] * weight[c + 1]};
-      const float shift[2] = {bias[c], bias[c + 1]};
+      const Layer made = layer(u, eight);
       FASTODE_UNROLLED
       for (int tile = 0; tile < Tile::kTiles; ++tile) {
         FASTODE_UNROLLED
-        for (int half = 0; half < 2; ++half) {
-          const Pair pair = T::unpack(state.word[tile][eight][half]);
-          const float low = activate(act, (pair.low - mean[0]) * factor[0] + shift[0]);
-          const float high = activate(act, (pair.high - mean[1]) * factor[1] + shift[1]);
-          *reinterpret_cast<uint32_t*>(Tile::word_in(memory_.map, tile, eight, half)) = T::pack(low, high);
-        }
+        for (int half = 0; half < 2; ++half)
+          *reinterpret_cast<uint32_t*>(Tile::word_in(memory_.map, tile, eight, half)) =
+              made(state.word[tile][eight][half]);
       }
     }
   }
@@ -317,9 +360,11 @@ class Branch {
   FASTODE_DEVICE void take_means(int u, int kinds, int at, bool weighted = true) {
     const int width = C / branch_.unit[u].groups;
     const float* weight = weighted ? memory_.norm_weight(u) : nullptr;
+    FASTODE_ROLLED
     for (int i = Tile::warp(); i < branch_.unit[u].groups * kinds; i += Tile::kThreads / 32) {
       const int g = i / kinds, kind = i % kinds;
       const float mean = sum_group(kind, g, width, weight) / static_cast<float>(width * W * W);
+      FASTODE_ROLLED
       for (int c = g * width + lane(); c < (g + 1) * width; c += 32) memory_.means[(at + kind) * C + c] = mean;
     }
   }
@@ -363,11 +408,13 @@ class Branch {
   // Two rows, the first or the second pair of them.
   FASTODE_DEVICE void keep_rows(int evaluation, int u, int64_t sample, int pair, const float* rows) const {
     float* at = statistics(evaluation, u, sample) + pair * 2 * C;
+    FASTODE_ROLLED
     for (int i = thread(); i < 2 * C; i += Tile::kThreads) at[i] = rows[i];
   }
 
   FASTODE_DEVICE void recall_rows(int evaluation, int u, int64_t sample, int pair, float* rows, float factor) const {
     const float* at = statistics(evaluation, u, sample) + pair * 2 * C;
+    FASTODE_ROLLED
     for (int i = thread(); i < 2 * C; i += Tile::kThreads) rows[i] = factor * at[i];
   }
 
