@@ -53,6 +53,20 @@ class Branch {
     await_copies();
   }
 
+  // For `value`: mean and rstd of norms that do not measure them, in the place of the sums, which a forward has not.
+  FASTODE_DEVICE void fix_statistics() const {
+    FASTODE_ROLLED
+    for (int u = 0; u < branch_.count; ++u) {
+      const cuda::Unit& unit = branch_.unit[u];
+      const bool fixed = unit.norm == kFixedNorm;
+      FASTODE_ROLLED
+      for (int c = thread(); c < C; c += Tile::kThreads) {
+        memory_.sums(u)[c] = fixed ? number(unit.mean, c, 0) : 0;
+        memory_.sums(u)[C + c] = fixed ? rsqrt(number(unit.variance, c, 0) + unit.eps) : 1;
+      }
+    }
+  }
+
   FASTODE_DEVICE int count() const { return branch_.count; }
   FASTODE_DEVICE const Memory<Tile>& memory() const { return memory_; }
 
@@ -67,7 +81,7 @@ class Branch {
   FASTODE_DEVICE void revisit(int u, const char* slot) const {
     FASTODE_ROLLED
     for (int eight = 0; eight < 2; ++eight) {
-      const Layer made = layer(u, eight);
+      const Layer made = layer(u, eight, memory_.mean);
       FASTODE_ROLLED
       for (int tile = 0; tile < Tile::kTiles; ++tile) {
         uint32_t words[2];
@@ -84,11 +98,10 @@ class Branch {
                             Slots input) {
     FASTODE_ROLLED
     for (int u = 0; u < branch_.count; ++u) {
-      const cuda::Unit& unit = branch_.unit[u];
       if (input[u] >= 0) Tile::keep(point, place(room, input[u], sample));
-      prepare(unit, point);
-      if (branch_.statistics) keep_statistics(evaluation, u, sample);
-      put_normalised(u, point);
+      const float* const found = prepare(u, point);
+      if (branch_.statistics) keep_rows(evaluation, u, sample, 0, found);
+      put_normalised(u, found, point);
       block_barrier();
       Tile::clear(out);
       Tile::template convolve<false>(out, memory_.map, memory_.weight(u));
@@ -109,14 +122,15 @@ class Branch {
       block_barrier();
       Tile::put(memory_.map, state);
       recall_statistics(evaluation, u, sample);
+      Tile::recall(state, place(room, input[u], sample));  // on its way during the convolution
       block_barrier();
       Tile::clear(bar);
       Tile::template convolve<true>(bar, memory_.map, memory_.weight(u));
       if (left.back[u] >= 0) {
-        Tile::round(state, bar);
-        Tile::keep(state, place(room, left.back[u], sample));
+        State back;
+        Tile::round(back, bar);
+        Tile::keep(back, place(room, left.back[u], sample));
       }
-      Tile::recall(state, place(room, input[u], sample));
       pull_activation(u, state, bar);
       const bool coupled = unit.norm == kGroupNorm, wanted = left.sums && affine(unit);
       if (coupled || wanted) sum_channels(state, bar);
@@ -171,17 +185,14 @@ class Branch {
     return vector.data ? T::unpack(static_cast<const uint16_t*>(vector.data)[at * vector.stride]).low : otherwise;
   }
 
-  // Mean and rstd of a unit's norm, which all threads read after it; nobody reads the map in shared memory then.
-  FASTODE_DEVICE void prepare(const cuda::Unit& unit, const State& state) {
-    if (unit.norm == kGroupNorm) return take_statistics(unit, state);
-    block_barrier();  // unseen: whoever still reads the norm before it finds the same numbers
-    FASTODE_ROLLED
-    for (int c = thread(); c < C; c += Tile::kThreads) {
-      const bool fixed = unit.norm == kFixedNorm;
-      memory_.mean[c] = fixed ? number(unit.mean, c, 0) : 0;
-      memory_.rstd[c] = fixed ? rsqrt(number(unit.variance, c, 0) + unit.eps) : 1;
+  // Where mean and rstd of a unit's norm are, of [C] each, for all threads; nobody reads the map in shared memory then.
+  FASTODE_DEVICE const float* prepare(int u, const State& state) {
+    if (branch_.unit[u].norm != kGroupNorm) {
+      block_barrier();
+      return memory_.sums(u);
     }
-    block_barrier();
+    take_statistics(branch_.unit[u], state);
+    return memory_.mean;
   }
 
   // Means and squares about them: of a thread's entries of a channel, then of lanes, warps and channels merged by
@@ -279,20 +290,21 @@ class Branch {
     }
   };
 
-  FASTODE_DEVICE Layer layer(int u, int eight) const {
+  // `found`: mean, then rstd.
+  FASTODE_DEVICE Layer layer(int u, int eight, const float* found) const {
     const cuda::Unit& unit = branch_.unit[u];
     const float *weight = memory_.norm_weight(u), *bias = memory_.norm_bias(u);
     const int c = Tile::channel(eight);
     return {{unit.activation, unit.p, unit.q},
-            {memory_.mean[c], memory_.mean[c + 1]},
-            {memory_.rstd[c] * weight[c], memory_.rstd[c + 1] * weight[c + 1]},
+            {found[c], found[c + 1]},
+            {found[C + c] * weight[c], found[C + c + 1] * weight[c + 1]},
             {bias[c], bias[c + 1]}};
   }
 
-  FASTODE_DEVICE void put_normalised(int u, const State& state) const {
+  FASTODE_DEVICE void put_normalised(int u, const float* found, const State& state) const {
     FASTODE_UNROLLED
     for (int eight = 0; eight < 2; ++eight) {
-      const Layer made = layer(u, eight);
+      const Layer made = layer(u, eight, found);
       FASTODE_UNROLLED
       for (int tile = 0; tile < Tile::kTiles; ++tile) {
         FASTODE_UNROLLED
@@ -416,10 +428,6 @@ class Branch {
     const float* at = statistics(evaluation, u, sample) + pair * 2 * C;
     FASTODE_ROLLED
     for (int i = thread(); i < 2 * C; i += Tile::kThreads) rows[i] = factor * at[i];
-  }
-
-  FASTODE_DEVICE void keep_statistics(int evaluation, int u, int64_t sample) const {
-    keep_rows(evaluation, u, sample, 0, memory_.mean);
   }
 
   FASTODE_DEVICE void recall_statistics(int evaluation, int u, int64_t sample) const {

@@ -15,6 +15,7 @@ struct DescentForward {
 
   static FASTODE_DEVICE void run(const cuda::DescentCall& call) {
     Branch<Tile> branch(call.branch, call.samples);
+    branch.fix_statistics();
     FASTODE_ROLLED
     for (int n = block(); n < call.samples; n += blocks()) {
       typename Tile::State y;

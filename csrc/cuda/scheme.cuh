@@ -20,6 +20,7 @@ struct SchemeForward {
 
   static FASTODE_DEVICE void run(const cuda::SchemeCall& call) {
     Branch<Tile> branch(call.branch, call.samples);
+    branch.fix_statistics();
     FASTODE_ROLLED
     for (int n = block(); n < call.samples; n += blocks()) {
       typename Tile::State point;

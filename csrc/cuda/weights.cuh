@@ -63,17 +63,18 @@ struct Products {
     }
   }
 
-  // Adds the warp's products to, or puts them at, [tap][in][out].
-  FASTODE_DEVICE void store(float* to, bool add) const {
+  // The taps of a turn are put at, or added to, [tap][in][out].
+  FASTODE_DEVICE void store(float* to, int turn = 0) const {
     FASTODE_UNROLLED
     for (int tap = 0; tap < 9; ++tap) {
+      if (tap % kParts != (part() + turn) % kParts) continue;
       FASTODE_UNROLLED
       for (int i = 0; i < kEach * 8; ++i) {
         const int in = first_in() + lane() / 4 + i / 2 % 2 * 8;
         const int out = first_out() + i / 8 * 16 + i / 4 % 2 * 8 + lane() % 4 * 2 + i % 2;
         float& place = to[(tap * C + in) * C + out];
         const float own = value[tap][i / 8][i / 4 % 2][i % 4];
-        place = add ? place + own : own;
+        place = turn > 0 ? place + own : own;
       }
     }
   }
@@ -166,12 +167,14 @@ struct WeightGradients {
 
   static constexpr int kSums = kShares ? Products<Tile>::kEntries : 0;
 
+  // In each turn a part adds other taps than its neighbours do, so that all of them work at once, and in an order that
+  // is always the same.
   static FASTODE_DEVICE void store(float* to, const Products<Tile>& products, const Memory<Tile>& memory) {
-    if (!kShares) return products.store(to, false);
+    if (!kShares) return products.store(to);
     float* const sums = reinterpret_cast<float*>(memory.end + 3 * Tile::kKeptBytes);
     FASTODE_ROLLED
-    for (int part = 0; part < Products<Tile>::kParts; ++part) {
-      if (part == Products<Tile>::part()) products.store(sums, part > 0);
+    for (int turn = 0; turn < Products<Tile>::kParts; ++turn) {
+      products.store(sums, turn);
       block_barrier();
     }
     FASTODE_ROLLED
