@@ -24,12 +24,14 @@ BASE = {
     "batch": 3,  # on the test machine's two blocks
     "steps": 2,
 }
-NORMS = ("group", "batch_eval", "none")
+NORMS = ("group", "batch_eval", "none", "batch")
 PROGRAMS = {
     "scheme, forward": {"family": "ssp2", "mode": "forward"},
     "scheme, input gradient": {"family": "ssp2", "mode": "input_grad"},
     "scheme, step": {"family": "ssp2", "mode": "train"},
     "descent, forward": {"family": "ie", "mode": "forward"},
+    "descent, input gradient": {"family": "ie", "mode": "input_grad"},
+    "descent, step": {"family": "ie", "mode": "train"},
 }
 
 

@@ -48,7 +48,11 @@ def possible(case: Case) -> bool:
     return units <= TILES[case["map"]] and not (case["family"] == "ark" and case["mode"] != "forward")
 
 
-CASES = [case for seed in SEEDS for case in covering(FACTORS, seed=seed, possible=possible)]
+# With batch norms in training the programs are others.
+COUPLED = FACTORS | {"norm": ("batch", "batch_bare", "batch_cumulative"), "dtype": (torch.bfloat16,)}
+CASES = [
+    case for factors in (FACTORS, COUPLED) for seed in SEEDS for case in covering(factors, seed=seed, possible=possible)
+]
 
 
 @pytest.fixture(autouse=True)
@@ -78,12 +82,15 @@ def test_blocks_equal_their_reference(case: Case) -> None:
     judge(case)
 
 
+@pytest.mark.parametrize(("norm", "dtype"), [("group", torch.float16), ("batch", torch.bfloat16)])
 @pytest.mark.parametrize("activation", FACTORS["activation"])
-def test_a_step_of_ie_skip_is_differentiated_twice_through_every_activation(activation: str) -> None:
+def test_a_step_of_ie_skip_is_differentiated_twice_through_every_activation(
+    activation: str, norm: str, dtype: torch.dtype
+) -> None:
     judge(
         {
-            "family": "ie", "norm": "group", "activation": activation, "convolution": "3x3", "shape": "two_layers",
-            "dtype": torch.float16, "map": (16, 8), "layout": "channels_last", "batch": 3, "mode": "train", "steps": 2,
+            "family": "ie", "norm": norm, "activation": activation, "convolution": "3x3", "shape": "two_layers",
+            "dtype": dtype, "map": (16, 8), "layout": "channels_last", "batch": 3, "mode": "train", "steps": 2,
             "theta": 0.5, "detach": False, "order": "random 1",
         }
     )  # fmt: skip
@@ -94,9 +101,10 @@ def test_a_step_of_ie_skip_is_differentiated_twice_through_every_activation(acti
     ("ssp3", "forward", 1), ("ie", "forward", 1), ("ssp3", "input_grad", 2), ("ie", "input_grad", 2),
     ("ssp3", "train", 4), ("ie", "train", 4),
 ])  # fmt: skip
-def test_a_block_is_one_launch_each_way(family: str, mode: str, launches: int, keeps: bool) -> None:
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_a_block_is_one_launch_each_way(family: str, mode: str, launches: int, keeps: bool, norm: str) -> None:
     """Beside those two, a training step has one for all convolutions and one that adds up."""
-    case = case_of(family, dtype=torch.bfloat16, channels=16, size=(8, 8), mode=mode)
+    case = case_of(family, norm=norm, dtype=torch.bfloat16, channels=16, size=(8, 8), mode=mode)
     _, fused = make_pair(case)
     fused.engine = Resident.name
     fused.requires_grad_(mode == "train")
@@ -169,7 +177,7 @@ def test_maps_may_lie_anywhere(strides: str, family: str) -> None:
     assert_same_bits(results(block, dense, view), results(block, dense, fenced(view)))
 
 
-@pytest.mark.parametrize("norm", ["group", "batch_eval"])
+@pytest.mark.parametrize("norm", ["group", "batch_eval", "batch"])
 def test_parameters_may_lie_anywhere(norm: str) -> None:
     block = on_programs(make_pair(case_of("ie", norm=norm, theta=0.5, steps=2, **SMALL))[1])
     other, x, cotangent = copy.deepcopy(block), make_input(case_of(**SMALL)), numbers(BATCH, CHANNELS, SIDE, SIDE)
@@ -215,9 +223,10 @@ def without_weights(branch: nn.Module) -> nn.Module:
     return branch
 
 
+@pytest.mark.parametrize("norm", ["batch", "batch_eval"])
 @pytest.mark.parametrize("family", ["ssp2", "ie"])
-def test_a_norm_with_a_bias_alone_is_trained(family: str) -> None:
-    case = case_of(family, norm="batch_eval", theta=0.5, **SMALL)
+def test_a_norm_with_a_bias_alone_is_trained(family: str, norm: str) -> None:
+    case = case_of(family, norm=norm, theta=0.5, **SMALL)
     plain, fused = (without_weights(block) for block in make_pair(case))
     assert_blocks_equal(plain, on_programs(fused), make_input(case))
 
@@ -236,11 +245,12 @@ def sparse_pair(name: str, branch: nn.Module) -> tuple[nn.Module, nn.Module]:
     return reference.ShuOsher(branch, tableau), on_programs(fastode.nn.ShuOsher(copy.deepcopy(branch), tableau))
 
 
+@pytest.mark.parametrize("norm", ["layer", "batch"])
 @pytest.mark.parametrize("mode", ["train", "input_grad", "forward"])
 @pytest.mark.parametrize("name", SPARSE)
-def test_coefficients_may_be_zero(name: str, mode: str) -> None:
+def test_coefficients_may_be_zero(name: str, mode: str, norm: str) -> None:
     """Tables of two stages are read by the programs, as learned ones are: the host does not know their zeros."""
-    case = case_of("ssp2", **SMALL)
+    case = case_of("ssp2", norm=norm, **SMALL)
     plain, fused = sparse_pair(name, make_pair(case)[0].branch)
     assert_blocks_equal(plain, fused, make_input(case), mode=mode)
 
@@ -272,6 +282,41 @@ def test_what_is_infinite_counts_nothing_zero_times(name: str) -> None:
     x = make_input(case)
     x[0, 3, 4, 4] = torch.inf
     assert_as_finite(plain, fused, x)
+
+
+def test_a_batch_norm_in_training_of_float16_is_refused() -> None:
+    block = make_pair(case_of("ssp3", norm="batch", **SMALL | {"dtype": torch.float16}))[1]
+    reason = "its programs for CUDA take batch norms in training in bfloat16 only, and not in torch.float16"
+    assert choice.can_use(Resident.name, block, make_input(case_of(**SMALL)).half()) == (False, reason)
+    assert choice.can_use(Resident.name, block.eval(), make_input(case_of(**SMALL)).half()) == (True, "")
+
+
+def test_a_batch_norm_in_training_beside_another_norm_is_refused() -> None:
+    block = make_pair(case_of("ie", norm="batch", **SMALL))[1]
+    x = make_input(case_of(**SMALL))
+    assert choice.can_use(Resident.name, block, x) == (True, "")
+    block.branch[3] = nn.GroupNorm(1, CHANNELS).to(x.dtype)  # type: ignore[union-attr, operator]
+    reason = "its programs for CUDA take no batch norm in training beside a norm of each sample by itself"
+    assert choice.can_use(Resident.name, block, x) == (False, reason)
+
+
+@pytest.mark.parametrize("family", ["ssp2", "ie"])
+@pytest.mark.parametrize("fixed", [0, 3])
+def test_one_of_two_batch_norms_may_have_given_statistics(fixed: int, family: str) -> None:
+    case = case_of(family, norm="batch", activation="silu", theta=0.5, steps=2, **SMALL)
+    plain, fused = make_pair(case)
+    for block in (plain, fused):
+        block.branch[fixed].eval()  # type: ignore[index, union-attr]
+    for name in ORDERS:
+        with order(name):
+            assert_blocks_equal(copy.deepcopy(plain), on_programs(copy.deepcopy(fused)), make_input(case))
+
+
+@pytest.mark.parametrize("family", ["ssp3", "ie"])
+def test_a_batch_norms_mean_may_be_far_above_its_deviation(family: str) -> None:
+    case = case_of(family, norm="batch", steps=2, **SMALL)
+    plain, fused = make_pair(case)
+    assert_blocks_equal(plain, on_programs(fused), make_input(case) * 0.05 + 8)
 
 
 def test_coefficients_that_are_all_that_is_trained_are_refused() -> None:

@@ -31,12 +31,13 @@ def smallest() -> list[gpu_rows.Row]:
 
 
 def test_each_size_is_there_with_each_family_and_the_papers_sizes_come_first() -> None:
-    found = [(w.id, w.shape) for w in programs.workloads()]
-    assert set(found) == {(id, f"{c}@{side}") for id in ("ssp3", "ie", "res") for c, side in TILES}
-    assert len(found) == 3 * len(TILES)
-    assert [shape for _, shape in found[::3]][:3] == ["16@32", "64@8", "32@16"]
-    assert {(w.id, w.shape) for w in programs.timed()} == {
-        (id, shape) for id in ("ssp3", "ie") for shape in ("16@32", "64@8", "32@16")
+    found = [(w.id, w.variant, w.shape) for w in programs.workloads()]
+    kinds = (("ssp3", "eval"), ("ie", "k1"), ("res", "eval"), ("ssp3", ""), ("ie-bn", "k1"))
+    assert set(found) == {(*kind, f"{c}@{side}") for kind in kinds for c, side in TILES}
+    assert len(found) == len(kinds) * len(TILES)
+    assert [shape for *_, shape in found[:: len(kinds)]][:3] == ["16@32", "64@8", "32@16"]
+    assert {(w.id, w.variant, w.shape) for w in programs.timed()} == {
+        (*kind, shape) for kind in kinds[:2] for shape in ("16@32", "64@8", "32@16")
     }
 
 
@@ -45,6 +46,10 @@ def test_the_sources_name_the_programs() -> None:
         "SchemeForward",
         "SchemeBackward",
         "DescentForward",
+        "BatchSchemeForward",
+        "BatchSchemeBackward",
+        "BatchDescentForward",
+        "BatchDescentBackward",
         "WeightGradients",
         "FinishGradients",
     } <= programs.names()

@@ -20,6 +20,7 @@ from fastode.ops.plan import Plan
 from fastode.ops.rerun import Rerun
 from fastode.ops.resident.functions import ResidentShuOsherFunction
 from fastode.ops.schemes.runge_kutta.stages import Scheme
+from fastode.tableau import Tableau
 from fastode.testing import Judge, assert_blocks_equal, sample_input
 
 SHAPES = [(16, 32, 32), (32, 16, 16), (64, 8, 8), (128, 4, 4), (3, 5, 7), (24, 9, 3), (20, 2, 1)]
@@ -337,3 +338,12 @@ def test_the_gradient_of_any_schemes_coefficients(rows: tuple, activation: str, 
     y.backward(cotangent)
     torch.testing.assert_close(y, points[-1])
     torch.testing.assert_close(tables[1].grad, tables[0].grad)
+
+
+def test_running_statistics_do_not_see_an_evaluation_that_no_coefficient_asks_for() -> None:
+    """As in the reference, which does not evaluate it."""
+    unused = Tableau("unused", order=1, alpha=((1.0,), (0.5, 0.5)), beta=((0.5,), (0.3, 0.0)))
+    branch = preactivation(8, "batch")
+    plain, twin = reference.ShuOsher(branch, unused), fastode.nn.ShuOsher(copy.deepcopy(branch), unused)
+    twin.engine = "resident"
+    assert_blocks_equal(plain, twin, sample_input(3, 8, 6, 6))

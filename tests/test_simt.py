@@ -226,8 +226,7 @@ def test_a_write_to_a_block_that_has_left() -> None:
 def grid(bug: int) -> bool:
     before = torch.randn(5, 64)
     after = before.clone()
-    counter = torch.zeros(1, dtype=torch.int32)
-    probe("grid", [after, counter], bug, 3, blocks=5, threads=64, cooperative=True)
+    probe("grid", [after], bug, 3, blocks=5, threads=64, cooperative=True)
     return torch.equal(after, before.roll(-3, 0) + 1 + 1 + 1)
 
 
@@ -236,14 +235,9 @@ def test_a_grid_barrier_and_one_that_is_missing(turns: str) -> None:
     assert not grid(1)
 
 
-def test_a_grid_barriers_counter_has_to_be_zeroed() -> None:
-    with pytest.raises(RuntimeError, match=r"the counter of grid_barrier \(probes.cuh:\d+\) is not zero at first"):
-        probe("grid", [torch.zeros(64), torch.ones(1, dtype=torch.int32)], 0, 1, threads=64, cooperative=True)
-
-
 def test_many_blocks_are_there_at_once() -> None:
-    map_, counter = torch.zeros(132 * 256), torch.zeros(1, dtype=torch.int32)
-    probe("grid", [map_, counter], 0, 4, blocks=132, threads=256, cooperative=True)
+    map_ = torch.zeros(132 * 256)
+    probe("grid", [map_], 0, 4, blocks=132, threads=256, cooperative=True)
     assert torch.equal(map_, torch.full_like(map_, 4))
 
 
@@ -263,10 +257,9 @@ DIVERGENT = {
 
 @pytest.mark.parametrize("bug", DIVERGENT)
 def test_threads_that_do_not_meet_end_the_launch(bug: int, turns: str) -> None:
-    counter = [torch.zeros(1, dtype=torch.int32)]
     with pytest.raises(RuntimeError, match=DIVERGENT[bug]):
-        probe("divergent", counter, bug, threads=64)
-    probe("divergent", counter, 0, threads=64)  # and the next one runs
+        probe("divergent", [], bug, threads=64)
+    probe("divergent", [], 0, threads=64)  # and the next one runs
 
 
 # ---- memory

@@ -195,9 +195,9 @@ class Branch {
     return memory_.mean;
   }
 
-  // Means and squares about them: of a thread's entries of a channel, then of lanes, warps and channels merged by
-  // Chan's rule for parts of one size, so that a mean far above the deviation costs no digits.
-  FASTODE_DEVICE void take_statistics(const cuda::Unit& unit, const State& state) {
+  // Means and squares about them: of a thread's entries of a channel, then of lanes merged by Chan's rule for parts of
+  // one size, so that a mean far above the deviation costs no digits. The warps' parts are left.
+  FASTODE_DEVICE void leave_moments(const State& state) const {
     float parts_of[2][4];
     float (&mean)[4] = parts_of[0], (&squares)[4] = parts_of[1];
     FASTODE_UNROLLED
@@ -225,6 +225,11 @@ class Branch {
     }
     leave_partial(parts_of, false);
     block_barrier();
+  }
+
+  // Those of a group norm: of warps and channels merged by the same rule.
+  FASTODE_DEVICE void take_statistics(const cuda::Unit& unit, const State& state) {
+    leave_moments(state);
     const int width = C / unit.groups, parts = Tile::kDown * width;
     const float entries = W * W / Tile::kDown;  // of a part
     FASTODE_ROLLED

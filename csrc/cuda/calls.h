@@ -25,6 +25,9 @@ Queue queue_of(const Tensor& x);
 // Whether a tensor lies where programs read it and the host does not.
 bool on_card(const Tensor& tensor);
 
+// Memory that nobody has written yet: the test machine fills it with NaN.
+void unset(void* begin, int64_t bytes);
+
 inline void launched(const char* error) {
   if (error) throw std::runtime_error(std::string("a program was not launched: ") + error);
 }
@@ -93,7 +96,9 @@ inline Branch branch_of(const Tensors& parameters, const Integers& units, const 
 class Store {
  public:
   Store(const Tensor& x, int places, int64_t numbers)
-      : tensor(new_vector(x, maps(x, places) + numbers * static_cast<int64_t>(sizeof(float)), ScalarType::Byte)) {}
+      : tensor(new_vector(x, maps(x, places) + numbers * static_cast<int64_t>(sizeof(float)), ScalarType::Byte)) {
+    unset(at(), tensor.size(0));
+  }
   explicit Store(const Tensor& found) : tensor(found) {}
 
   char* at() const { return static_cast<char*>(tensor.data_ptr()); }
@@ -110,6 +115,25 @@ class Store {
 // The statistics of so many evaluations.
 inline int64_t statistics_of(const Tensor& x, int evaluations, int units) {
   return static_cast<int64_t>(evaluations) * units * x.size(0) * 4 * x.size(1);
+}
+
+// How many norms of a branch are batch norms in training, which couple the samples.
+inline int batch_norms(const Branch& branch) {
+  int count = 0;
+  for (int u = 0; u < branch.count; ++u) count += branch.unit[u].norm == kBatchNorm;
+  return count;
+}
+
+// What the samples exchange at these norms.
+inline int64_t exchange_of(const Tensor& x, const Branch& branch) {
+  return batch_norms(branch) > 0 ? 2 * x.size(0) * kMostSums * x.size(1) : 0;
+}
+
+// Their mean and variance at each of so many evaluations, for running statistics.
+inline Tensor new_measured(const Tensor& x, Branch& branch, int64_t evaluations) {
+  const Tensor made = new_vector(x, evaluations * batch_norms(branch) * 2 * x.size(1), ScalarType::Float);
+  branch.measured = static_cast<float*>(made.data_ptr());
+  return made;
 }
 
 // A backward's sums of the norms' gradients, from so many blocks.

@@ -74,7 +74,6 @@ struct DescentBackward {
 
   static FASTODE_DEVICE void run(const cuda::DescentCall& call) {
     Second<Tile> branch(call.branch, call.samples);
-    block_barrier();
     FASTODE_ROLLED
     for (int n = block(); n < call.samples; n += blocks()) {
       typename Tile::State bar;

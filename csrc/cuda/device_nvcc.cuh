@@ -3,6 +3,7 @@
 
 #include "device.cuh"
 
+#include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -26,6 +27,9 @@ FASTODE_DEVICE void gap(void*, size_t) {}
 FASTODE_DEVICE uint32_t load_word(const uint16_t* at) { return *reinterpret_cast<const uint32_t*>(at); }
 
 FASTODE_DEVICE void block_barrier() { __syncthreads(); }
+
+// The driver has its counter, so that launches at the same time, and replays of a graph, need none of their own.
+FASTODE_DEVICE void grid_barrier() { cooperative_groups::this_grid().sync(); }
 
 FASTODE_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
@@ -144,8 +148,13 @@ int most_blocks(const Launch& how) {
 // Runs Program::run(arguments) on every thread, on the current card; null, or what the driver says.
 template <class Program, class Arguments>
 const char* launch(const Launch& how, const Arguments& arguments) {
-  kernel<Program, Arguments>
-      <<<how.blocks, how.threads, how.shared_bytes, static_cast<cudaStream_t>(how.stream)>>>(arguments);
+  const cudaStream_t stream = static_cast<cudaStream_t>(how.stream);
+  if (how.cooperative) {
+    void* given[] = {const_cast<Arguments*>(&arguments)};
+    cudaLaunchCooperativeKernel(&kernel<Program, Arguments>, how.blocks, how.threads, given, how.shared_bytes, stream);
+  } else {
+    kernel<Program, Arguments><<<how.blocks, how.threads, how.shared_bytes, stream>>>(arguments);
+  }
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

@@ -11,7 +11,7 @@ struct Memory {
   static constexpr int C = Tile::kChannels;
   // Of each unit: the norm's weight and bias, the convolution's bias, and sums for the gradients of the first two.
   static constexpr int kNumbers = 5 * C;
-  static constexpr int kMeans = 9, kSums = 3;
+  static constexpr int kMeans = 9, kSums = cuda::kMostSums;
 
   // `weights`: of how many units those of the convolutions lie there, too.
   static constexpr size_t bytes(int units, int weights) {

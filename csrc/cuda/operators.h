@@ -10,11 +10,13 @@
 
 namespace fastode::cuda {
 
-// Places by number: those of every unit's input at each stage, then one for each image and each cotangent.
+// Places by number: those of every unit's input at each stage, then one for each image and each cotangent. Where batch
+// norms couple the samples all maps have places, of which those that no backward reads serve every stage.
 class SchemePlaces {
  public:
   // `table` [2, s, s], float64, on the host or, learned, on the card. `keep`: for a backward.
   SchemePlaces(SchemeCall& call, const Tensor& table, bool keep) : call_(call) {
+    const bool coupled = batch_norms(call.branch) > 0;
     const int s = static_cast<int>(table.size(1)), units = call.branch.count;
     if (s > kMostStages) throw std::runtime_error("a scheme has more stages than the programs take");
     const double* numbers = static_cast<const double*>(table.data_ptr());
@@ -27,16 +29,20 @@ class SchemePlaces {
       }
     }
     for (int k = 0; k < s; ++k) {
-      bool point = keep, image = false;
+      bool point = keep || coupled, image = false;
       for (int i = k + 1; i < s; ++i) point = point || call.alpha[i][k] != 0, image = image || call.beta[i][k] != 0;
       call.point[k] = point ? slots++ : -1;
       call.image[k] = image ? slots++ : -1;
-      for (int u = 0; u < kMostUnits; ++u) call.input[k][u] = u > 0 && u < units && keep ? slots++ : -1;
+      for (int u = 0; u < kMostUnits; ++u) {
+        const bool wanted = u > 0 && u < units && (keep || coupled);
+        call.input[k][u] = !wanted ? -1 : keep || k == 0 ? slots++ : call.input[0][u];
+      }
+      if (coupled) call.input[k][0] = call.point[k];
     }
     for (int k = 0; k <= s; ++k) {
       bool again = false;  // whether the cotangent of u_k is read after that of u_{k − 1} was made
       for (int j = 0; k > 0 && j < k - 1; ++j) again = again || call.alpha[k - 1][j] != 0 || call.beta[k - 1][j] != 0;
-      call.bar[k] = keep && again ? slots++ : -1;
+      call.bar[k] = keep && again && !coupled ? slots++ : -1;
     }
   }
 
@@ -75,11 +81,16 @@ inline Forward scheme_forward(const Tensor& x, const Tensors& parameters, const 
   const Tensor y = new_map_like(x);
   SchemeCall call = scheme_call(x, y, parameters, units, numbers);
   const SchemePlaces places(call, table, keep);
-  const Store kept(x, places.slots, keep ? statistics_of(x, call.stages, call.branch.count) : 0);
+  const int64_t statistics = keep ? statistics_of(x, call.stages, call.branch.count) : 0;
+  const Store kept(x, places.slots, statistics + exchange_of(x, call.branch));
   call.room = {kept.at(), nullptr, places.slots, x.size(0)};
   call.branch.statistics = keep ? kept.numbers(x, places.slots) : nullptr;
-  launched(cuda::scheme_forward(type_of(x), shape_of(x), call, queue_of(x)));
-  return {y, new_vector(x, 0, ScalarType::Float), keep ? Tensors{kept.tensor} : Tensors{}};
+  call.branch.exchange = kept.numbers(x, places.slots) + statistics;
+  const Tensor measured = new_measured(x, call.branch, call.stages);
+  const bool coupled = batch_norms(call.branch) > 0;
+  launched(coupled ? batch_scheme_forward(type_of(x), shape_of(x), call, queue_of(x))
+                   : cuda::scheme_forward(type_of(x), shape_of(x), call, queue_of(x)));
+  return {y, measured, keep ? Tensors{kept.tensor} : Tensors{}};
 }
 
 // Adds a product for each unit to those of the weights' gradients; `tangent`: along it.
@@ -143,42 +154,56 @@ inline Gradients scheme_backward(const Tensor& x, const Tensor& cotangent, const
   const Store kept(pieces[0]);
   const Tensor bar = new_map_like(x);
   const Queue queue = queue_of(x);
-  BackwardCall call{scheme_call(cotangent, bar, parameters, units, numbers), {}, nullptr};
+  BackwardCall call{scheme_call(cotangent, bar, parameters, units, numbers), {}, nullptr, {}};
   SchemeCall& scheme = call.scheme;
   SchemePlaces places(scheme, table, true);
   places.turn();
   scheme.branch.statistics = kept.numbers(x, places.slots);
   const int count = scheme.branch.count;
+  const bool coupled = batch_norms(scheme.branch) > 0;
   int slots = 0;
+  if (coupled) {
+    for (int& back : call.back) back = places.slots;
+    ++slots;
+    for (int k = 1; k <= scheme.stages; ++k) scheme.bar[k] = places.slots + slots++;
+  }
   WeightsCall weights{scheme.samples, 0, scheme.branch, {}, nullptr, {}};
   for (int k = 0; k < scheme.stages; ++k) {
     const bool used = gradients && places.used(k);
     for (int u = 0; u < count; ++u) call.cotangent[k][u] = used ? places.slots + slots++ : -1;
     if (used) add_product(weights, k, scheme.input[k], call.cotangent[k], 1);
   }
-  const int rows = gradients ? scheme_backward_blocks(type_of(x), shape_of(x), call, queue) : 0;
-  const Store own(x, slots, sums_of(x, rows, count));
+  int rows = 0;
+  if (gradients)
+    rows = coupled ? batch_scheme_backward_blocks(type_of(x), shape_of(x), call, queue)
+                   : scheme_backward_blocks(type_of(x), shape_of(x), call, queue);
+  const int64_t sums = sums_of(x, rows, count);
+  const Store own(x, slots, sums + exchange_of(x, scheme.branch));
   scheme.room = weights.room = {kept.at(), own.at(), places.slots, x.size(0)};
   weights.branch.statistics = scheme.branch.statistics;
   call.sums = gradients ? own.numbers(x, slots) : nullptr;
-  launched(cuda::scheme_backward(type_of(x), shape_of(x), call, queue));
+  scheme.branch.exchange = own.numbers(x, slots) + sums;
+  launched(coupled ? batch_scheme_backward(type_of(x), shape_of(x), call, queue)
+                   : cuda::scheme_backward(type_of(x), shape_of(x), call, queue));
   return {bar, gradients ? parameter_gradients(x, weights, parameters, units, call.sums, rows) : Tensors{}};
 }
 
 // ---- IE-Skip
 
-// The places of a forward, with `keep` those that a backward reads, and of that backward.
+// The places of a forward, with `keep` those that a backward reads, and of that backward. Where batch norms couple the
+// samples all maps have places.
 inline void place_descent(DescentCall& call, bool keep) {
   const int count = call.branch.count;
+  const bool coupled = batch_norms(call.branch) > 0;
   int next = 0;
   const auto take = [&](bool wanted) { return wanted ? next++ : -1; };
-  for (int u = 0; u < kMostUnits; ++u) call.at_x.input[u] = take(u < count && (u == 0 || keep));
+  for (int u = 0; u < kMostUnits; ++u) call.at_x.input[u] = take(u < count && (u == 0 || keep || coupled));
   call.skip = take(call.theta != 1 && call.steps > 0);
   const int first = next;
   for (int u = 0; u < kMostUnits; ++u) {
     call.at_point.input[u] = take(u < count);
     call.at_point.cotangent[u] = take(u < count && (keep || u + 1 == count));
-    call.at_point.back[u] = take(u < count && keep);
+    call.at_point.back[u] = take(u < count && (keep || coupled));
   }
   call.stride = keep ? next - first : 0;
   call.room.split = keep ? first + call.steps * call.stride : next;
@@ -190,6 +215,10 @@ inline int place_backward(DescentCall& call, bool gradients) {
   int next = call.room.split;
   const auto take = [&](bool wanted) { return wanted ? next++ : -1; };
   call.bar = next++, call.e_bars = next++;
+  const bool coupled = batch_norms(call.branch) > 0;
+  call.waiting = take(coupled);
+  const int zero = take(coupled);
+  for (int& place : call.zero) place = zero;
   for (int u = 0; u < kMostUnits; ++u) call.at_x.cotangent[u] = take(u < count && gradients);
   const int first = next;
   for (int u = 0; u < kMostUnits; ++u) call.tangent[u] = take(u < count), call.value[u] = take(u < count);
@@ -207,19 +236,23 @@ inline DescentCall descent_call(const Tensor& x, const Tensor& result, const Ten
   return call;
 }
 
-inline std::tuple<Tensor, Tensors> descent_forward(const Tensor& x, const Tensors& parameters, const Integers& units,
-                                                   const Numbers& numbers, int64_t steps, double step_size,
-                                                   double theta, bool keep) {
+inline Forward descent_forward(const Tensor& x, const Tensors& parameters, const Integers& units,
+                               const Numbers& numbers, int64_t steps, double step_size, double theta, bool keep) {
   const Tensor y = new_map_like(x);
   DescentCall call = descent_call(x, y, parameters, units, numbers, steps, step_size, theta);
   place_descent(call, keep);
   // Behind the evaluations there is room for the tangents' means of a backward.
   const int places = call.room.split;
-  const Store kept(x, places, statistics_of(x, (keep ? 2 : 1) * call.steps + 1, call.branch.count));
+  const int64_t statistics = statistics_of(x, (keep ? 2 : 1) * call.steps + 1, call.branch.count);
+  const Store kept(x, places, statistics + exchange_of(x, call.branch));
   call.room = {kept.at(), nullptr, places, x.size(0)};
   call.branch.statistics = kept.numbers(x, places);
-  launched(cuda::descent_forward(type_of(x), shape_of(x), call, queue_of(x)));
-  return {y, keep ? Tensors{kept.tensor} : Tensors{}};
+  call.branch.exchange = call.branch.statistics + statistics;
+  const Tensor measured = new_measured(x, call.branch, steps + 1);
+  const bool coupled = batch_norms(call.branch) > 0;
+  launched(coupled ? batch_descent_forward(type_of(x), shape_of(x), call, queue_of(x))
+                   : cuda::descent_forward(type_of(x), shape_of(x), call, queue_of(x)));
+  return {y, measured, keep ? Tensors{kept.tensor} : Tensors{}};
 }
 
 inline void shift(int (&places)[kMostUnits], int by) {
@@ -247,7 +280,7 @@ inline Gradients descent_backward(const Tensor& x, const Tensor& cotangent, cons
                                   int64_t steps, double step_size, double theta, bool gradients) {
   Tensors pieces = kept_pieces;
   if (pieces.empty())
-    pieces = std::get<1>(descent_forward(x, parameters, units, numbers, steps, step_size, theta, true));
+    pieces = std::get<2>(descent_forward(x, parameters, units, numbers, steps, step_size, theta, true));
   const Store kept(pieces[0]);
   const Tensor bar = new_map_like(x);
   const Queue queue = queue_of(x);
@@ -255,11 +288,18 @@ inline Gradients descent_backward(const Tensor& x, const Tensor& cotangent, cons
   place_descent(call, true);
   const int places = call.room.split, slots = place_backward(call, gradients);
   call.branch.statistics = kept.numbers(x, places);
-  const int rows = gradients ? descent_backward_blocks(type_of(x), shape_of(x), call, queue) : 0;
-  const Store own(x, slots, sums_of(x, rows, call.branch.count));
+  const bool coupled = batch_norms(call.branch) > 0;
+  int rows = 0;
+  if (gradients)
+    rows = coupled ? batch_descent_backward_blocks(type_of(x), shape_of(x), call, queue)
+                   : descent_backward_blocks(type_of(x), shape_of(x), call, queue);
+  const int64_t sums = sums_of(x, rows, call.branch.count);
+  const Store own(x, slots, sums + exchange_of(x, call.branch));
   call.room = {kept.at(), own.at(), places, x.size(0)};
   call.sums = gradients ? own.numbers(x, slots) : nullptr;
-  launched(cuda::descent_backward(type_of(x), shape_of(x), call, queue));
+  call.branch.exchange = own.numbers(x, slots) + sums;
+  launched(coupled ? batch_descent_backward(type_of(x), shape_of(x), call, queue)
+                   : cuda::descent_backward(type_of(x), shape_of(x), call, queue));
   if (!gradients) return {bar, {}};
   WeightsCall weights = descent_products(call);
   return {bar, parameter_gradients(x, weights, parameters, units, call.sums, rows)};
@@ -282,8 +322,7 @@ inline Backward rk_backward(const Tensor& x, const Tensor& cotangent, const Tens
 
 inline Forward ie_forward(const Tensor& x, const Tensors& parameters, const Integers& units, const Numbers& numbers,
                           int64_t steps, double step_size, double theta, bool keep, bool) {
-  auto [y, kept] = descent_forward(x, parameters, units, numbers, steps, step_size, theta, keep);
-  return {y, new_vector(x, 0, ScalarType::Float), kept};
+  return descent_forward(x, parameters, units, numbers, steps, step_size, theta, keep);
 }
 
 inline Gradients ie_backward(const Tensor& x, const Tensor& cotangent, const Tensors& kept, const Tensors& parameters,

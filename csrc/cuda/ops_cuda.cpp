@@ -21,6 +21,8 @@ bool on_card(const Tensor& tensor) {
   return device != aoti_torch_device_type_cpu();
 }
 
+void unset(void*, int64_t) {}
+
 }  // namespace fastode::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(fastode, CUDA, m) { fastode::cuda::implement(m); }

@@ -41,7 +41,13 @@ struct Branch {
   // Of every norm mean, rstd and two means of a pull-back: [evaluation][unit][sample][4][channels]; null where no
   // pull-back reads them.
   float* statistics;
+  // Of batch norms in training: what each sample leaves for all, [turn of two][sample][kMostSums][channels], and the
+  // mean and variance of each of these norms, [evaluation][norm][2][channels], null where nobody asks.
+  float *exchange, *measured;
 };
+
+// Kinds of sums of a map by channels, at a time.
+inline constexpr int kMostSums = 3;
 
 // Places for a map of each sample in the order of threads, by number: the first `split` are what a forward keeps for
 // its backward, those behind are a backward's own. -1: none.
@@ -71,6 +77,7 @@ struct BackwardCall {
   SchemeCall scheme;
   int cotangent[kMostStages][kMostUnits];  // of the units' convolutions at each stage; -1: not evaluated
   float* sums;  // of the norms, [block][unit][bias, weight][channels]; null: the parameters' gradients are not wanted
+  int back[kMostUnits];  // batch norm in training: where cotangents of the activations wait for the other samples
 };
 
 // One product of a convolution's input with the cotangent of its result, for each unit. The input is that of an
@@ -126,6 +133,9 @@ struct DescentCall {
   int bar, e_bars;
   int tangent[kMostUnits], value[kMostUnits];
   int stride_back;
+  // Batch norm in training: where cotangents of the activations wait for the other samples, and where a map of zeros
+  // is, for each unit.
+  int waiting, zero[kMostUnits];
   float* sums;
 };
 
@@ -146,10 +156,17 @@ const char* weight_gradients(Type type, Shape shape, const WeightsCall& call, co
 const char* finish_gradients(Type type, const FinishCall& call, const Queue& queue);
 const char* descent_forward(Type type, Shape shape, const DescentCall& call, const Queue& queue);
 const char* descent_backward(Type type, Shape shape, const DescentCall& call, const Queue& queue);
+// Those of branches with a batch norm in training, by a cooperative launch; of bfloat16, in which such networks train.
+const char* batch_scheme_forward(Type type, Shape shape, const SchemeCall& call, const Queue& queue);
+const char* batch_scheme_backward(Type type, Shape shape, const BackwardCall& call, const Queue& queue);
+const char* batch_descent_forward(Type type, Shape shape, const DescentCall& call, const Queue& queue);
+const char* batch_descent_backward(Type type, Shape shape, const DescentCall& call, const Queue& queue);
 
 // How many blocks a launch of these programs will have.
 int scheme_backward_blocks(Type type, Shape shape, const BackwardCall& call, const Queue& queue);
 int descent_backward_blocks(Type type, Shape shape, const DescentCall& call, const Queue& queue);
+int batch_scheme_backward_blocks(Type type, Shape shape, const BackwardCall& call, const Queue& queue);
+int batch_descent_backward_blocks(Type type, Shape shape, const DescentCall& call, const Queue& queue);
 int weight_gradients_blocks(Type type, Shape shape, const WeightsCall& call, const Queue& queue);
 
 }  // namespace fastode::cuda

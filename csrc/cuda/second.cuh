@@ -98,7 +98,7 @@ class Second : public Branch<Tile> {
     }
   }
 
- private:
+ protected:
   // Rows of Memory::means: of the sums of `pull_both`; what the pull-back of e found, the means of w M and w M n̂; those
   // of the tangent and of it times the normalised map.
   static constexpr int kPulled = 0, kFound = 3, kTangent = 5;
@@ -155,6 +155,20 @@ class Second : public Branch<Tile> {
 
     float normal, n, pushed, first, b;
   };
+
+  // N of an entry.
+  static FASTODE_DEVICE float both(float bar, const Entry& e, const Channel& k, const ActivationArguments& act) {
+    const float first = bar * e.first;
+    return bends(act) ? first + derive_twice_smooth(act.kind, e.n, act.p, act.q) * k.weight * e.pushed * e.b : first;
+  }
+
+  // From N to what `combine` gives; the channel's means lie C apart.
+  static FASTODE_DEVICE float combined(float n, const Entry& e, const Channel& k, const float* mean) {
+    // P(w M)
+    const float pulled = k.rstd * (k.weight * e.first * e.b - mean[kFound * C] - e.normal * mean[(kFound + 1) * C]);
+    return k.rstd * (k.weight * n - mean[0] - e.normal * mean[C]) -
+           k.rstd * (e.normal * mean[2 * C] + k.second * pulled + mean[(kFound + 1) * C] * e.pushed);
+  }
 
   // The sums of the tangent and of it times the normalised map.
   FASTODE_DEVICE void sum_tangent(const State& t, const char* h) {
@@ -243,8 +257,7 @@ class Second : public Branch<Tile> {
           const Channel& k = channels[i % 2];
           const Entry e(words, k, act, factor, i);
           float& v = bar.value[tile][eight][i];
-          v *= e.first;
-          if (bends(act)) v += derive_twice_smooth(act.kind, e.n, act.p, act.q) * k.weight * e.pushed * e.b;
+          v = both(v, e, k, act);
           sums[0][j] += v, sums[1][j] += v * e.normal;
           sums[2][j] += e.first * e.b * e.pushed;
         }
@@ -284,13 +297,8 @@ class Second : public Branch<Tile> {
         for (int i = 0; i < 4; ++i) {
           const Channel& k = channels[i % 2];
           const Entry e(words, k, act, factor, i);
-          const float* mean = means + c + i % 2;
           float& v = bar.value[tile][eight][i];
-          // P(w M)
-          const float pulled =
-              k.rstd * (k.weight * e.first * e.b - mean[kFound * C] - e.normal * mean[(kFound + 1) * C]);
-          v = k.rstd * (k.weight * v - mean[0] - e.normal * mean[C]) -
-              k.rstd * (e.normal * mean[2 * C] + k.second * pulled + mean[(kFound + 1) * C] * e.pushed);
+          v = combined(v, e, k, means + c + i % 2);
         }
       }
     }

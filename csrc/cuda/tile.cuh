@@ -143,6 +143,14 @@ struct Tile {
     }
   }
 
+  static FASTODE_DEVICE void clear(State& state) {
+    FASTODE_UNROLLED
+    for (int tile = 0; tile < kTiles; ++tile) {
+      FASTODE_UNROLLED
+      for (int i = 0; i < 4; ++i) state.word[tile][i / 2][i % 2] = 0;
+    }
+  }
+
   static FASTODE_DEVICE void clear(Sum& sum) {
     FASTODE_UNROLLED
     for (int tile = 0; tile < kTiles; ++tile) {

@@ -236,9 +236,9 @@ struct Grid {
     const int mine = grid_thread(), next = (block() + 1) % blocks() * threads() + thread();
     for (int64_t round = 0; round < arguments.numbers[1]; ++round) {
       const float value = map[next] + 1;
-      if (!arguments.bug()) grid_barrier(arguments.tensor<unsigned>(1));
+      if (!arguments.bug()) grid_barrier();
       map[mine] = value;
-      grid_barrier(arguments.tensor<unsigned>(1));
+      grid_barrier();
     }
   }
 };
@@ -301,7 +301,7 @@ struct Divergent {
       else
         warp_barrier();
     }
-    if (bug == 6) grid_barrier(arguments.tensor<unsigned>(0));
+    if (bug == 6) grid_barrier();
     block_barrier();
   }
 };

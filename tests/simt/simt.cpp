@@ -69,7 +69,6 @@ class Machine {
     if (error_.empty()) {
       ++counted[0];
       how_ = how, program_ = program, arguments_ = arguments, random_ = seed * 0x9e3779b97f4a7c15u + 1;
-      counter_ = nullptr;
       const int together = how.cooperative ? how.blocks : how.cluster;
       allocate(together);
       std::vector<int> turns(how.blocks / together);
@@ -114,15 +113,9 @@ class Machine {
     self.waits = nullptr;
   }
 
-  void meet_grid(unsigned* counter, const Site& site) {
+  void meet_grid(const Site& site) {
     if (!how_.cooperative) fail(at(kGridBarrier, site) + " in a launch that is not cooperative");
-    if (counter_ == nullptr && *counter != 0)
-      fail("the counter of " + at(kGridBarrier, site) + " is not zero at first");
-    if (counter_ != nullptr && counter_ != counter)
-      fail("the counter of " + at(kGridBarrier, site) + " is not that of the barrier before");
-    counter_ = counter;
     meet(kGridBarrier, nullptr, site);
-    *counter = 1;  // whoever takes it for the next launch has to zero it
   }
 
   void check_row(const void* row, const Site& site) {
@@ -166,7 +159,6 @@ class Machine {
   Launch how_{};
   Program program_ = nullptr;
   const void* arguments_ = nullptr;
-  unsigned* counter_ = nullptr;
   std::string error_;
   uint64_t random_ = 0;
   Pages stacks_, shared_;
@@ -343,7 +335,7 @@ void Machine::enter() {
 }  // namespace
 
 void meet(Kind kind, void* operands, const Site& site) { machine.meet(kind, operands, site); }
-void meet_grid(unsigned* counter, const Site& site) { machine.meet_grid(counter, site); }
+void meet_grid(const Site& site) { machine.meet_grid(site); }
 void check_row(const void* row, const Site& site) { machine.check_row(row, site); }
 void check_word(const void* at, const Site& site) { machine.check_word(at, site); }
 void check_copy(const void* to, const void* from, const Site& site) { machine.check_copy(to, from, site); }

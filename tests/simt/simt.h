@@ -73,7 +73,7 @@ struct Ldmatrix {
 
 // Returns once all threads of the kind's scope are there and the operands of a warp's lanes are exchanged.
 void meet(Kind kind, void* operands, const Site& site);
-void meet_grid(unsigned* counter, const Site& site);
+void meet_grid(const Site& site);
 // Ends the launch with an error if a row of a matrix does not lie, aligned, in the block's own shared memory.
 void check_row(const void* row, const Site& site);
 // The same for a word of global memory: a card reads none from between two.
@@ -158,9 +158,7 @@ FASTODE_DEVICE void cluster_barrier(simt::Site site = simt::Site::current()) {
   simt::meet(simt::kClusterBarrier, nullptr, site);
 }
 
-FASTODE_DEVICE void grid_barrier(unsigned* counter, simt::Site site = simt::Site::current()) {
-  simt::meet_grid(counter, site);
-}
+FASTODE_DEVICE void grid_barrier(simt::Site site = simt::Site::current()) { simt::meet_grid(site); }
 
 template <class T>
 FASTODE_DEVICE T* peer(T* own, int rank, simt::Site site = simt::Site::current()) {

@@ -44,8 +44,10 @@ def _constants(plan: Plan, tensors: MaybeTensors) -> tuple[list[int], list[float
     return integers, numbers
 
 
-def decode_statistics(plan: Plan, tensors: MaybeTensors, flat: Tensor, channels: int, evaluations: int) -> list[Tensor]:
-    """Mean and variance [2, C] of every tracked batch norm, evaluation by evaluation."""
+def decode_statistics(
+    plan: Plan, tensors: MaybeTensors, flat: Tensor, channels: int, used: Sequence[bool]
+) -> list[Tensor]:
+    """Mean and variance [2, C] of every tracked batch norm, evaluation by evaluation: of those that are `used`."""
     if True not in plan.tracked:
         return []
     sizes: list[int] = []
@@ -56,8 +58,9 @@ def decode_statistics(plan: Plan, tensors: MaybeTensors, flat: Tensor, channels:
             sizes.append(2 * width)
             kept.append(tracks)
         width = width if unit.conv is None else unit.conv.out_channels
-    pieces = flat.split(sizes * evaluations) if sizes else ()
-    return [piece.view(2, -1) for piece, keep in zip(pieces, kept * evaluations, strict=True) if keep]
+    pieces = flat.split(sizes * len(used)) if sizes else ()
+    wanted = [keep and each for each in used for keep in kept]
+    return [piece.view(2, -1) for piece, keep in zip(pieces, wanted, strict=True) if keep]
 
 
 def beside(tensors: MaybeTensors, bars: Sequence[Tensor]) -> list[MaybeTensor]:

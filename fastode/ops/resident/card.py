@@ -26,7 +26,12 @@ def refuses(call: Call) -> str:
     # Its coefficients may be all that is trained, which `call.mode` does not see.
     if call.learned and torch.is_grad_enabled():
         return "its programs for CUDA make no gradients of a scheme's coefficients"
-    return refuses_input(x) or refuses_units(plan, x.shape[1]) or _refuses_size(plan, x, call)
+    return (
+        refuses_input(x)
+        or refuses_units(plan, x.shape[1])
+        or _refuses_batch_norms(plan, x.dtype)
+        or _refuses_size(plan, x, call)
+    )
 
 
 def refuses_input(x: Tensor) -> str:
@@ -45,10 +50,20 @@ def refuses_units(plan: Plan, channels: int) -> str:
     for unit, tracks in zip(plan.units, plan.tracked, strict=True):
         if not _is_plain_convolution(unit, channels):
             return f"its programs for CUDA are of units that end in a 3x3 convolution of {channels} channels to as many"
-        if unit.norm is not None and unit.norm.mode == "batch":
-            return "a batch norm in training couples the samples, which its programs for CUDA take one by one"
         if unit.norm is not None and unit.norm.mode == "group" and tracks:
             return "it has no running statistics of an instance norm"
+    return ""
+
+
+def _refuses_batch_norms(plan: Plan, dtype: torch.dtype) -> str:
+    """Why there is no program for the branch's batch norms in training, which couple the samples."""
+    modes = {unit.norm.mode for unit in plan.units if unit.norm is not None}
+    if "batch" not in modes:
+        return ""
+    if dtype != torch.bfloat16:
+        return f"its programs for CUDA take batch norms in training in bfloat16 only, and not in {dtype}"
+    if "group" in modes:
+        return "its programs for CUDA take no batch norm in training beside a norm of each sample by itself"
     return ""
 
 

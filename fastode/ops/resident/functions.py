@@ -57,7 +57,7 @@ class ResidentIESkipFunction(torch.autograd.Function):
         y, flat, kept = torch.ops.fastode.resident_ie_forward.default(
             x, *encode(plan, tensors), *rule, keep, everything
         )
-        statistics = decode_statistics(plan, tensors, flat, x.shape[1], descent.steps + 1)
+        statistics = decode_statistics(plan, tensors, flat, x.shape[1], [True] * (descent.steps + 1))
         ctx.save_for_backward(x, *tensors)
         ctx.plan, ctx.descent, ctx.rerun, ctx.kept, ctx.kept_all = plan, descent, rerun, kept, everything
         ctx.set_materialize_grads(False)
@@ -94,7 +94,9 @@ class ResidentShuOsherFunction(torch.autograd.Function):
         y, flat, kept = torch.ops.fastode.resident_rk_forward.default(
             x, *encode(plan, tensors), table.contiguous(), keeps_beside(ctx), everything
         )
-        statistics = decode_statistics(plan, tensors, flat, x.shape[1], scheme.stages)
+        # The operator evaluates f at every point, and the block where a coefficient asks for it.
+        used = [scheme.uses(k) for k in range(scheme.stages)]
+        statistics = decode_statistics(plan, tensors, flat, x.shape[1], used)
         ctx.save_for_backward(x, table, *tensors)
         ctx.plan, ctx.rerun, ctx.kept, ctx.kept_all = plan, rerun, kept, everything
         ctx.set_materialize_grads(False)
