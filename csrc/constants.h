@@ -54,7 +54,7 @@ inline constexpr int64_t kMostStages = 16;
 inline constexpr int64_t kMostSteps = 7;
 
 // The maps that they are compiled for: each(channels, pixels of a side, warps of a block, units of a branch at most).
-#define FASTODE_CUDA_TILES(each)                                                                                  \
-  each(16, 32, 8, 3) each(16, 16, 8, 3) each(16, 8, 4, 3) each(32, 16, 8, 3) each(32, 8, 8, 3) each(64, 16, 8, 2) \
+#define FASTODE_CUDA_TILES(each)                                                                                     \
+  each(16, 32, 16, 3) each(16, 16, 8, 3) each(16, 8, 4, 3) each(32, 16, 16, 3) each(32, 8, 8, 3) each(64, 16, 16, 2) \
       each(64, 8, 8, 2)
 }  // namespace fastode

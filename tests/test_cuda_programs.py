@@ -187,6 +187,34 @@ def test_parameters_may_lie_anywhere(norm: str) -> None:
     assert_same_bits(results(other, x, cotangent), results(block, x, cotangent))
 
 
+def placed(weight: Tensor, layout: str) -> Tensor:
+    """The numbers of a convolution's weight where a program's fast ways, and others, find them."""
+    if layout == "channels_last":
+        return weight.contiguous(memory_format=torch.channels_last)
+    if layout == "rows apart":  # input channels lie together, and something between the rows
+        wide = torch.full((weight.shape[0], 3, 4, weight.shape[1]), torch.nan, dtype=weight.dtype)
+        wide[:, :, :3] = weight.permute(0, 2, 3, 1)
+        return wide[:, :, :3].permute(0, 3, 1, 2)
+    offset = {"contiguous": 0, "behind one": 1, "behind four": 4}[layout]
+    return torch.cat([weight.new_zeros(offset), weight.flatten()])[offset:].view(weight.shape)
+
+
+@pytest.mark.parametrize("size", TILES)
+@pytest.mark.parametrize("layout", ["channels_last", "rows apart", "contiguous", "behind one", "behind four"])
+def test_weights_may_lie_anywhere(layout: str, size: tuple[int, int]) -> None:
+    channels, side = size
+    full = case_of("res", channels=channels, size=(side, side), shape="one_layer", dtype=torch.float16, batch=1)
+    block = on_programs(make_pair(full)[1])
+    other, x = copy.deepcopy(block), make_input(full)
+    for weight in (module.weight for module in other.modules() if isinstance(module, nn.Conv2d)):
+        weight.data = placed(weight.data, layout)
+    strided = torch.empty(channels, 2 * channels, 3, 3, dtype=torch.float16)[:, ::2]
+    for weight in (module.weight for module in block.modules() if isinstance(module, nn.Conv2d)):
+        weight.data = strided.copy_(weight.data)
+    with torch.no_grad():
+        assert torch.equal(other(x), block(x))
+
+
 def without_weights(branch: nn.Module) -> nn.Module:
     """Its norms have a bias and no weight, with which PyTorch can differentiate batch norm and not group norm."""
     for module in branch.modules():

@@ -265,6 +265,25 @@ def test_threads_that_do_not_meet_end_the_launch(bug: int, turns: str) -> None:
 # ---- memory
 
 
+def later(bug: int) -> bool:
+    """Whether what was copied for each of 64 threads is where the thread before it reads."""
+    x, out = torch.arange(260.0)[:256].view(64, 4), torch.zeros(64, 4)
+    probe("later", [x, out], bug, threads=64, shared=1024)
+    return torch.equal(out, x.roll(-1, 0))
+
+
+def test_a_copy_is_there_after_the_wait_and_a_barrier(turns: str) -> None:
+    assert later(0)
+    assert not later(1)
+    assert not later(2)
+
+
+@pytest.mark.parametrize(("bug", "said"), [(3, "is not aligned to 16 bytes"), (4, "does not go to the shared memory")])
+def test_a_copy_that_a_card_does_not_make(bug: int, said: str) -> None:
+    with pytest.raises(RuntimeError, match=f"a copy of probes.cuh:{line_of('copy_later(row')}.*{said}"):
+        later(bug)
+
+
 def halo(bug: int) -> Tensor:
     """Sums of three neighbours in a row of 64 with a zero on both sides; 66 numbers, then a gap of 24 bytes."""
     out = torch.zeros(64)

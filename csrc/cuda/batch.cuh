@@ -25,17 +25,6 @@ class Batch : public Base {
     for (int n = block(); n < this->samples_; n += blocks()) f(n);
   }
 
-  // The same after a meeting; fetch(sample) loads what f reads, the first sample's before the meeting, while it waits.
-  template <class Fetch, class Meet, class F>
-  FASTODE_DEVICE void each_after(const Fetch& fetch, const Meet& meet, const F& f) const {
-    fetch(block());
-    meet();
-    each([&](int n) {
-      f(n);
-      if (n + blocks() < this->samples_) fetch(n + blocks());
-    });
-  }
-
   // Leaves the moments of a unit's input to be.
   FASTODE_DEVICE void offer(int u, const State& state, int64_t sample) const {
     if (!is_batch(u)) return;
@@ -43,6 +32,7 @@ class Batch : public Base {
     this->leave_moments(state);
     constexpr float entries = W * W / Tile::kDown;  // of a part
     const float* const parts = this->memory_.partial;
+    FASTODE_ROLLED
     for (int c = thread(); c < C; c += Tile::kThreads) {
       const float mean = this->sum_channel(0, c) / Tile::kDown;
       float squares = this->sum_channel(1, c);
@@ -54,19 +44,30 @@ class Batch : public Base {
     }
   }
 
-  // f at points whose places are the first of `input` and whose moments were offered: leave(sample, f(point)).
+  // After fix_statistics: f at points whose places are the first of `input` and whose moments were offered:
+  // leave(sample, f(point)).
   template <class Leave>
   FASTODE_DEVICE void value(int evaluation, const cuda::Room& room, Slots input, const Leave& leave) {
     FASTODE_ROLLED
     for (int u = 0; u < this->branch_.count; ++u) {
-      State state;
-      each_after([&](int n) { Tile::recall(state, this->place(room, input[u], n)); }, [&] { measure(evaluation, u); },
-                 [&](int n) {
-                   block_barrier();
-                   if (this->branch_.statistics) this->keep_statistics(evaluation, u, n);
-                   this->put_normalised(u, state);
-                   convolve(u, n, room, input, leave);
-                 });
+      const float* const found = is_batch(u) ? this->memory_.mean : this->memory_.sums(u);
+      measure(evaluation, u);
+      each([&](int n) {
+        State state;
+        Sum out;
+        Tile::recall(state, this->place(room, input[u], n));
+        block_barrier();
+        if (this->branch_.statistics) this->keep_rows(evaluation, u, n, 0, found);
+        this->put_normalised(u, found, state);
+        block_barrier();
+        Tile::clear(out);
+        Tile::template convolve<false>(out, this->memory_.map, this->memory_.weight(u));
+        this->add_bias(out, this->memory_.bias(u));
+        if (u + 1 == this->branch_.count) return leave(n, out);
+        Tile::round(state, out);
+        Tile::keep(state, this->place(room, input[u + 1], n));
+        offer(u + 1, state, n);
+      });
     }
   }
 
@@ -124,24 +125,9 @@ class Batch : public Base {
     }
   }
 
-  // The convolution of what is in shared memory once all are there, to what follows it.
-  template <class Leave>
-  FASTODE_DEVICE void convolve(int u, int n, const cuda::Room& room, Slots input, const Leave& leave) {
-    Sum out;
-    block_barrier();
-    Tile::clear(out);
-    Tile::template convolve<false>(out, this->memory_.map, this->memory_.weight(u));
-    this->add_bias(out, this->memory_.bias(u));
-    if (u + 1 == this->branch_.count) return leave(n, out);
-    State next;
-    Tile::round(next, out);
-    Tile::keep(next, this->place(room, input[u + 1], n));
-    offer(u + 1, next, n);
-  }
-
   // Mean and rstd of a unit's norm, which all threads read after another barrier.
   FASTODE_DEVICE void measure(int evaluation, int u) {
-    if (!is_batch(u)) return this->prepare_given(this->branch_.unit[u]);
+    if (!is_batch(u)) return;  // Branch::fix_statistics has put them elsewhere
     grid_barrier();
     const float samples = this->samples_;
     float totals[2], apart[1];
@@ -162,6 +148,7 @@ class Batch : public Base {
 
   FASTODE_DEVICE float* measured(int evaluation, int u) const {
     int before = 0, norms = 0;
+    FASTODE_ROLLED
     for (int i = 0; i < this->branch_.count; ++i) before += i < u && is_batch(i), norms += is_batch(i);
     return this->branch_.measured + (evaluation * norms + before) * 2 * C;
   }
@@ -188,6 +175,7 @@ class Batch : public Base {
   // Leaves what the warps have summed.
   template <int kinds>
   FASTODE_DEVICE void leave_sums(int64_t sample) const {
+    FASTODE_ROLLED
     for (int c = thread(); c < C; c += Tile::kThreads) {
       FASTODE_UNROLLED
       for (int kind = 0; kind < kinds; ++kind) row(sample)[kind * C + c] = this->sum_channel(kind, c);

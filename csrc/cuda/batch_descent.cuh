@@ -14,6 +14,7 @@ struct BatchDescentForward {
 
   static FASTODE_DEVICE void run(const cuda::DescentCall& call) {
     Batch<Tile> branch(call.branch, call.samples);
+    branch.fix_statistics();
     const int last = branch.count() - 1;
     branch.each([&](int n) {
       State x;

@@ -13,6 +13,7 @@ struct BatchSchemeForward {
 
   static FASTODE_DEVICE void run(const cuda::SchemeCall& call) {
     Batch<Tile> branch(call.branch, call.samples);
+    branch.fix_statistics();
     branch.each([&](int n) {
       typename Tile::State point;
       Tile::load(point, call.x, n);
@@ -74,6 +75,7 @@ struct BatchSchemeBackward {
     FASTODE_ROLLED
     for (int k = call.stages - 1; k >= 0; --k) {
       bool through = call.table != nullptr;
+      FASTODE_ROLLED
       for (int i = k; i < call.stages; ++i) through = through || beta(call, i, k) != 0;
       const Left left{{sums ? backward.cotangent[k] : nullptr}, {backward.back}, sums};
       branch.pull(

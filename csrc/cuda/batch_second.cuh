@@ -28,22 +28,21 @@ class BatchSecond : public Batch<Tile, Second<Tile>> {
     });
     FASTODE_ROLLED
     for (int u = 0; u < this->branch_.count; ++u) {
-      State t;
-      this->each_after([&](int n) { Tile::recall(t, this->place(room, tangent[u], n)); },
-                       [&] { measure_tangent(u, means); },
-                       [&](int n) {
-                         Sum out;
-                         State next;
-                         this->recall_statistics(evaluation, u, n);  // nobody reads another unit's any more
-                         block_barrier();
-                         this->put_tangent(u, t, this->place(room, input[u], n));
-                         block_barrier();
-                         Tile::clear(out);
-                         Tile::template convolve<false>(out, this->memory_.map, this->memory_.weight(u));
-                         if (u + 1 == this->branch_.count) return leave(n, out);
-                         Tile::round(next, out);
-                         offer_tangent(u + 1, next, n, evaluation, room, input, tangent);
-                       });
+      measure_tangent(u, means);
+      this->each([&](int n) {
+        State t;
+        Sum out;
+        Tile::recall(t, this->place(room, tangent[u], n));
+        this->recall_statistics(evaluation, u, n);  // nobody reads another unit's any more
+        block_barrier();
+        this->put_tangent(u, t, this->place(room, input[u], n));
+        block_barrier();
+        Tile::clear(out);
+        Tile::template convolve<false>(out, this->memory_.map, this->memory_.weight(u));
+        if (u + 1 == this->branch_.count) return leave(n, out);
+        Tile::round(t, out);
+        offer_tangent(u + 1, t, n, evaluation, room, input, tangent);
+      });
     }
   }
 
@@ -82,6 +81,7 @@ class BatchSecond : public Batch<Tile, Second<Tile>> {
       Tile::clear(state);
       Tile::keep(state, this->place(room, zero, n));
     });
+    FASTODE_ROLLED
     for (int u = 0; u < this->branch_.count; ++u) keep_none(u, evaluation);
   }
 
@@ -94,6 +94,7 @@ class BatchSecond : public Batch<Tile, Second<Tile>> {
 
   // Zeros in the second rows.
   FASTODE_DEVICE void keep_none(int u, int evaluation) const {
+    FASTODE_ROLLED
     for (int i = thread(); i < 2 * C; i += Tile::kThreads)
       this->each([&](int n) { this->statistics(evaluation, u, n)[2 * C + i] = 0; });
   }
@@ -101,6 +102,7 @@ class BatchSecond : public Batch<Tile, Second<Tile>> {
   // The means of a unit's input's tangent.
   FASTODE_DEVICE void measure_tangent(int u, int means) {
     if (this->is_batch(u)) return this->template take_sums<2>(u, kTangent, false, means);
+    FASTODE_ROLLED
     for (int i = thread(); i < 2 * C; i += Tile::kThreads) this->memory_.means[kTangent * C + i] = 0;
     keep_none(u, means);
   }

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "activation.cuh"
-#include "memory.cuh"
+#include "sums.cuh"
 
 namespace fastode::device {
 
@@ -23,20 +23,28 @@ struct Left {
 };
 
 template <class Tile>
-class Branch {
+class Branch : public Sums<Tile> {
+  using Base = Sums<Tile>;
+
  public:
-  using T = typename Tile::Type;
-  using State = typename Tile::State;
+  using typename Base::State;
+  using typename Base::T;
   using Sum = typename Tile::Sum;
-  static constexpr int C = Tile::kChannels, W = Tile::kSide;
+  using Base::C, Base::W, Base::leave_partial, Base::sum_channel;
 
   // Reads all parameters; `weights`: of the convolutions, too.
   FASTODE_DEVICE Branch(const cuda::Branch& branch, int samples, bool weights = true)
-      : branch_(branch), samples_(samples), memory_(branch.count, weights ? branch.count : 0) {
+      : Base(branch.count, weights ? branch.count : 0), branch_(branch), samples_(samples) {
+    FASTODE_ROLLED
+    for (int u = 0; weights && u < branch.count; ++u) {
+      const cuda::Unit& unit = branch.unit[u];
+      Tile::put_weight(memory_.weight(u), static_cast<const uint16_t*>(unit.weight), unit.weight_strides);
+    }
     Tile::clear_border(memory_.map);
+    FASTODE_ROLLED
     for (int u = 0; u < branch.count; ++u) {
       const cuda::Unit& unit = branch.unit[u];
-      if (weights) Tile::put_weight(memory_.weight(u), static_cast<const uint16_t*>(unit.weight), unit.weight_strides);
+      FASTODE_ROLLED
       for (int c = thread(); c < C; c += Tile::kThreads) {
         memory_.norm_weight(u)[c] = number(unit.norm_weight, c, 1);
         memory_.norm_bias(u)[c] = number(unit.norm_bias, c, 0);
@@ -44,29 +52,57 @@ class Branch {
         memory_.sums(u)[c] = memory_.sums(u)[C + c] = 0;
       }
     }
+    await_copies();
+  }
+
+  // For `value`: mean and rstd of norms that do not measure them, in the place of the sums, which a forward has not.
+  FASTODE_DEVICE void fix_statistics() const {
+    FASTODE_ROLLED
+    for (int u = 0; u < branch_.count; ++u) {
+      const cuda::Unit& unit = branch_.unit[u];
+      const bool fixed = unit.norm == kFixedNorm;
+      FASTODE_ROLLED
+      for (int c = thread(); c < C; c += Tile::kThreads) {
+        memory_.sums(u)[c] = fixed ? number(unit.mean, c, 0) : 0;
+        memory_.sums(u)[C + c] = fixed ? rsqrt(number(unit.variance, c, 0) + unit.eps) : 1;
+      }
+    }
   }
 
   FASTODE_DEVICE int count() const { return branch_.count; }
-  FASTODE_DEVICE const Memory<Tile>& memory() const { return memory_; }
 
-  // A unit's convolution's input in shared memory, again: at an evaluation whose unit inputs were kept. Barriers are
-  // the caller's: before, so that nobody reads what is there, and after.
-  FASTODE_DEVICE void revisit(State& state, int u, int64_t sample, int evaluation, const char* input) {
-    recall_statistics(evaluation, u, sample);
-    Tile::recall(state, input);
-    block_barrier();
-    put_normalised(u, state);
+  // A unit's convolution's input in shared memory, again: at an evaluation whose unit inputs and statistics were kept.
+  // What is on its way is there for all threads after await_copies and a barrier, which are the caller's.
+  FASTODE_DEVICE void request(int u, int64_t sample, int evaluation, const char* input, char* slot) const {
+    Tile::request(slot, input);
+    const float* const from = statistics(evaluation, u, sample);
+    FASTODE_ROLLED
+    for (int i = thread() * 4; i < 2 * C; i += Tile::kThreads * 4) copy_later(memory_.mean + i, from + i);
+  }
+  FASTODE_DEVICE void revisit(int u, const char* slot) const {
+    FASTODE_ROLLED
+    for (int eight = 0; eight < 2; ++eight) {
+      const Layer made = layer(u, eight, memory_.mean);
+      FASTODE_ROLLED
+      for (int tile = 0; tile < Tile::kTiles; ++tile) {
+        uint32_t words[2];
+        Tile::kept_words(words, slot, tile, eight);
+        FASTODE_UNROLLED
+        for (int half = 0; half < 2; ++half)
+          *reinterpret_cast<uint32_t*>(Tile::word_in(memory_.map, tile, eight, half)) = made(words[half]);
+      }
+    }
   }
 
   // f(point) in `out`; `point` is overwritten. Unit inputs and statistics go where `input` and the branch say.
   FASTODE_DEVICE void value(State& point, Sum& out, int64_t sample, int evaluation, const cuda::Room& room,
                             Slots input) {
+    FASTODE_ROLLED
     for (int u = 0; u < branch_.count; ++u) {
-      const cuda::Unit& unit = branch_.unit[u];
       if (input[u] >= 0) Tile::keep(point, place(room, input[u], sample));
-      prepare(unit, point);
-      if (branch_.statistics) keep_statistics(evaluation, u, sample);
-      put_normalised(u, point);
+      const float* const found = prepare(u, point);
+      if (branch_.statistics) keep_rows(evaluation, u, sample, 0, found);
+      put_normalised(u, found, point);
       block_barrier();
       Tile::clear(out);
       Tile::template convolve<false>(out, memory_.map, memory_.weight(u));
@@ -79,6 +115,7 @@ class Branch {
   FASTODE_DEVICE void pull(Sum& bar, int64_t sample, int evaluation, const cuda::Room& room, Slots input,
                            const Left& left = {}) {
     State state;
+    FASTODE_ROLLED
     for (int u = branch_.count - 1; u >= 0; --u) {
       const cuda::Unit& unit = branch_.unit[u];
       Tile::round(state, bar);
@@ -86,14 +123,15 @@ class Branch {
       block_barrier();
       Tile::put(memory_.map, state);
       recall_statistics(evaluation, u, sample);
+      Tile::recall(state, place(room, input[u], sample));  // on its way during the convolution
       block_barrier();
       Tile::clear(bar);
       Tile::template convolve<true>(bar, memory_.map, memory_.weight(u));
       if (left.back[u] >= 0) {
-        Tile::round(state, bar);
-        Tile::keep(state, place(room, left.back[u], sample));
+        State back;
+        Tile::round(back, bar);
+        Tile::keep(back, place(room, left.back[u], sample));
       }
-      Tile::recall(state, place(room, input[u], sample));
       pull_activation(u, state, bar);
       const bool coupled = unit.norm == kGroupNorm, wanted = left.sums && affine(unit);
       if (coupled || wanted) sum_channels(state, bar);
@@ -108,6 +146,7 @@ class Branch {
   // The sums for the gradients of the norms' weights and biases, [unit][bias, weight][C].
   FASTODE_DEVICE void store_sums(float* to) const {
     block_barrier();  // unseen: it is needed where nothing was pulled back, because all of beta is zero
+    FASTODE_ROLLED
     for (int i = thread(); i < branch_.count * 2 * C; i += Tile::kThreads)
       to[i] = memory_.sums(i / (2 * C))[i % (2 * C)];
   }
@@ -117,28 +156,8 @@ class Branch {
     return first + ((slot < room.split ? slot : slot - room.split) * room.samples + sample) * Tile::kKeptBytes;
   }
 
-  // Leaves the sums of a warp's lanes, by channels: of the lane's own channels, four sums of each kind.
-  template <int kinds>
-  FASTODE_DEVICE void leave_partial(float (&sums)[kinds][4], bool add = true) const {
-    float* at = memory_.partial + Tile::warp() / Tile::kAcross * C;
-    FASTODE_UNROLLED
-    for (int i = 0; i < kinds * 4; ++i) {
-      float sum = sums[i / 4][i % 4];
-      FASTODE_UNROLLED
-      for (int mask = 4; add && mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
-      if (lane() < 4) at[i / 4 * Tile::kDown * C + channel(i % 4)] = sum;
-    }
-  }
-
-  // The sum of one kind over a channel's parts.
-  FASTODE_DEVICE float sum_channel(int kind, int c) const {
-    float total = 0;
-    for (int i = 0; i < Tile::kDown; ++i) total += memory_.partial[(kind * Tile::kDown + i) * C + c];
-    return total;
-  }
-
  protected:
-  static FASTODE_DEVICE int channel(int j) { return Tile::channel(j / 2) + j % 2; }
+  using Base::channel, Base::entry, Base::memory_, Base::sum_group;
 
   static FASTODE_DEVICE bool affine(const cuda::Unit& unit) { return unit.norm_weight.data || unit.norm_bias.data; }
 
@@ -146,126 +165,49 @@ class Branch {
     return vector.data ? T::unpack(static_cast<const uint16_t*>(vector.data)[at * vector.stride]).low : otherwise;
   }
 
-  // Mean and rstd of a unit's norm, which all threads read after it; nobody reads the map in shared memory then.
-  FASTODE_DEVICE void prepare(const cuda::Unit& unit, const State& state) {
-    if (unit.norm == kGroupNorm) return take_statistics(unit, state);
-    prepare_given(unit);
-  }
-
-  // Those of a norm with given statistics, or of none.
-  FASTODE_DEVICE void prepare_given(const cuda::Unit& unit) {
-    block_barrier();  // unseen: whoever still reads the norm before it finds the same numbers
-    for (int c = thread(); c < C; c += Tile::kThreads) {
-      const bool fixed = unit.norm == kFixedNorm;
-      memory_.mean[c] = fixed ? number(unit.mean, c, 0) : 0;
-      memory_.rstd[c] = fixed ? rsqrt(number(unit.variance, c, 0) + unit.eps) : 1;
+  // Where mean and rstd of a unit's norm are, of [C] each, for all threads; nobody reads the map in shared memory then.
+  FASTODE_DEVICE const float* prepare(int u, const State& state) {
+    if (branch_.unit[u].norm != kGroupNorm) {
+      block_barrier();
+      return memory_.sums(u);
     }
-    block_barrier();
+    this->take_statistics(branch_.unit[u], state);
+    return memory_.mean;
   }
 
-  // Means and squares about them: of a thread's entries of a channel, then of lanes merged by Chan's rule for parts of
-  // one size, so that a mean far above the deviation costs no digits. The warps' parts are left.
-  FASTODE_DEVICE void leave_moments(const State& state) const {
-    float parts_of[2][4];
-    float (&mean)[4] = parts_of[0], (&squares)[4] = parts_of[1];
-    FASTODE_UNROLLED
-    for (int j = 0; j < 4; ++j) {
-      float total = 0;
-      FASTODE_UNROLLED
-      for (int tile = 0; tile < Tile::kTiles; ++tile) total += entry(state, tile, j, 0) + entry(state, tile, j, 1);
-      mean[j] = total / (2 * Tile::kTiles);
-      float square = 0;
-      FASTODE_UNROLLED
-      for (int tile = 0; tile < Tile::kTiles; ++tile) {
-        const float low = entry(state, tile, j, 0) - mean[j], high = entry(state, tile, j, 1) - mean[j];
-        square += low * low + high * high;
-      }
-      squares[j] = square;
-      float each = 2 * Tile::kTiles;  // entries of either part
-      FASTODE_UNROLLED
-      for (int mask = 4; mask < 32; mask *= 2) {
-        const float other = shuffle_xor(mean[j], mask), more = shuffle_xor(squares[j], mask);
-        const float apart = other - mean[j];
-        squares[j] += more + apart * apart * (each / 2);
-        mean[j] = (mean[j] + other) / 2;
-        each *= 2;
-      }
+  // What a unit's norm and activation make of a word: of two channels of a pixel.
+  struct Layer {
+    ActivationArguments act;
+    float mean[2], factor[2], shift[2];
+
+    FASTODE_DEVICE uint32_t operator()(uint32_t word) const {
+      const Pair pair = T::unpack(word);
+      return T::pack(activate(act, (pair.low - mean[0]) * factor[0] + shift[0]),
+                     activate(act, (pair.high - mean[1]) * factor[1] + shift[1]));
     }
-    leave_partial(parts_of, false);
-    block_barrier();
-  }
+  };
 
-  // Those of a group norm: of warps and channels merged by the same rule.
-  FASTODE_DEVICE void take_statistics(const cuda::Unit& unit, const State& state) {
-    leave_moments(state);
-    const int width = C / unit.groups, parts = Tile::kDown * width;
-    const float entries = W * W / Tile::kDown;  // of a part
-    for (int g = Tile::warp(); g < unit.groups; g += Tile::kThreads / 32) {
-      const float group_mean = sum_lanes(over_parts(g, width, [&](float m, float) { return m; })) / parts;
-      const float about = sum_lanes(
-          over_parts(g, width, [&](float m, float s) { return s + (m - group_mean) * (m - group_mean) * entries; }));
-      for (int c = g * width + lane(); c < (g + 1) * width; c += 32) {
-        memory_.mean[c] = group_mean;
-        memory_.rstd[c] = rsqrt(about / (parts * entries) + unit.eps);
-      }
-    }
-    block_barrier();
-  }
-
-  // Of the entries of a thread: the one of channel j of four and of the lower or upper eight pixels.
-  static FASTODE_DEVICE float entry(const State& state, int tile, int j, int half) {
-    const Pair pair = T::unpack(state.word[tile][j / 2][half]);
-    return j % 2 ? pair.high : pair.low;
-  }
-
-  // The sum of one kind over a group's parts, weighted by channels, in every lane.
-  FASTODE_DEVICE float sum_group(int kind, int group, int width, const float* weight) const {
-    const float* from = memory_.partial + kind * Tile::kDown * C;
-    float total = 0;
-    for (int i = lane(); i < Tile::kDown * width; i += 32) {
-      const int c = group * width + i % width;
-      total += from[i / width * C + c] * (weight ? weight[c] : 1);
-    }
-    return sum_lanes(total);
-  }
-
-  // This lane's share of a sum over a group's parts.
-  template <class F>
-  FASTODE_DEVICE float over_parts(int group, int width, const F& f) const {
-    float total = 0;
-    for (int i = lane(); i < Tile::kDown * width; i += 32) {
-      const int c = group * width + i % width;
-      const float* at = memory_.partial + i / width * C + c;
-      total += f(at[0], at[Tile::kDown * C]);
-    }
-    return total;
-  }
-
-  static FASTODE_DEVICE float sum_lanes(float value) {
-    FASTODE_UNROLLED
-    for (int mask = 1; mask < 32; mask *= 2) value += shuffle_xor(value, mask);
-    return value;
-  }
-
-  FASTODE_DEVICE void put_normalised(int u, const State& state) const {
+  // `found`: mean, then rstd.
+  FASTODE_DEVICE Layer layer(int u, int eight, const float* found) const {
     const cuda::Unit& unit = branch_.unit[u];
-    const ActivationArguments act{unit.activation, unit.p, unit.q};
     const float *weight = memory_.norm_weight(u), *bias = memory_.norm_bias(u);
+    const int c = Tile::channel(eight);
+    return {{unit.activation, unit.p, unit.q},
+            {found[c], found[c + 1]},
+            {found[C + c] * weight[c], found[C + c + 1] * weight[c + 1]},
+            {bias[c], bias[c + 1]}};
+  }
+
+  FASTODE_DEVICE void put_normalised(int u, const float* found, const State& state) const {
     FASTODE_UNROLLED
     for (int eight = 0; eight < 2; ++eight) {
-      const int c = Tile::channel(eight);
-      const float mean[2] = {memory_.mean[c], memory_.mean[c + 1]};
-      const float factor[2] = {memory_.rstd[c] * weight[c], memory_.rstd[c + 1] * weight[c + 1]};
-      const float shift[2] = {bias[c], bias[c + 1]};
+      const Layer made = layer(u, eight, found);
       FASTODE_UNROLLED
       for (int tile = 0; tile < Tile::kTiles; ++tile) {
         FASTODE_UNROLLED
-        for (int half = 0; half < 2; ++half) {
-          const Pair pair = T::unpack(state.word[tile][eight][half]);
-          const float low = activate(act, (pair.low - mean[0]) * factor[0] + shift[0]);
-          const float high = activate(act, (pair.high - mean[1]) * factor[1] + shift[1]);
-          *reinterpret_cast<uint32_t*>(Tile::word_in(memory_.map, tile, eight, half)) = T::pack(low, high);
-        }
+        for (int half = 0; half < 2; ++half)
+          *reinterpret_cast<uint32_t*>(Tile::word_in(memory_.map, tile, eight, half)) =
+              made(state.word[tile][eight][half]);
       }
     }
   }
@@ -327,9 +269,11 @@ class Branch {
   FASTODE_DEVICE void take_means(int u, int kinds, int at, bool weighted = true) {
     const int width = C / branch_.unit[u].groups;
     const float* weight = weighted ? memory_.norm_weight(u) : nullptr;
+    FASTODE_ROLLED
     for (int i = Tile::warp(); i < branch_.unit[u].groups * kinds; i += Tile::kThreads / 32) {
       const int g = i / kinds, kind = i % kinds;
       const float mean = sum_group(kind, g, width, weight) / static_cast<float>(width * W * W);
+      FASTODE_ROLLED
       for (int c = g * width + lane(); c < (g + 1) * width; c += 32) memory_.means[(at + kind) * C + c] = mean;
     }
   }
@@ -373,16 +317,14 @@ class Branch {
   // Two rows, the first or the second pair of them.
   FASTODE_DEVICE void keep_rows(int evaluation, int u, int64_t sample, int pair, const float* rows) const {
     float* at = statistics(evaluation, u, sample) + pair * 2 * C;
+    FASTODE_ROLLED
     for (int i = thread(); i < 2 * C; i += Tile::kThreads) at[i] = rows[i];
   }
 
   FASTODE_DEVICE void recall_rows(int evaluation, int u, int64_t sample, int pair, float* rows, float factor) const {
     const float* at = statistics(evaluation, u, sample) + pair * 2 * C;
+    FASTODE_ROLLED
     for (int i = thread(); i < 2 * C; i += Tile::kThreads) rows[i] = factor * at[i];
-  }
-
-  FASTODE_DEVICE void keep_statistics(int evaluation, int u, int64_t sample) const {
-    keep_rows(evaluation, u, sample, 0, memory_.mean);
   }
 
   FASTODE_DEVICE void recall_statistics(int evaluation, int u, int64_t sample) const {
@@ -391,7 +333,6 @@ class Branch {
 
   const cuda::Branch& branch_;
   int samples_;
-  Memory<Tile> memory_;
 };
 
 }  // namespace fastode::device

@@ -15,6 +15,8 @@ struct DescentForward {
 
   static FASTODE_DEVICE void run(const cuda::DescentCall& call) {
     Branch<Tile> branch(call.branch, call.samples);
+    branch.fix_statistics();
+    FASTODE_ROLLED
     for (int n = block(); n < call.samples; n += blocks()) {
       typename Tile::State y;
       typename Tile::Sum sum;
@@ -72,6 +74,7 @@ struct DescentBackward {
 
   static FASTODE_DEVICE void run(const cuda::DescentCall& call) {
     Second<Tile> branch(call.branch, call.samples);
+    FASTODE_ROLLED
     for (int n = block(); n < call.samples; n += blocks()) {
       typename Tile::State bar;
       typename Tile::Sum sum;

@@ -11,6 +11,7 @@
 //                mma_row_bf16, _f16, _tf32: products of one A with several B, one meeting of the test machine's threads
 //   numbers      to_tf32, pack_bf16, unpack_bf16, pack_f16, unpack_f16; exp, log1p, tanh, rsqrt
 //   memory       load_word(at): two 16-bit numbers, which lie where a word can
+//                copy_later(to, from): 16 bytes to shared memory, on their way until the thread calls await_copies()
 //   gap          gap(begin, bytes): nobody may touch these bytes of shared memory; nothing on a card
 //
 // A kernel is a type with `static FASTODE_DEVICE void run(const Arguments&)` and the most threads of a block,

@@ -20,9 +20,12 @@ struct SchemeForward {
 
   static FASTODE_DEVICE void run(const cuda::SchemeCall& call) {
     Branch<Tile> branch(call.branch, call.samples);
+    branch.fix_statistics();
+    FASTODE_ROLLED
     for (int n = block(); n < call.samples; n += blocks()) {
       typename Tile::State point;
       Tile::load(point, call.x, n);
+      FASTODE_ROLLED
       for (int k = 0; k < call.stages; ++k) {
         if (call.point[k] >= 0) Tile::keep(point, Branch<Tile>::place(call.room, call.point[k], n));
         stage(branch, call, n, k, point);
@@ -37,6 +40,7 @@ struct SchemeForward {
                                    typename Tile::State& point) {
     typename Tile::Sum sum;
     bool uses = call.table != nullptr;  // what is learned has a gradient where it is zero, too
+    FASTODE_ROLLED
     for (int i = k; i < call.stages; ++i) uses = uses || beta(call, i, k) != 0;
     if (uses) {
       typename Tile::State work = point;
@@ -52,6 +56,7 @@ struct SchemeForward {
     else
       Tile::clear(sum);
     if (alpha(call, k, k) != 0) Tile::add(sum, alpha(call, k, k), point);
+    FASTODE_ROLLED
     for (int j = 0; j < k; ++j) {
       const float a = alpha(call, k, j), b = beta(call, k, j);
       if (a != 0) Tile::add_kept(sum, a, Branch<Tile>::place(call.room, call.point[j], n));
@@ -69,9 +74,11 @@ struct SchemeBackward {
   static FASTODE_DEVICE void run(const cuda::BackwardCall& backward) {
     const cuda::SchemeCall& call = backward.scheme;
     Branch<Tile> branch(call.branch, call.samples);
+    FASTODE_ROLLED
     for (int n = block(); n < call.samples; n += blocks()) {
       typename Tile::State bar;
       Tile::load(bar, call.x, n);
+      FASTODE_ROLLED
       for (int k = call.stages - 1; k >= 0; --k) {
         if (call.bar[k + 1] >= 0) Tile::keep(bar, Branch<Tile>::place(call.room, call.bar[k + 1], n));
         stage(branch, backward, n, k, bar);
@@ -89,6 +96,7 @@ struct SchemeBackward {
     typename Tile::Sum sum;
     Tile::clear(sum);
     bool through = call.table != nullptr;
+    FASTODE_ROLLED
     for (int i = k; i < call.stages; ++i) {
       if (beta(call, i, k) == 0) continue;
       through = true;
@@ -97,6 +105,7 @@ struct SchemeBackward {
     const bool sums = backward.sums != nullptr;
     const Left left{{sums ? backward.cotangent[k] : nullptr}, {}, sums};
     if (through) branch.pull(sum, n, k, call.room, {call.input[k]}, left);
+    FASTODE_ROLLED
     for (int i = k; i < call.stages; ++i)
       if (alpha(call, i, k) != 0) add_bar(sum, alpha(call, i, k), call, n, k, i, bar);
     Tile::round(bar, sum);

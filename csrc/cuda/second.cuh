@@ -21,11 +21,13 @@ class Second : public Branch<Tile> {
   // go to `tangent`, their means to the statistics of `means`.
   FASTODE_DEVICE void push(State& t, Sum& out, int64_t sample, int evaluation, int means, const cuda::Room& room,
                            Slots input, Slots tangent) {
+    FASTODE_ROLLED
     for (int u = 0; u < this->branch_.count; ++u) {
       const char* const h = this->place(room, input[u], sample);
       Tile::keep(t, this->place(room, tangent[u], sample));
       block_barrier();
       this->recall_statistics(evaluation, u, sample);
+      FASTODE_ROLLED
       for (int i = thread(); i < 2 * C; i += Tile::kThreads) this->memory_.means[kTangent * C + i] = 0;
       block_barrier();
       if (this->branch_.unit[u].norm == kGroupNorm) {
@@ -42,20 +44,32 @@ class Second : public Branch<Tile> {
     }
   }
 
-  // A unit's convolution's input along a tangent in shared memory, as `revisit` puts the input.
-  FASTODE_DEVICE void revisit_tangent(State& t, int u, int64_t sample, int evaluation, int means, const char* input,
-                                      const char* tangent) {
+  // A unit's convolution's input along a tangent in shared memory, where nobody reads.
+  FASTODE_DEVICE void revisit_tangent(int u, int64_t sample, int evaluation, int means, const char* input,
+                                      const char* tangent) const {
     this->recall_statistics(evaluation, u, sample);
     this->recall_rows(means, u, sample, 1, this->memory_.means + kTangent * C, 1);
-    Tile::recall(t, tangent);
     block_barrier();
-    put_tangent(u, t, input);
+    FASTODE_ROLLED
+    for (int eight = 0; eight < 2; ++eight) {
+      FASTODE_ROLLED
+      for (int tile = 0; tile < Tile::kTiles; ++tile) {
+        const Pushed made = pushed(u, eight);  // here, for what is kept for all tiles takes registers from the products
+        uint32_t h[2], t[2];
+        Tile::kept_words(h, input, tile, eight);
+        Tile::kept_words(t, tangent, tile, eight);
+        FASTODE_UNROLLED
+        for (int half = 0; half < 2; ++half)
+          *reinterpret_cast<uint32_t*>(Tile::word_in(this->memory_.map, tile, eight, half)) = made(h[half], t[half]);
+      }
+    }
   }
 
   // The gradient at a point of ⟨bar, f⟩ + factor ⟨e, J t⟩ in `bar`, where a pull-back of e has left `back`. `value`:
   // where the cotangents of the convolutions in the value's stream go. The norms' sums count `weight` times.
   FASTODE_DEVICE void sweep(Sum& bar, float factor, int64_t sample, int evaluation, int means, const cuda::Room& room,
                             Slots input, Slots tangent, Slots back, Slots value, float weight, bool sums) {
+    FASTODE_ROLLED
     for (int u = this->branch_.count - 1; u >= 0; --u) {
       const cuda::Unit& unit = this->branch_.unit[u];
       {
@@ -183,30 +197,41 @@ class Second : public Branch<Tile> {
     block_barrier();
   }
 
-  // σ′(n) times the tangent of n.
-  FASTODE_DEVICE void put_tangent(int u, const State& t, const char* h) const {
+  // σ′(n) times the tangent of n, of a word of a unit's input and one of its tangent.
+  struct Pushed {
+    ActivationArguments act;
+    Channel channels[2];
+
+    FASTODE_DEVICE uint32_t operator()(uint32_t h, uint32_t t) const {
+      float made[2];
+      FASTODE_UNROLLED
+      for (int odd = 0; odd < 2; ++odd) {
+        const Channel& k = channels[odd];
+        const float normal = k.normal(part(h, odd));
+        made[odd] = derive(act, normal * k.weight + k.bias) * k.weight * k.pushed(part(t, odd), normal);
+      }
+      return T::pack(made[0], made[1]);
+    }
+  };
+
+  FASTODE_DEVICE Pushed pushed(int u, int eight) const {
     const cuda::Unit& unit = this->branch_.unit[u];
-    const ActivationArguments act{unit.activation, unit.p, unit.q};
+    const int c = Tile::channel(eight);
+    return {{unit.activation, unit.p, unit.q}, {channel_of(u, c), channel_of(u, c + 1)}};
+  }
+
+  FASTODE_DEVICE void put_tangent(int u, const State& t, const char* h) const {
     FASTODE_UNROLLED
     for (int eight = 0; eight < 2; ++eight) {
-      const int c = Tile::channel(eight);
-      const Channel channels[2] = {channel_of(u, c), channel_of(u, c + 1)};
+      const Pushed made = pushed(u, eight);
       FASTODE_UNROLLED
       for (int tile = 0; tile < Tile::kTiles; ++tile) {
         uint32_t words[2];
         Tile::kept_words(words, h, tile, eight);
         FASTODE_UNROLLED
-        for (int half = 0; half < 2; ++half) {
-          float made[2];
-          FASTODE_UNROLLED
-          for (int odd = 0; odd < 2; ++odd) {
-            const Channel& k = channels[odd];
-            const float normal = k.normal(part(words[half], odd));
-            made[odd] = derive(act, normal * k.weight + k.bias) * k.weight *
-                        k.pushed(part(t.word[tile][eight][half], odd), normal);
-          }
-          *reinterpret_cast<uint32_t*>(Tile::word_in(this->memory_.map, tile, eight, half)) = T::pack(made[0], made[1]);
-        }
+        for (int half = 0; half < 2; ++half)
+          *reinterpret_cast<uint32_t*>(Tile::word_in(this->memory_.map, tile, eight, half)) =
+              made(words[half], t.word[tile][eight][half]);
       }
     }
   }

@@ -63,17 +63,18 @@ struct Products {
     }
   }
 
-  // Adds the warp's products to, or puts them at, [tap][in][out].
-  FASTODE_DEVICE void store(float* to, bool add) const {
+  // The taps of a turn are put at, or added to, [tap][in][out].
+  FASTODE_DEVICE void store(float* to, int turn = 0) const {
     FASTODE_UNROLLED
     for (int tap = 0; tap < 9; ++tap) {
+      if (tap % kParts != (part() + turn) % kParts) continue;
       FASTODE_UNROLLED
       for (int i = 0; i < kEach * 8; ++i) {
         const int in = first_in() + lane() / 4 + i / 2 % 2 * 8;
         const int out = first_out() + i / 8 * 16 + i / 4 % 2 * 8 + lane() % 4 * 2 + i % 2;
         float& place = to[(tap * C + in) * C + out];
         const float own = value[tap][i / 8][i / 4 % 2][i % 4];
-        place = add ? place + own : own;
+        place = turn > 0 ? place + own : own;
       }
     }
   }
@@ -86,8 +87,9 @@ struct WeightGradients {
   static constexpr int C = Tile::kChannels;
   static constexpr bool kShares = Products<Tile>::kParts > 1;
 
+  // Behind the branch's: the cotangent for the products, the two maps that are on their way, sums of warps.
   static constexpr size_t bytes(int units) {
-    return Memory<Tile>::bytes(units, 0) + Tile::kKeptBytes + kSums * sizeof(float);
+    return Memory<Tile>::bytes(units, 0) + 3 * Tile::kKeptBytes + kSums * sizeof(float);
   }
   static int most_items(const cuda::WeightsCall& call) { return call.samples * call.count * call.branch.count; }
 
@@ -95,64 +97,87 @@ struct WeightGradients {
     const int units = call.branch.count, u = block() % units;
     Second<Tile> branch(call.branch, call.samples, false);
     char* const bare = branch.memory().end;
+    const Incoming incoming{bare + Tile::kKeptBytes, bare + 2 * Tile::kKeptBytes};
     Products<Tile> products;
     products.clear();
     float bias[1][4] = {};
-    for (int item = block() / units; item < call.samples * call.count; item += blocks() / units) {
+    const int items = call.samples * call.count, stride = blocks() / units;
+    const int first = block() / units;
+    if (first < items) request(branch, call, u, first, incoming);
+    FASTODE_ROLLED
+    for (int item = first; item < items; item += stride) {
       const cuda::Product& product = call.product[item / call.samples];
-      const int n = item % call.samples;
-      typename Tile::State state;
-      put_input(branch, call, product, u, n, state);
-      cotangent(state, product.factor, Branch<Tile>::place(call.room, product.cotangent[u], n));
-      Tile::put_bare(bare, state);
-      if (product.tangent[u] < 0) add_pixels(bias[0], state);  // a tangent has no bias
+      await_copies();
       block_barrier();
+      put_input(branch, call, product, u, item % call.samples, incoming);
+      // A tangent has no bias.
+      put_cotangent(bare, product.factor, incoming.cotangent, product.tangent[u] < 0, bias[0]);
+      block_barrier();
+      // The next item's maps come while the products are made.
+      if (item + stride < items) request(branch, call, u, item + stride, incoming);
       products.add(branch.memory().map, bare);
     }
     float* const to = call.partial + block() * static_cast<int64_t>(Products<Tile>::kEntries + C);
     branch.leave_partial(bias);
     block_barrier();
+    FASTODE_ROLLED
     for (int c = thread(); c < C; c += Tile::kThreads) to[Products<Tile>::kEntries + c] = branch.sum_channel(0, c);
     store(to, products, branch.memory());
   }
 
  private:
+  // Where a unit's input and the cotangent of its convolution come.
+  struct Incoming {
+    char *input, *cotangent;
+  };
+
+  static FASTODE_DEVICE void request(const Second<Tile>& branch, const cuda::WeightsCall& call, int u, int item,
+                                     const Incoming& incoming) {
+    const cuda::Product& product = call.product[item / call.samples];
+    const int n = item % call.samples;
+    Tile::request(incoming.cotangent, Branch<Tile>::place(call.room, product.cotangent[u], n));
+    if (product.tangent[u] < 0)
+      branch.request(u, n, product.evaluation, Branch<Tile>::place(call.room, product.input[u], n), incoming.input);
+  }
+
   static FASTODE_DEVICE void put_input(Second<Tile>& branch, const cuda::WeightsCall& call,
-                                       const cuda::Product& product, int u, int n, typename Tile::State& state) {
-    const char* const input = Branch<Tile>::place(call.room, product.input[u], n);
-    if (product.tangent[u] < 0) return branch.revisit(state, u, n, product.evaluation, input);
-    branch.revisit_tangent(state, u, n, product.evaluation, product.tangent_evaluation, input,
+                                       const cuda::Product& product, int u, int n, const Incoming& incoming) {
+    if (product.tangent[u] < 0) return branch.revisit(u, incoming.input);
+    branch.revisit_tangent(u, n, product.evaluation, product.tangent_evaluation,
+                           Branch<Tile>::place(call.room, product.input[u], n),
                            Branch<Tile>::place(call.room, product.tangent[u], n));
   }
 
-  static FASTODE_DEVICE void cotangent(typename Tile::State& state, float factor, const char* place) {
-    if (factor == 1) return Tile::recall(state, place);
-    typename Tile::Sum sum;
-    Tile::clear(sum);
-    Tile::add_kept(sum, factor, place);
-    Tile::round(state, sum);
-  }
-
-  static constexpr int kSums = kShares ? Products<Tile>::kEntries : 0;
-
-  static FASTODE_DEVICE void add_pixels(float (&bias)[4], const typename Tile::State& state) {
-    FASTODE_UNROLLED
+  // Its sums over the pixels are the bias's.
+  static FASTODE_DEVICE void put_cotangent(char* bare, float factor, const char* slot, bool sums, float (&bias)[4]) {
+    using T = typename Tile::Type;
+    FASTODE_ROLLED
     for (int tile = 0; tile < Tile::kTiles; ++tile) {
+      const Words kept = Tile::kept_tile(slot, tile);
       FASTODE_UNROLLED
       for (int i = 0; i < 4; ++i) {
-        const Pair pair = Tile::Type::unpack(state.word[tile][i / 2][i % 2]);
-        bias[i / 2 * 2] += pair.low, bias[i / 2 * 2 + 1] += pair.high;
+        Pair pair = T::unpack(kept.word[i]);
+        uint32_t word = kept.word[i];
+        if (factor != 1) word = T::pack(factor * pair.low, factor * pair.high), pair = T::unpack(word);
+        *reinterpret_cast<uint32_t*>(Tile::bare_word_in(bare, tile, i / 2, i % 2)) = word;
+        if (sums) bias[i / 2 * 2] += pair.low, bias[i / 2 * 2 + 1] += pair.high;
       }
     }
   }
 
+  static constexpr int kSums = kShares ? Products<Tile>::kEntries : 0;
+
+  // In each turn a part adds other taps than its neighbours do, so that all of them work at once, and in an order that
+  // is always the same.
   static FASTODE_DEVICE void store(float* to, const Products<Tile>& products, const Memory<Tile>& memory) {
-    if (!kShares) return products.store(to, false);
-    float* const sums = reinterpret_cast<float*>(memory.end + Tile::kKeptBytes);
-    for (int part = 0; part < Products<Tile>::kParts; ++part) {
-      if (part == Products<Tile>::part()) products.store(sums, part > 0);
+    if (!kShares) return products.store(to);
+    float* const sums = reinterpret_cast<float*>(memory.end + 3 * Tile::kKeptBytes);
+    FASTODE_ROLLED
+    for (int turn = 0; turn < Products<Tile>::kParts; ++turn) {
+      products.store(sums, turn);
       block_barrier();
     }
+    FASTODE_ROLLED
     for (int i = thread(); i < Products<Tile>::kEntries; i += Tile::kThreads) to[i] = sums[i];
   }
 };
@@ -181,6 +206,7 @@ struct FinishGradients {
     block_barrier();
     if (thread() >= kAcross || entry >= total) return;
     sum = 0;
+    FASTODE_UNROLLED
     for (int i = 0; i < kDown; ++i) sum += parts[i * kAcross + thread()];
     put(call, entry, first, sum);
   }

@@ -25,7 +25,7 @@ const std::pair<const char*, Launcher> kProbes[] = {
     {"reversal", launch<Kernel<Reversal>, Arguments>},   {"cluster", launch<Kernel<Cluster>, Arguments>},
     {"grid", launch<Kernel<Grid>, Arguments>},           {"halo", launch<Kernel<Halo>, Arguments>},
     {"divergent", launch<Kernel<Divergent>, Arguments>}, {"deep", launch<Kernel<Deep>, Arguments>},
-    {"many", launch<Kernel<Many>, Arguments>},
+    {"many", launch<Kernel<Many>, Arguments>},           {"later", launch<Kernel<Later>, Arguments>},
 };
 
 // `how`: blocks, threads, bytes of shared memory, blocks of a cluster, whether it is cooperative

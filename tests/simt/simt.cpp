@@ -130,6 +130,13 @@ class Machine {
       fail("a word that " + place(site) + " reads is not aligned to 4 bytes in " + name_of(own()));
   }
 
+  void check_copy(const void* to, const void* from, const Site& site) {
+    if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
+      fail("a copy of " + place(site) + " is not aligned to 16 bytes in " + name_of(own()));
+    if (!own_block().contains(static_cast<const char*>(to), 16))
+      fail("a copy of " + place(site) + " does not go to the shared memory of " + name_of(own()));
+  }
+
   char* peer(char* own_place, int rank, const Site& site) {
     if (rank < 0 || rank >= how_.cluster)
       fail("peer (" + place(site) + ") of rank " + std::to_string(rank) + " in a cluster of " +
@@ -331,6 +338,7 @@ void meet(Kind kind, void* operands, const Site& site) { machine.meet(kind, oper
 void meet_grid(const Site& site) { machine.meet_grid(site); }
 void check_row(const void* row, const Site& site) { machine.check_row(row, site); }
 void check_word(const void* at, const Site& site) { machine.check_word(at, site); }
+void check_copy(const void* to, const void* from, const Site& site) { machine.check_copy(to, from, site); }
 char* peer(char* own, int rank, const Site& site) { return machine.peer(own, rank, site); }
 void gap(char* begin, size_t bytes, const Site& site) { machine.gap(begin, bytes, site); }
 

@@ -12,6 +12,7 @@
 #include <cstring>
 #include <source_location>
 #include <type_traits>
+#include <vector>
 
 #include "device.cuh"
 
@@ -35,10 +36,17 @@ enum Kind {
   kKinds
 };
 
+// 16 bytes on their way to shared memory.
+struct Copy {
+  void* to;
+  const void* from;
+};
+
 // What a thread knows of itself.
 struct Thread {
   int thread, threads, block, blocks, rank;
   char* shared;
+  std::vector<Copy> copies = {};
 };
 
 extern Thread* running;
@@ -70,6 +78,8 @@ void meet_grid(const Site& site);
 void check_row(const void* row, const Site& site);
 // The same for a word of global memory: a card reads none from between two.
 void check_word(const void* at, const Site& site);
+// The same for 16 bytes of global memory and their place in shared memory.
+void check_copy(const void* to, const void* from, const Site& site);
 char* peer(char* own, int rank, const Site& site);
 void gap(char* begin, size_t bytes, const Site& site);
 
@@ -241,6 +251,18 @@ FASTODE_DEVICE uint32_t load_word(const uint16_t* at, simt::Site site = simt::Si
   uint32_t word;
   std::memcpy(&word, at, 4);
   return word;
+}
+
+// Nothing but NaN is there before the thread has waited.
+FASTODE_DEVICE void copy_later(void* to, const void* from, simt::Site site = simt::Site::current()) {
+  simt::check_copy(to, from, site);
+  std::memset(to, 0xff, 16);
+  simt::running->copies.push_back({to, from});
+}
+
+FASTODE_DEVICE void await_copies() {
+  for (const simt::Copy& copy : simt::running->copies) std::memcpy(copy.to, copy.from, 16);
+  simt::running->copies.clear();
 }
 
 FASTODE_DEVICE float exp(float x) { return std::exp(x); }
