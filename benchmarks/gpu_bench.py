@@ -8,7 +8,20 @@ from typing import Any
 
 import torch
 
-from . import contenders, families, gpu_rows, header, measure, printing, programs, report, run, timing, workloads
+from . import (
+    contenders,
+    families,
+    gpu_rows,
+    header,
+    inside,
+    measure,
+    printing,
+    programs,
+    report,
+    run,
+    timing,
+    workloads,
+)
 from .gpu_processes import Crew
 from .gpu_report import Report
 from .suites import Item
@@ -17,8 +30,9 @@ from .workloads import Workload
 FAMILIES = {"ie": "k1", "ssp3": "", "skew": "pair"}
 DTYPES = ("bfloat16", "tf32")
 MODES = ("train", "forward", "input_grad")
-# In which every CUDA program's block is timed, and where: the programs take no other dtype of these.
-PROGRAM_MODES, PROGRAM_DTYPE = ("forward", "input_grad"), "bfloat16"
+# In which every CUDA program's block is timed, and where: the programs take no other dtype of these. Other engines are
+# timed on the families' rows.
+PROGRAM_MODES, PROGRAM_DTYPE, PROGRAM_OWN = programs.MODES, "bfloat16", f"fused:{inside.PROGRAM_ENGINE}"
 COMPILED = ("compile-cl", "compile-ro", "vjp-compile")
 SECONDS = 0.4
 # Fewest rounds of a row and most: a card's times scatter by per cents, and the budget is short.
@@ -33,10 +47,10 @@ def measured() -> list[Workload]:
 
 
 def programmed(chosen: Sequence[Workload], rivals: Sequence[str] = ()) -> list[Item]:
-    """The blocks of the CUDA programs, each size in both modes before the next."""
+    """The blocks of the CUDA programs, each size in every mode before the next."""
     sizes = [list(same) for _, same in itertools.groupby(chosen, key=lambda w: w.shape)]
     return [
-        Item(workload, mode, PROGRAM_DTYPE, _rivals(workload, rivals), rounds=ROUNDS)
+        Item(workload, mode, PROGRAM_DTYPE, _rivals(workload, rivals), PROGRAM_OWN, ROUNDS)
         for same in sizes
         for mode in PROGRAM_MODES
         for workload in same
