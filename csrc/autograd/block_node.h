@@ -42,9 +42,9 @@ class Operator {
   c10::OperatorHandle handle_;
 };
 
-// The integers and the numbers that describe a branch or a pair to an operator, made once.
+// What describes a branch or a pair to an operator, made once; of a pair's solution by equal steps also the last three.
 struct Program {
-  IValue integers, numbers;
+  IValue integers, numbers, table, steps, used;
 };
 
 // What a block is called with: its tensors that are present, inputs first, and which of all its places they stand at.
@@ -154,13 +154,20 @@ class BlockNode : public Node {
     return std::exchange(kept_, {});
   }
 
+  // What forward kept, where backward only reads it.
+  std::vector<Tensor> copy_kept() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return kept_;
+  }
+
   static bool any_from(const Wanted& wanted, size_t first) {
     for (size_t i = first; i < wanted.size(); ++i)
       if (wanted[i]) return true;
     return false;
   }
 
-  const bool& kept_all() const { return kept_all_; }
+  bool kept_all() const { return kept_all_; }
+  const std::vector<bool>& present() const { return present_; }
   const std::vector<IValue>& rule() const { return rule_; }
 
  private:

@@ -4,6 +4,7 @@
 // where it cannot be built the Functions in Python take its place. Every call returns NotImplemented for tensors that
 // the Functions have to treat.
 #include "branch_nodes.h"
+#include "skew_nodes.h"
 
 namespace fastode {
 namespace {
@@ -26,14 +27,26 @@ void expect(Py_ssize_t found, Py_ssize_t wanted) {
   TORCH_CHECK_TYPE(found == wanted, "expected ", wanted, " arguments, got ", found);
 }
 
-// program(integers, numbers)
+// program(integers, numbers), or program(integers, numbers, table, steps, used)
 PyObject* program(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  expect(count, 2);
-  auto made = std::make_unique<Program>(
-      Program{list_of<int64_t>(arguments[0], integer), list_of<double>(arguments[1], number)});
+  expect(count, count == 2 ? 2 : 5);
+  auto made = std::make_unique<Program>();
+  made->integers = list_of<int64_t>(arguments[0], integer);
+  made->numbers = list_of<double>(arguments[1], number);
+  if (count == 5) {
+    made->table = list_of<double>(arguments[2], number);
+    made->steps = integer(arguments[3]);
+    made->used = list_of<int64_t>(arguments[4], integer);
+  }
   return PyCapsule_New(made.release(), kProgram, free_program);
   END_HANDLE_TH_ERRORS
+}
+
+const Program& program_of(PyObject* capsule) {
+  const auto* found = static_cast<Program*>(PyCapsule_GetPointer(capsule, kProgram));
+  if (!found) throw_python_error();
+  return *found;
 }
 
 // Adds a tensor, or a place without one; false if it is not for the nodes.
@@ -59,12 +72,10 @@ bool add_all(Given& given, PyObject* sequence) {
 
 // The arguments of every call around a branch: program, constants, flag, tensors.
 std::optional<BranchCall> branch_call(PyObject* const* arguments) {
-  const auto* code = static_cast<Program*>(PyCapsule_GetPointer(arguments[0], kProgram));
-  if (!code) throw_python_error();
   PyObject* flag = arguments[2];
   TORCH_CHECK_TYPE(PyTuple_Check(arguments[1]), "expected a tuple of constants");
   TORCH_CHECK_TYPE(flag == Py_None || PyByteArray_Check(flag), "expected a bytearray or None");
-  BranchCall call{*code, arguments[1], flag == Py_None ? nullptr : flag, {}};
+  BranchCall call{program_of(arguments[0]), arguments[1], flag == Py_None ? nullptr : flag, {}};
   if (!add_all(call.given, arguments[3])) return std::nullopt;
   if (!call.flag && at::GradMode::is_enabled() && call.given.any_requires_grad(0)) return std::nullopt;
   return call;
@@ -97,6 +108,32 @@ PyObject* scheme(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+template <class Family, class F>
+PyObject* run_pair(PyObject* const* arguments, Py_ssize_t count, const F& wrap) {
+  expect(count, 3);
+  TORCH_CHECK_TYPE(PyTuple_Check(arguments[1]), "expected a tuple of constants");
+  PairCall call{program_of(arguments[0]), arguments[1], {}};
+  if (!add_all(call.given, arguments[2])) return Py_NewRef(Py_NotImplemented);
+  return wrap(Family::run(call, at::GradMode::is_enabled() && call.given.any_requires_grad(0)));
+}
+
+// pair(program, constants, tensors) -> (dy, dz)
+PyObject* pair(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  return run_pair<PairNode>(arguments, count, [](PairNode::Result found) {
+    THPObjectPtr dy(THPVariable_Wrap(std::move(found.dy))), dz(THPVariable_Wrap(std::move(found.dz)));
+    return PyTuple_Pack(2, dy.get(), dz.get());
+  });
+  END_HANDLE_TH_ERRORS
+}
+
+// march(program, constants, tensors)
+PyObject* march(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  return run_pair<MarchNode>(arguments, count, [](Tensor end) { return THPVariable_Wrap(std::move(end)); });
+  END_HANDLE_TH_ERRORS
+}
+
 // kept(result): the tensors that forward kept beside the saved ones and backward has not used yet
 PyObject* kept(PyObject*, PyObject* result) {
   HANDLE_TH_ERRORS
@@ -116,6 +153,8 @@ PyCFunction method(F* function) {
 PyMethodDef methods[] = {{"program", method(program), METH_FASTCALL, nullptr},
                          {"descent", method(descent), METH_FASTCALL, nullptr},
                          {"scheme", method(scheme), METH_FASTCALL, nullptr},
+                         {"pair", method(pair), METH_FASTCALL, nullptr},
+                         {"march", method(march), METH_FASTCALL, nullptr},
                          {"kept", kept, METH_O, nullptr},
                          {nullptr, nullptr, 0, nullptr}};
 

@@ -51,11 +51,14 @@ class HandedOver:
     """
 
     kept: Sequence[Tensor] = ()
+    slopes: Sequence[Tensor] = ()
+    signs = 0
 
     def __init__(
         self, constants: Sequence[Any], given: tuple[MaybeTensor, ...], owed: tuple[bool, ...], kept_all: bool
     ) -> None:
         self.saved_tensors, self.owed, self.kept_all = given, owed, kept_all
+        self.count = len(given)
         self.needs_input_grad = (False,) * len(constants) + owed
 
 
