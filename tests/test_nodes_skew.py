@@ -14,6 +14,7 @@ import test_attack_gradients as attack
 import test_changes_before_backward as changes
 import test_resident_skew as skew
 import torch
+from test_nodes import Features
 from torch import Tensor, nn
 from torch._dynamo import compiled_autograd
 
@@ -111,15 +112,14 @@ def test_a_write_is_refused_and_a_second_backward_too(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
-def test_a_kept_result_keeps_no_block_alive(kind: str) -> None:
-    block = block_of(kind)
-    seen: dict[str, Any] = {}
-    block.register_forward_hook(lambda module, given, y, seen=seen: seen.update({"y": y}))
+def test_results_that_a_hook_stores_are_freed(kind: str) -> None:
+    block, features = block_of(kind), Features()
+    block.register_forward_hook(features.read)
     outputs_of(block, inputs_of(kind))
-    gone = weakref.ref(block)
-    del block, seen
+    gone = weakref.ref(features), weakref.ref(block)
+    del block, features
     gc.collect()
-    assert gone() is None
+    assert [reference() for reference in gone] == [None, None]
 
 
 WITHOUT_NODES: list[Any] = [

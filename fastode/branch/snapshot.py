@@ -7,7 +7,6 @@ A reading looks at modules, their children, hooks, numbers and tensors. A snapsh
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from operator import is_
 from typing import Any
 
 import torch
@@ -44,7 +43,10 @@ class Snapshot:
                 for name, each in zip(_CONTENTS, held, strict=True)
                 if each
             ]
-            self._rows.append((None if module is root else module, type(module), variables, dict(variables), contents))
+            # Of objects that `contents` keeps alive, so that no other one can have their place.
+            identities = [(name, [*map(id, values)]) for name, values, _ in contents]
+            known = None if module is root else module
+            self._rows.append((known, type(module), variables, dict(variables), identities, contents))
             for tensor in (*variables["_parameters"].values(), *variables["_buffers"].values()):
                 if tensor is not None:
                     self._tensors.append((tensor, type(tensor), tensor.dtype, tensor.device, tensor.shape))
@@ -59,14 +61,13 @@ class Snapshot:
         if any(self._hooks) or has_global_hooks():
             return False
         try:
-            for module, kind, variables, before, contents in self._rows:
+            for module, kind, variables, before, identities, _ in self._rows:
                 held = root if module is None else module
                 # Another dictionary is in the place of theirs, or this is another module that counts as equal.
                 if held.__dict__ is not variables or variables != before or type(held) is not kind:
                     return False
-                for name, values, _ in contents:
-                    now = variables[name]
-                    if len(now) != len(values) or not all(map(is_, now.values(), values)):
+                for name, held_then in identities:
+                    if [*map(id, variables[name].values())] != held_then:
                         return False
         except Exception:  # a tensor or an array among the variables was replaced, and has no truth value
             return False
@@ -102,7 +103,7 @@ class Past:
         left_out = {*_CONTENTS, *_HOOKS, KEY}
         self._rows = [
             (module, kind, {name: value for name, value in before.items() if name not in left_out}, contents)
-            for module, kind, _, before, contents in rows
+            for module, kind, _, before, _, contents in rows
         ]
 
     def restored(self, stand_in: Callable[[Tensor], Tensor]) -> nn.Module:
