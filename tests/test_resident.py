@@ -339,3 +339,19 @@ def test_the_gradient_of_any_schemes_coefficients(rows: tuple, activation: str, 
     y.backward(cotangent)
     torch.testing.assert_close(y, points[-1])
     torch.testing.assert_close(tables[1].grad, tables[0].grad)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_gradient_has_its_weights_memory_format(layout: torch.memory_format, kernel: int) -> None:
+    """Or autograd copies it where it is accumulated."""
+    conv = nn.Conv2d(24, 24, kernel, padding=kernel // 2)
+    plain = reference.SSP3(nn.Sequential(nn.ReLU(), conv)).double().to(memory_format=layout)
+    twin = fused(plain)
+    x = sample_input(2, 24, 5, 4, dtype=torch.float64)
+    found, expected = (
+        torch.autograd.grad(block(x).square().sum(), block.branch[1].weight)[0] for block in (twin, plain)
+    )
+    torch.testing.assert_close(found, expected)
+    weight = twin.branch[1].weight
+    assert weight.is_contiguous(memory_format=layout) and found.stride() == weight.stride()
