@@ -61,13 +61,20 @@ def _arguments(
     return program, (cls, *constants), None if rerun is None else rerun.habit.flag, given
 
 
-def _results(found: Any, plan: Plan, given: MaybeTensors, inputs: int, evaluations: int) -> Any:
+def _results(found: Any, plan: Plan, given: MaybeTensors, inputs: int, used: Sequence[bool]) -> Any:
     """What forward returns, from what such a call returned."""
     if type(found) is not tuple:
         return found if found is NotImplemented else (found,)
     y, flat = found
     assert given[0] is not None
-    return (y, *decode_statistics(plan, given[inputs:], flat, given[0].shape[1], evaluations))
+    return (y, *decode_statistics(plan, given[inputs:], flat, given[0].shape[1], used))
+
+
+def _used(rule: Descent | Scheme) -> list[bool]:
+    """Of each evaluation that the operator makes, whether the block makes it: a scheme where a coefficient asks."""
+    if isinstance(rule, Descent):
+        return [True] * (rule.steps + 1)
+    return [rule.uses(k) for k in range(rule.stages)]
 
 
 class ResidentIESkipFunction(NodeFunction):
@@ -79,7 +86,7 @@ class ResidentIESkipFunction(NodeFunction):
     def through_node(cls, plan: Plan, descent: Descent, rerun: Rerun | None, given: MaybeTensors) -> Any:
         rule = (descent.steps, descent.step_size, descent.theta, descent.detach)
         found = nodes.module.descent(*_arguments(cls, (plan, descent, rerun), given, 1), *rule)
-        return _results(found, plan, given, 1, descent.steps + 1)
+        return _results(found, plan, given, 1, _used(descent))
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, descent: Descent, rerun: Rerun | None, x: Tensor, *tensors: MaybeTensor) -> Any:
@@ -88,7 +95,7 @@ class ResidentIESkipFunction(NodeFunction):
         y, flat, kept = torch.ops.fastode.resident_ie_forward.default(
             x, *encode(plan, tensors), *rule, keep, everything
         )
-        statistics = decode_statistics(plan, tensors, flat, x.shape[1], [True] * (descent.steps + 1))
+        statistics = decode_statistics(plan, tensors, flat, x.shape[1], _used(descent))
         ctx.save_for_backward(x, *tensors)
         ctx.plan, ctx.descent, ctx.rerun, ctx.kept, ctx.kept_all = plan, descent, rerun, kept, everything
         ctx.set_materialize_grads(False)
@@ -122,7 +129,7 @@ class ResidentShuOsherFunction(NodeFunction):
     @classmethod
     def through_node(cls, plan: Plan, scheme: Scheme, rerun: Rerun | None, given: MaybeTensors) -> Any:
         found = nodes.module.scheme(*_arguments(cls, (plan, scheme, rerun), given, 2))
-        return _results(found, plan, given, 2, scheme.stages)
+        return _results(found, plan, given, 2, _used(scheme))
 
     @staticmethod
     def forward(
@@ -132,9 +139,7 @@ class ResidentShuOsherFunction(NodeFunction):
         y, flat, kept = torch.ops.fastode.resident_rk_forward.default(
             x, *encode(plan, tensors), table.contiguous(), keeps_beside(ctx), everything
         )
-        # The operator evaluates f at every point, and the block where a coefficient asks for it.
-        used = [scheme.uses(k) for k in range(scheme.stages)]
-        statistics = decode_statistics(plan, tensors, flat, x.shape[1], used)
+        statistics = decode_statistics(plan, tensors, flat, x.shape[1], _used(scheme))
         ctx.save_for_backward(x, table, *tensors)
         ctx.plan, ctx.rerun, ctx.kept, ctx.kept_all = plan, rerun, kept, everything
         ctx.set_materialize_grads(False)
