@@ -40,11 +40,16 @@ def prebuild(package: Path) -> None:
     native.__path__ = [str(HERE / "fastode" / "native")]
     sys.modules[native.__name__] = native
     toolchain = importlib.import_module("fastode_native.toolchain")
+    nodes = importlib.import_module("fastode_native.nodes")
     nvcc = importlib.import_module("fastode_native.nvcc")
     try:
         print("fastode: built", *toolchain.build_ahead(HERE / "csrc", package))
     except toolchain.BuildError as error:
         sys.exit(f"FASTODE_PREBUILD=1: {error}")
+    try:
+        print("fastode: built", nodes.build_ahead(HERE / "csrc", package))
+    except toolchain.BuildError as error:  # without them the Functions in Python run
+        print(f"fastode: built without the autograd nodes: {error}", file=sys.stderr)
     try:
         print("fastode: built", nvcc.build_ahead(HERE / "csrc", package))
     except toolchain.BuildError as error:  # a machine without nvcc builds for the CPU

@@ -15,7 +15,7 @@ import fastode
 
 from .dispatch import choice, decisions, trial
 from .dispatch.engines import ENGINES
-from .native import cuda_library, operators, toolchain
+from .native import cuda_library, nodes, operators, toolchain
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,6 +55,7 @@ def _machine() -> list[tuple[str, str]]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none: torch sees no CUDA device"
     ready, where = operators.available()
     cuda_ready, cuda_where = cuda_library.available()
+    nodes_ready, nodes_where = nodes.available(operators.source_root())
     return [
         ("fastode", f"{fastode.__version__} ({Path(fastode.__file__).parent})"),
         (
@@ -69,6 +70,7 @@ def _machine() -> list[tuple[str, str]]:
         ("CPU", f"{_cpu_name()}: {', '.join(toolchain.kernel_features()) or 'no known features'}"),
         ("threads", str(torch.get_num_threads())),
         ("operators", f"{'ready' if ready else 'not ready'}: {where}"),
+        ("nodes", f"{'in C++' if nodes_ready else 'in Python'}: {nodes_where}"),
         ("CUDA C++", f"{'ready' if cuda_ready else 'not ready'}: {cuda_where}"),
         ("cache", str(toolchain.cache_directory())),
     ]
@@ -90,6 +92,10 @@ def _build_now(*, load: bool) -> int:
     except toolchain.BuildError as error:
         reason = str(error)
     print(reason or f"the C++ operators are built: {where}", file=sys.stderr if reason else sys.stdout)
+    try:
+        print(f"the autograd nodes are built: {nodes.find_or_build(operators.source_root(), again=True)}")
+    except toolchain.BuildError as error:
+        print(f"the autograd nodes are not built, and run in Python: {error}", file=sys.stderr)
     missing = ""
     named = bool(os.environ.get("FASTODE_CUDA_ARCHITECTURES"))
     if named or cuda_library.wanted():

@@ -56,7 +56,7 @@ def recipe() -> toolchain.Recipe:
     home, extra = Path(torch.__file__).resolve().parent, extra_flags()
     includes = [f"-I{path}" for path in (SOURCES, DEVICE, CHECKOUT / "csrc")]
     torch_includes = ("-isystem", f"{home}/include", "-isystem", f"{home}/include/torch/csrc/api/include")
-    hashes = toolchain.source_hash(SOURCES) + toolchain.source_hash(CHECKOUT / "csrc", without="cpu")
+    hashes = toolchain.source_hash(SOURCES) + toolchain.source_hash(CHECKOUT / "csrc", "cpu", toolchain.AUTOGRAD)
     facts = {
         "sources": hashlib.sha256(hashes.encode()).hexdigest(),
         "torch": torch.__version__,

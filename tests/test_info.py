@@ -20,6 +20,7 @@ def test_info_prints_versions_engines_and_cache(capsys: pytest.CaptureFixture[st
     assert torch.__version__ in lines["torch"]
     assert str(torch.get_num_threads()) in lines["threads"]
     assert str(toolchain.cache_directory()) in lines["cache"]
+    assert re.fullmatch(r"nodes +in C\+\+: (built|loaded) .+\.so", lines["nodes"])
     table = printed.split("\nengines\n")[1].split("\n\n")[0].splitlines()
     cells = [re.fullmatch(r"  (\w+) +(\w+) +(yes|no) +(\S.*)", line) for line in table]
     engines = {(cell[1], cell[2]): (cell[3], cell[4]) for cell in cells if cell}

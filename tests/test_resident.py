@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import fastode
 from benchmarks.memory import peak_bytes
 from fastode import branch, reference
+from fastode.native import nodes
 from fastode.ops.engine import no_operators
 from fastode.ops.plan import Plan
 from fastode.ops.rerun import Rerun
@@ -168,10 +169,11 @@ def test_what_forward_keeps_and_backward_needs(
     twin = fused(scheme(preactivation(16, norm))).requires_grad_(not frozen)
     size, bar = x.numel() * x.element_size(), torch.ones_like(x)
     y = twin(x)
-    kept = y.grad_fn.kept  # type: ignore[union-attr]
+    kept = nodes.module.kept(y)
     assert sum(piece.numel() for piece in kept) * x.element_size() // size == maps
     y.backward(bar, retain_graph=True)
-    assert not y.grad_fn.kept  # type: ignore[union-attr]
+    del kept
+    assert not nodes.module.kept(y)
     x.grad = None  # the maps are the result and the input's gradient, in which the backward works, beside what is kept
     assert peak_bytes(lambda: twin(x).backward(bar)) < (most + 0.5) * size
 
@@ -347,3 +349,19 @@ def test_running_statistics_do_not_see_an_evaluation_that_no_coefficient_asks_fo
     plain, twin = reference.ShuOsher(branch, unused), fastode.nn.ShuOsher(copy.deepcopy(branch), unused)
     twin.engine = "resident"
     assert_blocks_equal(plain, twin, sample_input(3, 8, 6, 6))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_gradient_has_its_weights_memory_format(layout: torch.memory_format, kernel: int) -> None:
+    """Or autograd copies it where it is accumulated."""
+    conv = nn.Conv2d(24, 24, kernel, padding=kernel // 2)
+    plain = reference.SSP3(nn.Sequential(nn.ReLU(), conv)).double().to(memory_format=layout)
+    twin = fused(plain)
+    x = sample_input(2, 24, 5, 4, dtype=torch.float64)
+    found, expected = (
+        torch.autograd.grad(block(x).square().sum(), block.branch[1].weight)[0] for block in (twin, plain)
+    )
+    torch.testing.assert_close(found, expected)
+    weight = twin.branch[1].weight
+    assert weight.is_contiguous(memory_format=layout) and found.stride() == weight.stride()

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 import itertools
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastode
 from fastode import functional, reference
+from fastode.native import nodes
 from fastode.ops.resident import rule as measured
 from fastode.reference.skew import skew_field
 from fastode.testing import assert_blocks_equal, sample_input
@@ -145,7 +146,7 @@ def test_function_on_tiles(kernel: int, monkeypatch: pytest.MonkeyPatch) -> None
     )
     given = maps_of((6, 20, 1, 9, 11), dtype=torch.bfloat16)
     twin = Function(kernel, True)
-    assert "ResidentSkewFunction" in type(twin(*given)[0].grad_fn).__name__
+    assert "ResidentSkewFunction" in twin(*given)[0].grad_fn.name()
     assert_blocks_equal(Function(kernel, False), twin, given)
 
 
@@ -156,7 +157,7 @@ def test_function_with_every_odd_kernel(kernel: int) -> None:
     y, z, weight = (x.requires_grad_() for x in given)
     options: dict[str, Any] = {"padding": kernel // 2, "gamma": 0.2, "activation": "tanh"}
     found = functional.skew_pair(y, z, weight, **options)
-    assert "ResidentSkewFunction" in type(found[0].grad_fn).__name__
+    assert "ResidentSkewFunction" in found[0].grad_fn.name()
     torch.testing.assert_close(found, skew_field(y, z, weight, 1, kernel // 2, 0.2, torch.tanh))
     assert torch.autograd.gradcheck(lambda *x: functional.skew_pair(*x, **options), (y, z, weight), fast_mode=True)
 
@@ -195,22 +196,28 @@ def test_slopes_are_held_as_long_as_the_graph() -> None:
     loss = dy.square().sum() + dz.square().sum()
     first, second = (torch.autograd.grad(loss, [y, z, *block.parameters()], retain_graph=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    assert [slope.data_ptr() for slope in dy.grad_fn.slopes] == [dy.data_ptr(), dz.data_ptr()]
+    assert [slope.data_ptr() for slope in nodes.module.kept(dy)[:2]] == [dy.data_ptr(), dz.data_ptr()]
     loss.backward()
-    assert dy.grad_fn.slopes == []
+    assert nodes.module.kept(dy) == ()
+
+
+def biased(bias: float, dtype: torch.dtype) -> tuple[nn.Module, list[Tensor]]:
+    """A fused pair whose norms have this bias, and its inputs."""
+    shape = (3, 16, 1, 5, 4)
+    block = fused(field_of(shape, 0.0, "leaky_relu", "group", torch.float32)).to(dtype)
+    with torch.no_grad():
+        for norm in (module for module in block.modules() if isinstance(module, torch.nn.GroupNorm)):
+            norm.bias.fill_(bias)
+    return block, [x.to(dtype).requires_grad_() for x in maps_of(shape)]
 
 
 # What is stored in bfloat16, or beside a large bias, does not say what it was made from.
 @pytest.mark.parametrize(("dtype", "bias", "held"), [("float32", 0.0, 2), ("float32", 50.0, 0), ("bfloat16", 0.0, 0)])
 def test_slopes_are_held_only_where_they_are_read(dtype: str, bias: float, held: int) -> None:
-    shape = (3, 16, 1, 5, 4)
-    block = fused(field_of(shape, 0.0, "leaky_relu", "group", torch.float32)).to(getattr(torch, dtype))
-    with torch.no_grad():
-        for norm in (module for module in block.modules() if isinstance(module, torch.nn.GroupNorm)):
-            norm.bias.fill_(bias)
-    dy, _ = block(*(x.to(getattr(torch, dtype)).requires_grad_() for x in maps_of(shape)))
+    block, given = biased(bias, getattr(torch, dtype))
+    dy, dz = block(*given)
     assert dy.grad_fn.name() == "ResidentSkewFunctionBackward"
-    assert len(dy.grad_fn.slopes) == held
+    assert sum(kept.data_ptr() in (dy.data_ptr(), dz.data_ptr()) for kept in nodes.module.kept(dy)) == held
 
 
 # Where a norm's bias is large beside its weight, or the weight zero, a slope does not say what it was made from.
@@ -228,10 +235,10 @@ def test_what_the_pair_keeps_is_small() -> None:
     for shape, dtype in itertools.product(((3, 16, 1, 32, 32), (16, 32, 2, 64, 64)), (torch.float32, torch.float64)):
         block = fused(field_of(shape, 0.0, "leaky_relu", "group", dtype))
         y, z = (x.requires_grad_() for x in maps_of(shape, dtype=dtype))
-        dy, _ = block(y, z)  # torch 2.11 frees what is saved with the last output
-        kept = dy.grad_fn.saved_tensors[3:]
-        given = {tensor.data_ptr() for tensor in block.parameters()}
-        sizes = [x.numel() * x.element_size() for x in kept if x is not None and x.data_ptr() not in given]
+        dy, _ = block(y, z)
+        kept = nodes.module.kept(dy)[2:]  # after the slopes
+        sizes = [x.numel() * x.element_size() for x in kept]
+        assert sizes
         assert 8 * sum(sizes) < (y.numel() + z.numel()) * y.element_size()
 
 
@@ -283,20 +290,27 @@ def test_nothing_is_read_before_it_is_written() -> None:
         torch.use_deterministic_algorithms(before)
 
 
-def test_frozen_weight_skips_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+class Noted(TorchDispatchMode):
+    """What each backward of a solution was asked for: the weight's gradient, and the norms'."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[tuple[bool, bool]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        if str(function) == "fastode.resident_march_backward.default":
+            self.asked.append(arguments[-2:])
+        return function(*arguments, **(keywords or {}))
+
+
+def test_frozen_weight_skips_its_gradient() -> None:
     block = fused(reference.SOBlock(reference.SkewPair(3, 8), solver="euler"))
     block.field.weight.requires_grad_(False)
-    packet, asked = torch.ops.fastode.resident_march_backward, []
-
-    def noted(*arguments: Any) -> Any:
-        asked.append(arguments[-2:])
-        return packet.default(*arguments)
-
-    monkeypatch.setattr(torch.ops.fastode, "resident_march_backward", SimpleNamespace(default=noted))
-    block(sample_input(2, 3, 6, 6).requires_grad_()).sum().backward()
-    block.requires_grad_(False)
-    block(sample_input(2, 3, 6, 6).requires_grad_()).sum().backward()
-    assert asked == [(False, True), (False, False)]
+    with Noted() as noted:
+        block(sample_input(2, 3, 6, 6).requires_grad_()).sum().backward()
+        block.requires_grad_(False)
+        block(sample_input(2, 3, 6, 6).requires_grad_()).sum().backward()
+    assert noted.asked == [(False, True), (False, False)]
 
 
 @pytest.mark.parametrize("solver", FIXED)

@@ -7,7 +7,6 @@ A reading looks at modules, their children, hooks, numbers and tensors. A snapsh
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from operator import is_
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from .read import has_global_hooks, is_sequential
 
+KEY = "_fastode_known"  # among a module's variables: what is kept of it, this snapshot too
 _CONTENTS = ("_parameters", "_buffers", "_modules")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -22,9 +22,10 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 class Snapshot:
     """Modules as they were, below one of them that it does not keep alive."""
 
-    __slots__ = ("_hooks", "_rows", "_sequentials", "_tensors")
+    __slots__ = ("_hooks", "_past", "_rows", "_sequentials", "_tensors")
 
     def __init__(self, root: nn.Module) -> None:
+        self._past: Past | None = None
         self._rows: list[tuple[Any, ...]] = []
         self._hooks: list[dict[Any, Any]] = []
         self._tensors: list[tuple[Tensor, type, torch.dtype, torch.device, torch.Size]] = []
@@ -42,7 +43,10 @@ class Snapshot:
                 for name, each in zip(_CONTENTS, held, strict=True)
                 if each
             ]
-            self._rows.append((None if module is root else module, type(module), variables, dict(variables), contents))
+            # Of objects that `contents` keeps alive, so that no other one can have their place.
+            identities = [(name, [*map(id, values)]) for name, values, _ in contents]
+            known = None if module is root else module
+            self._rows.append((known, type(module), variables, dict(variables), identities, contents))
             for tensor in (*variables["_parameters"].values(), *variables["_buffers"].values()):
                 if tensor is not None:
                     self._tensors.append((tensor, type(tensor), tensor.dtype, tensor.device, tensor.shape))
@@ -57,14 +61,13 @@ class Snapshot:
         if any(self._hooks) or has_global_hooks():
             return False
         try:
-            for module, kind, variables, before, contents in self._rows:
+            for module, kind, variables, before, identities, _ in self._rows:
                 held = root if module is None else module
                 # Another dictionary is in the place of theirs, or this is another module that counts as equal.
                 if held.__dict__ is not variables or variables != before or type(held) is not kind:
                     return False
-                for name, values, _ in contents:
-                    now = variables[name]
-                    if len(now) != len(values) or not all(map(is_, now.values(), values)):
+                for name, held_then in identities:
+                    if [*map(id, variables[name].values())] != held_then:
                         return False
         except Exception:  # a tensor or an array among the variables was replaced, and has no truth value
             return False
@@ -80,10 +83,33 @@ class Snapshot:
                 return False
         return True
 
+    @property
+    def past(self) -> Past:
+        """The modules as they were, without what would hold on to results of theirs."""
+        if self._past is None:
+            self._past = Past(self._rows)
+        return self._past
+
+
+class Past:
+    """Modules as they were, to be made anew.
+
+    A graph holds one. So it has none of their hooks, which hold what a user reads by them: results of that graph.
+    """
+
+    __slots__ = ("_rows",)
+
+    def __init__(self, rows: Sequence[tuple[Any, ...]]) -> None:
+        left_out = {*_CONTENTS, *_HOOKS, KEY}
+        self._rows = [
+            (module, kind, {name: value for name, value in before.items() if name not in left_out}, contents)
+            for module, kind, _, before, _, contents in rows
+        ]
+
     def restored(self, stand_in: Callable[[Tensor], Tensor]) -> nn.Module:
-        """The modules as they were, made anew around `stand_in` of each parameter and of a copy of each buffer."""
+        """The modules made anew around `stand_in` of each parameter and of a copy of each buffer."""
         made: dict[int, nn.Module] = {}
-        for module, kind, _, before, contents in reversed(self._rows):  # children come before what holds them
+        for module, kind, before, contents in reversed(self._rows):  # children come before what holds them
             twin = made[id(module)] = kind.__new__(kind)
             twin.__dict__.update(before)
             twin.__dict__.update({name: {} for name in (*_CONTENTS, *_HOOKS)})

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ..branch.snapshot import Snapshot
+from ..branch.snapshot import KEY, Snapshot
 from ..ops.engine import Call, autocast_dtype, mode
 from ..ops.plan import MaybeTensors
 from ..ops.rerun import Habit
@@ -42,7 +42,7 @@ class Known(Generic[Reading]):
     def __init__(self, snapshot: Snapshot | None, reading: Reading) -> None:
         self.snapshot = snapshot
         self.reading = reading
-        self.habit = Habit()
+        self.habit = None if snapshot is None else Habit()  # a tracer makes no snapshot
         self._answers: dict[Hashable, Any] = {}
 
     def holds(self, root: nn.Module) -> bool:
@@ -76,13 +76,12 @@ class _Beside:
         return type(None), ()
 
 
-_KEY = "_fastode_known"
 _era = 0  # how often everything was forgotten
 
 
 def kept(root: nn.Module) -> Known[Any] | None:
     """What was kept of a module, whether or not it still holds."""
-    beside = root.__dict__.get(_KEY)
+    beside = root.__dict__.get(KEY)
     return beside.known if type(beside) is _Beside and beside.era == _era else None
 
 
@@ -94,7 +93,7 @@ def known(root: nn.Module, read: Callable[[], Reading]) -> Known[Reading]:
     reading = read()
     if reading.reason:  # nothing is known of modules that cannot be read, nor of what their snapshot would need
         return Known(None, reading)
-    beside = root.__dict__[_KEY] = _Beside()  # before the snapshot, which has it among the variables
+    beside = root.__dict__[KEY] = _Beside()  # before the snapshot, which has it among the variables
     snapshot = Snapshot(root)
     # Tensors that stand in for parameters during one call would be kept alive, with the graph behind them.
     if any(tensor.grad_fn is not None for tensor in snapshot.tensors):
@@ -112,7 +111,7 @@ def forget() -> None:
 def clear(model: nn.Module) -> None:
     """Take what is kept out of a model's modules."""
     for module in model.modules():
-        module.__dict__.pop(_KEY, None)
+        module.__dict__.pop(KEY, None)
 
 
 def kind_of_call(constants: Hashable, inputs: tuple[Tensor, ...], reading: _Reading) -> Hashable | None:

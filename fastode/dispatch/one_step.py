@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..branch.read import Reading, channels, read
-from ..branch.snapshot import Snapshot
+from ..branch.snapshot import Past
 from ..ops import function
 from ..ops.engine import Call, Engine, autocast_dtype
 from ..ops.plan import MaybeTensors, Plan
@@ -214,7 +214,7 @@ def run(
         return _undone_on_error(call, x, module) if reading.units is None else call(x)
     rerun = None
     if found is not None and found.snapshot is not None and torch.is_grad_enabled():
-        make = partial(_as_it_was, make_reference, module, found.snapshot)
+        make = partial(_as_it_was, make_reference, module, found.snapshot.past)
         rerun = Rerun(make, 1 if table is None else 2, reading.tensors, found.habit)
     y, *statistics = step.apply(chosen, plan, rerun, x, reading.tensors, table)
     if statistics:
@@ -254,13 +254,11 @@ def _undone_on_error(call: Callable[[Tensor], Tensor], x: Tensor, module: nn.Mod
         raise
 
 
-def _as_it_was(
-    make_reference: Callable[[], nn.Module], module: nn.Module, snapshot: Snapshot, stand_in: StandIn
-) -> nn.Module:
+def _as_it_was(make_reference: Callable[[], nn.Module], module: nn.Module, past: Past, stand_in: StandIn) -> nn.Module:
     """The reference block around a branch that is as it was when the block was called."""
     block = make_reference()
     (name,) = [name for name, child in block._modules.items() if child is module]
-    block._modules[name] = snapshot.restored(stand_in)
+    block._modules[name] = past.restored(stand_in)
     return block
 
 

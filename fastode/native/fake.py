@@ -114,7 +114,13 @@ def _gradients(parameters: Sequence[Tensor], units: Sequence[int], wanted: bool)
     for bits in units[UNIT_INTEGERS - 1 :: UNIT_INTEGERS]:
         norm, running, conv = (WEIGHT, BIAS), (RUNNING, RUNNING), (CONV_WEIGHT, CONV_BIAS)
         sizes += [bit != RUNNING for bit in (*norm, *running, *conv) if bits & bit]
-    return [p.new_empty(p.shape if full else (0,)) for p, full in zip(parameters, sizes, strict=True)]
+    return [_gradient(p) if full else p.new_empty(0) for p, full in zip(parameters, sizes, strict=True)]
+
+
+def _gradient(p: Tensor) -> Tensor:
+    """On the CPU that of a convolution's weight is in channels_last where the weight is."""
+    last = p.dim() == 4 and p.shape[1] > 1 and p.stride() == _map(p, p.shape, True).stride()
+    return _map(p, p.shape, last) if p.dim() == 4 and p.device.type == "cpu" else p.new_empty(p.shape)
 
 
 def _ie_forward(
@@ -157,7 +163,7 @@ def _bars(parameters: Sequence[Tensor], integers: Sequence[int], weight: bool, n
     for bits in integers[4::3]:
         wanted += [norms] * (bool(bits & WEIGHT) + bool(bits & BIAS)) + [False] * (2 if bits & RUNNING else 0)
     pairs = zip(parameters, wanted, strict=True)
-    return [p.new_empty(p.shape if want else (0,)) for p, want in pairs]
+    return [_gradient(p) if want else p.new_empty(0) for p, want in pairs]
 
 
 def _skew_forward(

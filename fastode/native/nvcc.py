@@ -205,7 +205,7 @@ def recipe(root: Path, chosen: Sequence[str] | None = None) -> Recipe:
     threads = f"--threads={max(1, min(len(chosen), toolchain.jobs() // len(units)))}"  # architectures at a time
     runtime, headers = _runtime(nvcc)
     facts = {
-        "sources": toolchain.source_hash(root, without="cpu"),
+        "sources": toolchain.source_hash(root, "cpu", toolchain.AUTOGRAD),
         "torch": torch.__version__,
         "compiler": f"{shlex.join(command)}\n{version}",
         "nvcc": nvcc.version,
@@ -241,7 +241,7 @@ def _runtime(nvcc: Nvcc) -> tuple[Path, tuple[str, ...]]:
 
 def prebuilt_name(root: Path, chosen: Sequence[str]) -> str:
     """The file name of a prebuilt library: it names its sources and its architectures."""
-    hashed = toolchain.source_hash(root, without="cpu")[:16]
+    hashed = toolchain.source_hash(root, "cpu", toolchain.AUTOGRAD)[:16]
     return f"libfastode-{toolchain.CUDA}-{hashed}-{'-'.join(f'sm_{each}' for each in chosen)}.so"
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from . import cuda, cuda_library, fake, toolchain
+from . import cuda, cuda_library, fake, nodes, toolchain
 from .toolchain import (
     LIBRARY,
     BuildError,
@@ -78,7 +79,12 @@ def load(announce: bool = True) -> str | None:
         if loaded() or _state.reason is not None:
             return _state.reason
         try:
-            _state.path = _open(find_or_build(announce))
+            with ThreadPoolExecutor(1) as beside:
+                # A file more to compile, while this thread's are.
+                nodes_loaded = beside.submit(nodes.load, source_root(), announce) if toolchain.jobs() > 1 else None
+                _state.path = _open(find_or_build(announce))
+            if nodes_loaded is None:
+                nodes.load(source_root(), announce)
             cuda.register()
             cuda_library.load(announce)
         except (BuildError, OSError) as error:

@@ -34,7 +34,8 @@ from pathlib import Path
 import torch
 
 LIBRARY = "libfastode.so"
-CUDA = "cuda"  # the folder of the sources that nvcc.py builds a library of its own from
+# The folders of sources that libraries of their own are built from, by nvcc.py and nodes.py.
+CUDA, AUTOGRAD = "cuda", "autograd"
 # -ffast-math is left out for good: it would break NaN, inf and the order of sums that the equality rule relies on.
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wno-unknown-pragmas")
 # The stable ABI of torch 2.10: one binary serves every later torch.
@@ -80,6 +81,10 @@ class BuildError(Exception):
     """The operators cannot be had; the message is the one-sentence reason."""
 
 
+class CompileError(BuildError):
+    """The compiler refused, as it will again."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Everything a build depends on, and so everything that its key is made from."""
@@ -108,7 +113,7 @@ class Recipe:
 
 
 def sources(root: Path) -> tuple[Path, ...]:
-    """The translation units of the CPU's operators under ``root``; nvcc.py has those of CUDA's."""
+    """The translation units of the CPU's operators under ``root``; nvcc.py and nodes.py have the others."""
     return tuple(sorted([*root.glob("*.cpp"), *root.glob("cpu/*.cpp")]))
 
 
@@ -117,17 +122,17 @@ def source_root(package: Path) -> Path | None:
     return next((root for root in (package / "csrc", package.parent / "csrc") if any(root.glob("*.cpp"))), None)
 
 
-def source_hash(root: Path, without: str | None = None) -> str:
+def source_hash(root: Path, *without: str) -> str:
     """A hash of every source under ``root``, for whatever device and in whatever language, by path and content.
 
     Args:
         root: the directory.
-        without: a folder in it whose sources another library is built from.
+        without: the folders in it whose sources other libraries are built from.
     """
     digest = hashlib.sha256()
     for path in sorted(p for p in root.rglob("*") if p.is_file() and p.suffix not in _NOT_SOURCES):
         name, content = path.relative_to(root), path.read_bytes()
-        if name.parts[0] != without:
+        if name.parts[0] not in without:
             digest.update(f"{name.as_posix()}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()
 
@@ -243,7 +248,7 @@ def recipe(root: Path, machine_flags: tuple[str, ...] = NATIVE) -> Recipe:
     if sys.platform == "darwin":
         link_flags += ("-undefined", "dynamic_lookup")
     facts = {
-        "sources": source_hash(root, without=CUDA),
+        "sources": source_hash(root, CUDA, AUTOGRAD),
         "torch": torch.__version__,
         "python": f"{platform.python_implementation()} {platform.python_version()} {platform.machine()}",
         "compiler": f"{shlex.join(command)}\n{version}",
@@ -307,7 +312,7 @@ def compile_into(made: Recipe, directory: Path, log: Path, *, announce: bool = F
         The library's path.
 
     Raises:
-        BuildError: the first line of the compiler's error, and where ``log``, the whole output, lies.
+        CompileError: the first line of the compiler's error, and where ``log``, the whole output, lies.
     """
     deadline = time.monotonic() + BUILD_TIMEOUT
     stopped = threading.Event()
@@ -338,7 +343,7 @@ def compile_into(made: Recipe, directory: Path, log: Path, *, announce: bool = F
 
     objects = [directory / f"{unit.relative_to(made.root).as_posix().replace('/', '_')}.o" for unit in made.sources]
     commands = [made.command(unit, object_) for unit, object_ in zip(made.sources, objects, strict=True)]
-    progress = Progress(len(commands)) if announce else None
+    progress = Progress(len(commands)) if announce and len(commands) > 1 else None
     errors = []
     with ThreadPoolExecutor(max_workers=jobs()) as pool:
         for compiled in as_completed([pool.submit(run, command) for command in commands]):
@@ -353,7 +358,7 @@ def compile_into(made: Recipe, directory: Path, log: Path, *, announce: bool = F
         linked = run([*made.compiler, *map(str, objects), *made.link_flags, "-o", str(library)])
         errors = [linked] if linked is not None else []
     if errors:
-        raise BuildError(f"the build failed: {_first_error(errors[0])} (all of it: {log})")
+        raise CompileError(f"the build failed: {_first_error(errors[0])} (all of it: {log})")
     for object_ in objects:
         object_.unlink()
     return library
@@ -435,8 +440,8 @@ def build(made: Recipe, cache: Path, *, announce: bool = True) -> Path:
             if library.exists():
                 return library
             if announce:
-                count = len(made.sources)
-                print(f"fastode: building {made.name} ({count} files, once) into {cache}", file=sys.stderr)
+                files = "1 file" if len(made.sources) == 1 else f"{len(made.sources)} files"
+                print(f"fastode: building {made.name} ({files}, once) into {cache}", file=sys.stderr)
             for left_over in cache.glob(f"{made.key}.*/"):  # of a killed process: the lock is ours, so it is nobody's
                 shutil.rmtree(left_over, ignore_errors=True)
             work = Path(tempfile.mkdtemp(prefix=f"{made.key}.", dir=cache))
@@ -463,7 +468,7 @@ def levels() -> tuple[Level, ...]:
 
 def prebuilt_name(root: Path, level: Level) -> str:
     """The file name of a prebuilt library: it names its sources, so an outdated one is not found."""
-    return f"libfastode-{source_hash(root, without=CUDA)[:16]}-{level.name}.so"
+    return f"libfastode-{source_hash(root, CUDA, AUTOGRAD)[:16]}-{level.name}.so"
 
 
 def build_ahead(root: Path, package: Path) -> list[Path]:

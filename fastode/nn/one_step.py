@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 
 import torch
@@ -132,10 +132,12 @@ class Ark(_OneStep, reference.Ark):
         return torch.stack(self.coefficients(torch.float64))
 
     def _reference(self) -> MakeReference:
-        return partial(self._reference_around, self.branch)
+        learned = tuple(name for name in ("a21", "b10") if name in self._parameters)
+        return partial(_around, self.branch, self.a21, self.b10, learned)
 
-    def _reference_around(self, branch: nn.Module) -> nn.Module:
-        learned = {f"learn_{name}": name in self._parameters for name in ("a21", "b10")}
-        block = _GivenTable(branch, **learned)
-        block.a21, block.b10 = self.a21, self.b10
-        return block
+
+def _around(branch: nn.Module, a21: Tensor, b10: Tensor, learned: Collection[str]) -> nn.Module:
+    """Ark on a branch. It knows no block that was called: that would hold on to its own results, by a graph."""
+    block = _GivenTable(branch, **{f"learn_{name}": name in learned for name in ("a21", "b10")})
+    block.a21, block.b10 = a21, b10
+    return block

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import checks, reference
 from ..branch.read import is_overridden
+from ..branch.snapshot import Past
 from ..dispatch import choice
 from ..dispatch.engines import AUTO, NAMES, REFERENCE, is_reference
 from ..dispatch.known import Known, kind_of_call, known
@@ -59,7 +60,7 @@ class SkewPair(Fused, reference.SkewPair):
         note(self, chosen)
         if chosen is REFERENCE or pair is None:
             return super().forward(y, z)
-        return evaluate(chosen, found.reading, pair, y, z, partial(_as_it_was, found), tensors)
+        return evaluate(chosen, found.reading, pair, y, z, partial(_as_it_was, _past(found)), tensors)
 
 
 @register(reference.SkewLinear)
@@ -139,7 +140,7 @@ class _FusedSolve(Fused, reference.SOBlock):
         note(self.field, chosen)
         if march is None:
             return self._adaptive(chosen, found, pair, tensors, x)
-        make = partial(_FixedSolution, found, self.settings.tableau, self.t1, self.steps)
+        make = partial(_FixedSolution, _past(found), self.settings.tableau, self.t1, self.steps)
         return solve(chosen, found.reading, pair, x, march, make, tensors)
 
     def _march(self) -> March | None:
@@ -151,7 +152,7 @@ class _FusedSolve(Fused, reference.SOBlock):
         self, engine: Engine, known_field: Known[Field], pair: Pair, tensors: MaybeTensors, x: Tensor
     ) -> Tensor:
         """By the engine's own steps where it has them, else with each evaluation as a call of it."""
-        field, make, solver = known_field.reading, partial(_as_it_was, known_field), self.settings
+        field, make, solver = known_field.reading, partial(_as_it_was, _past(known_field)), self.settings
         if self._family() == "skew_adaptive" and engine.skew_adaptive is not None and x.shape[0]:
             watch = Watch(self.in_words(), solver)
             return solve_adaptive(engine, field, pair, x, solver, watch, make, tensors).contiguous()
@@ -180,7 +181,7 @@ class SOClassifier(_FusedSolve, reference.SOClassifier):
 class _FixedSolution(nn.Module):
     """The reference solution by fixed steps, as a function of the initial state or of x, which gives one."""
 
-    def __init__(self, field: Known[Field], scheme: Butcher, t1: float, steps: int, stand_in: StandIn) -> None:
+    def __init__(self, field: Past | None, scheme: Butcher, t1: float, steps: int, stand_in: StandIn) -> None:
         super().__init__()
         self.field = _as_it_was(field, stand_in)
         self.scheme, self.t1, self.steps = scheme, t1, steps
@@ -199,10 +200,15 @@ def _as_reference(field: Any) -> reference.SkewPair:
     return twin
 
 
-def _as_it_was(field: Known[Field], stand_in: StandIn) -> reference.SkewPair:
+def _past(found: Known[Field]) -> Past | None:
+    """The field as it was when it was called; a tracer has no need of it."""
+    return None if found.snapshot is None else found.snapshot.past
+
+
+def _as_it_was(past: Past | None, stand_in: StandIn) -> reference.SkewPair:
     """A reference field that is as the field was when it was called."""
-    assert field.snapshot is not None
-    twin = field.snapshot.restored(stand_in)
+    assert past is not None
+    twin = past.restored(stand_in)
     twin.__class__ = reference.SkewPair
     assert isinstance(twin, reference.SkewPair)
     return twin

@@ -1,7 +1,8 @@
 """What the autograd Functions of all engines share: which gradients a backward owes, and the ways it may be asked.
 
 Every Function takes its constants first, the `Rerun` last among them, and then only tensors, the block's inputs before
-its parameters: apply(*constants, rerun, *inputs, *tensors).
+its parameters: apply(*constants, rerun, *inputs, *tensors). One that is a `NodeFunction` has a node in C++ as well,
+which plain calls use.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor, unwrap_if_dead
 
+from ..native import nodes
 from .plan import MaybeTensor, MaybeTensors
 from .rerun import Rerun
 
@@ -41,10 +43,62 @@ class NoGraph:
 _NO_GRAPH = NoGraph()
 
 
+class HandedOver:
+    """Stands for the context of a Function in a backward that its node in C++ hands over: nothing is kept in it.
+
+    Attributes:
+        owed: for each of the tensors, whether autograd will use its gradient.
+    """
+
+    kept: Sequence[Tensor] = ()
+    slopes: Sequence[Tensor] = ()
+    signs = 0
+
+    def __init__(
+        self, constants: Sequence[Any], given: tuple[MaybeTensor, ...], owed: tuple[bool, ...], kept_all: bool
+    ) -> None:
+        self.saved_tensors, self.owed, self.kept_all = given, owed, kept_all
+        self.count = len(given)
+        self.needs_input_grad = (False,) * len(constants) + owed
+
+
+class NodeFunction(torch.autograd.Function):
+    """A Function that has a node in C++ (csrc/autograd), for calls that no transform or hook looks into.
+
+    Attributes:
+        constants: the names that the constants have in the context.
+    """
+
+    constants: tuple[str, ...]
+
+    @classmethod
+    def through_node(cls, *arguments: Any) -> Any:
+        """forward(*arguments), a node in C++ behind it if gradients can be asked for; NotImplemented if it cannot."""
+        raise NotImplementedError
+
+    @classmethod
+    def backward_of_node(
+        cls,
+        constants: tuple[Any, ...],
+        given: tuple[MaybeTensor, ...],
+        owed: tuple[bool, ...],
+        kept_all: bool,
+        cotangents: tuple[MaybeTensor, ...],
+    ) -> tuple[MaybeTensor, ...]:
+        """The gradients for `given` where the node leaves them to Python, as in a backward that is differentiated."""
+        context = HandedOver(cls.constants, given, owed, kept_all)
+        vars(context).update(zip(cls.constants, constants[1:], strict=True))
+        return cls.backward(context, *cotangents)[len(cls.constants) :]
+
+
 def call(function: type[torch.autograd.Function], constants: Sequence[Any], tensors: MaybeTensors) -> Any:
     """function.apply(*constants, *tensors), without the cost of a node where no gradient can be asked for."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*constants, *tensors)
+    if issubclass(function, NodeFunction) and nodes.usable():
+        found = function.through_node(*constants, tensors)
+        if found is not NotImplemented:
+            return found
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
@@ -75,7 +129,7 @@ def gradients(ctx: Any, given: MaybeTensors, cotangents: Sequence[MaybeTensor], 
         wanted = needs[constants:]
         found = pull(cotangents, wanted)
     else:
-        wanted = _owed(ctx, given, needs[constants:])
+        wanted = ctx.owed if isinstance(ctx, HandedOver) else _owed(ctx, given, needs[constants:])
         rerun: Rerun = ctx.rerun
         rerun.habit.input_only = not any(wanted[rerun.inputs :])
         if any(map(is_legacy_batchedtensor, bars)):

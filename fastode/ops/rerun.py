@@ -21,13 +21,22 @@ class Habit:
     """What the last backward of a block asked for, by which its next forward guesses what the next one will.
 
     Attributes:
-        input_only: the gradient of the input and no other, though parameters are trainable: what an attack asks for.
+        flag: one byte, `input_only`, which a node in C++ writes.
     """
 
-    __slots__ = ("input_only",)
+    __slots__ = ("flag",)
 
     def __init__(self) -> None:
-        self.input_only = False
+        self.flag = bytearray(1)
+
+    @property
+    def input_only(self) -> bool:
+        """The gradient of the input and no other, though parameters are trainable: what an attack asks for."""
+        return bool(self.flag[0])
+
+    @input_only.setter
+    def input_only(self, value: bool) -> None:
+        self.flag[0] = value
 
 
 class Rerun:

@@ -124,21 +124,22 @@ void weight_gradient(const Plane<A>& plane, const ConvShape& shape, const Gradie
 }
 
 template <class A, class T>
-void unpack_gradient(const ConvShape& shape, const A* gradient, int64_t worker_stride, int64_t workers, T* weight) {
+void unpack_gradient(const ConvShape& shape, const A* gradient, int64_t worker_stride, int64_t workers, T* weight,
+                     const int64_t* strides) {
   constexpr int64_t lanes = kLanes<A>;
   const int64_t in_blocks = blocks_of<A>(shape.in_channels), height = shape.kernel_h, width = shape.kernel_w;
   const auto unpack_cell = [&](int64_t out_first, int64_t in_first) {
     const int64_t inputs = std::min(lanes, shape.in_channels - in_first);
     for (int64_t out = out_first; out < std::min(out_first + lanes, shape.out_channels); ++out) {
       const A* cell = gradient + gradient_index<A>(shape, out, in_first, 0, 0);
-      T* to = weight + (out * shape.in_channels + in_first) * height * width;
+      T* to = weight + out * strides[0] + in_first * strides[1];
       for (int64_t in = 0; in < inputs; ++in)
         for (int64_t ky = 0; ky < height; ++ky)
           for (int64_t kx = 0; kx < width; ++kx) {
             const A* from = cell + ((ky * lanes + in) * width + kx) * lanes;
             A sum = from[0];
             for (int64_t w = 1; w < workers; ++w) sum += from[w * worker_stride];
-            *to++ = to_storage<T>(sum);
+            to[in * strides[1] + ky * strides[2] + kx * strides[3]] = to_storage<T>(sum);
           }
     }
   };
@@ -154,8 +155,8 @@ void unpack_gradient(const ConvShape& shape, const A* gradient, int64_t worker_s
   keyword template void convolve(const Plane<A>&, const ConvShape&, const A*, const A*, const ConvJob<A>*, int64_t, \
                                  Ahead*);                                                                           \
   keyword template void weight_gradient(const Plane<A>&, const ConvShape&, const GradientPair<A>*, int64_t, A*);    \
-  keyword template void unpack_gradient(const ConvShape&, const A*, int64_t, int64_t, A*);                          \
-  keyword template void unpack_gradient(const ConvShape&, const A*, int64_t, int64_t, T*);                          \
+  keyword template void unpack_gradient(const ConvShape&, const A*, int64_t, int64_t, A*, const int64_t*);          \
+  keyword template void unpack_gradient(const ConvShape&, const A*, int64_t, int64_t, T*, const int64_t*);          \
   keyword template void run_plan<A, 1, 3, 1>(const ConvPlan<A>&, const ConvJob<A>*, int64_t, Ahead*);               \
   keyword template void run_plan<A, 2, 3, 1>(const ConvPlan<A>&, const ConvJob<A>*, int64_t, Ahead*);               \
   keyword template void run_plan<A, 1, 1, 1>(const ConvPlan<A>&, const ConvJob<A>*, int64_t, Ahead*);               \

@@ -143,9 +143,12 @@ std::vector<Tensor> Packed<A>::gradients(const A* base, int64_t workers) const {
     if (present & kWeight) row(unit.weight_at);
     if (present & kBias) row(unit.bias_at);
     for (int k = 0; k < 2 && present & kRunning; ++k) result.push_back(new_vector(0, scalar_type<A>()));
-    if (unit.has_conv)
-      with_data<A>(next(),
-                   [&](auto* data) { unpack_gradient(unit.shape, base + unit.conv_at, stride, workers, data); });
+    if (unit.has_conv) {
+      const Tensor& gradient = result.emplace_back(new_weight(arguments_.parameters[result.size()]));
+      with_data<A>(gradient, [&](auto* data) {
+        unpack_gradient(unit.shape, base + unit.conv_at, stride, workers, data, gradient.strides().data());
+      });
+    }
     if (present & kConvBias) row(unit.conv_bias_at);
   }
   return result;

@@ -80,6 +80,14 @@ inline Tensor new_map(ScalarType type, int64_t samples, int64_t channels, int64_
   return new_tensor(type, sizes, strides[last], 4);
 }
 
+// For the gradient of a convolution's weight: in the weight's memory format, or accumulating it would copy it.
+inline Tensor new_weight(const Tensor& like) {
+  const auto sizes = like.sizes(), strides = like.strides();
+  const int64_t in = sizes[1], row = in * sizes[3];
+  const bool last = in > 1 && strides[1] == 1 && strides[3] == in && strides[2] == row && strides[0] == row * sizes[2];
+  return new_map(like.scalar_type(), sizes[0], in, sizes[2], sizes[3], last);
+}
+
 inline constexpr int64_t kGroup = 16;  // samples in a range at most
 
 // The samples a segment works on now: [first, first + count) of the batch; and what the worker goes over after them.

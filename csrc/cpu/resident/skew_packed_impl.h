@@ -102,9 +102,10 @@ std::vector<Tensor> PackedPair<A>::gradients(const Tensor& accumulators, int64_t
     return result.emplace_back(new_vector(length, parameter.scalar_type()));
   };
   if (spec.weight_at >= 0) {
-    result.push_back(new_contiguous(parameters[0].scalar_type(), parameters[0].sizes()));
+    result.push_back(new_weight(parameters[0]));
     with_data<A>(result[0], [&](auto* data) {
-      unpack_gradient(spec.shape.down(), base + spec.weight_at, spec.gradients, workers, data);
+      unpack_gradient(spec.shape.down(), base + spec.weight_at, spec.gradients, workers, data,
+                      result[0].strides().data());
     });
   } else {
     next(0);

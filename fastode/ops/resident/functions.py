@@ -11,13 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..function import gradients
+from ...native import nodes
+from ..function import NodeFunction, gradients
 from ..maps import like_reference
-from ..plan import MaybeTensor, Plan
+from ..plan import MaybeTensor, MaybeTensors, Plan
 from ..rerun import Rerun
 from ..schemes.implicit_euler.descent import Descent
 from ..schemes.runge_kutta.stages import Scheme
 from .call import beside, decode_statistics, encode
+
+_PROGRAM = "resident node"  # in a plan's memo
 
 
 def keeps(ctx: Any) -> bool:
@@ -30,7 +33,7 @@ def keeps_beside(ctx: Any) -> bool:
     return keeps(ctx) and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
 
-def keeps_all(ctx: Any, rerun: Rerun | None, tensors: Sequence[MaybeTensor]) -> bool:
+def keeps_all(ctx: Any, rerun: Rerun | None, tensors: MaybeTensors) -> bool:
     """Whether forward keeps every unit's input: for the input's gradient alone recomputing would dominate.
 
     With trainable parameters that is known after the block's first backward.
@@ -47,8 +50,36 @@ def take_kept(ctx: Any) -> list[Tensor]:
     return kept
 
 
-class ResidentIESkipFunction(torch.autograd.Function):
+def _arguments(
+    cls: type[NodeFunction], constants: tuple[Plan, Any, Rerun | None], given: MaybeTensors, inputs: int
+) -> tuple[Any, ...]:
+    """What every call of csrc/autograd/nodes.cpp around a branch begins with; the first `inputs` are no parameters."""
+    plan, _, rerun = constants
+    program = plan.memo.get(_PROGRAM)
+    if program is None:
+        program = plan.memo[_PROGRAM] = nodes.module.program(*encode(plan, given[inputs:])[1:])
+    return program, (cls, *constants), None if rerun is None else rerun.habit.flag, given
+
+
+def _results(found: Any, plan: Plan, given: MaybeTensors, inputs: int, evaluations: int) -> Any:
+    """What forward returns, from what such a call returned."""
+    if type(found) is not tuple:
+        return found if found is NotImplemented else (found,)
+    y, flat = found
+    assert given[0] is not None
+    return (y, *decode_statistics(plan, given[inputs:], flat, given[0].shape[1], evaluations))
+
+
+class ResidentIESkipFunction(NodeFunction):
     """y_K and the statistics of each evaluation of each batch norm; keeps x and what README.md says."""
+
+    constants = ("plan", "descent", "rerun")
+
+    @classmethod
+    def through_node(cls, plan: Plan, descent: Descent, rerun: Rerun | None, given: MaybeTensors) -> Any:
+        rule = (descent.steps, descent.step_size, descent.theta, descent.detach)
+        found = nodes.module.descent(*_arguments(cls, (plan, descent, rerun), given, 1), *rule)
+        return _results(found, plan, given, 1, descent.steps + 1)
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, descent: Descent, rerun: Rerun | None, x: Tensor, *tensors: MaybeTensor) -> Any:
@@ -80,11 +111,18 @@ class ResidentIESkipFunction(torch.autograd.Function):
         return gradients(ctx, given, [y_bar], pull)
 
 
-class ResidentShuOsherFunction(torch.autograd.Function):
+class ResidentShuOsherFunction(NodeFunction):
     """u_s and the statistics of each evaluation of each batch norm; keeps x and what README.md says.
 
     `table` [2, s, s] holds alpha and beta, float64.
     """
+
+    constants = ("plan", "scheme", "rerun")
+
+    @classmethod
+    def through_node(cls, plan: Plan, scheme: Scheme, rerun: Rerun | None, given: MaybeTensors) -> Any:
+        found = nodes.module.scheme(*_arguments(cls, (plan, scheme, rerun), given, 2))
+        return _results(found, plan, given, 2, scheme.stages)
 
     @staticmethod
     def forward(

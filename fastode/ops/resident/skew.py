@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...native import nodes
 from ...native.constants import BIAS, RUNNING, WEIGHT
-from ..function import gradients
+from ..function import NodeFunction, gradients
 from ..maps import is_channels_last
 from ..plan import TENSORS_PER_NORM, MaybeTensor, MaybeTensors, activation_codes, norm_codes
 from ..rerun import Rerun
@@ -24,6 +25,8 @@ from .functions import keeps, keeps_beside
 
 # The bit of each of a norm's tensors; running mean and variance come together.
 _PRESENT = (WEIGHT, BIAS, RUNNING, 0)
+
+_PROGRAM = "resident node"  # in a pair's memo
 
 PairCode = tuple[list[Tensor], list[int], list[float]]
 
@@ -67,8 +70,24 @@ def _slopes_of(ctx: Any) -> list[Tensor]:
     return slopes
 
 
-class ResidentSkewFunction(torch.autograd.Function):
+def _program(pair: Pair, tensors: MaybeTensors, march: March | None = None) -> Any:
+    """The pair, or its solution by a march, as the nodes take it; kept beside the pair."""
+    kept = pair.memo.get(_PROGRAM)
+    if kept is None or kept[0] is not march:
+        code = encode(pair, tensors)[1:]
+        made = nodes.module.program(*code, *(() if march is None else _march_code(march, pair)))
+        kept = pair.memo[_PROGRAM] = march, made
+    return kept[1]
+
+
+class ResidentSkewFunction(NodeFunction):
     """(ẏ, ż) at (y, z)."""
+
+    constants = ("pair", "rerun")
+
+    @classmethod
+    def through_node(cls, pair: Pair, rerun: Rerun | None, given: MaybeTensors) -> Any:
+        return nodes.module.pair(_program(pair, given[2:]), (cls, pair, rerun), given)
 
     @staticmethod
     def forward(ctx: Any, pair: Pair, rerun: Rerun | None, y: Tensor, z: Tensor, *tensors: MaybeTensor) -> Any:
@@ -116,8 +135,15 @@ class ResidentSkewFunction(torch.autograd.Function):
         return gradients(ctx, given, [dy_bar, dz_bar], pull)
 
 
-class ResidentMarchFunction(torch.autograd.Function):
+class ResidentMarchFunction(NodeFunction):
     """y(t₁) from x, which is z(0) and, repeated along the channels, y(0)."""
+
+    constants = ("pair", "march", "rerun")
+
+    @classmethod
+    def through_node(cls, pair: Pair, march: March, rerun: Rerun | None, given: MaybeTensors) -> Any:
+        found = nodes.module.march(_program(pair, given[1:], march), (cls, pair, march, rerun), given)
+        return found if found is NotImplemented else (found,)
 
     @staticmethod
     def forward(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ class Pair:
         norms: before W on y and on z, after σ on each.
         tracked: which of the norms update running statistics.
         lower: the dtype that autocast lowers W to, None where it is off.
+        memo: what an engine has made of it, for the tensors that it always comes with; a tracer leaves it alone.
     """
 
     stride: int
@@ -36,6 +37,7 @@ class Pair:
     norms: tuple[Norm | None, Norm | None, Norm | None, Norm | None]
     tracked: tuple[bool, bool, bool, bool]
     lower: torch.dtype | None
+    memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 class Kept(NamedTuple):

@@ -1,0 +1,167 @@
+// The module fastode_nodes: calls of blocks whose autograd node is in C++.
+//
+// Built against the C++ interface of the torch that is installed, which is not stable, and so apart from the operators:
+// where it cannot be built the Functions in Python take its place. Every call returns NotImplemented for tensors that
+// the Functions have to treat.
+#include "branch_nodes.h"
+#include "skew_nodes.h"
+
+namespace fastode {
+namespace {
+
+constexpr const char* kProgram = "fastode program";
+
+template <class Item, class F>
+IValue list_of(PyObject* sequence, const F& item) {
+  THPObjectPtr items(checked(PySequence_Fast(sequence, "expected a sequence")));
+  c10::List<Item> list;
+  const Py_ssize_t size = PySequence_Fast_GET_SIZE(items.get());
+  list.reserve(size);
+  for (Py_ssize_t i = 0; i < size; ++i) list.push_back(item(PySequence_Fast_GET_ITEM(items.get(), i)));
+  return list;
+}
+
+void free_program(PyObject* capsule) { delete static_cast<Program*>(PyCapsule_GetPointer(capsule, kProgram)); }
+
+void expect(Py_ssize_t found, Py_ssize_t wanted) {
+  TORCH_CHECK_TYPE(found == wanted, "expected ", wanted, " arguments, got ", found);
+}
+
+// program(integers, numbers), or program(integers, numbers, table, steps, used)
+PyObject* program(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  expect(count, count == 2 ? 2 : 5);
+  auto made = std::make_unique<Program>();
+  made->integers = list_of<int64_t>(arguments[0], integer);
+  made->numbers = list_of<double>(arguments[1], number);
+  if (count == 5) {
+    made->table = list_of<double>(arguments[2], number);
+    made->steps = integer(arguments[3]);
+    made->used = list_of<int64_t>(arguments[4], integer);
+  }
+  return PyCapsule_New(made.release(), kProgram, free_program);
+  END_HANDLE_TH_ERRORS
+}
+
+const Program& program_of(PyObject* capsule) {
+  const auto* found = static_cast<Program*>(PyCapsule_GetPointer(capsule, kProgram));
+  if (!found) throw_python_error();
+  return *found;
+}
+
+// Adds a tensor, or a place without one; false if it is not for the nodes.
+bool add(Given& given, PyObject* object) {
+  if (object == Py_None) {
+    given.present.push_back(false);
+    return true;
+  }
+  TORCH_CHECK_TYPE(THPVariable_Check(object), "expected a tensor, got ", Py_TYPE(object)->tp_name);
+  given.add(THPVariable_Unpack(object));
+  return is_plain(given.tensors.back());
+}
+
+bool add_all(Given& given, PyObject* sequence) {
+  THPObjectPtr items(checked(PySequence_Fast(sequence, "expected a sequence of tensors")));
+  const Py_ssize_t size = PySequence_Fast_GET_SIZE(items.get());
+  given.tensors.reserve(size + 2);
+  given.present.reserve(size + 2);
+  for (Py_ssize_t i = 0; i < size; ++i)
+    if (!add(given, PySequence_Fast_GET_ITEM(items.get(), i))) return false;
+  return true;
+}
+
+// The arguments of every call around a branch: program, constants, flag, tensors.
+std::optional<BranchCall> branch_call(PyObject* const* arguments) {
+  PyObject* flag = arguments[2];
+  TORCH_CHECK_TYPE(PyTuple_Check(arguments[1]), "expected a tuple of constants");
+  TORCH_CHECK_TYPE(flag == Py_None || PyByteArray_Check(flag), "expected a bytearray or None");
+  BranchCall call{program_of(arguments[0]), arguments[1], flag == Py_None ? nullptr : flag, {}};
+  if (!add_all(call.given, arguments[3])) return std::nullopt;
+  if (!call.flag && at::GradMode::is_enabled() && call.given.any_requires_grad(0)) return std::nullopt;
+  return call;
+}
+
+template <class Family>
+PyObject* run(PyObject* const* arguments, const typename Family::Rule& rule) {
+  const auto call = branch_call(arguments);
+  if (!call) return Py_NewRef(Py_NotImplemented);
+  BranchResult result = run_branch<Family>(*call, rule);
+  if (result.statistics.numel() == 0) return THPVariable_Wrap(std::move(result.y));
+  THPObjectPtr y(THPVariable_Wrap(std::move(result.y))), statistics(THPVariable_Wrap(std::move(result.statistics)));
+  return PyTuple_Pack(2, y.get(), statistics.get());
+}
+
+// descent(program, constants, flag, tensors, steps, step_size, theta, detach)
+PyObject* descent(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  expect(count, 8);
+  return run<DescentNode>(arguments,
+                          {integer(arguments[4]), number(arguments[5]), number(arguments[6]), truth(arguments[7])});
+  END_HANDLE_TH_ERRORS
+}
+
+// scheme(program, constants, flag, tensors)
+PyObject* scheme(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  expect(count, 4);
+  return run<SchemeNode>(arguments, {});
+  END_HANDLE_TH_ERRORS
+}
+
+template <class Family, class F>
+PyObject* run_pair(PyObject* const* arguments, Py_ssize_t count, const F& wrap) {
+  expect(count, 3);
+  TORCH_CHECK_TYPE(PyTuple_Check(arguments[1]), "expected a tuple of constants");
+  PairCall call{program_of(arguments[0]), arguments[1], {}};
+  if (!add_all(call.given, arguments[2])) return Py_NewRef(Py_NotImplemented);
+  return wrap(Family::run(call, at::GradMode::is_enabled() && call.given.any_requires_grad(0)));
+}
+
+// pair(program, constants, tensors) -> (dy, dz)
+PyObject* pair(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  return run_pair<PairNode>(arguments, count, [](PairNode::Result found) {
+    THPObjectPtr dy(THPVariable_Wrap(std::move(found.dy))), dz(THPVariable_Wrap(std::move(found.dz)));
+    return PyTuple_Pack(2, dy.get(), dz.get());
+  });
+  END_HANDLE_TH_ERRORS
+}
+
+// march(program, constants, tensors)
+PyObject* march(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  return run_pair<MarchNode>(arguments, count, [](Tensor end) { return THPVariable_Wrap(std::move(end)); });
+  END_HANDLE_TH_ERRORS
+}
+
+// kept(result): the tensors that forward kept beside the saved ones and backward has not used yet
+PyObject* kept(PyObject*, PyObject* result) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(THPVariable_Check(result), "expected a tensor, got ", Py_TYPE(result)->tp_name);
+  const NodePointer node = THPVariable_Unpack(result).grad_fn();
+  const auto* block = dynamic_cast<const BlockNode*>(node.get());
+  if (!block) return Py_NewRef(Py_None);
+  return new_tuple(block->kept().size(), [&](size_t i) { return THPVariable_Wrap(block->kept()[i]); });
+  END_HANDLE_TH_ERRORS
+}
+
+template <class F>
+PyCFunction method(F* function) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+
+PyMethodDef methods[] = {{"program", method(program), METH_FASTCALL, nullptr},
+                         {"descent", method(descent), METH_FASTCALL, nullptr},
+                         {"scheme", method(scheme), METH_FASTCALL, nullptr},
+                         {"pair", method(pair), METH_FASTCALL, nullptr},
+                         {"march", method(march), METH_FASTCALL, nullptr},
+                         {"kept", kept, METH_O, nullptr},
+                         {nullptr, nullptr, 0, nullptr}};
+
+PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "fastode_nodes", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+}  // namespace fastode
+
+PyMODINIT_FUNC PyInit_fastode_nodes() { return PyModule_Create(&fastode::definition); }
