@@ -22,9 +22,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.nvcc]
 CHANNELS, SIDE, BATCH = 16, 16, 5
 
 
-def block(device: str) -> nn.Module:
+def block(device: str, norm: str = "layer") -> nn.Module:
     """SSP2 over two units with a smooth activation: no kink decides whether it is equal."""
-    branch = reference.PreActBranch(CHANNELS, norm="layer", activation="tanh")
+    branch = reference.PreActBranch(CHANNELS, norm=norm, activation="tanh")
     return reference.SSP2(branch).to(device, torch.bfloat16)
 
 
@@ -54,9 +54,10 @@ def _loaded() -> None:
     assert cuda_library.why_not(0) == ""
 
 
+@pytest.mark.parametrize("norm", ["layer", "batch"])
 @pytest.mark.parametrize("mode", ["forward", "input_grad", "train"])
-def test_a_block_equals_its_reference(mode: Mode) -> None:
-    plain = block("cuda")
+def test_a_block_equals_its_reference(mode: Mode, norm: str) -> None:
+    plain = block("cuda", norm)
     twin, x = fused(plain), image("cuda")
     with choice.recording() as engines:
         twin(x)
@@ -96,9 +97,11 @@ def test_programs_run_on_the_card_of_their_tensors() -> None:
         assert torch.cuda.current_device() == 0
 
 
+@pytest.mark.parametrize("norm", ["layer", "batch"])
 @pytest.mark.parametrize("learning", [False, True])
-def test_programs_are_captured_in_graphs(learning: bool) -> None:
-    model = fused(block("cuda")).requires_grad_(learning)
+def test_programs_are_captured_in_graphs(learning: bool, norm: str) -> None:
+    """With batch norm in training a launch is a cooperative one."""
+    model = fused(block("cuda", norm)).requires_grad_(learning)
     plain = copy.deepcopy(model)
     run = fastode.graphed(model, image("cuda").requires_grad_())
     for seed in range(3):
@@ -110,8 +113,9 @@ def test_programs_are_captured_in_graphs(learning: bool) -> None:
             assert p.grad is not None and q[1].grad is not None and torch.equal(p.grad, q[1].grad), name
 
 
+@pytest.mark.parametrize("norm", ["layer", "batch"])
 @pytest.mark.parametrize("mode", programs.MODES)
-def test_a_call_is_as_many_launches_as_are_promised(mode: str) -> None:
-    run = workloads.work(fused(block("cuda")), (image("cuda"),), mode).run
+def test_a_call_is_as_many_launches_as_are_promised(mode: str, norm: str) -> None:
+    run = workloads.work(fused(block("cuda", norm)), (image("cuda"),), mode).run
     run()  # what is made once is made
     assert not programs.count_is_wrong(programs.launched(run), mode)
