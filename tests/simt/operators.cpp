@@ -12,7 +12,9 @@ Queue queue_of(const Tensor&) { return {}; }
 // Here both read all memory: tables of two stages are read by the programs, as if learned, and the others by the host.
 bool on_card(const Tensor& table) { return table.size(1) == 2; }
 
-void unset(void* begin, int64_t bytes) { std::memset(begin, 0xff, static_cast<size_t>(bytes)); }
+void unset(void* begin, int64_t bytes) {
+  if (bytes > 0) std::memset(begin, 0xff, static_cast<size_t>(bytes));
+}
 
 }  // namespace fastode::cuda
 
