@@ -96,9 +96,9 @@ def markdown(record: experiments.Record) -> str:
         [
             "# How fast IE-Skip approaches the exact implicit Euler block",
             "",
-            "`IESkip` takes K steps of gradient descent of size γ on ‖y − x − f(y)‖², from y = x + f(x); `ExactIE` solves",
-            "y = x + f(y). Li et al. 2020, Section 6.1, say that more inner iterations bring a network nearer to the exact "
-            "one.",
+            "`IESkip` takes K steps of gradient descent of size γ on ‖y − x − f(y)‖², from y = x + f(x); `ExactIE`",
+            "solves y = x + f(y). Li et al. 2020, Section 6.1, say that more inner iterations bring a network",
+            "nearer to the exact one.",
             "",
             f"![the distance to the exact block by inner steps]({NAME}.png)",
             "",
@@ -115,8 +115,9 @@ def markdown(record: experiments.Record) -> str:
     )
 
 
-def fill(axes: Sequence[Any], record: experiments.Record) -> None:
+def fill(axes: Sequence[Any], records: Sequence[experiments.Record]) -> None:
     """The plot: a panel for each map."""
+    (record,) = records
     for axis, (shape, found) in zip(axes, record["shapes"].items(), strict=True):
         for size, distances in found["distance"].items():
             axis.loglog(found["steps"], distances, marker="o", markersize=3, label=f"γ = {size}")
@@ -131,7 +132,7 @@ def report(path: Path, pages: Path = experiments.PAGES) -> None:
     """The page and the plot, from the record."""
     record = experiments.load(path)
     experiments.write_page(NAME, markdown(record), pages)
-    experiments.draw(path, pages / f"{NAME}.png", len(record["shapes"]), fill)
+    experiments.draw([path], pages / f"{NAME}.png", len(record["shapes"]), fill)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

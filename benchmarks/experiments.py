@@ -1,7 +1,8 @@
-"""Experiments that are recorded once: a JSON file of what was found, and a page with a table and a plot made from it."""
+"""Experiments that are recorded once: a JSON file of what was found, and a page with a table and a plot of it."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any
 
 from .header import RESULTS, ROOT, short_commit, threads
 from .records import write_json, write_text
-from .report import digest
 
 RECORDS = RESULTS / "experiments"
 PAGES = ROOT / "docs"
@@ -44,14 +44,19 @@ def write_page(name: str, text: str, folder: Path = PAGES) -> Path:
     return path
 
 
-def draw(path: Path, target: Path, panels: int, fill: Callable[[Sequence[Any], Record], None]) -> bool:
-    """Draw a record's plot beside its page.
+def mark_of(paths: Sequence[Path]) -> str:
+    """The SHA-256 of records, by which a plot says what it was drawn from."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+
+
+def draw(paths: Sequence[Path], target: Path, panels: int, fill: Callable[[Sequence[Any], list[Record]], None]) -> bool:
+    """Draw the plot of some records beside their page.
 
     Args:
-        path: of the record.
-        target: the picture, which says the digest of the record that it was made from.
+        paths: of the records.
+        target: the picture, which says the digest of the records that it was made from.
         panels: beside each other.
-        fill: draws them, given their axes and the record.
+        fill: draws them, given their axes and the records.
 
     Returns:
         Whether it was drawn: without matplotlib there is none.
@@ -64,7 +69,7 @@ def draw(path: Path, target: Path, panels: int, fill: Callable[[Sequence[Any], R
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, panels, figsize=(5.5 * panels, 4), squeeze=False, layout="constrained")
-    fill(list(axes[0]), load(path))
-    figure.savefig(target, dpi=110, metadata={"Description": digest(path), "Software": None})
+    fill(list(axes[0]), [load(path) for path in paths])
+    figure.savefig(target, dpi=110, metadata={"Description": mark_of(paths), "Software": None})
     pyplot.close(figure)
     return True
