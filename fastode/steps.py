@@ -133,6 +133,17 @@ def record_steps() -> Iterator[StepLog]:
         _logs[:] = [other for other in _logs if other is not log]
 
 
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """A context in which solves are recorded by nobody: one that is made again was recorded before."""
+    logs = list(_logs)
+    _logs.clear()
+    try:
+        yield
+    finally:
+        _logs[:] = logs
+
+
 def note_implicit(solve: ImplicitSolve) -> None:
     """Give an exact implicit Euler step, or its gradient, to who records."""
     for log in _logs:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import checks, reference
 from ..branch.read import is_overridden
-from ..dispatch import choice
+from ..dispatch import choice, opaque
 from ..dispatch.engines import AUTO, NAMES, REFERENCE, is_reference
 from ..dispatch.known import Known, kind_of_call, known
 from ..dispatch.registry import reference_of, register
@@ -27,6 +27,7 @@ from ..reference.solvers import solve as solve_plain
 from ..reference.solvers import solve_fixed, without_time
 from ..steps import Watch
 from ..tableau import Butcher
+from ..tracing import constant, is_exporting
 from .base import Fused, note
 
 __all__ = ["SOBlock", "SOClassifier", "SkewLinear", "SkewPair"]
@@ -89,7 +90,8 @@ class _FusedSolve(Fused, reference.SOBlock):
         solver = self.settings
         # The exact gradient goes through attempts that the engines forget, and samples alone are solved one by one.
         own = solver.is_adaptive and solver.gradient != "exact" and not solver.per_sample
-        # A tracing compiler cannot follow steps that are chosen by the data.
+        # What a compiler traces must not have steps that are chosen by the data: it takes the block as an operator, or
+        # leaves it out of the graph.
         return "skew_adaptive" if own and not torch.compiler.is_compiling() else "skew_solution"
 
     def _variant(self) -> str:
@@ -137,10 +139,21 @@ class _FusedSolve(Fused, reference.SOBlock):
         if chosen is REFERENCE or found is None or pair is None:
             return super().forward(x)
         note(self.field, chosen)
+        if march is None and torch.compiler.is_compiling() and x.shape[0] and self._is_opaque(pair):
+            channels, stride = found.reading.weight.shape[0], found.reading.stride
+            return opaque.run(self, self._key(), x, channels, stride)
         if march is None:
             return self._adaptive(chosen, found, pair, tensors, x)
         make = partial(_FixedSolution, found, self.settings.tableau, self.t1, self.steps)
         return solve(chosen, found.reading, pair, x, march, make, tensors)
+
+    @constant
+    def _key(self) -> int:
+        return opaque.key_of(self)
+
+    def _is_opaque(self, pair: Pair) -> bool:
+        """Whether a tracer may take the solution as an operator: it changes no buffers, and is not exported."""
+        return not any(pair.tracked) and not is_exporting()
 
     def _march(self) -> March | None:
         solver = self.settings
