@@ -14,6 +14,7 @@ import fastode
 from fastode import nets, reference
 from fastode.dispatch.engines import BY_NAME, REFERENCE
 from fastode.reference import ExactIE, IESkip, PreActBranch
+from fastode.reference.implicit import Sets, gmres
 from fastode.testing import assert_blocks_equal, sample_input
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -175,6 +176,29 @@ def test_a_sample_is_the_same_in_any_batch(engine: str) -> None:
         whole = block(x)
         alone = torch.cat([block(x[i : i + 1]) for i in range(4)])
     torch.testing.assert_close(whole, alone, rtol=1e-9, atol=1e-9)
+
+
+def test_gmres_solves_each_set_to_what_it_wants_and_says_how_far_it_came() -> None:
+    torch.manual_seed(0)
+    matrices = torch.eye(12, dtype=F64) + 0.2 * torch.randn(4, 12, 12, dtype=F64)
+    b = torch.randn(4, 12, dtype=F64)
+    b[3] = 0
+    rest = torch.tensor([1e-1, 1e-4, 1e-10, 1e-3], dtype=F64)
+    v, shares, begun, products = gmres(lambda v: (matrices @ v[:, :, None])[:, :, 0], b, Sets(b, False), rest, 1)
+    found = (b - (matrices @ v[:, :, None])[:, :, 0]).norm(dim=1)
+    sizes = b.norm(dim=1)
+    assert bool((found <= rest * sizes + 1e-12).all()) and begun == 1 and 3 < products <= 12
+    torch.testing.assert_close(torch.tensor(shares, dtype=F64) * sizes, found, rtol=1e-3, atol=1e-12)
+    assert shares[0] > 1e-3 and not v[3].any()  # no more columns than are wanted
+    _, whole, _, _ = gmres(lambda v: v @ matrices[0].T, b, Sets(b, True), rest[:1], 1)
+    assert len(whole) == 1 and whole[0] <= 1e-1
+
+
+def test_gmres_on_a_singular_system_comes_as_near_as_it_can() -> None:
+    b = torch.tensor([[1.0, 1.0, 0.0]], dtype=F64)
+    scale = torch.tensor([2.0, 0.0, 1.0], dtype=F64)
+    v, shares, _, _ = gmres(lambda v: scale * v, b, Sets(b, False), torch.tensor([1e-6], dtype=F64), 3)
+    assert bool(torch.isfinite(v).all()) and shares[0] == pytest.approx(0.5**0.5)
 
 
 @pytest.mark.parametrize("engine", [REFERENCE.name, *ENGINES])

@@ -172,50 +172,74 @@ def gmres(
 
 def _one_space(apply: Product, b: Tensor, sets: Sets, norm: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, int]:
     """The best v of a Krylov space, in which each set takes no more columns than it wants; ‖b − A v‖; the products."""
-    count = sets.count
-    basis = [sets.rows(b) / _above_zero(norm, b)[:, None]]
-    upper = torch.zeros(count, COLUMNS, COLUMNS, dtype=torch.float64)  # R of the Hessenberg matrix
-    turned = torch.zeros(count, COLUMNS + 1, dtype=torch.float64)  # what the rotations make of ‖b‖ e₁
-    turned[:, 0] = norm
-    cosines, sines = torch.zeros(2, COLUMNS, count, dtype=torch.float64)
-    columns = torch.zeros(count, dtype=torch.int64)
-    going = norm > wanted
-    taken = 0
-    while taken < COLUMNS and bool(going.any()):
-        k = taken
-        spread = torch.stack(basis, 1)  # [sets, k + 1, entries]
-        new = sets.rows(apply(sets.maps(basis[k])))
-        parts = torch.zeros(count, k + 1, dtype=torch.float64)
+    first = sets.rows(b) / _above_zero(norm, b)[:, None]
+    basis = first.new_empty(sets.count, COLUMNS + 1, first.shape[1])
+    basis[:, 0] = first
+    small = _SmallProblem(norm, wanted, 8 * torch.finfo(sets.dtype).eps)
+    while small.columns < COLUMNS and bool(small.going.any()):
+        k = small.columns
+        spread = basis[:, : k + 1]
+        new = sets.rows(apply(sets.maps(basis[:, k])))[:, None]  # a matrix of one row: bmm is fastest so
+        parts = torch.zeros(sets.count, k + 1, dtype=torch.float64)
         for _ in range(2):  # the second time for what rounding has left
-            found = torch.bmm(spread, new[:, :, None])
-            new = new - torch.bmm(spread.mT, found)[:, :, 0]
-            parts += found[:, :, 0].double().cpu()
-        length = torch.linalg.vector_norm(new, dim=1).double().cpu()
-        basis.append(new / _above_zero(length, b)[:, None])
-        for i in range(k):
-            upper_part = cosines[i] * parts[:, i] + sines[i] * parts[:, i + 1]
-            parts[:, i + 1] = cosines[i] * parts[:, i + 1] - sines[i] * parts[:, i]
-            parts[:, i] = upper_part
-        radius = torch.hypot(parts[:, k], length)
-        cosines[k], sines[k] = (torch.where(radius > 0, value / radius, 0.0) for value in (parts[:, k], length))
-        parts[:, k] = radius
-        upper[:, : k + 1, k] = parts
-        turned[:, k + 1], turned[:, k] = -sines[k] * turned[:, k], cosines[k] * turned[:, k].clone()
-        columns = torch.where(going, k + 1, columns)
-        taken += 1
-        going = going & (turned[:, k + 1].abs() > wanted) & (length > 0)
-    weights = torch.zeros(count, taken, dtype=torch.float64)
-    # Each set's own columns; the unit diagonal of the others gives them the weight zero.
-    used = torch.arange(taken) < columns[:, None]
-    kept = upper[:, :taken, :taken] * used[:, None, :] + torch.diag_embed((~used).double())
-    singular = torch.diagonal(kept, dim1=1, dim2=2) == 0
-    kept = kept + torch.diag_embed(singular.double())
-    if taken:
-        sides = turned[:, :taken] * (used & ~singular)
-        weights = torch.linalg.solve_triangular(kept, sides[:, :, None], upper=True)[:, :, 0]
-    rows = torch.bmm(weights.to(b.device, sets.dtype)[:, None], torch.stack(basis[:taken] or basis, 1)[:, :taken])
-    reached = turned.gather(1, columns[:, None])[:, 0].abs()
-    return sets.maps(rows[:, 0]), reached, taken
+            found = torch.bmm(new, spread.mT)
+            new = torch.baddbmm(new, found, spread, alpha=-1)
+            parts += found[:, 0].double().cpu()
+        length = torch.linalg.vector_norm(new[:, 0], dim=1).double().cpu()
+        basis[:, k + 1] = new[:, 0] / _above_zero(length, b)[:, None]
+        small.add(parts, length)
+    weights = small.weights().to(b.device, sets.dtype)
+    rows = torch.bmm(weights[:, None], basis[:, : small.columns])
+    return sets.maps(rows[:, 0]), small.reached, small.columns
+
+
+class _SmallProblem:
+    """The least squares of GMRES, one for each set, on the CPU: a Hessenberg matrix, made triangular by rotations.
+
+    Attributes:
+        columns: that were added.
+        reached: ‖b − A v‖ of each set with the columns that it takes.
+        going: the sets that take another one.
+    """
+
+    def __init__(self, norm: Tensor, wanted: Tensor, rounding: float) -> None:
+        count, self._rounding = len(norm), rounding  # below which part of a column an entry of it is nothing
+        self.columns, self.reached, self.wanted = 0, norm.clone(), wanted
+        self.going = norm > wanted
+        self._taken = torch.zeros(count, dtype=torch.int64)  # by each set
+        self._upper = torch.zeros(count, COLUMNS, COLUMNS, dtype=torch.float64)
+        self._right = torch.zeros(count, COLUMNS, dtype=torch.float64)
+        self._rest = norm.clone()  # the right-hand side's last entry
+        self._rotations: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, parts: Tensor, length: Tensor) -> None:
+        """Add a column, its entries [sets, columns + 1] and the one below the diagonal [sets]."""
+        k, entries = self.columns, list(parts.unbind(1))
+        nothing = self._rounding * torch.linalg.vector_norm(torch.cat([parts, length[:, None]], 1), dim=1)
+        length = torch.where(length > nothing, length, 0.0)
+        for i, (cosine, sine) in enumerate(self._rotations):
+            entries[i], entries[i + 1] = (
+                cosine * entries[i] + sine * entries[i + 1],
+                cosine * entries[i + 1] - sine * entries[i],
+            )
+        radius = torch.hypot(entries[k], length)
+        cosine, sine = (torch.where(radius > 0, value / radius, 0.0) for value in (entries[k], length))
+        entries[k] = radius
+        self._rotations.append((cosine, sine))
+        self._upper[:, : k + 1, k] = torch.stack(entries, 1)
+        self._right[:, k], self._rest = cosine * self._rest, -sine * self._rest
+        self.columns += 1
+        taking = self.going & (radius > nothing)  # a column that adds nothing shows that A is singular there
+        self._taken = torch.where(taking, self.columns, self._taken)
+        self.reached = torch.where(taking, self._rest.abs(), self.reached)
+        self.going = taking & (self.reached > self.wanted) & (length > 0)
+
+    def weights(self) -> Tensor:
+        """The weights of the columns [sets, columns], zero of those that a set does not take."""
+        count = self.columns
+        used = torch.arange(count) < self._taken[:, None]
+        upper = self._upper[:, :count, :count] * used[:, None] + torch.diag_embed((~used).double())
+        return torch.linalg.solve_triangular(upper, (self._right[:, :count] * used)[:, :, None], upper=True)[:, :, 0]
 
 
 def _above_zero(length: Tensor, like: Tensor) -> Tensor:
