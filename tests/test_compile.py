@@ -12,7 +12,7 @@ from block_cases import case_of, make_input, make_pair
 from torch import Tensor, nn
 
 import fastode
-from fastode import reference
+from fastode import nets, reference
 from fastode.dispatch import opaque
 from fastode.testing import Comparison, compare_tensors, sample_input
 
@@ -147,6 +147,33 @@ def test_it_is_one_graph_without_gradients_too_and_is_recorded_once() -> None:
     assert len(log) == 2 and len(again) == 1 and again[0].times == log[0].times
 
 
+def test_sonet_is_one_graph() -> None:
+    torch.manual_seed(0)
+    model = nets.sonet(width=8, released=True).double()
+    fastode.fuse(model)
+    comparison = compare(model, sample_input(2, 3, 8, 8, dtype=torch.float64), backend="aot_eager")
+    assert comparison.ok, comparison.describe()
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_what_changes_after_a_classifier_was_traced_is_seen(released: bool) -> None:
+    torch.manual_seed(0)
+    block, x = reference.SOClassifier(6, 3, released=released), torch.randn(4, 6)
+    fastode.fuse(block)
+    compiled = torch.compile(block, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), block(x))
+    block.field.gamma = 0.3
+    torch.testing.assert_close(compiled(x), block(x))
+    block.field.activation = nn.Softplus(beta=2.0)
+    torch.testing.assert_close(compiled(x), block(x))
+    block.field.activation.beta = 3.0
+    torch.testing.assert_close(compiled(x), block(x))
+    with pytest.raises(ValueError, match=r"^x must be a tensor \[N, 6\], got shape \[4, 5\]$"):
+        block(x[:, :5])
+    with pytest.raises(Exception, match="must be a tensor"):
+        compiled(x[:, :5])
+
+
 def test_what_changes_after_a_solve_was_traced_is_seen() -> None:
     model, x = adaptive_model("solver"), sample_input(2, 3, 6, 6)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -159,6 +186,22 @@ def test_what_changes_after_a_solve_was_traced_is_seen() -> None:
         torch.testing.assert_close(compiled(x), model(x))
     model[1].field.gamma = 0.2
     torch.testing.assert_close(compiled(x), model(x))
+    model[1].field.post_norm_y.eps = 0.5
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_another_batch_size_of_a_traced_solve() -> None:
+    model = adaptive_model("solver")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for batch in (2, 3, 5):
+        x = sample_input(batch, 3, 6, 6)
+        torch.testing.assert_close(compiled(x), model(x))
+        torch.testing.assert_close(_input_gradient(compiled, x), _input_gradient(model, x))
+
+
+def _input_gradient(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    leaf = x.detach().requires_grad_()
+    return torch.autograd.grad(model(leaf).square().sum(), leaf)[0]
 
 
 def test_frozen_parameters_of_a_traced_solve_get_no_gradient() -> None:
@@ -198,4 +241,4 @@ def test_the_operator_of_a_solve_is_one_by_pytorchs_own_checks() -> None:
     (_, block, _) = adaptive_model("solver")
     tensors = [tensor.detach().requires_grad_() for tensor in opaque.tensors_of(block)]
     x = sample_input(2, 3, 6, 6).requires_grad_()
-    torch.library.opcheck(opaque._solution, (x, tensors, opaque.key_of(block), 8, 1, None))
+    torch.library.opcheck(opaque._solution, (x, tensors, opaque.key_of(block), (2, 8, 6, 6), None))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -38,30 +38,27 @@ def tensors_of(block: nn.Module) -> list[Tensor]:
     return [*block.parameters(), *block.buffers()]
 
 
-def run(block: nn.Module, key: int, x: Tensor, channels: int, stride: int) -> Tensor:
+def run(block: nn.Module, key: int, x: Tensor, shape: Sequence[int]) -> Tensor:
     """The block on x as the operator, while it is traced.
 
     Args:
         block: the block.
         key: of its copy.
-        x: [N, C, H, W].
-        channels: of the output [N, channels, H / stride, W / stride].
-        stride: by which the output is smaller.
+        x: its input.
+        shape: of its output.
     """
-    return _solution(x, tensors_of(block), key, channels, stride, autocast_dtype(x))
+    return _solution(x, tensors_of(block), key, shape, autocast_dtype(x))
 
 
 @torch.library.custom_op(_NAME, mutates_args=())
-def _solution(
-    x: Tensor, tensors: list[Tensor], key: int, channels: int, stride: int, lower: torch.dtype | None
-) -> Tensor:
+def _solution(x: Tensor, tensors: list[Tensor], key: int, shape: Sequence[int], lower: torch.dtype | None) -> Tensor:
     with torch.no_grad():
         return _call(x, tensors, key, lower)
 
 
 @_solution.register_fake
-def _(x: Tensor, tensors: list[Tensor], key: int, channels: int, stride: int, lower: torch.dtype | None) -> Tensor:
-    return x.new_empty((x.shape[0], channels, x.shape[2] // stride, x.shape[3] // stride))
+def _(x: Tensor, tensors: list[Tensor], key: int, shape: Sequence[int], lower: torch.dtype | None) -> Tensor:
+    return x.new_empty(shape)
 
 
 @torch.library.custom_op(f"{_NAME}_backward", mutates_args=())
@@ -84,7 +81,7 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, tensors, ctx.key, _, _, ctx.lower = inputs
+    x, tensors, ctx.key, _, ctx.lower = inputs
     ctx.save_for_backward(x, *tensors)
     ctx.wanted = [t.requires_grad for t in (x, *tensors)]
 
@@ -93,7 +90,7 @@ def _pull(ctx: Any, bar: Tensor) -> tuple[Any, ...]:
     x, *tensors = ctx.saved_tensors
     found = iter(_backward(x, tensors, bar, ctx.wanted, ctx.key, ctx.lower))
     bars = [next(found) if want else None for want in ctx.wanted]
-    return bars[0], bars[1:], None, None, None, None
+    return bars[0], bars[1:], None, None, None
 
 
 _solution.register_autograd(_pull, setup_context=_setup)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from .. import checks, reference
-from ..branch.read import is_overridden
+from ..branch.read import is_overridden, read
 from ..dispatch import choice, opaque
 from ..dispatch.engines import AUTO, NAMES, REFERENCE, is_reference
 from ..dispatch.known import Known, kind_of_call, known
@@ -136,12 +136,13 @@ class _FusedSolve(Fused, reference.SOBlock):
                 found.keep(kind, answer, call)
         chosen, pair, tensors, march = answer
         note(self, chosen)
+        if torch.compiler.is_compiling() and self._is_opaque(pair) and x.shape[0]:
+            # As it begins, which refuses a wrong x, and has the shape in which it ends.
+            y, _ = cast(Any, self.field).initial_state(x)
+            return opaque.run(self, self._key(), x, y.shape)
         if chosen is REFERENCE or found is None or pair is None:
             return super().forward(x)
         note(self.field, chosen)
-        if march is None and torch.compiler.is_compiling() and x.shape[0] and self._is_opaque(pair):
-            channels, stride = found.reading.weight.shape[0], found.reading.stride
-            return opaque.run(self, self._key(), x, channels, stride)
         if march is None:
             return self._adaptive(chosen, found, pair, tensors, x)
         make = partial(_FixedSolution, found, self.settings.tableau, self.t1, self.steps)
@@ -151,9 +152,20 @@ class _FusedSolve(Fused, reference.SOBlock):
     def _key(self) -> int:
         return opaque.key_of(self)
 
-    def _is_opaque(self, pair: Pair) -> bool:
-        """Whether a tracer may take the solution as an operator: it changes no buffers, and is not exported."""
-        return not any(pair.tracked) and not is_exporting()
+    def _is_opaque(self, pair: Pair | None) -> bool:
+        """Whether a tracer may take the solution as an operator.
+
+        Its steps must be chosen by the data, the field must change no buffers, and all that it depends on must have
+        been read, so that the compiler sees it change.
+        """
+        if not self.settings.is_adaptive or is_exporting():
+            return False
+        if pair is not None:
+            return not any(pair.tracked)
+        field = self.field
+        if type(field) is not SkewLinear and type(field) is not reference.SkewLinear:
+            return False
+        return float(field.gamma) >= 0 and not is_overridden(field) and read(field.activation).units is not None
 
     def _march(self) -> March | None:
         solver = self.settings
