@@ -26,6 +26,9 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "sspnet-adap": (partial(nets.sspnet, "adap", n=6), "full"),
     "sonet": (nets.sonet, "sonet"),
     "soblock-resnet10": (nets.soblock_resnet10, "sonet"),
+    "sonet-32": (partial(nets.sonet, width=32), "sonet"),
+    "soblock-resnet10-32": (partial(nets.soblock_resnet10, width=32), "sonet"),
+    "odenet": (nets.odenet, "sonet"),
     "wrn-34-10": (partial(nets.wide_resnet34_10, skip="ie"), "wide"),
 }
 SONET_BATCH = 100
@@ -105,7 +108,7 @@ def count(module: nn.Module, inputs: Inputs, mode: str) -> tuple[int, int]:
 
 
 def batch_of(kind: str, device: str) -> int:
-    """The papers' batch: 128, 100 for SONet; WideResNet on a CPU takes 8."""
+    """The papers' batch: 128, 100 for SONet and its rivals; WideResNet on a CPU takes 8."""
     return {"full": BATCH, "sonet": SONET_BATCH, "wide": WIDE_BATCH[device]}[kind]
 
 

@@ -16,7 +16,7 @@ from . import inside, others
 from .workloads import Inputs, Unavailable
 
 BASELINES = ("eager", "eager-cl")
-OTHER_LIBRARIES = ("torchdiffeq", "torchode")
+OTHER_LIBRARIES = tuple(others.BUILDERS)
 RECOMPILE_LIMIT = 64
 
 
@@ -183,6 +183,7 @@ def _as_is(module: nn.Module, inputs: Inputs) -> nn.Module:
 
 
 def _other_library(name: str, module: nn.Module, inputs: Inputs) -> nn.Module:
+    configure_dynamo()
     return others.BUILDERS[name](module)
 
 
@@ -198,7 +199,9 @@ CONTENDERS: dict[str, Contender] = {
     "compile-cl": Contender("compile-cl", None, True, True, _compile),
     "compile-ro": Contender("compile-ro", None, True, True, partial(_compile, mode="reduce-overhead")),
     "vjp-compile": Contender("vjp-compile", None, True, True, _vjp),
-    "torchdiffeq": Contender("torchdiffeq", None, True, False, partial(_other_library, "torchdiffeq")),
-    "torchode": Contender("torchode", None, True, False, partial(_other_library, "torchode")),
+    **{
+        name: Contender(name, None, True, name.endswith("compile"), partial(_other_library, name))
+        for name in OTHER_LIBRARIES
+    },
 }
 COMPILED = tuple(name for name, contender in CONTENDERS.items() if contender.compiled)

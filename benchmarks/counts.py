@@ -9,7 +9,7 @@ Bytes: each pass reads its inputs once and writes its outputs once; nothing betw
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastode import reference
-
-# Field evaluations per step of a fixed-step solver; an adaptive one is counted as it runs.
-STAGES = {"euler": 1, "midpoint": 2, "rk4": 4}
+from fastode import record_steps, reference
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ def shu_osher(beta: tuple[tuple[float, ...], ...]) -> Passes:
 
 
 def skew_solve(evaluations: int) -> Passes:
-    """Passes of a solve of a skew pair that returns y: two convolutions per evaluation, but the last ż is never used.
+    """Passes of a solve of a skew pair by equal steps: two convolutions per evaluation, but the last ż is never used.
 
     Example:
         >>> skew_solve(4).forward
@@ -102,21 +99,28 @@ def flops(module: nn.Module, inputs: tuple[Tensor, ...], mode: str) -> int:
         41472
     """
     module = copy.deepcopy(module)
-    total = 0
     weights: list[Passes] = []
+    with _blocks(module, weights) as found:
+        total = _layers(module, inputs, mode, weights)
+    for block, arguments in found:
+        total += _block_flops(block, arguments, mode)
+    return total
+
+
+def _layers(module: nn.Module, inputs: tuple[Tensor, ...], mode: str, inside: Sequence[Passes] = ()) -> int:
+    """FLOPs of the layers that run while `inside` is empty."""
+    total = 0
 
     def leave(layer: nn.Module, arguments: Any, output: Any) -> None:
         nonlocal total
-        if not weights:
+        if not inside:
             total += convolution(layer, output) * ONCE.total(mode)
 
-    with _blocks(module, weights) as found, torch.no_grad():
-        handles = [m.register_forward_hook(leave) for m in module.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    handles = [m.register_forward_hook(leave) for m in module.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    with torch.no_grad():
         module(*inputs)
-        for handle in handles:
-            handle.remove()
-    for block, arguments in found:
-        total += _block_flops(block, arguments, mode)
+    for handle in handles:
+        handle.remove()
     return total
 
 
@@ -146,8 +150,9 @@ def _block_flops(block: nn.Module, inputs: tuple[Tensor, ...], mode: str) -> int
     if isinstance(block, reference.SkewPair | reference.SkewLinear):
         return Passes(2, 2, 2).total(mode) * _skew_unit(block, inputs[0].shape[0], inputs[0])
     if isinstance(block, reference.SOBlock | reference.SOClassifier):
-        evaluations = _evaluations(block, inputs)
-        return skew_solve(evaluations).total(mode) * _skew_unit(block.field, inputs[0].shape[0], None, inputs[0])
+        return _skew_solution(block, inputs, mode)
+    if isinstance(block, reference.ODEBlock):
+        return _solution(block, inputs, mode)
     if isinstance(block, reference.IESkip):
         return ie_skip(block.steps, block.detach).total(mode) * _value_pass(block.branch, inputs)
     if isinstance(block, reference.Ark):
@@ -163,6 +168,7 @@ _BLOCKS = (
     reference.SkewLinear,
     reference.SOBlock,
     reference.SOClassifier,
+    reference.ODEBlock,
     reference.IESkip,
     reference.Ark,
     reference.ShuOsher,
@@ -188,20 +194,45 @@ def _skew_unit(field: nn.Module, batch: int, y: Tensor | None, z: Tensor | None 
     return 2 * batch * weight.numel() * pixels
 
 
-def _evaluations(block: nn.Module, inputs: tuple[Tensor, ...]) -> int:
-    if block.solver in STAGES:
-        return STAGES[block.solver] * block.steps
-    counted = 0
+def _skew_solution(block: nn.Module, inputs: tuple[Tensor, ...], mode: str) -> int:
+    unit = _skew_unit(block.field, 1, None, inputs[0])  # of one sample
+    samples = len(inputs[0])
+    if not block.settings.is_adaptive:
+        return samples * skew_solve(block.settings.tableau.stages * block.steps).total(mode) * unit
+    total = 0
+    for count, forward, backward in _evaluations(block, inputs):
+        # Forwards the last ż is part of the error's estimate; backwards its cotangent is zero.
+        total += count * Passes(2 * forward, 2 * backward - 1, 2 * backward - 1).total(mode) * unit
+    return total
 
-    def count(*_: Any) -> None:
-        nonlocal counted
-        counted += 1
 
-    handle = block.field.register_forward_hook(count)
-    with torch.no_grad():
+def _solution(block: nn.Module, inputs: tuple[Tensor, ...], mode: str) -> int:
+    """FLOPs of an ODEBlock, of whose field one evaluation costs what a step of Euler does."""
+    once = copy.deepcopy(block)
+    once.solver, once.steps = "euler", 1
+    unit = _layers(once, tuple(x[:1] for x in inputs), "forward")
+    if not block.settings.is_adaptive:
+        evaluations = block.settings.tableau.stages * block.steps
+        return len(inputs[0]) * Passes(evaluations, evaluations, evaluations).total(mode) * unit
+    found = _evaluations(block, inputs)
+    return sum(count * Passes(forward, back, back).total(mode) * unit for count, forward, back in found)
+
+
+def _evaluations(block: nn.Module, inputs: tuple[Tensor, ...]) -> list[tuple[int, int, int]]:
+    """Of each adaptive solve the samples, the evaluations, and how many of them its derivative goes through."""
+    settings = block.settings
+    with torch.no_grad(), record_steps() as log:
         block(*inputs)
-    handle.remove()
-    return counted
+    found = []
+    for solve in log:
+        idle = 0
+        if settings.gradient != "exact":
+            idle = len(solve.rejected) * (settings.tableau.stages - 1)
+        if settings.gradient == "constant" and settings.first_step is None:
+            idle += 1  # the second evaluation by which the first step is chosen
+        count = len(inputs[0]) if solve.sample is None else 1
+        found.append((count, solve.evaluations, solve.evaluations - idle))
+    return found
 
 
 def least_bytes(module: nn.Module, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...], mode: str) -> int:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from . import bench_conv, bench_ie, bench_nets, bench_rk, bench_skew
+from . import bench_conv, bench_ie, bench_nets, bench_rk, bench_skew, bench_solve
 from .workloads import Workload
 
-FAMILIES = (bench_ie, bench_rk, bench_skew, bench_conv, bench_nets)
+FAMILIES = (bench_ie, bench_rk, bench_skew, bench_solve, bench_conv, bench_nets)
 
 
 def everything() -> list[Workload]:

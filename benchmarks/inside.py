@@ -18,6 +18,7 @@ from fastode.dispatch.engines import ENGINES, REFERENCE
 from fastode.native import cuda_library, operators
 from fastode.ops.resident import rule
 from fastode.ops.resident.engine import Resident
+from fastode.reference import adaptive
 
 # The measured rule by which "auto" chooses on a CPU, which benchmarks/choose.py writes, and a line of it.
 Line = rule.Line
@@ -62,6 +63,16 @@ def decisions(index: int | None) -> dict[str, Any]:
 def card(index: int | None) -> str:
     """A card and everything else that its decisions depend on, in words."""
     return kept.card(index)
+
+
+def first_step(field: nn.Module, x: Tensor, solver: fastode.Solver) -> Tensor:
+    """The size of the first step that a solver chooses for a field of pairs from the state that x gives."""
+    state = field.initial_state(x)
+
+    def slope(_: Any, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return field(*state)
+
+    return adaptive.first_step(slope, state, slope(None, state), solver.tableau.order, solver)
 
 
 @contextmanager

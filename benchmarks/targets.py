@@ -15,12 +15,13 @@ from typing import Any
 
 from .printing import markdown_table
 from .suites import MODES
+from .workloads import BLOCK_MODES
 
 Row = dict[str, Any]
 
 SHARE = 0.75
-EAGER, COMPILED, MEMORY_EAGER, MEMORY_COMPILED, MATMUL = (
-    "better eager", "compiled", "memory of better eager", "memory of compiled", "matrix product",
+EAGER, COMPILED, MEMORY_EAGER, MEMORY_COMPILED, MATMUL, OTHER = (
+    "better eager", "compiled", "memory of better eager", "memory of compiled", "matrix product", "best other",
 )  # fmt: skip
 BLOCKS = ("ie", "ssp2", "ssp3", "ark", "skew")
 # (dtype, kind of workload) -> mode -> against -> figure.
@@ -38,7 +39,20 @@ FIGURES: dict[tuple[str, str], dict[str, dict[str, float]]] = {
     ("float32", "nets"): {"train": {EAGER: 2.2}, "pgd_step": {EAGER: 2.5}},
     ("float32", "conv"): {"forward": {MATMUL: 1.0}},
     **{("bfloat16", kind): _LOWER for kind in BLOCKS},
+    ("float32", "solve"): {
+        "forward": {EAGER: 3.2},
+        "input_grad": {EAGER: 4.0},
+        "train": {EAGER: 3.5, MEMORY_EAGER: 0.4},
+    },
 }
+# (workload, variant) that is asked for this alone, and (workload, shape) for this beside the rest; mode -> as above.
+VARIANTS: dict[tuple[str, str], dict[str, dict[str, float]]] = {
+    ("solve", "per-sample"): {mode: {OTHER: 3.0} for mode in BLOCK_MODES},
+    ("nets", "sonet-32"): {"train": {EAGER: 3.0}},
+    ("nets", "soblock-resnet10-32"): {"train": {EAGER: 1.8}},
+    ("nets", "odenet"): {"train": {EAGER: 2.0}},
+}
+SHAPES: dict[tuple[str, str], dict[str, dict[str, float]]] = {("solve", "3-64@32"): {"forward": {EAGER: 4.0}}}
 # Of whole networks and bare convolutions the figure itself is asked, whatever the ceiling.
 UNCAPPED = ("nets", "conv")
 COLUMNS = ("block", "shape", "mode", "against", "asked", "reached", "p20–p80", "ceiling", "")
@@ -59,6 +73,7 @@ class Line:
         span: p20 and p80 of the paired ratios, where it is one of speed.
         ceiling: of the contender compared with; None where there is none.
         note: why there is nothing to compare.
+        figure: what was asked before a ceiling lowered it.
     """
 
     family: str
@@ -70,6 +85,7 @@ class Line:
     span: tuple[float, float] | None = None
     ceiling: float | None = None
     note: str = ""
+    figure: float = 0.0
 
     @property
     def ok(self) -> bool:
@@ -94,10 +110,19 @@ def lines(rows: Iterable[Row]) -> list[Line]:
             if (row["dtype"], row["workload"]) != (dtype, kind) or row["mode"] not in modes:
                 continue
             if row["contender"] == "fused" and row["engine"] == "auto":
-                for against, figure in modes[row["mode"]].items():
+                for against, figure in figures(row).items():
                     line = _line(row, against, figure, rows)
                     found += [line] if line else []
     return found
+
+
+def figures(row: Row) -> dict[str, float]:
+    """What is asked of a row, by what it is compared with."""
+    kind, mode = row["workload"], row["mode"]
+    if row["dtype"] == "float32" and (kind, row["variant"]) in VARIANTS:
+        return VARIANTS[kind, row["variant"]].get(mode, {})
+    figure = FIGURES[row["dtype"], kind][mode]
+    return figure | SHAPES.get((kind, row["shape"]), {}).get(mode, {}) if row["dtype"] == "float32" else figure
 
 
 def _line(row: Row, against: str, figure: float, rows: Sequence[Row]) -> Line | None:
@@ -106,20 +131,23 @@ def _line(row: Row, against: str, figure: float, rows: Sequence[Row]) -> Line | 
     )
     first = (family, row["shape"], row["mode"], against)
     if row["errors"]:
-        return Line(*first, figure, None, note=row["errors"])
+        return Line(*first, figure, None, note=row["errors"], figure=figure)
     if against == MATMUL:
-        return Line(*first, figure, row["fraction_of_matmul"])
+        return Line(*first, figure, row["fraction_of_matmul"], figure=figure)
     name = "ratio_to_better_eager"
+    if against == OTHER:
+        name = "ratio_to_best_other"
     if against in (COMPILED, MEMORY_COMPILED):
         name = "ratio_to_vjp_compile" if row["workload"] == "ie" else "ratio_to_best_compiled"
     ratio = row[name]
     if ratio is None:
         rivals = [r for r in rows if _same(r, row) and "compile" in r["contender"]]
-        return Line(*first, figure, None, note="; ".join(r["errors"] for r in rivals)) if rivals else None
+        note = "; ".join(r["errors"] for r in rivals)
+        return Line(*first, figure, None, note=note, figure=figure) if rivals else None
     if against in (MEMORY_EAGER, MEMORY_COMPILED):
-        return Line(*first, figure, ratio["memory"])
+        return Line(*first, figure, ratio["memory"], figure=figure)
     asked = figure if row["workload"] in UNCAPPED else min(figure, SHARE * ratio["ceiling"])
-    return Line(*first, asked, ratio["median"], (ratio["p20"], ratio["p80"]), ratio["ceiling"])
+    return Line(*first, asked, ratio["median"], (ratio["p20"], ratio["p80"]), ratio["ceiling"], figure=figure)
 
 
 def _same(one: Row, other: Row) -> bool:
@@ -135,11 +163,10 @@ def means(found: Iterable[Line]) -> list[Line]:
     for (family, mode, against), group in groups.items():
         if len(group) < 2:
             continue
-        words = family.split()
-        dtype, kind = words[-1] if words[-1] == "bfloat16" else "float32", words[0]
-        figure = FIGURES[dtype, kind][mode][against]
+        figure = _mean(group, lambda line: line.figure)
+        assert figure is not None
         reached, ceiling = (_mean(group, key) for key in (lambda line: line.reached, lambda line: line.ceiling))
-        asked = figure if ceiling is None or kind in UNCAPPED else min(figure, SHARE * ceiling)
+        asked = figure if ceiling is None or family.split()[0] in UNCAPPED else min(figure, SHARE * ceiling)
         made.append(Line(family, str(len(group)), mode, against, asked, reached, None, ceiling))
     return made
 

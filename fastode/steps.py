@@ -1,9 +1,9 @@
-"""What an adaptive solve did: its steps for who asks for them, and where it stopped for the error that says so."""
+"""What a solve did: its steps for who asks for them, and where it stopped for the error that says so."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -41,10 +41,56 @@ class SolveSteps:
     error: str = ""
 
 
+@dataclass(frozen=True)
+class ImplicitSolve:
+    """What solving one implicit Euler step, or the linear system of its gradient, came to.
+
+    Attributes:
+        block: the block, in words.
+        what: "solution" or "gradient".
+        residuals: ‖y − x − f(y)‖ / ‖x‖ of every sample, or of the batch where it is coupled; of a gradient the linear
+            system's residual relative to its right-hand side.
+        tol: what was asked of them.
+        iterations: Newton steps, the most of a sample; of a gradient, how often its Krylov space was begun.
+        products: with J or its transpose.
+    """
+
+    block: str
+    what: str
+    residuals: tuple[float, ...]
+    tol: float
+    iterations: int
+    products: int
+
+    @property
+    def converged(self) -> bool:
+        """Whether every residual is at most tol; where one is not, the gradient is not that of what was returned."""
+        return all(residual <= self.tol for residual in self.residuals)
+
+
 class StepLog(list[SolveSteps]):
-    """The adaptive solves that were made, oldest first; printed, a table."""
+    """The adaptive solves that were made, oldest first; printed, a table.
+
+    Attributes:
+        implicit: the exact implicit Euler steps that were solved, and the linear systems of their gradients.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.implicit: list[ImplicitSolve] = []
 
     def __str__(self) -> str:
+        tables = ([self._solves()] if self or not self.implicit else []) + ([self._implicit()] if self.implicit else [])
+        return "\n\n".join(tables)
+
+    def _implicit(self) -> str:
+        rows = [("block", "of", "asked", "largest residual", "converged", "iterations", "products")]
+        for solve in self.implicit:
+            found = f"{solve.tol:g}", f"{max(solve.residuals):.2g}", "yes" if solve.converged else "no"
+            rows.append((solve.block, solve.what, *found, f"{solve.iterations}", f"{solve.products}"))
+        return _table(rows)
+
+    def _solves(self) -> str:
         rows = [("block", "method", "tolerance", "times", "error ratios", "rejected", "evaluations")]
         for solve in self:
             block = solve.block if solve.sample is None else f"{solve.block}, sample {solve.sample}"
@@ -53,16 +99,21 @@ class StepLog(list[SolveSteps]):
             times, ratios = (", ".join(f"{v:.3f}" for v in values) for values in (solve.times, solve.ratios))
             counts = f"{len(solve.rejected)}", f"{solve.evaluations}"
             rows.append((block, solve.solver.name, tolerance, f"[{times}]", f"[{ratios}]", *counts))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+        return _table(rows)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 @contextmanager
 def record_steps() -> Iterator[StepLog]:
-    """Collect, while in this context, the steps of every adaptive solve.
+    """Collect, while in this context, the steps of adaptive solves, and how exact implicit Euler steps were solved.
 
     Returns:
-        A context manager that gives the log, a list of `SolveSteps`, oldest first; `print(log)` is a table.
+        A context manager that gives the log, a list of `SolveSteps`, oldest first; `print(log)` is a table. Its
+        attribute `implicit` is a list of `ImplicitSolve`, one for each call of an `ExactIE` and one for its gradient.
 
     Source: Huang et al., "Adversarial Robustness of Stabilized NeuralODEs Might be from Obfuscated Gradients", Table 3
         (paper 003), which has the times.
@@ -80,6 +131,23 @@ def record_steps() -> Iterator[StepLog]:
         yield log
     finally:
         _logs[:] = [other for other in _logs if other is not log]
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """A context in which solves are recorded by nobody: one that is made again was recorded before."""
+    logs = list(_logs)
+    _logs.clear()
+    try:
+        yield
+    finally:
+        _logs[:] = logs
+
+
+def note_implicit(solve: ImplicitSolve) -> None:
+    """Give an exact implicit Euler step, or its gradient, to who records."""
+    for log in _logs:
+        log.implicit.append(solve)
 
 
 class Watch:

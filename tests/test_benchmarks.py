@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import fastode
 from benchmarks import (
     bench_nets,
     contenders,
@@ -22,6 +24,7 @@ from benchmarks import (
     families,
     measure,
     memory,
+    others,
     printing,
     run,
     suites,
@@ -30,7 +33,7 @@ from benchmarks import (
 )
 from benchmarks.contenders import Contender
 from benchmarks.header import ROOT
-from fastode import reference, testing
+from fastode import nets, reference, testing
 
 CPU = torch.device("cpu")
 
@@ -88,6 +91,49 @@ def test_counts_of_a_solve_leave_the_last_half_evaluation_out() -> None:
     block = reference.SOBlock(reference.SkewPair(3, 8), solver="rk4")
     inputs = (data.feature_maps(2, 3, 8),)
     assert counts.flops(block, inputs, "forward") * 8 == counted(workloads.work(block, inputs, "forward").run) * 7
+
+
+SOLVES: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
+    # 2 evaluations for the first step's size, 6 for each attempt; what is rejected has no derivative.
+    "solver": ({}, (1, 0, 0)),
+    "constant": ({"gradient": "constant"}, (1, 0, 1)),
+    "rejected": ({"first_step": 2.0, "rtol": 1e-3, "atol": 1e-3}, (0, 1, 0)),
+    "exact": ({"first_step": 2.0, "rtol": 1e-3, "atol": 1e-3, "gradient": "exact"}, (0, 0, 0)),
+}
+
+
+@pytest.mark.parametrize("name", SOLVES)
+def test_counts_of_an_adaptive_solve_are_those_of_its_steps(name: str) -> None:
+    options, (chooses, idle_attempts, idle) = SOLVES[name]
+    torch.manual_seed(0)
+    block = reference.SOBlock(reference.SkewPair(3, 8), **options)
+    x = data.feature_maps(2, 3, 8)
+    with fastode.record_steps() as log:
+        block(x)
+    (solve,) = log
+    attempts = len(solve.times) - 1 + len(solve.rejected)
+    assert (len(solve.rejected) > 0) == ("first_step" in options)
+    evaluations = 1 + chooses + 6 * attempts
+    assert counts.flops(block, (x,), "forward") == counted(workloads.work(block, (x,), "forward").run)
+    unit = counts.flops(block.field, block.field.initial_state(x), "forward") // 2
+    backward = evaluations - idle - idle_attempts * 6 * len(solve.rejected)
+    assert counts.flops(block, (x,), "input_grad") == (2 * evaluations + 2 * backward - 1) * unit
+
+
+def test_counts_of_samples_that_step_alone_add_up() -> None:
+    block = reference.SOBlock(reference.SkewPair(3, 8), per_sample=True, rtol=1e-4, atol=1e-4)
+    x = data.feature_maps(3, 3, 8) * torch.tensor([0.1, 1.0, 10.0]).view(3, 1, 1, 1)
+    with fastode.record_steps() as log:
+        block(x)
+    assert len({solve.evaluations for solve in log}) > 1
+    assert counts.flops(block, (x,), "forward") == counted(workloads.work(block, (x,), "forward").run)
+
+
+@pytest.mark.parametrize("solver", ["rk4", "dopri5"])
+def test_counts_of_a_block_of_odenet_agree_with_the_flop_counter(solver: str) -> None:
+    block = nets.odenet(width=8, blocks=1, solver=solver).get_submodule("block0")
+    x = data.feature_maps(2, 8, 8)
+    assert counts.flops(block, (x,), "forward") == counted(workloads.work(block, (x,), "forward").run)
 
 
 def test_counts_of_a_network_add_up() -> None:
@@ -264,10 +310,52 @@ def test_a_closed_form_that_changes_buffers_is_refused() -> None:
 
 
 def test_torchdiffeq_solves_the_same_block() -> None:
-    from benchmarks import others
-
     block = reference.SOBlock(reference.SkewPair(3, 8), solver="rk4", steps=2)
     testing.assert_blocks_equal(block, others.torchdiffeq_block(block), data.feature_maps(2, 3, 8))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+@pytest.mark.parametrize("gradient", ["solver", "constant"])
+def test_torchdiffeq_solves_the_same_block_by_its_error(gradient: str, compiled: bool) -> None:
+    block = reference.SOBlock(reference.SkewPair(3, 8, activation="tanh"), gradient=gradient)
+    contenders.configure_dynamo()
+    mode = "input_grad" if compiled else "train"  # compiled, unused halves have no zero gradient
+    testing.assert_blocks_equal(block, others.torchdiffeq_block(block, compiled), data.feature_maps(2, 3, 8), mode=mode)
+
+
+def test_torchdiffeq_has_no_steps_of_each_sample() -> None:
+    with pytest.raises(workloads.Unavailable, match="no steps of each sample"):
+        others.torchdiffeq_block(reference.SOBlock(reference.SkewPair(3, 8), per_sample=True))
+
+
+class Other(nn.Module):
+    """Stands for a solver with steps of its own, `shift` away from the reference."""
+
+    def __init__(self, block: nn.Module, shift: float) -> None:
+        super().__init__()
+        self.block, self.shift, self.counted = block, shift, {"solves": 2, "accepted": 5, "rejected": 0}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block(x) + self.shift
+
+
+def test_a_contender_with_steps_of_its_own_is_judged_by_the_tolerance() -> None:
+    block = reference.SOBlock(reference.SkewPair(3, 8), per_sample=True, rtol=1e-2, atol=1e-2)
+    assert others.steps_otherwise("torchode", block) and not others.steps_otherwise("torchdiffeq", block)
+    near, far = (
+        others.within_tolerance(block, Other(block, shift), (data.feature_maps(2, 3, 8),)) for shift in (0, 10)
+    )
+    assert near["ok"] and "5 steps accepted" in near["note"]
+    assert not far["ok"] and far["worst"] > 1
+
+
+def test_torchode_is_a_contender_where_samples_step_alone() -> None:
+    block = reference.SOBlock(reference.SkewPair(3, 8), per_sample=True, rtol=1e-2, atol=1e-2)
+    if importlib.util.find_spec("torchode") is None:
+        with pytest.raises(workloads.Unavailable, match="torchode is not installed"):
+            others.torchode_block(block)
+        return
+    assert others.within_tolerance(block, others.torchode_block(block), (data.feature_maps(2, 3, 8),))["ok"]
 
 
 def test_a_compiled_contender_with_a_graph_break_is_reported_as_failed() -> None:
@@ -313,6 +401,11 @@ def test_the_middle_suite_is_as_documented() -> None:
     assert {i.rivals for i in parts["cpu-ie"]} == {("compile", "compile-cl", "vjp-compile")}
     assert {i.own for items in parts.values() for i in items} == {"fused:auto"}
     assert [name for name, _ in suites.parts(("float32",), ("sspnet",))] == ["cpu-sspnet"]
+    assert len(blocks["cpu-solve"]) == len(blocks["cpu-solve-constant"]) == len(blocks["cpu-solve-per-sample"]) == 9
+    assert {m for name in ("sonet", "soblock-resnet10", "odenet") for _, m in blocks[f"cpu-{name}"]} == {
+        "train",
+        "pgd_step",
+    }
 
 
 def test_a_step_of_pgd_is_a_tenth_of_it() -> None:
@@ -329,7 +422,7 @@ def test_every_workload_can_be_named_once() -> None:
     found = [(w.name, w.statistics) for w in families.everything()]
     assert len(found) == len(set(found))
     assert {w.id for w in families.everything()} == {
-        "ie", "ie-bn", "wrn", "ssp2", "ssp3", "ark", "midpoint", "res", "skew", "conv", "nets"
+        "ie", "ie-bn", "wrn", "ssp2", "ssp3", "ark", "midpoint", "res", "skew", "solve", "conv", "nets"
     }  # fmt: skip
 
 

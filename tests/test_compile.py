@@ -12,7 +12,8 @@ from block_cases import case_of, make_input, make_pair
 from torch import Tensor, nn
 
 import fastode
-from fastode import reference
+from fastode import nets, reference
+from fastode.dispatch import opaque
 from fastode.testing import Comparison, compare_tensors, sample_input
 
 
@@ -109,3 +110,135 @@ def test_a_block_that_runs_as_the_reference_does_not_break_the_rest() -> None:
     found = torch.compile(model, backend="aot_eager")(x)
     comparison = compare_tensors({"output": found.detach()}, {"output": model(x).detach()}, [], 8 * 9)
     assert comparison.ok, comparison.describe()
+
+
+ADAPTIVE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "solver": ({}, {}),
+    "stride 2, constant": ({"stride": 2}, {"gradient": "constant"}),
+    "rejected attempts, exact": ({}, {"gradient": "exact", "first_step": 2.0, "rtol": 1e-3, "atol": 1e-3}),
+    "per sample": ({"norm": "none", "gamma": 0.1}, {"per_sample": True}),
+    "bosh3, given statistics": ({"norm": "batch"}, {"solver": "bosh3"}),
+}
+
+
+def adaptive_model(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    field, solver = ADAPTIVE[name]
+    block = reference.SOBlock(reference.SkewPair(3, 8, activation="tanh", **field), **solver)
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), block, nn.Tanh())
+    fastode.fuse(model)
+    return model.train(field.get("norm") != "batch")
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_a_solve_by_its_error_is_in_the_graph(name: str, backend: str) -> None:
+    comparison = compare(adaptive_model(name), sample_input(2, 3, 6, 6), backend=backend)
+    assert comparison.ok, comparison.describe()
+
+
+def test_it_is_one_graph_without_gradients_too_and_is_recorded_once() -> None:
+    model, x = adaptive_model("solver"), sample_input(2, 3, 6, 6)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad(), fastode.record_steps() as log:
+        torch.testing.assert_close(compiled(x), model(x))
+    with fastode.record_steps() as again:
+        compiled(x).sum().backward()
+    assert len(log) == 2 and len(again) == 1 and again[0].times == log[0].times
+
+
+def test_sonet_is_one_graph() -> None:
+    torch.manual_seed(0)
+    model = nets.sonet(width=8, released=True).double()
+    fastode.fuse(model)
+    comparison = compare(model, sample_input(2, 3, 8, 8, dtype=torch.float64), backend="aot_eager")
+    assert comparison.ok, comparison.describe()
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_what_changes_after_a_classifier_was_traced_is_seen(released: bool) -> None:
+    torch.manual_seed(0)
+    block, x = reference.SOClassifier(6, 3, released=released), torch.randn(4, 6)
+    fastode.fuse(block)
+    compiled = torch.compile(block, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), block(x))
+    block.field.gamma = 0.3
+    torch.testing.assert_close(compiled(x), block(x))
+    block.field.activation = nn.Softplus(beta=2.0)
+    torch.testing.assert_close(compiled(x), block(x))
+    block.field.activation.beta = 3.0
+    torch.testing.assert_close(compiled(x), block(x))
+    with pytest.raises(ValueError, match=r"^x must be a tensor \[N, 6\], got shape \[4, 5\]$"):
+        block(x[:, :5])
+    with pytest.raises(Exception, match="must be a tensor"):
+        compiled(x[:, :5])
+
+
+def test_what_changes_after_a_solve_was_traced_is_seen() -> None:
+    model, x = adaptive_model("solver"), sample_input(2, 3, 6, 6)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    compiled(x)
+    with torch.no_grad():
+        model[1].field.weight.mul_(0.5)
+    torch.testing.assert_close(compiled(x), model(x))
+    for name, value in (("rtol", 1e-4), ("t1", 0.5), ("gradient", "constant"), ("solver", "bosh3"), ("max_steps", 50)):
+        setattr(model[1], name, value)
+        torch.testing.assert_close(compiled(x), model(x))
+    model[1].field.gamma = 0.2
+    torch.testing.assert_close(compiled(x), model(x))
+    model[1].field.post_norm_y.eps = 0.5
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_another_batch_size_of_a_traced_solve() -> None:
+    model = adaptive_model("solver")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for batch in (2, 3, 5):
+        x = sample_input(batch, 3, 6, 6)
+        torch.testing.assert_close(compiled(x), model(x))
+        torch.testing.assert_close(_input_gradient(compiled, x), _input_gradient(model, x))
+
+
+def _input_gradient(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    leaf = x.detach().requires_grad_()
+    return torch.autograd.grad(model(leaf).square().sum(), leaf)[0]
+
+
+def test_frozen_parameters_of_a_traced_solve_get_no_gradient() -> None:
+    model, x = adaptive_model("solver").requires_grad_(False), sample_input(2, 3, 6, 6).requires_grad_()
+    torch.compile(model, fullgraph=True, backend="aot_eager")(x).sum().backward()
+    wanted = torch.autograd.grad(model(x).sum(), x)[0]
+    assert x.grad is not None and all(p.grad is None for p in model.parameters())
+    torch.testing.assert_close(x.grad, wanted)
+
+
+def test_a_traced_solve_under_autocast_is_as_untraced() -> None:
+    model, x = adaptive_model("solver"), sample_input(2, 3, 6, 6)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(compiled(x), model(x), rtol=0.02, atol=0.02)
+
+
+def test_a_failure_inside_a_traced_solve_says_the_same() -> None:
+    model = adaptive_model("solver")
+    model[1].max_steps = 1
+    model[1].first_step = 1e-3
+    with pytest.raises(fastode.SolveError, match="max_steps = 1 attempts did not reach t1 = 1"):
+        torch.compile(model, fullgraph=True, backend="aot_eager")(sample_input(2, 3, 6, 6))
+
+
+def test_running_statistics_of_a_solve_break_the_graph_and_are_updated() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(reference.SOBlock(reference.SkewPair(3, 8, norm="batch"))).double()
+    fastode.fuse(model)
+    plain, x = copy.deepcopy(model), sample_input(2, 3, 6, 6, dtype=torch.float64)
+    torch.testing.assert_close(torch.compile(model, backend="eager")(x), plain(x))
+    for found, wanted in zip(model.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_the_operator_of_a_solve_is_one_by_pytorchs_own_checks() -> None:
+    (_, block, _) = adaptive_model("solver")
+    tensors = [tensor.detach().requires_grad_() for tensor in opaque.tensors_of(block)]
+    x = sample_input(2, 3, 6, 6).requires_grad_()
+    torch.library.opcheck(opaque._solution, (x, tensors, opaque.key_of(block), (2, 8, 6, 6), None))

@@ -20,6 +20,7 @@ ENGINES = ", ".join(repr(name) for name in NAMES)
 
 BLOCKS = {
     "IESkip": lambda branch: reference.IESkip(branch, steps=2, step_size=0.05, theta=0.5),
+    "ExactIE": lambda branch: reference.ExactIE(branch, tol=1e-6, max_iterations=9),
     "ResBlock": lambda branch: reference.ResBlock(branch, 0.5),
     "SSP2": reference.SSP2,
     "SSP3": reference.SSP3,
@@ -71,7 +72,9 @@ def test_the_model_itself_is_swapped_and_back(name):
     report = fastode.fuse(module)
     assert type(module) is getattr(fused, name)
     assert [(row.name, row.reference, row.fused) for row in report.rows] == [("", TYPES[name], type(module))]
-    candidates = ("staged", "reference") if name.startswith(("Skew", "SO")) else ("resident", "staged", "reference")
+    candidates = (
+        ("staged", "reference") if name.startswith(("Skew", "SO", "Exact")) else ("resident", "staged", "reference")
+    )
     assert report.rows[0].engines == candidates and report.fused == 1 and report.unfused == 0
     assert {key: value for key, value in module.__dict__.items() if key != "engine"} == attributes
     back = fastode.unfuse(module)

@@ -58,6 +58,18 @@ def test_ie_skip_is_compared_with_the_closed_form_compiled() -> None:
     assert (line.family, line.asked, line.reached, line.ok) == ("ie k1", 2.0, 1.1, False)
 
 
+def test_a_variant_or_a_shape_may_be_asked_for_a_figure_of_its_own() -> None:
+    def figure(**changes: Any) -> dict[str, float]:
+        return {line.against: line.figure for line in targets.lines([row(**changes)])}
+
+    best = {"ratio_to_best_other": ratio(3.1, 20.0)}
+    assert figure(workload="solve", variant="dopri5", shape="64@32", mode="forward") == {targets.EAGER: 3.2}
+    assert figure(workload="solve", variant="dopri5", shape="3-64@32", mode="forward") == {targets.EAGER: 4.0}
+    assert figure(workload="solve", variant="per-sample", shape="64@32", **best) == {targets.OTHER: 3.0}
+    assert figure(workload="nets", variant="sonet-32", shape="3@32") == {targets.EAGER: 3.0}
+    assert figure(workload="nets", variant="sonet-32", shape="3@32", mode="pgd_step") == {}
+
+
 def test_only_the_engine_that_the_project_chose_counts() -> None:
     assert not targets.lines([row(engine="staged"), row(contender="eager", engine=None)])
 

@@ -19,6 +19,7 @@ from ..ops.engine import Call, Engine, autocast_dtype
 from ..ops.plan import MaybeTensors, Plan
 from ..ops.rerun import Rerun, StandIn
 from ..ops.schemes.implicit_euler.descent import Descent
+from ..ops.schemes.implicit_euler.exact import Exact
 from ..ops.schemes.runge_kutta.stages import Scheme
 from ..tableau import Tableau
 from . import choice
@@ -82,6 +83,23 @@ class DescentStep:
 
 
 @dataclass(frozen=True, eq=False)
+class ExactStep:
+    """The exact implicit Euler step."""
+
+    exact: Exact
+    variant: str = ""
+    family: str = "exact_ie"
+    stages: int = 1
+    learned: bool = False
+    traceable: bool = False  # it takes as many steps as the data needs
+
+    def apply(
+        self, engine: Engine, plan: Plan, rerun: Rerun | None, x: Tensor, tensors: MaybeTensors, table: Table | None
+    ) -> Any:
+        return function.call(engine.exact_ie, (plan, self.exact, rerun), (x, *tensors))
+
+
+@dataclass(frozen=True, eq=False)
 class SchemeStep:
     """An explicit scheme; `rows` are its square α and β, empty where they are learned."""
 
@@ -110,6 +128,12 @@ class SchemeStep:
 def descent_step(steps: int, step_size: float, theta: float, detach: bool) -> DescentStep:
     """The step of an IE-Skip block."""
     return DescentStep(Descent(steps, step_size, theta, detach), f"of {steps} {'detached ' if detach else ''}steps")
+
+
+@remembered
+def exact_step(tol: float, max_iterations: int, block: str) -> ExactStep:
+    """The step of an exact implicit Euler block."""
+    return ExactStep(Exact(tol, max_iterations, block))
 
 
 @remembered

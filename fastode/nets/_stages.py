@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from .. import checks
-from ..reference import IESkip, ResBlock
+from ..reference import ExactIE, IESkip, ResBlock
 from ..reference.branches import MOST_GROUPS, NORMS, make_norm
 
 # (in_channels, out_channels, stride) -> the residual branch; branch -> the block that keeps the shape
@@ -59,12 +59,18 @@ def check_shortcut(kernel: int) -> None:
         raise ValueError(f"shortcut_kernel must be 1 or 3, got {kernel}")
 
 
-def ie_skip(steps: int, step_size: float, theta: float, detach: bool) -> MakeBlock:
-    """What makes a branch an IE-Skip; a bad argument is refused here, before the first layer is made."""
+def ie_skip(steps: int, step_size: float, theta: float, detach: bool, exact: bool = False) -> MakeBlock:
+    """What makes a branch an IE-Skip, or with `exact` the block that it approaches.
+
+    A bad argument is refused here, before the first layer is made.
+    """
     checks.steps(steps)
     checks.step_size(step_size)
     checks.theta(theta)
     checks.flag("detach", detach)
+    checks.flag("exact", exact)
+    if exact:
+        return ExactIE
 
     def make(branch: nn.Sequential) -> nn.Module:
         return IESkip(branch, steps=steps, step_size=step_size, theta=theta, detach=detach)

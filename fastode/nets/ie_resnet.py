@@ -23,6 +23,7 @@ def ie_resnet18(
     *,
     theta: float = 1.0,
     detach: bool = False,
+    exact: bool = False,
     in_channels: int = 3,
     num_classes: int = 10,
     width: int = 64,
@@ -39,6 +40,8 @@ def ie_resnet18(
         step_size: γ of an inner step, dimensionless; the paper takes 0.05 (natural training) and 0.1.
         theta: θ of the implicit scheme, in [0, 1]; 1 is the paper's implicit Euler.
         detach: True differentiates the block as if its inner steps were constant, as the released code does.
+        exact: True takes `ExactIE` in place of each IE-Skip, the paper's "exact IE-ResNet", with the same parameters;
+            the four arguments above are then not used.
         in_channels: channels of the image [N, in_channels, H, W].
         num_classes: number of logits.
         width: channels of the first stage; the paper uses 8 (MNIST), 16 and 64 (CIFAR).
@@ -60,7 +63,7 @@ def ie_resnet18(
         >>> model(torch.ones(2, 3, 8, 8)).shape
         torch.Size([2, 10])
     """
-    skip = ie_skip(steps, step_size, theta, detach)
+    skip = ie_skip(steps, step_size, theta, detach, exact)
     return _resnet(18, skip, in_channels, num_classes, width, norm, shortcut_kernel)
 
 
@@ -70,6 +73,7 @@ def ie_resnet34(
     *,
     theta: float = 1.0,
     detach: bool = False,
+    exact: bool = False,
     in_channels: int = 3,
     num_classes: int = 10,
     width: int = 64,
@@ -83,6 +87,8 @@ def ie_resnet34(
         step_size: γ of an inner step, dimensionless; the paper takes 0.05 (natural training) and 0.1.
         theta: θ of the implicit scheme, in [0, 1]; 1 is the paper's implicit Euler.
         detach: True differentiates the block as if its inner steps were constant, as the released code does.
+        exact: True takes `ExactIE` in place of each IE-Skip, the paper's "exact IE-ResNet", with the same parameters;
+            the four arguments above are then not used.
         in_channels: channels of the image [N, in_channels, H, W].
         num_classes: number of logits.
         width: channels of the first stage.
@@ -104,7 +110,7 @@ def ie_resnet34(
         >>> model(torch.ones(2, 3, 8, 8)).shape
         torch.Size([2, 10])
     """
-    skip = ie_skip(steps, step_size, theta, detach)
+    skip = ie_skip(steps, step_size, theta, detach, exact)
     return _resnet(34, skip, in_channels, num_classes, width, norm, shortcut_kernel)
 
 
@@ -114,6 +120,7 @@ def ie_resnet50(
     *,
     theta: float = 1.0,
     detach: bool = False,
+    exact: bool = False,
     in_channels: int = 3,
     num_classes: int = 10,
     width: int = 64,
@@ -127,6 +134,8 @@ def ie_resnet50(
         step_size: γ of an inner step, dimensionless; the paper takes 0.05 (natural training) and 0.1.
         theta: θ of the implicit scheme, in [0, 1]; 1 is the paper's implicit Euler.
         detach: True differentiates the block as if its inner steps were constant, as the released code does.
+        exact: True takes `ExactIE` in place of each IE-Skip, the paper's "exact IE-ResNet", with the same parameters;
+            the four arguments above are then not used.
         in_channels: channels of the image [N, in_channels, H, W].
         num_classes: number of logits.
         width: channels of the stem and of the first stage's 3×3 convolutions; the stage gives 4 × `width`.
@@ -148,7 +157,7 @@ def ie_resnet50(
         >>> model(torch.ones(2, 3, 8, 8)).shape
         torch.Size([2, 10])
     """
-    skip = ie_skip(steps, step_size, theta, detach)
+    skip = ie_skip(steps, step_size, theta, detach, exact)
     return _resnet(50, skip, in_channels, num_classes, width, norm, shortcut_kernel)
 
 

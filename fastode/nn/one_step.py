@@ -12,13 +12,22 @@ from .. import reference
 from ..dispatch import choice
 from ..dispatch.choice import MakeReference
 from ..dispatch.engines import REFERENCE
-from ..dispatch.one_step import Step, descent_step, describe_call, euler_step, run, scheme_step, tableau_step
+from ..dispatch.one_step import (
+    Step,
+    descent_step,
+    describe_call,
+    euler_step,
+    exact_step,
+    run,
+    scheme_step,
+    tableau_step,
+)
 from ..dispatch.registry import register
 from ..ops.engine import Call
 from ..ops.schemes.runge_kutta.stages import Scheme
 from .base import Fused, note
 
-__all__ = ["SSP2", "SSP3", "Ark", "IESkip", "Midpoint", "ResBlock", "ShuOsher"]
+__all__ = ["SSP2", "SSP3", "Ark", "ExactIE", "IESkip", "Midpoint", "ResBlock", "ShuOsher"]
 
 
 class _OneStep(Fused):
@@ -44,6 +53,22 @@ class IESkip(_OneStep, reference.IESkip):
 
     def _reference(self) -> MakeReference:
         return partial(reference.IESkip, self.branch, self.steps, self.step_size, self.theta, self.detach)
+
+
+@register(reference.ExactIE)
+class ExactIE(_OneStep, reference.ExactIE):
+    __doc__ = reference.ExactIE.__doc__
+
+    def _solve(self, x: Tensor) -> Tensor:
+        # Called by the reference's forward, outside of what a compiler traces.
+        plain = super()._solve
+        return run(x, self.branch, self._step(), self._reference(), plain, engine=self.engine, owner=self)
+
+    def _step(self) -> Step:
+        return exact_step(self.tol, self.max_iterations, self.in_words())
+
+    def _reference(self) -> MakeReference:
+        return partial(reference.ExactIE, self.branch, self.tol, self.max_iterations)
 
 
 @register(reference.ShuOsher)

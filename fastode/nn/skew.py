@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from .. import checks, reference
-from ..branch.read import is_overridden
+from ..branch.read import is_overridden, read
 from ..branch.snapshot import Past
-from ..dispatch import choice
+from ..dispatch import choice, opaque
 from ..dispatch.engines import AUTO, NAMES, REFERENCE, is_reference
 from ..dispatch.known import Known, kind_of_call, known
 from ..dispatch.registry import reference_of, register
@@ -28,6 +28,7 @@ from ..reference.solvers import solve as solve_plain
 from ..reference.solvers import solve_fixed, without_time
 from ..steps import Watch
 from ..tableau import Butcher
+from ..tracing import constant, is_exporting
 from .base import Fused, note
 
 __all__ = ["SOBlock", "SOClassifier", "SkewLinear", "SkewPair"]
@@ -90,7 +91,8 @@ class _FusedSolve(Fused, reference.SOBlock):
         solver = self.settings
         # The exact gradient goes through attempts that the engines forget, and samples alone are solved one by one.
         own = solver.is_adaptive and solver.gradient != "exact" and not solver.per_sample
-        # A tracing compiler cannot follow steps that are chosen by the data.
+        # What a compiler traces must not have steps that are chosen by the data: it takes the block as an operator, or
+        # leaves it out of the graph.
         return "skew_adaptive" if own and not torch.compiler.is_compiling() else "skew_solution"
 
     def _variant(self) -> str:
@@ -135,6 +137,10 @@ class _FusedSolve(Fused, reference.SOBlock):
                 found.keep(kind, answer, call)
         chosen, pair, tensors, march = answer
         note(self, chosen)
+        if torch.compiler.is_compiling() and self._is_opaque(pair) and x.shape[0]:
+            # As it begins, which refuses a wrong x, and has the shape in which it ends.
+            y, _ = cast(Any, self.field).initial_state(x)
+            return opaque.run(self, self._key(), x, y.shape)
         if chosen is REFERENCE or found is None or pair is None:
             return super().forward(x)
         note(self.field, chosen)
@@ -142,6 +148,25 @@ class _FusedSolve(Fused, reference.SOBlock):
             return self._adaptive(chosen, found, pair, tensors, x)
         make = partial(_FixedSolution, _past(found), self.settings.tableau, self.t1, self.steps)
         return solve(chosen, found.reading, pair, x, march, make, tensors)
+
+    @constant
+    def _key(self) -> int:
+        return opaque.key_of(self)
+
+    def _is_opaque(self, pair: Pair | None) -> bool:
+        """Whether a tracer may take the solution as an operator.
+
+        Its steps must be chosen by the data, the field must change no buffers, and all that it depends on must have
+        been read, so that the compiler sees it change.
+        """
+        if not self.settings.is_adaptive or is_exporting():
+            return False
+        if pair is not None:
+            return not any(pair.tracked)
+        field = self.field
+        if type(field) is not SkewLinear and type(field) is not reference.SkewLinear:
+            return False
+        return float(field.gamma) >= 0 and not is_overridden(field) and read(field.activation).units is not None
 
     def _march(self) -> March | None:
         solver = self.settings

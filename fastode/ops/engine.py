@@ -20,6 +20,7 @@ Mode = Literal["train", "input_grad", "forward"]
 
 _CPU_STORAGE = (torch.float32, torch.float64, torch.bfloat16)
 STORAGE = {"cpu": _CPU_STORAGE, "cuda": (*_CPU_STORAGE, torch.float16)}
+NO_EXACT_IE = "it has no products of a branch's Jacobian alone, of which the exact implicit Euler step is made"
 DEVICE_NAMES = {"cpu": "CPU", "cuda": "CUDA"}
 
 
@@ -28,7 +29,7 @@ class Call:
     """What an engine is asked to run: a block of a family, its branch or field, and the tensors it gets.
 
     Attributes:
-        family: "ie", "shu_osher", "skew_pair", "skew_solution" or "skew_adaptive".
+        family: "ie", "exact_ie", "shu_osher", "skew_pair", "skew_solution" or "skew_adaptive".
         variant: what else the time of its calls depends on, in words.
         program: the branch, or the pair, as constants; None where it cannot be read.
         tensors: of the branch (six for each unit), or of the pair (the weight, then four for each norm).
@@ -119,6 +120,11 @@ class Engine:
     def ie_skip(self) -> type[Function]:
         """IE-Skip, as (Plan, Descent, Rerun, x, *tensors)."""
         return self._lacks("IE-Skip")
+
+    @property
+    def exact_ie(self) -> type[Function]:
+        """The exact implicit Euler step, as (Plan, Exact, Rerun, x, *tensors)."""
+        return self._lacks("the exact implicit Euler step")
 
     @property
     def shu_osher(self) -> type[Function]:

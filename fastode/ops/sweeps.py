@@ -67,3 +67,10 @@ class ForwardSweeps(Sweeps, Protocol):
 
         Without coefs f is taken at the one term itself.
         """
+
+
+class ProductSweeps(ForwardSweeps, Protocol):
+    """The same with products of J alone."""
+
+    def push(self, plan: Plan, tensors: MaybeTensors, records: Sequence[Record], tangent: Tensor) -> Tensor:
+        """J(y) tangent, at the point whose evaluation `records` are of; they stay as they are."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..engine import Call, OperatorEngine
+from ..engine import NO_EXACT_IE, Call, OperatorEngine
 from ..plan import Plan
 from ..schemes.skew_pair.pair import Pair
 
@@ -46,6 +46,8 @@ class FusedConvolution(OperatorEngine):
         return self._functions.SKEW_SOLUTION
 
     def refuses(self, call: Call) -> str:
+        if call.family == "exact_ie":
+            return NO_EXACT_IE
         if torch.compiler.is_compiling():
             return "torch.compile does not trace fused convolutions"
         reason = _refuses_branch(call.program) if isinstance(call.program, Plan) else _refuses_pair(call)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...native import cuda_library
 from ...native.constants import MOST_PAIR_CHANNELS
-from ..engine import Call, OperatorEngine
+from ..engine import NO_EXACT_IE, Call, OperatorEngine
 from ..plan import MaybeTensors, Plan
 from ..schemes.skew_pair.pair import Pair
 from . import card, functions, rule, skew
@@ -30,6 +30,8 @@ class Resident(OperatorEngine):
     solution_from_x = True
 
     def refuses(self, call: Call) -> str:
+        if call.family == "exact_ie":
+            return NO_EXACT_IE
         if call.x is not None and call.x.device.type == "cuda":
             return card.refuses(call) or _refuses_dtypes(call.lower, call.tensors, call.x)
         if isinstance(call.program, Plan):

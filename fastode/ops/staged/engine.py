@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from ..engine import OperatorEngine
-from ..schemes.implicit_euler import descent
+from ..schemes.implicit_euler import descent, exact
 from ..schemes.runge_kutta import stages
 from ..schemes.skew_pair import adaptive, march
 from . import pair, sweeps
@@ -17,6 +17,7 @@ class Staged(OperatorEngine):
     name = "staged"
     devices = ("cpu", "cuda")
     ie_skip = descent.make_function(sweeps, partial(descent.forward, sweeps))
+    exact_ie = exact.make_exact_function(sweeps)
     shu_osher = stages.make_function(sweeps, partial(stages.forward, sweeps))
     skew_pair = march.make_pair_function(pair)
     skew_solution = march.make_march_function(pair)

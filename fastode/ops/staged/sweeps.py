@@ -140,6 +140,17 @@ def dual(
     return stacked, records
 
 
+def push(plan: Plan, tensors: MaybeTensors, records: Sequence[Record], tangent: Tensor) -> Tensor:
+    """J(y) tangent, at the point whose evaluation `records` are of; they stay as they are."""
+    samples, t = tangent.shape[0], tangent
+    for index, record in enumerate(records):
+        if _has_pass(plan.units[index]):
+            stacked, _ = _dual_pass(plan, tensors, index, record.h, t, record.stats)
+            t = stacked[samples:]
+        t = _convolve(plan, tensors, index, t, with_bias=False)
+    return t
+
+
 def pull_dual(
     plan: Plan,
     tensors: MaybeTensors,

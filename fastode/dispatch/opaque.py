@@ -1,0 +1,117 @@
+"""A block whose work depends on the data as one operator, which a tracing compiler does not look into.
+
+What is traced are the block's tensors and a key. The key stands for a copy of the block on the meta device, of which
+everything but the tensors was read while it was traced, and so is guarded by the compiler. The operator calls that copy
+with the tensors. Its backward calls it again, with a graph: what a solve keeps depends on how many steps it takes, and
+no compiler has room for that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.engine import autocast_dtype
+from ..steps import unrecorded
+from . import known
+
+_NAME = "fastode_blocks::solution"
+_copies: list[nn.Module] = []
+
+
+def key_of(block: nn.Module) -> int:
+    """The key of a copy of the block without its tensors' values; for each trace one."""
+    with torch.no_grad():
+        twin = copy.deepcopy(block).to("meta")
+    known.clear(twin)
+    _copies.append(twin)
+    return len(_copies) - 1
+
+
+def tensors_of(block: nn.Module) -> list[Tensor]:
+    """The block's parameters, then its buffers."""
+    return [*block.parameters(), *block.buffers()]
+
+
+def run(block: nn.Module, key: int, x: Tensor, shape: Sequence[int]) -> Tensor:
+    """The block on x as the operator, while it is traced.
+
+    Args:
+        block: the block.
+        key: of its copy.
+        x: its input.
+        shape: of its output.
+    """
+    return _solution(x, tensors_of(block), key, shape, autocast_dtype(x))
+
+
+@torch.library.custom_op(_NAME, mutates_args=())
+def _solution(x: Tensor, tensors: list[Tensor], key: int, shape: Sequence[int], lower: torch.dtype | None) -> Tensor:
+    with torch.no_grad():
+        return _call(x, tensors, key, lower)
+
+
+@_solution.register_fake
+def _(x: Tensor, tensors: list[Tensor], key: int, shape: Sequence[int], lower: torch.dtype | None) -> Tensor:
+    return x.new_empty(shape)
+
+
+@torch.library.custom_op(f"{_NAME}_backward", mutates_args=())
+def _backward(
+    x: Tensor, tensors: list[Tensor], bar: Tensor, wanted: list[bool], key: int, lower: torch.dtype | None
+) -> list[Tensor]:
+    with _autograd(), unrecorded():
+        leaves = [t.detach().requires_grad_(want) for t, want in zip((x, *tensors), wanted, strict=True)]
+        asked = [leaf for leaf in leaves if leaf.requires_grad]
+        y = _call(leaves[0], leaves[1:], key, lower)
+        found = torch.autograd.grad(y, asked, bar, allow_unused=True)
+    return [leaf.new_zeros(leaf.shape) if g is None else g.contiguous() for g, leaf in zip(found, asked, strict=True)]
+
+
+@_backward.register_fake
+def _(
+    x: Tensor, tensors: list[Tensor], bar: Tensor, wanted: list[bool], key: int, lower: torch.dtype | None
+) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t, want in zip((x, *tensors), wanted, strict=True) if want]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, tensors, ctx.key, _, ctx.lower = inputs
+    ctx.save_for_backward(x, *tensors)
+    ctx.wanted = [t.requires_grad for t in (x, *tensors)]
+
+
+def _pull(ctx: Any, bar: Tensor) -> tuple[Any, ...]:
+    x, *tensors = ctx.saved_tensors
+    found = iter(_backward(x, tensors, bar, ctx.wanted, ctx.key, ctx.lower))
+    bars = [next(found) if want else None for want in ctx.wanted]
+    return bars[0], bars[1:], None, None, None
+
+
+_solution.register_autograd(_pull, setup_context=_setup)
+
+
+def _call(x: Tensor, tensors: list[Tensor], key: int, lower: torch.dtype | None) -> Tensor:
+    twin = _copies[key]
+    names = [name for name, _ in twin.named_parameters()] + [name for name, _ in twin.named_buffers()]
+    autocast = torch.autocast(x.device.type, lower) if lower is not None else contextlib.nullcontext()
+    try:
+        with autocast:
+            y: Tensor = torch.func.functional_call(twin, dict(zip(names, tensors, strict=True)), (x,))
+    finally:
+        known.clear(twin)  # what was kept of it holds the tensors
+    return y.contiguous()
+
+
+@contextlib.contextmanager
+def _autograd() -> Iterator[None]:
+    """Gradients as outside of an operator, where autograd is shut out."""
+    keys = torch._C.DispatchKey
+    shut = torch._C._SetExcludeDispatchKeyGuard
+    with shut(keys.AutogradFunctionality, False), shut(keys.ADInplaceOrView, False), torch.enable_grad():
+        yield
