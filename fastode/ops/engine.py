@@ -113,7 +113,8 @@ class Engine:
 
     name: str
     devices: tuple[str, ...] = ()
-    solution_from_x = False  # whether skew_solution takes x itself instead of the pair (y, z) that x gives
+    solution_from_x = False  # whether the solutions take x itself instead of what x gives
+    solves_alone = False  # whether skew_adaptive takes steps of each sample's own
 
     @property
     def ie_skip(self) -> type[Function]:
@@ -138,6 +139,9 @@ class Engine:
     @property
     def skew_adaptive(self) -> type[Function] | None:
         """The pair's solution with steps by error, as (Pair, Solver, Watch, Steps, Rerun, y, z, ẏ, ż, h, *tensors).
+
+        From x it is (Pair, Solver, Watches, Steps of each, Rerun, x, *tensors): one of each for a batch that shares its
+        steps, else one for each sample.
 
         None where the engine has the pair alone: then each evaluation is a call of it, and the reference drives.
         """

@@ -15,7 +15,7 @@ from ...native.constants import MOST_PAIR_CHANNELS
 from ..engine import Call, OperatorEngine
 from ..plan import MaybeTensors, Plan
 from ..schemes.skew_pair.pair import Pair
-from . import card, functions, rule, skew
+from . import card, functions, rule, skew, solve
 
 
 class Resident(OperatorEngine):
@@ -27,7 +27,9 @@ class Resident(OperatorEngine):
     shu_osher = functions.ResidentShuOsherFunction
     skew_pair = skew.ResidentSkewFunction
     skew_solution = skew.ResidentMarchFunction
+    skew_adaptive = solve.ResidentSolveFunction
     solution_from_x = True
+    solves_alone = True
 
     def refuses(self, call: Call) -> str:
         if call.x is not None and call.x.device.type == "cuda":
@@ -38,8 +40,6 @@ class Resident(OperatorEngine):
         return _refuses_pair(call.program, call.tensors, call.inputs)
 
     def against(self, call: Call) -> str:
-        if call.family == "skew_adaptive":
-            return "it runs steps by error one evaluation at a time, which was measured slower than the solve as one"
         x, program = call.inputs[-1], call.program
         if isinstance(program, Plan):
             coupled = any(unit.norm is not None and unit.norm.mode == "batch" for unit in program.units)
@@ -48,7 +48,9 @@ class Resident(OperatorEngine):
             assert program is not None and call.tensors[0] is not None
             coupled = any(norm is not None and norm.mode == "batch" for norm in program.norms)
             widest = max(call.tensors[0].shape[:2])
-        return rule.slower(call.family, coupled, x, widest)
+        # Steps by error are measured by those of equal size: their evaluations are the same.
+        family = "skew_solution" if call.family == "skew_adaptive" else call.family
+        return rule.slower(family, coupled, x, widest)
 
     def describe(self, device: str) -> tuple[bool, str]:
         return cuda_library.available() if device == "cuda" else super().describe(device)
