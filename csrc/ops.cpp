@@ -58,10 +58,11 @@ STABLE_TORCH_LIBRARY(fastode, m) {
         ", bool keep, bool last) -> (Tensor y, Tensor[] kept)");
   m.def("resident_march_backward(Tensor x, Tensor cotangent, Tensor[] kept, " FASTODE_PAIR ", " FASTODE_MARCH
         ", bool weight, bool norms) -> (Tensor x_bar, Tensor[] bars)");
-  // The log, float64, has what control.h writes of each solve. `keep_trial`: the derivative goes through the first
-  // step's size.
+  // The log, float64, has what control.h writes of each solve; with `raises` it stays empty, and a solve that cannot go
+  // on raises here. `keep_trial`: the derivative goes through the first step's size. Backward without what is kept
+  // takes the steps again.
   m.def("resident_solve_forward(Tensor x, " FASTODE_PAIR ", " FASTODE_SOLVER
-        ", bool keep, bool keep_trial) -> (Tensor y, Tensor log, Tensor[] kept)");
+        ", bool keep, bool keep_trial, bool raises) -> (Tensor y, Tensor log, Tensor[] kept)");
   m.def("resident_solve_backward(Tensor x, Tensor cotangent, Tensor log, Tensor[] kept, " FASTODE_PAIR
         ", " FASTODE_SOLVER ", bool keep_trial, bool weight, bool norms) -> (Tensor x_bar, Tensor[] bars)");
 }

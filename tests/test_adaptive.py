@@ -14,6 +14,9 @@ from torch import Tensor, nn
 import fastode
 from fastode import SolveError, Solver, reference
 from fastode.dispatch.engines import BY_NAME
+from fastode.dispatch.skew import read_field
+from fastode.ops.resident.skew import encode
+from fastode.ops.resident.solve import solver_code
 from fastode.ops.schemes.skew_pair.adaptive import interpolating, interpolating_rates
 from fastode.reference.adaptive import integrate, interpolated
 from fastode.reference.solvers import without_time
@@ -21,8 +24,9 @@ from fastode.steps import Watch
 from fastode.testing import assert_blocks_equal, sample_input
 
 F32, F64 = torch.float32, torch.float64
+UTILITIES = ("test_schema", "test_faketensor")
 ENGINES = [name for name, engine in BY_NAME.items() if engine.skew_adaptive is not None]
-ALONE = [name for name in ENGINES if BY_NAME[name].solves_alone]
+ALONE = [name for name in ENGINES if BY_NAME[name].steps_inside]
 
 # Stride, γ, activation, norm, and the solver. A first step of 2 is too long for its tolerance, so that it is rejected;
 # dopri8 has it everywhere: at tolerances that it meets by far its error estimate is rounding.
@@ -102,7 +106,7 @@ def test_in_bfloat16_it_equals_the_reference(engine: str) -> None:
 
 @pytest.mark.parametrize(("case", "engine"), RUNS)
 def test_it_takes_the_same_steps(case: int, engine: str) -> None:
-    per_sample = (False, True) if case in UNCOUPLED and BY_NAME[engine].solves_alone else (False,)
+    per_sample = (False, True) if case in UNCOUPLED and BY_NAME[engine].steps_inside else (False,)
     for alone in per_sample:
         block = block_of(CASES[case], F64, per_sample=alone)
         x = sample_input(2, 3, 6, 6, dtype=F64)
@@ -254,3 +258,18 @@ def test_nothing_is_kept_where_no_gradient_is_asked_for(engine: str) -> None:
         assert torch.equal(block(x), expected) and block(x).grad_fn is None
     with torch.inference_mode():
         assert torch.equal(block(x), expected)
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_a_tracer_is_told_what_the_operators_return(per_sample: bool) -> None:
+    field = reference.SkewPair(3, 8, 2, 0.1, "tanh", "group")
+    pair = read_field(field.weight, 2, 1, 0.1, field.activation, [], ()).pair(None)
+    x = sample_input(2, 3, 6, 6)
+    code = (*encode(pair, [field.weight.detach(), *[None] * 16]), *solver_code(Solver(per_sample=per_sample)))
+    for raises in (False, True):
+        given = (x, *code, False, False, raises)
+        torch.library.opcheck(torch.ops.fastode.resident_solve_forward.default, given, test_utils=UTILITIES)
+    y, log, _ = torch.ops.fastode.resident_solve_forward.default(*given)
+    for wanted in (False, True):
+        given = (x, torch.ones_like(y), log, [], *code, True, wanted, wanted)
+        torch.library.opcheck(torch.ops.fastode.resident_solve_backward.default, given, test_utils=UTILITIES)

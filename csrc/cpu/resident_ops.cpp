@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
+#include <sstream>
 #include <tuple>
 
 #include "resident/engine.h"
@@ -219,9 +220,25 @@ Embedded embedded_of(const Numbers& table, const Numbers& numbers, const Integer
           numbers[0], numbers[1],  numbers[2],       numbers[3],   integers[1]};
 }
 
+// What fastode.SolveError says, where no Python can.
+void throw_failure(const Numbers& log) {
+  for (const double* at = log.data(); at < log.data() + log.size();) {
+    const SolveLog solve = SolveLog::read(at);
+    if (solve.end == kReached) continue;
+    std::ostringstream words;
+    words << "SOBlock: "
+          << (solve.end == kMostAttempts ? "max_steps attempts did not reach t1"
+              : solve.end == kNotFinite  ? "the state is not finite"
+                                         : "the step is not finite, or too small to move the time")
+          << " at t = " << solve.t << " with h = " << solve.h << "; without torch.compile the error says more";
+    throw std::runtime_error(words.str());
+  }
+}
+
 std::tuple<Tensor, Tensor, Tensors> solve_forward(const Tensor& x, const Tensors& parameters, const Integers& integers,
                                                   const Numbers& numbers, const Numbers& table, const Numbers& solver,
-                                                  const Integers& limits, bool per_sample, bool keep, bool keep_trial) {
+                                                  const Integers& limits, bool per_sample, bool keep, bool keep_trial,
+                                                  bool raises) {
   const int64_t stride = integers[0];
   const Embedded scheme = embedded_of(table, solver, limits);
   const SolveCall call{
@@ -235,6 +252,7 @@ std::tuple<Tensor, Tensor, Tensors> solve_forward(const Tensor& x, const Tensors
                                      run_solve(packed, scheme, call, log, kept, accumulators);
                                    });
   });
+  if (raises) throw_failure(log), log.clear();
   const Tensor written = new_vector(static_cast<int64_t>(log.size()), ScalarType::Double);
   std::copy(log.begin(), log.end(), static_cast<double*>(written.data_ptr()));
   return {call.out, written, kept};

@@ -206,6 +206,9 @@ def solve_adaptive_from_x(
 ) -> Tensor:
     """As `solve_adaptive`, by an engine that also chooses the first step's size, of each sample alone if so asked."""
     assert engine.skew_adaptive is not None
+    if torch.compiler.is_compiling():
+        (end,) = function.call(engine.skew_adaptive, (pair, solver, (), (), None), (x, *tensors))
+        return end
     samples: list[int | None] = [*range(x.shape[0])] if solver.per_sample else [None]
     watches, steps = [Watch(block, solver, sample) for sample in samples], [Steps() for _ in samples]
 

@@ -196,12 +196,12 @@ def _march_backward(
 
 def _solve_forward(
     x: Tensor, parameters: Sequence[Tensor], integers: Sequence[int], numbers: Sequence[float], table: Sequence[float],
-    solver: Sequence[float], limits: Sequence[int], per_sample: bool, keep: bool, keep_trial: bool,
+    solver: Sequence[float], limits: Sequence[int], per_sample: bool, keep: bool, keep_trial: bool, raises: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
     stride = integers[0]
     end = _map(x, (x.shape[0], parameters[0].shape[0], x.shape[2] // stride, x.shape[3] // stride), False)
     # How many steps a solve takes depends on the data.
-    log = x.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.float64)
+    log = x.new_empty(0 if raises else torch.library.get_ctx().new_dynamic_size(), dtype=torch.float64)
     return end, log, []
 
 

@@ -88,8 +88,7 @@ class _FusedSolve(Fused, reference.SOBlock):
         solver = self.settings
         # The exact gradient goes through attempts that the engines forget.
         own = solver.is_adaptive and solver.gradient != "exact"
-        # A tracing compiler cannot follow steps that are chosen by the data.
-        return "skew_adaptive" if own and not torch.compiler.is_compiling() else "skew_solution"
+        return "skew_adaptive" if own else "skew_solution"
 
     def _variant(self) -> str:
         solver = self.settings
@@ -151,7 +150,9 @@ class _FusedSolve(Fused, reference.SOBlock):
     ) -> Tensor:
         """By the engine's own steps where it has them, else with each evaluation as a call of it."""
         field, make, solver = known_field.reading, partial(_as_it_was, known_field), self.settings
-        own = engine.skew_adaptive is not None and (engine.solves_alone or not solver.per_sample)
+        # A tracing compiler cannot follow steps that Python chooses by the data.
+        together = not solver.per_sample and not torch.compiler.is_compiling()
+        own = engine.skew_adaptive is not None and (engine.steps_inside or together)
         if self._family() == "skew_adaptive" and own and x.shape[0]:
             solve_by_error = solve_adaptive_from_x if engine.solution_from_x else solve_adaptive
             return solve_by_error(engine, field, pair, x, solver, self.in_words(), make, tensors).contiguous()

@@ -114,7 +114,7 @@ class Engine:
     name: str
     devices: tuple[str, ...] = ()
     solution_from_x = False  # whether the solutions take x itself instead of what x gives
-    solves_alone = False  # whether skew_adaptive takes steps of each sample's own
+    steps_inside = False  # whether skew_adaptive asks no Python between steps: traced, and of each sample alone, too
 
     @property
     def ie_skip(self) -> type[Function]:
@@ -141,7 +141,7 @@ class Engine:
         """The pair's solution with steps by error, as (Pair, Solver, Watch, Steps, Rerun, y, z, ẏ, ż, h, *tensors).
 
         From x it is (Pair, Solver, Watches, Steps of each, Rerun, x, *tensors): one of each for a batch that shares its
-        steps, else one for each sample.
+        steps, else one for each sample; none where a compiler traces.
 
         None where the engine has the pair alone: then each evaluation is a call of it, and the reference drives.
         """

@@ -266,6 +266,12 @@ template <class A>
 void run_solve(const PackedPair<A>& packed, const Embedded& scheme, const SolveCall& call, std::vector<double>& log,
                std::vector<Tensor>& kept, const Tensor& gradients) {
   const bool backward = call.cotangent != nullptr;
+  if (backward && kept.empty()) {
+    const Tensor& like = *call.cotangent;
+    const Tensor again = new_map(like.scalar_type(), like.size(0), like.size(1), like.size(2), like.size(3), false);
+    log.clear();
+    run_solve(packed, scheme, {call.x, nullptr, again, call.per_sample, true, call.keep_trial}, log, kept, gradients);
+  }
   const int64_t samples = call.x.size(0), alone = call.per_sample ? samples : 1, together = samples / alone;
   Arena none(nullptr);
   const SkewPair<A> pair(packed.spec, none, false);

@@ -29,7 +29,7 @@ class Resident(OperatorEngine):
     skew_solution = skew.ResidentMarchFunction
     skew_adaptive = solve.ResidentSolveFunction
     solution_from_x = True
-    solves_alone = True
+    steps_inside = True
 
     def refuses(self, call: Call) -> str:
         if call.x is not None and call.x.device.type == "cuda":

@@ -5,7 +5,6 @@ Derivation: README.md of ops/schemes/skew_pair, "Steps by error"; the control is
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -46,11 +45,12 @@ class ResidentSolveFunction(torch.autograd.Function):
         x: Tensor,
         *tensors: MaybeTensor,
     ) -> tuple[Tensor]:
-        keep = keeps(ctx)
+        keep, traced = keeps(ctx), torch.compiler.is_compiling()
         end, log, kept = torch.ops.fastode.resident_solve_forward.default(
-            x, *encode(pair, tensors), *_solver_code(solver), keep, keep and solver.gradient == "solver"
+            x, *encode(pair, tensors), *solver_code(solver), keep, keep and solver.gradient == "solver", traced
         )
-        _tell(log.tolist(), solver, watches, steps, x)
+        if not traced:
+            _tell(log.tolist(), solver, watches, steps, x)
         ctx.save_for_backward(x, *tensors, log, *kept)
         ctx.pair, ctx.solver, ctx.rerun, ctx.count = pair, solver, rerun, 1 + len(tensors)
         ctx.set_materialize_grads(False)
@@ -65,7 +65,7 @@ class ResidentSolveFunction(torch.autograd.Function):
             x, *tensors = given
             asked = of_tensors([True] * 4, wanted[1:])
             x_bar, found = torch.ops.fastode.resident_solve_backward.default(
-                x, bars[0], log, list(kept), *encode(ctx.pair, tensors), *_solver_code(ctx.solver),
+                x, bars[0], log, list(kept), *encode(ctx.pair, tensors), *solver_code(ctx.solver),
                 ctx.solver.gradient == "solver", asked[0], any(asked[1:]),
             )  # fmt: skip
             return [x_bar, *only(beside(tensors, found), asked)]
@@ -73,7 +73,7 @@ class ResidentSolveFunction(torch.autograd.Function):
         return gradients(ctx, given, [end_bar], pull)
 
 
-def _solver_code(solver: Solver) -> SolverCode:
+def solver_code(solver: Solver) -> SolverCode:
     """A solver as the operators take it (csrc/cpu/resident_ops.cpp): the scheme's rows, numbers, integers."""
     tableau = solver.tableau
     assert isinstance(tableau, Embedded)
@@ -82,7 +82,6 @@ def _solver_code(solver: Solver) -> SolverCode:
     return _rows(tableau), numbers, [tableau.order, most, int(tableau.ends_in_solution)], solver.per_sample
 
 
-@functools.lru_cache(maxsize=16)
 def _rows(tableau: Embedded) -> list[float]:
     stages = tableau.stages
     rows = [*((*row, *(0.0,) * (stages - len(row))) for row in tableau.a), tableau.b, tableau.b_error, tableau.b_mid]
