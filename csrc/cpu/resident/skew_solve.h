@@ -123,12 +123,8 @@ class SkewSolve {
     stages_.restore(0, 1);
     const ScaledStep& step = tried.step;
     const StepTable table{stages, step.a.data(), step.b.data()};
-    for (int64_t i = 1; i < stages; ++i) {
-      Ahead ahead(kAhead);
-      stages_.expect(ahead, i + 1);  // what the next stage writes
+    for (int64_t i = 1; i < stages; ++i)
       stages_.evaluate(table, i, state, scheme_.ends_in_solution && i + 1 == stages ? end : stages_.pair.workspace());
-    }
-    stages_.pair.ahead = nullptr;
     for (const bool y : {true, false}) {
       if (!scheme_.ends_in_solution) stages_.advance_by(y, table.b, stages, y ? state.y : state.z, y ? end.y : end.z);
       sums[!y] += stages_.squares(y, step.error.data(), stages, stages_.nothing(), tolerance(y, state, end));

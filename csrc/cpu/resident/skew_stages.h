@@ -64,16 +64,6 @@ class SkewStages {
     trace.made = wanted;
   }
 
-  // Has the convolutions prefetch a stage's guides meanwhile.
-  void expect(Ahead& ahead, int64_t stage) {
-    pair.ahead = &ahead;
-    if (stage >= static_cast<int64_t>(made.size())) return;
-    const auto add = [&](const View<A>& map, int64_t size) {
-      ahead.add(reinterpret_cast<const char*>(map.at), size * static_cast<int64_t>(sizeof(A)));
-    };
-    add(made[stage].guide.z, pair.z_size()), add(made[stage].guide.y, pair.y_size());
-  }
-
   // act(h) of stages that have been evaluated before.
   void restore(int64_t first, int64_t end) {
     for (int64_t i = first; i < end; ++i) pair.restore(made[i]);
@@ -179,8 +169,8 @@ class SkewStages {
 
   SkewPair<A> pair;
   std::vector<Trace<A>> made;  // of the step at hand
-  // Where pull adds up the inner products of slopes and their cotangents, but of the first and last stage; or null.
-  double* product = nullptr;
+  double* product =
+      nullptr;  // where pull adds the inner products of slopes and cotangents up, but of stage 0, the last
   Total<A> y_total, z_total, carried_y, carried_z;
 
  private:
