@@ -220,6 +220,9 @@ def test_auto_takes_an_engine_that_has_the_solve_as_one() -> None:
         block = reference.SOBlock(reference.SkewPair(3, 8), gradient=gradient, per_sample=per_sample)
         (name,) = fastode.fuse(block, example=x).rows[0].engines
         assert name == ALONE[0]
+    # At stride 2 y has a quarter of the pixels: no map is larger than the 256 KB of 64 channels at 32×32.
+    wide = fastode.nn.SOBlock(fastode.nn.SkewPair(64, 128, stride=2))
+    assert wide.against(ALONE[0], sample_input(1, 64, 32, 32)) == ""
     # A batch norm in training couples the samples inside a stage.
     block = reference.SOBlock(reference.SkewPair(3, 8, norm="batch"))
     (name,) = fastode.fuse(block, example=x).rows[0].engines

@@ -40,17 +40,19 @@ class Resident(OperatorEngine):
         return _refuses_pair(call.program, call.tensors, call.inputs)
 
     def against(self, call: Call) -> str:
-        x, program = call.inputs[-1], call.program
+        x, program, pixels = call.inputs[-1], call.program, None
         if isinstance(program, Plan):
             coupled = any(unit.norm is not None and unit.norm.mode == "batch" for unit in program.units)
             widest = max([x.shape[1], *[unit.conv.out_channels for unit in program.units if unit.conv is not None]])
         else:
             assert program is not None and call.tensors[0] is not None
             coupled = any(norm is not None and norm.mode == "batch" for norm in program.norms)
-            widest = max(call.tensors[0].shape[:2])
+            outputs, inputs = call.tensors[0].shape[:2]
+            widest = max(outputs, inputs)
+            pixels = x.shape[2] * x.shape[3] * max(inputs, outputs // program.stride**2) // widest
         # Steps by error are measured by those of equal size: their evaluations are the same.
         family = "skew_solution" if call.family == "skew_adaptive" else call.family
-        return rule.slower(family, coupled, x, widest)
+        return rule.slower(family, coupled, x, widest, pixels)
 
     def describe(self, device: str) -> tuple[bool, str]:
         return cuda_library.available() if device == "cuda" else super().describe(device)
