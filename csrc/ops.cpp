@@ -10,6 +10,8 @@
 #define FASTODE_BRANCH "Tensor[] parameters, int[] units, float[] numbers"
 #define FASTODE_PAIR "Tensor[] parameters, int[] integers, float[] numbers"
 #define FASTODE_MARCH "float[] table, int steps, int[] used"
+// An embedded scheme and how its steps are chosen, as cpu/resident_ops.cpp reads them.
+#define FASTODE_SOLVER "float[] table, float[] solver, int[] limits, bool per_sample"
 
 STABLE_TORCH_LIBRARY(fastode, m) {
   m.def("combine(Tensor[] terms, Tensor coefs, int act, float p, float q) -> Tensor");
@@ -56,4 +58,11 @@ STABLE_TORCH_LIBRARY(fastode, m) {
         ", bool keep, bool last) -> (Tensor y, Tensor[] kept)");
   m.def("resident_march_backward(Tensor x, Tensor cotangent, Tensor[] kept, " FASTODE_PAIR ", " FASTODE_MARCH
         ", bool weight, bool norms) -> (Tensor x_bar, Tensor[] bars)");
+  // The log, float64, has what control.h writes of each solve; with `raises` it stays empty, and a solve that cannot go
+  // on raises here. `keep_trial`: the derivative goes through the first step's size. Backward without what is kept
+  // takes the steps again.
+  m.def("resident_solve_forward(Tensor x, " FASTODE_PAIR ", " FASTODE_SOLVER
+        ", bool keep, bool keep_trial, bool raises) -> (Tensor y, Tensor log, Tensor[] kept)");
+  m.def("resident_solve_backward(Tensor x, Tensor cotangent, Tensor log, Tensor[] kept, " FASTODE_PAIR
+        ", " FASTODE_SOLVER ", bool keep_trial, bool weight, bool norms) -> (Tensor x_bar, Tensor[] bars)");
 }

@@ -80,6 +80,21 @@ def test_block_in_one_graph(family: str, norm: str) -> None:
     assert comparison.ok, comparison.describe()
 
 
+@pytest.mark.parametrize("parts", [{}, {"gradient": "constant", "rtol": 1e-3, "atol": 1e-3}, {"per_sample": True}])
+def test_steps_by_error_in_one_graph(parts: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    block = reference.SOBlock(reference.SkewPair(3, 8, 1, 0.1, "tanh"), **parts)
+    fastode.fuse(block, engine="resident")
+    twin, x = copy.deepcopy(block), sample_input(2, 3, 6, 6)
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    found = results(twin, compiled, x)
+    # The compiled backward takes the steps again, to the same bits.
+    for name, expected in results(block, block, x).items():
+        assert torch.equal(found[name], expected)
+    with pytest.raises(RuntimeError, match="SOBlock: the step is not finite, or too small to move the time at t = 0 "):
+        compiled(x * float("nan"))
+
+
 def test_no_grad_in_one_graph() -> None:
     model = small_model().eval()
     x = sample_input(2, 3, 5, 5)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 import fastode
 from fastode import reference
-from fastode.tableau import Tableau
+from fastode.embedded import EMBEDDED
+from fastode.tableau import Butcher, Tableau
 from fastode.testing import assert_blocks_equal, sample_input
 
 
@@ -21,3 +24,11 @@ def test_a_dense_scheme_of_many_stages_equals_the_reference(stages: int) -> None
     fused.engine = "staged"
     assert_blocks_equal(reference.ShuOsher(branch, dense), fused, sample_input(2, 4, 3, 3))
     assert torch.isfinite(fused(sample_input(2, 4, 3, 3))).all()
+
+
+def test_a_solution_of_many_stages_equals_the_reference() -> None:
+    method = Butcher("fourteen", EMBEDDED["dopri8"].a, EMBEDDED["dopri8"].b, 8)
+    block = reference.SOBlock(reference.SkewPair(3, 8, gamma=0.1, activation="tanh").double(), method)
+    twin = copy.deepcopy(block)
+    fastode.fuse(twin, engine="resident")
+    assert_blocks_equal(block, twin, sample_input(2, 3, 6, 6, dtype=torch.float64))

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
+#include <sstream>
 #include <tuple>
 
 #include "resident/engine.h"
@@ -208,6 +209,73 @@ std::tuple<Tensor, Tensors> march_backward(const Tensor& x, const Tensor& cotang
   return {call.out, bars};
 }
 
+// `table` [stages + 3, stages]: the rows of a, then b, the error's and the middle's weights. `numbers`: rtol, atol, t1,
+// and the first step's size or 0. `integers`: the order, the most attempts or -1, and whether the last stage is the
+// solution.
+Embedded embedded_of(const Numbers& table, const Numbers& numbers, const Integers& integers) {
+  int64_t stages = 1;
+  while ((stages + 3) * stages < static_cast<int64_t>(table.size())) ++stages;
+  const double* rows = table.data() + stages * stages;
+  return {stages,     integers[0], integers[2] != 0, table.data(), rows,       rows + stages, rows + 2 * stages,
+          numbers[0], numbers[1],  numbers[2],       numbers[3],   integers[1]};
+}
+
+// What fastode.SolveError says, where no Python can.
+void throw_failure(const Numbers& log) {
+  for (const double* at = log.data(); at < log.data() + log.size();) {
+    const SolveLog solve = SolveLog::read(at);
+    if (solve.end == kReached) continue;
+    std::ostringstream words;
+    words << "SOBlock: "
+          << (solve.end == kMostAttempts ? "max_steps attempts did not reach t1"
+              : solve.end == kNotFinite  ? "the state is not finite"
+                                         : "the step is not finite, or too small to move the time")
+          << " at t = " << solve.t << " with h = " << solve.h << "; without torch.compile the error says more";
+    throw std::runtime_error(words.str());
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensors> solve_forward(const Tensor& x, const Tensors& parameters, const Integers& integers,
+                                                  const Numbers& numbers, const Numbers& table, const Numbers& solver,
+                                                  const Integers& limits, bool per_sample, bool keep, bool keep_trial,
+                                                  bool raises) {
+  const int64_t stride = integers[0];
+  const Embedded scheme = embedded_of(table, solver, limits);
+  const SolveCall call{
+      x,          nullptr, new_map(x, parameters[0].size(0), x.size(2) / stride, x.size(3) / stride, false),
+      per_sample, keep,    keep_trial};
+  Tensors kept;
+  Numbers log;
+  with_arithmetic(x, [&](auto zero) {
+    with_gradients<decltype(zero)>({parameters, integers, numbers}, call.out, {},
+                                   [&](const auto& packed, const Tensor& accumulators) {
+                                     run_solve(packed, scheme, call, log, kept, accumulators);
+                                   });
+  });
+  if (raises) throw_failure(log), log.clear();
+  const Tensor written = new_vector(static_cast<int64_t>(log.size()), ScalarType::Double);
+  std::copy(log.begin(), log.end(), static_cast<double*>(written.data_ptr()));
+  return {call.out, written, kept};
+}
+
+std::tuple<Tensor, Tensors> solve_backward(const Tensor& x, const Tensor& cotangent, const Tensor& written,
+                                           Tensors kept, const Tensors& parameters, const Integers& integers,
+                                           const Numbers& numbers, const Numbers& table, const Numbers& solver,
+                                           const Integers& limits, bool per_sample, bool keep_trial, bool weight,
+                                           bool norms) {
+  const Embedded scheme = embedded_of(table, solver, limits);
+  const SolveCall call{x, &cotangent, new_map_like(x), per_sample, true, keep_trial};
+  const double* from = static_cast<const double*>(written.data_ptr());
+  Numbers log(from, from + written.numel());
+  const Tensors bars = with_arithmetic(x, [&](auto zero) {
+    return with_gradients<decltype(zero)>({parameters, integers, numbers}, cotangent, {weight, norms},
+                                          [&](const auto& packed, const Tensor& accumulators) {
+                                            run_solve(packed, scheme, call, log, kept, accumulators);
+                                          });
+  });
+  return {call.out, bars};
+}
+
 }  // namespace
 }  // namespace fastode::resident
 
@@ -220,4 +288,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastode, CPU, m) {
   m.impl("resident_skew_backward", TORCH_BOX(&fastode::resident::pair_backward));
   m.impl("resident_march_forward", TORCH_BOX(&fastode::resident::march_forward));
   m.impl("resident_march_backward", TORCH_BOX(&fastode::resident::march_backward));
+  m.impl("resident_solve_forward", TORCH_BOX(&fastode::resident::solve_forward));
+  m.impl("resident_solve_backward", TORCH_BOX(&fastode::resident::solve_backward));
 }

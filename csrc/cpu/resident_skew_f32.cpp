@@ -3,11 +3,14 @@
 #include "resident/skew_impl.h"
 #include "resident/skew_packed_impl.h"
 #include "resident/skew_passes_impl.h"
+#include "resident/skew_solve_impl.h"
 
 namespace fastode::resident {
 
 template class PackedPair<float>;
 template void run_pair(const PackedPair<float>&, const PairCall&, PairKept*, const Tensor&);
 template void run_march(const PackedPair<float>&, const March&, const MarchCall&, std::vector<Tensor>*, const Tensor&);
+template void run_solve(const PackedPair<float>&, const Embedded&, const SolveCall&, std::vector<double>&,
+                        std::vector<Tensor>&, const Tensor&);
 
 }  // namespace fastode::resident

@@ -155,16 +155,19 @@ def solve_adaptive(
     pair: Pair,
     x: Tensor,
     solver: Solver,
-    watch: Watch,
+    block: str,
     make_reference: Callable[[StandIn], nn.Module],
     tensors: MaybeTensors,
 ) -> Tensor:
     """y(t₁) with steps by error from the state that x gives, by an engine that has it; `tensors` are the field's.
 
+    `block` names it in words.
+
     The first step's size is chosen by plain PyTorch around two evaluations, through which its gradient goes.
     """
     function_of_steps, tableau = engine.skew_adaptive, solver.tableau
     assert function_of_steps is not None
+    watch = Watch(block, solver)
     state = repeated(x, field.weight.shape[0], field.stride), x
 
     def slope(_: Any, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -189,6 +192,56 @@ def solve_adaptive(
     end, *statistics = function.call(function_of_steps, constants, (*inputs, *tensors))
     field.update_running(statistics, *state)
     return end
+
+
+def solve_adaptive_from_x(
+    engine: Engine,
+    field: Field,
+    pair: Pair,
+    x: Tensor,
+    solver: Solver,
+    block: str,
+    make_reference: Callable[[StandIn], nn.Module],
+    tensors: MaybeTensors,
+) -> Tensor:
+    """As `solve_adaptive`, by an engine that also chooses the first step's size, of each sample alone if so asked."""
+    assert engine.skew_adaptive is not None
+    if torch.compiler.is_compiling():
+        (end,) = function.call(engine.skew_adaptive, (pair, solver, (), (), None), (x, *tensors))
+        return end
+    samples: list[int | None] = [*range(x.shape[0])] if solver.per_sample else [None]
+    watches, steps = [Watch(block, solver, sample) for sample in samples], [Steps() for _ in samples]
+
+    def make(stand_in: StandIn) -> nn.Module:
+        return _RetakenFromX(make_reference(stand_in), solver, steps)
+
+    rerun = Rerun(make, 1, tensors)
+    (end,) = function.call(engine.skew_adaptive, (pair, solver, watches, steps, rerun), (x, *tensors))
+    return end
+
+
+class _RetakenFromX(nn.Module):
+    """The reference solution by the steps that solves have taken, the first one's size chosen again where it counts."""
+
+    def __init__(self, field: Any, solver: Solver, steps: Sequence[Steps]) -> None:
+        super().__init__()
+        self.field, self.solver, self.steps = field, solver, steps
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = x.split(1) if self.solver.per_sample else (x,)
+        return torch.cat([self._solution(part, steps) for part, steps in zip(parts, self.steps, strict=True)])
+
+    def _solution(self, x: Tensor, steps: Steps) -> Tensor:
+        def slope(_: Any, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            dy, dz = self.field(*state)
+            return dy, dz
+
+        state = self.field.initial_state(x)
+        first = slope(None, state)
+        sizes = [torch.tensor(size, dtype=torch.float64, device=x.device) for size in steps.sizes]
+        if self.solver.gradient == "solver" and self.solver.first_step is None and steps.first_stayed:
+            sizes[0] = first_step(slope, state, first, self.solver.tableau.order, self.solver)
+        return retaken(slope, state, first, sizes, self.solver)[0]
 
 
 class _Retaken(nn.Module):

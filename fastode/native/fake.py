@@ -200,6 +200,25 @@ def _march_backward(
     return _alike(x), _bars(parameters, integers, weight, norms)
 
 
+def _solve_forward(
+    x: Tensor, parameters: Sequence[Tensor], integers: Sequence[int], numbers: Sequence[float], table: Sequence[float],
+    solver: Sequence[float], limits: Sequence[int], per_sample: bool, keep: bool, keep_trial: bool, raises: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    stride = integers[0]
+    end = _map(x, (x.shape[0], parameters[0].shape[0], x.shape[2] // stride, x.shape[3] // stride), False)
+    # How many steps a solve takes depends on the data.
+    log = x.new_empty(0 if raises else torch.library.get_ctx().new_dynamic_size(), dtype=torch.float64)
+    return end, log, []
+
+
+def _solve_backward(
+    x: Tensor, cotangent: Tensor, log: Tensor, kept: Sequence[Tensor], parameters: Sequence[Tensor],
+    integers: Sequence[int], numbers: Sequence[float], table: Sequence[float], solver: Sequence[float],
+    limits: Sequence[int], per_sample: bool, keep_trial: bool, weight: bool, norms: bool,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    return _alike(x), _bars(parameters, integers, weight, norms)
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "combine": _combine,
     "combine_pair": _combine_pair,
@@ -216,6 +235,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "resident_skew_backward": _skew_backward,
     "resident_march_forward": _march_forward,
     "resident_march_backward": _march_backward,
+    "resident_solve_forward": _solve_forward,
+    "resident_solve_backward": _solve_backward,
 }
 
 

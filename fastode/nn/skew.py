@@ -16,7 +16,7 @@ from ..dispatch import choice, opaque
 from ..dispatch.engines import AUTO, NAMES, REFERENCE, is_reference
 from ..dispatch.known import Known, kind_of_call, known
 from ..dispatch.registry import reference_of, register
-from ..dispatch.skew import Field, evaluate, read_field, repeated, solve, solve_adaptive
+from ..dispatch.skew import Field, evaluate, read_field, repeated, solve, solve_adaptive, solve_adaptive_from_x
 from ..ops.engine import Call, Engine
 from ..ops.plan import MaybeTensors
 from ..ops.rerun import StandIn
@@ -26,7 +26,6 @@ from ..reference.adaptive import State
 from ..reference.skew import PADDING
 from ..reference.solvers import solve as solve_plain
 from ..reference.solvers import solve_fixed, without_time
-from ..steps import Watch
 from ..tableau import Butcher
 from ..tracing import constant, is_exporting
 from .base import Fused, note
@@ -89,11 +88,9 @@ class _FusedSolve(Fused, reference.SOBlock):
     def _family(self) -> str:
         """Whether steps by error may be the engine's own; else the reference drives where steps are not equal."""
         solver = self.settings
-        # The exact gradient goes through attempts that the engines forget, and samples alone are solved one by one.
-        own = solver.is_adaptive and solver.gradient != "exact" and not solver.per_sample
-        # What a compiler traces must not have steps that are chosen by the data: it takes the block as an operator, or
-        # leaves it out of the graph.
-        return "skew_adaptive" if own and not torch.compiler.is_compiling() else "skew_solution"
+        # The exact gradient goes through attempts that the engines forget.
+        own = solver.is_adaptive and solver.gradient != "exact"
+        return "skew_adaptive" if own else "skew_solution"
 
     def _variant(self) -> str:
         solver = self.settings
@@ -137,7 +134,8 @@ class _FusedSolve(Fused, reference.SOBlock):
                 found.keep(kind, answer, call)
         chosen, pair, tensors, march = answer
         note(self, chosen)
-        if torch.compiler.is_compiling() and self._is_opaque(pair) and x.shape[0]:
+        own = chosen.steps_inside and self._family() == "skew_adaptive"  # traced as it is
+        if torch.compiler.is_compiling() and not own and self._is_opaque(pair) and x.shape[0]:
             # As it begins, which refuses a wrong x, and has the shape in which it ends.
             y, _ = cast(Any, self.field).initial_state(x)
             return opaque.run(self, self._key(), x, y.shape)
@@ -178,9 +176,12 @@ class _FusedSolve(Fused, reference.SOBlock):
     ) -> Tensor:
         """By the engine's own steps where it has them, else with each evaluation as a call of it."""
         field, make, solver = known_field.reading, partial(_as_it_was, _past(known_field)), self.settings
-        if self._family() == "skew_adaptive" and engine.skew_adaptive is not None and x.shape[0]:
-            watch = Watch(self.in_words(), solver)
-            return solve_adaptive(engine, field, pair, x, solver, watch, make, tensors).contiguous()
+        # A tracing compiler cannot follow steps that Python chooses by the data.
+        together = not solver.per_sample and not torch.compiler.is_compiling()
+        own = engine.skew_adaptive is not None and (engine.steps_inside or together)
+        if self._family() == "skew_adaptive" and own and x.shape[0]:
+            solve_by_error = solve_adaptive_from_x if engine.solution_from_x else solve_adaptive
+            return solve_by_error(engine, field, pair, x, solver, self.in_words(), make, tensors).contiguous()
 
         def slopes(_: Any, state: State) -> State:
             y, z = state

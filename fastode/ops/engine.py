@@ -114,7 +114,8 @@ class Engine:
 
     name: str
     devices: tuple[str, ...] = ()
-    solution_from_x = False  # whether skew_solution takes x itself instead of the pair (y, z) that x gives
+    solution_from_x = False  # whether the solutions take x itself instead of what x gives
+    steps_inside = False  # whether skew_adaptive asks no Python between steps: traced, and of each sample alone, too
 
     @property
     def ie_skip(self) -> type[Function]:
@@ -144,6 +145,9 @@ class Engine:
     @property
     def skew_adaptive(self) -> type[Function] | None:
         """The pair's solution with steps by error, as (Pair, Solver, Watch, Steps, Rerun, y, z, ẏ, ż, h, *tensors).
+
+        From x it is (Pair, Solver, Watches, Steps of each, Rerun, x, *tensors): one of each for a batch that shares its
+        steps, else one for each sample; none where a compiler traces.
 
         None where the engine has the pair alone: then each evaluation is a call of it, and the reference drives.
         """

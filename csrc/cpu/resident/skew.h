@@ -168,7 +168,8 @@ class SkewPair {
 
   const PairSpec<A>& spec;
   const Plane<A> y_plane, z_plane;
-  Ahead* ahead = nullptr;  // what the convolutions ask for meanwhile
+  Ahead* ahead = nullptr;     // what the convolutions ask for meanwhile
+  double* product = nullptr;  // where pull adds the inner products of slopes and their cotangents up, or null
 
  private:
   // What tiles read, one map in y's plane and one in z's.
@@ -221,9 +222,10 @@ class SkewPair {
   // The half y of (1) from the workspace.
   void make_y(const Trace<A>& trace, bool measured) const;
   // The means that the derivative of a norm needs, and the gradients of its parameters; the cotangent is scaled. The
-  // norm's standardised input is (x - origin) * unit.
+  // norm's standardised input is (x - origin) * unit. Adds to `total`, if given, the inner product of its result and
+  // the cotangent.
   void settle(int which, const Stored<A>& x, const A* origin, const A* unit, const Stored<A>& cotangent, A scale,
-              A* gradients) const;
+              A* gradients, double* total = nullptr) const;
   // out = sign times the cotangent of h for the cotangent `bar` of the slope.
   void pull_half(bool y, const Trace<A>& trace, const Cotangent<A>& bar, A sign, A* gradients,
                  const View<A>& out) const;

@@ -2,6 +2,7 @@
 // summed in the workers' order.
 #pragma once
 
+#include "control.h"
 #include "engine.h"
 #include "skew_programs.h"
 
@@ -150,11 +151,23 @@ struct MarchCall {
   Tensor out;
 };
 
+struct SolveCall {
+  const Tensor& x;
+  const Tensor* cotangent;  // null: forward
+  Tensor out;
+  bool per_sample;        // every sample takes steps of its own
+  bool keep, keep_trial;  // what backward needs, and what only a derivative through the first step's size does
+};
+
 // `kept` is made by a forward call and found by the backward one, in the same order; null: nothing is kept.
 template <class A>
 void run_pair(const PackedPair<A>& packed, const PairCall& call, PairKept* kept, const Tensor& gradients);
 template <class A>
 void run_march(const PackedPair<A>& packed, const March& march, const MarchCall& call, std::vector<Tensor>* kept,
                const Tensor& gradients);
+// `log`: what the solves did, one behind the other; made by forward, as `kept` is.
+template <class A>
+void run_solve(const PackedPair<A>& packed, const Embedded& scheme, const SolveCall& call, std::vector<double>& log,
+               std::vector<Tensor>& kept, const Tensor& gradients);
 
 }  // namespace fastode::resident

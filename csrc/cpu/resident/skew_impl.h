@@ -188,10 +188,10 @@ void SkewPair<A>::evaluate(const Point<A>& point, Trace<A>& trace, Want want) co
 
 template <class A>
 void SkewPair<A>::settle(int which, const Stored<A>& x, const A* origin, const A* unit, const Stored<A>& cotangent,
-                         A scale, A* gradients) const {
+                         A scale, A* gradients, double* total) const {
   const PairNorm<A>& norm = spec.norms[which];
   const bool parameters = gradients && (norm.weight_at >= 0 || norm.bias_at >= 0);
-  if (!norm.measured() && !parameters) return;
+  if (!norm.measured() && !parameters && !total) return;
   const int64_t lanes = norm.blocks() * kLanes<A>;
   std::fill(sums_, sums_ + 2 * lanes, A(0));
   each_band(plane_of(which), [&](const Plane<A>& band, int64_t y) {
@@ -202,6 +202,9 @@ void SkewPair<A>::settle(int which, const Stored<A>& x, const A* origin, const A
     if (norm.bias_at >= 0) gradients[norm.bias_at + c] += scale * sums_[c];
     if (norm.weight_at >= 0) gradients[norm.weight_at + c] += scale * sums_[lanes + c];
   }
+  for (int64_t c = 0; total && c < norm.channels; ++c)
+    *total +=
+        static_cast<double>(scale) * static_cast<double>(norm.weight[c] * sums_[lanes + c] + norm.bias[c] * sums_[c]);
   if (!norm.measured()) return;
   for (int k = 0; k < 2; ++k)
     group_means<A>(plane_of(which).pixels(), norm.channels, norm.groups, sums_ + k * lanes, norm.weight,
@@ -221,7 +224,7 @@ void SkewPair<A>::pull_half(bool y, const Trace<A>& trace, const Cotangent<A>& b
   A scale = 1;
   if (bar.terms.count == 1) cotangent = bar.terms.term[0], scale = bar.terms.coef[0];
   if (bar.terms.count > 1) combine_maps<A>(plane_of(which), blocks, out, bar.terms), cotangent = out;
-  settle(which, s.map, s.origin, s.unit, cotangent, scale, gradients);
+  settle(which, s.map, s.origin, s.unit, cotangent, scale, gradients, product);
   const NormRows<A> rows = rows_of(which, trace.statistics, spec.norms[which].measured());
   const View<A>& guide = y ? trace.guide.y : trace.guide.z;
   each_band(plane_of(which), [&](const Plane<A>& band, int64_t at) {

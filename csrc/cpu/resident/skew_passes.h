@@ -109,10 +109,28 @@ struct Slope {
 };
 
 // out = base + the sum of the slopes, of which there are kSlopes at most.
-inline constexpr int64_t kSlopes = 4;
+inline constexpr int64_t kSlopes = 7;
 template <class A>
 void advance(const Plane<A>& plane, int64_t blocks, const View<A>& base, const Slope<A>* slopes, int64_t count,
              const View<A>& out);
+
+// What the error of a solution is measured in: atol + rtol * the larger of |start| and |end|, both maps.
+template <class A>
+struct Tolerance {
+  A rtol, atol;
+  View<A> start, end;
+};
+
+// The sum of the squares of (base + the sum of the slopes) / tolerance.
+template <class A>
+double scaled_squares(const Plane<A>& plane, int64_t blocks, const View<A>& base, const Slope<A>* slopes, int64_t count,
+                      const Tolerance<A>& tolerance);
+
+// Adds to `bar` and `start_bar` the cotangents of v and of u = tolerance.start that are factor / 2 times the gradient
+// of the sum of squares of v / (atol + rtol |u|); v may be u, and its cotangent the same map.
+template <class A>
+void pull_scaled_squares(const Plane<A>& plane, int64_t blocks, A factor, const View<A>& v,
+                         const Tolerance<A>& tolerance, const View<A>& bar, const View<A>& start_bar);
 
 // out = factor * act' P(weight cotangent); P is that of the norm. act' is that of the guide or, where there are signs,
 // of any value with that sign.

@@ -15,7 +15,7 @@ from ...native.constants import MOST_PAIR_CHANNELS
 from ..engine import NO_EXACT_IE, Call, OperatorEngine
 from ..plan import MaybeTensors, Plan
 from ..schemes.skew_pair.pair import Pair
-from . import card, functions, rule, skew
+from . import card, functions, rule, skew, solve
 
 
 class Resident(OperatorEngine):
@@ -27,7 +27,9 @@ class Resident(OperatorEngine):
     shu_osher = functions.ResidentShuOsherFunction
     skew_pair = skew.ResidentSkewFunction
     skew_solution = skew.ResidentMarchFunction
+    skew_adaptive = solve.ResidentSolveFunction
     solution_from_x = True
+    steps_inside = True
 
     def refuses(self, call: Call) -> str:
         if call.family == "exact_ie":
@@ -40,17 +42,19 @@ class Resident(OperatorEngine):
         return _refuses_pair(call.program, call.tensors, call.inputs)
 
     def against(self, call: Call) -> str:
-        if call.family == "skew_adaptive":
-            return "it runs steps by error one evaluation at a time, which was measured slower than the solve as one"
-        x, program = call.inputs[-1], call.program
+        x, program, pixels = call.inputs[-1], call.program, None
         if isinstance(program, Plan):
             coupled = any(unit.norm is not None and unit.norm.mode == "batch" for unit in program.units)
             widest = max([x.shape[1], *[unit.conv.out_channels for unit in program.units if unit.conv is not None]])
         else:
             assert program is not None and call.tensors[0] is not None
             coupled = any(norm is not None and norm.mode == "batch" for norm in program.norms)
-            widest = max(call.tensors[0].shape[:2])
-        return rule.slower(call.family, coupled, x, widest)
+            outputs, inputs = call.tensors[0].shape[:2]
+            widest = max(outputs, inputs)
+            pixels = x.shape[2] * x.shape[3] * max(inputs, outputs // program.stride**2) // widest
+        # Steps by error are measured by those of equal size: their evaluations are the same.
+        family = "skew_solution" if call.family == "skew_adaptive" else call.family
+        return rule.slower(family, coupled, x, widest, pixels)
 
     def describe(self, device: str) -> tuple[bool, str]:
         return cuda_library.available() if device == "cuda" else super().describe(device)

@@ -135,7 +135,7 @@ def in_words() -> list[str]:
     return [f'where "auto" takes resident before staged on the CPU ({_rule.source})', *rows]
 
 
-def slower(family: str, coupled: bool, x: torch.Tensor, channels: int) -> str:
+def slower(family: str, coupled: bool, x: torch.Tensor, channels: int, pixels: int | None = None) -> str:
     """Why the resident engine is taken to be slower than the staged one; empty where it is not.
 
     Args:
@@ -143,12 +143,15 @@ def slower(family: str, coupled: bool, x: torch.Tensor, channels: int) -> str:
         coupled: whether a norm takes its statistics over the batch.
         x: the input [N, C, H, W] on the CPU.
         channels: of the widest map of the branch.
+        pixels: of a map of so many channels that is as large as the branch's largest; x's own if None.
     """
     dtype = str(x.dtype).removeprefix("torch.")
     norms = NORMS[1 if coupled else 0]  # torch 2.11 does not trace a bool as an index
     line = _rule.line(family, norms, dtype)
     itemsize = 8 if x.dtype == torch.float64 else 4  # bfloat16 is counted as float32
-    beyond = line.beyond(channels, x.shape[2] * x.shape[3], itemsize, x.shape[0], threads())
+    beyond = line.beyond(
+        channels, x.shape[2] * x.shape[3] if pixels is None else pixels, itemsize, x.shape[0], threads()
+    )
     if not beyond:
         return ""
     verdict = "was measured to be slower" if _rule.measured else "is expected to be slower"

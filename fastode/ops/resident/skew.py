@@ -52,13 +52,13 @@ def _norms_used(pair: Pair, slope_y: bool, slope_z: bool) -> list[bool]:
     return [slope_z or (damped and slope_y), slope_y or (damped and slope_z), slope_y, slope_z]
 
 
-def _of_tensors(norms_used: Sequence[bool], wanted: Sequence[bool]) -> list[bool]:
+def of_tensors(norms_used: Sequence[bool], wanted: Sequence[bool]) -> list[bool]:
     """Of W's weight and the norms' tensors, those that have a gradient: not one that nothing depends on."""
     rest = [want and norms_used[index // TENSORS_PER_NORM] for index, want in enumerate(wanted[1:])]
     return [wanted[0], *rest]
 
 
-def _only(bars: Sequence[MaybeTensor], wanted: Sequence[bool]) -> list[MaybeTensor]:
+def only(bars: Sequence[MaybeTensor], wanted: Sequence[bool]) -> list[MaybeTensor]:
     return [bar if want else None for bar, want in zip(bars, wanted, strict=True)]
 
 
@@ -117,7 +117,7 @@ class ResidentSkewFunction(NodeFunction):
             y, z, *tensors = given
             used = _norms_used(ctx.pair, bars[0] is not None, bars[1] is not None)
             ends = (wanted[0] and used[0], wanted[1] and used[1])
-            asked = _of_tensors(used, wanted[2:])
+            asked = of_tensors(used, wanted[2:])
             y_bar, z_bar, found = torch.ops.fastode.resident_skew_backward.default(
                 y,
                 z,
@@ -130,7 +130,7 @@ class ResidentSkewFunction(NodeFunction):
                 asked[0],
                 any(asked[1:]),
             )
-            return [*_only((y_bar, z_bar), ends), *_only(beside(tensors, found), asked)]
+            return [*only((y_bar, z_bar), ends), *only(beside(tensors, found), asked)]
 
         return gradients(ctx, given, [dy_bar, dz_bar], pull)
 
@@ -166,12 +166,12 @@ class ResidentMarchFunction(NodeFunction):
             x, *tensors = given
             slopes = [both for step in ctx.march.used(ctx.pair.gamma != 0) for both in step]
             used = _norms_used(ctx.pair, any(y for y, _ in slopes), any(z for _, z in slopes))
-            asked = _of_tensors(used, wanted[1:])
+            asked = of_tensors(used, wanted[1:])
             x_bar, found = torch.ops.fastode.resident_march_backward.default(
                 x, bars[0], list(kept), *encode(ctx.pair, tensors), *_march_code(ctx.march, ctx.pair), asked[0],
                 any(asked[1:]),
             )  # fmt: skip
-            return [x_bar, *_only(beside(tensors, found), asked)]
+            return [x_bar, *only(beside(tensors, found), asked)]
 
         return gradients(ctx, given, [end_bar], pull)
 

@@ -1,0 +1,326 @@
+// The skew pair's solution with steps by error on one resident sample: what a worker does between two looks at the
+// batch, forwards and backwards. Equations: README.md of fastode/ops/schemes/skew_pair.
+#pragma once
+
+#include "control.h"
+#include "skew_engine.h"
+#include "skew_stages.h"
+
+namespace fastode::resident {
+
+// What the evaluations of a step leave for all samples that share it, and the state at its end.
+template <class A>
+struct StepMaps {
+  int64_t samples = 0;
+  std::vector<A*> y, z;     // guides of each evaluation; null: of the worker's sample at hand
+  A* statistics = nullptr;  // [evaluation, sample]
+  A *end_y = nullptr, *end_z = nullptr;
+  std::vector<Tensor> pieces, ends;
+
+  int64_t at(int64_t n) const { return samples > 1 ? n : 0; }
+};
+
+// Samples that take the same steps: the batch, or one of it alone.
+template <class A>
+struct Solve {
+  int64_t samples = 0;
+  SolveLog log;
+  StepMaps<A> start, trial;        // the evaluations that choose the first step
+  std::vector<StepMaps<A>> steps;  // the accepted ones; the last of them where nothing is left to backward
+};
+
+// A step's rows, times its size.
+struct ScaledStep {
+  std::vector<double> a, b, error;
+
+  ScaledStep(const Embedded& scheme, double size) {
+    const int64_t stages = scheme.stages;
+    for (int64_t i = 0; i < stages * stages; ++i) a.push_back(size * scheme.a[i]);
+    for (int64_t i = 0; i < stages; ++i) b.push_back(size * scheme.b[i]), error.push_back(size * scheme.error[i]);
+  }
+};
+
+// One attempt of a step, to be left in `to`.
+template <class A>
+struct Attempted {
+  const ScaledStep& step;
+  const double* interpolating;  // where t1 lies in it: the weights of y(t1), times the size; else null
+  const StepMaps<A>& to;
+};
+
+// What the way back knows of a solve: its accepted steps' rows, the interpolant's in the last one, and what leads to
+// the first step's size where the derivative goes through it.
+struct WayBack {
+  std::vector<ScaledStep> steps;
+  std::vector<double> interpolating, rates;
+  bool through_first = false;
+  double first_size = 0, share = 0;  // share: of the part of the last step at which t1 lies
+  double trial = 0;                  // size of the Euler step that tries the field
+  int64_t change_half = 0, slope_half = 0, state_half = 0;
+  double change = 0, slope = 0, state = 0;  // factors of the pull-backs of the three norms
+};
+
+// The cotangents of the state and of its slopes at time 0, of all samples.
+template <class A>
+struct StartBars {
+  int64_t samples = 0;
+  A *y = nullptr, *z = nullptr, *slope_y = nullptr, *slope_z = nullptr;
+};
+
+template <class A>
+class SkewSolve {
+ public:
+  SkewSolve(const PairSpec<A>& spec, const Embedded& scheme, const Tensor& x, const Tensor& out,
+            const Tensor* cotangent, Arena& arena, A* gradients)
+      : stages_(spec, scheme.stages, arena, cotangent),
+        scheme_(scheme),
+        x_(x, arena),
+        out_(out, arena),
+        cotangent_(cotangent ? *cotangent : out, arena),
+        gradients_(gradients) {
+    const SkewPair<A>& pair = stages_.pair;
+    if (!stages_.same_start()) start_y_ = pair.y_map(arena);
+    if (cotangent) {
+      bar_ = pair.maps(arena);
+      return;
+    }
+    for (int64_t i = 1; i < scheme.stages; ++i) guides_.push_back(pair.maps(arena));
+    end_ = pair.maps(arena);
+  }
+
+  // ---- forwards. Each adds sums of squares to `sums`, y's before z's.
+
+  // The slopes at time 0; of the state and of the slopes, if asked for.
+  void begin(int64_t n, const Solve<A>& solve, bool chooses, double* sums) {
+    const Both<A> state = start(n);
+    put(0, solve.start, 0, n);
+    stages_.evaluate(table_of_one(), 0, state, stages_.pair.workspace());
+    for (const bool y : {true, false}) {
+      if (!chooses) break;
+      sums[!y] += stages_.squares(y, kFirst, 0, y ? state.y : state.z, tolerance(y, state, state));
+      sums[2 + !y] += stages_.squares(y, kFirst, 1, stages_.nothing(), tolerance(y, state, state));
+    }
+  }
+
+  // The slopes after an Euler step of that size; of their change.
+  void try_first(int64_t n, const Solve<A>& solve, double size, double* sums) {
+    const Both<A> state = start(n);
+    put_choice(n, solve);
+    const double a[] = {0, 0, size, 0};
+    stages_.evaluate({2, a, kNone}, 1, state, stages_.pair.workspace());
+    for (const bool y : {true, false})
+      sums[!y] += stages_.squares(y, kChange, 2, stages_.nothing(), tolerance(y, state, state));
+  }
+
+  // One attempt; of the error. The result goes where it belongs if t1 lies in the step.
+  void attempt(int64_t n, const Solve<A>& solve, const Attempted<A>& tried, double* sums) {
+    const int64_t stages = scheme_.stages;
+    const StepMaps<A>* before = solve.steps.empty() ? nullptr : &solve.steps.back();
+    const Both<A> state = before ? end_of(*before, n) : start(n);
+    const Both<A> end = tried.to.end_y ? end_of(tried.to, n) : end_;
+    put_first(before, solve, n);
+    for (int64_t i = 1; i < stages; ++i) put(i, tried.to, i - 1, n);
+    stages_.restore(0, 1);
+    const ScaledStep& step = tried.step;
+    const StepTable table{stages, step.a.data(), step.b.data()};
+    for (int64_t i = 1; i < stages; ++i)
+      stages_.evaluate(table, i, state, scheme_.ends_in_solution && i + 1 == stages ? end : stages_.pair.workspace());
+    for (const bool y : {true, false}) {
+      if (!scheme_.ends_in_solution) stages_.advance_by(y, table.b, stages, y ? state.y : state.z, y ? end.y : end.z);
+      sums[!y] += stages_.squares(y, step.error.data(), stages, stages_.nothing(), tolerance(y, state, end));
+    }
+    if (!tried.interpolating) return;
+    stages_.advance_by(true, tried.interpolating, stages, state.y, out_.view(n));
+    out_.store(n);
+  }
+
+  // ---- backwards
+
+  // From the result's cotangent to those at time 0: of x or, where the derivative goes on to the first step's size, in
+  // `bars`. Adds to `sum` what the steps add to that size's cotangent.
+  void back(int64_t n, const Solve<A>& solve, const WayBack& way, const StartBars<A>& bars, double* sum) {
+    const View<A> cotangent = cotangent_.load(n);
+    stages_.y_total = {cotangent, true}, stages_.z_total = stages_.carried_y = stages_.carried_z = {};
+    for (int64_t k = static_cast<int64_t>(solve.steps.size()); k-- > 0;) {
+      const bool last = k + 1 == static_cast<int64_t>(solve.steps.size());
+      const StepMaps<A>* before = k > 0 ? &solve.steps[k - 1] : nullptr;
+      const Both<A> state = before ? end_of(*before, n) : start(n);
+      put_first(before, solve, n);
+      for (int64_t i = 1; i < scheme_.stages; ++i) put(i, solve.steps[k], i - 1, n);
+      stages_.restore(0, scheme_.stages);
+      const ScaledStep& step = way.steps[k];
+      const StepTable table{scheme_.stages, step.a.data(), (last ? way.interpolating : step.b).data()};
+      if (way.through_first && last)
+        *sum -= way.share * stages_.product_with(true, way.rates.data(), scheme_.stages, cotangent);
+      if (way.through_first && k == 0)
+        pull_first(table, state, way.first_size, sum);
+      else
+        stages_.pull(table, 1, state, nullptr, gradients_);
+    }
+    if (!way.through_first) return end_at_start(n, solve);
+    for (const bool y : {true, false}) {
+      store(y, y ? stages_.y_total : stages_.z_total, state_of(y, bars, n));
+      store(y, y ? stages_.carried_y : stages_.carried_z, slope_of(y, bars, n));
+    }
+  }
+
+  // Through the change of the slopes, whose norm's factor the way back has; adds to `sum` what that adds to the trial's
+  // cotangent.
+  void back_trial(int64_t n, const Solve<A>& solve, const WayBack& way, const StartBars<A>& bars, double* sum) {
+    const Both<A> state = start(n);
+    put_choice(n, solve);
+    stages_.restore(0, 2);
+    const bool y = way.change_half == 0;
+    const View<A> change = y ? stages_.pair.workspace().y : stages_.pair.workspace().z, bar = y ? bar_.y : bar_.z;
+    stages_.advance_by(y, kChange, 2, stages_.nothing(), change);
+    combine_maps<A>(stages_.plane(y), stages_.blocks(y), bar, {});
+    find_totals(n, bars);
+    pull_scaled_squares<A>(stages_.plane(y), stages_.blocks(y), static_cast<A>(way.change), change,
+                           tolerance(y, state, state), bar, y ? stages_.y_total.map : stages_.z_total.map);
+    add(y, slope_of(y, bars, n), -1, bar);
+    stages_.carried_y = stages_.carried_z = {};
+    (y ? stages_.carried_y : stages_.carried_z) = {bar, true};
+    const double a[] = {0, 0, way.trial, 0};
+    stages_.pull({2, a, kNone}, 1, state, nullptr, gradients_);
+    for (const bool half : {true, false}) {
+      const Total<A>& slope = half ? stages_.carried_y : stages_.carried_z;
+      store(half, half ? stages_.y_total : stages_.z_total, state_of(half, bars, n));
+      if (!slope.present) continue;
+      *sum += stages_.product_with(half, kFirst, 1, slope.map) / way.trial;
+      add(half, slope_of(half, bars, n), 1, slope.map);
+    }
+  }
+
+  // Through the norms of the state and of its slopes, and the slopes themselves.
+  void back_start(int64_t n, const Solve<A>& solve, const WayBack& way, const StartBars<A>& bars) {
+    const Both<A> state = start(n);
+    put(0, solve.start, 0, n);
+    stages_.restore(0, 1);
+    find_totals(n, bars);
+    stages_.carried_y = {slope_of(true, bars, n), true}, stages_.carried_z = {slope_of(false, bars, n), true};
+    const auto through = [&](double factor, int64_t half, bool of_slope) {
+      if (factor == 0) return;
+      const bool y = half == 0;
+      const View<A> total = y ? stages_.y_total.map : stages_.z_total.map;
+      View<A> value = y ? state.y : state.z, bar = total;
+      if (of_slope) {
+        value = y ? stages_.pair.workspace().y : stages_.pair.workspace().z;
+        bar = y ? stages_.carried_y.map : stages_.carried_z.map;
+        stages_.advance_by(y, kFirst, 1, stages_.nothing(), value);
+      }
+      pull_scaled_squares<A>(stages_.plane(y), stages_.blocks(y), static_cast<A>(factor), value,
+                             tolerance(y, state, state), bar, total);
+    };
+    through(way.slope, way.slope_half, true);
+    through(way.state, way.state_half, false);
+    end_at_start(n, solve);
+  }
+
+  SkewPair<A>& pair() { return stages_.pair; }
+
+ private:
+  static constexpr double kNone[] = {0, 0}, kFirst[] = {1}, kChange[] = {-1, 1};
+
+  static StepTable table_of_one() { return {1, kNone, kNone}; }
+
+  Tolerance<A> tolerance(bool y, const Both<A>& start, const Both<A>& end) const {
+    return {static_cast<A>(scheme_.rtol), static_cast<A>(scheme_.atol), y ? start.y : start.z, y ? end.y : end.z};
+  }
+
+  Both<A> start(int64_t n) {
+    const View<A> x = x_.load(n);
+    if (stages_.same_start()) return {x, x};
+    stages_.repeat(x, start_y_);
+    return {start_y_, x};
+  }
+
+  View<A> map_of(bool y, A* base, int64_t n) const {
+    const SkewPair<A>& pair = stages_.pair;
+    return y ? pair.y_plane.compact(base + n * pair.y_size()) : pair.z_plane.compact(base + n * pair.z_size());
+  }
+
+  View<A> state_of(bool y, const StartBars<A>& bars, int64_t n) const {
+    return map_of(y, y ? bars.y : bars.z, bars.samples > 1 ? n : 0);
+  }
+  View<A> slope_of(bool y, const StartBars<A>& bars, int64_t n) const {
+    return map_of(y, y ? bars.slope_y : bars.slope_z, bars.samples > 1 ? n : 0);
+  }
+
+  Both<A> end_of(const StepMaps<A>& step, int64_t n) const {
+    return {map_of(true, step.end_y, step.at(n)), map_of(false, step.end_z, step.at(n))};
+  }
+
+  // Says where the trace of a stage lies: evaluation e of a step's.
+  void put(int64_t stage, const StepMaps<A>& maps, int64_t e, int64_t n) {
+    const int64_t at = maps.at(n), size = stages_.pair.spec.statistics;
+    const bool left = maps.y[e] != nullptr;
+    stages_.place(stage, left ? map_of(true, maps.y[e], at) : guides_[stage - 1].y,
+                  left ? map_of(false, maps.z[e], at) : guides_[stage - 1].z,
+                  maps.statistics + (e * maps.samples + at) * size, {true, true});
+  }
+
+  // Stage 0 of a step: the last evaluation of the one before, or that at time 0.
+  void put_first(const StepMaps<A>* before, const Solve<A>& solve, int64_t n) {
+    const StepMaps<A>& maps = before ? *before : solve.start;
+    put(0, maps, static_cast<int64_t>(maps.y.size()) - 1, n);
+  }
+
+  void put_choice(int64_t n, const Solve<A>& solve) {
+    put(0, solve.start, 0, n), put(1, solve.trial, 0, n);
+    stages_.restore(0, 1);
+  }
+
+  // (8) but for the interpolant's part: the pull-back of the first step, whose slopes and their cotangents multiplied,
+  // over the size, are the cotangent of it.
+  void pull_first(const StepTable& table, const Both<A>& state, double size, double* sum) {
+    double total = 0;
+    std::vector<double> row(table.stages, 0.0);
+    row.back() = table.b[table.stages - 1];  // without what the next step has carried back
+    for (const bool y : {true, false}) {
+      const Total<A>& bar = y ? stages_.y_total : stages_.z_total;
+      if (bar.present && row.back() != 0) total += stages_.product_with(y, row.data(), table.stages, bar.map);
+    }
+    stages_.product = &total;
+    stages_.pull(table, 1, state, nullptr, gradients_);
+    stages_.product = stages_.pair.product = nullptr;
+    for (const bool y : {true, false}) {
+      const Total<A>& bar = y ? stages_.carried_y : stages_.carried_z;
+      if (bar.present) total += stages_.product_with(y, kFirst, 1, bar.map);
+    }
+    *sum += total / size;
+  }
+
+  void end_at_start(int64_t n, const Solve<A>& solve) {
+    const Both<A> state = start(n);
+    put(0, solve.start, 0, n);
+    stages_.restore(0, 1);
+    const View<A> out = out_.view(n);
+    stages_.pull(table_of_one(), 0, state, &out, gradients_);
+    stages_.add_start(out);
+    out_.store(n);
+  }
+
+  void find_totals(int64_t n, const StartBars<A>& bars) {
+    stages_.y_total = {state_of(true, bars, n), true}, stages_.z_total = {state_of(false, bars, n), true};
+  }
+
+  void store(bool y, const Total<A>& total, const View<A>& to) const {
+    Combine<A> sum;
+    if (total.present) sum.add(1, total.map);
+    combine_maps<A>(stages_.plane(y), stages_.blocks(y), to, sum);
+  }
+
+  void add(bool y, const View<A>& to, A factor, const View<A>& map) const {
+    combine_maps<A>(stages_.plane(y), stages_.blocks(y), to, Combine<A>{}.add(1, to).add(factor, map));
+  }
+
+  SkewStages<A> stages_;
+  const Embedded& scheme_;
+  Port<A> x_, out_, cotangent_;
+  A* gradients_;
+  View<A> start_y_ = {};
+  std::vector<Both<A>> guides_;  // of evaluations that are not left to anyone
+  Both<A> end_, bar_;
+};
+
+}  // namespace fastode::resident

@@ -1,0 +1,120 @@
+"""The skew pair's solution with steps by error on the resident engine: one operator forwards, one backwards.
+
+Derivation: README.md of ops/schemes/skew_pair, "Steps by error"; the control is in csrc/cpu/resident/control.h.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...solver import Solver
+from ...steps import Watch
+from ...tableau import Embedded
+from ..function import gradients
+from ..plan import MaybeTensor
+from ..rerun import Rerun
+from ..schemes.skew_pair.adaptive import Steps
+from ..schemes.skew_pair.pair import Pair
+from .call import beside
+from .functions import keeps
+from .skew import encode, of_tensors, only
+
+# How a solve ended, and the numbers before its attempts and in each (csrc/cpu/resident/control.h).
+_REACHED, _MOST_ATTEMPTS, _NO_STEP, _NOT_FINITE = range(4)
+_HEAD, _EACH = 10, 4
+
+SolverCode = tuple[list[float], list[float], list[int], bool]
+
+
+class ResidentSolveFunction(torch.autograd.Function):
+    """y(t₁) from x, which is z(0) and, repeated along the channels, y(0); every solve tells a watch what it did."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        pair: Pair,
+        solver: Solver,
+        watches: Sequence[Watch],
+        steps: Sequence[Steps],
+        rerun: Rerun | None,
+        x: Tensor,
+        *tensors: MaybeTensor,
+    ) -> tuple[Tensor]:
+        keep, traced = keeps(ctx), torch.compiler.is_compiling()
+        end, log, kept = torch.ops.fastode.resident_solve_forward.default(
+            x, *encode(pair, tensors), *solver_code(solver), keep, keep and solver.gradient == "solver", traced
+        )
+        if not traced:
+            _tell(log.tolist(), solver, watches, steps, x)
+        ctx.save_for_backward(x, *tensors, log, *kept)
+        ctx.pair, ctx.solver, ctx.rerun, ctx.count = pair, solver, rerun, 1 + len(tensors)
+        ctx.set_materialize_grads(False)
+        return (end,)
+
+    @staticmethod
+    def backward(ctx: Any, end_bar: MaybeTensor) -> tuple[MaybeTensor, ...]:
+        saved = ctx.saved_tensors
+        given, log, kept = saved[: ctx.count], saved[ctx.count], saved[ctx.count + 1 :]
+
+        def pull(bars: Sequence[MaybeTensor], wanted: Sequence[bool]) -> list[MaybeTensor]:
+            x, *tensors = given
+            asked = of_tensors([True] * 4, wanted[1:])
+            x_bar, found = torch.ops.fastode.resident_solve_backward.default(
+                x, bars[0], log, list(kept), *encode(ctx.pair, tensors), *solver_code(ctx.solver),
+                ctx.solver.gradient == "solver", asked[0], any(asked[1:]),
+            )  # fmt: skip
+            return [x_bar, *only(beside(tensors, found), asked)]
+
+        return gradients(ctx, given, [end_bar], pull)
+
+
+def solver_code(solver: Solver) -> SolverCode:
+    """A solver as the operators take it (csrc/cpu/resident_ops.cpp): the scheme's rows, numbers, integers."""
+    tableau = solver.tableau
+    assert isinstance(tableau, Embedded)
+    numbers = [solver.rtol, solver.atol, solver.t1, solver.first_step or 0.0]
+    most = -1 if solver.max_steps is None else solver.max_steps
+    return _rows(tableau), numbers, [tableau.order, most, int(tableau.ends_in_solution)], solver.per_sample
+
+
+def _rows(tableau: Embedded) -> list[float]:
+    stages = tableau.stages
+    rows = [*((*row, *(0.0,) * (stages - len(row))) for row in tableau.a), tableau.b, tableau.b_error, tableau.b_mid]
+    return [value for row in rows for value in row]
+
+
+def _tell(log: list[float], solver: Solver, watches: Sequence[Watch], steps: Sequence[Steps], x: Tensor) -> None:
+    """Tell each solve's watch and `Steps` what the log has of it; raises what the first one that failed raises."""
+    tableau, chosen = solver.tableau, 1 if solver.first_step is not None else 2
+    for sample, (watch, taken, (end, t, h, attempts)) in enumerate(zip(watches, steps, _solves(log), strict=True)):
+        watch.evaluations = chosen + (tableau.stages - 1) * len(attempts)
+        for start, size, ratio, accepted in attempts:
+            watch.attempt(start, size, ())
+            watch.judged(ratio, accepted == 1)
+        accepted_ones = [(start, size) for start, size, _, accepted in attempts if accepted == 1]
+        if end == _MOST_ATTEMPTS:
+            watch.fail_at_most()
+        if end != _REACHED:
+            # The state after an accepted step is finite where its error is.
+            alone = x if len(watches) == 1 else x[sample : sample + 1]
+            state = (torch.tensor(math.nan),) if end == _NOT_FINITE else () if accepted_ones else (alone,)
+            watch.attempt(t, h, state)
+            watch.fail_at_step()
+        watch.finish()
+        start, size = accepted_ones[-1]
+        taken.sizes, taken.at = [size for _, size in accepted_ones], (solver.t1 - start) / size
+        taken.first_stayed = attempts[0][3] == 1
+
+
+def _solves(log: list[float]) -> Iterator[tuple[int, float, float, list[list[float]]]]:
+    """How each solve ended, the time and size at which it stands, and its attempts: t, h, ρ and whether accepted."""
+    at = 0
+    while at < len(log):
+        count, end, t, h = log[at : at + 4]
+        first, at = at + _HEAD, at + _HEAD + _EACH * int(count)
+        yield int(end), t, h, [log[i : i + _EACH] for i in range(first, at, _EACH)]
