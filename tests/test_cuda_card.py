@@ -57,12 +57,11 @@ def _loaded() -> None:
 @pytest.mark.parametrize("norm", ["layer", "batch"])
 @pytest.mark.parametrize("mode", ["forward", "input_grad", "train"])
 def test_a_block_equals_its_reference(mode: Mode, norm: str) -> None:
-    plain = block("cuda", norm)
-    twin, x = fused(plain), image("cuda")
+    plain, x = block("cuda", norm), image("cuda")
     with choice.recording() as engines:
-        twin(x)
-    assert engines[twin] == Resident.name
-    assert_blocks_equal(plain, twin, x, mode=mode)
+        (other := fused(plain))(x)  # a copy of its own, for it changes running statistics
+    assert engines[other] == Resident.name
+    assert_blocks_equal(plain, fused(plain), x, mode=mode)
 
 
 @pytest.mark.parametrize("mode", ["forward", "input_grad"])

@@ -214,7 +214,8 @@ class Batch : public Base {
 
   // From there through the activation, again, and the norm, whose means are in the first rows of Memory::means.
   FASTODE_DEVICE void pull_unit(int u, int64_t sample, int evaluation, const char* input, const char* back, Sum& bar) {
-    this->recall_statistics(evaluation, u, sample);  // nobody reads another unit's any more
+    block_barrier();  // unseen: of the sample before it the numbers are the same
+    this->recall_statistics(evaluation, u, sample);
     block_barrier();
     State state;
     Tile::recall(state, back);

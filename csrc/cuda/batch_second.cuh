@@ -33,7 +33,8 @@ class BatchSecond : public Batch<Tile, Second<Tile>> {
         State t;
         Sum out;
         Tile::recall(t, this->place(room, tangent[u], n));
-        this->recall_statistics(evaluation, u, n);  // nobody reads another unit's any more
+        block_barrier();  // unseen: of the sample before it the numbers are the same
+        this->recall_statistics(evaluation, u, n);
         block_barrier();
         this->put_tangent(u, t, this->place(room, input[u], n));
         block_barrier();
@@ -157,7 +158,8 @@ class BatchSecond : public Batch<Tile, Second<Tile>> {
                                  const Places& places, const char* waiting) {
     const cuda::Unit& unit = this->branch_.unit[u];
     const bool coupled = this->is_batch(u);
-    recall_both(u, sample, evaluation, means);  // nobody reads another unit's any more
+    block_barrier();  // unseen: of the sample before it the numbers are the same
+    recall_both(u, sample, evaluation, means);
     if (coupled) this->recall_rows(evaluation, u, sample, 1, this->memory_.means + kFound * C, factor);
     block_barrier();
     const ActivationArguments act{unit.activation, unit.p, unit.q};

@@ -35,15 +35,11 @@ class Branch : public Sums<Tile> {
   // Reads all parameters; `weights`: of the convolutions, too.
   FASTODE_DEVICE Branch(const cuda::Branch& branch, int samples, bool weights = true)
       : Base(branch.count, weights ? branch.count : 0), branch_(branch), samples_(samples) {
-    FASTODE_ROLLED
-    for (int u = 0; weights && u < branch.count; ++u) {
-      const cuda::Unit& unit = branch.unit[u];
-      Tile::put_weight(memory_.weight(u), static_cast<const uint16_t*>(unit.weight), unit.weight_strides);
-    }
     Tile::clear_border(memory_.map);
     FASTODE_ROLLED
     for (int u = 0; u < branch.count; ++u) {
       const cuda::Unit& unit = branch.unit[u];
+      if (weights) Tile::put_weight(memory_.weight(u), static_cast<const uint16_t*>(unit.weight), unit.weight_strides);
       FASTODE_ROLLED
       for (int c = thread(); c < C; c += Tile::kThreads) {
         memory_.norm_weight(u)[c] = number(unit.norm_weight, c, 1);
@@ -52,7 +48,6 @@ class Branch : public Sums<Tile> {
         memory_.sums(u)[c] = memory_.sums(u)[C + c] = 0;
       }
     }
-    await_copies();
   }
 
   // For `value`: mean and rstd of norms that do not measure them, in the place of the sums, which a forward has not.

@@ -32,7 +32,7 @@ class Sums {
   // The sum of one kind over a channel's parts.
   FASTODE_DEVICE float sum_channel(int kind, int c) const {
     float total = 0;
-    FASTODE_UNROLLED
+    FASTODE_ROLLED
     for (int i = 0; i < Tile::kDown; ++i) total += memory_.partial[(kind * Tile::kDown + i) * C + c];
     return total;
   }
@@ -113,7 +113,6 @@ class Sums {
   template <class F>
   FASTODE_DEVICE float over_parts(int group, int width, const F& f) const {
     float total = 0;
-    FASTODE_ROLLED
     for (int i = lane(); i < Tile::kDown * width; i += 32) {
       const int c = group * width + i % width;
       const float* at = memory_.partial + i / width * C + c;

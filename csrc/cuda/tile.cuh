@@ -233,16 +233,10 @@ struct Tile {
     }
   }
 
-  // A convolution's weight [C out][C in][3][3] of any strides, to [tap][in / 8][out][8 in]; there after await_copies.
+  // A convolution's weight [C out][C in][3][3] of any strides, to [tap][in / 8][out][8 in].
   static FASTODE_DEVICE void put_weight(char* place, const uint16_t* weight, const int64_t (&strides)[4]) {
-    const bool aligned = reinterpret_cast<uintptr_t>(weight) % sizeof(Words) == 0;
-    if (aligned && strides[0] == 9 * C && strides[1] == 9 && strides[2] == 3 && strides[3] == 1)
-      return put_weight_rows(place, weight);
-    if (aligned && strides[1] == 1 && strides[0] % 8 == 0 && strides[2] % 8 == 0 && strides[3] % 8 == 0)
-      return copy_weight(place, weight, strides);
     uint16_t* target = reinterpret_cast<uint16_t*>(place);
-    FASTODE_ROLLED
-    for (int i = thread(); i < C * C; i += kThreads) {
+    for (int i = thread(); i < C * C; i += kThreads) {  // unrolled, so that many loads are on their way
       const int out = i / C, in = i % C;
       const uint16_t* from = weight + out * strides[0] + in * strides[1];
       FASTODE_UNROLLED
@@ -261,43 +255,6 @@ struct Tile {
   }
 
  private:
-  // The same of a contiguous weight: a thread takes all taps of eight input channels in words of 16 bytes, and its
-  // neighbours the next output channels, which lie side by side in shared memory.
-  static FASTODE_DEVICE void put_weight_rows(char* place, const uint16_t* weight) {
-    for (int i = thread(); i < C * C / 8; i += kThreads) {
-      const int out = i / C * 8 + i % 8, eight = i / 8 % (C / 8);
-      const Words* const from = reinterpret_cast<const Words*>(weight + (out * C + eight * 8) * 9);
-      uint32_t row[36];  // [channel][tap], two to a word
-      FASTODE_UNROLLED
-      for (int k = 0; k < 9; ++k) {
-        const Words four = from[k];
-        FASTODE_UNROLLED
-        for (int j = 0; j < 4; ++j) row[4 * k + j] = four.word[j];
-      }
-      FASTODE_UNROLLED
-      for (int tap = 0; tap < 9; ++tap) {
-        Words found;
-        FASTODE_UNROLLED
-        for (int j = 0; j < 4; ++j) {
-          const int low = 18 * j + tap, high = low + 9;
-          found.word[j] = (row[low / 2] >> low % 2 * 16 & 0xffff) | (row[high / 2] >> high % 2 * 16) << 16;
-        }
-        reinterpret_cast<Words*>(place)[(tap * (C / 8) + eight) * C + out] = found;
-      }
-    }
-  }
-
-  // The same of a weight whose input channels lie together, as channels_last has them.
-  static FASTODE_DEVICE void copy_weight(char* place, const uint16_t* weight, const int64_t (&strides)[4]) {
-    for (int i = thread(); i < C * C / 8; i += kThreads) {
-      const int out = i / C * 8 + i % 8, eight = i / 8 % (C / 8);
-      FASTODE_UNROLLED
-      for (int tap = 0; tap < 9; ++tap)
-        copy_later(place + ((tap * (C / 8) + eight) * C + out) * 16,
-                   weight + out * strides[0] + eight * 8 + tap / 3 * strides[2] + tap % 3 * strides[3]);
-    }
-  }
-
   // The factors of 16 input channels and the warp's 16 output channels at a tap: those of channels 0-7 and 8-15.
   template <bool kTransposed>
   static FASTODE_DEVICE void load_weight(uint32_t (&low)[2], uint32_t (&high)[2], const char* weight, int step, int dy,
