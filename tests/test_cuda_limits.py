@@ -53,6 +53,21 @@ def test_a_card_with_less_shared_memory_is_refused_what_it_has_no_room_for(
     assert choice.can_use(Resident.name, block, x) == (True, "")
 
 
+def test_a_card_with_too_little_for_the_gradients_of_weights_is_refused_a_training_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    block = make_pair(case_of("ssp3", channels=16, dtype=torch.bfloat16, batch=1))[1]
+    monkeypatch.setattr(cuda_library, "why_not", lambda index=None: "")
+    monkeypatch.setattr(cuda_library, "shared_bytes", lambda index: 101376)  # of sm_86, sm_89 and sm_120
+    monkeypatch.setattr(Resident, "refuses", lambda self, call: card.refuses(call))
+    x = torch.zeros(1, 16, 32, 32, dtype=torch.bfloat16)
+    needed = card.weights_shared_bytes(16, 32, 2)
+    reason = f"its program for such maps needs {needed} bytes of shared memory, and a block has 101376 on this card"
+    assert choice.can_use(Resident.name, block, x) == (False, reason)
+    block.requires_grad_(False)
+    assert choice.can_use(Resident.name, block, x.requires_grad_()) == (True, "")
+
+
 def test_the_shared_memory_of_each_card_is_read_when_the_library_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_library, "_shared", {})
     assert cuda_library.shared_bytes(None) is None and cuda_library.shared_bytes(0) is None

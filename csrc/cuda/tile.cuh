@@ -117,7 +117,7 @@ struct Tile {
 
   // Has the thread's own words of a kept map brought to shared memory, kKeptBytes of it in all.
   static FASTODE_DEVICE void request(char* slot, const char* place) {
-    FASTODE_UNROLLED
+    FASTODE_ROLLED
     for (int tile = 0; tile < kTiles; ++tile) {
       const int at = (tile * kThreads + thread()) * 16;
       copy_later(slot + at, place + at);

@@ -67,14 +67,14 @@ struct Products {
   FASTODE_DEVICE void store(float* to, int turn = 0) const {
     FASTODE_UNROLLED
     for (int tap = 0; tap < 9; ++tap) {
-      if (tap % kParts != (part() + turn) % kParts) continue;
+      const bool mine = tap % kParts == (part() + turn) % kParts;
       FASTODE_UNROLLED
       for (int i = 0; i < kEach * 8; ++i) {
         const int in = first_in() + lane() / 4 + i / 2 % 2 * 8;
         const int out = first_out() + i / 8 * 16 + i / 4 % 2 * 8 + lane() % 4 * 2 + i % 2;
         float& place = to[(tap * C + in) * C + out];
         const float own = value[tap][i / 8][i / 4 % 2][i % 4];
-        place = turn > 0 ? place + own : own;
+        if (mine) place = turn > 0 ? place + own : own;  // not around all: as a choice of taps they would be in memory
       }
     }
   }

@@ -88,6 +88,8 @@ def _refuses_size(plan: Plan, x: Tensor, call: Call) -> str:
     elif call.stages > MOST_STAGES:
         return f"its programs for CUDA take schemes of {MOST_STAGES} stages at most, and this one has {call.stages}"
     needed, there = shared_bytes(x.shape[1], x.shape[2], len(plan.units)), cuda_library.shared_bytes(x.device.index)
+    if call.mode == "train":
+        needed = max(needed, weights_shared_bytes(x.shape[1], x.shape[2], len(plan.units)))
     if there is not None and needed > there:
         return f"its program for such maps needs {needed} bytes of shared memory, and a block has {there} on this card"
     return ""
@@ -101,7 +103,25 @@ def shared_bytes(channels: int, side: int, units: int) -> int:
         side: of the map, in pixels.
         units: of the branch.
     """
-    weights = units * 9 * channels * channels * 2
+    return units * 9 * channels * channels * 2 + _bytes_beside_weights(channels, side, units)
+
+
+def weights_shared_bytes(channels: int, side: int, units: int) -> int:
+    """Those of the program for the convolutions' gradients: `WeightGradients<Tile>::bytes` of csrc/cuda/weights.cuh.
+
+    Args:
+        channels: of a map that there is a program for.
+        side: of the map, in pixels.
+        units: of the branch.
+    """
+    shared_out = WARPS[channels, side] > (channels // 16) ** 2  # warps add up their products
+    return (
+        _bytes_beside_weights(channels, side, units)
+        + 3 * channels * side * side * 2
+        + shared_out * 9 * channels * channels * 4
+    )
+
+
+def _bytes_beside_weights(channels: int, side: int, units: int) -> int:
     bordered_map = channels * (side + 2) ** 2 * 2
-    numbers = 5 * units * channels + 9 * channels + 3 * 16 * WARPS[channels, side]
-    return weights + bordered_map + 4 * numbers
+    return bordered_map + 4 * (5 * units * channels + 9 * channels + 3 * 16 * WARPS[channels, side])
