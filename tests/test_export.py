@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fastode
-from fastode import nets
+from fastode import nets, reference
 from fastode.testing import compare_tensors, sample_input
 
 NETS = {
@@ -84,3 +84,13 @@ def test_onnx_wants_an_unfused_model() -> None:
     fastode.fuse(model)
     with pytest.raises(Exception, match=r"call fastode\.unfuse\(model\) before the export"):
         torch.onnx.export(model, (x,), dynamo=True, verbose=False)
+
+
+def test_steps_by_error_are_exported_on_the_engine_that_takes_them_inside() -> None:
+    block = reference.SOBlock(reference.SkewPair(8, 8, 1, 0.1, "tanh"))
+    fastode.fuse(block, engine="resident")
+    block.eval()
+    x, other = sample_input(2, 8, 6, 6), sample_input(2, 8, 6, 6, seed=1)
+    with torch.no_grad():
+        exported = torch.export.export(block, (x,)).module()
+        assert torch.equal(exported(other), block(other))

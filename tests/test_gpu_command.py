@@ -148,15 +148,12 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(monkeypatch: pytest.Monkey
     assert "rows against" not in out and "every engine" in out
 
 
-def test_the_cuda_programs_come_first_at_each_size_in_both_modes() -> None:
+def test_the_cuda_programs_come_first_at_each_size_in_every_mode() -> None:
     items, blocks = gpu_bench.plan(), gpu_bench.programs.timed()
-    leading = [(i.workload.name, i.mode, i.dtype) for i in items[: 2 * len(blocks)]]
-    assert leading[:4] == [
-        (name, mode, "bfloat16") for mode in ("forward", "input_grad") for name in ("ssp3 eval 16@32", "ie k1 16@32")
-    ]
-    assert {(name, mode) for name, mode, _ in leading} == {
-        (w.name, mode) for w in blocks for mode in ("forward", "input_grad")
-    }
+    modes = ("forward", "input_grad", "train")
+    leading = [(i.workload.name, i.mode, i.dtype) for i in items[: len(modes) * len(blocks)]]
+    assert leading[:6] == [(name, mode, "bfloat16") for mode in modes for name in ("ssp3 eval 16@32", "ie k1 16@32")]
+    assert {(name, mode) for name, mode, _ in leading} == {(w.name, mode) for w in blocks for mode in modes}
     assert len({i.name for i in items}) == len(items)
     for plan in (gpu_bench.compiled_plan(), gpu_bench.smoke_plan()):
         assert [i.name for i in plan[:8]] == [i.name for i in items[:8]] and len({i.name for i in plan}) == len(plan)

@@ -134,8 +134,7 @@ class _FusedSolve(Fused, reference.SOBlock):
                 found.keep(kind, answer, call)
         chosen, pair, tensors, march = answer
         note(self, chosen)
-        own = chosen.steps_inside and self._family() == "skew_adaptive"  # traced as it is
-        if torch.compiler.is_compiling() and not own and self._is_opaque(pair) and x.shape[0]:
+        if torch.compiler.is_compiling() and self._is_opaque(pair) and x.shape[0]:
             # As it begins, which refuses a wrong x, and has the shape in which it ends.
             y, _ = cast(Any, self.field).initial_state(x)
             return opaque.run(self, self._key(), x, y.shape)
