@@ -91,7 +91,7 @@ def test_steps_by_error_in_one_graph(parts: dict[str, Any]) -> None:
     # The compiled backward takes the steps again, to the same bits.
     for name, expected in results(block, block, x).items():
         assert torch.equal(found[name], expected)
-    with pytest.raises(fastode.SolveError, match="SOBlock on SkewPair.*: the state is not finite at t = 0 "):
+    with pytest.raises(fastode.SolveError, match=r"SOBlock on SkewPair.*: the state is not finite at t = 0 "):
         compiled(x * float("nan"))
 
 
