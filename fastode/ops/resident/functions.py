@@ -61,13 +61,13 @@ def _arguments(
     return program, (cls, *constants), None if rerun is None else rerun.habit.flag, given
 
 
-def _results(found: Any, plan: Plan, given: MaybeTensors, inputs: int, used: Sequence[bool]) -> Any:
+def _results(found: Any, plan: Plan, given: MaybeTensors, inputs: int, rule: Descent | Scheme) -> Any:
     """What forward returns, from what such a call returned."""
     if type(found) is not tuple:
         return found if found is NotImplemented else (found,)
     y, flat = found
     assert given[0] is not None
-    return (y, *decode_statistics(plan, given[inputs:], flat, given[0].shape[1], used))
+    return (y, *decode_statistics(plan, given[inputs:], flat, given[0].shape[1], _used(rule)))
 
 
 def _used(rule: Descent | Scheme) -> list[bool]:
@@ -86,7 +86,7 @@ class ResidentIESkipFunction(NodeFunction):
     def through_node(cls, plan: Plan, descent: Descent, rerun: Rerun | None, given: MaybeTensors) -> Any:
         rule = (descent.steps, descent.step_size, descent.theta, descent.detach)
         found = nodes.module.descent(*_arguments(cls, (plan, descent, rerun), given, 1), *rule)
-        return _results(found, plan, given, 1, _used(descent))
+        return _results(found, plan, given, 1, descent)
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, descent: Descent, rerun: Rerun | None, x: Tensor, *tensors: MaybeTensor) -> Any:
@@ -129,7 +129,7 @@ class ResidentShuOsherFunction(NodeFunction):
     @classmethod
     def through_node(cls, plan: Plan, scheme: Scheme, rerun: Rerun | None, given: MaybeTensors) -> Any:
         found = nodes.module.scheme(*_arguments(cls, (plan, scheme, rerun), given, 2))
-        return _results(found, plan, given, 2, _used(scheme))
+        return _results(found, plan, given, 2, scheme)
 
     @staticmethod
     def forward(
