@@ -11,6 +11,7 @@ struct BatchDescentForward {
   using State = typename Tile::State;
   using Sum = typename Tile::Sum;
   static constexpr int threads = Tile::kThreads;
+  static constexpr bool meets = true;
 
   static FASTODE_DEVICE void run(const cuda::DescentCall& call) {
     Batch<Tile> branch(call.branch, call.samples);
@@ -91,6 +92,7 @@ struct BatchDescentBackward {
   using State = typename Tile::State;
   using Sum = typename Tile::Sum;
   static constexpr int threads = Tile::kThreads;
+  static constexpr bool meets = true;
 
   static FASTODE_DEVICE void run(const cuda::DescentCall& call) {
     BatchSecond<Tile> branch(call.branch, call.samples);

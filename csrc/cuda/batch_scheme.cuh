@@ -10,6 +10,7 @@ namespace fastode::device {
 template <class Tile>
 struct BatchSchemeForward {
   static constexpr int threads = Tile::kThreads;
+  static constexpr bool meets = true;
 
   static FASTODE_DEVICE void run(const cuda::SchemeCall& call) {
     Batch<Tile> branch(call.branch, call.samples);
@@ -62,6 +63,7 @@ struct BatchSchemeForward {
 template <class Tile>
 struct BatchSchemeBackward {
   static constexpr int threads = Tile::kThreads;
+  static constexpr bool meets = true;
 
   static FASTODE_DEVICE void run(const cuda::BackwardCall& backward) {
     const cuda::SchemeCall& call = backward.scheme;

@@ -1,10 +1,11 @@
 #include "batch_scheme.cuh"
-#include "batch_shapes.cuh"
+#include "shapes.cuh"
 
 namespace fastode::cuda {
 
 const char* batch_scheme_forward(Type type, Shape shape, const SchemeCall& call, const Queue& queue) {
-  return device::launch_coupled<device::BatchSchemeForward>(type, shape, call, call.samples, call.branch.count, queue);
+  return device::launch_by_sample<device::BatchSchemeForward>(type, shape, call, call.samples, call.branch.count,
+                                                              queue);
 }
 
 }  // namespace fastode::cuda

@@ -173,10 +173,8 @@ inline Gradients scheme_backward(const Tensor& x, const Tensor& cotangent, const
     for (int u = 0; u < count; ++u) call.cotangent[k][u] = used ? places.slots + slots++ : -1;
     if (used) add_product(weights, k, scheme.input[k], call.cotangent[k], 1);
   }
-  int rows = 0;
-  if (gradients)
-    rows = coupled ? batch_scheme_backward_blocks(type_of(x), shape_of(x), call, queue)
-                   : scheme_backward_blocks(type_of(x), shape_of(x), call, queue);
+  const auto blocks = coupled ? batch_scheme_backward_blocks : scheme_backward_blocks;
+  const int rows = gradients ? blocks(type_of(x), shape_of(x), call, queue) : 0;
   const int64_t sums = sums_of(x, rows, count);
   const Store own(x, slots, sums + exchange_of(x, scheme.branch));
   scheme.room = weights.room = {kept.at(), own.at(), places.slots, x.size(0)};
@@ -289,10 +287,8 @@ inline Gradients descent_backward(const Tensor& x, const Tensor& cotangent, cons
   const int places = call.room.split, slots = place_backward(call, gradients);
   call.branch.statistics = kept.numbers(x, places);
   const bool coupled = batch_norms(call.branch) > 0;
-  int rows = 0;
-  if (gradients)
-    rows = coupled ? batch_descent_backward_blocks(type_of(x), shape_of(x), call, queue)
-                   : descent_backward_blocks(type_of(x), shape_of(x), call, queue);
+  const auto blocks = coupled ? batch_descent_backward_blocks : descent_backward_blocks;
+  const int rows = gradients ? blocks(type_of(x), shape_of(x), call, queue) : 0;
   const int64_t sums = sums_of(x, rows, call.branch.count);
   const Store own(x, slots, sums + exchange_of(x, call.branch));
   call.room = {kept.at(), own.at(), places, x.size(0)};

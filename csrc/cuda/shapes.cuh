@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "branch.cuh"
 
@@ -52,12 +53,22 @@ Launch plan(int items, size_t bytes, const cuda::Queue& queue) {
   return how;
 }
 
-// Calls f<Program<Tile>>() with the launch of a program that takes sample by sample.
+// Whether the blocks of a program meet, and so must all be there at once.
+template <class Program>
+inline constexpr bool kMeets = requires { Program::meets; };
+
+// Calls f<Program<Tile>>() with the launch of a program that takes sample by sample. One whose blocks meet is compiled
+// for bfloat16 alone.
 template <template <class> class Program, class Call, class F>
 void plan_by_sample(cuda::Type type, cuda::Shape shape, int samples, int units, const cuda::Queue& queue, const F& f) {
   const CurrentDevice here(queue.device);
   with_tile(type, shape, [&]<class Tile>() {
-    f.template operator()<Program<Tile>>(plan<Program<Tile>, Call>(samples, Memory<Tile>::bytes(units, units), queue));
+    using P = Program<Tile>;
+    if constexpr (!kMeets<P> || std::is_same_v<typename Tile::Type, BFloat16>) {
+      Launch how = plan<P, Call>(samples, Memory<Tile>::bytes(units, units), queue);
+      how.cooperative = kMeets<P>;
+      f.template operator()<P>(how);
+    }
   });
 }
 
