@@ -6,7 +6,8 @@ import copy
 import gc
 import pickle
 import weakref
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,10 +16,24 @@ from torch import Tensor, nn
 
 import fastode
 from fastode import functional, reference
+from fastode.branch.snapshot import Snapshot
 from fastode.dispatch import choice, known
+from fastode.native import nodes, operators
 from fastode.testing import compare_tensors, sample_input
 
 Change = Callable[[nn.Module], Any]
+
+
+@pytest.fixture(autouse=True, params=["in C++", "in Python"])
+def compared(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run each test with either comparison of a snapshot with what is there now."""
+    if request.param == "in C++":
+        operators.load()
+        assert nodes.module is not None
+        yield
+    else:
+        with nodes.left_out():
+            yield
 
 
 def units() -> nn.Sequential:
@@ -201,6 +216,28 @@ def test_functional_call_is_seen_and_leaves_nothing() -> None:
         assert comparison.ok, comparison.describe()
         after = block(x)
         assert torch.equal(after, before)
+
+
+def test_what_is_unchanged_is_compared_in_cpp_alone() -> None:
+    branch = units()
+    held = Snapshot(branch)
+    assert held.holds(branch)
+    if nodes.module is None:
+        return
+    answer = nodes.module.unchanged
+    assert answer(held._watched, branch) is True
+    assert answer(held._watched, units()) is False
+    branch[0].eps = float(f"{branch[0].eps}")  # an equal number, which is another object
+    assert answer(held._watched, branch) is NotImplemented and held.holds(branch)
+    branch[0].eps = 0.5
+    assert answer(held._watched, branch) is NotImplemented and not held.holds(branch)
+    branch[3]._buffers = OrderedDict(more=None)
+    assert Snapshot(branch)._watched is None and Snapshot(branch).holds(branch)
+    for arguments in ((), ([], []), ([], (), [])):
+        with pytest.raises(TypeError, match="expected"):
+            nodes.module.watched(*arguments)
+    with pytest.raises(ValueError, match="PyCapsule"):
+        answer(branch, branch)
 
 
 class Alike(nn.Sequential):

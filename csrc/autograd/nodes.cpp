@@ -5,11 +5,12 @@
 // the Functions have to treat.
 #include "branch_nodes.h"
 #include "skew_nodes.h"
+#include "snapshot.h"
 
 namespace fastode {
 namespace {
 
-constexpr const char* kProgram = "fastode program";
+constexpr const char *kProgram = "fastode program", *kWatched = "fastode watched";
 
 template <class Item, class F>
 IValue list_of(PyObject* sequence, const F& item) {
@@ -145,6 +146,29 @@ PyObject* kept(PyObject*, PyObject* result) {
   END_HANDLE_TH_ERRORS
 }
 
+void free_watched(PyObject* capsule) { delete static_cast<Watched*>(PyCapsule_GetPointer(capsule, kWatched)); }
+
+// watched(hooks, rows, tensors): what a snapshot keeps, or None where only Python can compare it
+PyObject* watched(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  expect(count, 3);
+  for (Py_ssize_t i = 0; i < 3; ++i) TORCH_CHECK_TYPE(PyList_Check(arguments[i]), "expected a list");
+  auto made = std::make_unique<Watched>(arguments[0], arguments[1], arguments[2]);
+  if (!made->usable()) return Py_NewRef(Py_None);
+  return PyCapsule_New(made.release(), kWatched, free_watched);
+  END_HANDLE_TH_ERRORS
+}
+
+// unchanged(watched, root): whether all of it is as it was, or NotImplemented
+PyObject* unchanged(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  expect(count, 2);
+  const auto* found = static_cast<Watched*>(PyCapsule_GetPointer(arguments[0], kWatched));
+  if (!found) throw_python_error();
+  return Py_NewRef(found->unchanged(arguments[1]));
+  END_HANDLE_TH_ERRORS
+}
+
 template <class F>
 PyCFunction method(F* function) {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
@@ -156,6 +180,8 @@ PyMethodDef methods[] = {{"program", method(program), METH_FASTCALL, nullptr},
                          {"pair", method(pair), METH_FASTCALL, nullptr},
                          {"march", method(march), METH_FASTCALL, nullptr},
                          {"kept", kept, METH_O, nullptr},
+                         {"watched", method(watched), METH_FASTCALL, nullptr},
+                         {"unchanged", method(unchanged), METH_FASTCALL, nullptr},
                          {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef definition = {

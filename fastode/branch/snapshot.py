@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..native import nodes
 from .read import has_global_hooks, is_sequential
 
 KEY = "_fastode_known"  # among a module's variables: what is kept of it, this snapshot too
@@ -22,7 +23,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 class Snapshot:
     """Modules as they were, below one of them that it does not keep alive."""
 
-    __slots__ = ("_hooks", "_past", "_rows", "_sequentials", "_tensors")
+    __slots__ = ("_hooks", "_past", "_rows", "_sequentials", "_tensors", "_watched")
 
     def __init__(self, root: nn.Module) -> None:
         self._past: Past | None = None
@@ -50,6 +51,9 @@ class Snapshot:
             for tensor in (*variables["_parameters"].values(), *variables["_buffers"].values()):
                 if tensor is not None:
                     self._tensors.append((tensor, type(tensor), tensor.dtype, tensor.device, tensor.shape))
+        # The same comparison in C++; it borrows what the lists above own.
+        made = nodes.module
+        self._watched = None if made is None else made.watched(self._hooks, self._rows, self._tensors)
 
     @property
     def tensors(self) -> Sequence[Tensor]:
@@ -58,7 +62,16 @@ class Snapshot:
 
     def holds(self, root: nn.Module) -> bool:
         """Whether everything is as it was."""
-        if any(self._hooks) or has_global_hooks():
+        if has_global_hooks() or (self._sequentials and not all(map(is_sequential, self._sequentials))):
+            return False
+        if self._watched is not None and nodes.module is not None:
+            found = nodes.module.unchanged(self._watched, root)
+            if found is not NotImplemented:
+                return found
+        return self._compares_equal(root)
+
+    def _compares_equal(self, root: nn.Module) -> bool:
+        if any(self._hooks):
             return False
         try:
             for module, kind, variables, before, identities, _ in self._rows:
@@ -70,8 +83,6 @@ class Snapshot:
                     if [*map(id, variables[name].values())] != held_then:
                         return False
         except Exception:  # a tensor or an array among the variables was replaced, and has no truth value
-            return False
-        if self._sequentials and not all(map(is_sequential, self._sequentials)):
             return False
         for tensor, kind, dtype, device, shape in self._tensors:
             if (
