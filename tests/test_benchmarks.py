@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,17 @@ from benchmarks.header import ROOT
 from fastode import nets, reference, testing
 
 CPU = torch.device("cpu")
+
+
+def test_the_machine_is_measured_by_the_faster_product() -> None:
+    calls = {0.02: lambda: time.sleep(0.02), 0.001: lambda: time.sleep(0.001)}
+    assert timing.fastest([calls[0.02], calls[0.001]]) is calls[0.001]
+    assert timing.fastest([calls[0.001], calls[0.02]]) is calls[0.001]
+    machine = timing.machine()
+    assert machine.matmul_flops == 2 * 2048**3
+    product = machine.matmul()
+    assert isinstance(product, torch.Tensor)
+    assert torch.equal(product.to_dense() if product.is_mkldnn else product, torch.full((2048, 2048), 2048.0))
 
 
 class NoModules(contextlib.nullcontext):
