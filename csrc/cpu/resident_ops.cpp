@@ -2,11 +2,7 @@
 // strides.
 #include <torch/csrc/stable/library.h>
 
-#include <optional>
-#include <sstream>
-#include <tuple>
-
-#include "resident/engine.h"
+#include "resident/arguments.h"
 #include "resident/skew_engine.h"
 
 namespace fastode::resident {
@@ -21,11 +17,6 @@ int64_t group_for(int64_t samples, int64_t workers, int64_t pixels, int64_t stor
 
 namespace {
 
-using Tensors = std::vector<Tensor>;
-using Integers = std::vector<int64_t>;
-using Numbers = std::vector<double>;
-using MaybeTensor = std::optional<Tensor>;
-
 Tensor new_map(const Tensor& like, int64_t channels, int64_t height, int64_t width, bool last) {
   return resident::new_map(like.scalar_type(), like.size(0), channels, height, width, last);
 }
@@ -35,11 +26,6 @@ Tensor new_map(const Tensor& like, bool last) { return new_map(like, like.size(1
 bool is_last(const Tensor& x) { return x.strides()[1] == 1 && x.size(1) > 1; }
 
 Tensor new_map_like(const Tensor& x) { return new_map(x, is_last(x)); }
-
-template <class F>
-auto with_arithmetic(const Tensor& x, const F& f) {
-  return x.scalar_type() == ScalarType::Double ? f(double{}) : f(float{});
-}
 
 // Result, statistics and what is kept for backward.
 using Forward = std::tuple<Tensor, Tensor, Tensors>;
@@ -209,32 +195,6 @@ std::tuple<Tensor, Tensors> march_backward(const Tensor& x, const Tensor& cotang
   return {call.out, bars};
 }
 
-// `table` [stages + 3, stages]: the rows of a, then b, the error's and the middle's weights. `numbers`: rtol, atol, t1,
-// and the first step's size or 0. `integers`: the order, the most attempts or -1, and whether the last stage is the
-// solution.
-Embedded embedded_of(const Numbers& table, const Numbers& numbers, const Integers& integers) {
-  int64_t stages = 1;
-  while ((stages + 3) * stages < static_cast<int64_t>(table.size())) ++stages;
-  const double* rows = table.data() + stages * stages;
-  return {stages,     integers[0], integers[2] != 0, table.data(), rows,       rows + stages, rows + 2 * stages,
-          numbers[0], numbers[1],  numbers[2],       numbers[3],   integers[1]};
-}
-
-// What fastode.SolveError says, where no Python can.
-void throw_failure(const Numbers& log) {
-  for (const double* at = log.data(); at < log.data() + log.size();) {
-    const SolveLog solve = SolveLog::read(at);
-    if (solve.end == kReached) continue;
-    std::ostringstream words;
-    words << "SOBlock: "
-          << (solve.end == kMostAttempts ? "max_steps attempts did not reach t1"
-              : solve.end == kNotFinite  ? "the state is not finite"
-                                         : "the step is not finite, or too small to move the time")
-          << " at t = " << solve.t << " with h = " << solve.h << "; without torch.compile the error says more";
-    throw std::runtime_error(words.str());
-  }
-}
-
 std::tuple<Tensor, Tensor, Tensors> solve_forward(const Tensor& x, const Tensors& parameters, const Integers& integers,
                                                   const Numbers& numbers, const Numbers& table, const Numbers& solver,
                                                   const Integers& limits, bool per_sample, bool keep, bool keep_trial,
@@ -252,21 +212,16 @@ std::tuple<Tensor, Tensor, Tensors> solve_forward(const Tensor& x, const Tensors
                                      run_solve(packed, scheme, call, log, kept, accumulators);
                                    });
   });
-  if (raises) throw_failure(log), log.clear();
-  const Tensor written = new_vector(static_cast<int64_t>(log.size()), ScalarType::Double);
-  std::copy(log.begin(), log.end(), static_cast<double*>(written.data_ptr()));
-  return {call.out, written, kept};
+  return {call.out, written(log, raises), kept};
 }
 
-std::tuple<Tensor, Tensors> solve_backward(const Tensor& x, const Tensor& cotangent, const Tensor& written,
-                                           Tensors kept, const Tensors& parameters, const Integers& integers,
-                                           const Numbers& numbers, const Numbers& table, const Numbers& solver,
-                                           const Integers& limits, bool per_sample, bool keep_trial, bool weight,
-                                           bool norms) {
+std::tuple<Tensor, Tensors> solve_backward(const Tensor& x, const Tensor& cotangent, const Tensor& log_of, Tensors kept,
+                                           const Tensors& parameters, const Integers& integers, const Numbers& numbers,
+                                           const Numbers& table, const Numbers& solver, const Integers& limits,
+                                           bool per_sample, bool keep_trial, bool weight, bool norms) {
   const Embedded scheme = embedded_of(table, solver, limits);
   const SolveCall call{x, &cotangent, new_map_like(x), per_sample, true, keep_trial};
-  const double* from = static_cast<const double*>(written.data_ptr());
-  Numbers log(from, from + written.numel());
+  Numbers log = numbers_of(log_of);
   const Tensors bars = with_arithmetic(x, [&](auto zero) {
     return with_gradients<decltype(zero)>({parameters, integers, numbers}, cotangent, {weight, norms},
                                           [&](const auto& packed, const Tensor& accumulators) {

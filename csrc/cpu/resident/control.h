@@ -20,6 +20,10 @@ struct Embedded {
   double rtol, atol, t1;
   double first_step;  // 0: chosen by the field
   int64_t most;       // attempts; negative: any number
+  int64_t steps;      // 0: by error; else so many of equal size, each of `first_step`
+
+  // Whether the first step's size depends on the field.
+  bool chooses() const { return steps == 0 && first_step == 0; }
 };
 
 // Of the two halves of a state, as Python's max takes it: NaN only where it comes first.
@@ -103,6 +107,11 @@ inline std::vector<double> interpolating(const Embedded& scheme, double x, bool 
   weights.front() += -2 * p4 + 5 * p3 - 4 * p2 + p1;
   weights.back() += 2 * p4 - 3 * p3 + p2;
   return weights;
+}
+
+// The weights of y(t1), which lies at the part x of the last step, or the derivatives of these in x.
+inline std::vector<double> at_end(const Embedded& scheme, double x, bool rates) {
+  return scheme.steps > 0 ? std::vector<double>(scheme.b, scheme.b + scheme.stages) : interpolating(scheme, x, rates);
 }
 
 enum SolveEnd : int64_t { kReached, kMostAttempts, kNoStep, kNotFinite };

@@ -2,6 +2,8 @@
 // fastode/ops/schemes/skew_pair.
 #pragma once
 
+#include <array>
+
 #include "branch.h"
 #include "skew_bf16.h"
 #include "skew_passes.h"
@@ -25,6 +27,8 @@ struct PairNorm {
 
 template <class A>
 struct PairSpec {
+  using Real = A;
+
   SkewShape shape = {};
   PairNorm<A> norms[kPairNorms];
   Unary<A> act;
@@ -83,6 +87,9 @@ struct Trace {
 template <class A>
 class SkewPair {
  public:
+  using Real = A;
+  using Spec = PairSpec<A>;
+
   SkewPair(const PairSpec<A>& spec, Arena& arena, bool backward)
       : spec(spec), y_plane(spec.shape.template y_plane<A>()), z_plane(spec.shape.template z_plane<A>()) {
     y_hat_ = padded(arena, true), z_hat_ = padded(arena, false);
@@ -106,6 +113,20 @@ class SkewPair {
   View<A> y_map(Arena& arena) const { return y_plane.compact(arena.take<A>(y_size())); }
   View<A> z_map(Arena& arena) const { return z_plane.compact(arena.take<A>(z_size())); }
   Both<A> maps(Arena& arena) const { return {y_map(arena), z_map(arena)}; }
+
+  // How many numbers of a sample y and z have.
+  std::array<int64_t, 2> entries() const {
+    return {spec.shape.channels * y_plane.pixels(), spec.shape.in_channels * z_plane.pixels()};
+  }
+
+  // Whether y(0) is x; else `start` makes it, and `add_start` adds to x's cotangent that by y(0).
+  bool same_start() const { return spec.shape.stride == 1 && spec.shape.channels == spec.shape.in_channels; }
+  void start(const View<A>& x, const View<A>& y) const {
+    repeat_channels<A>(y_plane, spec.shape.in_channels, spec.shape.channels, spec.shape.stride, x, y);
+  }
+  void add_start(const View<A>& x_bar, const View<A>& y_bar) const {
+    add_repeated<A>(y_plane, spec.shape.in_channels, spec.shape.channels, spec.shape.stride, x_bar, y_bar);
+  }
 
   // Where a point may be made that only the next evaluation reads.
   Both<A> workspace() const { return {y_hat_, z_hat_}; }

@@ -127,6 +127,14 @@ class Port {
   View<A> copy_;
 };
 
+// How a program of samples alone reads and writes their tensors.
+template <class Pair>
+struct PortOf;
+template <class A>
+struct PortOf<SkewPair<A>> {
+  using Type = Port<A>;
+};
+
 struct PairCall {
   const Tensor &y, &z;
   const Tensor *y_bar, *z_bar;  // of the slopes; null: forward, or a zero cotangent

@@ -82,7 +82,7 @@ class SkewMarch {
     for (int64_t step = 0; step < march_.steps; ++step) {
       const bool last = step + 1 == march_.steps;
       run_step(step, n, state);
-      if (late) stages_.repeat(x, out);
+      if (late) stages_.pair.start(x, out);
       const Both<A>& next = states_[0];
       end_step(true, state.y, last ? out : next.y);
       if (!last) end_step(false, state.z, next.z);
@@ -115,7 +115,7 @@ class SkewMarch {
   // y(0), which is x where the shapes agree.
   View<A> start(const View<A>& x, bool wanted) const {
     if (stages_.same_start()) return x;
-    if (wanted) stages_.repeat(x, states_[0].y);
+    if (wanted) stages_.pair.start(x, states_[0].y);
     return states_[0].y;
   }
 
@@ -145,7 +145,7 @@ class SkewMarch {
     stages_.advance_by(y, march_.b, march_.stages, from, to);
   }
 
-  SkewStages<A> stages_;
+  SkewStages<SkewPair<A>> stages_;
   March march_;
   bool found_, reads_y_ = false, in_room_ = false;
   Traces<A> traces_;

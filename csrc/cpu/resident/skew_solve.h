@@ -1,4 +1,4 @@
-// The skew pair's solution with steps by error on one resident sample: what a worker does between two looks at the
+// A skew field's solution by an embedded scheme on one resident sample: what a worker does between two looks at the
 // batch, forwards and backwards. Equations: README.md of fastode/ops/schemes/skew_pair.
 #pragma once
 
@@ -67,18 +67,22 @@ struct StartBars {
   A *y = nullptr, *z = nullptr, *slope_y = nullptr, *slope_z = nullptr;
 };
 
-template <class A>
+template <class Pair>
 class SkewSolve {
  public:
-  SkewSolve(const PairSpec<A>& spec, const Embedded& scheme, const Tensor& x, const Tensor& out,
+  using A = typename Pair::Real;
+
+  // `gradients`: the accumulators of all parts.
+  SkewSolve(const typename Pair::Spec& spec, const Embedded& scheme, const Tensor& x, const Tensor& out,
             const Tensor* cotangent, Arena& arena, A* gradients)
       : stages_(spec, scheme.stages, arena, cotangent),
         scheme_(scheme),
         x_(x, arena),
         out_(out, arena),
         cotangent_(cotangent ? *cotangent : out, arena),
+        all_gradients_(gradients),
         gradients_(gradients) {
-    const SkewPair<A>& pair = stages_.pair;
+    const Pair& pair = stages_.pair;
     if (!stages_.same_start()) start_y_ = pair.y_map(arena);
     if (cotangent) {
       bar_ = pair.maps(arena);
@@ -86,6 +90,11 @@ class SkewSolve {
     }
     for (int64_t i = 1; i < scheme.stages; ++i) guides_.push_back(pair.maps(arena));
     end_ = pair.maps(arena);
+  }
+
+  // Says to which part of the batch the next samples belong, each of which has accumulators of its own.
+  void enter(int64_t part) {
+    if (all_gradients_) gradients_ = all_gradients_ + part * stages_.pair.spec.gradients;
   }
 
   // ---- forwards. Each adds sums of squares to `sums`, y's before z's.
@@ -123,9 +132,12 @@ class SkewSolve {
     stages_.restore(0, 1);
     const ScaledStep& step = tried.step;
     const StepTable table{stages, step.a.data(), step.b.data()};
-    for (int64_t i = 1; i < stages; ++i)
+    // By steps of equal size nothing reads the slope at t1.
+    const bool to_end = scheme_.steps == 0 || !tried.interpolating;
+    for (int64_t i = 1; i < stages - !to_end; ++i)
       stages_.evaluate(table, i, state, scheme_.ends_in_solution && i + 1 == stages ? end : stages_.pair.workspace());
     for (const bool y : {true, false}) {
+      if (scheme_.steps > 0) break;  // which have no error, and end in the solution
       if (!scheme_.ends_in_solution) stages_.advance_by(y, table.b, stages, y ? state.y : state.z, y ? end.y : end.z);
       sums[!y] += stages_.squares(y, step.error.data(), stages, stages_.nothing(), tolerance(y, state, end));
     }
@@ -216,8 +228,6 @@ class SkewSolve {
     end_at_start(n, solve);
   }
 
-  SkewPair<A>& pair() { return stages_.pair; }
-
  private:
   static constexpr double kNone[] = {0, 0}, kFirst[] = {1}, kChange[] = {-1, 1};
 
@@ -230,12 +240,12 @@ class SkewSolve {
   Both<A> start(int64_t n) {
     const View<A> x = x_.load(n);
     if (stages_.same_start()) return {x, x};
-    stages_.repeat(x, start_y_);
+    stages_.pair.start(x, start_y_);
     return {start_y_, x};
   }
 
   View<A> map_of(bool y, A* base, int64_t n) const {
-    const SkewPair<A>& pair = stages_.pair;
+    const Pair& pair = stages_.pair;
     return y ? pair.y_plane.compact(base + n * pair.y_size()) : pair.z_plane.compact(base + n * pair.z_size());
   }
 
@@ -314,10 +324,10 @@ class SkewSolve {
     combine_maps<A>(stages_.plane(y), stages_.blocks(y), to, Combine<A>{}.add(1, to).add(factor, map));
   }
 
-  SkewStages<A> stages_;
+  SkewStages<Pair> stages_;
   const Embedded& scheme_;
-  Port<A> x_, out_, cotangent_;
-  A* gradients_;
+  typename PortOf<Pair>::Type x_, out_, cotangent_;
+  A *all_gradients_, *gradients_;
   View<A> start_y_ = {};
   std::vector<Both<A>> guides_;  // of evaluations that are not left to anyone
   Both<A> end_, bar_;

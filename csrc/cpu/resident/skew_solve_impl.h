@@ -1,5 +1,5 @@
-// Solves of the skew pair with steps by error over all samples: the control between the workers' parts. Included by one
-// .cpp per arithmetic type.
+// Solves of a skew field by an embedded scheme over all samples: the control between the workers' parts. Included by
+// one .cpp per arithmetic type and field.
 #pragma once
 
 #include <memory>
@@ -13,36 +13,39 @@ namespace fastode::resident {
 using Sums = std::array<double, 4>;
 
 // The workers of a call, which stay for all of its phases: a batch whose samples share their steps is gone over once
-// for each attempt.
-template <class A>
+// for each attempt. The batch is in `parts` whose sums and gradients are added up in their order, whoever has them.
+template <class Worker>
 class Team {
  public:
-  // `make(arena, worker)` makes a SkewSolve; first without memory, to count it.
+  // `make(arena)` makes a Worker, which is told each part that it enters; first without memory, to count it.
   template <class Make>
-  Team(int64_t samples, const Make& make) : samples_(samples), count_(workers_for(samples)) {
+  Team(int64_t samples, int64_t parts, const Make& make)
+      : samples_(samples), parts_(parts), count_(std::min(parts, workers_for(samples))) {
     Arena none(nullptr);
-    make(none, 0);
+    make(none);
     char* scratch = static_cast<char*>(memory_.take(count_ * none.used()));
     for (int64_t w = 0; w < count_; ++w) arenas_.emplace_back(scratch + w * none.used());
-    for (int64_t w = 0; w < count_; ++w) workers_.push_back(std::make_unique<SkewSolve<A>>(make(arenas_[w], w)));
+    for (int64_t w = 0; w < count_; ++w) workers_.push_back(std::make_unique<Worker>(make(arenas_[w])));
   }
 
-  // Calls f(worker, sample, sums) for all samples and returns the sums, added up in the workers' order. The samples are
+  // Calls f(worker, sample, sums) for all samples and returns the sums, added up in the parts' order. The samples are
   // gone over upwards and downwards in turn: the last ones of a phase are in the cache when the next begins.
   template <class F>
   Sums each(const F& f) {
-    std::vector<Sums> parts(count_, Sums{});
+    std::vector<Sums> found(parts_, Sums{});
     in_parallel(count_, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t w = begin; w < end; ++w) {
-        const int64_t first = w * samples_ / count_, last = (w + 1) * samples_ / count_;
-        Sums sums{};
-        for (int64_t k = 0; k < last - first; ++k) f(*workers_[w], down_ ? last - 1 - k : first + k, sums);
-        parts[w] = sums;
-      }
+      for (int64_t w = begin; w < end; ++w)
+        each_of(w * parts_ / count_, (w + 1) * parts_ / count_, [&](int64_t part) {
+          Worker& worker = *workers_[w];
+          worker.enter(part);
+          Sums sums{};
+          each_of(part * samples_ / parts_, (part + 1) * samples_ / parts_, [&](int64_t n) { f(worker, n, sums); });
+          found[part] = sums;
+        });
     });
     down_ = !down_;
     Sums total{};
-    for (const Sums& part : parts)
+    for (const Sums& part : found)
       for (size_t i = 0; i < total.size(); ++i) total[i] += part[i];
     return total;
   }
@@ -52,16 +55,21 @@ class Team {
   }
 
  private:
-  int64_t samples_, count_;
+  template <class F>
+  void each_of(int64_t first, int64_t end, const F& f) const {
+    for (int64_t k = 0; k < end - first; ++k) f(down_ ? end - 1 - k : first + k);
+  }
+
+  int64_t samples_, parts_, count_;
   CallMemory memory_;
   std::vector<Arena> arenas_;
-  std::vector<std::unique_ptr<SkewSolve<A>>> workers_;
+  std::vector<std::unique_ptr<Worker>> workers_;
   bool down_ = false;
 };
 
 // Maps for what a step's evaluations leave: all of them or, for the next step alone, the last.
-template <class A>
-StepMaps<A> new_step(const SkewPair<A>& pair, int64_t evaluations, int64_t samples, bool all) {
+template <class Pair, class A = typename Pair::Real>
+StepMaps<A> new_step(const Pair& pair, int64_t evaluations, int64_t samples, bool all) {
   StepMaps<A> step;
   step.samples = samples;
   const auto take = [&](int64_t size) {
@@ -76,8 +84,8 @@ StepMaps<A> new_step(const SkewPair<A>& pair, int64_t evaluations, int64_t sampl
   return step;
 }
 
-template <class A>
-void give_ends(const SkewPair<A>& pair, StepMaps<A>& step) {
+template <class Pair, class A>
+void give_ends(const Pair& pair, StepMaps<A>& step) {
   if (step.end_y) return;
   const auto take = [&](int64_t size) {
     return static_cast<A*>(step.ends.emplace_back(new_vector(size * step.samples, scalar_type<A>())).data_ptr());
@@ -98,18 +106,26 @@ StepMaps<A> find_step(int64_t evaluations, int64_t samples, bool ends, const std
 }
 
 // How many numbers the norms of y and of z are means over.
+template <class Pair>
+std::array<double, 2> entries(const Pair& pair, int64_t samples) {
+  const auto [y, z] = pair.entries();
+  return {static_cast<double>(samples * y), static_cast<double>(samples * z)};
+}
+
+// A step's size as a stage sees it: a tensor of the program's type but where it is given.
 template <class A>
-std::array<double, 2> entries(const SkewPair<A>& pair, int64_t samples) {
-  const SkewShape& shape = pair.spec.shape;
-  return {static_cast<double>(samples * shape.channels * pair.y_plane.pixels()),
-          static_cast<double>(samples * shape.in_channels * pair.z_plane.pixels())};
+double seen(const Embedded& scheme, double size) {
+  return scheme.steps > 0 ? size : static_cast<double>(static_cast<A>(size));
 }
 
 // The forward of samples that share their steps. `each(f)` calls f(worker, sample, sums) for all of them.
-template <class A>
+template <class Pair>
 class Forward {
+  using A = typename Pair::Real;
+  using Worker = SkewSolve<Pair>;
+
  public:
-  Forward(const Embedded& scheme, const SkewPair<A>& pair, const SolveCall& call, int64_t samples, Solve<A>& solve)
+  Forward(const Embedded& scheme, const Pair& pair, const SolveCall& call, int64_t samples, Solve<A>& solve)
       : scheme_(scheme), pair_(pair), call_(call), solve_(solve), entries_(entries(pair, samples)) {
     solve.samples = samples;
   }
@@ -119,11 +135,11 @@ class Forward {
     choose_first(each);
     SolveLog& log = solve_.log;
     StepMaps<A> spare, next;
-    for (;; log.h *= next_factor(log.attempts.back().ratio, scheme_.order)) {
-      if (scheme_.most >= 0 && static_cast<int64_t>(log.attempts.size()) >= scheme_.most)
-        return void(log.end = kMostAttempts);
-      if (!std::isfinite(log.h) || !(log.t + log.h > log.t)) return void(log.end = kNoStep);
-      const bool last = log.t + log.h >= scheme_.t1;
+    for (;; log.h *= scheme_.steps > 0 ? 1 : next_factor(log.attempts.back().ratio, scheme_.order)) {
+      const auto tried = static_cast<int64_t>(log.attempts.size());
+      if (scheme_.most >= 0 && tried >= scheme_.most) return void(log.end = kMostAttempts);
+      if (scheme_.steps == 0 && (!std::isfinite(log.h) || !(log.t + log.h > log.t))) return void(log.end = kNoStep);
+      const bool last = scheme_.steps > 0 ? tried + 1 == scheme_.steps : log.t + log.h >= scheme_.t1;
       if (next.y.empty()) next = new_step(pair_, scheme_.stages - 1, solve_.samples, call_.keep);
       if (!last) give_ends(pair_, next);
       const std::array<double, 2> norms = attempt(each, next, last);
@@ -145,16 +161,15 @@ class Forward {
   template <class Each>
   void choose_first(const Each& each) {
     SolveLog& log = solve_.log;
-    const bool chooses = scheme_.first_step == 0;
+    const bool chooses = scheme_.chooses();
     solve_.start = new_step(pair_, 1, solve_.samples, true);
-    Sums sums =
-        each([&](SkewSolve<A>& worker, int64_t n, Sums& sums) { worker.begin(n, solve_, chooses, sums.data()); });
+    Sums sums = each([&](Worker& worker, int64_t n, Sums& sums) { worker.begin(n, solve_, chooses, sums.data()); });
     log.h = scheme_.first_step;
     if (!chooses) return;
     log.first.state = {rms(sums[0], 0), rms(sums[1], 1)}, log.first.slope = {rms(sums[2], 0), rms(sums[3], 1)};
     const double size = log.first.trial();
     solve_.trial = new_step(pair_, 1, solve_.samples, true);
-    sums = each([&](SkewSolve<A>& worker, int64_t n, Sums& sums) { worker.try_first(n, solve_, size, sums.data()); });
+    sums = each([&](Worker& worker, int64_t n, Sums& sums) { worker.try_first(n, solve_, size, sums.data()); });
     log.first.change = {rms(sums[0], 0), rms(sums[1], 1)};
     log.h = log.first.size(scheme_.order);
     if (!call_.keep_trial) solve_.trial = {};
@@ -163,42 +178,45 @@ class Forward {
   template <class Each>
   std::array<double, 2> attempt(const Each& each, const StepMaps<A>& to, bool last) {
     const SolveLog& log = solve_.log;
-    const double size = static_cast<double>(static_cast<A>(log.h));  // what a stage sees
+    const double size = seen<A>(scheme_, log.h);
     const ScaledStep step(scheme_, size);
     std::vector<double> weights;
-    if (last) weights = interpolating(scheme_, (scheme_.t1 - log.t) / log.h, false);
+    if (last) weights = at_end(scheme_, (scheme_.t1 - log.t) / log.h, false);
     for (double& weight : weights) weight *= size;
     const Attempted<A> tried{step, last ? weights.data() : nullptr, to};
     const Sums sums =
-        each([&](SkewSolve<A>& worker, int64_t n, Sums& sums) { worker.attempt(n, solve_, tried, sums.data()); });
+        each([&](Worker& worker, int64_t n, Sums& sums) { worker.attempt(n, solve_, tried, sums.data()); });
     return {rms(sums[0], 0), rms(sums[1], 1)};
   }
 
   double rms(double squares, int64_t half) const { return std::sqrt(squares / entries_[half]); }
 
   const Embedded& scheme_;
-  const SkewPair<A>& pair_;
+  const Pair& pair_;
   const SolveCall& call_;
   Solve<A>& solve_;
   const std::array<double, 2> entries_;
 };
 
 // The backward of samples that share their steps, likewise.
-template <class A>
+template <class Pair>
 class Backward {
+  using A = typename Pair::Real;
+  using Worker = SkewSolve<Pair>;
+
  public:
-  Backward(const Embedded& scheme, const SkewPair<A>& pair, const SolveCall& call, const Solve<A>& solve)
+  Backward(const Embedded& scheme, const Pair& pair, const SolveCall& call, const Solve<A>& solve)
       : scheme_(scheme), pair_(pair), solve_(solve), entries_(entries(pair, solve.samples)) {
     double t = 0, h = 0;
     for (const Attempt& one : solve.log.attempts)
       if (one.accepted) {
         t = one.t, h = one.h;
-        way_.steps.emplace_back(scheme, static_cast<double>(static_cast<A>(h)));
+        way_.steps.emplace_back(scheme, seen<A>(scheme, h));
       }
     const double at = (scheme.t1 - t) / h;
-    way_.interpolating = interpolating(scheme, at, false), way_.rates = interpolating(scheme, at, true);
-    for (double& weight : way_.interpolating) weight *= static_cast<double>(static_cast<A>(h));
-    way_.through_first = call.keep_trial && scheme.first_step == 0 && solve.log.attempts[0].accepted;
+    way_.interpolating = at_end(scheme, at, false), way_.rates = at_end(scheme, at, true);
+    for (double& weight : way_.interpolating) weight *= seen<A>(scheme, h);
+    way_.through_first = call.keep_trial && scheme.chooses() && solve.log.attempts[0].accepted;
     way_.first_size = static_cast<double>(static_cast<A>(solve.log.attempts[0].h));
     way_.share = way_.steps.size() == 1 ? at : 1;
     way_.trial = static_cast<double>(static_cast<A>(solve.log.first.trial()));
@@ -214,7 +232,7 @@ class Backward {
     if (way_.through_first)
       bars = {solve_.samples, take(pair_.y_size()), take(pair_.z_size()), take(pair_.y_size()), take(pair_.z_size())};
     const Sums sums =
-        each([&](SkewSolve<A>& worker, int64_t n, Sums& sums) { worker.back(n, solve_, way_, bars, sums.data()); });
+        each([&](Worker& worker, int64_t n, Sums& sums) { worker.back(n, solve_, way_, bars, sums.data()); });
     if (way_.through_first) through_choice(each, bars, sums[0]);
   }
 
@@ -225,14 +243,14 @@ class Backward {
     FirstStepBar bar(first, scheme_.order, size_bar);
     way_.change = factor(bar.change, first.change, way_.change_half);
     if (way_.change != 0) {
-      const Sums sums = each(
-          [&](SkewSolve<A>& worker, int64_t n, Sums& sums) { worker.back_trial(n, solve_, way_, bars, sums.data()); });
+      const Sums sums =
+          each([&](Worker& worker, int64_t n, Sums& sums) { worker.back_trial(n, solve_, way_, bars, sums.data()); });
       bar.trial += sums[0];
     }
     bar.settle_trial(first);
     way_.slope = factor(bar.slope, first.slope, way_.slope_half);
     way_.state = factor(bar.state, first.state, way_.state_half);
-    each([&](SkewSolve<A>& worker, int64_t n, Sums&) { worker.back_start(n, solve_, way_, bars); });
+    each([&](Worker& worker, int64_t n, Sums&) { worker.back_start(n, solve_, way_, bars); });
   }
 
   // Of the pull-back of a root mean square: its cotangent over the value and over how many numbers it is of.
@@ -243,17 +261,17 @@ class Backward {
   }
 
   const Embedded& scheme_;
-  const SkewPair<A>& pair_;
+  const Pair& pair_;
   const Solve<A>& solve_;
   const std::array<double, 2> entries_;
   WayBack way_;
 };
 
 // Calls f(solve, each) for the batch as one or for every sample alone, by the worker that has it.
-template <class A, class F>
-void each_solve(std::vector<Solve<A>>& solves, Team<A>& team, const F& f) {
+template <class A, class Worker, class F>
+void each_solve(std::vector<Solve<A>>& solves, Team<Worker>& team, const F& f) {
   if (solves.size() == 1) return f(solves[0], [&](const auto& phase) { return team.each(phase); });
-  team.each([&](SkewSolve<A>& worker, int64_t n, Sums&) {
+  team.each([&](Worker& worker, int64_t n, Sums&) {
     f(solves[n], [&](const auto& phase) {
       Sums sums{};
       phase(worker, n, sums);
@@ -262,42 +280,50 @@ void each_solve(std::vector<Solve<A>>& solves, Team<A>& team, const F& f) {
   });
 }
 
+// The solves as forward has logged and kept them.
 template <class A>
-void run_solve(const PackedPair<A>& packed, const Embedded& scheme, const SolveCall& call, std::vector<double>& log,
-               std::vector<Tensor>& kept, const Tensor& gradients) {
+void find_solves(const Embedded& scheme, bool keep_trial, int64_t samples, const std::vector<double>& log,
+                 const std::vector<Tensor>& kept, std::vector<Solve<A>>& solves) {
+  size_t next = 0;
+  const double* from = log.data();
+  for (Solve<A>& solve : solves) {
+    solve.samples = samples, solve.log = SolveLog::read(from);
+    solve.start = find_step<A>(1, samples, false, kept, next);
+    if (keep_trial && scheme.chooses()) solve.trial = find_step<A>(1, samples, false, kept, next);
+    const auto steps = std::count_if(solve.log.attempts.begin(), solve.log.attempts.end(),
+                                     [](const Attempt& one) { return one.accepted; });
+    for (int64_t k = 0; k < steps; ++k)
+      solve.steps.push_back(find_step<A>(scheme.stages - 1, samples, k + 1 < steps, kept, next));
+  }
+}
+
+// `gradients`: accumulators of each of the parts.
+template <class Pair>
+void run_solves(const typename Pair::Spec& spec, int64_t parts, const Embedded& scheme, const SolveCall& call,
+                std::vector<double>& log, std::vector<Tensor>& kept, const Tensor& gradients) {
+  using A = typename Pair::Real;
   const bool backward = call.cotangent != nullptr;
   if (backward && kept.empty()) {
     const Tensor& like = *call.cotangent;
-    const Tensor again = new_map(like.scalar_type(), like.size(0), like.size(1), like.size(2), like.size(3), false);
+    const Tensor again = new_contiguous(like.scalar_type(), like.sizes());
     log.clear();
-    run_solve(packed, scheme, {call.x, nullptr, again, call.per_sample, true, call.keep_trial}, log, kept, gradients);
+    run_solves<Pair>(spec, parts, scheme, {call.x, nullptr, again, call.per_sample, true, call.keep_trial}, log, kept,
+                     gradients);
   }
   const int64_t samples = call.x.size(0), alone = call.per_sample ? samples : 1, together = samples / alone;
   Arena none(nullptr);
-  const SkewPair<A> pair(packed.spec, none, false);
+  const Pair pair(spec, none, false);
   std::vector<Solve<A>> solves(alone);
-  if (backward) {
-    size_t next = 0;
-    const double* from = log.data();
-    for (Solve<A>& solve : solves) {
-      solve.samples = together, solve.log = SolveLog::read(from);
-      solve.start = find_step<A>(1, together, false, kept, next);
-      if (call.keep_trial && scheme.first_step == 0) solve.trial = find_step<A>(1, together, false, kept, next);
-      const auto steps = std::count_if(solve.log.attempts.begin(), solve.log.attempts.end(),
-                                       [](const Attempt& one) { return one.accepted; });
-      for (int64_t k = 0; k < steps; ++k)
-        solve.steps.push_back(find_step<A>(scheme.stages - 1, together, k + 1 < steps, kept, next));
-    }
-  }
-  Team<A> team(samples, [&](Arena& arena, int64_t w) {
-    return SkewSolve<A>(packed.spec, scheme, call.x, call.out, call.cotangent, arena,
-                        backward ? worker_gradients(packed.spec, gradients, w) : nullptr);
+  if (backward) find_solves(scheme, call.keep_trial, together, log, kept, solves);
+  Team<SkewSolve<Pair>> team(samples, parts, [&](Arena& arena) {
+    return SkewSolve<Pair>(spec, scheme, call.x, call.out, call.cotangent, arena,
+                           backward ? worker_gradients(spec, gradients, 0) : nullptr);
   });
   each_solve(solves, team, [&](Solve<A>& solve, const auto& each) {
     if (backward)
-      Backward<A>(scheme, pair, call, solve).run(each);
+      Backward<Pair>(scheme, pair, call, solve).run(each);
     else
-      Forward<A>(scheme, pair, call, together, solve).run(each);
+      Forward<Pair>(scheme, pair, call, together, solve).run(each);
   });
   team.check();
   if (backward) return;
@@ -313,6 +339,12 @@ void run_solve(const PackedPair<A>& packed, const Embedded& scheme, const SolveC
       if (k + 1 < solve.steps.size()) leave(solve.steps[k].ends);
     }
   }
+}
+
+template <class A>
+void run_solve(const PackedPair<A>& packed, const Embedded& scheme, const SolveCall& call, std::vector<double>& log,
+               std::vector<Tensor>& kept, const Tensor& gradients) {
+  run_solves<SkewPair<A>>(packed.spec, workers_for(call.x.size(0)), scheme, call, log, kept, gradients);
 }
 
 }  // namespace fastode::resident

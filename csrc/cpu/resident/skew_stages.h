@@ -1,5 +1,6 @@
-// The stages of one step of the skew pair on one resident sample, forwards and backwards: what solutions by equal steps
-// and by error share. Equations: README.md of fastode/ops/schemes/skew_pair.
+// The stages of one step of a skew field on one resident sample, forwards and backwards: what solutions by equal steps
+// and by error share, of the pair (skew.h) and of the field of two matrix products (linear.h). Equations: README.md of
+// fastode/ops/schemes/skew_pair.
 #pragma once
 
 #include "skew.h"
@@ -21,11 +22,14 @@ struct Total {
   bool present = false;
 };
 
-template <class A>
+// Pair: SkewPair or LinearPair.
+template <class Pair>
 class SkewStages {
  public:
+  using A = typename Pair::Real;
+
   // For steps of at most `stages` stages.
-  SkewStages(const PairSpec<A>& spec, int64_t stages, Arena& arena, bool backward)
+  SkewStages(const typename Pair::Spec& spec, int64_t stages, Arena& arena, bool backward)
       : pair(spec, arena, backward), made(stages), present_(stages) {
     for (int64_t i = 0; i < stages; ++i) {
       if (!spec.tells) s_.push_back(pair.maps(arena));
@@ -35,21 +39,12 @@ class SkewStages {
     if (backward && stages >= Combine<A>::capacity) part_ = pair.maps(arena);
   }
 
-  bool same_start() const {
-    const SkewShape& shape = pair.spec.shape;
-    return shape.stride == 1 && shape.channels == shape.in_channels;
-  }
-
-  // y(0) of x where the shapes differ.
-  void repeat(const View<A>& x, const View<A>& y) const {
-    const SkewShape& shape = pair.spec.shape;
-    repeat_channels<A>(pair.y_plane, shape.in_channels, shape.channels, shape.stride, x, y);
-  }
+  // Whether y(0) is x.
+  bool same_start() const { return pair.same_start(); }
 
   // Adds to `out`, x's cotangent by z(0), that by y(0), where the last pull has not.
   void add_start(const View<A>& out) const {
-    const SkewShape& shape = pair.spec.shape;
-    if (!same_start()) add_repeated<A>(pair.y_plane, shape.in_channels, shape.channels, shape.stride, out, y_total.map);
+    if (!same_start()) pair.add_start(out, y_total.map);
   }
 
   int64_t blocks(bool y) const { return y ? pair.y_blocks() : pair.z_blocks(); }
@@ -167,7 +162,7 @@ class SkewStages {
       if (low > 0) carry(table, y);
   }
 
-  SkewPair<A> pair;
+  Pair pair;
   std::vector<Trace<A>> made;  // of the step at hand
   double* product =
       nullptr;  // where pull adds the inner products of slopes and cotangents up, but of stage 0, the last

@@ -1,4 +1,5 @@
-"""The skew pair's solution with steps by error on the resident engine: one operator forwards, one backwards.
+"""The skew pair's solution with steps by error on the resident engine: one operator forwards, one backwards; and how a
+solver and the log of what it did come to the operators and back.
 
 Derivation: README.md of ops/schemes/skew_pair, "Steps by error"; the control is in csrc/cpu/resident/control.h.
 """
@@ -50,7 +51,7 @@ class ResidentSolveFunction(torch.autograd.Function):
             x, *encode(pair, tensors), *solver_code(solver), keep, keep and solver.gradient == "solver", traced
         )
         if not traced:
-            _tell(log.tolist(), solver, watches, steps, x)
+            tell(log.tolist(), solver, watches, steps, x)
         ctx.save_for_backward(x, *tensors, log, *kept)
         ctx.pair, ctx.solver, ctx.rerun, ctx.count = pair, solver, rerun, 1 + len(tensors)
         ctx.set_materialize_grads(False)
@@ -76,19 +77,23 @@ class ResidentSolveFunction(torch.autograd.Function):
 def solver_code(solver: Solver) -> SolverCode:
     """A solver as the operators take it (csrc/cpu/resident_ops.cpp): the scheme's rows, numbers, integers."""
     tableau = solver.tableau
-    assert isinstance(tableau, Embedded)
     numbers = [solver.rtol, solver.atol, solver.t1, solver.first_step or 0.0]
+    if not isinstance(tableau, Embedded):
+        # One stage more, at the step's end: its slope is the next step's first.
+        none = (0.0,) * (tableau.stages + 1)
+        rows = _rows((*tableau.a, tableau.b), (*tableau.b, 0.0), none, none)
+        return rows, [*numbers[:3], solver.t1 / solver.steps], [tableau.order, -1, 1, solver.steps], False
     most = -1 if solver.max_steps is None else solver.max_steps
-    return _rows(tableau), numbers, [tableau.order, most, int(tableau.ends_in_solution)], solver.per_sample
+    rows = _rows(tableau.a, tableau.b, tableau.b_error, tableau.b_mid)
+    return rows, numbers, [tableau.order, most, int(tableau.ends_in_solution), 0], solver.per_sample
 
 
-def _rows(tableau: Embedded) -> list[float]:
-    stages = tableau.stages
-    rows = [*((*row, *(0.0,) * (stages - len(row))) for row in tableau.a), tableau.b, tableau.b_error, tableau.b_mid]
-    return [value for row in rows for value in row]
+def _rows(a: Sequence[tuple[float, ...]], *weights: tuple[float, ...]) -> list[float]:
+    stages = len(a)
+    return [value for row in (*a, *weights) for value in (*row, *(0.0,) * (stages - len(row)))]
 
 
-def _tell(log: list[float], solver: Solver, watches: Sequence[Watch], steps: Sequence[Steps], x: Tensor) -> None:
+def tell(log: list[float], solver: Solver, watches: Sequence[Watch], steps: Sequence[Steps], x: Tensor) -> None:
     """Tell each solve's watch and `Steps` what the log has of it; raises what the first one that failed raises."""
     tableau, chosen = solver.tableau, 1 if solver.first_step is not None else 2
     for sample, (watch, taken, (end, t, h, attempts)) in enumerate(zip(watches, steps, _solves(log), strict=True)):
