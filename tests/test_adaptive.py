@@ -17,7 +17,7 @@ from fastode.dispatch.engines import BY_NAME
 from fastode.dispatch.skew import read_field
 from fastode.ops.resident.skew import encode
 from fastode.ops.resident.solve import solver_code
-from fastode.ops.schemes.skew_pair.adaptive import interpolating, interpolating_rates
+from fastode.ops.schemes.by_error import interpolating, interpolating_rates
 from fastode.reference.adaptive import integrate, interpolated
 from fastode.reference.solvers import without_time
 from fastode.steps import Watch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -42,7 +42,10 @@ class Activation:
 
 @dataclass(frozen=True)
 class Conv:
-    """A convolution of stride 1 whose padding keeps the size."""
+    """A convolution of stride 1 whose padding keeps the size.
+
+    One that sees the time has it as one more channel in front of its `in_channels`, the first of its weight's.
+    """
 
     in_channels: int
     out_channels: int
@@ -50,6 +53,7 @@ class Conv:
     padding: tuple[int, int]
     dilation: tuple[int, int]
     groups: int
+    sees_time: bool = False
 
 
 NORM, ACTIVATION, CONV = 0, 1, 2
@@ -154,6 +158,14 @@ def _read_conv(layer: nn.Conv2d, row: list[Tensor | None]) -> tuple[Conv | None,
         layer.groups,
     )
     return conv, ((height, stride[0], total[0], dilation[0]), (width, stride[1], total[1], dilation[1]))
+
+
+def read_time_conv(layer: Any, row: list[Tensor | None]) -> tuple[Conv | None, Any]:
+    """The reader of `TimeConv2d`, whose own convolution has the time as its first channel."""
+    conv, note = _read_conv(layer._layer, row)
+    if conv is None:
+        return None, note
+    return replace(conv, in_channels=conv.in_channels - 1, sees_time=True), note
 
 
 def _is_pair(value: Any) -> bool:

@@ -51,7 +51,7 @@ class Reading:
     geometry: tuple[Sides, ...] = ()
 
 
-def read(module: nn.Module, name: str = "branch") -> Reading:
+def read(module: nn.Module, name: str = "branch", timed: bool = False) -> Reading:
     """Read a branch into units.
 
     Readable are nested nn.Sequentials (and subclasses that keep its forward) of GroupNorm, BatchNorm2d, InstanceNorm2d,
@@ -62,6 +62,7 @@ def read(module: nn.Module, name: str = "branch") -> Reading:
     Args:
         module: the branch; its mode (train or eval) decides which statistics each norm uses.
         name: what the reasons call it.
+        timed: whether it is told the time, so that convolutions that see it can be read.
 
     Returns:
         The reading. It is made anew whenever something that it depends on has changed (`snapshot`).
@@ -102,13 +103,16 @@ def read(module: nn.Module, name: str = "branch") -> Reading:
         part, note = reader(layer, row)
         if part is None:
             return Reading(None, f"{path} ({type(layer).__name__}) {note}.")
+        if not timed and isinstance(part, Conv) and part.sees_time:
+            return Reading(None, f"{path} ({type(layer).__name__}) sees the time, which this block does not tell.")
         parts[slot] = part
         if slot == NORM:
             update = note
         elif slot == CONV:
             geometry.append(note)
             if not uneven and not _keeps_size(note, part):
-                uneven = f"{path} (Conv2d) has a stride or a padding that changes the size, or pads unevenly."
+                kind = type(layer).__name__
+                uneven = f"{path} ({kind}) has a stride or a padding that changes the size, or pads unevenly."
     units.append(Unit(parts[0], parts[1], parts[2]))
     tensors += row
     norms.append(update)
@@ -160,6 +164,10 @@ def _flatten(name: str, module: nn.Module, layers: list[_Layer]) -> str:
     if is_overridden(module):
         return f"{name} ({kind.__name__}) has hooks or a replaced forward, which a fused branch would not call."
     if known is not None:
+        for key, inner in module._modules.items():
+            # A convolution that sees the time calls one of PyTorch's.
+            if type(inner) is not nn.Conv2d or is_overridden(inner):
+                return f"{name}.{key} ({type(inner).__name__}) is no plain Conv2d, which the reader knows alone."
         layers.append((name, module, known[0], known[1]))
     elif sequential:
         for key, child in module._modules.items():

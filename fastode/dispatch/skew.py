@@ -17,7 +17,7 @@ from ..ops.engine import Call, Engine, autocast_dtype
 from ..ops.maps import is_channels_last
 from ..ops.plan import TENSORS_PER_NORM, MaybeTensor, MaybeTensors
 from ..ops.rerun import Rerun, StandIn
-from ..ops.schemes.skew_pair.adaptive import Steps
+from ..ops.schemes.by_error import Steps
 from ..ops.schemes.skew_pair.march import March
 from ..ops.schemes.skew_pair.pair import Pair
 from ..reference.adaptive import first_step, retaken

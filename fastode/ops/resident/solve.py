@@ -19,7 +19,7 @@ from ...tableau import Embedded
 from ..function import gradients
 from ..plan import MaybeTensor
 from ..rerun import Rerun
-from ..schemes.skew_pair.adaptive import Steps
+from ..schemes.by_error import Steps
 from ..schemes.skew_pair.pair import Pair
 from .call import beside
 from .functions import keeps

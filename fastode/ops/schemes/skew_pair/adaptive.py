@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ....reference.adaptive import next_factor
 from ....solver import Solver
 from ....steps import Watch
 from ....tableau import Embedded
@@ -21,6 +19,7 @@ from ...function import gradients
 from ...maps import accumulator, cast, channels_last, coefficients, combine, dots
 from ...plan import Gradients, MaybeTensor, MaybeTensors
 from ...rerun import Rerun
+from ..by_error import Attempt, Steps, interpolating, interpolating_rates, solve_by_error
 from .march import advanced, converted, flat, scaled_bars, terms_of, tracked, unflat
 from .pair import Kept, Pair, PairSweeps
 
@@ -28,21 +27,7 @@ _INPUTS = 5  # y, z, their slopes and the first step's size
 
 State = tuple[Tensor, Tensor]
 Halves = tuple[MaybeTensor, MaybeTensor]
-
-
-@dataclass
-class Steps:
-    """The steps that a solve took, filled by its forward; a backward that is differentiated takes them again.
-
-    Attributes:
-        sizes: of the accepted steps, from the first.
-        at: the part of the last one at which t₁ lies.
-        first_stayed: whether the first attempt was accepted, so that its size depends on the input.
-    """
-
-    sizes: list[float] = field(default_factory=list)
-    at: float = 1.0
-    first_stayed: bool = False
+_Made = tuple[list[State], list[Kept]]  # the slopes of a step's stages, and the evaluations
 
 
 def make_adaptive_function(sweeps: PairSweeps) -> type[torch.autograd.Function]:
@@ -114,34 +99,17 @@ class _Solve:
 
     def run(self, state: State, first: State, size: float) -> Tensor:
         """y(t₁)."""
-        solver, watch, t, attempts = self.solver, self.watch, 0.0, 0
-        dtype = state[0].dtype
         first = _like(first, state)
-        while solver.max_steps is None or attempts < solver.max_steps:
-            attempts += 1
-            watch.attempt(t, size, state)
-            if not (math.isfinite(size) and t + size > t):
-                watch.fail_at_step()
-            step = torch.tensor(size, dtype=torch.float64).to(dtype).item()  # what a stage sees
-            end, slopes, kept = self._attempt(state, first, step)
-            norms = self._norms(state, end, slopes, step)
-            ratio = max(norms)
-            watch.judged(ratio, ratio <= 1)
-            if ratio <= 1:
-                self._accept(step, slopes, kept, attempts)
-                if t + size >= solver.t1:
-                    watch.finish()
-                    self.steps.at = (solver.t1 - t) / size
-                    weights = interpolating(self.tableau, self.steps.at)
-                    last = advanced(state[0], [k[0] for k in slopes], weights, step)
-                    assert last is not None
-                    return last
-                t, state, first = t + size, end, slopes[-1]
-                if not all(map(math.isfinite, norms)):
-                    watch.attempt(t, size, state)
-                    watch.fail_at_step()
-            size *= next_factor(ratio, self.tableau.order)
-        watch.fail_at_most()
+
+        def attempt(state: State, step: float, start: float, end: float) -> Attempt[State, _Made]:
+            at_end, slopes, kept = self._attempt(state, self.slopes[-1][-1] if self.slopes else first, step)
+            return Attempt(at_end, self._norms(state, at_end, slopes, step), (slopes, kept))
+
+        state, step = solve_by_error(self.solver, self.watch, self.steps, state, size, attempt, self._accept)
+        weights = interpolating(self.tableau, self.steps.at)
+        last = advanced(state[0], [k[0] for k in self.slopes[-1]], weights, step)
+        assert last is not None
+        return last
 
     def _attempt(self, state: State, first: State, step: float) -> tuple[State, list[State], list[Kept]]:
         slopes, evaluations = [first], []
@@ -174,12 +142,10 @@ class _Solve:
         found: list[float] = torch.stack(norms).tolist()
         return found
 
-    def _accept(self, step: float, slopes: list[State], kept: list[Kept], attempts: int) -> None:
-        if not self.steps.sizes:
-            self.steps.first_stayed = attempts == 1
-        elif len(self.slopes) > 1:
+    def _accept(self, made: _Made) -> None:
+        slopes, kept = made
+        if len(self.slopes) > 1:
             self.slopes.pop()
-        self.steps.sizes.append(step)
         self.slopes.append(slopes)
         self.kept.append(kept)
 
@@ -275,25 +241,6 @@ class _WayBack:
             # t₁ lies at (t₁ − t)/h of the last step, whose start t moves with the first step's size.
             total = total - at_bar * (self.steps.at / step if index == 0 else 1 / step)
         return total
-
-
-def interpolating(tableau: Embedded, x: float) -> list[float]:
-    """(6): the weights with which the interpolant at the part x of a step is y + h Σ weights_j k_j."""
-    return _quartic(tableau, (x**4, x**3, x**2, x))
-
-
-def interpolating_rates(tableau: Embedded, x: float) -> list[float]:
-    """The derivatives of those weights in x."""
-    return _quartic(tableau, (4 * x**3, 3 * x**2, 2 * x, 1.0))
-
-
-def _quartic(tableau: Embedded, powers: tuple[float, float, float, float]) -> list[float]:
-    p4, p3, p2, p1 = powers
-    end, mid = -8 * p4 + 14 * p3 - 5 * p2, 16 * p4 - 32 * p3 + 16 * p2
-    weights = [end * b + mid * m for b, m in zip(tableau.b, tableau.b_mid, strict=True)]
-    weights[0] += -2 * p4 + 5 * p3 - 4 * p2 + p1
-    weights[-1] += 2 * p4 - 3 * p3 + p2
-    return weights
 
 
 def _each(sums: Sequence[Sequence[tuple[float, Tensor]]]) -> Halves:
