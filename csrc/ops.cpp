@@ -6,8 +6,10 @@
 #include <torch/csrc/stable/library.h>
 
 #define FASTODE_NORM "int norm, int groups, float eps, int act, float p, float q"
-// A branch, a skew pair, and an explicit solution of one, as cpu/resident/engine.h and skew_engine.h read them.
+// A branch, one step of a solution of it (step.h), a skew pair, and an explicit solution of one, as
+// cpu/resident/engine.h and skew_engine.h read them.
 #define FASTODE_BRANCH "Tensor[] parameters, int[] units, float[] numbers"
+#define FASTODE_STEP "float[] rows, float[] times, bool given, int[] timed, Tensor[] planes"
 #define FASTODE_PAIR "Tensor[] parameters, int[] integers, float[] numbers"
 #define FASTODE_MARCH "float[] table, int steps, int[] used"
 // An embedded scheme and how its steps are chosen, as cpu/resident_ops.cpp reads them.
@@ -65,4 +67,21 @@ STABLE_TORCH_LIBRARY(fastode, m) {
         ", bool keep, bool keep_trial, bool raises) -> (Tensor y, Tensor log, Tensor[] kept)");
   m.def("resident_solve_backward(Tensor x, Tensor cotangent, Tensor log, Tensor[] kept, " FASTODE_PAIR
         ", " FASTODE_SOLVER ", bool keep_trial, bool weight, bool norms) -> (Tensor x_bar, Tensor[] bars)");
+  // One step of u' = f(t, u). Its maps lie as `resident_enter` makes one of x; `resident_leave` makes a map like x of
+  // one.
+  m.def("resident_enter(Tensor x) -> Tensor");
+  m.def("resident_leave(Tensor map, Tensor x) -> Tensor");
+  // The sum of the squares of the combination over atol + rtol max(|u|, |v|), and zero where v is finite, else NaN; and
+  // the pull-back of that sum's half, times the factor, to the one term v and to u, where both tolerances are at u.
+  m.def("resident_scaled_squares(Tensor[] terms, float[] coefs, Tensor u, Tensor v, float rtol, float atol) -> Tensor");
+  m.def(
+      "resident_pull_squares(Tensor v, Tensor u, float factor, float rtol, float atol) -> (Tensor v_bar, Tensor "
+      "u_bar)");
+  m.def("resident_step_forward(Tensor x, Tensor state, Tensor? first, " FASTODE_BRANCH ", " FASTODE_STEP
+        ", bool keep) -> (Tensor[] slopes, Tensor[] points, Tensor[] kept)");
+  m.def(
+      "resident_step_backward(Tensor x, Tensor? end_bar, Tensor? carried, Tensor[] slopes, Tensor[] points, Tensor[] "
+      "kept, " FASTODE_BRANCH ", " FASTODE_STEP
+      ", float[] weights, bool gradients) -> (Tensor state_bar, Tensor? first_bar, Tensor[] bars, Tensor moments, "
+      "Tensor product)");
 }

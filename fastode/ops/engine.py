@@ -21,6 +21,8 @@ Mode = Literal["train", "input_grad", "forward"]
 _CPU_STORAGE = (torch.float32, torch.float64, torch.bfloat16)
 STORAGE = {"cpu": _CPU_STORAGE, "cuda": (*_CPU_STORAGE, torch.float16)}
 NO_EXACT_IE = "it has no products of a branch's Jacobian alone, of which the exact implicit Euler step is made"
+ODE_SOLUTION = "ode_solution"  # the family of a single map's equation
+NO_ODE_SOLUTION = "it has no solution of a single map's equation"
 DEVICE_NAMES = {"cpu": "CPU", "cuda": "CUDA"}
 
 
@@ -29,7 +31,8 @@ class Call:
     """What an engine is asked to run: a block of a family, its branch or field, and the tensors it gets.
 
     Attributes:
-        family: "ie", "exact_ie", "shu_osher", "skew_pair", "skew_solution" or "skew_adaptive".
+        family: "ie", "exact_ie", "shu_osher", "skew_pair", "skew_solution", "skew_adaptive" or
+            "ode_solution".
         variant: what else the time of its calls depends on, in words.
         program: the branch, or the pair, as constants; None where it cannot be read.
         tensors: of the branch (six for each unit), or of the pair (the weight, then four for each norm).
@@ -152,6 +155,11 @@ class Engine:
         None where the engine has the pair alone: then each evaluation is a call of it, and the reference drives.
         """
         return None
+
+    @property
+    def ode_solution(self) -> type[Function]:
+        """The solution of a single map's equation, as (Plan, Course, Rerun, x, *tensors)."""
+        return self._lacks("the solution of a single map's equation")
 
     def _lacks(self, family: str) -> NoReturn:
         raise TypeError(f"the engine {self.name} has no function for {family}, which its why_not has to say")

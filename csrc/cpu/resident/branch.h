@@ -23,6 +23,8 @@ struct UnitSpec {
   const A *weight = nullptr, *bias = nullptr;  // rows
   const A *mean = nullptr, *rstd = nullptr;    // rows, where the statistics are fixed or there is no norm
   const A *forward = nullptr, *backward = nullptr, *conv_bias = nullptr;
+  const A* plane = nullptr;  // what its convolution adds, times the time: a compact map
+  int64_t moments_at = -1;   // where `add_moments` of its image's cotangent begins in an evaluation's
   // Where the gradients of norm weight, norm bias, convolution weight and bias begin in a worker's accumulators, or -1.
   int64_t weight_at = -1, bias_at = -1, conv_at = -1, conv_bias_at = -1;
 
@@ -75,6 +77,9 @@ struct Passed {
   size_t unit;
   Map<T> input;
   Rows<Number<T>> mean, rstd, groups;
+  Number<T> time = 0;
+  Number<T>* moments = nullptr;
+  int64_t moments_stride = 0;
 };
 
 // What one evaluation of the branch leaves for its derivatives: every unit's input and statistics.
@@ -86,8 +91,13 @@ struct Evaluation {
   std::vector<Rows<A>> groups;  // if kept: mean and rstd of each group of a group norm, [2, groups]
   A* statistics = nullptr;      // if set: mean and biased variance [2, C] of every batch norm, one after the other
   bool measured = false;        // its statistics are known
+  A time = 0;                   // at which it is
+  A* moments = nullptr;         // if set: where a cotangent sweep adds those of the units that see the time
+  int64_t moments_stride = 0;   // from a worker's to the next one's
 
-  Passed<T> at(size_t unit) const { return {unit, inputs[unit], mean[unit], rstd[unit], groups[unit]}; }
+  Passed<T> at(size_t unit) const {
+    return {unit, inputs[unit], mean[unit], rstd[unit], groups[unit], time, moments, moments_stride};
+  }
 };
 
 // Means that a norm's derivative needs: of each sample for a group norm, one row for a batch norm.

@@ -30,6 +30,8 @@ void Branch<T>::convolve_input(const Passed<T>& at, const Range& range, const Ma
     const bool direct = at.input.halo && goes_straight(at.unit);
     jobs[i] = {direct ? input(i) : active.at(range, i), out.at(range, i), mix.at(range, i)};
     if (!direct) apply(plane_, blocks, rows_of(at, range, i), unit.act, input(i), jobs[i].in, Combine<T>{});
+    if constexpr (std::is_same_v<T, A>)
+      if (unit.plane) jobs[i].combine.add(mix.scale * at.time, plane_.compact(const_cast<A*>(unit.plane)));
   }
   convolve_jobs(unit.shape, unit.forward, unit.conv_bias, jobs, range);
 }
@@ -206,6 +208,31 @@ void Branch<T>::tangent(const Evaluation<T>& e, const Map<T>& t, const Map<T>& o
   }
 }
 
+// moments [kernel_h, kernel_w, width] += for each tap of a convolution that keeps the size the sum over the pixels from
+// which the tap meets the image.
+template <class A>
+void add_moments(const Plane<A>& plane, int64_t blocks, int64_t kernel_h, int64_t kernel_w, const View<A>& map,
+                 int64_t width, A* moments) {
+  using V = Vec<A>;
+  const int64_t half_h = kernel_h / 2, half_w = kernel_w / 2;
+  for (int64_t b = 0; b < blocks; ++b)
+    for (int64_t y = 0; y < plane.height; ++y) {
+      V row = {};
+      for (int64_t x = 0; x < plane.width; ++x) row += load<V>(map.pixel_at(b, y, x));
+      for (int64_t kx = 0; kx < kernel_w; ++kx) {
+        const int64_t left = kx - half_w, reach = std::min(plane.width, left < 0 ? -left : left);
+        V met = row;  // without the pixels that the tap leaves the image from
+        for (int64_t k = 0; k < reach; ++k) met -= load<V>(map.pixel_at(b, y, left < 0 ? k : plane.width - 1 - k));
+        for (int64_t ky = 0; ky < kernel_h; ++ky) {
+          const int64_t at = y + ky - half_h;
+          if (at < 0 || at >= plane.height) continue;
+          A* to = moments + (ky * kernel_w + kx) * width + b * kLanes<A>;
+          store<V>(to, load<V>(to) + met);
+        }
+      }
+    }
+}
+
 template <class T>
 Map<T> Branch<T>::cotangent(const Evaluation<T>& e, const Mix<T>& image, const Map<T>* out, const Mix<T>& mix,
                             bool parameters, const Along<T>& along) {
@@ -230,6 +257,10 @@ Map<T> Branch<T>::cotangent(const Evaluation<T>& e, const Mix<T>& image, const M
                          g.at(range, i), Combine<T>{});
       }
       if (parameters) add_gradients(at, range, g, nullptr, {});
+      if constexpr (std::is_same_v<T, A>)
+        for (int64_t i = 0; i < range.count && at.moments && unit.moments_at >= 0; ++i)
+          add_moments(plane_, out_blocks, unit.shape.kernel_h, unit.shape.kernel_w, g.at(range, i), width(),
+                      at.moments + range.worker * at.moments_stride + unit.moments_at);
       if (unit.has_conv) convolve_back(unit, range, g, n);
       for (int64_t i = 0; i < range.count; ++i) {
         A* sums = sums_.at(range, i);

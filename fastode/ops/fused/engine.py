@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..engine import NO_EXACT_IE, Call, OperatorEngine
+from ..engine import NO_EXACT_IE, NO_ODE_SOLUTION, ODE_SOLUTION, Call, OperatorEngine
 from ..plan import Plan
 from ..schemes.skew_pair.pair import Pair
 
@@ -48,6 +48,8 @@ class FusedConvolution(OperatorEngine):
     def refuses(self, call: Call) -> str:
         if call.family == "exact_ie":
             return NO_EXACT_IE
+        if call.family == ODE_SOLUTION:
+            return NO_ODE_SOLUTION
         if torch.compiler.is_compiling():
             return "torch.compile does not trace fused convolutions"
         reason = _refuses_branch(call.program) if isinstance(call.program, Plan) else _refuses_pair(call)

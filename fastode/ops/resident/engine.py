@@ -12,10 +12,12 @@ from torch import Tensor
 
 from ...native import cuda_library
 from ...native.constants import MOST_PAIR_CHANNELS
-from ..engine import NO_EXACT_IE, Call, OperatorEngine
+from ..engine import NO_EXACT_IE, NO_ODE_SOLUTION, ODE_SOLUTION, Call, OperatorEngine
 from ..plan import MaybeTensors, Plan
+from ..schemes.ode import solution
 from ..schemes.skew_pair.pair import Pair
 from . import card, functions, rule, skew, solve
+from .field import ResidentField
 
 
 class Resident(OperatorEngine):
@@ -28,6 +30,7 @@ class Resident(OperatorEngine):
     skew_pair = skew.ResidentSkewFunction
     skew_solution = skew.ResidentMarchFunction
     skew_adaptive = solve.ResidentSolveFunction
+    ode_solution = solution.make_solution_function(ResidentField)
     solution_from_x = True
     steps_inside = True
 
@@ -35,9 +38,12 @@ class Resident(OperatorEngine):
         if call.family == "exact_ie":
             return NO_EXACT_IE
         if call.x is not None and call.x.device.type == "cuda":
+            if call.family == ODE_SOLUTION:
+                return NO_ODE_SOLUTION
             return card.refuses(call) or _refuses_dtypes(call.lower, call.tensors, call.x)
         if isinstance(call.program, Plan):
-            return _refuses_branch(call.program, call.tensors, call.x)
+            reason = _refuses_field(call.program, call.x) if call.family == ODE_SOLUTION else ""
+            return reason or _refuses_branch(call.program, call.tensors, call.x)
         assert call.program is not None
         return _refuses_pair(call.program, call.tensors, call.inputs)
 
@@ -71,6 +77,17 @@ def _refuses_branch(plan: Plan, tensors: MaybeTensors, x: Tensor | None) -> str:
         if norm is not None and norm.mode == "group" and tracks:
             return "it has no running statistics of an instance norm"
     return _refuses_dtypes(plan.lower, tensors, x)
+
+
+def _refuses_field(field: Plan, x: Tensor | None) -> str:
+    if any(unit.norm is not None and unit.norm.mode == "batch" for unit in field.units):
+        return "a batch norm of the field couples the samples, which it takes one by one"
+    last = field.units[-1]
+    if last.conv is None and last.activation is not None and last.activation.kind == "softplus":
+        return "a field that ends in Softplus is not zero where a vector of channels is empty"
+    if x is not None and x.dtype not in (torch.float32, torch.float64):
+        return "it solves a single map's equation in float32 and float64 only"
+    return ""
 
 
 def _refuses_pair(pair: Pair, tensors: MaybeTensors, states: Sequence[Tensor]) -> str:

@@ -45,11 +45,13 @@ class Attempt(Generic[State, Made]):
         end: the state at the step's end.
         norms: of the error in units of its tolerance, the largest of which is ρ; read back to the host.
         made: what else it left.
+        is_finite: whether the end is, where the norms do not tell.
     """
 
     end: State
     norms: Sequence[float]
     made: Made
+    is_finite: bool = True
 
 
 def solve_by_error(
@@ -95,7 +97,7 @@ def solve_by_error(
                 steps.at = (solver.t1 - t) / size
                 return state, step
             t, state = t + size, tried.end
-            if not all(map(math.isfinite, tried.norms)):
+            if not (tried.is_finite and all(map(math.isfinite, tried.norms))):
                 watch.attempt(t, size, state)
                 watch.fail_at_step()
         size *= next_factor(ratio, order)

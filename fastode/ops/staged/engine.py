@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 
-from ..engine import OperatorEngine
+import torch
+
+from ..engine import ODE_SOLUTION, Call, OperatorEngine
 from ..schemes.implicit_euler import descent, exact
+from ..schemes.ode import solution
 from ..schemes.runge_kutta import stages
 from ..schemes.skew_pair import adaptive, march
-from . import pair, sweeps
+from . import field, pair, sweeps
 
 
 class Staged(OperatorEngine):
@@ -22,3 +25,9 @@ class Staged(OperatorEngine):
     skew_pair = march.make_pair_function(pair)
     skew_solution = march.make_march_function(pair)
     skew_adaptive = adaptive.make_adaptive_function(pair)
+    ode_solution = solution.make_solution_function(field.StagedField)
+
+    def refuses(self, call: Call) -> str:
+        if call.family == ODE_SOLUTION and call.x is not None and call.x.dtype not in (torch.float32, torch.float64):
+            return "it solves a single map's equation in float32 and float64 only"
+        return ""

@@ -9,7 +9,7 @@ which it arrives, and a cotangent has its tensor's dtype: the rules that autogra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -35,11 +35,15 @@ from ..plan import CONV_BIAS, CONV_WEIGHT, Gradients, MaybeTensors, Plan, Record
 
 
 def value(
-    plan: Plan, tensors: MaybeTensors, terms: Sequence[Tensor], coefs: Tensor | None = None
+    plan: Plan,
+    tensors: MaybeTensors,
+    terms: Sequence[Tensor],
+    coefs: Tensor | None = None,
+    shifts: Mapping[int, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, list[Record]]:
     """f at the combination of `terms`: that combination, f of it, and the records (without convolution inputs).
 
-    Without coefs f is taken at the one term itself.
+    Without coefs f is taken at the one term itself. `shifts` [1, C, H, W] are added to what a unit's convolution gives.
     """
     if coefs is not None:
         terms, coefs = few(promoted(terms), coefs)
@@ -49,7 +53,10 @@ def value(
         u, a, stats = _pass(plan, tensors, index, terms, coefs, None)
         point = u if index == 0 else point
         records.append(Record(u, stats, None))
-        terms, coefs = [_convolve(plan, tensors, index, a)], None
+        image = _convolve(plan, tensors, index, a)
+        if shifts and index in shifts:
+            image.add_(shifts[index])
+        terms, coefs = [image], None
     return point, terms[0], records
 
 
@@ -78,10 +85,11 @@ def pull(
     grads: Gradients | None,
     scale: float = 1.0,
     need_point: bool = True,
+    cotangents: dict[int, Tensor] | None = None,
 ) -> Tensor | None:
     """coefs[0] J(y)ᵀ cot + sum_i coefs[i + 1] addends[i]; parameter gradients, times `scale`, are added to `grads`.
 
-    It empties `records`.
+    It empties `records`. `cotangents` gets those of the images of convolutions that see the time, summed over samples.
     """
     addends, coefs = few_addends(addends, coefs)
     for index in range(len(plan.units) - 1, -1, -1):
@@ -96,6 +104,8 @@ def pull(
                 _, a, _ = _pass(plan, tensors, index, [record.h], None, record.stats)
             elif a is None:
                 a = record.h  # without a weight gradient only its shape is asked for
+            if cotangents is not None and unit.conv.sees_time:
+                cotangents[index] = cot.sum(0)
             cot = _convolve_back(plan, tensors, index, a, cot, needed, grads, scale)
             record = record._replace(a=None)
             del a
