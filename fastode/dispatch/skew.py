@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 
 from .. import checks
 from ..branch.layers import Activation
@@ -18,6 +19,7 @@ from ..ops.maps import is_channels_last
 from ..ops.plan import TENSORS_PER_NORM, MaybeTensor, MaybeTensors
 from ..ops.rerun import Rerun, StandIn
 from ..ops.schemes.by_error import Steps
+from ..ops.schemes.skew_pair.linear import Linear
 from ..ops.schemes.skew_pair.march import March
 from ..ops.schemes.skew_pair.pair import Pair
 from ..reference.adaptive import first_step, retaken
@@ -66,6 +68,10 @@ class Field:
             lower,
         )
 
+    def check_start(self, x: Tensor) -> None:
+        """Refuse what the norms would refuse of the state that x gives, before anything runs."""
+        self.check(x[:, :1, :: self.stride, :: self.stride].expand(-1, self.weight.shape[0], -1, -1), x)
+
     def check(self, y: Tensor, z: Tensor) -> None:
         """Refuse what the norms would refuse, before anything runs."""
         for reading, x in zip(self.norms, (y, z, y, z), strict=True):
@@ -92,14 +98,7 @@ def read_field(
 ) -> Field:
     """Read a pair with σ = activation (None for the identity) and either four norms with their names, or none."""
     field = Field(weight, stride, padding, gamma, None, [Reading(())] * 4)
-    if activation is not None and (type(activation) is not nn.Identity or is_overridden(activation)):
-        reading = read(activation, "activation")
-        if reading.units is None:
-            field.reason = reading.reason
-        elif len(reading.units) > 1 or reading.units[0].norm is not None or reading.units[0].conv is not None:
-            field.reason = "its activation is more than one activation layer."
-        else:
-            field.activation = reading.units[0].activation
+    field.activation, field.reason = read_activation(activation)
     for index, (name, norm) in enumerate(zip(names, norms, strict=True)):
         if type(norm) is nn.Identity and not is_overridden(norm):
             continue
@@ -114,6 +113,18 @@ def read_field(
     return field
 
 
+def read_activation(activation: nn.Module | None) -> tuple[Activation | None, str]:
+    """A module as one activation, None for the identity, and why it cannot be read as one; empty if it can."""
+    if activation is None or (type(activation) is nn.Identity and not is_overridden(activation)):
+        return None, ""
+    reading = read(activation, "activation")
+    if reading.units is None:
+        return None, reading.reason
+    if len(reading.units) > 1 or reading.units[0].norm is not None or reading.units[0].conv is not None:
+        return None, "its activation is more than one activation layer."
+    return reading.units[0].activation, ""
+
+
 def evaluate(
     engine: Engine,
     field: Field,
@@ -124,7 +135,9 @@ def evaluate(
     tensors: MaybeTensors,
 ) -> tuple[Tensor, Tensor]:
     """The slopes at (y, z), by an engine that can run the field; `tensors` are the field's."""
-    dy, dz, *statistics = function.call(engine.skew_pair, (pair, _rerun(make_reference, 2, tensors)), (y, z, *tensors))
+    dy, dz, *statistics = function.call(
+        engine.skew_pair, (pair, rerun_of(make_reference, 2, tensors)), (y, z, *tensors)
+    )
     field.update_running(statistics, y, z)
     return dy, dz
 
@@ -142,7 +155,7 @@ def solve(
     inputs: tuple[Tensor, ...] = (x,)
     if not engine.solution_from_x:
         inputs = (repeated(x, field.weight.shape[0], field.stride), x)
-    rerun = _rerun(make_reference, len(inputs), tensors)
+    rerun = rerun_of(make_reference, len(inputs), tensors)
     end, *statistics = function.call(engine.skew_solution, (pair, steps, rerun), (*inputs, *tensors))
     if statistics:
         field.update_running(statistics, inputs[0], x)
@@ -195,19 +208,20 @@ def solve_adaptive(
 
 
 def solve_adaptive_from_x(
-    engine: Engine,
-    field: Field,
-    pair: Pair,
+    solution: type[Function] | None,
+    program: Pair | Linear,
     x: Tensor,
     solver: Solver,
     block: str,
     make_reference: Callable[[StandIn], nn.Module],
     tensors: MaybeTensors,
 ) -> Tensor:
-    """As `solve_adaptive`, by an engine that also chooses the first step's size, of each sample alone if so asked."""
-    assert engine.skew_adaptive is not None
+    """As `solve_adaptive`, by an engine's function that also chooses the first step's size, of each sample alone if so
+    asked.
+    """
+    assert solution is not None
     if torch.compiler.is_compiling():
-        (end,) = function.call(engine.skew_adaptive, (pair, solver, (), (), None), (x, *tensors))
+        (end,) = function.call(solution, (program, solver, (), (), None), (x, *tensors))
         return end
     samples: list[int | None] = [*range(x.shape[0])] if solver.per_sample else [None]
     watches, steps = [Watch(block, solver, sample) for sample in samples], [Steps() for _ in samples]
@@ -216,7 +230,7 @@ def solve_adaptive_from_x(
         return _RetakenFromX(make_reference(stand_in), solver, steps)
 
     rerun = Rerun(make, 1, tensors)
-    (end,) = function.call(engine.skew_adaptive, (pair, solver, watches, steps, rerun), (x, *tensors))
+    (end,) = function.call(solution, (program, solver, watches, steps, rerun), (x, *tensors))
     return end
 
 
@@ -268,6 +282,7 @@ def repeated(x: Tensor, channels: int, stride: int) -> Tensor:
     return spread.contiguous().permute(0, 3, 1, 2)
 
 
-def _rerun(make_reference: Callable[[StandIn], nn.Module], inputs: int, tensors: MaybeTensors) -> Rerun | None:
+def rerun_of(make_reference: Callable[[StandIn], nn.Module], inputs: int, tensors: MaybeTensors) -> Rerun | None:
+    """What a backward that is differentiated runs again; none where no backward comes, or a tracer is at work."""
     needless = torch.compiler.is_compiling() or not torch.is_grad_enabled()
     return None if needless else Rerun(make_reference, inputs, tensors)

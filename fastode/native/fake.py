@@ -206,9 +206,12 @@ def _solve_forward(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
     stride = integers[0]
     end = _map(x, (x.shape[0], parameters[0].shape[0], x.shape[2] // stride, x.shape[3] // stride), False)
+    return end, _log(x, raises), []
+
+
+def _log(x: Tensor, raises: bool) -> Tensor:
     # How many steps a solve takes depends on the data.
-    log = x.new_empty(0 if raises else torch.library.get_ctx().new_dynamic_size(), dtype=torch.float64)
-    return end, log, []
+    return x.new_empty(0 if raises else torch.library.get_ctx().new_dynamic_size(), dtype=torch.float64)
 
 
 def _solve_backward(
@@ -217,6 +220,49 @@ def _solve_backward(
     limits: Sequence[int], per_sample: bool, keep_trial: bool, weight: bool, norms: bool,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     return _alike(x), _bars(parameters, integers, weight, norms)
+
+
+# ---- resident: the field of two matrix products and its solution
+
+
+def _matrix(like: Tensor, columns: int) -> Tensor:
+    return like.new_empty(like.shape[0], columns)
+
+
+def _linear_bars(parameters: Sequence[Tensor], gradients: bool) -> list[Tensor]:
+    return [p.new_empty(p.shape) for p in parameters] if gradients else []
+
+
+def _linear_forward(
+    y: Tensor, z: Tensor, parameters: Sequence[Tensor], integers: Sequence[int], numbers: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    return _matrix(y, y.shape[1]), _matrix(z, z.shape[1])
+
+
+def _linear_backward(
+    y: Tensor, z: Tensor, y_bar: MaybeTensor, z_bar: MaybeTensor, parameters: Sequence[Tensor],
+    integers: Sequence[int], numbers: Sequence[float], need_y: bool, need_z: bool, gradients: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    return (
+        _matrix(y, y.shape[1]) if need_y else y.new_empty(0),
+        _matrix(z, z.shape[1]) if need_z else z.new_empty(0),
+        _linear_bars(parameters, gradients),
+    )
+
+
+def _linear_solve_forward(
+    x: Tensor, parameters: Sequence[Tensor], integers: Sequence[int], numbers: Sequence[float], table: Sequence[float],
+    solver: Sequence[float], limits: Sequence[int], per_sample: bool, keep: bool, keep_trial: bool, raises: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    return _matrix(x, parameters[0].shape[0]), _log(x, raises), []
+
+
+def _linear_solve_backward(
+    x: Tensor, cotangent: Tensor, log: Tensor, kept: Sequence[Tensor], parameters: Sequence[Tensor],
+    integers: Sequence[int], numbers: Sequence[float], table: Sequence[float], solver: Sequence[float],
+    limits: Sequence[int], per_sample: bool, keep_trial: bool, gradients: bool,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    return _matrix(x, x.shape[1]), _linear_bars(parameters, gradients)
 
 
 _FAKES: dict[str, Callable[..., Any]] = {
@@ -237,6 +283,10 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "resident_march_backward": _march_backward,
     "resident_solve_forward": _solve_forward,
     "resident_solve_backward": _solve_backward,
+    "resident_linear_forward": _linear_forward,
+    "resident_linear_backward": _linear_backward,
+    "resident_linear_solve_forward": _linear_solve_forward,
+    "resident_linear_solve_backward": _linear_solve_backward,
 }
 
 

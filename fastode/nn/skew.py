@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -15,17 +16,20 @@ from ..branch.snapshot import Past
 from ..dispatch import choice, opaque
 from ..dispatch.engines import AUTO, NAMES, REFERENCE, is_reference
 from ..dispatch.known import Known, kind_of_call, known
+from ..dispatch.linear import LinearField, evaluate_linear, read_linear, solve_linear
 from ..dispatch.registry import reference_of, register
 from ..dispatch.skew import Field, evaluate, read_field, repeated, solve, solve_adaptive, solve_adaptive_from_x
 from ..ops.engine import Call, Engine
 from ..ops.plan import MaybeTensors
 from ..ops.rerun import StandIn
+from ..ops.schemes.skew_pair.linear import Linear
 from ..ops.schemes.skew_pair.march import March
 from ..ops.schemes.skew_pair.pair import Pair
 from ..reference.adaptive import State
 from ..reference.skew import PADDING
 from ..reference.solvers import solve as solve_plain
 from ..reference.solvers import solve_fixed, without_time
+from ..solver import PARTS, Solver
 from ..tableau import Butcher
 from ..tracing import constant, is_exporting
 from .base import Fused, note
@@ -68,12 +72,25 @@ class SkewLinear(Fused, reference.SkewLinear):
     __doc__ = reference.SkewLinear.__doc__
 
     def describe_call(self, inputs: tuple[Tensor, ...] = ()) -> Call:
-        reason = "its two matrix products are all the work there is, and PyTorch's are as fast as any"
-        return Call("skew_linear", "", None, (), inputs, reason)
+        return _read(self).call("skew_linear", "", inputs)
 
     def forward(self, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        note(self, choice.choose(self.engine, self.describe_call((y, z))))
-        return super().forward(y, z)
+        found = _known(self)
+        kind = _kind(found, ("linear", self.engine), y, z)
+        answer: tuple[Engine, Linear | None, MaybeTensors] | None = None if kind is None else found.answer(kind)
+        if answer is None:
+            checks.engine(self.engine, NAMES)
+            self.check_state(y, z)
+            call = found.reading.call("skew_linear", "", (y, z))
+            chosen = choice.choose(self.engine, call, partial(_as_reference, self))
+            answer = chosen, _linear_of(call), call.tensors
+            if kind is not None:
+                found.keep(kind, answer, call)
+        chosen, linear, tensors = answer
+        note(self, chosen)
+        if chosen is REFERENCE or linear is None:
+            return super().forward(y, z)
+        return evaluate_linear(chosen, linear, y, z, partial(_as_it_was, _past(found)), tensors)
 
 
 class _FusedSolve(Fused, reference.SOBlock):
@@ -88,6 +105,8 @@ class _FusedSolve(Fused, reference.SOBlock):
     def _family(self) -> str:
         """Whether steps by error may be the engine's own; else the reference drives where steps are not equal."""
         solver = self.settings
+        if isinstance(self.field, reference.SkewLinear):
+            return "linear_adaptive" if solver.is_adaptive else "linear_solution"
         # The exact gradient goes through attempts that the engines forget.
         own = solver.is_adaptive and solver.gradient != "exact"
         return "skew_adaptive" if own else "skew_solution"
@@ -97,27 +116,29 @@ class _FusedSolve(Fused, reference.SOBlock):
         return f"by {solver.name} in {solver.steps} steps"
 
     def _fault(self) -> str:
-        """Why the block cannot be fused because of its field, which must be a plain SkewPair; empty if it is one."""
+        """Why the block cannot be fused because of its field, which must be one of ours as it is; empty if it is."""
         kind = type(self.field)
-        if kind is not SkewPair and kind is not reference.SkewPair:
-            return f"its field is a {kind.__name__}, and only SkewPair is fused"
+        if kind not in _FIELDS:
+            return f"its field is a {kind.__name__}, and only SkewPair and SkewLinear are fused"
         if is_overridden(self.field):
             return "its field has hooks, which a fused solution would not call"
         if is_reference(getattr(self.field, "engine", AUTO)):
             return "its field is asked to run as the reference"
+        if self.gradient == "exact" and self.settings.is_adaptive and isinstance(self.field, reference.SkewLinear):
+            return 'with the gradient "exact" the reference takes the steps, and calls the field'
         return ""
 
     def forward(self, x: Tensor) -> Tensor:
         reason = self._fault()
         found = _known(self.field) if not reason else None
-        settings = (self.solver, self.steps, self.t1, self.gradient, self.per_sample, self.engine)
+        settings = (self.engine, self.solver, *[getattr(self, name) for name in PARTS])
         kind = None if found is None else _kind(found, settings, x)
-        answer: tuple[Engine, Pair | None, MaybeTensors, March | None] | None = None
+        answer: tuple[Engine, Pair | Linear | None, MaybeTensors, Solver, March | None] | None = None
         if found is not None and kind is not None:
             answer = found.answer(kind)
         if answer is None:
             checks.engine(self.engine, NAMES)
-            if isinstance(self.field, reference.SkewPair):
+            if isinstance(self.field, reference.SkewPair | reference.SkewLinear):
                 # Before an engine is chosen, so that the block refuses an input in its reference's own words.
                 self.field.check_input(x)
             if found is None:
@@ -126,31 +147,34 @@ class _FusedSolve(Fused, reference.SOBlock):
                 call = found.reading.call(self._family(), self._variant(), (x,))
             chosen = choice.choose(self.engine, call, partial(_as_plain_solve, self))
             if chosen is not REFERENCE and found is not None:
-                stride = found.reading.stride
-                channels = found.reading.weight.shape[0]
-                found.reading.check(x[:, :1, ::stride, ::stride].expand(-1, channels, -1, -1), x)
-            answer = chosen, _pair_of(call), call.tensors, self._march()
+                found.reading.check_start(x)
+            solver = self.settings
+            answer = chosen, _field_of(call), call.tensors, solver, _march(solver)
             if found is not None and kind is not None:
                 found.keep(kind, answer, call)
-        chosen, pair, tensors, march = answer
+        chosen, program, tensors, solver, march = answer
         note(self, chosen)
-        if torch.compiler.is_compiling() and self._is_opaque(pair) and x.shape[0]:
+        if torch.compiler.is_compiling() and self._is_opaque(program) and x.shape[0]:
             # As it begins, which refuses a wrong x, and has the shape in which it ends.
             y, _ = cast(Any, self.field).initial_state(x)
             return opaque.run(self, self._key(), x, y.shape)
-        if chosen is REFERENCE or found is None or pair is None:
+        if chosen is REFERENCE or found is None or program is None:
             return super().forward(x)
         note(self.field, chosen)
+        make: Callable[[StandIn], nn.Module] = partial(_as_it_was, _past(found))
+        if march is not None:
+            make = partial(_FixedSolution, _past(found), solver.tableau, solver.t1, solver.steps)
+        if isinstance(program, Linear):
+            return solve_linear(chosen, program, x, solver, self.in_words, make, tensors)
         if march is None:
-            return self._adaptive(chosen, found, pair, tensors, x)
-        make = partial(_FixedSolution, _past(found), self.settings.tableau, self.t1, self.steps)
-        return solve(chosen, found.reading, pair, x, march, make, tensors)
+            return self._adaptive(chosen, found.reading, program, solver, make, tensors, x)
+        return solve(chosen, found.reading, program, x, march, make, tensors)
 
     @constant
     def _key(self) -> int:
         return opaque.key_of(self)
 
-    def _is_opaque(self, pair: Pair | None) -> bool:
+    def _is_opaque(self, program: Pair | Linear | None) -> bool:
         """Whether a tracer may take the solution as an operator.
 
         Its steps must be chosen by the data, the field must change no buffers, and all that it depends on must have
@@ -158,29 +182,32 @@ class _FusedSolve(Fused, reference.SOBlock):
         """
         if not self.settings.is_adaptive or is_exporting():
             return False
-        if pair is not None:
-            return not any(pair.tracked)
+        if program is not None:
+            return isinstance(program, Linear) or not any(program.tracked)
         field = self.field
         if type(field) is not SkewLinear and type(field) is not reference.SkewLinear:
             return False
         return float(field.gamma) >= 0 and not is_overridden(field) and read(field.activation).units is not None
 
-    def _march(self) -> March | None:
-        solver = self.settings
-        scheme = solver.tableau
-        return None if solver.is_adaptive else March(scheme.a, scheme.b, solver.t1 / solver.steps, solver.steps)
-
     def _adaptive(
-        self, engine: Engine, known_field: Known[Field], pair: Pair, tensors: MaybeTensors, x: Tensor
+        self,
+        engine: Engine,
+        field: Field,
+        pair: Pair,
+        solver: Solver,
+        make: Callable[[StandIn], nn.Module],
+        tensors: MaybeTensors,
+        x: Tensor,
     ) -> Tensor:
         """By the engine's own steps where it has them, else with each evaluation as a call of it."""
-        field, make, solver = known_field.reading, partial(_as_it_was, _past(known_field)), self.settings
         # A tracing compiler cannot follow steps that Python chooses by the data.
         together = not solver.per_sample and not torch.compiler.is_compiling()
         own = engine.skew_adaptive is not None and (engine.steps_inside or together)
         if self._family() == "skew_adaptive" and own and x.shape[0]:
-            solve_by_error = solve_adaptive_from_x if engine.solution_from_x else solve_adaptive
-            return solve_by_error(engine, field, pair, x, solver, self.in_words(), make, tensors).contiguous()
+            words = self.in_words()
+            if engine.solution_from_x:
+                return solve_adaptive_from_x(engine.skew_adaptive, pair, x, solver, words, make, tensors).contiguous()
+            return solve_adaptive(engine, field, pair, x, solver, words, make, tensors).contiguous()
 
         def slopes(_: Any, state: State) -> State:
             y, z = state
@@ -203,12 +230,20 @@ class SOClassifier(_FusedSolve, reference.SOClassifier):
     __doc__ = reference.SOClassifier.__doc__
 
 
+# The fields whose solution is fused, and the reference of each.
+_FIELDS: dict[type[nn.Module], type[nn.Module]] = {
+    kind: plain
+    for fused, plain in ((SkewPair, reference.SkewPair), (SkewLinear, reference.SkewLinear))
+    for kind in (fused, plain)
+}
+
+
 class _FixedSolution(nn.Module):
     """The reference solution by fixed steps, as a function of the initial state or of x, which gives one."""
 
     def __init__(self, field: Past | None, scheme: Butcher, t1: float, steps: int, stand_in: StandIn) -> None:
         super().__init__()
-        self.field = _as_it_was(field, stand_in)
+        self.field: Any = _as_it_was(field, stand_in)
         self.scheme, self.t1, self.steps = scheme, t1, steps
 
     def forward(self, *state: Tensor) -> Tensor:
@@ -216,10 +251,16 @@ class _FixedSolution(nn.Module):
         return solve_fixed(without_time(self.field), (y, z), self.scheme, self.t1, self.steps)[0]
 
 
-def _as_reference(field: Any) -> reference.SkewPair:
+def _march(solver: Solver) -> March | None:
+    """The equal steps of a solver; none where its steps are by error."""
+    scheme = solver.tableau
+    return None if solver.is_adaptive else March(scheme.a, scheme.b, solver.t1 / solver.steps, solver.steps)
+
+
+def _as_reference(field: Any) -> nn.Module:
     """A reference field around the same parameters and modules."""
-    twin: reference.SkewPair = copy.copy(field)
-    twin.__class__ = reference.SkewPair
+    twin: nn.Module = copy.copy(field)
+    twin.__class__ = _FIELDS[type(field)]
     # A dictionary of its own: functional_call puts other tensors into it.
     twin.__dict__["_parameters"] = dict(field._parameters)
     return twin
@@ -230,12 +271,11 @@ def _past(found: Known[Field]) -> Past | None:
     return None if found.snapshot is None else found.snapshot.past
 
 
-def _as_it_was(past: Past | None, stand_in: StandIn) -> reference.SkewPair:
+def _as_it_was(past: Past | None, stand_in: StandIn) -> nn.Module:
     """A reference field that is as the field was when it was called."""
     assert past is not None
     twin = past.restored(stand_in)
-    twin.__class__ = reference.SkewPair
-    assert isinstance(twin, reference.SkewPair)
+    twin.__class__ = _FIELDS[type(twin)]
     return twin
 
 
@@ -247,12 +287,22 @@ def _as_plain_solve(block: Any) -> nn.Module:
     return twin
 
 
+def _field_of(call: Call) -> Pair | Linear | None:
+    assert call.program is None or isinstance(call.program, Pair | Linear)
+    return call.program
+
+
 def _pair_of(call: Call) -> Pair | None:
     assert call.program is None or isinstance(call.program, Pair)
     return call.program
 
 
-def _known(field: Any) -> Known[Field]:
+def _linear_of(call: Call) -> Linear | None:
+    assert call.program is None or isinstance(call.program, Linear)
+    return call.program
+
+
+def _known(field: Any) -> Known[Any]:
     if torch.compiler.is_compiling():
         return Known(None, _read(field))
     return known(field, lambda: _read(field))
@@ -265,7 +315,14 @@ def _kind(found: Known[Field], settings: tuple[Any, ...], *inputs: Any) -> Any:
     return kind_of_call(settings, inputs, found.reading)
 
 
-def _read(field: Any) -> Field:
+def _read(field: Any) -> Field | LinearField:
+    if isinstance(field, reference.SkewLinear):
+        linear = read_linear(
+            [field.weight, field.bias_y, field.bias_z], field.gamma, field.activation, field.released, field.initial
+        )
+        if not {"weight", "bias_y", "bias_z"} <= field._parameters.keys():
+            linear.reason = "its weight and biases are not parameters of its own."
+        return linear
     norms = [getattr(field, name) for name in _NORMS]
     found = read_field(field.weight, field.stride, PADDING, field.gamma, field.activation, norms, _NORMS)
     if "weight" not in field._parameters:

@@ -14,12 +14,14 @@ from ..branch.layers import is_plain
 from ..branch.read import Unit
 from ..native import cuda, operators
 from .plan import MaybeTensors, Plan
+from .schemes.skew_pair.linear import Linear
 from .schemes.skew_pair.pair import Pair
 
 Mode = Literal["train", "input_grad", "forward"]
 
 _CPU_STORAGE = (torch.float32, torch.float64, torch.bfloat16)
 STORAGE = {"cpu": _CPU_STORAGE, "cuda": (*_CPU_STORAGE, torch.float16)}
+NO_LINEAR = "it has skew fields of convolutions, and none of two matrix products"
 NO_EXACT_IE = "it has no products of a branch's Jacobian alone, of which the exact implicit Euler step is made"
 ODE_SOLUTION = "ode_solution"  # the family of a single map's equation
 NO_ODE_SOLUTION = "it has no solution of a single map's equation"
@@ -31,11 +33,12 @@ class Call:
     """What an engine is asked to run: a block of a family, its branch or field, and the tensors it gets.
 
     Attributes:
-        family: "ie", "exact_ie", "shu_osher", "skew_pair", "skew_solution", "skew_adaptive" or
-            "ode_solution".
+        family: "ie", "exact_ie", "shu_osher", "skew_pair", "skew_solution", "skew_adaptive", "skew_linear",
+            "linear_solution", "linear_adaptive" or "ode_solution".
         variant: what else the time of its calls depends on, in words.
-        program: the branch, or the pair, as constants; None where it cannot be read.
-        tensors: of the branch (six for each unit), or of the pair (the weight, then four for each norm).
+        program: the branch, or the field, as constants; None where it cannot be read.
+        tensors: of the branch (six for each unit), of the pair (the weight, then four for each norm), or of the
+            field of two matrix products (the weight, then the biases of y and z).
         inputs: what the block is called with; none where it is asked about on any input.
         fault: why no engine but plain PyTorch can run the block, in a sentence; empty if nothing is known.
         stages: of an explicit scheme, or the steps of an IE-Skip.
@@ -44,7 +47,7 @@ class Call:
 
     family: str
     variant: str
-    program: Plan | Pair | None
+    program: Plan | Pair | Linear | None
     tensors: MaybeTensors
     inputs: tuple[Tensor, ...] = ()
     fault: str = ""
@@ -69,15 +72,17 @@ class Call:
     @property
     def kind(self) -> str:
         """The block and its branch in words: with the inputs and the mode, all that its engines' times depend on."""
-        what = describe_branch(self.program.units) if isinstance(self.program, Plan) else self._pair_in_words()
+        what = describe_branch(self.program.units) if isinstance(self.program, Plan) else self._field_in_words()
         return f"{' '.join(part for part in (self.family, self.variant) if part)}, {what}"
 
-    def _pair_in_words(self) -> str:
+    def _field_in_words(self) -> str:
         pair, weight = self.program, self.tensors[0]
-        assert isinstance(pair, Pair) and weight is not None
+        assert pair is not None and not isinstance(pair, Plan) and weight is not None
         activation = "" if pair.activation is None else pair.activation.kind
-        norms = [describe_branch([Unit(norm, None, None)]) for norm in pair.norms if norm is not None]
         shape = "x".join([f"{side}" for side in weight.shape])
+        if isinstance(pair, Linear):
+            return f"{shape} {activation}{' released' if pair.released else ''}"
+        norms = [describe_branch([Unit(norm, None, None)]) for norm in pair.norms if norm is not None]
         return " ".join([f"{shape} stride {pair.stride} padding {pair.padding} {activation}", *norms])
 
 
@@ -160,6 +165,19 @@ class Engine:
     def ode_solution(self) -> type[Function]:
         """The solution of a single map's equation, as (Plan, Course, Rerun, x, *tensors)."""
         return self._lacks("the solution of a single map's equation")
+
+    @property
+    def skew_linear(self) -> type[Function]:
+        """The field of two matrix products, as (Linear, Rerun, y, z, *tensors)."""
+        return self._lacks("the field of two matrix products")
+
+    @property
+    def linear_solution(self) -> type[Function]:
+        """That field's solution, as (Linear, Solver, Watches, Steps of each, Rerun, x, *tensors).
+
+        There are a watch and steps for each solve with steps by error, as in `skew_adaptive`, and none by equal ones.
+        """
+        return self._lacks("the solution of a field of two matrix products")
 
     def _lacks(self, family: str) -> NoReturn:
         raise TypeError(f"the engine {self.name} has no function for {family}, which its why_not has to say")

@@ -231,17 +231,29 @@ class SkewLinear(nn.Module):
         Raises:
             TypeError, ValueError: x is no such matrix.
         """
-        classes, features = self.weight.shape
-        _check_matrix("x", x, None, features)
-        checks.same_kind(x, (self.weight,))
-        return x.new_full((x.shape[0], classes), INITIAL_RELEASED if self.released else INITIAL), x
+        self.check_input(x)
+        return x.new_full((x.shape[0], self.weight.shape[0]), self.initial), x
 
-    def forward(self, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def initial(self) -> float:
+        """y(0)."""
+        return INITIAL_RELEASED if self.released else INITIAL
+
+    def check_input(self, x: Tensor) -> None:
+        """Refuse an x that `initial_state` cannot take."""
+        _check_matrix("x", x, None, self.weight.shape[1])
+        checks.same_kind(x, (self.weight,))
+
+    def check_state(self, y: Tensor, z: Tensor) -> None:
+        """Refuse a state that `forward` cannot take."""
         classes, features = self.weight.shape
         _check_matrix("y", y, None, classes)
         _check_matrix("z", z, y.shape[0], features)
         checks.same_kind(y, (self.weight,), "y")
         checks.same_kind(z, (self.weight,), "z")
+
+    def forward(self, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        self.check_state(y, z)
         if self.released:
             # The activation reads the state itself here, so one that works in place gets copies.
             inner_y, inner_z = self.activation(y.clone()), self.activation(z.clone())

@@ -24,6 +24,12 @@ struct Embedded {
 
   // Whether the first step's size depends on the field.
   bool chooses() const { return steps == 0 && first_step == 0; }
+  // Whether y(t1) depends on the slope of z in that stage of the last step: where a later one's point has it.
+  bool ends_by_z(int64_t stage) const {
+    for (int64_t i = stage + 1; i + 1 < stages; ++i)
+      if (a[i * stages + stage] != 0) return true;
+    return steps == 0;
+  }
 };
 
 // Of the two halves of a state, as Python's max takes it: NaN only where it comes first.

@@ -103,6 +103,7 @@ class SkewSolve {
   void begin(int64_t n, const Solve<A>& solve, bool chooses, double* sums) {
     const Both<A> state = start(n);
     put(0, solve.start, 0, n);
+    stages_.made[0].made.z = scheme_.steps != 1 || scheme_.ends_by_z(0);
     stages_.evaluate(table_of_one(), 0, state, stages_.pair.workspace());
     for (const bool y : {true, false}) {
       if (!chooses) break;
@@ -134,8 +135,10 @@ class SkewSolve {
     const StepTable table{stages, step.a.data(), step.b.data()};
     // By steps of equal size nothing reads the slope at t1.
     const bool to_end = scheme_.steps == 0 || !tried.interpolating;
-    for (int64_t i = 1; i < stages - !to_end; ++i)
+    for (int64_t i = 1; i < stages - !to_end; ++i) {
+      stages_.made[i].made.z = to_end || scheme_.ends_by_z(i);
       stages_.evaluate(table, i, state, scheme_.ends_in_solution && i + 1 == stages ? end : stages_.pair.workspace());
+    }
     for (const bool y : {true, false}) {
       if (scheme_.steps > 0) break;  // which have no error, and end in the solution
       if (!scheme_.ends_in_solution) stages_.advance_by(y, table.b, stages, y ? state.y : state.z, y ? end.y : end.z);

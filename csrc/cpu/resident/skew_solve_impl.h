@@ -2,108 +2,11 @@
 // one .cpp per arithmetic type and field.
 #pragma once
 
-#include <memory>
-
 #include "skew_engine_impl.h"
-#include "skew_solve.h"
+#include "solve_kept.h"
+#include "team.h"
 
 namespace fastode::resident {
-
-// Y's and z's sums, or what a phase adds up else.
-using Sums = std::array<double, 4>;
-
-// The workers of a call, which stay for all of its phases: a batch whose samples share their steps is gone over once
-// for each attempt. The batch is in `parts` whose sums and gradients are added up in their order, whoever has them.
-template <class Worker>
-class Team {
- public:
-  // `make(arena)` makes a Worker, which is told each part that it enters; first without memory, to count it.
-  template <class Make>
-  Team(int64_t samples, int64_t parts, const Make& make)
-      : samples_(samples), parts_(parts), count_(std::min(parts, workers_for(samples))) {
-    Arena none(nullptr);
-    make(none);
-    char* scratch = static_cast<char*>(memory_.take(count_ * none.used()));
-    for (int64_t w = 0; w < count_; ++w) arenas_.emplace_back(scratch + w * none.used());
-    for (int64_t w = 0; w < count_; ++w) workers_.push_back(std::make_unique<Worker>(make(arenas_[w])));
-  }
-
-  // Calls f(worker, sample, sums) for all samples and returns the sums, added up in the parts' order. The samples are
-  // gone over upwards and downwards in turn: the last ones of a phase are in the cache when the next begins.
-  template <class F>
-  Sums each(const F& f) {
-    std::vector<Sums> found(parts_, Sums{});
-    in_parallel(count_, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t w = begin; w < end; ++w)
-        each_of(w * parts_ / count_, (w + 1) * parts_ / count_, [&](int64_t part) {
-          Worker& worker = *workers_[w];
-          worker.enter(part);
-          Sums sums{};
-          each_of(part * samples_ / parts_, (part + 1) * samples_ / parts_, [&](int64_t n) { f(worker, n, sums); });
-          found[part] = sums;
-        });
-    });
-    down_ = !down_;
-    Sums total{};
-    for (const Sums& part : found)
-      for (size_t i = 0; i < total.size(); ++i) total[i] += part[i];
-    return total;
-  }
-
-  void check() const {
-    for (const Arena& arena : arenas_) arena.check();
-  }
-
- private:
-  template <class F>
-  void each_of(int64_t first, int64_t end, const F& f) const {
-    for (int64_t k = 0; k < end - first; ++k) f(down_ ? end - 1 - k : first + k);
-  }
-
-  int64_t samples_, parts_, count_;
-  CallMemory memory_;
-  std::vector<Arena> arenas_;
-  std::vector<std::unique_ptr<Worker>> workers_;
-  bool down_ = false;
-};
-
-// Maps for what a step's evaluations leave: all of them or, for the next step alone, the last.
-template <class Pair, class A = typename Pair::Real>
-StepMaps<A> new_step(const Pair& pair, int64_t evaluations, int64_t samples, bool all) {
-  StepMaps<A> step;
-  step.samples = samples;
-  const auto take = [&](int64_t size) {
-    return static_cast<A*>(step.pieces.emplace_back(new_vector(size * samples, scalar_type<A>())).data_ptr());
-  };
-  for (int64_t e = 0; e < evaluations; ++e) {
-    const bool left = all || e + 1 == evaluations;
-    step.y.push_back(left ? take(pair.y_size()) : nullptr);
-    step.z.push_back(left ? take(pair.z_size()) : nullptr);
-  }
-  step.statistics = take(evaluations * pair.spec.statistics);
-  return step;
-}
-
-template <class Pair, class A>
-void give_ends(const Pair& pair, StepMaps<A>& step) {
-  if (step.end_y) return;
-  const auto take = [&](int64_t size) {
-    return static_cast<A*>(step.ends.emplace_back(new_vector(size * step.samples, scalar_type<A>())).data_ptr());
-  };
-  step.end_y = take(pair.y_size()), step.end_z = take(pair.z_size());
-}
-
-// What new_step and give_ends made, found again; `next` moves on.
-template <class A>
-StepMaps<A> find_step(int64_t evaluations, int64_t samples, bool ends, const std::vector<Tensor>& kept, size_t& next) {
-  StepMaps<A> step;
-  step.samples = samples;
-  const auto take = [&] { return static_cast<A*>(kept[next++].data_ptr()); };
-  for (int64_t e = 0; e < evaluations; ++e) step.y.push_back(take()), step.z.push_back(take());
-  step.statistics = take();
-  if (ends) step.end_y = take(), step.end_z = take();
-  return step;
-}
 
 // How many numbers the norms of y and of z are means over.
 template <class Pair>
@@ -281,19 +184,19 @@ void each_solve(std::vector<Solve<A>>& solves, Team<Worker>& team, const F& f) {
 }
 
 // The solves as forward has logged and kept them.
-template <class A>
-void find_solves(const Embedded& scheme, bool keep_trial, int64_t samples, const std::vector<double>& log,
-                 const std::vector<Tensor>& kept, std::vector<Solve<A>>& solves) {
+template <class Pair, class A>
+void find_solves(const Pair& pair, const Embedded& scheme, bool keep_trial, int64_t samples,
+                 const std::vector<double>& log, std::vector<Tensor>& kept, std::vector<Solve<A>>& solves) {
   size_t next = 0;
   const double* from = log.data();
   for (Solve<A>& solve : solves) {
     solve.samples = samples, solve.log = SolveLog::read(from);
-    solve.start = find_step<A>(1, samples, false, kept, next);
-    if (keep_trial && scheme.chooses()) solve.trial = find_step<A>(1, samples, false, kept, next);
+    solve.start = find_step(pair, 1, samples, false, kept, next);
+    if (keep_trial && scheme.chooses()) solve.trial = find_step(pair, 1, samples, false, kept, next);
     const auto steps = std::count_if(solve.log.attempts.begin(), solve.log.attempts.end(),
                                      [](const Attempt& one) { return one.accepted; });
     for (int64_t k = 0; k < steps; ++k)
-      solve.steps.push_back(find_step<A>(scheme.stages - 1, samples, k + 1 < steps, kept, next));
+      solve.steps.push_back(find_step(pair, scheme.stages - 1, samples, k + 1 < steps, kept, next));
   }
 }
 
@@ -314,7 +217,7 @@ void run_solves(const typename Pair::Spec& spec, int64_t parts, const Embedded& 
   Arena none(nullptr);
   const Pair pair(spec, none, false);
   std::vector<Solve<A>> solves(alone);
-  if (backward) find_solves(scheme, call.keep_trial, together, log, kept, solves);
+  if (backward) find_solves(pair, scheme, call.keep_trial, together, log, kept, solves);
   Team<SkewSolve<Pair>> team(samples, parts, [&](Arena& arena) {
     return SkewSolve<Pair>(spec, scheme, call.x, call.out, call.cotangent, arena,
                            backward ? worker_gradients(spec, gradients, 0) : nullptr);

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from ..engine import NO_EXACT_IE, NO_ODE_SOLUTION, ODE_SOLUTION, Call, OperatorEngine
+from ..engine import NO_EXACT_IE, NO_LINEAR, NO_ODE_SOLUTION, ODE_SOLUTION, Call, OperatorEngine
 from ..plan import Plan
+from ..schemes.skew_pair.linear import Linear
 from ..schemes.skew_pair.pair import Pair
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -50,6 +51,8 @@ class FusedConvolution(OperatorEngine):
             return NO_EXACT_IE
         if call.family == ODE_SOLUTION:
             return NO_ODE_SOLUTION
+        if isinstance(call.program, Linear):
+            return NO_LINEAR
         if torch.compiler.is_compiling():
             return "torch.compile does not trace fused convolutions"
         reason = _refuses_branch(call.program) if isinstance(call.program, Plan) else _refuses_pair(call)

@@ -22,7 +22,7 @@ def refuses(call: Call) -> str:
         return missing
     plan = call.program
     if not isinstance(plan, Plan):
-        return "it has no programs of the skew pair for CUDA"
+        return "it has no programs of skew fields for CUDA"
     # Its coefficients may be all that is trained, which `call.mode` does not see.
     if call.learned and torch.is_grad_enabled():
         return "its programs for CUDA make no gradients of a scheme's coefficients"

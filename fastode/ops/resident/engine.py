@@ -15,8 +15,9 @@ from ...native.constants import MOST_PAIR_CHANNELS
 from ..engine import NO_EXACT_IE, NO_ODE_SOLUTION, ODE_SOLUTION, Call, OperatorEngine
 from ..plan import MaybeTensors, Plan
 from ..schemes.ode import solution
+from ..schemes.skew_pair.linear import Linear
 from ..schemes.skew_pair.pair import Pair
-from . import card, functions, rule, skew, solve
+from . import card, functions, linear, rule, skew, solve
 from .field import ResidentField
 
 
@@ -31,6 +32,8 @@ class Resident(OperatorEngine):
     skew_solution = skew.ResidentMarchFunction
     skew_adaptive = solve.ResidentSolveFunction
     ode_solution = solution.make_solution_function(ResidentField)
+    skew_linear = linear.ResidentLinearFunction
+    linear_solution = linear.ResidentLinearSolveFunction
     solution_from_x = True
     steps_inside = True
 
@@ -44,11 +47,16 @@ class Resident(OperatorEngine):
         if isinstance(call.program, Plan):
             reason = _refuses_field(call.program, call.x) if call.family == ODE_SOLUTION else ""
             return reason or _refuses_branch(call.program, call.tensors, call.x)
+        if isinstance(call.program, Linear):
+            return _refuses_linear(call.program, call.tensors, call.x)
         assert call.program is not None
         return _refuses_pair(call.program, call.tensors, call.inputs)
 
     def against(self, call: Call) -> str:
         x, program, pixels = call.inputs[-1], call.program, None
+        if isinstance(program, Linear):
+            assert call.tensors[0] is not None
+            return rule.slower_linear(call.family, call.tensors[0])
         if isinstance(program, Plan):
             coupled = any(unit.norm is not None and unit.norm.mode == "batch" for unit in program.units)
             widest = max([x.shape[1], *[unit.conv.out_channels for unit in program.units if unit.conv is not None]])
@@ -105,6 +113,14 @@ def _refuses_pair(pair: Pair, tensors: MaybeTensors, states: Sequence[Tensor]) -
     if max(weight.shape[:2]) > MOST_PAIR_CHANNELS:
         return f"it has the skew pair for at most {MOST_PAIR_CHANNELS} channels"
     return _refuses_dtypes(pair.lower, tensors, states[-1] if states else None)
+
+
+def _refuses_linear(linear: Linear, tensors: MaybeTensors, x: Tensor | None) -> str:
+    if linear.lower is not None:
+        return "it does not lower matrix products as autocast asks"
+    if x is not None and x.dtype not in (torch.float32, torch.float64):
+        return f"it has the field of two matrix products in float32 and float64, and not in {x.dtype}"
+    return _refuses_dtypes(None, tensors, x)
 
 
 def _refuses_dtypes(lower: torch.dtype | None, tensors: MaybeTensors, x: Tensor | None) -> str:

@@ -6,11 +6,12 @@ from functools import partial
 
 import torch
 
-from ..engine import ODE_SOLUTION, Call, OperatorEngine
+from ..engine import NO_LINEAR, ODE_SOLUTION, Call, OperatorEngine
 from ..schemes.implicit_euler import descent, exact
 from ..schemes.ode import solution
 from ..schemes.runge_kutta import stages
 from ..schemes.skew_pair import adaptive, march
+from ..schemes.skew_pair.linear import Linear
 from . import field, pair, sweeps
 
 
@@ -28,6 +29,8 @@ class Staged(OperatorEngine):
     ode_solution = solution.make_solution_function(field.StagedField)
 
     def refuses(self, call: Call) -> str:
+        if isinstance(call.program, Linear):
+            return NO_LINEAR
         if call.family == ODE_SOLUTION and call.x is not None and call.x.dtype not in (torch.float32, torch.float64):
             return "it solves a single map's equation in float32 and float64 only"
         return ""
