@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastode
@@ -18,6 +19,7 @@ from fastode import SolveError, Solver, reference
 from fastode.dispatch import choice
 from fastode.dispatch.engines import BY_NAME
 from fastode.dispatch.linear import read_linear
+from fastode.native import nodes
 from fastode.ops.resident.linear import encode
 from fastode.ops.resident.solve import solver_code
 from fastode.reference.adaptive import integrate
@@ -172,10 +174,17 @@ def test_a_gradient_may_be_differentiated(case: int, gradient: str) -> None:
 def test_a_gradient_by_equal_steps_may_be_differentiated(case: Any) -> None:
     block = block_of(case, F64)
     compare_second_derivatives(block, block, fused(block), input_of(block))
-    state = block.field.initial_state(input_of(block))
-    twin = fused(block).field
-    solve = functools.partial(lambda field, z: sum(slope.square().sum() for slope in field(state[0], z)))
-    compare_second_derivatives(block.field, functools.partial(solve, block.field), twin, state[1], solve)
+    compare_second_derivatives(block.field, slopes_of(block.field), fused(block).field, input_of(block), slope_sum)
+
+
+def slope_sum(field: nn.Module, x: Tensor) -> Tensor:
+    """A number that depends on both slopes of a field alone."""
+    dy, dz = field(*field.initial_state(x))
+    return dy.square().sum() + dz.square().sum()
+
+
+def slopes_of(field: nn.Module) -> Callable[[Tensor], Tensor]:
+    return functools.partial(slope_sum, field)
 
 
 def compare_second_derivatives(
@@ -194,6 +203,58 @@ def compare_second_derivatives(
         assert (one is None) == (other is None)
         if one is not None and one.norm() > 1e-8:
             assert (one - other).norm() <= 1e-8 * one.norm()
+
+
+NODES: list[tuple[Any, bool]] = [(CASES[0], False), (CASES[1], True), (FIXED[0], False), (FIXED[1], False)]
+
+
+@pytest.mark.parametrize(("case", "alone"), NODES)
+def test_its_nodes_give_what_the_functions_give(case: Any, alone: bool) -> None:
+    block = fused(block_of(case, F64, per_sample=alone))
+    x = input_of(block).requires_grad_()
+    y = torch.randn(5, block.field.weight.shape[0], dtype=F64, requires_grad=True)
+    parameters = list(block.parameters())
+
+    def run(node: bool) -> list[Tensor | None]:
+        end, slopes = block(x), block.field(y, x)
+        assert all((type(t.grad_fn).__name__ == "CppFunction") == node for t in (end, *slopes))
+        found: list[Tensor | None] = [end.detach(), *(slope.detach() for slope in slopes)]
+        for asked in ([x], parameters, [x, *parameters]):
+            bar = torch.ones_like(end)
+            found += torch.autograd.grad(end, asked, bar, retain_graph=True, allow_unused=True)
+        many = torch.stack([torch.ones_like(end), end.detach()])
+        found += torch.autograd.grad(end, [x], many, is_grads_batched=True)
+        for outputs in (slopes, slopes[:1], slopes[1:]):
+            bars, leaves = [slope.detach() for slope in outputs], [y, x, *parameters]
+            found += torch.autograd.grad(outputs, leaves, bars, retain_graph=True, allow_unused=True)
+        return found
+
+    ours = run(True)
+    with nodes.left_out():
+        theirs = run(False)
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or torch.equal(one, other)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("case", [CASES[1], FIXED[1]])
+def test_a_compiled_backward(case: Any) -> None:
+    block = fused(block_of(case, F64))
+    x = input_of(block).requires_grad_()
+    sources = [x, *block.parameters()]
+    expected = torch.autograd.grad(block(x).square().sum(), sources)
+    loss = block(x).square().sum()
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        loss.backward()
+    torch.testing.assert_close([source.grad for source in sources], list(expected))
+
+
+@pytest.mark.parametrize("case", [CASES[2], FIXED[2]])
+def test_the_functions_stand_alone(case: Any) -> None:
+    with nodes.left_out():
+        block = block_of(case, F64)
+        assert_blocks_equal(block, fused(block), input_of(block), mode="train")
+        compare_second_derivatives(block.field, slopes_of(block.field), fused(block).field, input_of(block), slope_sum)
 
 
 @pytest.mark.parametrize("released", [False, True])

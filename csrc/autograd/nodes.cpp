@@ -4,13 +4,13 @@
 // where it cannot be built the Functions in Python take its place. Every call returns NotImplemented for tensors that
 // the Functions have to treat.
 #include "branch_nodes.h"
-#include "skew_nodes.h"
+#include "linear_nodes.h"
 #include "snapshot.h"
 
 namespace fastode {
 namespace {
 
-constexpr const char *kProgram = "fastode program", *kWatched = "fastode watched";
+constexpr const char *kProgram = "fastode program", *kSolver = "fastode solver", *kWatched = "fastode watched";
 
 template <class Item, class F>
 IValue list_of(PyObject* sequence, const F& item) {
@@ -109,21 +109,28 @@ PyObject* scheme(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-template <class Family, class F>
-PyObject* run_pair(PyObject* const* arguments, Py_ssize_t count, const F& wrap) {
-  expect(count, 3);
+// Calls run(call, whether there is to be a graph) for the arguments program, constants, tensors.
+template <class F>
+PyObject* run_field(PyObject* const* arguments, const F& run) {
   TORCH_CHECK_TYPE(PyTuple_Check(arguments[1]), "expected a tuple of constants");
   PairCall call{program_of(arguments[0]), arguments[1], {}};
   if (!add_all(call.given, arguments[2])) return Py_NewRef(Py_NotImplemented);
-  return wrap(Family::run(call, at::GradMode::is_enabled() && call.given.any_requires_grad(0)));
+  return run(call, at::GradMode::is_enabled() && call.given.any_requires_grad(0));
 }
 
-// pair(program, constants, tensors) -> (dy, dz)
+PyObject* wrap_both(Tensor first, Tensor second) {
+  THPObjectPtr one(THPVariable_Wrap(std::move(first))), other(THPVariable_Wrap(std::move(second)));
+  return PyTuple_Pack(2, one.get(), other.get());
+}
+
+// pair(program, constants, tensors) -> (dy, dz), and likewise linear
+template <class Family>
 PyObject* pair(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  return run_pair<PairNode>(arguments, count, [](PairNode::Result found) {
-    THPObjectPtr dy(THPVariable_Wrap(std::move(found.dy))), dz(THPVariable_Wrap(std::move(found.dz)));
-    return PyTuple_Pack(2, dy.get(), dz.get());
+  expect(count, 3);
+  return run_field(arguments, [](const PairCall& call, bool graph) {
+    auto [dy, dz] = Family::run(call, graph);
+    return wrap_both(std::move(dy), std::move(dz));
   });
   END_HANDLE_TH_ERRORS
 }
@@ -131,7 +138,38 @@ PyObject* pair(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
 // march(program, constants, tensors)
 PyObject* march(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  return run_pair<MarchNode>(arguments, count, [](Tensor end) { return THPVariable_Wrap(std::move(end)); });
+  expect(count, 3);
+  return run_field(arguments,
+                   [](const PairCall& call, bool graph) { return THPVariable_Wrap(MarchNode::run(call, graph)); });
+  END_HANDLE_TH_ERRORS
+}
+
+void free_solver(PyObject* capsule) { delete static_cast<SolverProgram*>(PyCapsule_GetPointer(capsule, kSolver)); }
+
+// solver(table, numbers, limits, per_sample, keep_trial, reads_slope_of_z)
+PyObject* solver(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  expect(count, 6);
+  auto made = std::make_unique<SolverProgram>();
+  made->table = list_of<double>(arguments[0], number);
+  made->solver = list_of<double>(arguments[1], number);
+  made->limits = list_of<int64_t>(arguments[2], integer);
+  made->per_sample = truth(arguments[3]), made->keep_trial = truth(arguments[4]);
+  made->reads_slope_of_z = truth(arguments[5]);
+  return PyCapsule_New(made.release(), kSolver, free_solver);
+  END_HANDLE_TH_ERRORS
+}
+
+// linear_solve(program, constants, tensors, solver) -> (end, log)
+PyObject* linear_solve(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  expect(count, 4);
+  const auto* how = static_cast<SolverProgram*>(PyCapsule_GetPointer(arguments[3], kSolver));
+  if (!how) throw_python_error();
+  return run_field(arguments, [&](const PairCall& call, bool graph) {
+    auto [end, log] = LinearSolveNode::run(call, *how, graph);
+    return wrap_both(std::move(end), std::move(log));
+  });
   END_HANDLE_TH_ERRORS
 }
 
@@ -177,8 +215,11 @@ PyCFunction method(F* function) {
 PyMethodDef methods[] = {{"program", method(program), METH_FASTCALL, nullptr},
                          {"descent", method(descent), METH_FASTCALL, nullptr},
                          {"scheme", method(scheme), METH_FASTCALL, nullptr},
-                         {"pair", method(pair), METH_FASTCALL, nullptr},
+                         {"pair", method(pair<PairNode>), METH_FASTCALL, nullptr},
                          {"march", method(march), METH_FASTCALL, nullptr},
+                         {"linear", method(pair<LinearNode>), METH_FASTCALL, nullptr},
+                         {"solver", method(solver), METH_FASTCALL, nullptr},
+                         {"linear_solve", method(linear_solve), METH_FASTCALL, nullptr},
                          {"kept", kept, METH_O, nullptr},
                          {"watched", method(watched), METH_FASTCALL, nullptr},
                          {"unchanged", method(unchanged), METH_FASTCALL, nullptr},

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...native import nodes
 from ...solver import Solver
 from ...steps import Watch
-from ..function import gradients
+from ..function import NodeFunction, gradients
 from ..plan import MaybeTensor, MaybeTensors, activation_codes
 from ..rerun import Rerun
 from ..schemes.by_error import Steps
@@ -23,9 +24,9 @@ from ..schemes.skew_pair.march import March
 from .call import beside
 from .functions import keeps
 from .skew import only
-from .solve import SolverCode, solver_code, tell
+from .solve import solver_code, tell
 
-_SOLVER = "resident solver"  # in a field's memo
+_PROGRAM, _SOLVER = "resident node", "resident solver"  # in a field's memo
 
 LinearCode = tuple[list[Tensor], list[int], list[float]]
 
@@ -37,19 +38,32 @@ def encode(linear: Linear, tensors: MaybeTensors) -> LinearCode:
     return [tensor for tensor in tensors if tensor is not None], integers, numbers
 
 
-def _solver_code(linear: Linear, solver: Solver) -> SolverCode:
-    """`solver_code`, kept beside the field for its last solver."""
-    if torch.compiler.is_compiling():
-        return solver_code(solver)
+def _program(linear: Linear, tensors: MaybeTensors) -> Any:
+    """The field as the nodes take it; kept beside the field."""
+    kept = linear.memo.get(_PROGRAM)
+    if kept is None:
+        kept = linear.memo[_PROGRAM] = nodes.module.program(*encode(linear, tensors)[1:])
+    return kept
+
+
+def _solver(linear: Linear, solver: Solver) -> Any:
+    """The solver as the nodes take it; kept beside the field for its last solver."""
     kept = linear.memo.get(_SOLVER)
     if kept is None or kept[0] is not solver:
-        kept = linear.memo[_SOLVER] = solver, solver_code(solver)
-    code: SolverCode = kept[1]
-    return code
+        through_first, reads = solver.gradient == "solver", _reads_slope_of_z(linear, solver)
+        made = nodes.module.solver(*solver_code(solver), through_first, reads)
+        kept = linear.memo[_SOLVER] = solver, made
+    return kept[1]
 
 
-class ResidentLinearFunction(torch.autograd.Function):
+class ResidentLinearFunction(NodeFunction):
     """(ẏ, ż) at (y, z)."""
+
+    constants = ("linear", "rerun")
+
+    @classmethod
+    def through_node(cls, linear: Linear, rerun: Rerun | None, given: MaybeTensors) -> Any:
+        return nodes.module.linear(_program(linear, given[2:]), (cls, linear, rerun), given)
 
     @staticmethod
     def forward(ctx: Any, linear: Linear, rerun: Rerun | None, y: Tensor, z: Tensor, *tensors: MaybeTensor) -> Any:
@@ -78,8 +92,32 @@ class ResidentLinearFunction(torch.autograd.Function):
         return gradients(ctx, given, [dy_bar, dz_bar], pull)
 
 
-class ResidentLinearSolveFunction(torch.autograd.Function):
+class ResidentLinearSolveFunction(NodeFunction):
     """y(t₁) from x, which is z(0); every solve with steps by error tells a watch what it did."""
+
+    constants = ("linear", "solver", "watches", "steps", "rerun")
+
+    @classmethod
+    def through_node(
+        cls,
+        linear: Linear,
+        solver: Solver,
+        watches: Sequence[Watch],
+        steps: Sequence[Steps],
+        rerun: Rerun | None,
+        given: MaybeTensors,
+    ) -> Any:
+        x, *tensors = given
+        # A backward asks no watch.
+        constants = (cls, linear, solver, (), (), rerun)
+        found = nodes.module.linear_solve(_program(linear, tensors), constants, given, _solver(linear, solver))
+        if found is NotImplemented:
+            return found
+        end, log = found
+        if solver.is_adaptive:
+            assert x is not None
+            tell(log.tolist(), solver, watches, steps, x)
+        return (end,)
 
     @staticmethod
     def forward(
@@ -96,7 +134,7 @@ class ResidentLinearSolveFunction(torch.autograd.Function):
         end, log, kept = torch.ops.fastode.resident_linear_solve_forward.default(
             x,
             *encode(linear, tensors),
-            *_solver_code(linear, solver),
+            *solver_code(solver),
             keep,
             keep and solver.gradient == "solver",
             traced,
@@ -111,13 +149,14 @@ class ResidentLinearSolveFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, end_bar: MaybeTensor) -> tuple[MaybeTensor, ...]:
         saved, linear, solver = ctx.saved_tensors, ctx.linear, ctx.solver
-        given, log, kept = saved[: ctx.count], saved[ctx.count], saved[ctx.count + 1 :]
+        # A node hands over neither log nor what was kept: the operator takes the steps again.
+        given, (log, *kept) = saved[: ctx.count], saved[ctx.count :] or (torch.empty(0, dtype=torch.float64),)
 
         def pull(bars: Sequence[MaybeTensor], wanted: Sequence[bool]) -> list[MaybeTensor]:
             x, *tensors = given
             asked = [*wanted[:-1], wanted[-1] and _reads_slope_of_z(linear, solver)]
             x_bar, found = torch.ops.fastode.resident_linear_solve_backward.default(
-                x, bars[0], log, list(kept), *encode(linear, tensors), *_solver_code(linear, solver),
+                x, bars[0], log, kept, *encode(linear, tensors), *solver_code(solver),
                 solver.gradient == "solver", any(asked[1:]),
             )  # fmt: skip
             return only((x_bar, *beside(tensors, found)), asked)
