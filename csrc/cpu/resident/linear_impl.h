@@ -8,7 +8,7 @@
 namespace fastode::resident {
 
 // Rows, or vectors of a row, that are gone over at a time: their sums hide the latency of an addition.
-inline constexpr int kTogether = 8;
+inline constexpr int kTogether = 12;
 
 // Calls f(first, how many as a constant) for stretches of at most `most` that make up [0, count), of nearly equal
 // length.
