@@ -1,6 +1,8 @@
 // Included by one .cpp per arithmetic type.
 #pragma once
 
+#include <utility>
+
 #include "linear.h"
 #include "skew_solve_impl.h"
 #include "walk.h"
@@ -19,6 +21,12 @@ void in_stretches(int64_t count, const F& f) {
     const int64_t first = s * count / stretches, end = (s + 1) * count / stretches;
     with_few<most>(end - first, [&](auto known) { f(first, known); });
   }
+}
+
+// Calls f(i) for i < count, written out.
+template <int count, class F>
+inline void unrolled(const F& f) {
+  [&]<int... i>(std::integer_sequence<int, i...>) { (f(i), ...); }(std::make_integer_sequence<int, count>{});
 }
 
 template <class V>
@@ -42,7 +50,7 @@ void LinearPair<A>::down(A sign, const View<A>& in, const A* base, A damping, co
     V sums[count()] = {};
     for (int64_t f = 0; f < width; f += kLanes<A>) {
       const V value = load<V>(in.at + f);
-      FASTODE_UNROLL for (int r = 0; r < count(); ++r) sums[r] += load<V>(rows + r * row + f) * value;
+      unrolled<count()>([&](int r) { sums[r] += load<V>(rows + r * row + f) * value; });
     }
     for (int r = 0; r < count(); ++r) {
       A value = sign * sum_of_lanes<V>(sums[r]);
@@ -65,7 +73,7 @@ void LinearPair<A>::up(A sign, const View<A>& in, const A* base, A damping, cons
     V sums[count()] = {};
     for (int64_t c = 0; c < spec.classes; ++c) {
       const A value = in.at[c];
-      FASTODE_UNROLL for (int v = 0; v < count(); ++v) sums[v] += load<V>(columns + c * row + v * lanes) * value;
+      unrolled<count()>([&](int v) { sums[v] += load<V>(columns + c * row + v * lanes) * value; });
     }
     for (int v = 0; v < count(); ++v) {
       const int64_t f = (first + v) * lanes;
@@ -145,12 +153,12 @@ void LinearPair<A>::add_gradients(const Both<A>& inner, bool has_p, bool has_q, 
         V z = {}, q = {};
         if constexpr (by_p()) z = load<V>(inner.z.at + f);
         if constexpr (by_q()) q = load<V>(bar_.z.at + f);
-        FASTODE_UNROLL for (int r = 0; r < count(); ++r) {
+        unrolled<count()>([&](int r) {
           V value = load<V>(rows + r * width + f);
           if constexpr (by_p()) value += p[r] * z;
           if constexpr (by_q()) value -= y[r] * q;
           store<V>(rows + r * width + f, value);
-        }
+        });
       }
     });
   };
