@@ -73,6 +73,15 @@ def test_equal(
     assert_blocks_equal(plain, fused, sample_input(2, 4, 3, 5, dtype=dtype))
 
 
+@pytest.mark.parametrize(("norm", "solver"), [("group", "bosh3"), ("batch", "midpoint")])
+def test_a_single_maps_solution_equals_the_reference(monkeypatch: pytest.MonkeyPatch, norm: str, solver: str) -> None:
+    unit = [NORMS[norm](4), nn.Tanh(), reference.TimeConv2d(4, 4, padding=1), NORMS[norm](4)]
+    plain = reference.ODEBlock(nn.Sequential(*unit), solver)
+    fused = fastode.nn.ODEBlock(copy.deepcopy(plain.field), solver)
+    fused.engine = engine_of(monkeypatch, False)
+    assert_blocks_equal(plain, fused, sample_input(2, 4, 3, 5))
+
+
 class Convolutions(TorchDispatchMode):
     """Counts the maps that ATen's convolutions read and write, in maps like `like`."""
 

@@ -313,3 +313,26 @@ def test_bad_input_is_refused_before_anything_runs() -> None:
         with pytest.raises(error, match=words):
             block(x)
     assert all(int(norm.num_batches_tracked) == 0 for norm in block.modules() if isinstance(norm, nn.BatchNorm2d))
+
+
+def test_a_compiler_takes_steps_by_error_as_one_operator() -> None:
+    for engine, case in (("auto", 0), (ENGINES[-1], 7)):
+        block = fused(block_of(CASES[case], F64), engine)
+        x = sample_of(CASES[case], F64)
+        compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+        for _ in range(2):
+            expected, found = everything(block, x), everything(compiled, x)
+            assert all(torch.equal(found[f"{name}"], one) for name, one in expected.items() if name in found)
+            block.field[2]._layer.weight.data.mul_(1.5)
+
+
+def test_auto_takes_what_was_measured_to_be_faster() -> None:
+    wide = fastode.nn.ODEBlock(nn.Sequential(nn.ReLU(), nn.Conv2d(520, 520, 1)), "euler")
+    x = sample_input(1, 520, 2, 2)
+    first, *others = ENGINES
+    assert wide.against(first, x) == "with more than 512 channels it was not measured"
+    for name in others:
+        words = "with more than 256 channels it was measured to be slower than plain PyTorch"
+        assert wide.against(name, x) == words
+    assert fastode.fuse(nn.Sequential(wide), example=x).rows[0].engines == ("reference",)
+    assert fastode.fuse(block_of(CASES[0], F32), example=sample_of(CASES[0], F32)).rows[0].engines == (first,)

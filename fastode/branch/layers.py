@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -165,7 +165,8 @@ def read_time_conv(layer: Any, row: list[Tensor | None]) -> tuple[Conv | None, A
     conv, note = _read_conv(layer._layer, row)
     if conv is None:
         return None, note
-    return replace(conv, in_channels=conv.in_channels - 1, sees_time=True), note
+    own = (conv.out_channels, conv.kernel, conv.padding, conv.dilation, conv.groups)
+    return Conv(conv.in_channels - 1, *own, sees_time=True), note
 
 
 def _is_pair(value: Any) -> bool:
