@@ -258,15 +258,14 @@ def solution(draw: Draw, channels: int, size: tuple[int, int]) -> Made:
     return block, f"{solver} {steps} {words}", [(channels, field.stride)]
 
 
-def by_error(draw: Draw, channels: int, size: tuple[int, int]) -> Made:
-    """A field's solution with steps by error."""
-    field, words = draw_field(draw, channels, size)
+def draw_solver(draw: Draw, field: nn.Module) -> fastode.Solver:
+    """A solver with steps by error."""
     tolerance, method = draw.choice((0.1, 1e-2)), draw.choice(("dopri5", "bosh3", "adaptive_heun", "fehlberg2"))
     gradient = draw.choice(("solver", "constant"))
     coupled = any(isinstance(module, nn.BatchNorm2d) for module in field.modules())
     per_sample = draw.random() < 0.3 and not coupled
     first_step = draw.choice((None, None, 0.3, 3.0))
-    solver = fastode.Solver(
+    return fastode.Solver(
         method,
         tolerance,
         tolerance,
@@ -275,7 +274,35 @@ def by_error(draw: Draw, channels: int, size: tuple[int, int]) -> Made:
         per_sample=per_sample,
         first_step=first_step,
     )
+
+
+def by_error(draw: Draw, channels: int, size: tuple[int, int]) -> Made:
+    """A field's solution with steps by error."""
+    field, words = draw_field(draw, channels, size)
+    solver = draw_solver(draw, field)
     return reference.SOBlock(field, solver), f"{solver} {words}", [(channels, field.stride)]
+
+
+def single_map(by_error: bool) -> Callable[[Draw, int, tuple[int, int]], Made]:
+    """The solution of a branch's equation, some of whose convolutions see the time."""
+
+    def made(draw: Draw, channels: int, size: tuple[int, int]) -> Made:
+        branch, words = draw_branch(draw, channels, size)
+        for name, conv in list(branch.named_children()):
+            if isinstance(conv, nn.Conv2d) and conv.groups == 1 and conv.dilation == (1, 1) and draw.random() < 0.6:
+                side = conv.kernel_size[0]
+                bias = conv.bias is not None
+                timed = reference.TimeConv2d(conv.in_channels, conv.out_channels, side, padding=side // 2, bias=bias)
+                branch._modules[name] = timed
+                words += f" timed {name}"
+        if by_error:
+            solver = draw_solver(draw, branch)
+        else:
+            method, steps = draw.choice(("euler", "midpoint", "rk4")), draw.randint(1, 2)
+            solver = fastode.Solver(method, steps=steps, t1=draw.choice((0.5, 1.0)))
+        return reference.ODEBlock(branch, solver), f"{solver} ({words})", [(channels, 1)]
+
+    return made
 
 
 FAMILIES: dict[str, Callable[[Draw, int, tuple[int, int]], Made]] = {
@@ -289,9 +316,11 @@ FAMILIES: dict[str, Callable[[Draw, int, tuple[int, int]], Made]] = {
     "skew_pair": pair,
     "soblock": solution,
     "adaptive": by_error,
+    "odeblock": single_map(False),
+    "ode_error": single_map(True),
 }
 # Families whose steps are chosen by their error: where a step is accepted by less than CLOSE, rounding may reject it.
-BY_ERROR = ("adaptive",)
+BY_ERROR = ("adaptive", "ode_error")
 CLOSE = 1e-4
 
 
