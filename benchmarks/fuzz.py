@@ -106,7 +106,10 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "softplus": lambda: nn.Softplus(beta=1.5, threshold=4.0),
     "elu": lambda: nn.ELU(alpha=0.7),
     "silu": nn.SiLU,
-    "gelu": nn.GELU,  # which no engine reads: everything falls back to the reference
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+    "sigmoid": nn.Sigmoid,
+    "mish": nn.Mish,  # which no engine reads: everything falls back to the reference
 }
 CHANNELS = (1, 2, 3, 4, 5, 8, 12, 16, 20)
 INNER = CHANNELS[2:]  # fewer may all be dead behind a ReLU, and a norm of constants is rounding alone

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from fastode.testing.compare import Mode, cotangents_of, run
 
 from .long_double import WIDER, Wide
 
-__all__ = ["WIDER", "Norms", "Wide", "truth", "widened"]
+__all__ = ["WIDER", "Arithmetic", "Wide", "truth", "widened"]
 
 
 def _column(t: Tensor, x: Tensor) -> Tensor:
@@ -72,13 +73,53 @@ def _group_norm(
     return _affine(((rows - average) * (spread + eps).rsqrt()).view(x.shape), weight, bias)
 
 
-class Norms(Replaced):
-    """Norms as arithmetic, which has derivatives of any order in long double."""
+_PI = np.longdouble("3.14159265358979323846264338327950288")
+_SERIES = 160  # terms, of which at 10 the last is below rounding
+
+
+def _constant(x: Tensor, value: Any) -> Any:
+    """A number in the precision of x."""
+    return Wide(np.asarray(value, np.longdouble)) if isinstance(x, Wide) else float(value)
+
+
+class _NormalDistribution(torch.autograd.Function):
+    """P(X ≤ x), by a series of positive terms: ½ + φ(x) (x + x³/3 + x⁵/(3·5) + …)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        if not isinstance(x, Wide):
+            return torch.special.ndtr(x)
+        t = np.clip(x.values, -10, 10)  # beyond, no digit of it differs from 0 or 1
+        total = term = t
+        for n in range(3, 2 * _SERIES + 3, 2):
+            term = term * t * t / n
+            total = total + term
+        return Wide(np.longdouble(0.5) + total * np.exp(-t * t / 2) / np.sqrt(2 * _PI))
+
+    @staticmethod
+    def backward(ctx: Any, bar: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        density: Tensor = (x * x * -0.5).exp() * _constant(x, 1 / np.sqrt(2 * _PI))
+        return bar * density
+
+
+def _gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    if approximate == "none":
+        return x * _NormalDistribution.apply(x)
+    linear = np.sqrt(8 / _PI)
+    cubic = _constant(x, linear * 44715 / 1000000)
+    return x * torch.sigmoid(x * (cubic * x * x + _constant(x, linear)))
+
+
+class Arithmetic(Replaced):
+    """Norms and GELU as arithmetic, which has derivatives of any order in long double."""
 
     replacements: ClassVar = {
         F.batch_norm: _batch_norm,
         F.instance_norm: _instance_norm,
         F.group_norm: _group_norm,
+        F.gelu: _gelu,
     }
 
 
@@ -108,6 +149,6 @@ def truth(
         cotangents = cotangents_of(
             tuple(t for name, t in outputs.items() if name.startswith("output") and t is not None)
         )
-    with Norms():
+    with Arithmetic():
         found = run(widened(block), tuple(map(Wide.of, inputs)), tuple(map(Wide.of, cotangents)), mode)
     return {name: t.rounded() if isinstance(t, Wide) else t for name, t in found.items()}

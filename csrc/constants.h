@@ -21,7 +21,9 @@ enum Activation : int64_t {
   kSoftplus = 4,
   kElu = 5,
   kSilu = 6,
-  kActivationCount = 7,
+  kGelu = 7,
+  kSigmoid = 8,
+  kActivationCount = 9,
 };
 
 // The terms of one combination, at most.

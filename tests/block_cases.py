@@ -40,6 +40,9 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "softplus": lambda: nn.Softplus(beta=1.5, threshold=4.0),
     "elu": lambda: nn.ELU(alpha=0.7),
     "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+    "sigmoid": nn.Sigmoid,
 }
 CONVOLUTIONS: dict[str, dict[str, Any]] = {
     "3x3": {"kernel_size": 3, "padding": 1},

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from operators_plain import NORMS, Pointwise, combination, gradients
+from operators_plain import ACTIVATIONS, NORMS, Pointwise, combination, gradients
 from pairwise import Case, covering
 from torch import Tensor
 
@@ -25,7 +25,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "norm": tuple(NORMS),
     "known": (True, False),
     "groups": ("one", "some", "all"),
-    "activation": ("identity", "relu", "leaky_relu", "tanh", "softplus", "elu", "silu"),
+    "activation": tuple(ACTIVATIONS),
     "affine": ("both", "weight", "bias", "none"),
     "next_norm": ("none", "group", "batch"),
     "terms": (0, 1, 4),
@@ -36,7 +36,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
 }
 SOME_GROUPS = {3: 3, 8: 4, 21: 7, 64: 8}
 COEFFICIENTS = [0.75, -0.2, 1.0, 1.0 / 3.0, -1.25]
-CASES = covering(FACTORS, seed=3)
+CASES = covering(FACTORS, seed=8)
 # For a card alone: maps of several blocks and steps under the plans that they have in networks.
 LARGE = [case | {"inputs": 64, "outputs": 64, "size": (32, 32), "batch": 4} for case in CASES[::3]]
 

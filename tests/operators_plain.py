@@ -8,8 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTIVATIONS = {"identity": 0, "relu": 1, "leaky_relu": 2, "tanh": 3, "softplus": 4, "elu": 5, "silu": 6}
-PARAMETERS = {"leaky_relu": (0.01, 0.0), "softplus": (1.5, 12.0), "elu": (0.7, 0.0)}
+ACTIVATIONS = {
+    "identity": 0,
+    "relu": 1,
+    "leaky_relu": 2,
+    "tanh": 3,
+    "softplus": 4,
+    "elu": 5,
+    "silu": 6,
+    "gelu": 7,
+    "gelu_tanh": 7,
+    "sigmoid": 8,
+}
+PARAMETERS = {"leaky_relu": (0.01, 0.0), "softplus": (1.5, 12.0), "elu": (0.7, 0.0), "gelu_tanh": (1.0, 0.0)}
 NORMS = {"none": 0, "group": 1, "batch": 2, "fixed": 3}
 
 
@@ -43,6 +54,12 @@ class Pointwise:
                 return F.elu(h, p)
             case "silu":
                 return F.silu(h)
+            case "gelu":
+                return F.gelu(h)
+            case "gelu_tanh":
+                return F.gelu(h, approximate="tanh")
+            case "sigmoid":
+                return torch.sigmoid(h)
         return h
 
     def statistics(self, h: Tensor) -> Tensor:

@@ -29,8 +29,9 @@ def run(units, tensors, x):
         elif norm is not None:
             x = F.batch_norm(x, mean, var, weight, bias, norm.mode == "batch", 0.0, norm.eps)
         if activation is not None:
+            tanh = {"approximate": "tanh"} if (activation.kind, activation.p) == ("gelu", 1.0) else {}
             values = {"leaky_relu": (activation.p,), "softplus": (activation.p, activation.q), "elu": (activation.p,)}
-            x = getattr(F, activation.kind)(x, *values.get(activation.kind, ()))
+            x = getattr(F, activation.kind)(x, *values.get(activation.kind, ()), **tanh)
         if unit.conv is not None:
             assert kernel.shape[0] == unit.conv.out_channels
             assert kernel.shape[1] * unit.conv.groups == unit.conv.in_channels
@@ -51,6 +52,7 @@ READABLE = {
     "instance norm": lambda: [instance_norm(), nn.LeakyReLU(0.2), conv()],
     "instance norm with statistics": lambda: [instance_norm(affine=True, track_running_stats=True), nn.SiLU(), conv()],
     "group norm without weights": lambda: [nn.GroupNorm(4, 8, affine=False), nn.Softplus(2.0, 3.0), conv()],
+    "two forms of GELU": lambda: [nn.GELU(), conv(), nn.GELU(approximate="tanh"), conv(), nn.Sigmoid()],
     "padding same": lambda: [nn.Conv2d(8, 8, (3, 5), padding="same", dilation=(2, 1)), nn.ReLU()],
     "padding valid": lambda: [nn.Conv2d(8, 8, 1, padding="valid")],
     "even kernel, dilated": lambda: [nn.Conv2d(8, 8, 2, padding=1, dilation=2), nn.SiLU()],
@@ -207,8 +209,8 @@ REFUSED = {
     "unknown type": (lambda: nn.Sequential(nn.Dropout()), "branch.0 (Dropout) is of a type the reader does not know."),
     "no sequential": (lambda: nn.Linear(2, 2), "branch (Linear) is of a type the reader does not know."),
     "nested unknown": (
-        lambda: nn.Sequential(nn.ReLU(), nn.Sequential(nn.GELU())),
-        "branch.1.0 (GELU) is of a type the reader does not know.",
+        lambda: nn.Sequential(nn.ReLU(), nn.Sequential(nn.Mish())),
+        "branch.1.0 (Mish) is of a type the reader does not know.",
     ),
     "SyncBatchNorm": (
         lambda: nn.Sequential(nn.SyncBatchNorm(8)),

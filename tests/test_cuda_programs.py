@@ -8,8 +8,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from block_cases import case_of, make_input, make_pair, name_of
-from pairwise import SEEDS, Case, covering
+from block_cases import ACTIVATIONS, case_of, make_input, make_pair, name_of
+from pairwise import SEEDS, Case, covering, design_factors
 from simulator import ORDERS, counting, fenced, load, order
 from torch import Tensor, nn
 
@@ -28,7 +28,7 @@ from fastode.testing import assert_blocks_equal
 FACTORS = {
     "family": ("res", "ssp2", "ssp3", "midpoint", "ark", "custom", "ie"),
     "norm": ("group", "layer", "layer_bare", "instance", "instance_input", "batch_eval", "none"),
-    "activation": ("relu", "relu_inplace", "leaky_relu", "tanh", "softplus", "elu", "silu"),
+    "activation": tuple(ACTIVATIONS),
     "convolution": ("3x3", "3x3_no_bias"),
     "shape": ("one_layer", "two_layers", "three_layers"),
     "dtype": (torch.bfloat16, torch.float16),
@@ -51,7 +51,10 @@ def possible(case: Case) -> bool:
 # With batch norms in training the programs are others.
 COUPLED = FACTORS | {"norm": ("batch", "batch_bare", "batch_cumulative"), "dtype": (torch.bfloat16,)}
 CASES = [
-    case for factors in (FACTORS, COUPLED) for seed in SEEDS for case in covering(factors, seed=seed, possible=possible)
+    case
+    for factors in (FACTORS, COUPLED)
+    for seed in SEEDS
+    for case in covering(design_factors(factors, seed), seed=seed, possible=possible)
 ]
 
 

@@ -6,19 +6,24 @@ import copy
 
 import pytest
 import torch
-from block_cases import EXPLICIT, FAMILIES, IMPLICIT, case_of, make_input, make_pair, name_of, possible
-from pairwise import SEEDS, Case, all_pairs, covering, pairs_of
+from block_cases import ACTIVATIONS, EXPLICIT, FAMILIES, IMPLICIT, case_of, make_input, make_pair, name_of, possible
+from pairwise import SEEDS, Case, all_pairs, covering, design_factors, pairs_of
 from torch import Tensor, nn
 
 from fastode.testing import assert_blocks_equal, compare_tensors, sample_input
 
-FACTORS = [factors for factors in (IMPLICIT, EXPLICIT) for _ in SEEDS]
-DESIGNS = [covering(factors, seed=seed, possible=possible) for factors in (IMPLICIT, EXPLICIT) for seed in SEEDS]
+FACTORS = [(seed, design_factors(factors, seed)) for factors in (IMPLICIT, EXPLICIT) for seed in SEEDS]
+DESIGNS = [covering(factors, seed=seed, possible=possible) for seed, factors in FACTORS]
 CASES = [case for design in DESIGNS for case in design]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+SMOOTH = ("tanh", "softplus", "elu", "silu", "gelu", "gelu_tanh", "sigmoid")
 
 
-@pytest.mark.parametrize(("factors", "design"), list(zip(FACTORS, DESIGNS, strict=True)))
+def test_the_designs_have_every_activation_between_them() -> None:
+    assert {case["activation"] for case in CASES} == set(ACTIVATIONS) or len(SEEDS) == 1
+
+
+@pytest.mark.parametrize(("factors", "design"), [(f, d) for (_, f), d in zip(FACTORS, DESIGNS, strict=True)])
 def test_design_covers_every_pair_that_there_is(factors: dict, design: list[Case]) -> None:
     assert len(CASES) <= 400
     covered = set().union(*map(pairs_of, design))
@@ -163,7 +168,7 @@ def test_only_what_is_asked_for_gets_a_gradient(family: str) -> None:
 @pytest.mark.parametrize("norm", ["layer", "group", "batch", "batch_eval", "instance_running", "none"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradcheck(family: str, norm: str) -> None:
-    for activation in ("tanh", "softplus", "elu", "silu") if norm == "layer" else ("tanh",):
+    for activation in SMOOTH if norm == "layer" else ("tanh",):
         case = case_of(family, norm=norm, activation=activation, channels=2, size=(2, 3), convolution="3x3", steps=2)
         _, fused = make_pair(case)
         names, parameters = zip(*fused.named_parameters(), strict=True)

@@ -236,10 +236,10 @@ def test_a_block_whose_own_forward_was_replaced_is_left_alone():
 
 
 def test_what_cannot_be_read_runs_as_the_reference_and_the_report_says_why():
-    module = nn.Sequential(reference.SSP2(nn.Sequential(nn.Conv2d(4, 4, 1), nn.GELU())))
+    module = nn.Sequential(reference.SSP2(nn.Sequential(nn.Conv2d(4, 4, 1), nn.Mish())))
     x = torch.randn(2, 4, 4, 4)
     expected = module(x)
-    why = "resident, staged: branch.1 (GELU) is of a type the reader does not know."
+    why = "resident, staged: branch.1 (Mish) is of a type the reader does not know."
     for report in (fastode.fuse(module), fastode.fuse(module, example=x)):
         assert [(row.fused, row.engines, row.reason) for row in report.rows] == [(fused.SSP2, ("reference",), why)]
         assert report.fused == 0 and report.unfused == 1
@@ -331,8 +331,8 @@ def test_a_failing_example_leaves_the_model_as_it_was(engine):
 
 
 def test_a_named_engine_that_cannot_run_is_an_error_at_the_call():
-    module = reference.SSP2(nn.Sequential(nn.GELU()))
-    why = "branch.0 (GELU) is of a type the reader does not know."
+    module = reference.SSP2(nn.Sequential(nn.Mish()))
+    why = "branch.0 (Mish) is of a type the reader does not know."
     report = fastode.fuse(module, engine="staged")
     assert (report.rows[0].engines, report.rows[0].reason) == ((), f"staged: {why}")
     message = f"engine must be one that can run this block, got 'staged': {why}"
@@ -396,7 +396,7 @@ def test_a_compiled_model_is_fused_inside():
 
 
 def test_the_report_is_a_plain_table():
-    module = nn.Sequential(block(), reference.SSP3(nn.Tanh()), reference.Ark(nn.GELU()))
+    module = nn.Sequential(block(), reference.SSP3(nn.Tanh()), reference.Ark(nn.Mish()))
     fastode.fuse(module[0], engine="reference")
     text = str(fastode.fuse(module, filter=lambda name, module: name != "1"))
     assert text.splitlines() == [
@@ -404,7 +404,7 @@ def test_the_report_is_a_plain_table():
         "0      SSP2  fastode.nn.SSP2  resident, staged, reference",
         "1      SSP3  -                reference                    left out by the filter",
         "2      Ark   fastode.nn.Ark   reference                    "
-        "resident, staged: branch (GELU) is of a type the reader does not know.",
+        "resident, staged: branch (Mish) is of a type the reader does not know.",
         "1 fused, 2 as the reference",
     ]
     assert str(fastode.fuse(nn.ReLU())) == "no block that fastode knows"

@@ -44,7 +44,9 @@ def test_a_planted_fault_is_found_and_named(
     index = next(
         i
         for i in range(100)
-        if fuzz.draw_case(1, i).family == "ssp2" and fuzz.draw_case(1, i).inputs[0].dtype is torch.float64
+        if fuzz.draw_case(1, i).family == "ssp2"
+        and fuzz.draw_case(1, i).inputs[0].dtype is torch.float64
+        and "mish" not in fuzz.draw_case(1, i).text  # which runs as the reference
     )
     assert fuzz.main(["--seed", "1", "--index", str(index)]) == 1
     printed = capsys.readouterr().out

@@ -155,8 +155,9 @@ class TestOperators:
         first = ops.norm_act([s.h], NONE, s.weight, s.bias, None, *s.unit.codes)
         again = ops.norm_act([s.h], NONE, s.weight, s.bias, first[2], *s.unit.codes)
         assert torch.equal(first[1].nan_to_num(), again[1].nan_to_num())
-        # Other statistics must be seen: mean + 1 shifts every x-hat.
-        other = ops.norm_act([s.h], NONE, s.weight, s.bias, first[2] + 1, *s.unit.codes)
+        # Other statistics must be seen: mean - 1 shifts every x-hat up, where no activation is flat.
+        means, variances = first[2].unbind()
+        other = ops.norm_act([s.h], NONE, s.weight, s.bias, torch.stack([means - 1, variances]), *s.unit.codes)
         assert first[1].numel() == 0 or not torch.equal(first[1], other[1])
 
     def statistics(self, ops: Any, s: Sample) -> Tensor:
@@ -232,10 +233,12 @@ class TestOperators:
         if case["batch"] == 0:
             assert torch.equal(ops.dots(s.cot, s.terms), torch.zeros(len(s.terms), dtype=s.acc))
             return
-        found = {f"dot {i}": value for i, value in enumerate(ops.dots(s.cot, s.terms).unbind())}
+        # With a part of it in each, no product is so small that it is rounding alone.
+        terms = [term + s.cot for term in s.terms]
+        found = {f"dot {i}": value for i, value in enumerate(ops.dots(s.cot, terms).unbind())}
 
         def plain(dtype: torch.dtype) -> dict[str, Tensor]:
-            return {f"dot {i}": (s.cot.to(dtype) * term.to(dtype)).sum() for i, term in enumerate(s.terms)}
+            return {f"dot {i}": (s.cot.to(dtype) * term.to(dtype)).sum() for i, term in enumerate(terms)}
 
         s.longest = s.cot.numel()
         check(s, found, plain)

@@ -61,6 +61,7 @@ def test_other_norms_activations_and_sizes():
     assert kinds(branch) == ["GroupNorm", "LeakyReLU", "Conv2d"] * 3
     assert (branch[0].num_groups, branch[1].negative_slope, branch[2].padding, branch[2].bias) == (2, 0.2, (2, 2), None)
     names = {"leaky_relu": "LeakyReLU", "tanh": "Tanh", "softplus": "Softplus", "elu": "ELU", "silu": "SiLU"}
+    names |= {"gelu": "GELU", "gelu_tanh": "GELU", "sigmoid": "Sigmoid"}
     for name, kind in names.items():
         assert kinds(PreActBranch(4, activation=name))[1] == kind
 
@@ -73,13 +74,13 @@ def test_a_slice_is_a_plain_sequential_and_a_copy_a_branch():
 
 
 NORMS = "'batch', 'group', 'layer', 'instance', 'none'"
-ACTIVATIONS = "'relu', 'leaky_relu', 'tanh', 'softplus', 'elu', 'silu'"
+ACTIVATIONS = "'relu', 'leaky_relu', 'tanh', 'softplus', 'elu', 'silu', 'gelu', 'gelu_tanh', 'sigmoid'"
 REFUSALS = [
     ({"in_channels": 0}, ValueError, "in_channels must be an int >= 1, got 0"),
     ({"out_channels": 2.0}, TypeError, "out_channels must be an int >= 1, got 2.0"),
     ({"norm": "weight"}, ValueError, f"norm must be one of {NORMS}, got 'weight'"),
     ({"norm": None}, TypeError, f"norm must be one of {NORMS}, got None"),
-    ({"activation": "gelu"}, ValueError, f"activation must be one of {ACTIVATIONS}, got 'gelu'"),
+    ({"activation": "mish"}, ValueError, f"activation must be one of {ACTIVATIONS}, got 'mish'"),
     ({"stride": 0}, ValueError, "stride must be an int >= 1, got 0"),
     ({"kernel_size": 4}, ValueError, "kernel_size must be odd, so that padding keeps the size, got 4"),
     ({"bias": 1}, TypeError, "bias must be True or False, got 1"),

@@ -22,7 +22,7 @@ FIXED = ("euler", "midpoint", "rk4")
 MODES = ("forward", "input_grad", "train")
 NORMS: dict[str, Any] = {"group": "group", "none": "none", "channel": "instance", "fixed": nn.BatchNorm2d}
 ACTIVATIONS: dict[str, Any] = {
-    **{name: name for name in ("leaky_relu", "tanh", "softplus", "elu", "relu", "silu")},
+    **{name: name for name in reference.branches.ACTIVATIONS},
     "none": nn.Identity,
     "falling": lambda: nn.LeakyReLU(-0.2),
 }

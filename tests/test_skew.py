@@ -260,10 +260,10 @@ def test_classifier_twin_equals_reference() -> None:
 
 
 def test_report_names_the_engine_or_the_reason() -> None:
-    block = reference.SOBlock(reference.SkewPair(3, 8, activation=nn.GELU), solver="euler")
+    block = reference.SOBlock(reference.SkewPair(3, 8, activation=nn.Mish), solver="euler")
     rows = fastode.fuse(block).rows
     assert [row.engines for row in rows] == [("reference",)] * 2
-    assert rows[1].reason == "resident, staged: activation (GELU) is of a type the reader does not know."
+    assert rows[1].reason == "resident, staged: activation (Mish) is of a type the reader does not know."
     with choice.recording() as used:
         fused(reference.SOBlock(reference.SkewPair(3, 8), solver="dopri5"))(sample_input(1, 3, 4, 4))
     assert set(used.values()) == {"staged"}

@@ -10,8 +10,56 @@ namespace fastode {
 
 template <class A>
 struct ActivationArguments {
-  A p, q;  // leaky_relu: p = slope; softplus: p = beta, q = threshold; elu: p = alpha
+  // leaky_relu: p = slope; softplus: p = beta, q = threshold; elu: p = alpha; gelu: p = 1 for the form with tanh
+  A p, q;
 };
+
+// GELU, and its first and second derivative: x P(X <= x) of a normal X, or, with `tanh`, x (1 + tanh(u)) / 2 =
+// x sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3).
+template <class A>
+struct Gelu {
+  static constexpr A height = A(0.39894228040143267793994605993439);  // 1 / sqrt(2 pi), of the normal density
+  static constexpr A linear = 4 * height, cubic = linear * A(0.044715);
+
+  template <class V>
+  static V exponent(V x) {
+    return x * (linear + cubic * x * x);
+  }
+  template <class V>
+  static V slope(V x) {
+    return linear + 3 * cubic * x * x;
+  }
+};
+
+template <class V>
+inline V gelu(V x, bool tanh) {
+  V bell;
+  return x * (tanh ? sigmoid<V>(Gelu<ScalarOf<V>>::exponent(x)) : normal_distribution<V>(x, bell));
+}
+
+template <class V>
+inline V gelu_first(V x, bool tanh) {
+  using A = ScalarOf<V>;
+  if (tanh) {
+    const V s = sigmoid<V>(Gelu<A>::exponent(x));
+    return s * (A(1) + x * (A(1) - s) * Gelu<A>::slope(x));
+  }
+  V bell;
+  const V below = normal_distribution<V>(x, bell);
+  return below + x * bell * Gelu<A>::height;
+}
+
+template <class V>
+inline V gelu_second(V x, bool tanh) {
+  using A = ScalarOf<V>;
+  if (tanh) {
+    const V s = sigmoid<V>(Gelu<A>::exponent(x)), slope = Gelu<A>::slope(x);
+    return s * (A(1) - s) * (slope * (A(2) + x * slope * (A(1) - A(2) * s)) + 6 * Gelu<A>::cubic * x * x);
+  }
+  V bell;
+  normal_distribution<V>(x, bell);
+  return bell * Gelu<A>::height * (A(2) - x * x);
+}
 
 template <int64_t kind, class V>
 inline V activate(V x, const ActivationArguments<ScalarOf<V>>& k) {
@@ -30,6 +78,10 @@ inline V activate(V x, const ActivationArguments<ScalarOf<V>>& k) {
     return x > 0 ? x : k.p * expm1_nonpositive<V>(x > 0 ? V{} : x);
   } else if constexpr (kind == kSilu) {
     return x * sigmoid<V>(x);
+  } else if constexpr (kind == kGelu) {
+    return gelu<V>(x, k.p != 0);
+  } else if constexpr (kind == kSigmoid) {
+    return sigmoid<V>(x);
   } else {
     static_cast<void>(A{});
     return x;
@@ -55,6 +107,11 @@ inline V activate_first(V x, const ActivationArguments<ScalarOf<V>>& k) {
   } else if constexpr (kind == kSilu) {
     const V s = sigmoid<V>(x);
     return s * (A(1) + x * (A(1) - s));
+  } else if constexpr (kind == kGelu) {
+    return gelu_first<V>(x, k.p != 0);
+  } else if constexpr (kind == kSigmoid) {
+    const V s = sigmoid<V>(x);
+    return s * (A(1) - s);
   } else {
     return one;
   }
@@ -74,13 +131,18 @@ inline V activate_second(V x, const ActivationArguments<ScalarOf<V>>& k) {
   } else if constexpr (kind == kSilu) {
     const V s = sigmoid<V>(x);
     return s * (A(1) - s) * (A(2) + x * (A(1) - A(2) * s));
+  } else if constexpr (kind == kGelu) {
+    return gelu_second<V>(x, k.p != 0);
+  } else if constexpr (kind == kSigmoid) {
+    const V s = sigmoid<V>(x);
+    return s * (A(1) - s) * (A(1) - A(2) * s);
   } else {
     return V{};
   }
 }
 
 template <int64_t kind>
-inline constexpr bool kHasSecond = kind == kTanh || kind == kSoftplus || kind == kElu || kind == kSilu;
+inline constexpr bool kHasSecond = kind >= kTanh;
 
 // Calls f with the activation as a compile-time constant.
 template <class F, int64_t... kinds>

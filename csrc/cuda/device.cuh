@@ -9,7 +9,7 @@
 //                them out; ldmatrix takes from lane l the address of row l % 8 of matrix l / 8, in the block's own
 //                memory
 //                mma_row_bf16, _f16, _tf32: products of one A with several B, one meeting of the test machine's threads
-//   numbers      to_tf32, pack_bf16, unpack_bf16, pack_f16, unpack_f16; exp, log1p, tanh, rsqrt
+//   numbers      to_tf32, pack_bf16, unpack_bf16, pack_f16, unpack_f16; exp, expm1, log1p, tanh, erf, rsqrt
 //   memory       load_word(at): two 16-bit numbers, which lie where a word can
 //                copy_later(to, from): 16 bytes to shared memory, on their way until the thread calls await_copies()
 //   gap          gap(begin, bytes): nobody may touch these bytes of shared memory; nothing on a card

@@ -109,6 +109,7 @@ FASTODE_DEVICE float exp(float x) { return ::expf(x); }
 FASTODE_DEVICE float expm1(float x) { return ::expm1f(x); }
 FASTODE_DEVICE float log1p(float x) { return ::log1pf(x); }
 FASTODE_DEVICE float tanh(float x) { return ::tanhf(x); }
+FASTODE_DEVICE float erf(float x) { return ::erff(x); }
 FASTODE_DEVICE float rsqrt(float x) { return 1.0f / ::sqrtf(x); }
 
 template <class Program, class Arguments>

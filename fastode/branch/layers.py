@@ -33,9 +33,11 @@ class Norm:
 
 @dataclass(frozen=True)
 class Activation:
-    """A pointwise map; leaky_relu: p = slope; softplus: p = beta, q = threshold; elu: p = alpha."""
+    """A pointwise map; leaky_relu: p = slope; softplus: p = beta, q = threshold; elu: p = alpha;
+    gelu: p = 1 for the form with tanh.
+    """
 
-    kind: Literal["relu", "leaky_relu", "tanh", "softplus", "elu", "silu"]
+    kind: Literal["relu", "leaky_relu", "tanh", "softplus", "elu", "silu", "gelu", "sigmoid"]
     p: float = 0.0
     q: float = 0.0
 
@@ -204,6 +206,16 @@ def _read_silu(layer: nn.SiLU, row: list[Tensor | None]) -> tuple[Activation | N
     return Activation("silu"), None
 
 
+def _read_gelu(layer: nn.GELU, row: list[Tensor | None]) -> tuple[Activation | None, Any]:
+    if layer.approximate not in ("none", "tanh"):
+        return None, f"has approximate {layer.approximate!r}, where the reader knows only 'none' and 'tanh'"
+    return Activation("gelu", float(layer.approximate == "tanh")), None
+
+
+def _read_sigmoid(layer: nn.Sigmoid, row: list[Tensor | None]) -> tuple[Activation | None, Any]:
+    return Activation("sigmoid"), None
+
+
 KNOWN: dict[type, tuple[int, Reader]] = {
     nn.GroupNorm: (NORM, _read_group_norm),
     nn.BatchNorm2d: (NORM, _read_batch_norm),
@@ -214,5 +226,7 @@ KNOWN: dict[type, tuple[int, Reader]] = {
     nn.Softplus: (ACTIVATION, _read_softplus),
     nn.ELU: (ACTIVATION, _read_elu),
     nn.SiLU: (ACTIVATION, _read_silu),
+    nn.GELU: (ACTIVATION, _read_gelu),
+    nn.Sigmoid: (ACTIVATION, _read_sigmoid),
     nn.Conv2d: (CONV, _read_conv),
 }

@@ -55,9 +55,9 @@ def read(module: nn.Module, name: str = "branch", timed: bool = False) -> Readin
     """Read a branch into units.
 
     Readable are nested nn.Sequentials (and subclasses that keep its forward) of GroupNorm, BatchNorm2d, InstanceNorm2d,
-    Identity, ReLU, LeakyReLU, Tanh, Softplus, ELU, SiLU, and Conv2d with stride 1, zero padding that keeps the size and
-    any kernel, dilation and groups. Not readable: other types, subclasses, hooks, parametrizations, tensors of several
-    dtypes, and norms that would update the same running statistics twice.
+    Identity, ReLU, LeakyReLU, Tanh, Softplus, ELU, SiLU, GELU, Sigmoid, and Conv2d with stride 1, zero padding that
+    keeps the size and any kernel, dilation and groups. Not readable: other types, subclasses, hooks, parametrizations,
+    tensors of several dtypes, and norms that would update the same running statistics twice.
 
     Args:
         module: the branch; its mode (train or eval) decides which statistics each norm uses.

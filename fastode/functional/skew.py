@@ -72,8 +72,9 @@ def skew_pair(
         stride: of W.
         padding: of W, on every side.
         gamma: γ ≥ 0, the damping.
-        activation: σ: "leaky_relu" (slope 0.01), "tanh", "softplus", "elu", "relu", "silu", a module such as
-            nn.ELU(0.5), any function of a tensor (which runs as the reference), or None for the linear pair.
+        activation: σ: "leaky_relu" (slope 0.01), "tanh", "softplus", "elu", "relu", "silu", "gelu", "gelu_tanh",
+            "sigmoid", a module such as nn.ELU(0.5), any function of a tensor (which runs as the reference), or None for
+            the linear pair.
 
     Returns:
         (ẏ, ż), of the shapes of y and z.

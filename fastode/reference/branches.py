@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -25,6 +26,9 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "softplus": nn.Softplus,
     "elu": nn.ELU,
     "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
+    "sigmoid": nn.Sigmoid,
 }
 
 
@@ -66,7 +70,8 @@ def make_activation(activation: str | Callable[[], nn.Module]) -> nn.Module:
     """The activation of a branch, in PyTorch's default setting (LeakyReLU: slope 0.01; ELU: α = 1; softplus: β = 1).
 
     Args:
-        activation: "relu", "leaky_relu", "tanh", "softplus", "elu", "silu", or a function that makes a module.
+        activation: "relu", "leaky_relu", "tanh", "softplus", "elu", "silu", "gelu", "gelu_tanh" (its form with tanh),
+            "sigmoid", or a function that makes a module.
 
     Returns:
         A new module, not in place where it is made by name.
@@ -108,7 +113,8 @@ class PreActBranch(_Branch):
         out_channels: channels of the output; None for in_channels, which a residual block without shortcut needs.
         norm: "batch", "group" (min(32, C) groups), "layer" (1 group), "instance" (C groups), "none", or a function from
             the number of channels to a module.
-        activation: "relu", "leaky_relu", "tanh", "softplus", "elu", "silu", or a function that makes a module.
+        activation: "relu", "leaky_relu", "tanh", "softplus", "elu", "silu", "gelu", "gelu_tanh" (its form with tanh),
+            "sigmoid", or a function that makes a module.
         layers: how many times norm, activation, convolution.
         kernel_size: odd side of the kernels; the padding keeps the size.
         stride: of the first convolution.

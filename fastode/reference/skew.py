@@ -69,8 +69,9 @@ class SkewPair(nn.Module):
         channels: channels of y, the block's output [N, channels, H / stride, W / stride].
         stride: 1 (a 3×3 kernel) or 2 (a 4×4 kernel, for even H and W); the padding is 1.
         gamma: γ ≥ 0, the damping.
-        activation: "leaky_relu" (slope 0.01), "tanh", "softplus", "elu", "relu", "silu", or a function that makes a
-            module. Theorem 3.1 of the paper needs a strictly increasing one, which ReLU and SiLU are not.
+        activation: "leaky_relu" (slope 0.01), "tanh", "softplus", "elu", "relu", "silu", "gelu", "gelu_tanh",
+            "sigmoid", or a function that makes a module. Theorem 3.1 of the paper needs a strictly increasing one,
+            which ReLU, SiLU and GELU are not.
         norm: "group" (min(8, C) groups), "batch", "layer" (1 group), "instance" (C groups), "none", or a function from
             the number of channels to a module.
 

@@ -269,6 +269,7 @@ FASTODE_DEVICE float exp(float x) { return std::exp(x); }
 FASTODE_DEVICE float log1p(float x) { return std::log1p(x); }
 FASTODE_DEVICE float expm1(float x) { return std::expm1(x); }
 FASTODE_DEVICE float tanh(float x) { return std::tanh(x); }
+FASTODE_DEVICE float erf(float x) { return std::erf(x); }
 FASTODE_DEVICE float rsqrt(float x) { return 1.0f / std::sqrt(x); }
 
 // ---- launching

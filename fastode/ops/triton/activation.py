@@ -1,7 +1,7 @@
 """The activations: value, first and second derivative, agreeing with csrc/cpu/activation.h at every kink and threshold.
 
 Codes: 0 identity, 1 relu, 2 leaky_relu (p = slope), 3 tanh, 4 softplus (p = beta, q = threshold), 5 elu (p = alpha),
-6 silu. Arguments are in the accumulator's type.
+6 silu, 7 gelu (p = 1 for the form with tanh), 8 sigmoid. Arguments are in the accumulator's type.
 """
 
 from __future__ import annotations
@@ -47,6 +47,27 @@ def tanh(x):
 
 
 @triton.jit
+def gelu_exponent(x):
+    """2 u of GELU's form with tanh, u = sqrt(2 / pi) (x + 0.044715 x^3): x (1 + tanh(u)) / 2 is x sigmoid(2 u)."""
+    return x * (1.5957691216057308 + 0.07135481627260025 * x * x)
+
+
+@triton.jit
+def gelu_slope(x):
+    return 1.5957691216057308 + 0.21406444881780076 * x * x
+
+
+@triton.jit
+def normal_distribution(x):
+    return 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+
+
+@triton.jit
+def normal_density(x):
+    return 0.3989422804014327 * tl.exp(-0.5 * x * x)
+
+
+@triton.jit
 def activate(x, p, q, ACT: tl.constexpr):
     if ACT == 1:
         return tl.where(x <= 0, 0.0, x)  # NaN passes, as it does in PyTorch
@@ -62,6 +83,10 @@ def activate(x, p, q, ACT: tl.constexpr):
         return tl.where(x > 0, x, p * expm1_nonpositive(tl.where(x > 0, 0.0, x)))
     elif ACT == 6:
         return x * sigmoid(x)
+    elif ACT == 7:
+        return x * (sigmoid(gelu_exponent(x)) if p != 0 else normal_distribution(x))
+    elif ACT == 8:
+        return sigmoid(x)
     else:
         return x
 
@@ -84,6 +109,16 @@ def activate_first(x, p, q, ACT: tl.constexpr):
     elif ACT == 6:
         s = sigmoid(x)
         return s * (1.0 + x * (1.0 - s))
+    elif ACT == 7:
+        if p != 0:
+            s = sigmoid(gelu_exponent(x))
+            slope = s * (1.0 + x * (1.0 - s) * gelu_slope(x))
+        else:
+            slope = normal_distribution(x) + x * normal_density(x)
+        return slope
+    elif ACT == 8:
+        s = sigmoid(x)
+        return s * (1.0 - s)
     else:
         return one
 
@@ -103,5 +138,16 @@ def activate_second(x, p, q, ACT: tl.constexpr):
     elif ACT == 6:
         s = sigmoid(x)
         return s * (1.0 - s) * (2.0 + x * (1.0 - 2.0 * s))
+    elif ACT == 7:
+        if p != 0:
+            s = sigmoid(gelu_exponent(x))
+            slope = gelu_slope(x)
+            second = s * (1.0 - s) * (slope * (2.0 + x * slope * (1.0 - 2.0 * s)) + 0.4281288976356015 * x * x)
+        else:
+            second = normal_density(x) * (2.0 - x * x)
+        return second
+    elif ACT == 8:
+        s = sigmoid(x)
+        return s * (1.0 - s) * (1.0 - 2.0 * s)
     else:
         return tl.zeros(x.shape, x.dtype)
