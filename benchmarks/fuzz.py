@@ -315,6 +315,7 @@ FAMILIES: dict[str, Callable[[Draw, int, tuple[int, int]], Made]] = {
     "ssp3": one_step(lambda draw, f: (reference.SSP3(f), "")),
     "midpoint": one_step(lambda draw, f: (reference.Midpoint(f), "")),
     "ark": one_step(learned),
+    "polyblock": one_step(lambda draw, f: (reference.PolyBlock(f, draw.choice((0.5, 1.0))), "")),
     "resblock": one_step(lambda draw, f: (reference.ResBlock(f, draw.choice((0.5, 1.0))), "")),
     "skew_pair": pair,
     "soblock": solution,

@@ -56,6 +56,9 @@ NETWORKS = (
     Network("odenet", 3, "`ODEBlock` on `TimeConv2d`"),
     Network("resnet10", 3, "`ResBlock`"),
     Network("resnet56", 4, "`ResBlock` with step h"),
+    Network("polynet", 4, "`PolyBlock`, `ResBlock`"),
+    Network("fractalnet", 4, "`FractalBlock`"),
+    Network("revnet", 4, "`RevBlock` in `RevSequence`, `ResBlock`"),
     Network("neural_ode_mnist", 4, "`ODEBlock` on `TimeConv2d`"),
     Network("neural_ode_cifar", 4, "the same"),
 )

@@ -1,8 +1,9 @@
 """Explicit one-step schemes as data: frozen tableaus that check themselves when they are made.
 
 A `Tableau` holds a scheme in Shu–Osher form, as paper 004 writes its blocks, with the step Δt folded into its
-coefficients; a `Butcher` tableau holds the classical form that the fixed-step ODE solvers step with, and an `Embedded`
-one beside it the weights by which an adaptive solver chooses its steps (`fastode.embedded` has the known ones).
+coefficients, and a `LinearTable` such rows without an order; a `Butcher` tableau holds the classical form that the
+fixed-step ODE solvers step with, and an `Embedded` one beside it the weights by which an adaptive solver chooses its
+steps (`fastode.embedded` has the known ones).
 """
 
 from __future__ import annotations
@@ -13,15 +14,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import checks
-
-Rows = tuple[tuple[float, ...], ...]
+from .linear_table import LinearTable as LinearTable
+from .linear_table import Rows, check_lengths, check_name, rows_of_numbers
 
 # Coefficients are float64: a sum that misses its value by less, relative to the magnitudes summed, is only rounded.
 _ROUNDING = 2.0**-44
 
 
 @dataclass(frozen=True)
-class Tableau:
+class Tableau(LinearTable):
     """An explicit scheme in Shu–Osher form: u₀ = x, u_i = Σ_{k<i} α_ik u_k + β_ik f(u_k), y = u_s.
 
     Args:
@@ -44,28 +45,15 @@ class Tableau:
         (2, 1.0)
     """
 
-    name: str
-    alpha: Rows
-    beta: Rows
     order: int
 
     def __post_init__(self) -> None:
-        _check_name(self.name)
-        alpha, beta = _rows("alpha", self.alpha), _rows("beta", self.beta)
-        _check_lengths("alpha", alpha, list(range(1, max(len(alpha), 1) + 1)))
-        _check_lengths("beta", beta, [len(row) for row in alpha])
+        super().__post_init__()
+        alpha, beta = self.alpha, self.beta
         for i, row in enumerate(alpha, start=1):
             if not _rounds_to(math.fsum(row), 1.0, math.fsum(map(abs, row))):
                 raise ValueError(f"alpha must be rows that sum to one, got row {i} = {row}")
         _check_order(self.order, lambda magnitude: _butcher_form(_each(magnitude, alpha), _each(magnitude, beta)))
-        # Lists are taken too, but what is kept must be hashable: it travels through torch.compile as a constant.
-        object.__setattr__(self, "alpha", alpha)
-        object.__setattr__(self, "beta", beta)
-
-    @property
-    def stages(self) -> int:
-        """The number of stages s."""
-        return len(self.alpha)
 
     @property
     def ssp_coefficient(self) -> float:
@@ -108,9 +96,9 @@ class Butcher:
     order: int
 
     def __post_init__(self) -> None:
-        _check_name(self.name)
-        a, (b,) = _rows("a", self.a), _rows("b", (self.b,))
-        _check_lengths("a", a, list(range(max(len(a), 1))))
+        check_name(self.name)
+        a, (b,) = rows_of_numbers("a", self.a), rows_of_numbers("b", (self.b,))
+        check_lengths("a", a, list(range(max(len(a), 1))))
         if len(b) != len(a):
             raise ValueError(f"b must be {len(a)} weights, one for each row of a, got {len(b)}")
         if not _rounds_to(math.fsum(b), 1.0, math.fsum(map(abs, b))):
@@ -181,7 +169,7 @@ class Embedded(Butcher):
 
     def _weights(self, name: str) -> tuple[float, ...]:
         """An attribute as a tuple of floats, one for each stage, and kept as that."""
-        (weights,) = _rows(name, (getattr(self, name),))
+        (weights,) = rows_of_numbers(name, (getattr(self, name),))
         if len(weights) != self.stages:
             raise ValueError(f"{name} must be {self.stages} numbers, one for each row of a, got {len(weights)}")
         object.__setattr__(self, name, weights)
@@ -226,6 +214,28 @@ def euler(step_size: float) -> Tableau:
     return Tableau("euler", alpha=((1.0,),), beta=((step_size,),), order=1)
 
 
+def polynet(step_size: float = 1.0) -> LinearTable:
+    """PolyNet's y = x + h f(x) + h f(h f(x)): two terms of the series of an implicit Euler step.
+
+    Args:
+        step_size: h > 0, a dimensionless time.
+
+    Returns:
+        The table: u₁ = h f(x), y = x + u₁ + h f(u₁). It is no `Tableau`: u₁ has no x in it.
+
+    Raises:
+        TypeError, ValueError: step_size is not a finite number above zero.
+
+    Source: "Towards Natural Robustness Against Adversarial Examples", eqs. 15 and 18 (paper 002).
+
+    Example:
+        >>> polynet(0.5).beta
+        ((0.5,), (0.0, 0.5))
+    """
+    checks.step_size(step_size)
+    return LinearTable("polynet", alpha=((0.0,), (1.0, 1.0)), beta=((step_size,), (0.0, step_size)))
+
+
 def ark(a21: float = 0.25, b10: float = 1.0) -> Tableau:
     """The two-stage scheme of an Ark block with fixed coefficients α₂₁ = σ(a21), β₁₀ = σ(b10).
 
@@ -263,31 +273,6 @@ def _sigmoid(value: float) -> float:
     # The exponential of a negative number only: the other way overflows.
     small = math.exp(-abs(value))
     return (1.0 if value >= 0 else small) / (1 + small)
-
-
-def _check_name(name: Any) -> None:
-    if not isinstance(name, str):
-        raise TypeError(f"name must be a string, got an object of type {type(name).__name__}")
-
-
-def _rows(argument: str, rows: Any) -> Rows:
-    """The rows as tuples of floats; refuses what is not rows of finite numbers."""
-    if not _is_sequence(rows) or not all(map(_is_sequence, rows)):
-        raise TypeError(f"{argument} must be rows of numbers, got {rows!r}")
-    for row in rows:
-        for value in row:
-            checks.finite(f"every entry of {argument}", value)
-    return tuple(tuple(map(float, row)) for row in rows)
-
-
-def _is_sequence(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str)
-
-
-def _check_lengths(argument: str, rows: Rows, wanted: list[int]) -> None:
-    lengths = [len(row) for row in rows]
-    if lengths != wanted:
-        raise ValueError(f"{argument} must be rows of lengths {wanted}, got rows of lengths {lengths}")
 
 
 def _rounds_to(value: float, exact: float, magnitude: float) -> bool:
@@ -366,6 +351,6 @@ RK4_38 = Butcher(
 
 
 def check_tableau(value: Any, name: str = "tableau") -> None:
-    """Refuse anything but a Shu–Osher tableau (which has checked its own rows when it was made)."""
-    if not isinstance(value, Tableau):
-        raise TypeError(f"{name} must be a fastode.tableau.Tableau, got {checks.what(value)}")
+    """Refuse anything but a tableau or table (which has checked its own rows when it was made)."""
+    if not isinstance(value, LinearTable):
+        raise TypeError(f"{name} must be a fastode.tableau.Tableau or LinearTable, got {checks.what(value)}")

@@ -74,6 +74,7 @@ FAMILIES: dict[str, Make] = {
     "ssp2": lambda m, f, c: m.SSP2(f),
     "ssp3": lambda m, f, c: m.SSP3(f),
     "midpoint": lambda m, f, c: m.Midpoint(f),
+    "poly": lambda m, f, c: m.PolyBlock(f, step_size=0.75),
     "ark": lambda m, f, c: m.Ark(f, learn_a21=True),
     "custom": lambda m, f, c: m.ShuOsher(f, CUSTOM),
 }

@@ -27,6 +27,7 @@ BLOCKS = {
     "ie": lambda m, f: m.IESkip(f, 2, 0.1, theta=0.5),
     "ssp3": lambda m, f: m.SSP3(f),
     "ark": lambda m, f: m.Ark(f, learn_a21=True),
+    "poly": lambda m, f: m.PolyBlock(f, step_size=0.75),
 }
 
 

@@ -49,7 +49,7 @@ def test_intermediate_dtypes(family: str, norm: str) -> None:
     case = case_of(family, norm=norm, dtype=torch.float32, channels=8)
     plain, fused = make_pair(case)
     expected, found = (dtypes_of(block, make_input(case)) for block in (plain, fused))
-    evaluations = {"ie": 2, "res": 1, "ssp2": 2, "ssp3": 3, "midpoint": 2, "ark": 2, "custom": 4}[family]
+    evaluations = {"ie": 2, "res": 1, "ssp2": 2, "ssp3": 3, "midpoint": 2, "poly": 2, "ark": 2, "custom": 4}[family]
     lower = (torch.bfloat16,) * 3
     forward = [seen for seen in expected.convolutions if seen == lower]
     assert len(forward) >= 2 * evaluations

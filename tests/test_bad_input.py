@@ -107,7 +107,7 @@ def test_a_tableau_whose_rows_do_not_sum_to_one():
 
 
 def test_a_tableau_of_another_type():
-    message = "tableau must be a fastode.tableau.Tableau, got 'ssp3'"
+    message = "tableau must be a fastode.tableau.Tableau or LinearTable, got 'ssp3'"
     for make in (
         reference.ShuOsher,
         fused.ShuOsher,

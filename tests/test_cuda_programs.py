@@ -26,7 +26,7 @@ from fastode.testing import assert_blocks_equal
 
 # Every pair of values of two factors is in some case. The test machine has two blocks, which three samples share.
 FACTORS = {
-    "family": ("res", "ssp2", "ssp3", "midpoint", "ark", "custom", "ie"),
+    "family": ("res", "ssp2", "ssp3", "midpoint", "poly", "ark", "custom", "ie"),
     "norm": ("group", "layer", "layer_bare", "instance", "instance_input", "batch_eval", "none"),
     "activation": tuple(ACTIVATIONS),
     "convolution": ("3x3", "3x3_no_bias"),

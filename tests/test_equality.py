@@ -104,7 +104,7 @@ def test_running_statistics_over_ten_training_steps(family: str, norm: str) -> N
     if norm == "instance_running":
         return  # which PyTorch does not count
     counted = [b for name, b in fused.named_buffers() if name.endswith("num_batches_tracked")]
-    evaluations = {"ie": 4, "res": 1, "ssp2": 2, "ssp3": 3, "midpoint": 2, "ark": 2, "custom": 4}[family]
+    evaluations = {"ie": 4, "res": 1, "ssp2": 2, "ssp3": 3, "midpoint": 2, "poly": 2, "ark": 2, "custom": 4}[family]
     assert counted and all(int(count) == 10 * evaluations for count in counted)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from benchmarks import data, exact_ie, experiments, masking, masking_page
+from benchmarks import data, exact_ie, experiments, masking, masking_page, reversible
 from fastode.reference import SOBlock
 
 TINY = masking.Plan("mnist", width=8, epochs=2, batch=4, images=8, radii=(0.05, 0.2), steps=2)
@@ -106,7 +106,17 @@ def test_ie_skip_approaches_the_exact_block_in_the_experiment(tmp_path: Path) ->
     assert "8@4" in (tmp_path / "exact-ie.md").read_text() and (tmp_path / "exact-ie.png").exists()
 
 
+def test_a_fused_chain_does_not_grow_with_depth_in_the_experiment(tmp_path: Path) -> None:
+    reversible.run(tmp_path / "record.json", depths=[1, 4], batch=2, networks=[])
+    record = experiments.load(tmp_path / "record.json")
+    one, four = record["chains"]
+    assert four["reference"] > 2 * one["reference"] and four["fused"] < 1.3 * one["fused"] < 1.3 * one["reference"]
+    reversible.report(tmp_path / "record.json", tmp_path)
+    assert "# What a reversible chain keeps" in (tmp_path / "reversible.md").read_text()
+
+
 RECORDED = {
+    "reversible": ([experiments.record_of("reversible")], lambda paths, pages: reversible.report(*paths, pages)),
     "exact-ie": ([experiments.record_of("exact-ie")], lambda paths, pages: exact_ie.report(*paths, pages)),
     "masking": ([experiments.record_of(f"masking-{name}") for name in masking.PLANS], masking_page.report),
 }

@@ -22,6 +22,7 @@ BLOCKS = {
     "IESkip": lambda branch: reference.IESkip(branch, steps=2, step_size=0.05, theta=0.5),
     "ExactIE": lambda branch: reference.ExactIE(branch, tol=1e-6, max_iterations=9),
     "ResBlock": lambda branch: reference.ResBlock(branch, 0.5),
+    "PolyBlock": lambda branch: reference.PolyBlock(branch, 0.5),
     "SSP2": reference.SSP2,
     "SSP3": reference.SSP3,
     "Midpoint": reference.Midpoint,

@@ -31,6 +31,9 @@ SMALL = {
     "sspnet_mnist ssp3": functools.partial(nets.sspnet_mnist, "ssp3", n=2),
     "sspnet_mnist adap": functools.partial(nets.sspnet_mnist, "adap", n=2),
     "resnet56": functools.partial(nets.resnet56, step_size=0.1),
+    "polynet": functools.partial(nets.polynet, step_size=0.5),
+    "fractalnet": functools.partial(nets.fractalnet, columns=3),
+    "revnet": nets.revnet,
     "wide_resnet34_10 ie": functools.partial(nets.wide_resnet34_10, "ie"),
     "wide_resnet34_10 res": functools.partial(nets.wide_resnet34_10, "res"),
     "resnet10": nets.resnet10,
@@ -153,6 +156,27 @@ def test_resnet56_has_the_085_million_parameters_of_its_paper():
         c = o
     assert round(total / 1e6, 2) == 0.85
     assert parameters(nets.resnet56, step_size=1.0) == parameters(nets.resnet56, step_size=1e-10) == total
+    assert parameters(nets.polynet) == total  # both evaluations share F
+
+
+@pytest.mark.parametrize(("columns", "width"), [(4, 18), (2, 8)])
+def test_a_fractalnet_has_two_to_the_columns_units_less_one_in_a_block(columns, width):
+    total, c = 0, 3
+    for o in (width, 2 * width, 4 * width):
+        first = columns  # units that read the block's input, one in each column
+        total += 9 * first * c * o + (2**columns - 1 - first) * 9 * o * o + (2**columns - 1) * affine(o)
+        c = o
+    assert parameters(nets.fractalnet, columns=columns, width=width) == total + linear(c, 10)
+    assert (columns, width) != (4, 18) or round((total + linear(c, 10)) / 1e6, 2) == 0.80
+
+
+def test_revnet_has_four_reversible_blocks_in_a_stage_on_half_the_channels():
+    total, c = 27 * 28, 28
+    for o in (28, 56, 112):
+        total += affine(c, o) + 9 * (c + o) * o + 4 * 2 * (affine(o // 2, o // 2) + 18 * (o // 2) ** 2)
+        c = o
+    total += affine(c) + linear(c, 10)
+    assert parameters(nets.revnet) == total and round(total / 1e6, 2) == 0.82
 
 
 def resnet10_body(w, classes=10):
@@ -237,7 +261,15 @@ def layers_run(model, x, shortcuts=False):
 
 @pytest.mark.parametrize(
     ("name", "depth"),
-    [("resnet18", 18), ("resnet34", 34), ("resnet50", 50), ("sw_resnet58", 58), ("resnet56", 56), ("resnet10", 10)],
+    [
+        ("resnet18", 18),
+        ("resnet34", 34),
+        ("resnet50", 50),
+        ("sw_resnet58", 58),
+        ("resnet56", 56),
+        ("resnet10", 10),
+        ("revnet", 56),
+    ],
 )
 def test_a_network_is_as_deep_as_its_name_says(name, depth):
     assert layers_run(small(name), images(name)) == depth
@@ -331,6 +363,17 @@ def test_resnet56_takes_steps_of_size_h():
         # Shortcut A: every second pixel, and as many channels of zeros; h F is exact, as h is a power of two.
         wanted = F.relu(F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, 8)) + 0.25 * step[0].branch(x))
         assert torch.equal(step(x), wanted)
+
+
+def test_polynet_is_resnet56_with_its_first_block_evaluated_twice():
+    model, plain = small("polynet"), nets.resnet56(0.5, width=8)
+    model.load_state_dict(plain.state_dict())
+    assert kinds(model).count("PolyBlock") == 25 and kinds(model).count("ResBlock") == 2
+    x = torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(1))
+    block = model.stage1[0].eval()
+    with torch.no_grad():
+        f = block[0].branch
+        assert torch.allclose(block(x), F.relu(x + 0.5 * f(x) + 0.5 * f(0.5 * f(x))), atol=1e-6)
 
 
 def test_soblock_resnet10_keeps_all_but_the_first_layer():
@@ -431,6 +474,15 @@ REFUSED = [
     (nets.wide_resnet34_10, {"skip": "ssp2"}, ValueError, "skip must be one of 'ie', 'res', got 'ssp2'"),
     (nets.wide_resnet34_10, {"steps": -1}, ValueError, "steps must be an int >= 1, got -1"),
     (nets.resnet56, {"step_size": float("nan")}, ValueError, "step_size must be a finite number > 0, got nan"),
+    (nets.polynet, {"step_size": 0}, ValueError, "step_size must be a finite number > 0, got 0"),
+    (nets.fractalnet, {"columns": 0}, ValueError, "columns must be an int >= 1, got 0"),
+    (nets.revnet, {"width": 7}, ValueError, "width must be an even number, got 7"),
+    (
+        nets.revnet,
+        {"width": 96, "norm": "group"},
+        ValueError,
+        "width must be at most 64 or a multiple of 64 with norm 'group', got 96",
+    ),
     (nets.sspnet, {"n": 0}, ValueError, "n must be an int >= 1, got 0"),
     (nets.soblock_resnet10, {"skew_norm": None}, TypeError, f"skew_norm must be one of {NORMS}, got None"),
     (nets.sonet, {"steps": 0}, ValueError, "steps must be an int >= 1, got 0"),

@@ -189,7 +189,7 @@ REFUSALS = [
     (IESkip, {"step_size": float("nan")}, ValueError, "step_size must be a finite number > 0, got nan"),
     (IESkip, {"theta": 1.5}, ValueError, "theta must be a number in [0, 1], got 1.5"),
     (IESkip, {"detach": 1}, TypeError, "detach must be True or False, got 1"),
-    (ShuOsher, {"tableau": "ssp2"}, TypeError, "tableau must be a fastode.tableau.Tableau, got 'ssp2'"),
+    (ShuOsher, {"tableau": "ssp2"}, TypeError, "tableau must be a fastode.tableau.Tableau or LinearTable, got 'ssp2'"),
     (Ark, {"a21": float("nan")}, ValueError, "a21 must be a finite number, got nan"),
     (Ark, {"b10": "1"}, TypeError, "b10 must be a finite number, got '1'"),
     (Ark, {"learn_b10": None}, TypeError, "learn_b10 must be True or False, got None"),

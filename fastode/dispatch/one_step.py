@@ -21,7 +21,7 @@ from ..ops.rerun import Rerun, StandIn
 from ..ops.schemes.implicit_euler.descent import Descent
 from ..ops.schemes.implicit_euler.exact import Exact
 from ..ops.schemes.runge_kutta.stages import Scheme
-from ..tableau import Tableau
+from ..tableau import LinearTable
 from . import choice
 from .engines import AUTO, NAMES, REFERENCE
 from .known import kind_of_call, known, remembered
@@ -137,8 +137,8 @@ def exact_step(tol: float, max_iterations: int, block: str) -> ExactStep:
 
 
 @remembered
-def tableau_step(tableau: Tableau) -> SchemeStep:
-    """The step of a scheme with a fixed tableau."""
+def tableau_step(tableau: LinearTable) -> SchemeStep:
+    """The step of a scheme with a fixed tableau or table."""
     rows = tuple(
         tuple(tuple(row) + (0.0,) * (tableau.stages - len(row)) for row in rows)
         for rows in (tableau.alpha, tableau.beta)

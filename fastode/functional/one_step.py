@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .. import checks, reference
 from ..dispatch.one_step import descent_step, run, tableau_step
-from ..tableau import Tableau, check_tableau
+from ..tableau import LinearTable, check_tableau
 
 
 def ie_skip(
@@ -54,13 +54,13 @@ def ie_skip(
     return run(x, branch, descent_step(steps, step_size, theta, detach), make, lambda x: make()(x))
 
 
-def shu_osher(x: Tensor, branch: nn.Module, tableau: Tableau) -> Tensor:
+def shu_osher(x: Tensor, branch: nn.Module, tableau: LinearTable) -> Tensor:
     """One step of an explicit scheme in Shu–Osher form: u₀ = x, u_i = Σ_{k<i} α_ik u_k + β_ik f(u_k); returns u_s.
 
     Args:
         x: [N, C, H, W], float32, float64 or bfloat16 (other dtypes run as the reference).
         branch: f, a module that keeps the shape of x.
-        tableau: the scheme, with the (dimensionless) step in its β.
+        tableau: the scheme, a `Tableau` or any `LinearTable`, with the (dimensionless) step in its β.
 
     Returns:
         u_s, with the shape and memory format of x.

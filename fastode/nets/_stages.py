@@ -127,3 +127,9 @@ def head(channels: int, num_classes: int, norm: str | None = None) -> nn.Sequent
     """Mean over positions and a linear classifier, after a last norm and ReLU where `norm` is given."""
     before = [] if norm is None else norm_act(norm, channels)
     return nn.Sequential(*before, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
+
+
+def zero_padded(channels_in: int, channels_out: int) -> nn.Sequential:
+    """Shortcut A of He et al. (2016a): every second pixel, and zeros in the new channels."""
+    # A mean over one pixel is the pixel; the padding's last pair is that of the channels.
+    return nn.Sequential(nn.AvgPool2d(1, stride=2), nn.ConstantPad3d((0, 0, 0, 0, 0, channels_out - channels_in), 0.0))

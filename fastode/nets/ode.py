@@ -1,4 +1,6 @@
-"""Networks read as ordinary differential equations: ResNet-56 with step h, ResNet10, SONet and SOBlock-ResNet10."""
+"""Networks read as ordinary differential equations: ResNet-56 with step h, a PolyNet of its size, ResNet10, SONet and
+SOBlock-ResNet10.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +10,11 @@ from typing import Any
 from torch import nn
 
 from .. import checks
-from ..reference import ResBlock, SkewPair, SOBlock, SOClassifier, skew
+from ..reference import PolyBlock, ResBlock, SkewPair, SOBlock, SOClassifier, skew
 from ..reference.branches import make_norm
 from ..solver import Solver, solver_of
 from ..tableau import Butcher
-from ._stages import check, check_groups, check_norm, conv, head, norm_act
+from ._stages import MakeBlock, check, check_groups, check_norm, conv, head, norm_act, zero_padded
 
 _RESNET56_BLOCKS = 9  # in each of three stages: 56 = 6 × 9 + 2
 _STRIDES = (1, 2, 2, 2)  # of the four blocks of ResNet10 and SONet
@@ -57,15 +59,65 @@ def resnet56(
     """
     checks.step_size(step_size)
     check(in_channels, num_classes, width, norm, (1, 2, 4))
+    return _thin(in_channels, num_classes, width, norm, step_size, lambda branch: ResBlock(branch, step_size))
+
+
+def polynet(
+    step_size: float = 1.0,
+    *,
+    in_channels: int = 3,
+    num_classes: int = 10,
+    width: int = 16,
+    norm: str = "batch",
+) -> nn.Sequential:
+    """PolyNet of ResNet-56's size: every block that keeps the shape is relu(x + h F(x) + h F(h F(x))).
+
+    The branches, the two blocks that change the shape, stem and head are those of `resnet56`, and so is the number of
+    parameters: both evaluations share F.
+
+    Args:
+        step_size: h, dimensionless; PolyNet has 1.
+        in_channels: channels of the image [N, in_channels, H, W].
+        num_classes: number of logits.
+        width: channels of the first stage.
+        norm: "batch", "group", "layer", "instance" or "none".
+
+    Returns:
+        A network of parts `stem`, `stage1` … `stage3`, `head` that maps [N, in_channels, H, W] to [N, num_classes].
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        ValueError: an argument is outside what is allowed above.
+
+    Source: "Towards Natural Robustness Against Adversarial Examples", eq. 15, which takes the block of Zhang et al.,
+        "PolyNet: A pursuit of structural diversity in very deep networks", CVPR 2017 (poly-2); the network is
+        `resnet56`'s, for PolyNet itself is one for larger images.
+
+    Example:
+        >>> import torch
+        >>> polynet(width=8)(torch.ones(2, 3, 8, 8)).shape
+        torch.Size([2, 10])
+    """
+    checks.step_size(step_size)
+    check(in_channels, num_classes, width, norm, (1, 2, 4))
+    return _thin(in_channels, num_classes, width, norm, step_size, lambda branch: PolyBlock(branch, step_size))
+
+
+def _thin(
+    in_channels: int, num_classes: int, width: int, norm: str, step_size: float, make_block: MakeBlock
+) -> nn.Sequential:
+    """ResNet-56 with the blocks that `make_block` makes where they keep the shape."""
     parts: OrderedDict[str, nn.Module] = OrderedDict(stem=_stem(in_channels, width, norm))
     channels = width
     for i in range(3):
         blocks: list[nn.Module] = []
         for j in range(_RESNET56_BLOCKS):
-            stride = 2 if i > 0 and j == 0 else 1
             channels_out = width * 2**i
-            shortcut = _zero_padded(channels, channels_out) if stride == 2 else None
-            blocks.append(_postact(channels, channels_out, stride, norm, shortcut, step_size))
+            changes = i > 0 and j == 0
+            branch = _postact_branch(channels, channels_out, 2 if changes else 1, norm)
+            shortcut = zero_padded(channels, channels_out) if changes else None
+            block = ResBlock(branch, step_size, shortcut) if changes else make_block(branch)
+            blocks.append(nn.Sequential(block, nn.ReLU()))
             channels = channels_out
         parts[f"stage{i + 1}"] = nn.Sequential(*blocks)
     parts["head"] = head(channels, num_classes)
@@ -219,7 +271,8 @@ def _resnet10(stem: nn.Module, num_classes: int, width: int, norm: str) -> nn.Se
     for i, stride in enumerate(_STRIDES):
         channels_out = width * 2**i
         shortcut = _projection(channels, channels_out, stride, norm) if stride == 2 else None
-        parts[f"block{i + 1}"] = _postact(channels, channels_out, stride, norm, shortcut)
+        block = ResBlock(_postact_branch(channels, channels_out, stride, norm), shortcut=shortcut)
+        parts[f"block{i + 1}"] = nn.Sequential(block, nn.ReLU())
         channels = channels_out
     parts["head"] = head(channels, num_classes)
     return nn.Sequential(parts)
@@ -229,24 +282,15 @@ def _stem(in_channels: int, width: int, norm: str) -> nn.Sequential:
     return nn.Sequential(conv(in_channels, width, 3), *norm_act(norm, width))
 
 
-def _postact(
-    channels_in: int, channels_out: int, stride: int, norm: str, shortcut: nn.Module | None, step_size: float = 1.0
-) -> nn.Sequential:
-    """The original residual block of He et al. (2016a), whose ReLU follows the sum."""
-    branch = nn.Sequential(
+def _postact_branch(channels_in: int, channels_out: int, stride: int, norm: str) -> nn.Sequential:
+    """The branch of the original residual block of He et al. (2016a), whose ReLU follows the sum."""
+    return nn.Sequential(
         conv(channels_in, channels_out, 3, stride),
         *norm_act(norm, channels_out),
         conv(channels_out, channels_out, 3),
         *make_norm(norm, channels_out),
     )
-    return nn.Sequential(ResBlock(branch, step_size=step_size, shortcut=shortcut), nn.ReLU())
 
 
 def _projection(channels_in: int, channels_out: int, stride: int, norm: str) -> nn.Sequential:
     return nn.Sequential(conv(channels_in, channels_out, 1, stride), *make_norm(norm, channels_out))
-
-
-def _zero_padded(channels_in: int, channels_out: int) -> nn.Sequential:
-    """Shortcut A: every second pixel, and zeros in the new channels."""
-    # A mean over one pixel is the pixel; the padding's last pair is that of the channels.
-    return nn.Sequential(nn.AvgPool2d(1, stride=2), nn.ConstantPad3d((0, 0, 0, 0, 0, channels_out - channels_in), 0.0))

@@ -27,7 +27,7 @@ from ..ops.engine import Call
 from ..ops.schemes.runge_kutta.stages import Scheme
 from .base import Fused, note
 
-__all__ = ["SSP2", "SSP3", "Ark", "ExactIE", "IESkip", "Midpoint", "ResBlock", "ShuOsher"]
+__all__ = ["SSP2", "SSP3", "Ark", "ExactIE", "IESkip", "Midpoint", "PolyBlock", "ResBlock", "ShuOsher"]
 
 
 class _OneStep(Fused):
@@ -99,6 +99,11 @@ class SSP3(ShuOsher, reference.SSP3):
 @register(reference.Midpoint)
 class Midpoint(ShuOsher, reference.Midpoint):
     __doc__ = reference.Midpoint.__doc__
+
+
+@register(reference.PolyBlock)
+class PolyBlock(ShuOsher, reference.PolyBlock):
+    __doc__ = reference.PolyBlock.__doc__
 
 
 @register(reference.ResBlock)

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from .. import checks, tableau
-from ..tableau import Tableau, check_tableau
+from ..tableau import LinearTable, check_tableau
 from ..tracing import is_exporting
 from .faults import call_repaired
 
@@ -34,15 +34,26 @@ class _OneStep(nn.Module):
         self, x: Tensor, shape: torch.Size | None = None, branch: Callable[[Tensor], Tensor] | None = None
     ) -> Tensor:
         """branch(x), which leaves x as it is and must have the shape of x (or `shape`)."""
-        checks.tensor("x", x)
-        call = self.branch if branch is None else branch
-        out = call_repaired(call, (self.branch,), unshared(x, self.branch), keeps_shape=shape is None)
-        shape = x.shape if shape is None else shape
-        if not isinstance(out, Tensor):
-            raise TypeError(f"branch must be a map to the shape {list(shape)}, got {checks.what(out)} from it")
-        if out.shape != shape:
-            raise ValueError(f"branch must be a map to the shape {list(shape)}, got an output of {list(out.shape)}")
-        return out
+        return evaluate("branch", self.branch, x, shape, branch)
+
+
+def evaluate(
+    name: str,
+    module: nn.Module,
+    x: Tensor,
+    shape: torch.Size | None = None,
+    call: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """module(x), or `call` of it, which leaves x as it is and must have the shape of x (or `shape`)."""
+    checks.tensor("x", x)
+    call = module if call is None else call
+    out = call_repaired(call, (module,), unshared(x, module), keeps_shape=shape is None)
+    shape = x.shape if shape is None else shape
+    if not isinstance(out, Tensor):
+        raise TypeError(f"{name} must be a map to the shape {list(shape)}, got {checks.what(out)} from it")
+    if out.shape != shape:
+        raise ValueError(f"{name} must be a map to the shape {list(shape)}, got an output of {list(out.shape)}")
+    return out
 
 
 class ResBlock(_OneStep):
@@ -179,10 +190,10 @@ class ShuOsher(_OneStep):
 
     Args:
         branch: f.
-        tableau: the scheme.
+        tableau: the scheme, a `Tableau` or any `LinearTable`.
 
     Raises:
-        TypeError: branch is no module or tableau no Tableau.
+        TypeError: branch is no module or tableau no LinearTable.
         ValueError: at a call, f returns another shape than x has.
 
     Source: Kim et al. 2020, eq. 4 (paper 004).
@@ -194,7 +205,7 @@ class ShuOsher(_OneStep):
         2.6667
     """
 
-    def __init__(self, branch: nn.Module, tableau: Tableau) -> None:
+    def __init__(self, branch: nn.Module, tableau: LinearTable) -> None:
         super().__init__(branch)
         check_tableau(tableau)
         self.tableau = tableau

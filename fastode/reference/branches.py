@@ -85,7 +85,7 @@ def make_activation(activation: str | Callable[[], nn.Module]) -> nn.Module:
     return checks.made("activation", activation, "a function that makes a module")
 
 
-class _Branch(nn.Sequential):
+class PlainSlices(nn.Sequential):
     """A Sequential whose slices are plain Sequentials (nn.Sequential would call this constructor with the layers)."""
 
     def __getitem__(self, index: Any) -> Any:
@@ -105,7 +105,7 @@ def _check_kernel(kernel_size: int) -> None:
         raise ValueError(f"kernel_size must be odd, so that padding keeps the size, got {kernel_size}")
 
 
-class PreActBranch(_Branch):
+class PreActBranch(PlainSlices):
     """`layers` times norm, activation, convolution: the branch of a pre-activation residual block.
 
     Args:
@@ -155,7 +155,7 @@ class PreActBranch(_Branch):
         super().__init__(*modules)
 
 
-class BottleneckBranch(_Branch):
+class BottleneckBranch(PlainSlices):
     """Norm, activation, convolution three times: 1×1 down to out_channels / expansion, k×k, 1×1 up again.
 
     Args:

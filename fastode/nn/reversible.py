@@ -1,0 +1,179 @@
+"""The fused twins of RevNet's blocks, whose backward keeps one map for a whole chain and makes the others again.
+
+Of blocks y₁ = x₁ + f(x₂), y₂ = x₂ + g(y₁), from the last to the first, with the cotangents ȳ₁ and ȳ₂:
+
+    x₂ = y₂ − g(y₁),   ȳ₁ += J_g(y₁)ᵀ ȳ₂,   ḡ_w = (∂g/∂w)ᵀ ȳ₂
+    x₁ = y₁ − f(x₂),   x̄₂ = ȳ₂ + J_f(x₂)ᵀ ȳ₁,   f̄_w = (∂f/∂w)ᵀ ȳ₁,   x̄₁ = ȳ₁
+
+which takes each branch's forward twice and its backward once. A subtraction gives x back but for rounding.
+
+Source: Gomez et al. 2017, Algorithm 1, which paper 002 cites.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
+
+from .. import reference
+from ..branch.read import has_global_hooks
+from ..dispatch import choice
+from ..dispatch.registry import register
+from ..ops.engine import Call
+from ..reference.blocks import evaluate
+from ..reference.connections import halves
+from .base import Fused, note
+
+__all__ = ["RevBlock", "RevSequence"]
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class _Evaluation:
+    """A branch's evaluation that can be made again: with its random numbers, under its autocast, in its modes."""
+
+    def __init__(self, name: str, branch: nn.Module) -> None:
+        self.name, self.branch = name, branch
+        self.modes = [module.training for module in branch.modules()]
+
+    def first(self, x: Tensor) -> Tensor:
+        """branch(x)."""
+        kind = x.device.type
+        self.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        before = _random_states(x)
+        out = evaluate(self.name, self.branch, x)
+        drawn = not all(map(torch.equal, before, _random_states(x)))
+        self.random = before if drawn else []
+        return out
+
+    def again(self, x: Tensor) -> Tensor:
+        """The same without a trace: random state and buffers stay as they are."""
+        if [module.training for module in self.branch.modules()] != self.modes:
+            raise RuntimeError(
+                f"{self.name} of a RevBlock must be in the mode of its forward when backward makes its values again, "
+                "got another one: call backward before train() or eval()"
+            )
+        buffers = {name: buffer.clone() for name, buffer in self.branch.named_buffers()}
+        call = partial(torch.func.functional_call, self.branch, buffers) if buffers else None
+        with ExitStack() as stack:
+            stack.enter_context(torch.autocast(*self.autocast))
+            if self.random:
+                devices = [x.device] if x.device.type == "cuda" else []
+                stack.enter_context(torch.random.fork_rng(devices))
+                torch.set_rng_state(self.random[0])
+                for device, state in zip(devices, self.random[1:], strict=True):
+                    torch.cuda.set_rng_state(state, device)
+            return evaluate(self.name, self.branch, x, call=call)
+
+
+def _random_states(x: Tensor) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(x.device)] if x.device.type == "cuda" else states
+
+
+class _Chain(torch.autograd.Function):
+    """The output of blocks one after the other; keeps its two halves and the parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, blocks: Sequence[reference.RevBlock], x: Tensor, *parameters: Tensor) -> Tensor:
+        first, second = halves(x)
+        ctx.evaluations = []
+        for block in blocks:
+            f, g = _Evaluation("f", block.f), _Evaluation("g", block.g)
+            first = first + f.first(second)
+            second = second + g.first(first)
+            ctx.evaluations.append((f, g))
+        ctx.save_for_backward(first, second, *parameters)
+        return torch.cat([first, second], 1)
+
+    @staticmethod
+    def backward(ctx: Any, bar: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph: a gradient without a graph would be wrong in silence
+            raise RuntimeError(
+                "gradients of gradients need maps that a reversible chain does not keep: call fastode.unfuse(model)"
+            )
+        first, second, *parameters = ctx.saved_tensors
+        wanted = [p for p, needed in zip(parameters, ctx.needs_input_grad[2:], strict=True) if needed]
+        grads: dict[int, Tensor] = {}
+        first_bar, second_bar = halves(bar)
+        for f, g in reversed(ctx.evaluations):
+            second, first_bar = _undo(g, first, second, first_bar, second_bar, wanted, grads)
+            first, second_bar = _undo(f, second, first, second_bar, first_bar, wanted, grads)
+        x_bar = torch.cat([first_bar, second_bar], 1) if ctx.needs_input_grad[1] else None
+        return (None, x_bar, *(grads.get(id(p)) for p in parameters))
+
+
+def _undo(
+    evaluation: _Evaluation,
+    at: Tensor,
+    total: Tensor,
+    at_bar: Tensor,
+    total_bar: Tensor,
+    wanted: Sequence[Tensor],
+    grads: dict[int, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Of total = before + branch(at): before, and the cotangent of `at` with what comes through the branch."""
+    with torch.enable_grad():
+        leaf = at.detach().requires_grad_()
+        out = evaluation.again(leaf)
+    before = total - out.detach()
+    if not out.requires_grad:
+        return before, at_bar
+    own = [p for p in evaluation.branch.parameters() if any(p is each for each in wanted)]
+    through, *found = torch.autograd.grad(out, [leaf, *own], total_bar.to(out.dtype), allow_unused=True)
+    for parameter, grad in zip(own, found, strict=True):
+        if grad is not None:
+            grads[id(parameter)] = grads[id(parameter)] + grad if id(parameter) in grads else grad
+    return before, at_bar if through is None else at_bar + through
+
+
+class _Reversible(Fused, nn.Module):
+    """A chain of RevBlocks, one of which is a chain of one."""
+
+    def describe_call(self, inputs: tuple[Tensor, ...] = ()) -> Call:
+        reason = "its branches run as PyTorch has them; what it saves is memory, as its backward keeps no maps"
+        return Call("reversible", "", None, (), inputs, reason)
+
+    def _blocks(self) -> list[reference.RevBlock]:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        note(self, choice.choose(self.engine, self.describe_call((x,))))
+        parameters = list(self.parameters())
+        if self._runs_plainly(x, parameters):
+            plain: Tensor = super().forward(x)
+            return plain
+        found: Tensor = _Chain.apply(self._blocks(), x, *parameters)
+        return found
+
+    def _runs_plainly(self, x: Any, parameters: Sequence[Tensor]) -> bool:
+        """Whether nothing is kept anyway, or what is traced, transformed or watched by hooks must be all there is."""
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not isinstance(x, Tensor):
+            return True
+        if not any(t.requires_grad for t in (x, *parameters)) or torch._C._are_functorch_transforms_active():
+            return True
+        if unpack_dual(x).tangent is not None or has_global_hooks():
+            return True
+        return any(module.__dict__[name] for module in self.modules() if module is not self for name in _HOOKS)
+
+
+@register(reference.RevBlock)
+class RevBlock(_Reversible, reference.RevBlock):
+    __doc__ = reference.RevBlock.__doc__
+
+    def _blocks(self) -> list[reference.RevBlock]:
+        return [self]
+
+
+@register(reference.RevSequence)
+class RevSequence(_Reversible, reference.RevSequence):
+    __doc__ = reference.RevSequence.__doc__
+
+    def _blocks(self) -> list[reference.RevBlock]:
+        return [block for block in self if isinstance(block, reference.RevBlock)]
