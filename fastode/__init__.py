@@ -4,7 +4,9 @@
 compiles nothing.
 """
 
+import importlib
 import re
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,12 +21,16 @@ from .fusion.swap import fuse, unfuse
 from .solver import SolveError, Solver
 from .steps import record_steps
 
+if TYPE_CHECKING:
+    from . import attacks
+
 __version__ = "0.1.0"
 
 __all__ = [
     "FusionReport",
     "SolveError",
     "Solver",
+    "attacks",
     "branch",
     "embedded",
     "functional",
@@ -38,3 +44,10 @@ __all__ = [
     "tableau",
     "unfuse",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what not every program needs when it is asked for."""
+    if name == "attacks":
+        return importlib.import_module("fastode.attacks")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -164,16 +164,12 @@ class Graphed:
                 )
 
     def _capture(self) -> None:
-        try:
-            pool = pool_handle()
-            self._results, self._replay_forward = capture(self._call, pool)
-            self._differentiable = [y.requires_grad for y in self._outputs]
-            self._replay_backward: Replay | None = None
-            if self._cotangents:
-                self._bars, self._replay_backward = capture(self._differentiate, pool)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:300]
-            raise RuntimeError(f"the model cannot be captured: {reason}") from error
+        pool = pool_handle()
+        self._results, self._replay_forward = _captured(self._call, pool)
+        self._differentiable = [y.requires_grad for y in self._outputs]
+        self._replay_backward: Replay | None = None
+        if self._cotangents:
+            self._bars, self._replay_backward = _captured(self._differentiate, pool)
 
     def _forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         for static, given in zip(self.inputs, inputs, strict=True):
@@ -242,6 +238,37 @@ def capture(run: Callable[[], Sequence[Any]], pool: Any) -> tuple[list[Any], Rep
     with torch.cuda.graph(graph, pool=pool):
         results = run()
     return list(results), graph.replay
+
+
+def _captured(run: Callable[[], Sequence[Any]], pool: Any) -> tuple[list[Any], Replay]:
+    try:
+        return capture(run, pool)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise RuntimeError(f"the model cannot be captured: {reason}") from error
+
+
+def repeated(run: Callable[[], Sequence[Any]], model: nn.Module, example: Tensor) -> Replay:
+    """What repeats run() as one CUDA graph, after calls that warm it up.
+
+    Args:
+        run: a method that reads and writes tensors where they lie, and asks the model; a replay goes on from it.
+        model: as `graphed` takes it.
+        example: its input.
+
+    Raises:
+        ValueError: the model or the example cannot be captured, with the reason.
+        RuntimeError: CUDA refused the capture, with the reason.
+    """
+    if example.device.type not in DEVICES:
+        raise ValueError(f"graphed must be False where images are on {example.device}: graphs are of CUDA devices")
+    _check_model(model)
+    _check_devices(model, (example,))
+    with torch.cuda.device(example.device) if example.device.type == "cuda" else nullcontext():
+        for _ in range(_WARM):
+            with _beside(example.device):
+                run()
+        return _captured(run, pool_handle())[1]
 
 
 def pool_handle() -> Any:
