@@ -136,6 +136,10 @@ def test_the_solvers_gradient_is_set_and_put_back() -> None:
     usual = attacks.run("fgsm", model, images, labels, eps=0.1)
     exact = attacks.run("fgsm", model, images, labels, eps=0.1, solver_gradient="exact")
     assert usual.notes == (report.MASKED,) and exact.notes == ()
+    assert attacks.run("spsa", model, images, labels, eps=0.1, steps=1, samples=1).notes == ()
+    other = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    assert attacks.run("transfer", other, images, labels, eps=0.1, source=model).notes == (report.MASKED,)
+    assert attacks.run("transfer", model, images, labels, eps=0.1, source=other).notes == ()
 
 
 def test_transfer_attacks_another_model() -> None:

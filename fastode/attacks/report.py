@@ -24,6 +24,8 @@ ATTACKS: Mapping[str, Callable[..., Tensor]] = {
     each.__name__: each for each in (fgsm, pgd, bim, di2_fgsm, spsa, transfer, cw_l2, cw_linf, boundary, apgd)
 }
 
+WITHOUT_GRADIENT = (spsa, boundary)
+
 MASKED = (
     "an adaptive solver's usual gradient is not that of the numbers it returns, and may hide what an attack needs: "
     'attack with solver_gradient="exact" too before you claim robustness'
@@ -138,16 +140,13 @@ def run(
     moved, correct, success = (torch.cat(each) for each in zip(*parts, strict=True))
     delta = (moved - task.images).flatten(1)
     name = attack if isinstance(attack, str) else getattr(attack, "__name__", type(attack).__name__)
-    notes = _notes(model, options.get("solver_gradient"), fused)
-    return Report(name, moved, correct, success, delta.abs().amax(1), delta.norm(dim=1), queries, notes)
+    asked = options.get("source", model)  # whose gradient it was, if any
+    blocks = [] if function in WITHOUT_GRADIENT else adaptive_blocks(asked)
+    exact = {options.get("solver_gradient") or block.gradient for block in blocks} <= {"exact"}
+    notes = [note for note, due in ((MASKED, not exact), (FUSED, fused)) if due]
+    return Report(name, moved, correct, success, delta.abs().amax(1), delta.norm(dim=1), queries, tuple(notes))
 
 
 def _logits(task: Task, x: Tensor, mode: str) -> Tensor:
     with attacked(task.model, mode, None), torch.no_grad():
         return task.logits(x)
-
-
-def _notes(model: nn.Module, solver_gradient: str | None, fused: bool) -> tuple[str, ...]:
-    gradients = {solver_gradient or block.gradient for block in adaptive_blocks(model)}
-    notes = [MASKED] if gradients - {"exact"} else []
-    return tuple([*notes, FUSED] if fused else notes)
