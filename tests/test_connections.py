@@ -140,6 +140,21 @@ def test_gradcheck_of_a_chain_with_a_shared_and_a_frozen_branch() -> None:
     assert all(p.grad is not None for p in values) and g[0].weight.grad is None
 
 
+def test_the_tensors_of_a_functional_call_are_those_of_its_backward() -> None:
+    torch.manual_seed(0)
+    plain = chain(2)
+    fused = copy.deepcopy(plain)
+    fastode.fuse(fused)
+    x = sample_input(2, 8, 4, 4)
+    grads = []
+    for block in (plain, fused):
+        given = {name: (2 * p.detach()).requires_grad_() for name, p in block.named_parameters()}
+        y = torch.func.functional_call(block, given, (x,))
+        grads.append(torch.autograd.grad(y.square().sum(), list(given.values())))
+    for wanted, found in zip(*grads, strict=True):
+        assert torch.allclose(wanted, found, rtol=1e-3, atol=1e-3 * float(wanted.abs().max() + 1))
+
+
 def kept_bytes(block: nn.Module, x: Tensor) -> int:
     """Of maps that a forward keeps for its backward: each memory once, without the parameters and the input."""
     own = {p.untyped_storage().data_ptr() for p in (*block.parameters(), *block.buffers(), x)}

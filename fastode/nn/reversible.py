@@ -36,11 +36,14 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 class _Evaluation:
-    """A branch's evaluation that can be made again: with its random numbers, under its autocast, in its modes."""
+    """A branch's evaluation that can be made again: of its tensors, with its random numbers, under its autocast."""
 
-    def __init__(self, name: str, branch: nn.Module) -> None:
+    def __init__(self, name: str, branch: nn.Module, places: dict[int, int]) -> None:
         self.name, self.branch = name, branch
         self.modes = [module.training for module in branch.modules()]
+        # Tensors of another call may be in the module by then, as torch.func.functional_call puts them there.
+        self.places = {key: places[id(p)] for key, p in branch.named_parameters(remove_duplicate=False)}
+        self.buffers = dict(branch.named_buffers(remove_duplicate=False))
 
     def first(self, x: Tensor) -> Tensor:
         """branch(x)."""
@@ -52,15 +55,16 @@ class _Evaluation:
         self.random = before if drawn else []
         return out
 
-    def again(self, x: Tensor) -> Tensor:
+    def again(self, x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
         """The same without a trace: random state and buffers stay as they are."""
         if [module.training for module in self.branch.modules()] != self.modes:
             raise RuntimeError(
                 f"{self.name} of a RevBlock must be in the mode of its forward when backward makes its values again, "
                 "got another one: call backward before train() or eval()"
             )
-        buffers = {name: buffer.clone() for name, buffer in self.branch.named_buffers()}
-        call = partial(torch.func.functional_call, self.branch, buffers) if buffers else None
+        tensors = {key: parameters[place] for key, place in self.places.items()}
+        tensors |= {key: buffer.clone() for key, buffer in self.buffers.items()}
+        call = partial(torch.func.functional_call, self.branch, tensors)
         with ExitStack() as stack:
             stack.enter_context(torch.autocast(*self.autocast))
             if self.random:
@@ -84,8 +88,9 @@ class _Chain(torch.autograd.Function):
     def forward(ctx: Any, blocks: Sequence[reference.RevBlock], x: Tensor, *parameters: Tensor) -> Tensor:
         first, second = halves(x)
         ctx.evaluations = []
+        places = {id(p): place for place, p in enumerate(parameters)}
         for block in blocks:
-            f, g = _Evaluation("f", block.f), _Evaluation("g", block.g)
+            f, g = _Evaluation("f", block.f, places), _Evaluation("g", block.g, places)
             first = first + f.first(second)
             second = second + g.first(first)
             ctx.evaluations.append((f, g))
@@ -99,14 +104,14 @@ class _Chain(torch.autograd.Function):
                 "gradients of gradients need maps that a reversible chain does not keep: call fastode.unfuse(model)"
             )
         first, second, *parameters = ctx.saved_tensors
-        wanted = [p for p, needed in zip(parameters, ctx.needs_input_grad[2:], strict=True) if needed]
-        grads: dict[int, Tensor] = {}
+        wanted = ctx.needs_input_grad[2:]
+        grads: list[Tensor | None] = [None] * len(parameters)
         first_bar, second_bar = halves(bar)
         for f, g in reversed(ctx.evaluations):
-            second, first_bar = _undo(g, first, second, first_bar, second_bar, wanted, grads)
-            first, second_bar = _undo(f, second, first, second_bar, first_bar, wanted, grads)
+            second, first_bar = _undo(g, first, second, first_bar, second_bar, parameters, wanted, grads)
+            first, second_bar = _undo(f, second, first, second_bar, first_bar, parameters, wanted, grads)
         x_bar = torch.cat([first_bar, second_bar], 1) if ctx.needs_input_grad[1] else None
-        return (None, x_bar, *(grads.get(id(p)) for p in parameters))
+        return (None, x_bar, *grads)
 
 
 def _undo(
@@ -115,21 +120,24 @@ def _undo(
     total: Tensor,
     at_bar: Tensor,
     total_bar: Tensor,
-    wanted: Sequence[Tensor],
-    grads: dict[int, Tensor],
+    parameters: Sequence[Tensor],
+    wanted: Sequence[bool],
+    grads: list[Tensor | None],
 ) -> tuple[Tensor, Tensor]:
     """Of total = before + branch(at): before, and the cotangent of `at` with what comes through the branch."""
     with torch.enable_grad():
         leaf = at.detach().requires_grad_()
-        out = evaluation.again(leaf)
+        out = evaluation.again(leaf, parameters)
     before = total - out.detach()
     if not out.requires_grad:
         return before, at_bar
-    own = [p for p in evaluation.branch.parameters() if any(p is each for each in wanted)]
-    through, *found = torch.autograd.grad(out, [leaf, *own], total_bar.to(out.dtype), allow_unused=True)
-    for parameter, grad in zip(own, found, strict=True):
+    own = sorted({place for place in evaluation.places.values() if wanted[place]})
+    inputs = [leaf, *(parameters[place] for place in own)]
+    through, *found = torch.autograd.grad(out, inputs, total_bar.to(out.dtype), allow_unused=True)
+    for place, grad in zip(own, found, strict=True):
+        met = grads[place]
         if grad is not None:
-            grads[id(parameter)] = grads[id(parameter)] + grad if id(parameter) in grads else grad
+            grads[place] = grad if met is None else met + grad
     return before, at_bar if through is None else at_bar + through
 
 
