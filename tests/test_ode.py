@@ -272,7 +272,7 @@ def test_what_cannot_be_run_is_refused_in_a_sentence(engine: str) -> None:
         (timed, {"gradient": "exact"}, x, "its gradient goes through every attempt's error, which engines forget"),
         (timed, {}, x.bfloat16(), "it solves a single map's equation in float32 and float64 only"),
         (nn.Sequential(nn.ReLU()), {}, x[0], "the input is no feature map [N, C, H, W]"),
-        (nn.Sequential(nn.Sigmoid()), {}, x, "field.0 (Sigmoid) is of a type the reader does not know."),
+        (nn.Sequential(nn.Mish()), {}, x, "field.0 (Mish) is of a type the reader does not know."),
     ]
     for field, options, given, reason in cases:
         block = fastode.nn.ODEBlock(field.to(given.dtype), **options)
@@ -295,6 +295,24 @@ def test_a_batch_norm_in_training_leaves_it_to_an_engine_that_has_one() -> None:
         block.eval()(x)
     assert used[block] in ENGINES
     assert all(not block.why_not(name, x) for name in ENGINES)  # in eval mode its statistics are fixed
+
+
+@pytest.mark.parametrize("activation", [*ACTIVATIONS.values(), nn.LeakyReLU, nn.Sigmoid, nn.GELU])
+def test_a_field_may_end_in_an_activation(activation: type[nn.Module]) -> None:
+    # What fills up a vector of channels must be and stay zero, or the error's norm would count it.
+    torch.manual_seed(0)
+    field = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), activation()).double()
+    block = reference.ODEBlock(field, Solver("bosh3", rtol=1e-3, atol=1e-3))
+    x, ran = sample_input(2, 3, 4, 4, dtype=F64), 0
+    for engine in ENGINES:
+        twin = fused(block, engine)
+        reason = twin.why_not(engine, x)
+        if reason:
+            assert reason.startswith("a field that ends in ")
+        else:
+            assert_blocks_equal(block, twin, x, mode="train")
+            ran += 1
+    assert ran
 
 
 def test_other_blocks_are_not_told_the_time() -> None:

@@ -91,8 +91,8 @@ def _refuses_field(field: Plan, x: Tensor | None) -> str:
     if any(unit.norm is not None and unit.norm.mode == "batch" for unit in field.units):
         return "a batch norm of the field couples the samples, which it takes one by one"
     last = field.units[-1]
-    if last.conv is None and last.activation is not None and last.activation.kind == "softplus":
-        return "a field that ends in Softplus is not zero where a vector of channels is empty"
+    if last.conv is None and last.activation is not None and last.activation.kind in ("softplus", "sigmoid"):
+        return f"a field that ends in {last.activation.kind} is not zero where a vector of channels is empty"
     if x is not None and x.dtype not in (torch.float32, torch.float64):
         return "it solves a single map's equation in float32 and float64 only"
     return ""
