@@ -10,6 +10,7 @@
 // cpu/resident/engine.h, skew_engine.h and linear.h read them.
 #define FASTODE_BRANCH "Tensor[] parameters, int[] units, float[] numbers"
 #define FASTODE_STEP "float[] rows, float[] times, bool given, int[] timed, Tensor[] planes"
+#define FASTODE_CHAIN "int[] strides, int[] lengths, float step, int act, float p, float q"
 #define FASTODE_PAIR "Tensor[] parameters, int[] integers, float[] numbers"
 #define FASTODE_MARCH "float[] table, int steps, int[] used"
 // An embedded scheme and how its steps are chosen, as cpu/resident_ops.cpp reads them.
@@ -48,6 +49,13 @@ STABLE_TORCH_LIBRARY(fastode, m) {
   m.def("resident_rk_backward(Tensor x, Tensor cotangent, Tensor[] kept, " FASTODE_BRANCH
         ", Tensor table, bool gradients, bool table_gradient, bool kept_all) -> (Tensor x_bar, Tensor[] bars, Tensor "
         "table_bar)");
+  // A chain of units and a block behind it, as cpu/resident/chain.h reads them: `strides` of each unit, `lengths` of
+  // the three parts; `shape` of the result. Backward reads y where the activation is ReLU; without what is kept it
+  // evaluates the chain again.
+  m.def("resident_chain_forward(Tensor x, " FASTODE_BRANCH ", " FASTODE_CHAIN
+        ", int[] shape, bool keep, bool last) -> (Tensor y, Tensor statistics, Tensor[] kept)");
+  m.def("resident_chain_backward(Tensor x, Tensor y, Tensor cotangent, Tensor[] kept, " FASTODE_BRANCH
+        ", " FASTODE_CHAIN ", bool point, bool gradients) -> (Tensor x_bar, Tensor[] bars)");
   // Where signs are kept, backward asks for the slopes, too, as `ends`.
   m.def(
       "resident_skew_forward(Tensor y, Tensor z, " FASTODE_PAIR

@@ -150,11 +150,11 @@ def keeps_shape(reading: Reading, x: Tensor) -> None:
         raise ValueError(f"branch must be a map that keeps the shape of x, got {got}")
 
 
-def enough_values(reading: Reading, x: Tensor) -> None:
-    """Refuse an `x` of one value per normalised set, where PyTorch's norms do, and as the same type."""
+def enough_values(reading: Reading, shape: Sequence[int]) -> None:
+    """Refuse an x of this shape where it has one value per normalised set, as PyTorch's norms do."""
     if reading.units is None:
         return
-    batch, channels, height, width = x.shape
+    batch, channels, height, width = shape
     for unit in reading.units:
         norm = unit.norm
         if norm is not None and norm.mode != "fixed":
@@ -166,9 +166,10 @@ def enough_values(reading: Reading, x: Tensor) -> None:
                 # PyTorch counts the values of the whole batch here, not those of one group of one sample.
                 values = batch * channels // norm.groups * height * width
             if values == 1:
-                raise ValueError(f"x must be larger than one value for each normalised set, got shape {list(x.shape)}")
+                raise ValueError(f"x must be larger than one value for each normalised set, got shape {list(shape)}")
         if unit.conv is not None:
-            channels = unit.conv.out_channels
+            channels = unit.conv.channels_after(channels) or 0
+            height, width = unit.conv.size_after(height, width)
 
 
 def skew_pair(y: Any, z: Any, weight: Any, stride: int, padding: int) -> None:

@@ -360,11 +360,11 @@ def test_one_value_for_each_set_is_refused_where_pytorch_does(name):
                 branch(x)
             except ValueError:
                 with pytest.raises(ValueError, match=message):
-                    checks.enough_values(read(branch), x)
+                    checks.enough_values(read(branch), x.shape)
             else:
-                checks.enough_values(read(branch), x)
+                checks.enough_values(read(branch), x.shape)
     with pytest.raises(ValueError, match=message):
-        checks.enough_values(read(nn.Sequential(norm)), torch.randn(shape))
+        checks.enough_values(read(nn.Sequential(norm)), shape)
 
 
 @pytest.mark.parametrize(
@@ -378,7 +378,7 @@ def test_reading_traces_without_a_graph_break(name):
         checks.feature_map("x", x, channels(reading.units))
         checks.same_kind(x, reading.tensors)
         checks.keeps_shape(reading, x)
-        checks.enough_values(reading, x)
+        checks.enough_values(reading, x.shape)
         return run(reading.units, reading.tensors, x)
 
     x = torch.randn(2, 8, 4, 4)

@@ -166,15 +166,15 @@ def test_running_averages_move_as_one_after_the_other(kind: str, dtype: torch.dt
     reading, twin = (
         read(nn.Sequential(*[m.to(dtype) for norm in NORMS[kind]() for m in (norm, nn.Conv2d(4, 4, 1))])) for _ in "ab"
     )
-    x = torch.empty(3, 4, 5, 2, dtype=dtype)
+    size = 3, 10  # samples and pixels
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     statistics = []
     for norm in reading.norms * 3:
         sets = (2, 3, 4) if isinstance(norm, nn.InstanceNorm2d) else (2, 4)
         statistics.append(torch.rand(sets, dtype=wide, generator=generator))
-    one_step.update_running(reading, iter(statistics), x)
+    one_step.move_running(reading.norms, iter(statistics), [size] * len(reading.norms))
     for norm, stats in zip(twin.norms * 3, statistics, strict=True):
-        one_step._move(norm, *one_step._met(norm, stats, x))
+        one_step._move(norm, *one_step._met(norm, stats, size))
     for norm, other in zip(reading.norms, twin.norms, strict=True):
         for (name, buffer), wanted in zip(norm.named_buffers(), other.buffers(), strict=True):
             assert torch.equal(buffer, wanted), name

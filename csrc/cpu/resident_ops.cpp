@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "resident/arguments.h"
+#include "resident/chain.h"
 #include "resident/skew_engine.h"
 
 namespace fastode::resident {
@@ -13,6 +14,22 @@ void run(const Call<A>& call, const Rule& rule);
 int64_t group_for(int64_t samples, int64_t workers, int64_t pixels, int64_t stored) {
   const int64_t wanted = stored == sizeof(bfloat16) ? 512 : 128;  // pixels that should share one reading of the weights
   return std::max<int64_t>(1, std::min({kGroup, wanted / pixels, divide_up(samples, workers)}));
+}
+
+std::vector<ChainPart> parts_of(const ChainArguments& chain) {
+  std::vector<ChainPart> parts(3);
+  size_t unit = 0, tensor = 0;
+  for (size_t k = 0; k < 3; ++k)
+    for (int64_t j = 0; j < chain.lengths[k]; ++j, ++unit) {
+      const int64_t* units = chain.units.data() + unit * kUnitIntegers;
+      const double* numbers = chain.numbers.data() + unit * kUnitNumbers;
+      parts[k].units.insert(parts[k].units.end(), units, units + kUnitIntegers);
+      parts[k].numbers.insert(parts[k].numbers.end(), numbers, numbers + kUnitNumbers);
+      parts[k].strides.push_back(chain.strides[unit]);
+      for (const int64_t bit : {kWeight, kBias, kRunning, kRunning, kConvWeight, kConvBias})
+        if (units[kUnitIntegers - 1] & bit) parts[k].parameters.push_back(chain.parameters[tensor++]);
+    }
+  return parts;
 }
 
 namespace {
@@ -106,6 +123,32 @@ Backward rk_backward(const Tensor& x, const Tensor& cotangent, const Tensors& ke
                                                    table_gradient ? table.numel() : 0);
   if (table_gradient) scheme.complete(static_cast<double*>(std::get<2>(result).data_ptr()));
   return result;
+}
+
+// ---- chains
+
+std::tuple<Tensor, Tensor, Tensors> chain_forward(const Tensor& x, const Tensors& parameters, const Integers& units,
+                                                  const Numbers& numbers, const Integers& strides,
+                                                  const Integers& lengths, double step, int64_t act, double p, double q,
+                                                  const Integers& shape, bool keep, bool last) {
+  const ChainArguments chain{parameters, units, strides, lengths, numbers, step, act, p, q};
+  const ChainCall call{x, nullptr, nullptr, new_map(x, shape[0], shape[1], shape[2], last), keep, false, false};
+  Tensors kept;
+  Tensor statistics;
+  with_arithmetic(x, [&](auto zero) { run_chain<decltype(zero)>(chain, call, kept, &statistics, nullptr); });
+  return {call.result, statistics, kept};
+}
+
+std::tuple<Tensor, Tensors> chain_backward(const Tensor& x, const Tensor& y, const Tensor& cotangent, Tensors kept,
+                                           const Tensors& parameters, const Integers& units, const Numbers& numbers,
+                                           const Integers& strides, const Integers& lengths, double step, int64_t act,
+                                           double p, double q, bool point, bool gradients) {
+  const ChainArguments chain{parameters, units, strides, lengths, numbers, step, act, p, q};
+  const ChainCall call{x,     &cotangent, &y, point ? new_map_like(x) : new_vector(0, x.scalar_type()), !kept.empty(),
+                       point, gradients};
+  Tensors bars;
+  with_arithmetic(x, [&](auto zero) { run_chain<decltype(zero)>(chain, call, kept, nullptr, &bars); });
+  return {call.result, bars};
 }
 
 // ---- the skew pair
@@ -239,6 +282,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastode, CPU, m) {
   m.impl("resident_ie_backward", TORCH_BOX(&fastode::resident::ie_backward));
   m.impl("resident_rk_forward", TORCH_BOX(&fastode::resident::rk_forward));
   m.impl("resident_rk_backward", TORCH_BOX(&fastode::resident::rk_backward));
+  m.impl("resident_chain_forward", TORCH_BOX(&fastode::resident::chain_forward));
+  m.impl("resident_chain_backward", TORCH_BOX(&fastode::resident::chain_backward));
   m.impl("resident_skew_forward", TORCH_BOX(&fastode::resident::pair_forward));
   m.impl("resident_skew_backward", TORCH_BOX(&fastode::resident::pair_backward));
   m.impl("resident_march_forward", TORCH_BOX(&fastode::resident::march_forward));

@@ -44,9 +44,14 @@ class Activation:
 
 @dataclass(frozen=True)
 class Conv:
-    """A convolution of stride 1 whose padding keeps the size.
+    """A convolution, or a mean over a window of each channel.
 
-    One that sees the time has it as one more channel in front of its `in_channels`, the first of its weight's.
+    In a branch that keeps the shape it is a convolution of stride 1 whose padding keeps the size. One that sees the
+    time has it as one more channel in front of its `in_channels`, the first of its weight's.
+
+    Attributes:
+        mean: whether it is a mean over the kernel, which has no weight and takes any number of channels: its own are 0.
+        added: how many channels of zeros a mean appends.
     """
 
     in_channels: int
@@ -55,7 +60,24 @@ class Conv:
     padding: tuple[int, int]
     dilation: tuple[int, int]
     groups: int
+    stride: tuple[int, int] = (1, 1)
+    mean: bool = False
+    added: int = 0
     sees_time: bool = False
+
+    def channels_after(self, channels: int | None) -> int | None:
+        """How many channels it returns for so many; None where that is not known."""
+        if not self.mean:
+            return self.out_channels
+        return None if channels is None else channels + self.added
+
+    def size_after(self, height: int, width: int) -> tuple[int, int]:
+        """The size of its output for an input of this size; below one where the input is too small."""
+        sides = [
+            (side + 2 * self.padding[i] - self.dilation[i] * (self.kernel[i] - 1) - 1) // self.stride[i] + 1
+            for i, side in enumerate((height, width))
+        ]
+        return sides[0], sides[1]
 
 
 NORM, ACTIVATION, CONV = 0, 1, 2
@@ -158,6 +180,7 @@ def _read_conv(layer: nn.Conv2d, row: list[Tensor | None]) -> tuple[Conv | None,
         (total[0] // 2, total[1] // 2),
         (dilation[0], dilation[1]),
         layer.groups,
+        (stride[0], stride[1]),
     )
     return conv, ((height, stride[0], total[0], dilation[0]), (width, stride[1], total[1], dilation[1]))
 
@@ -169,6 +192,29 @@ def read_time_conv(layer: Any, row: list[Tensor | None]) -> tuple[Conv | None, A
         return None, note
     own = (conv.out_channels, conv.kernel, conv.padding, conv.dilation, conv.groups)
     return Conv(conv.in_channels - 1, *own, sees_time=True), note
+
+
+def _read_average(layer: nn.AvgPool2d, row: list[Tensor | None]) -> tuple[Conv | None, Any]:
+    sides = [
+        (value, value) if isinstance(value, int) else value
+        for value in (layer.kernel_size, layer.stride, layer.padding)
+    ]
+    if not all(map(_is_pair, sides)):
+        return None, "has a kernel, stride or padding that is not a number or a pair"
+    kernel, stride, padding = sides
+    if padding != (0, 0) or layer.ceil_mode or layer.divisor_override is not None:
+        return None, "has a padding, a ceil_mode or a divisor_override, which the reader does not follow"
+    mean = Conv(0, 0, (kernel[0], kernel[1]), (0, 0), (1, 1), 1, (stride[0], stride[1]), True)
+    return mean, ((kernel[0], stride[0], 0, 1), (kernel[1], stride[1], 0, 1))
+
+
+def _read_zero_channels(layer: nn.ConstantPad3d | nn.ZeroPad3d, row: list[Tensor | None]) -> tuple[Conv | None, Any]:
+    padding = layer.padding
+    if not (isinstance(padding, tuple) and len(padding) == 6) or any(padding[:5]) or padding[5] < 0:
+        return None, "pads otherwise than with channels behind the input's"
+    if getattr(layer, "value", 0.0) != 0:
+        return None, "pads with another value than zero"
+    return Conv(0, 0, (1, 1), (0, 0), (1, 1), 1, (1, 1), True, padding[5]), ((1, 1, 0, 1), (1, 1, 0, 1))
 
 
 def _is_pair(value: Any) -> bool:
@@ -229,4 +275,10 @@ KNOWN: dict[type, tuple[int, Reader]] = {
     nn.GELU: (ACTIVATION, _read_gelu),
     nn.Sigmoid: (ACTIVATION, _read_sigmoid),
     nn.Conv2d: (CONV, _read_conv),
+}
+# In a chain that may change the shape there are these, too.
+SHAPING: dict[type, tuple[int, Reader]] = {
+    nn.AvgPool2d: (CONV, _read_average),
+    nn.ConstantPad3d: (CONV, _read_zero_channels),
+    nn.ZeroPad3d: (CONV, _read_zero_channels),
 }

@@ -7,6 +7,7 @@ What cannot be read is no error: the block then runs as the reference, and the r
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
-from .layers import CONV, KNOWN, NORM, TENSORS_PER_UNIT, Activation, Conv, Norm, Reader, Sides
+from .layers import CONV, KNOWN, NORM, SHAPING, TENSORS_PER_UNIT, Activation, Conv, Norm, Reader, Sides
 
+_Layer = tuple[str, nn.Module, int, Reader]
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -51,7 +53,7 @@ class Reading:
     geometry: tuple[Sides, ...] = ()
 
 
-def read(module: nn.Module, name: str = "branch", timed: bool = False) -> Reading:
+def read(module: nn.Module, name: str = "branch", timed: bool = False, keeps_shape: bool = True) -> Reading:
     """Read a branch into units.
 
     Readable are nested nn.Sequentials (and subclasses that keep its forward) of GroupNorm, BatchNorm2d, InstanceNorm2d,
@@ -63,6 +65,8 @@ def read(module: nn.Module, name: str = "branch", timed: bool = False) -> Readin
         module: the branch; its mode (train or eval) decides which statistics each norm uses.
         name: what the reasons call it.
         timed: whether it is told the time, so that convolutions that see it can be read.
+        keeps_shape: False also reads convolutions of any stride and padding, AvgPool2d, and a ConstantPad3d that
+            appends channels of zeros; the output may then have another shape.
 
     Returns:
         The reading. It is made anew whenever something that it depends on has changed (`snapshot`).
@@ -77,12 +81,35 @@ def read(module: nn.Module, name: str = "branch", timed: bool = False) -> Readin
     if has_global_hooks():
         return Reading(None, f"a hook is registered on all modules, and a fused {name} would not call it.")
     layers: list[_Layer] = []
-    reason = _flatten(name, module, layers)
+    reason = _flatten(name, module, layers, keeps_shape)
     if not reason and not layers:
         reason = f"the {name} has no layer."
-    if reason:
-        return Reading(None, reason)
+    return Reading(None, reason) if reason else _read_layers(name, layers, keeps_shape, timed)
 
+
+def read_run(modules: Mapping[str, nn.Module | None], name: str) -> tuple[Reading, int]:
+    """Read the first of some modules, as many as are of known types; they may change the shape.
+
+    Args:
+        modules: called one after the other.
+        name: what the reasons call what holds them.
+
+    Returns:
+        The reading of those together, without units where there are none, and how many they are.
+    """
+    layers: list[_Layer] = []
+    count = 0
+    for key, module in modules.items():
+        more: list[_Layer] = []
+        if module is None or _flatten(f"{name}.{key}", module, more, False):
+            break
+        layers += more
+        count += 1
+    return _read_layers(name, layers, False) if layers else Reading(()), count
+
+
+def _read_layers(name: str, layers: list[_Layer], keeps_shape: bool, timed: bool = False) -> Reading:
+    """Layers in the order of their evaluation, as units."""
     units: list[Unit] = []
     tensors: list[Tensor | None] = []
     norms: list[nn.Module | None] = []
@@ -110,22 +137,24 @@ def read(module: nn.Module, name: str = "branch", timed: bool = False) -> Readin
             update = note
         elif slot == CONV:
             geometry.append(note)
-            if not uneven and not _keeps_size(note, part):
-                kind = type(layer).__name__
+            kind = type(layer).__name__
+            if keeps_shape and not uneven and not _keeps_size(note, part):
                 uneven = f"{path} ({kind}) has a stride or a padding that changes the size, or pads unevenly."
+            if not uneven and not _pads_evenly(note, part):
+                uneven = f"{path} ({kind}) pads unevenly."
     units.append(Unit(parts[0], parts[1], parts[2]))
     tensors += row
     norms.append(update)
 
-    reason, fault = _follow_channels(name, units, tensors)
-    reason = reason or uneven or _mixture(name, tensors) or _updated_twice(name, norms)
+    reason, fault = _follow_channels(name, units, tensors, keeps_shape)
+    reason = reason or uneven or mixture(name, tensors) or updated_twice(name, norms)
     if reason:
         return Reading(None, reason, [], [], fault, tuple(geometry))
     return Reading(tuple(units), "", tensors, norms)
 
 
 def channels(units: tuple[Unit, ...]) -> int | None:
-    """The number of input channels that the units ask for; None if any number will do.
+    """The number of input channels that the units ask for; None if any number will do, or a mean comes first.
 
     Example:
         >>> channels(read(nn.Sequential(nn.ReLU(), nn.Conv2d(8, 8, 1))).units)
@@ -135,11 +164,8 @@ def channels(units: tuple[Unit, ...]) -> int | None:
         if unit.norm is not None:
             return unit.norm.channels
         if unit.conv is not None:
-            return unit.conv.in_channels
+            return None if unit.conv.mean else unit.conv.in_channels
     return None
-
-
-_Layer = tuple[str, nn.Module, int, Reader]
 
 
 def has_global_hooks() -> bool:
@@ -152,10 +178,12 @@ def has_global_hooks() -> bool:
     )
 
 
-def _flatten(name: str, module: nn.Module, layers: list[_Layer]) -> str:
+def _flatten(name: str, module: nn.Module, layers: list[_Layer], keeps_shape: bool) -> str:
     """Append the layers of a module in the order of their evaluation; returns what stands in the way."""
     kind = type(module)
     known = KNOWN.get(kind)
+    if known is None and not keeps_shape:
+        known = SHAPING.get(kind)
     sequential = known is None and (kind is nn.Sequential or is_sequential(kind))
     if known is None and not sequential and kind is not nn.Identity:
         if "parametrizations" in module._modules:
@@ -173,7 +201,7 @@ def _flatten(name: str, module: nn.Module, layers: list[_Layer]) -> str:
         for key, child in module._modules.items():
             if child is None:
                 return f"{name}.{key} is None."
-            reason = _flatten(f"{name}.{key}", child, layers)
+            reason = _flatten(f"{name}.{key}", child, layers, keeps_shape)
             if reason:
                 return reason
     return ""
@@ -209,10 +237,16 @@ def _keeps_size(sides: Sides, conv: Conv) -> bool:
     return True
 
 
-def _follow_channels(name: str, units: list[Unit], tensors: list[Tensor | None]) -> tuple[str, str]:
+def _pads_evenly(sides: Sides, conv: Conv) -> bool:
+    return all(total == 2 * half for (_, _, total, _), half in zip(sides, conv.padding, strict=True))
+
+
+def _follow_channels(name: str, units: list[Unit], tensors: list[Tensor | None], keeps_shape: bool) -> tuple[str, str]:
     """Follow the channels through the units: (why they cannot be read, the fault in them)."""
     first = now = channels(tuple(units))
     for index, unit in enumerate(units):
+        if unit.norm is not None and now is None:
+            now = unit.norm.channels  # behind a mean
         if unit.norm is not None and unit.norm.channels != now:
             wanted = unit.norm.channels
             # Without weight, bias and running statistics PyTorch's norms take any number of channels.
@@ -221,10 +255,10 @@ def _follow_channels(name: str, units: list[Unit], tensors: list[Tensor | None])
                 return f"a norm declared for {wanted} channels gets {now}.", ""
             return _misfit(name, "norm", wanted, now)
         if unit.conv is not None:
-            if now is not None and unit.conv.in_channels != now:
+            if now is not None and not unit.conv.mean and unit.conv.in_channels != now:
                 return _misfit(name, "convolution", unit.conv.in_channels, now)
-            now = unit.conv.out_channels
-    if now != first:
+            now = unit.conv.channels_after(now)
+    if now != first and keeps_shape:
         fault = f"one that takes {first} channels and returns {now}"
         return f"the {name} is {fault}.", fault
     return "", ""
@@ -235,7 +269,8 @@ def _misfit(name: str, layer: str, wanted: int | None, given: int | None) -> tup
     return f"the {name} is {fault}.", fault
 
 
-def _mixture(name: str, tensors: list[Tensor | None]) -> str:
+def mixture(name: str, tensors: list[Tensor | None]) -> str:
+    """What is wrong with the dtypes of tensors; empty if they are of one that there are kernels for."""
     dtype = None
     for tensor in tensors:
         if tensor is not None and tensor.dtype != dtype:
@@ -247,7 +282,7 @@ def _mixture(name: str, tensors: list[Tensor | None]) -> str:
     return ""
 
 
-def _updated_twice(name: str, norms: list[nn.Module | None]) -> str:
+def updated_twice(name: str, norms: list[nn.Module | None]) -> str:
     """Two updates of the same running statistics within one evaluation would have to follow one another."""
     for index, norm in enumerate(norms):
         if norm is not None:

@@ -21,11 +21,16 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 class Snapshot:
-    """Modules as they were, below one of them that it does not keep alive."""
+    """Modules as they were, below one of them that it does not keep alive.
+
+    Args:
+        root: that one.
+        hooks_of_root: whether its own hooks count; False where it is a block, which is called as a module.
+    """
 
     __slots__ = ("_hooks", "_past", "_rows", "_sequentials", "_tensors", "_watched")
 
-    def __init__(self, root: nn.Module) -> None:
+    def __init__(self, root: nn.Module, hooks_of_root: bool = True) -> None:
         self._past: Past | None = None
         self._rows: list[tuple[Any, ...]] = []
         self._hooks: list[dict[Any, Any]] = []
@@ -38,7 +43,9 @@ class Snapshot:
             variables = module.__dict__
             held = [variables[name] for name in _CONTENTS]
             # Dictionaries that are empty are looked at together: whatever is put into one is a change.
-            self._hooks += [variables[name] for name in _HOOKS] + [each for each in held if not each]
+            if hooks_of_root or module is not root:
+                self._hooks += [variables[name] for name in _HOOKS]
+            self._hooks += [each for each in held if not each]
             contents = [
                 (name, tuple(variables[name].values()), tuple(variables[name]))
                 for name, each in zip(_CONTENTS, held, strict=True)

@@ -85,8 +85,14 @@ def kept(root: nn.Module) -> Known[Any] | None:
     return beside.known if type(beside) is _Beside and beside.era == _era else None
 
 
-def known(root: nn.Module, read: Callable[[], Reading]) -> Known[Reading]:
-    """What is known of a module; it is read where nothing is, or where something has changed since."""
+def known(root: nn.Module, read: Callable[[], Reading], is_block: bool = False) -> Known[Reading]:
+    """What is known of a module; it is read where nothing is, or where something has changed since.
+
+    Args:
+        root: the module.
+        read: reads it.
+        is_block: whether it is a block, whose own hooks run as it is called.
+    """
     found: Known[Reading] | None = kept(root)
     if found is not None and found.holds(root):
         return found
@@ -94,7 +100,10 @@ def known(root: nn.Module, read: Callable[[], Reading]) -> Known[Reading]:
     if reading.reason:  # nothing is known of modules that cannot be read, nor of what their snapshot would need
         return Known(None, reading)
     beside = root.__dict__[KEY] = _Beside()  # before the snapshot, which has it among the variables
-    snapshot = Snapshot(root)
+    snapshot = Snapshot(root, hooks_of_root=not is_block)
+    # Of a sequence a part may be read although a hook ends it: a reading that is not taken once the hook is gone.
+    if is_block and not snapshot.holds(root):
+        return Known(None, reading)
     # Tensors that stand in for parameters during one call would be kept alive, with the graph behind them.
     if any(tensor.grad_fn is not None for tensor in snapshot.tensors):
         return Known(snapshot, reading)

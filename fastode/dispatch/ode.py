@@ -115,7 +115,7 @@ def _decide(
     if reading.units is not None and x.dim() == 4:
         checks.feature_map("x", x, channels(reading.units))
         checks.same_kind(x, reading.tensors)
-        checks.enough_values(reading, x)
+        checks.enough_values(reading, x.shape)
     assert call.program is None or isinstance(call.program, Plan)
     return choice.choose(engine, call, make_reference), call.program
 

@@ -235,7 +235,7 @@ def run(
     if chosen is REFERENCE or plan is None:
         untraced = torch.compiler.is_compiling() and not step.traceable
         call = torch.compiler.disable(run_reference) if untraced else run_reference
-        return _undone_on_error(call, x, module) if reading.units is None else call(x)
+        return undone_on_error(call, x, module) if reading.units is None else call(x)
     rerun = None
     if found is not None and found.snapshot is not None and torch.is_grad_enabled():
         make = partial(_as_it_was, make_reference, module, found.snapshot.past)
@@ -254,7 +254,7 @@ def _decide(
     if reading.units is not None:
         checks.feature_map("x", x, channels(reading.units))
         checks.same_kind(x, reading.tensors)
-        checks.enough_values(reading, x)
+        checks.enough_values(reading, x.shape)
     else:
         checks.tensor("x", x)
         if x.dim() == 4:
@@ -264,7 +264,7 @@ def _decide(
     return choice.choose(engine, call, make_reference), call.program
 
 
-def _undone_on_error(call: Callable[[Tensor], Tensor], x: Tensor, module: nn.Module) -> Tensor:
+def undone_on_error(call: Callable[[Tensor], Tensor], x: Tensor, module: nn.Module) -> Tensor:
     """call(x); if it fails, the branch's buffers are as they were."""
     if torch.compiler.is_compiling():
         return call(x)
@@ -287,26 +287,37 @@ def _as_it_was(make_reference: Callable[[], nn.Module], module: nn.Module, past:
 
 
 def update_running(reading: Reading, statistics: Iterable[Tensor], x: Tensor) -> None:
-    """Update running statistics as PyTorch's norms do, once for each evaluation of the branch, in order."""
-    norms: list[Any] = [norm for norm in reading.norms if norm is not None]
+    """Update the running statistics of a branch whose maps are as large as x, once for each evaluation, in order."""
+    norms = [norm for norm in reading.norms if norm is not None]
+    move_running(norms, statistics, [(x.shape[0], x.shape[2] * x.shape[3])] * len(norms))
+
+
+def move_running(norms: Sequence[Any], statistics: Iterable[Tensor], sizes: Sequence[tuple[int, int]]) -> None:
+    """Update running statistics as PyTorch's norms do, once for each evaluation, in order.
+
+    Args:
+        norms: those that have running statistics.
+        statistics: an entry of each norm for each evaluation.
+        sizes: of each norm's map, samples and pixels.
+    """
     evaluations = list(zip(*[iter(statistics)] * len(norms), strict=True))
     factor = norms[0].momentum
     with torch.no_grad():
         if isinstance(factor, float) and all(norm.momentum == factor for norm in norms):
-            _move_together(norms, evaluations, factor, x)
+            _move_together(norms, evaluations, factor, sizes)
             return
         for met in evaluations:
-            for norm, stats in zip(norms, met, strict=True):
-                _move(norm, *_met(norm, stats, x))
+            for norm, stats, size in zip(norms, met, sizes, strict=True):
+                _move(norm, *_met(norm, stats, size))
 
 
-def _met(norm: Any, stats: Tensor, x: Tensor) -> tuple[Tensor, Tensor, float]:
-    """The mean and the variance that a norm met in x, and by what the variance is to be multiplied."""
-    count = x.shape[2] * x.shape[3]
+def _met(norm: Any, stats: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, float]:
+    """The mean and the variance that a norm met, and by what the variance is to be multiplied."""
+    samples, count = size
     if isinstance(norm, nn.InstanceNorm2d):
         stats = stats.mean(1)
     else:
-        count *= x.shape[0]
+        count *= samples
     mean, variance = stats.unbind()
     return mean, variance, count / max(count - 1, 1)
 
@@ -322,7 +333,9 @@ def _move(norm: Any, mean: Tensor, variance: Tensor, unbiased: float) -> None:
         running.copy_(torch.lerp(running.to(now.dtype), now, factor))
 
 
-def _move_together(norms: Sequence[Any], evaluations: Sequence[Sequence[Tensor]], factor: float, x: Tensor) -> None:
+def _move_together(
+    norms: Sequence[Any], evaluations: Sequence[Sequence[Tensor]], factor: float, sizes: Sequence[tuple[int, int]]
+) -> None:
     """`_move` of all norms at once, where their factor is the same number."""
     counters = [norm.num_batches_tracked for norm in norms if not isinstance(norm, nn.InstanceNorm2d)]
     if counters:
@@ -330,7 +343,7 @@ def _move_together(norms: Sequence[Any], evaluations: Sequence[Sequence[Tensor]]
     running = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
     moved: list[Tensor] = []
     for met in evaluations:
-        rows = [_met(norm, stats, x) for norm, stats in zip(norms, met, strict=True)]
+        rows = [_met(*each) for each in zip(norms, met, sizes, strict=True)]
         variances = torch._foreach_mul([row[1] for row in rows], [row[2] for row in rows])
         now = [*(row[0] for row in rows), *variances]
         if all(each.dtype == other.dtype for each, other in zip(running, now, strict=True)):

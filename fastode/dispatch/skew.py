@@ -75,7 +75,7 @@ class Field:
     def check(self, y: Tensor, z: Tensor) -> None:
         """Refuse what the norms would refuse, before anything runs."""
         for reading, x in zip(self.norms, (y, z, y, z), strict=True):
-            checks.enough_values(reading, x)
+            checks.enough_values(reading, x.shape)
 
     def update_running(self, statistics: Sequence[Tensor], y: Tensor, z: Tensor) -> None:
         """Update running statistics: `statistics` holds one entry of each tracked norm for each evaluation."""

@@ -202,6 +202,10 @@ def _as_twin(plain: nn.Module, engine: str) -> nn.Module:
     twin: Any = copy.deepcopy(plain)
     twin.__class__ = getattr(kind, "fused_twin", None) or twin_of(kind) or twin_of(ancestor_of(kind) or kind)
     twin.engine = engine
+    parts: list[Any] = list(twin.children()) if isinstance(twin, nn.Sequential) else []
+    for part in parts:  # a chain takes a block into its call where that is fused, too
+        part.__class__ = twin_of(type(part)) or type(part)
+        part.engine = engine
     return twin
 
 

@@ -153,6 +153,34 @@ def _rk_backward(
     return _alike(x), _gradients(parameters, units, gradients), table_bar
 
 
+# ---- resident: chains
+
+
+def _chain_forward(
+    x: Tensor, parameters: Sequence[Tensor], units: Sequence[int], numbers: Sequence[float], strides: Sequence[int],
+    lengths: Sequence[int], step: float, act: int, p: float, q: float, shape: Sequence[int], keep: bool, last: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    size, start = 0, x.shape[1]
+    at = 0
+    for part, length in enumerate(lengths):
+        channels = start
+        for _ in range(length):
+            norm, _, _, out_channels = units[at : at + 4]
+            size += 2 * channels if norm == NORM_CODE["batch"] else 0
+            channels = out_channels or channels
+            at += UNIT_INTEGERS
+        start = channels if part == 0 else start
+    return _map(x, (x.shape[0], *shape), last), x.new_empty(size, dtype=_accumulator(x)), []
+
+
+def _chain_backward(
+    x: Tensor, y: Tensor, cotangent: Tensor, kept: Sequence[Tensor], parameters: Sequence[Tensor],
+    units: Sequence[int], numbers: Sequence[float], strides: Sequence[int], lengths: Sequence[int], step: float,
+    act: int, p: float, q: float, point: bool, gradients: bool,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    return _alike(x) if point else x.new_empty(0), _gradients(parameters, units, gradients)
+
+
 # ---- resident: the skew pair and its solution
 
 
@@ -277,6 +305,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "resident_ie_backward": _ie_backward,
     "resident_rk_forward": _rk_forward,
     "resident_rk_backward": _rk_backward,
+    "resident_chain_forward": _chain_forward,
+    "resident_chain_backward": _chain_backward,
     "resident_skew_forward": _skew_forward,
     "resident_skew_backward": _skew_backward,
     "resident_march_forward": _march_forward,

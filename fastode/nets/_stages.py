@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from .. import checks
-from ..reference import ExactIE, IESkip, ResBlock
+from ..reference import Chain, ExactIE, IESkip, ResBlock
 from ..reference.branches import MOST_GROUPS, NORMS, make_norm
 
 # (in_channels, out_channels, stride) -> the residual branch; branch -> the block that keeps the shape
@@ -96,7 +96,7 @@ def expansive(branch: nn.Sequential, shortcut: nn.Module) -> nn.Sequential:
     """
     fork = next(i for i, layer in enumerate(branch) if isinstance(layer, nn.Conv2d))
     block = ResBlock(branch[fork:], shortcut=shortcut)
-    return nn.Sequential(OrderedDict(preactivation=branch[:fork], block=block))
+    return Chain(OrderedDict(preactivation=branch[:fork], block=block))
 
 
 def stage(
@@ -126,7 +126,8 @@ def stage(
 def head(channels: int, num_classes: int, norm: str | None = None) -> nn.Sequential:
     """Mean over positions and a linear classifier, after a last norm and ReLU where `norm` is given."""
     before = [] if norm is None else norm_act(norm, channels)
-    return nn.Sequential(*before, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
+    kind = Chain if len(before) > 1 else nn.Sequential  # one layer alone is no chain
+    return kind(*before, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
 
 
 def zero_padded(channels_in: int, channels_out: int) -> nn.Sequential:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from .. import checks
-from ..reference import PolyBlock, ResBlock, SkewPair, SOBlock, SOClassifier, skew
+from ..reference import Chain, PolyBlock, ResBlock, SkewPair, SOBlock, SOClassifier, skew
 from ..reference.branches import make_norm
 from ..solver import Solver, solver_of
 from ..tableau import Butcher
@@ -59,7 +59,9 @@ def resnet56(
     """
     checks.step_size(step_size)
     check(in_channels, num_classes, width, norm, (1, 2, 4))
-    return _thin(in_channels, num_classes, width, norm, step_size, lambda branch: ResBlock(branch, step_size))
+    return _thin(
+        in_channels, num_classes, width, norm, step_size, lambda branch: ResBlock(branch, step_size, None, nn.ReLU())
+    )
 
 
 def polynet(
@@ -116,8 +118,8 @@ def _thin(
             changes = i > 0 and j == 0
             branch = _postact_branch(channels, channels_out, 2 if changes else 1, norm)
             shortcut = zero_padded(channels, channels_out) if changes else None
-            block = ResBlock(branch, step_size, shortcut) if changes else make_block(branch)
-            blocks.append(nn.Sequential(block, nn.ReLU()))
+            block = ResBlock(branch, step_size, shortcut, nn.ReLU()) if changes else make_block(branch)
+            blocks.append(nn.Sequential(block, *([] if isinstance(block, ResBlock) else [nn.ReLU()])))
             channels = channels_out
         parts[f"stage{i + 1}"] = nn.Sequential(*blocks)
     parts["head"] = head(channels, num_classes)
@@ -271,15 +273,16 @@ def _resnet10(stem: nn.Module, num_classes: int, width: int, norm: str) -> nn.Se
     for i, stride in enumerate(_STRIDES):
         channels_out = width * 2**i
         shortcut = _projection(channels, channels_out, stride, norm) if stride == 2 else None
-        block = ResBlock(_postact_branch(channels, channels_out, stride, norm), shortcut=shortcut)
-        parts[f"block{i + 1}"] = nn.Sequential(block, nn.ReLU())
+        branch = _postact_branch(channels, channels_out, stride, norm)
+        # A Sequential of one, so that parameters have the names that they always had.
+        parts[f"block{i + 1}"] = nn.Sequential(ResBlock(branch, shortcut=shortcut, post_activation=nn.ReLU()))
         channels = channels_out
     parts["head"] = head(channels, num_classes)
     return nn.Sequential(parts)
 
 
 def _stem(in_channels: int, width: int, norm: str) -> nn.Sequential:
-    return nn.Sequential(conv(in_channels, width, 3), *norm_act(norm, width))
+    return Chain(conv(in_channels, width, 3), *norm_act(norm, width))
 
 
 def _postact_branch(channels_in: int, channels_out: int, stride: int, norm: str) -> nn.Sequential:

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from torch import nn
 
 from .. import checks
-from ..reference import SSP2, SSP3, Ark, Midpoint, PreActBranch, ResBlock
+from ..reference import SSP2, SSP3, Ark, Chain, Midpoint, PreActBranch, ResBlock
 from ..reference.branches import make_norm
 from ._stages import MakeBlock, check, conv, expansive, head, norm_act
 
@@ -109,7 +109,7 @@ def sspnet_mnist(
     checks.one_of("block", block, _NAMES)
     checks.steps(n, "n")
     check(in_channels, num_classes, width, norm, (1,))
-    stem = nn.Sequential(
+    stem = Chain(
         nn.Conv2d(in_channels, width, 3),
         *norm_act(norm, width),
         nn.Conv2d(width, width, 4, stride=2, padding=1),

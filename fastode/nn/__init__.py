@@ -3,13 +3,15 @@
 A twin adds no state to its reference. `fastode.fuse` swaps it in by assigning `__class__`.
 """
 
-from . import ode, one_step, reversible, skew
+from . import chain, ode, one_step, reversible, skew
+from .chain import *
 from .ode import *
 from .one_step import *
 from .reversible import *
 from .skew import *
 
 __all__: list[str] = []
+__all__ += chain.__all__
 __all__ += ode.__all__
 __all__ += one_step.__all__
 __all__ += reversible.__all__

@@ -9,14 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import reference
-from ..dispatch import choice
 from ..dispatch.choice import MakeReference
-from ..dispatch.engines import REFERENCE
 from ..dispatch.one_step import (
     Step,
     descent_step,
     describe_call,
-    euler_step,
     exact_step,
     run,
     scheme_step,
@@ -25,9 +22,9 @@ from ..dispatch.one_step import (
 from ..dispatch.registry import register
 from ..ops.engine import Call
 from ..ops.schemes.runge_kutta.stages import Scheme
-from .base import Fused, note
+from .base import Fused
 
-__all__ = ["SSP2", "SSP3", "Ark", "ExactIE", "IESkip", "Midpoint", "PolyBlock", "ResBlock", "ShuOsher"]
+__all__ = ["SSP2", "SSP3", "Ark", "ExactIE", "IESkip", "Midpoint", "PolyBlock", "ShuOsher"]
 
 
 class _OneStep(Fused):
@@ -104,31 +101,6 @@ class Midpoint(ShuOsher, reference.Midpoint):
 @register(reference.PolyBlock)
 class PolyBlock(ShuOsher, reference.PolyBlock):
     __doc__ = reference.PolyBlock.__doc__
-
-
-@register(reference.ResBlock)
-class ResBlock(_OneStep, reference.ResBlock):
-    __doc__ = reference.ResBlock.__doc__
-
-    def forward(self, x: Tensor) -> Tensor:
-        plain = super().forward
-        if self.shortcut is not None:
-            choice.choose(self.engine, self.describe_call((x,)))
-            note(self, REFERENCE)
-            return plain(x)
-        return run(x, self.branch, self._step(), self._reference(), plain, engine=self.engine, owner=self)
-
-    def describe_call(self, inputs: tuple[Tensor, ...] = ()) -> Call:
-        if self.shortcut is None:
-            return super().describe_call(inputs)
-        step, reason = self._step(), "its shortcut changes the shape, and only blocks that keep it are fused"
-        return Call(step.family, step.variant, None, (), inputs, reason)
-
-    def _step(self) -> Step:
-        return euler_step(self.step_size)
-
-    def _reference(self) -> MakeReference:
-        return partial(reference.ResBlock, self.branch, self.step_size)
 
 
 class _GivenTable(reference.Ark):

@@ -14,6 +14,7 @@ from ..branch.layers import is_plain
 from ..branch.read import Unit
 from ..native import cuda, operators
 from .plan import MaybeTensors, Plan
+from .schemes.chain.chain import Chain
 from .schemes.skew_pair.linear import Linear
 from .schemes.skew_pair.pair import Pair
 
@@ -33,12 +34,12 @@ class Call:
     """What an engine is asked to run: a block of a family, its branch or field, and the tensors it gets.
 
     Attributes:
-        family: "ie", "exact_ie", "shu_osher", "skew_pair", "skew_solution", "skew_adaptive", "skew_linear",
-            "linear_solution", "linear_adaptive" or "ode_solution".
+        family: "ie", "exact_ie", "shu_osher", "chain", "skew_pair", "skew_solution", "skew_adaptive",
+            "skew_linear", "linear_solution", "linear_adaptive" or "ode_solution".
         variant: what else the time of its calls depends on, in words.
-        program: the branch, or the field, as constants; None where it cannot be read.
-        tensors: of the branch (six for each unit), of the pair (the weight, then four for each norm), or of the
-            field of two matrix products (the weight, then the biases of y and z).
+        program: the branch, the chain, or the field, as constants; None where it cannot be read.
+        tensors: of the branch or the chain (six for each unit), of the pair (the weight, then four for each norm), or
+            of the field of two matrix products (the weight, then the biases of y and z).
         inputs: what the block is called with; none where it is asked about on any input.
         fault: why no engine but plain PyTorch can run the block, in a sentence; empty if nothing is known.
         stages: of an explicit scheme, or the steps of an IE-Skip.
@@ -47,7 +48,7 @@ class Call:
 
     family: str
     variant: str
-    program: Plan | Pair | Linear | None
+    program: Plan | Chain | Pair | Linear | None
     tensors: MaybeTensors
     inputs: tuple[Tensor, ...] = ()
     fault: str = ""
@@ -72,12 +73,15 @@ class Call:
     @property
     def kind(self) -> str:
         """The block and its branch in words: with the inputs and the mode, all that its engines' times depend on."""
-        what = describe_branch(self.program.units) if isinstance(self.program, Plan) else self._field_in_words()
+        if isinstance(self.program, Plan):
+            what = describe_branch(self.program.units)
+        else:
+            what = describe_chain(self.program) if isinstance(self.program, Chain) else self._field_in_words()
         return f"{' '.join(part for part in (self.family, self.variant) if part)}, {what}"
 
     def _field_in_words(self) -> str:
         pair, weight = self.program, self.tensors[0]
-        assert pair is not None and not isinstance(pair, Plan) and weight is not None
+        assert isinstance(pair, Pair | Linear) and weight is not None
         activation = "" if pair.activation is None else pair.activation.kind
         shape = "x".join([f"{side}" for side in weight.shape])
         if isinstance(pair, Linear):
@@ -97,8 +101,16 @@ def describe_branch(units: Sequence[Unit]) -> str:
         if unit.conv is not None:
             conv = unit.conv
             spread = "" if conv.dilation == (1, 1) and conv.groups == 1 else f" d{conv.dilation} g{conv.groups}"
-            words.append(f"{conv.kernel[0]}x{conv.kernel[1]} to {conv.out_channels}{spread}")
+            step = "" if conv.stride == (1, 1) else f" stride {conv.stride[0]}x{conv.stride[1]}"
+            after = f"mean and {conv.added} channels" if conv.mean else f"to {conv.out_channels}"
+            words.append(f"{conv.kernel[0]}x{conv.kernel[1]} {after}{step}{spread}")
     return " ".join(words)
+
+
+def describe_chain(chain: Chain) -> str:
+    """A chain in words."""
+    after = "" if chain.activation is None else f", {chain.activation.kind}"
+    return " / ".join([describe_branch(plan.units) for plan in chain.plans]) + after
 
 
 def mode(inputs: Sequence[Tensor], tensors: MaybeTensors) -> Mode:
@@ -139,6 +151,11 @@ class Engine:
     def shu_osher(self) -> type[Function]:
         """An explicit scheme, as (Plan, Scheme, Rerun, x, table, *tensors)."""
         return self._lacks("explicit schemes")
+
+    @property
+    def chain(self) -> type[Function]:
+        """A chain, as (Chain, Rerun, x, *tensors)."""
+        return self._lacks("chains")
 
     @property
     def skew_pair(self) -> type[Function]:

@@ -25,6 +25,14 @@ def is_channels_last(x: Tensor) -> bool:
     return dense.is_contiguous(memory_format=torch.channels_last) and not dense.is_contiguous()
 
 
+def last_of(x: Tensor, tensors: MaybeTensors) -> bool:
+    """Whether the result is in channels_last: where x, or a weight, is so that convolutions would give it."""
+    if is_channels_last(x):
+        return True
+    weights = [tensor for tensor in tensors if tensor is not None and tensor.dim() == 4]
+    return any(is_channels_last(weight) for weight in weights)
+
+
 def like_reference(y: Tensor, x: Tensor) -> Tensor:
     """y in the memory format that element-wise PyTorch gives a result of x."""
     if y.stride() == x.stride():  # y is dense, so x is, and PyTorch keeps the strides of a dense x

@@ -1,8 +1,9 @@
 """The papers' blocks in plain PyTorch: the definitions that every faster version is held against."""
 
-from . import blocks, branches, connections, exact, skew, solvers, timed
+from . import blocks, branches, chain, connections, exact, skew, solvers, timed
 from .blocks import *
 from .branches import *
+from .chain import *
 from .connections import *
 from .exact import *
 from .plain import plain_norms
@@ -13,6 +14,7 @@ from .timed import *
 __all__ = ["plain_norms"]
 __all__ += blocks.__all__
 __all__ += branches.__all__
+__all__ += chain.__all__
 __all__ += connections.__all__
 __all__ += exact.__all__
 __all__ += skew.__all__

@@ -63,28 +63,42 @@ class ResBlock(_OneStep):
         branch: f.
         step_size: h > 0, a dimensionless time.
         shortcut: a module that takes the place of the identity where f changes the shape: y = shortcut(x) + h f(x).
+        post_activation: a module that is applied to y, as the original residual block has it.
 
     Raises:
-        TypeError, ValueError: step_size is not a finite number above zero, branch or shortcut is no module; at a call,
-            f returns another shape than x (or the shortcut's output) has.
+        TypeError, ValueError: step_size is not a finite number above zero, branch, shortcut or post_activation is no
+            module; at a call, f returns another shape than x (or the shortcut's output) has.
 
     Source: Li et al. 2020, eq. 1 (paper 001), with the step h of paper 002, section 3.2, and the expansive block of
-        Kim et al. 2020 (paper 004).
+        Kim et al. 2020 (paper 004); the activation after the sum is that of He et al. 2016a.
 
     Example:
         >>> ResBlock(nn.Tanh(), step_size=0.5)(torch.zeros(1, 2, 3, 3)).shape
         torch.Size([1, 2, 3, 3])
     """
 
-    def __init__(self, branch: nn.Module, step_size: float = 1.0, shortcut: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        branch: nn.Module,
+        step_size: float = 1.0,
+        shortcut: nn.Module | None = None,
+        post_activation: nn.Module | None = None,
+    ) -> None:
         super().__init__(branch)
         checks.step_size(step_size)
-        if shortcut is not None:
-            checks.module("shortcut", shortcut)
+        for name, module in (("shortcut", shortcut), ("post_activation", post_activation)):
+            if module is not None:
+                checks.module(name, module)
         self.step_size = step_size
         self.shortcut = shortcut
+        self.post_activation = post_activation
 
     def forward(self, x: Tensor) -> Tensor:
+        y = self.sum(x)
+        return y if self.post_activation is None else self.post_activation(y)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The block without the activation after the sum."""
         if self.shortcut is None:
             slope = self.evaluate(x)  # which refuses an x that is no tensor
             return torch.add(x, slope, alpha=self.step_size)

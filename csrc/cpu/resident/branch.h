@@ -9,6 +9,7 @@
 
 #include "memory.h"
 #include "norm.h"
+#include "strided.h"
 
 namespace fastode::resident {
 
@@ -18,7 +19,8 @@ struct UnitSpec {
   double eps = 0;
   Unary<A> act;
   bool has_conv = false;
-  ConvShape shape = {};
+  ConvShape shape = {};  // without a convolution its stride and kernel are those of a mean over windows
+  bool mean_of = false;
   int64_t in_channels = 0, out_channels = 0;
   const A *weight = nullptr, *bias = nullptr;  // rows
   const A *mean = nullptr, *rstd = nullptr;    // rows, where the statistics are fixed or there is no norm
@@ -29,14 +31,24 @@ struct UnitSpec {
   int64_t weight_at = -1, bias_at = -1, conv_at = -1, conv_bias_at = -1;
 
   bool measured() const { return norm == kGroupNorm || norm == kBatchNorm; }
+  // Whether a convolution, or a mean, follows norm and activation.
+  bool moves() const { return has_conv || mean_of; }
+  template <class P>
+  P plane_after(const P& in) const {
+    if (!moves() || (has_conv && shape.stride == 1)) return in;
+    const auto side = [&](int64_t before, int64_t kernel) {
+      return (before - (has_conv ? 1 : kernel)) / shape.stride + 1;
+    };
+    return {side(in.height, shape.kernel_h), side(in.width, shape.kernel_w), in.halo};
+  }
 };
 
 template <class A>
 struct BranchSpec {
   std::vector<UnitSpec<A>> units;
-  int64_t halo = 0, blocks = 0;  // blocks: of the widest map
-  int64_t gradients = 0;         // elements of one worker's accumulators
-  const A* zeros = nullptr;      // a row
+  int64_t halo = 0, blocks = 0;               // blocks: of the widest map
+  int64_t gradients = 0;                      // elements of one worker's accumulators
+  const A *zeros = nullptr, *ones = nullptr;  // rows
   bool couples_samples = false;
   bool narrow = false;  // maps are stored in bfloat16, and convolutions multiply on tiles
 
@@ -124,7 +136,9 @@ class Branch {
  public:
   using A = Number<T>;
 
-  Branch(const BranchSpec<A>& spec, Schedule& schedule, Memory<T>& memory, A* gradients, Need need);
+  // `input`: the plane of its input, that of the memory where a branch keeps the shape.
+  Branch(const BranchSpec<A>& spec, Schedule& schedule, Memory<T>& memory, A* gradients, Need need,
+         const Plane<A>& input);
 
   // With `keep` its statistics are left to backward, or found there.
   Evaluation<T> evaluation(bool keep);
@@ -134,7 +148,16 @@ class Branch {
   int64_t room(bool inputs) const;
   // Gives all inputs but the first back, and forgets them.
   void release(Evaluation<T>& e);
-  Map<T> map() { return memory_.take(spec_.blocks); }
+  Map<T> map() { return memory_.take(blocks_, planes_[0]); }
+  int64_t input_blocks() const { return blocks_of<A>(spec_.units.front().in_channels); }
+  int64_t result_blocks() const { return blocks_of<A>(spec_.units.back().out_channels); }
+  // Those of no norm.
+  NormRows<A> plain_rows() const {
+    const A *zeros = spec_.zeros, *ones = spec_.ones;
+    return {zeros, ones, ones, zeros, zeros, zeros, zeros, zeros, zeros, zeros, false};
+  }
+  // The plane of its output.
+  const Plane<A>& result_plane() const { return planes_.back(); }
 
   void combine(const Map<T>& out, const Mix<T>& mix);
   // out = mix(f(in)); without `out`, everything but the last convolution. Units' inputs are held if `hold` says so.
@@ -143,9 +166,9 @@ class Branch {
   void tangent(const Evaluation<T>& e, const Map<T>& t, const Map<T>& out, const Mix<T>& mix);
   // mix(J^T image), in `out` or, if that is null, in a map from the memory. With `parameters` their gradients are added
   // to the worker's accumulators. The image is read before anything is written; the mix's terms are read, pixel by
-  // pixel, as the result is written.
+  // pixel, as the result is written. Without `point` only the parameters' gradients are wanted.
   Map<T> cotangent(const Evaluation<T>& e, const Mix<T>& image, const Map<T>* out, const Mix<T>& mix, bool parameters,
-                   const Along<T>& along = {});
+                   const Along<T>& along = {}, bool point = true);
   // Whether a cotangent sweep can find <image, f> `along` its way. It can where the last unit's activation has
   // a(z) = a'(z) z: then <image, f>, less the bias' part, is <z's cotangent, z>, and the norm's sums hold that.
   bool finds_image() const;
@@ -166,7 +189,7 @@ class Branch {
   template <class F>
   void each_image(const Evaluation<T>& e, const F& f) {
     each({e.inputs.back()}, [=, this, at = e.at(spec_.units.size() - 1)](const Range& range) {
-      const Map<T> image = fit(g_, spec_.units.back().out_channels, range);
+      const Map<T> image = fit(g_.back(), spec_.units.back().out_channels, range);
       convolve_input(at, range, image, {});
       for (int64_t n = 0; n < range.count; ++n) f(range, n, image.at(range, n));
     });
@@ -195,15 +218,21 @@ class Branch {
   Map<T> input_map(size_t j, bool hold);
   // A padded map as one of so many channels, its halo zero.
   Map<T> fit(const Map<T>& padded, int64_t channels, const Range& range) const;
-  void convolve_jobs(const ConvShape& shape, const A* packed, const A* bias, const ConvJob<T>* jobs,
-                     const Range& range) const;
+  // A compact map as one on the plane of unit j's input.
+  Map<T> on(const Map<T>& map, size_t j) const {
+    Map<T> moved = map;
+    if (!one_plane_) moved.view = planes_[j].compact(map.view.at);
+    return moved;
+  }
+  // Unit j's convolution, or what pulls it back.
+  void convolve_jobs(size_t j, bool back, const ConvJob<T>* jobs, const Range& range, bool bias) const;
 
   // On all samples of a range. out = combine(conv(act(norm(input j))) + bias), and of the tangent; n = transposed
   // conv(g). Without a convolution there is the rest.
   void convolve_input(const Passed<T>& at, const Range& range, const Map<T>& out, const Mix<T>& mix) const;
   void convolve_tangent(const Passed<T>& at, const Range& range, const Map<T>& t, const Map<T>& out,
                         const Mix<T>& mix) const;
-  void convolve_back(const UnitSpec<A>& unit, const Range& range, const Map<T>& g, const Map<T>& n) const;
+  void convolve_back(size_t j, const Range& range, const Map<T>& g, const Map<T>& n) const;
   // Accumulates the weight's and bias' gradients from g and unit j's input, and, with `t`, from those of the tangent.
   void add_gradients(const Passed<T>& at, const Range& range, const Map<T>& g, const Map<T>* t,
                      const Map<T>& tangent_g) const;
@@ -230,9 +259,14 @@ class Branch {
   BranchSpec<A> const& spec_;
   Schedule& schedule_;
   Memory<T>& memory_;
-  const Plane<A>& plane_;
+  std::vector<Plane<A>> planes_;  // of every unit's input, and of the output
+  bool one_plane_ = true;
+  const Plane<A>& plane_;  // the first
+  int64_t blocks_;         // of the first plane, for any unit's input
   A* gradients_;
-  Map<T> active_, tangent_active_, g_, tangent_g_, bare_[2];  // padded, as wide as the widest
+  // Padded, as wide as the widest. Those of each plane are one map.
+  std::vector<Map<T>> active_, g_;
+  Map<T> tangent_active_, tangent_g_, bare_[2];
   char* tile_scratch_ = nullptr;
   int64_t tile_scratch_stride_ = 0, together_ = 1;
   bool uniform_ = true;  // all maps have as many channels

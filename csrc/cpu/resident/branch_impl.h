@@ -7,9 +7,23 @@
 
 namespace fastode::resident {
 
+template <class A>
+std::vector<Plane<A>> planes_from(const BranchSpec<A>& spec, const Plane<A>& input) {
+  std::vector<Plane<A>> planes{{input.height, input.width, spec.halo}};
+  for (const UnitSpec<A>& unit : spec.units) planes.push_back(unit.plane_after(planes.back()));
+  return planes;
+}
+
 template <class T>
-Branch<T>::Branch(const BranchSpec<A>& spec, Schedule& schedule, Memory<T>& memory, A* gradients, Need need)
-    : spec_(spec), schedule_(schedule), memory_(memory), plane_(memory.plane), gradients_(gradients) {
+Branch<T>::Branch(const BranchSpec<A>& spec, Schedule& schedule, Memory<T>& memory, A* gradients, Need need,
+                  const Plane<A>& input)
+    : spec_(spec),
+      schedule_(schedule),
+      memory_(memory),
+      planes_(planes_from(spec, input)),
+      plane_(planes_[0]),
+      blocks_(spec.blocks),
+      gradients_(gradients) {
   const size_t units = spec.units.size();
   const int64_t kinds = need == Need::kSecond ? kSums : 2;
   sums_ = memory.rows(kinds * width());
@@ -19,10 +33,24 @@ Branch<T>::Branch(const BranchSpec<A>& spec, Schedule& schedule, Memory<T>& memo
     for (const int64_t channels : {unit.in_channels, unit.out_channels})
       uniform_ = uniform_ && channels == spec.units[0].in_channels;
   take_tiles(need);
-  const auto padded = [&] { return memory.padded(spec.blocks, together_); };
-  active_ = padded();
+  const int64_t pixels = plane_.pixels();
+  for (const Plane<A>& plane : planes_) one_plane_ = one_plane_ && plane.pixels() == pixels;
+  if (!one_plane_) {
+    blocks_ = 1;
+    for (size_t j = 0; j < units; ++j)
+      blocks_ = std::max(blocks_, divide_up(blocks_of<A>(spec.units[j].in_channels) * planes_[j].pixels(), pixels));
+  }
+  const auto padded = [&] { return memory.padded(spec.blocks, together_, plane_); };
+  // One for each plane.
+  const auto fill = [&](std::vector<Map<T>>& maps) {
+    for (size_t j = 0; j <= units; ++j) {
+      const bool same = j > 0 && planes_[j].height == planes_[j - 1].height && planes_[j].width == planes_[j - 1].width;
+      maps.push_back(same ? maps.back() : memory.padded(spec.blocks, together_, planes_[j]));
+    }
+  };
+  fill(active_);
   if (need != Need::kValue) {
-    g_ = padded();
+    fill(g_);
     mean_n_ = means(), mean_xn_ = means();
   }
   if (need == Need::kSecond) {
@@ -99,7 +127,8 @@ Evaluation<T> Branch<T>::evaluation(bool keep) {
 
 template <class T>
 void Branch<T>::keep_inputs(Evaluation<T>& e) {
-  for (size_t j = 1; j < spec_.units.size(); ++j) e.inputs[j] = memory_.keep(blocks_of<A>(spec_.units[j].in_channels));
+  for (size_t j = 1; j < spec_.units.size(); ++j)
+    e.inputs[j] = memory_.keep(blocks_of<A>(spec_.units[j].in_channels), planes_[j]);
 }
 
 template <class T>
@@ -110,7 +139,7 @@ int64_t Branch<T>::room(bool inputs) const {
     if (unit.norm == kBatchNorm) bytes += 2 * Kept::room<A>(width());
   }
   for (size_t j = 1; inputs && j < spec_.units.size(); ++j)
-    bytes += memory_.room(blocks_of<A>(spec_.units[j].in_channels));
+    bytes += memory_.room(blocks_of<A>(spec_.units[j].in_channels), planes_[j]);
   return bytes;
 }
 
@@ -199,7 +228,7 @@ void Branch<T>::measure(const Passed<T>& at, const Range& range) const {
   const int64_t lanes = spec_.lanes_of(unit);
   for (int64_t i = 0; i < range.count; ++i) {
     A* sums = sums_.at(range, i);
-    moments(plane_, lanes / kLanes<A>, at.input.at(range, i), sums, sums + lanes);
+    moments(planes_[at.unit], lanes / kLanes<A>, at.input.at(range, i), sums, sums + lanes);
     if (unit.norm == kGroupNorm) measure_groups(at, range, i);
   }
 }
@@ -213,7 +242,7 @@ void Branch<T>::measure_groups(const Passed<T>& at, const Range& range, int64_t 
   A* found = at.groups.base ? at.groups.at(range, i) : nullptr;
   std::fill(mean, mean + lanes, A(0));
   std::fill(rstd, rstd + lanes, A(0));
-  const double pixels = static_cast<double>(plane_.pixels());
+  const double pixels = static_cast<double>(planes_[at.unit].pixels());
   for (int64_t g = 0; g < unit.groups; ++g) {
     const int64_t first = g * size;
     double sum = 0, squares = 0;
@@ -236,7 +265,7 @@ void Branch<T>::measure_batch(const Evaluation<T>& e, size_t j) {
   if (unit.norm != kBatchNorm) return;
   schedule_.flush();
   const int64_t channels = unit.in_channels, lanes = spec_.lanes_of(unit), samples = schedule_.samples;
-  const double pixels = static_cast<double>(plane_.pixels()), count = static_cast<double>(samples);
+  const double pixels = static_cast<double>(planes_[j].pixels()), count = static_cast<double>(samples);
   double *average = totals_, *squares = totals_ + lanes;
   std::fill(totals_, totals_ + 2 * lanes, 0.0);
   for (int64_t n = 0; n < samples; ++n)
@@ -266,7 +295,7 @@ void Branch<T>::settle(size_t j, const Range& range, int64_t i, bool weighted,
   const UnitSpec<A>& unit = spec_.units[j];
   if (unit.norm != kGroupNorm) return;
   const int64_t lanes = spec_.lanes_of(unit), group = unit.in_channels / unit.groups;
-  const double members = static_cast<double>(plane_.pixels() * group);
+  const double members = static_cast<double>(planes_[j].pixels() * group);
   const A* sums = sums_.at(range, i);
   for (const Means<A>& mean : means) {
     A* to = mean.each.at(range, i);
@@ -287,7 +316,7 @@ void Branch<T>::settle_batch(size_t j, bool weighted, std::initializer_list<Mean
   if (unit.norm != kBatchNorm) return;
   schedule_.flush();
   const int64_t lanes = spec_.lanes_of(unit), samples = schedule_.samples, count = static_cast<int64_t>(means.size());
-  const double members = static_cast<double>(plane_.pixels() * samples);
+  const double members = static_cast<double>(planes_[j].pixels() * samples);
   std::fill(totals_, totals_ + count * lanes, 0.0);
   for (int64_t n = 0; n < samples; ++n)
     for (int64_t c = 0; c < count * lanes; ++c) totals_[c] += sums_.base[n * sums_.stride + c];

@@ -29,7 +29,7 @@ struct Combine {
 // One convolution's weights for one direction, packed [output group][input block][ky][kx of a tap set][input
 // channel][kx in the set][output channel]; `packed_size` elements.
 struct ConvShape {
-  int64_t in_channels, out_channels, kernel_h, kernel_w;
+  int64_t in_channels, out_channels, kernel_h, kernel_w, stride = 1;
 
   template <class A>
   int64_t packed_size() const {
@@ -46,6 +46,8 @@ struct ConvShape {
 // (already transposed: shape.in_channels are the convolution's outputs).
 template <class A, class T>
 void pack_weights(const ConvShape& shape, bool flip, const T* weight, const int64_t* strides, A* packed);
+
+inline constexpr int64_t kMostJobs = 16;  // of one call
 
 // One sample of a convolution: out = combine(conv(in) + bias). `in` has neighbouring pixels and a zero halo of at least
 // the padding (kernel - 1) / 2 around it.

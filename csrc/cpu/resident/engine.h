@@ -18,6 +18,8 @@ struct BranchArguments {
   const std::vector<Tensor>& parameters;
   const std::vector<int64_t>& units;
   const std::vector<double>& numbers;
+  // Of each unit the stride, negative where the kernel is that of a mean over windows; null: all are 1.
+  const std::vector<int64_t>* strides = nullptr;
 };
 
 // Calls f with the pointer in the tensor's own type; a float64 program reads float64 and float32, others all but
@@ -41,14 +43,17 @@ constexpr ScalarType scalar_type() {
 // What a program asks of the parameters: the weights of transposed convolutions, gradients, and the weights of a last
 // convolution that ends the branch.
 struct Wanted {
-  bool transposed = true, gradients = false, last = true;
+  bool transposed = true, gradients = false, last = true, straight = true;  // straight: of any convolution forwards
 };
 
 // The parameters of a branch in the program's type, padded and packed.
 template <class A>
 class Packed {
  public:
-  Packed(const BranchArguments& arguments, const Tensor& x, const Wanted& wanted);
+  Packed(const BranchArguments& arguments, const Tensor& x, const Wanted& wanted)
+      : Packed(arguments, x, x.size(1), wanted) {}
+  // For maps of another number of channels than x.
+  Packed(const BranchArguments& arguments, const Tensor& x, int64_t channels, const Wanted& wanted);
 
   // The gradients of `parameters` (those of running statistics stay empty), each in its parameter's dtype.
   std::vector<Tensor> gradients(const A* accumulators, int64_t workers) const;

@@ -8,9 +8,9 @@
 namespace fastode::resident {
 
 template <class A>
-Packed<A>::Packed(const BranchArguments& arguments, const Tensor& x, const Wanted& wanted)
+Packed<A>::Packed(const BranchArguments& arguments, const Tensor& x, int64_t channels, const Wanted& wanted)
     : arguments_(arguments),
-      channels_(x.size(1)),
+      channels_(channels),
       lowers_(x.scalar_type() == ScalarType::BFloat16 && x.size(2) * x.size(3) >= kTilePixels && has_tiles()) {
   Arena count(nullptr);
   read(count, wanted);
@@ -37,7 +37,7 @@ void Packed<A>::read(Arena& arena, const Wanted& wanted) {
     if (row) std::fill(row, row + length, value), std::fill(row + length, row + width, A(0));
     return row;
   };
-  spec.zeros = constant(0, 0);
+  spec.zeros = constant(0, 0), spec.ones = constant(1, width);
   size_t next = 0;
   const auto row_of = [&](int64_t length) {
     const Tensor& tensor = arguments_.parameters[next++];
@@ -60,6 +60,7 @@ void Packed<A>::read(Arena& arena, const Wanted& wanted) {
     const int64_t* integers = arguments_.units.data() + j * kUnitIntegers;
     const double* numbers = arguments_.numbers.data() + j * kUnitNumbers;
     const int64_t present = integers[6];
+    const int64_t given = arguments_.strides ? (*arguments_.strides)[j] : 1, stride = std::abs(given);
     UnitSpec<A> unit;
     unit.norm = integers[0], unit.groups = integers[1], unit.eps = numbers[0];
     unit.act = {integers[2], {static_cast<A>(numbers[1]), static_cast<A>(numbers[2])}};
@@ -82,16 +83,17 @@ void Packed<A>::read(Arena& arena, const Wanted& wanted) {
     if (present & kConvWeight) {
       const Tensor& weight = arguments_.parameters[next++];
       unit.has_conv = true;
-      unit.shape = {channels, integers[3], integers[4], integers[5]};
+      unit.shape = {channels, integers[3], integers[4], integers[5], stride};
       spec.halo = std::max({spec.halo, integers[4] / 2, integers[5] / 2});
-      const auto size = [&](const ConvShape& shape) {
+      const auto size = [&](const ConvShape& shape, bool back) {
+        if (back && shape.stride > 1) return strided_back_size<A>(shape);
         if constexpr (kOnTiles<A>)
-          if (spec.narrow) return tile_weights_size(shape);
-        return shape.template packed_size<A>();
+          if (spec.narrow) return tile_weights_size(back ? shape.transposed() : shape);
+        return (back ? shape.transposed() : shape).template packed_size<A>();
       };
-      const bool straight = wanted.last || j + 1 < units;
-      A* forward = straight ? arena.take<A>(size(unit.shape)) : nullptr;
-      A* flipped = wanted.transposed ? arena.take<A>(size(unit.shape.transposed())) : nullptr;
+      const bool straight = wanted.straight && (wanted.last || j + 1 < units);
+      A* forward = straight ? arena.take<A>(size(unit.shape, false)) : nullptr;
+      A* flipped = wanted.transposed ? arena.take<A>(size(unit.shape, true)) : nullptr;
       if (forward || flipped) {
         int64_t strides[4];
         for (int d = 0; d < 4; ++d) strides[d] = weight.strides()[d];
@@ -104,6 +106,7 @@ void Packed<A>::read(Arena& arena, const Wanted& wanted) {
             pack_weights<A, T>(shape, flip, data, strides, to);
           };
           if (forward) pack(unit.shape, false, forward);
+          if (flipped && stride > 1) return pack_strided_back<A, T>(unit.shape, data, strides, flipped);
           if (flipped) pack(unit.shape.transposed(), true, flipped);
         });
       }
@@ -111,6 +114,11 @@ void Packed<A>::read(Arena& arena, const Wanted& wanted) {
       unit.conv_at = accumulate(unit.shape.template gradient_size<A>());
       channels = integers[3];
       if (present & kConvBias) unit.conv_bias = row_of(channels), unit.conv_bias_at = accumulate(width);
+    }
+    if (given < 0) {
+      unit.mean_of = true;
+      unit.shape = {channels, integers[3], integers[4], integers[5], stride};
+      channels = integers[3];
     }
     unit.out_channels = channels;
     spec.units.push_back(unit);
@@ -174,7 +182,7 @@ void run_recorded(const Call<A>& call, const Recording<S>& recording) {
   const Plane<A> plane(call.x.size(2), call.x.size(3), spec.halo);
   Schedule schedule(samples, workers, group_for(samples, workers, plane.pixels(), sizeof(S)));
   Memory<S> memory(plane, schedule, spec.couples_samples, call.kept);
-  Branch<S> branch(spec, schedule, memory, spec.gradients ? call.gradients : nullptr, recording.need);
+  Branch<S> branch(spec, schedule, memory, spec.gradients ? call.gradients : nullptr, recording.need, plane);
 
   Wishes<S> wishes;
   wishes.parameters = spec.gradients > 0;

@@ -88,7 +88,7 @@ inline Tensor new_weight(const Tensor& like) {
   return new_map(like.scalar_type(), sizes[0], in, sizes[2], sizes[3], last);
 }
 
-inline constexpr int64_t kGroup = 16;  // samples in a range at most
+inline constexpr int64_t kGroup = kMostJobs;  // samples in a range at most
 
 // The samples a segment works on now: [first, first + count) of the batch; and what the worker goes over after them.
 struct Range {
@@ -302,8 +302,11 @@ class Memory {
   Memory(const Plane<A>& plane, const Schedule& schedule, bool coupled, Kept* kept)
       : plane(plane), coupled(coupled), kept(kept), schedule_(schedule) {}
 
-  Map<T> take(int64_t blocks) {
-    const int64_t stride = blocks * plane.pixels() * Plane<A>::lanes;
+  Map<T> take(int64_t blocks) { return take(blocks, plane); }
+
+  // A map on a plane of its own. It goes over one of another plane that was given back.
+  Map<T> take(int64_t blocks, const Plane<A>& on) {
+    const int64_t stride = blocks * on.pixels() * Plane<A>::lanes;
     auto best = free_.end();
     for (auto it = free_.begin(); it != free_.end(); ++it)
       if (it->view.pixel == Plane<A>::lanes ? it->stride >= stride : it->blocks == blocks)
@@ -312,10 +315,11 @@ class Memory {
       Map<T> map = *best;
       free_.erase(best);
       map.blocks = blocks;
+      if (map.view.pixel == Plane<A>::lanes) map.view = on.compact(map.view.at);
       return map;
     }
     const auto [base, extent, per_worker] = own<T>(stride);
-    return {plane.compact(base), stride, blocks, extent, per_worker};
+    return {on.compact(base), stride, blocks, extent, per_worker};
   }
 
   void give(const Map<T>& map) {
@@ -323,36 +327,39 @@ class Memory {
   }
 
   // Of each worker's current range, with a zero halo: what a convolution reads.
-  Map<T> padded(int64_t blocks, int64_t together) {
+  Map<T> padded(int64_t blocks, int64_t together) { return padded(blocks, together, plane); }
+  Map<T> padded(int64_t blocks, int64_t together, const Plane<A>& on) {
     if constexpr (std::is_same_v<T, bfloat16>) {
-      const Narrow narrow(plane, blocks * Narrow::lanes, together);
+      const Narrow narrow(on, blocks * Narrow::lanes, together);
       const int64_t stride = divide_up(narrow.elements, 32) * 32, sets = divide_up(schedule_.group, together);
       T* base = scratch_.take<T>(stride * sets * schedule_.workers);
       std::fill_n(base, stride * sets * schedule_.workers, T{});
       return {narrow.view(base), stride, blocks, Extent::kRange, sets * together, false, true, together, narrow.depth};
     } else {
-      const int64_t stride = blocks * plane.size, count = schedule_.workers * schedule_.group;
-      const View<T> view = plane.padded(scratch_.take<T>(stride * count));
+      const int64_t stride = blocks * on.size, count = schedule_.workers * schedule_.group;
+      const View<T> view = on.padded(scratch_.take<T>(stride * count));
       for (int64_t n = 0; n < count; ++n) {
         View<T> sample = view;
         sample.at += n * stride;
-        clear_halo(plane, sample, blocks);
+        clear_halo(on, sample, blocks);
       }
       return {view, stride, blocks, Extent::kRange, schedule_.group, false, true};
     }
   }
 
   // A map that is left to backward, where anything is; else as take(). A backward program may write over it.
-  Map<T> keep(int64_t blocks) {
-    if (!kept) return take(blocks);
-    const int64_t stride = blocks * plane.pixels() * Plane<A>::lanes;
+  Map<T> keep(int64_t blocks) { return keep(blocks, plane); }
+  Map<T> keep(int64_t blocks, const Plane<A>& on) {
+    if (!kept) return take(blocks, on);
+    const int64_t stride = blocks * on.pixels() * Plane<A>::lanes;
     T* base = kept->take<T>(stride * schedule_.samples);
-    return {plane.compact(base), stride, blocks, Extent::kBatch, 0, !kept->found};
+    return {on.compact(base), stride, blocks, Extent::kBatch, 0, !kept->found};
   }
 
   // Bytes that `keep` and `keep_rows` take where they are reserved.
-  int64_t room(int64_t blocks) const {
-    return Kept::room<T>(blocks * plane.pixels() * Plane<A>::lanes * schedule_.samples);
+  int64_t room(int64_t blocks) const { return room(blocks, plane); }
+  int64_t room(int64_t blocks, const Plane<A>& on) const {
+    return Kept::room<T>(blocks * on.pixels() * Plane<A>::lanes * schedule_.samples);
   }
   int64_t room_of_rows(int64_t length) const { return Kept::room<A>(length * schedule_.samples); }
 

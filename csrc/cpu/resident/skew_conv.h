@@ -3,6 +3,7 @@
 #pragma once
 
 #include "norm.h"
+#include "strided.h"
 
 namespace fastode::resident {
 
@@ -50,14 +51,6 @@ struct SkewShape {
   template <class A>
   int64_t up_scratch() const;
 };
-
-// Every second row and column, from (py, px) on.
-template <class A>
-View<A> parity(View<A> view, int64_t py, int64_t px) {
-  view.at += py * view.row + px * view.pixel;
-  view.row *= 2, view.pixel *= 2;
-  return view;
-}
 
 // `weight` [channels, in_channels, kernel, kernel] with any strides.
 template <class A, class T>

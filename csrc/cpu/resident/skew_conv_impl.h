@@ -2,31 +2,13 @@
 #pragma once
 
 #include "skew_narrow.h"
+#include "strided_impl.h"
 
 namespace fastode::resident {
 
 // Four taps with two vectors of outputs, and their accumulators, need the larger register file.
 inline constexpr int kDownTaps = kTile == 16 ? 4 : 2;
 inline constexpr int kUpTaps = 2;
-
-// As pack_weights: `taps` horizontal taps share a set, and weight(out, in, ky, kx) is any weight.
-template <class A, class F>
-void pack_taps(const ConvShape& shape, int64_t taps, const F& weight, A* packed) {
-  constexpr int lanes = kLanes<A>;
-  const int64_t vectors = vectors_of<A>(shape.out_channels);
-  for (int64_t group = 0; group < blocks_of<A>(shape.out_channels); group += vectors)
-    for (int64_t first = 0; first < shape.in_channels; first += lanes) {
-      const int64_t last = std::min<int64_t>(first + lanes, shape.in_channels);
-      for (int64_t ky = 0; ky < shape.kernel_h; ++ky)
-        for (int64_t set = 0; set < shape.kernel_w; set += taps)
-          for (int64_t in = first; in < last; ++in)
-            for (int64_t kx = set; kx < set + taps; ++kx)
-              for (int64_t lane = 0; lane < vectors * lanes; ++lane, ++packed) {
-                const int64_t out = group * lanes + lane;
-                *packed = out < shape.out_channels ? weight(out, in, ky, kx) : A(0);
-              }
-    }
-}
 
 template <class A>
 int64_t SkewShape::up_scratch() const {

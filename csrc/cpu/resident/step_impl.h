@@ -28,7 +28,7 @@ struct StepProgram {
         plane(x.size(2), x.size(3), spec.halo),
         schedule(samples, workers, group_for(samples, workers, plane.pixels(), sizeof(A))),
         memory(plane, schedule, spec.couples_samples, kept),
-        branch(with_planes(step), schedule, memory, spec.gradients ? gradients : nullptr, need) {}
+        branch(with_planes(step), schedule, memory, spec.gradients ? gradients : nullptr, need, plane) {}
 
   const BranchSpec<A>& with_planes(const StepArguments& step) {
     for (size_t k = 0; k < step.timed.size(); ++k) {

@@ -6,34 +6,44 @@
 namespace fastode::resident {
 
 template <class T>
-void Branch<T>::convolve_jobs(const ConvShape& shape, const A* packed, const A* bias, const ConvJob<T>* jobs,
-                              const Range& range) const {
-  if constexpr (std::is_same_v<T, bfloat16>)
+void Branch<T>::convolve_jobs(size_t j, bool back, const ConvJob<T>* jobs, const Range& range, bool with_bias) const {
+  const UnitSpec<A>& unit = spec_.units[j];
+  const ConvShape shape = back ? unit.shape.transposed() : unit.shape;
+  const A *packed = back ? unit.backward : unit.forward, *bias = with_bias ? unit.conv_bias : nullptr;
+  if constexpr (std::is_same_v<T, bfloat16>) {
     convolve(plane_, shape, together_, packed, bias, jobs, range.count, range.ahead);
-  else
-    convolve<A>(plane_, shape, packed, bias, jobs, range.count, range.ahead);
+  } else if (unit.shape.stride == 1) {
+    convolve<A>(planes_[j], shape, packed, bias, jobs, range.count, range.ahead);
+  } else if (back) {
+    convolve_strided_back<A>(planes_[j], planes_[j + 1], unit.shape, packed, jobs, range.count, range.ahead);
+  } else {
+    convolve_strided<A>(planes_[j], planes_[j + 1], shape, packed, bias, jobs, range.count, range.ahead);
+  }
 }
 
 template <class T>
 void Branch<T>::convolve_input(const Passed<T>& at, const Range& range, const Map<T>& out, const Mix<T>& mix) const {
   const UnitSpec<A>& unit = spec_.units[at.unit];
   const int64_t blocks = blocks_of<A>(unit.in_channels);
+  const Plane<A>& plane = planes_[at.unit];
   const auto input = [&](int64_t i) { return at.input.at(range, i); };
-  if (!unit.has_conv) {
+  if (!unit.moves()) {
     for (int64_t i = 0; i < range.count; ++i)
-      apply(plane_, blocks, rows_of(at, range, i), unit.act, input(i), out.at(range, i), mix.at(range, i));
+      apply(plane, blocks, rows_of(at, range, i), unit.act, input(i), out.at(range, i), mix.at(range, i));
     return;
   }
-  const Map<T> active = fit(active_, unit.in_channels, range);
+  const Map<T> active = fit(active_[at.unit], unit.in_channels, range);
   ConvJob<T> jobs[kGroup];
   for (int64_t i = 0; i < range.count; ++i) {
     const bool direct = at.input.halo && goes_straight(at.unit);
     jobs[i] = {direct ? input(i) : active.at(range, i), out.at(range, i), mix.at(range, i)};
-    if (!direct) apply(plane_, blocks, rows_of(at, range, i), unit.act, input(i), jobs[i].in, Combine<T>{});
-    if constexpr (std::is_same_v<T, A>)
-      if (unit.plane) jobs[i].combine.add(mix.scale * at.time, plane_.compact(const_cast<A*>(unit.plane)));
+    if (!direct) apply(plane, blocks, rows_of(at, range, i), unit.act, input(i), jobs[i].in, Combine<T>{});
+    if constexpr (std::is_same_v<T, A>) {
+      if (unit.plane) jobs[i].combine.add(mix.scale * at.time, plane.compact(const_cast<A*>(unit.plane)));
+      if (unit.mean_of) average<A>(planes_[at.unit + 1], unit.shape, jobs[i]);
+    }
   }
-  convolve_jobs(unit.shape, unit.forward, unit.conv_bias, jobs, range);
+  if (unit.has_conv) convolve_jobs(at.unit, false, jobs, range, true);
 }
 
 template <class T>
@@ -48,20 +58,24 @@ void Branch<T>::convolve_tangent(const Passed<T>& at, const Range& range, const 
                     mix.at(range, i));
     return;
   }
-  const Map<T> active = fit(active_, unit.in_channels, range);
+  const Map<T> active = fit(active_[at.unit], unit.in_channels, range);
   ConvJob<T> jobs[kGroup];
   for (int64_t i = 0; i < range.count; ++i) {
     jobs[i] = {active.at(range, i), out.at(range, i), mix.at(range, i)};
     tangent_apply(plane_, blocks, rows_of(at, range, i), unit.act, input(i), t.at(range, i), jobs[i].in, Combine<T>{});
   }
-  convolve_jobs(unit.shape, unit.forward, nullptr, jobs, range);
+  convolve_jobs(at.unit, false, jobs, range, false);
 }
 
 template <class T>
-void Branch<T>::convolve_back(const UnitSpec<A>& unit, const Range& range, const Map<T>& g, const Map<T>& n) const {
+void Branch<T>::convolve_back(size_t j, const Range& range, const Map<T>& g, const Map<T>& n) const {
   ConvJob<T> jobs[kGroup];
-  for (int64_t i = 0; i < range.count; ++i) jobs[i] = {g.at(range, i), n.at(range, i)};
-  convolve_jobs(unit.shape.transposed(), unit.backward, nullptr, jobs, range);
+  for (int64_t i = 0; i < range.count; ++i) {
+    jobs[i] = {g.at(range, i), n.at(range, i)};
+    if constexpr (!std::is_same_v<T, bfloat16>)
+      if (spec_.units[j].mean_of) average_back<A>(planes_[j], planes_[j + 1], spec_.units[j].shape, jobs[i]);
+  }
+  if (spec_.units[j].has_conv) convolve_jobs(j, true, jobs, range, false);
 }
 
 template <class T>
@@ -70,6 +84,7 @@ void Branch<T>::add_gradients(const Passed<T>& at, const Range& range, const Map
   const UnitSpec<A>& unit = spec_.units[at.unit];
   if (!unit.has_conv) return;
   const int64_t blocks = blocks_of<A>(unit.in_channels), out_blocks = blocks_of<A>(unit.out_channels);
+  const Plane<A>&plane = planes_[at.unit], &out_plane = planes_[at.unit + 1];
   A* gradients = gradients_of(range);
   GradientPair<T> pairs[2 * kGroup];
   int64_t count = 0;
@@ -80,14 +95,14 @@ void Branch<T>::add_gradients(const Passed<T>& at, const Range& range, const Map
     }
     for (int64_t i = range.count; i % together_; ++i) {  // what lies together is summed together
       pairs[count] = {in.at(range, i), cotangent.at(range, i)};
-      combine_maps(plane_, blocks, pairs[count].in, Combine<T>{});
-      combine_maps(plane_, out_blocks, pairs[count++].cotangent, Combine<T>{});
+      combine_maps(plane, blocks, pairs[count].in, Combine<T>{});
+      combine_maps(out_plane, out_blocks, pairs[count++].cotangent, Combine<T>{});
     }
   };
-  add(fit(active_, unit.in_channels, range), g, [&](int64_t i, const GradientPair<T>& pair) {
-    apply(plane_, blocks, rows_of(at, range, i), unit.act, at.input.at(range, i), pair.in, Combine<T>{});
+  add(fit(active_[at.unit], unit.in_channels, range), g, [&](int64_t i, const GradientPair<T>& pair) {
+    apply(plane, blocks, rows_of(at, range, i), unit.act, at.input.at(range, i), pair.in, Combine<T>{});
     if (unit.conv_bias_at >= 0)  // the tangent stream has no bias
-      add_channel_sums(plane_, out_blocks, pair.cotangent, gradients + unit.conv_bias_at);
+      add_channel_sums(out_plane, out_blocks, pair.cotangent, gradients + unit.conv_bias_at);
   });
   if (t)
     add(fit(tangent_active_, unit.in_channels, range), tangent_g, [&](int64_t i, const GradientPair<T>& pair) {
@@ -97,8 +112,10 @@ void Branch<T>::add_gradients(const Passed<T>& at, const Range& range, const Map
   if constexpr (std::is_same_v<T, bfloat16>)
     weight_gradient(plane_, unit.shape, together_, pairs, count, gradients + unit.conv_at,
                     tile_scratch_ + range.worker * tile_scratch_stride_);
+  else if (unit.shape.stride == 1)
+    weight_gradient<A>(plane, unit.shape, pairs, count, gradients + unit.conv_at);
   else
-    weight_gradient<A>(plane_, unit.shape, pairs, count, gradients + unit.conv_at);
+    strided_weight_gradient<A>(out_plane, unit.shape, pairs, count, gradients + unit.conv_at);
 }
 
 template <class T>
@@ -115,7 +132,7 @@ void Branch<T>::add_norm_gradients(const UnitSpec<A>& unit, const Range& range, 
 template <class T>
 Map<T> Branch<T>::input_map(size_t j, bool hold) {
   const int64_t blocks = blocks_of<A>(spec_.units[j].in_channels);
-  if (hold || !goes_straight(j)) return memory_.take(blocks);
+  if (hold || !goes_straight(j) || !one_plane_) return memory_.take(blocks, planes_[j]);
   Map<T>& map = bare_[j % 2];  // the other one is read meanwhile
   if (!map) map = memory_.padded(spec_.blocks, together_), map.pinned = true;
   Map<T> part = map;
@@ -160,7 +177,7 @@ void Branch<T>::value(Evaluation<T>& e, const Map<T>& in, const Map<T>* out, con
   const auto is_out = [&](const auto& map) { return map.view.at == out->view.at; };
   const bool shares =
       out && units > 1 && !hold && !goes_straight(units - 1) && !e.inputs.back() && !is_out(in) &&
-      out->blocks == blocks_of<A>(spec_.units.back().in_channels) &&
+      out->blocks == blocks_of<A>(spec_.units.back().in_channels) && one_plane_ &&
       std::none_of(last_mix.terms.begin(), last_mix.terms.end(), [&](const auto& term) { return is_out(term.second); });
   if (shares) e.inputs.back() = *out;
   prepare(e, 0);
@@ -235,54 +252,59 @@ void add_moments(const Plane<A>& plane, int64_t blocks, int64_t kernel_h, int64_
 
 template <class T>
 Map<T> Branch<T>::cotangent(const Evaluation<T>& e, const Mix<T>& image, const Map<T>* out, const Mix<T>& mix,
-                            bool parameters, const Along<T>& along) {
+                            bool parameters, const Along<T>& along, bool point) {
   const size_t units = spec_.units.size();
   std::vector<Map<T>> made, made_of_image;
   const Mix<T> last_mix = few(mix, made), few_image = few(image, made_of_image);
   give(made_of_image);
-  const Map<T> n = map();
+  const Map<T> whole = map();
   schedule_.rewind();
   for (size_t j = units; j-- > 0;) {
     const UnitSpec<A>& unit = spec_.units[j];
     const int64_t blocks = blocks_of<A>(unit.in_channels), out_blocks = blocks_of<A>(unit.out_channels);
+    const Map<T> n = on(whole, j), above = on(whole, std::min(j + 1, units - 1));
+    const bool ends = j == 0 && !point && unit.weight_at < 0 && unit.bias_at < 0;
     const std::vector<Map<T>> maps =
         j + 1 == units ? few_image.with({e.inputs[j], n}) : std::vector{e.inputs[j + 1], n, e.inputs[j]};
     each(maps, [=, this, &unit, at = e.at(j), next = e.at(std::min(j + 1, units - 1))](const Range& range) {
-      const Map<T> g = fit(g_, unit.out_channels, range);
+      const Map<T> g = fit(g_[j + 1], unit.out_channels, range);
       for (int64_t i = 0; i < range.count; ++i) {
         if (j + 1 == units)
-          combine_maps(plane_, out_blocks, g.at(range, i), few_image.at(range, i));
+          combine_maps(planes_[j + 1], out_blocks, g.at(range, i), few_image.at(range, i));
         else
-          cotangent_last(plane_, out_blocks, rows_of(next, range, i), next.input.at(range, i), n.at(range, i),
-                         g.at(range, i), Combine<T>{});
+          cotangent_last(planes_[j + 1], out_blocks, rows_of(next, range, i), next.input.at(range, i),
+                         above.at(range, i), g.at(range, i), Combine<T>{});
       }
       if (parameters) add_gradients(at, range, g, nullptr, {});
       if constexpr (std::is_same_v<T, A>)
         for (int64_t i = 0; i < range.count && at.moments && unit.moments_at >= 0; ++i)
-          add_moments(plane_, out_blocks, unit.shape.kernel_h, unit.shape.kernel_w, g.at(range, i), width(),
+          add_moments(planes_[j], out_blocks, unit.shape.kernel_h, unit.shape.kernel_w, g.at(range, i), width(),
                       at.moments + range.worker * at.moments_stride + unit.moments_at);
-      if (unit.has_conv) convolve_back(unit, range, g, n);
+      if (ends) return;
+      if (unit.moves()) convolve_back(j, range, g, n);
       for (int64_t i = 0; i < range.count; ++i) {
         A* sums = sums_.at(range, i);
         const bool tells = along.sum && j + 1 == units;
         if (tells) add_bias_product(unit, range, g.at(range, i), along);
-        cotangent_first(plane_, blocks, rows_of(at, range, i), unit.act, at.input.at(range, i),
-                        (unit.has_conv ? n : g).at(range, i), n.at(range, i), sums);
+        cotangent_first(planes_[j], blocks, rows_of(at, range, i), unit.act, at.input.at(range, i),
+                        (unit.moves() ? n : g).at(range, i), n.at(range, i), sums);
         if (tells) add_product(unit, range, sums, along);
         if (parameters) add_norm_gradients(unit, range, sums);
         settle(j, range, i, true, {mean_n_, mean_xn_});
       }
     });
-    settle_batch(j, true, {mean_n_, mean_xn_});
+    if (!ends) settle_batch(j, true, {mean_n_, mean_xn_});
   }
+  const Map<T> n = on(whole, 0);
   Map<T> result = out ? *out : n;
   result.blocks = blocks_of<A>(spec_.units[0].in_channels);
-  each(last_mix.with({e.inputs[0], n, result}), [=, this, at = e.at(0)](const Range& range) {
-    for (int64_t i = 0; i < range.count; ++i)
-      cotangent_last(plane_, blocks_of<A>(spec_.units[0].in_channels), rows_of(at, range, i), at.input.at(range, i),
-                     n.at(range, i), result.at(range, i), last_mix.at(range, i));
-  });
-  if (out) memory_.give(n);
+  if (point)
+    each(last_mix.with({e.inputs[0], n, result}), [=, this, at = e.at(0)](const Range& range) {
+      for (int64_t i = 0; i < range.count; ++i)
+        cotangent_last(plane_, blocks_of<A>(spec_.units[0].in_channels), rows_of(at, range, i), at.input.at(range, i),
+                       n.at(range, i), result.at(range, i), last_mix.at(range, i));
+    });
+  if (out || !point) memory_.give(n);
   give(made);
   return result;
 }
@@ -301,7 +323,8 @@ Map<T> Branch<T>::second(const Evaluation<T>& e, const Map<T>& v, const Map<T>& 
     const std::vector<Map<T>> maps = top ? std::vector{v, q} : std::vector{e.inputs[j + 1], above, n, m};
     each(Mix<T>{1, {{1, e.inputs[j]}, {1, t}, {1, n}, {1, m}}}.with(maps),
          [=, this, &unit, at = e.at(j), next = e.at(std::min(j + 1, units - 1))](const Range& range) {
-           const Map<T> g = fit(g_, unit.out_channels, range), tangent_g = fit(tangent_g_, unit.out_channels, range);
+           const Map<T> g = fit(g_[j + 1], unit.out_channels, range),
+                        tangent_g = fit(tangent_g_, unit.out_channels, range);
            for (int64_t i = 0; i < range.count; ++i) {
              const View<T> to = g.at(range, i), tangent_to = tangent_g.at(range, i);
              if (top) {
@@ -314,8 +337,8 @@ Map<T> Branch<T>::second(const Evaluation<T>& e, const Map<T>& v, const Map<T>& 
            }
            if (parameters) add_gradients(at, range, g, &t, tangent_g);
            if (unit.has_conv) {
-             convolve_back(unit, range, g, n);
-             convolve_back(unit, range, tangent_g, m);
+             convolve_back(j, range, g, n);
+             convolve_back(j, range, tangent_g, m);
            }
            for (int64_t i = 0; i < range.count; ++i) {
              A* sums = sums_.at(range, i);

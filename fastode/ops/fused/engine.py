@@ -12,6 +12,7 @@ import torch
 
 from ..engine import NO_EXACT_IE, NO_LINEAR, NO_ODE_SOLUTION, ODE_SOLUTION, Call, OperatorEngine
 from ..plan import Plan
+from ..schemes.chain.chain import Chain
 from ..schemes.skew_pair.linear import Linear
 from ..schemes.skew_pair.pair import Pair
 
@@ -53,6 +54,8 @@ class FusedConvolution(OperatorEngine):
             return NO_ODE_SOLUTION
         if isinstance(call.program, Linear):
             return NO_LINEAR
+        if isinstance(call.program, Chain):
+            return "it has no blocks that change the shape, nor chains without a skip"
         if torch.compiler.is_compiling():
             return "torch.compile does not trace fused convolutions"
         reason = _refuses_branch(call.program) if isinstance(call.program, Plan) else _refuses_pair(call)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...branch.layers import TENSORS_PER_UNIT
+from ...branch.read import Unit
 from ...native.constants import BIAS, CONV_BIAS, CONV_WEIGHT, RUNNING, WEIGHT
 from ..plan import MaybeTensor, MaybeTensors, Plan, activation_codes, norm_codes
 
@@ -23,17 +24,18 @@ def encode(plan: Plan, tensors: MaybeTensors) -> Branch:
     """A branch as the operators take it (csrc/cpu/resident/engine.h): tensors that are present, integers, numbers."""
     present = [tensor for tensor in tensors if tensor is not None]
     if torch.compiler.is_compiling():
-        return present, *_constants(plan, tensors)
+        return present, *encode_units(plan.units, tensors)
     code = plan.memo.get(_CODE)
     if code is None:
-        code = plan.memo[_CODE] = _constants(plan, tensors)
+        code = plan.memo[_CODE] = encode_units(plan.units, tensors)
     return present, *code
 
 
-def _constants(plan: Plan, tensors: MaybeTensors) -> tuple[list[int], list[float]]:
+def encode_units(units: Sequence[Unit], tensors: MaybeTensors) -> tuple[list[int], list[float]]:
+    """The integers and the numbers of units."""
     integers: list[int] = []
     numbers: list[float] = []
-    for index, unit in enumerate(plan.units):
+    for index, unit in enumerate(units):
         row = tensors[index * TENSORS_PER_UNIT :][:TENSORS_PER_UNIT]
         bits = sum(bit for bit, tensor in zip(_PRESENT, row, strict=True) if tensor is not None)
         conv = unit.conv

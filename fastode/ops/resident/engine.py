@@ -14,10 +14,11 @@ from ...native import cuda_library
 from ...native.constants import MOST_PAIR_CHANNELS
 from ..engine import NO_EXACT_IE, NO_ODE_SOLUTION, ODE_SOLUTION, Call, OperatorEngine
 from ..plan import MaybeTensors, Plan
+from ..schemes.chain.chain import Chain
 from ..schemes.ode import solution
 from ..schemes.skew_pair.linear import Linear
 from ..schemes.skew_pair.pair import Pair
-from . import card, functions, linear, rule, skew, solve
+from . import card, chain, functions, linear, rule, skew, solve
 from .field import ResidentField
 
 
@@ -28,6 +29,7 @@ class Resident(OperatorEngine):
     devices = ("cpu", "cuda")
     ie_skip = functions.ResidentIESkipFunction
     shu_osher = functions.ResidentShuOsherFunction
+    chain = chain.ResidentChainFunction
     skew_pair = skew.ResidentSkewFunction
     skew_solution = skew.ResidentMarchFunction
     skew_adaptive = solve.ResidentSolveFunction
@@ -40,6 +42,10 @@ class Resident(OperatorEngine):
     def refuses(self, call: Call) -> str:
         if call.family == "exact_ie":
             return NO_EXACT_IE
+        if isinstance(call.program, Chain):
+            if call.x is not None and call.x.device.type == "cuda":
+                return "it has no programs of chains, or of blocks that change the shape, for CUDA"
+            return chain.refuses(call.program, call.x) or _refuses_dtypes(call.lower, call.tensors, call.x)
         if call.x is not None and call.x.device.type == "cuda":
             if call.family == ODE_SOLUTION:
                 return NO_ODE_SOLUTION
@@ -57,6 +63,8 @@ class Resident(OperatorEngine):
         if isinstance(program, Linear):
             assert call.tensors[0] is not None
             return rule.slower_linear(call.family, call.tensors[0])
+        if isinstance(program, Chain):
+            return chain.slower(x, program)
         if isinstance(program, Plan):
             coupled = any(unit.norm is not None and unit.norm.mode == "batch" for unit in program.units)
             widest = max([x.shape[1], *[unit.conv.out_channels for unit in program.units if unit.conv is not None]])

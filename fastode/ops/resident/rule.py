@@ -146,7 +146,9 @@ def in_words() -> list[str]:
     return [f'where "auto" takes resident before staged on the CPU ({_rule.source})', *rows]
 
 
-def slower(family: str, coupled: bool, x: torch.Tensor, channels: int, pixels: int | None = None) -> str:
+def slower(
+    family: str, coupled: bool, x: torch.Tensor, channels: int, pixels: int | None = None, than: str = " than staged"
+) -> str:
     """Why the resident engine is taken to be slower than the staged one; empty where it is not.
 
     Args:
@@ -155,6 +157,7 @@ def slower(family: str, coupled: bool, x: torch.Tensor, channels: int, pixels: i
         x: the input [N, C, H, W] on the CPU.
         channels: of the widest map of the branch.
         pixels: of a map of so many channels that is as large as the branch's largest; x's own if None.
+        than: what it would be slower than, in words.
     """
     dtype = str(x.dtype).removeprefix("torch.")
     norms = NORMS[1 if coupled else 0]  # torch 2.11 does not trace a bool as an index
@@ -168,8 +171,8 @@ def slower(family: str, coupled: bool, x: torch.Tensor, channels: int, pixels: i
         return ""
     if solution:
         return f"{beyond} it was not measured"
-    verdict = "was measured to be slower" if _rule.measured else "is expected to be slower"
-    return f"{beyond} it {verdict} than staged"
+    verdict = "was measured to be slower" if _rule.measured and line is not DEFAULT else "is expected to be slower"
+    return f"{beyond} it {verdict}{than}"
 
 
 def slower_linear(family: str, weight: torch.Tensor) -> str:

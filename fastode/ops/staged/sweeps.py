@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ...branch.layers import TENSORS_PER_UNIT
+from ...branch.layers import TENSORS_PER_UNIT, Conv
 from ...branch.read import Unit
 from ...native.cuda import operators
 from ..maps import (
@@ -263,13 +263,15 @@ def _convolve(plan: Plan, tensors: MaybeTensors, index: int, a: Tensor, with_bia
     conv, at = plan.units[index].conv, index * TENSORS_PER_UNIT
     if conv is None:
         return a
+    if conv.mean:
+        return channels_last(_average(conv, a))
     weight, bias = tensors[at + CONV_WEIGHT], tensors[at + CONV_BIAS] if with_bias else None
     assert weight is not None
     out = torch.ops.aten.convolution.default(
         lowered(plan.lower, a),
         lowered(plan.lower, weight),
         None if bias is None else lowered(plan.lower, bias),
-        (1, 1),
+        conv.stride,
         conv.padding,
         conv.dilation,
         False,
@@ -295,8 +297,11 @@ def _convolve_back(
     `bias_samples`: the bias was added to the first so many samples of a stacked batch; None for all.
     """
     conv, at = plan.units[index].conv, index * TENSORS_PER_UNIT
+    assert conv is not None
+    if conv.mean:
+        return channels_last(_average_back(conv, a, cast(cot, a.dtype)))
     weight = tensors[at + CONV_WEIGHT]
-    assert conv is not None and weight is not None
+    assert weight is not None
     need_weight = grads is not None and grads.wants(at + CONV_WEIGHT)
     lower = lowered(plan.lower, a)
     cot = cast(cot, lower.dtype)
@@ -305,7 +310,7 @@ def _convolve_back(
         lower,
         lowered(plan.lower, weight),
         None,
-        (1, 1),
+        conv.stride,
         conv.padding,
         conv.dilation,
         False,
@@ -318,3 +323,19 @@ def _convolve_back(
     if grads is not None and grads.wants(at + CONV_BIAS):
         grads.add(at + CONV_BIAS, cot[:bias_samples].sum((0, 2, 3)), scale)
     return cast(channels_last(a_bar), a.dtype) if need_input else cot
+
+
+def _average(conv: Conv, a: Tensor) -> Tensor:
+    """The mean over each window, and channels of zeros behind it."""
+    out = a if conv.kernel == conv.stride == (1, 1) else torch.ops.aten.avg_pool2d.default(a, conv.kernel, conv.stride)
+    return torch.ops.aten.constant_pad_nd.default(out, [0, 0, 0, 0, 0, conv.added]) if conv.added else out
+
+
+def _average_back(conv: Conv, a: Tensor, cot: Tensor) -> Tensor:
+    """The cotangent of its input `a`."""
+    cot = cot[:, : a.shape[1]] if conv.added else cot
+    if conv.kernel == conv.stride == (1, 1):
+        return cot
+    return torch.ops.aten.avg_pool2d_backward.default(
+        channels_last(cot), a, conv.kernel, conv.stride, (0, 0), False, True, None
+    )

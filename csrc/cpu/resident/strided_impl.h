@@ -1,0 +1,205 @@
+// Packing and loops of strided.h around the micro-kernels. Included by one .cpp per arithmetic type.
+#pragma once
+
+#include "conv_impl.h"
+#include "strided.h"
+
+namespace fastode::resident {
+
+// As pack_weights: `taps` horizontal taps share a set, and weight(out, in, ky, kx) is any weight.
+template <class A, class F>
+void pack_taps(const ConvShape& shape, int64_t taps, const F& weight, A* packed) {
+  constexpr int lanes = kLanes<A>;
+  const int64_t vectors = vectors_of<A>(shape.out_channels);
+  for (int64_t group = 0; group < blocks_of<A>(shape.out_channels); group += vectors)
+    for (int64_t first = 0; first < shape.in_channels; first += lanes) {
+      const int64_t last = std::min<int64_t>(first + lanes, shape.in_channels);
+      for (int64_t ky = 0; ky < shape.kernel_h; ++ky)
+        for (int64_t set = 0; set < shape.kernel_w; set += taps)
+          for (int64_t in = first; in < last; ++in)
+            for (int64_t kx = set; kx < set + taps; ++kx)
+              for (int64_t lane = 0; lane < vectors * lanes; ++lane, ++packed) {
+                const int64_t out = group * lanes + lane;
+                *packed = out < shape.out_channels ? weight(out, in, ky, kx) : A(0);
+              }
+    }
+}
+
+// f(py, px, rows' taps, columns' taps) for each parity that meets any tap.
+template <class F>
+void each_parity(const ConvShape& shape, const F& f) {
+  for (int64_t py = 0; py < 2; ++py)
+    for (int64_t px = 0; px < 2; ++px) {
+      const ParityTaps rows(shape.kernel_h, py), columns(shape.kernel_w, px);
+      if (rows.count * columns.count > 0) f(py, px, rows, columns);
+    }
+}
+
+template <class A, class T>
+void pack_strided_back(const ConvShape& shape, const T* weight, const int64_t* strides, A* packed) {
+  each_parity(shape, [&](int64_t, int64_t, const ParityTaps& rows, const ParityTaps& columns) {
+    const ConvShape part{shape.out_channels, shape.in_channels, rows.count, columns.count};
+    const auto at = [&](int64_t out, int64_t in, int64_t ky, int64_t kx) {
+      const int64_t y = rows.last - 2 * ky, x = columns.last - 2 * kx;
+      return to_accumulator<A>(weight[in * strides[0] + out * strides[1] + y * strides[2] + x * strides[3]]);
+    };
+    pack_taps<A>(part, columns.count, at, packed);
+    packed += part.template packed_size<A>();
+  });
+}
+
+template <class A, int taps, int step>
+void run_strided(const ConvShape& shape, const ConvPlan<A>& plan, const ConvJob<A>* jobs, int64_t count, Ahead* ahead) {
+  vectors_of<A>(shape.out_channels) == 2 ? run_plan<A, 2, taps, step>(plan, jobs, count, ahead)
+                                         : run_plan<A, 1, taps, step>(plan, jobs, count, ahead);
+}
+
+template <class A>
+ConvPlan<A> strided_plan(const ConvShape& shape, int64_t height, int64_t width, int64_t up, int64_t left,
+                         const A* packed, int64_t taps, const A* bias, int64_t in_height) {
+  const int64_t outputs = vectors_of<A>(shape.out_channels) * kLanes<A>;
+  return {height,
+          width,
+          up,
+          left,
+          blocks_of<A>(shape.out_channels),
+          outputs * shape.in_channels * shape.kernel_h * shape.kernel_w,
+          packed,
+          shape.in_channels,
+          shape.kernel_h,
+          shape.kernel_w / taps,
+          bias,
+          in_height};
+}
+
+template <class A>
+void convolve_strided(const Plane<A>& in, const Plane<A>& out, const ConvShape& shape, const A* packed, const A* bias,
+                      const ConvJob<A>* jobs, int64_t count, Ahead* ahead) {
+  const int taps = taps_of(shape);
+  const ConvPlan<A> plan =
+      strided_plan(shape, out.height, out.width, shape.kernel_h / 2, shape.kernel_w / 2, packed, taps, bias, in.height);
+  taps == 3 ? run_strided<A, 3, 2>(shape, plan, jobs, count, ahead)
+            : run_strided<A, 1, 2>(shape, plan, jobs, count, ahead);
+}
+
+template <class A>
+void fill_zero(const Plane<A>& plane, int64_t blocks, const View<A>& view) {
+  for (int64_t b = 0; b < blocks; ++b)
+    for (int64_t y = 0; y < plane.height; ++y)
+      for (int64_t x = 0; x < plane.width; ++x) store<Vec<A>>(view.pixel_at(b, y, x), Vec<A>{});
+}
+
+template <class A>
+void convolve_strided_back(const Plane<A>& in, const Plane<A>& out, const ConvShape& shape, const A* packed,
+                           const ConvJob<A>* jobs, int64_t count, Ahead* ahead) {
+  // A kernel of one row or column leaves inputs that no output has seen.
+  if (shape.kernel_h == 1 || shape.kernel_w == 1)
+    for (int64_t n = 0; n < count; ++n) fill_zero(in, blocks_of<A>(shape.in_channels), jobs[n].out);
+  each_parity(shape, [&](int64_t py, int64_t px, const ParityTaps& rows, const ParityTaps& columns) {
+    const ConvShape part{shape.out_channels, shape.in_channels, rows.count, columns.count};
+    ConvJob<A> parts[kMostJobs];
+    for (int64_t n = 0; n < count; ++n) parts[n] = {jobs[n].in, parity(jobs[n].out, py, px)};
+    const ConvPlan<A> plan = strided_plan<A>(part, (in.height - py + 1) / 2, (in.width - px + 1) / 2, rows.before,
+                                             columns.before, packed, columns.count, nullptr, out.height);
+    columns.count == 2 ? run_strided<A, 2, 1>(part, plan, parts, count, ahead)
+                       : run_strided<A, 1, 1>(part, plan, parts, count, ahead);
+    packed += part.template packed_size<A>();
+  });
+}
+
+template <class A>
+void strided_weight_gradient(const Plane<A>& out, const ConvShape& shape, const GradientPair<A>* pairs, int64_t count,
+                             A* gradient) {
+  if (count > kPairs) {
+    strided_weight_gradient(out, shape, pairs, kPairs, gradient);
+    return strided_weight_gradient(out, shape, pairs + kPairs, count - kPairs, gradient);
+  }
+  constexpr int lanes = kLanes<A>, inputs = kInputs<A>;
+  const int64_t out_blocks = blocks_of<A>(shape.out_channels), in_blocks = blocks_of<A>(shape.in_channels);
+  const int64_t vectors = vectors_of<A>(shape.out_channels);
+  const int64_t vector_stride = in_blocks * lanes * lanes * shape.kernel_h * shape.kernel_w;
+  GradientTile<A> tiles[kPairs];
+  for (int64_t ob = 0; ob < out_blocks; ob += vectors)
+    for (int64_t ib = 0; ib < in_blocks; ++ib)
+      for (int64_t i = 0; i < std::min<int64_t>(lanes, shape.in_channels - ib * lanes); i += inputs)
+        for (int64_t ky = 0; ky < shape.kernel_h; ++ky)
+          for (int64_t kx = 0; kx < shape.kernel_w; ++kx) {
+            for (int64_t n = 0; n < count; ++n)
+              tiles[n] = {pairs[n].in.pixel_at(ib, ky - shape.kernel_h / 2, kx - shape.kernel_w / 2) + i,
+                          pairs[n].cotangent.pixel_at(ob, 0, 0),
+                          out.height,
+                          out.width,
+                          2 * pairs[n].in.row,
+                          2 * lanes,
+                          pairs[n].cotangent.row,
+                          pairs[n].cotangent.block};
+            A* to = gradient + gradient_index<A>(shape, ob * lanes, ib * lanes + i, ky, kx);
+            if (vectors == 2)
+              gradient_tile<A, 2, inputs>(tiles, count, to, shape.kernel_w * lanes, vector_stride);
+            else
+              gradient_tile<A, 1, inputs>(tiles, count, to, shape.kernel_w * lanes, vector_stride);
+          }
+}
+
+template <class A>
+void average(const Plane<A>& out, const ConvShape& shape, const ConvJob<A>& job) {
+  using V = Vec<A>;
+  constexpr int64_t lanes = kLanes<A>;
+  const A share = A(1) / static_cast<A>(shape.kernel_h * shape.kernel_w);
+  for (int64_t b = 0; b < blocks_of<A>(shape.out_channels); ++b) {
+    // What lies behind the input's channels is zero, in the block that they end in, too.
+    const int64_t present = std::clamp<int64_t>(shape.in_channels - b * lanes, 0, lanes);
+    A shares[lanes];
+    for (int64_t lane = 0; lane < lanes; ++lane) shares[lane] = lane < present ? share : A(0);
+    const V scale = load<V>(shares);
+    for (int64_t y = 0; y < out.height; ++y)
+      for (int64_t x = 0; x < out.width; ++x) {
+        V sum = {};
+        for (int64_t ky = 0; present > 0 && ky < shape.kernel_h; ++ky)
+          for (int64_t kx = 0; kx < shape.kernel_w; ++kx)
+            sum += load<V>(job.in.pixel_at(b, y * shape.stride + ky, x * shape.stride + kx));
+        V value = sum * scale * job.combine.scale;
+        for (int t = 0; t < job.combine.count; ++t)
+          value += job.combine.coef[t] * load<V>(job.combine.term[t].pixel_at(b, y, x));
+        store<V>(job.out.pixel_at(b, y, x), value);
+      }
+  }
+}
+
+template <class A>
+void average_back(const Plane<A>& in, const Plane<A>& out, const ConvShape& shape, const ConvJob<A>& job) {
+  using V = Vec<A>;
+  const A share = A(1) / static_cast<A>(shape.kernel_h * shape.kernel_w);
+  const int64_t blocks = blocks_of<A>(shape.in_channels);
+  fill_zero(in, blocks, job.out);
+  for (int64_t b = 0; b < blocks; ++b)
+    for (int64_t y = 0; y < out.height; ++y)
+      for (int64_t x = 0; x < out.width; ++x) {
+        const V part = load<V>(job.in.pixel_at(b, y, x)) * share;
+        for (int64_t ky = 0; ky < shape.kernel_h; ++ky)
+          for (int64_t kx = 0; kx < shape.kernel_w; ++kx) {
+            A* to = job.out.pixel_at(b, y * shape.stride + ky, x * shape.stride + kx);
+            store<V>(to, load<V>(to) + part);
+          }
+      }
+}
+
+// What resident_strided_<type>.cpp instantiates: everything above in arithmetic of A, for weights of A or of T.
+#define FASTODE_STRIDED(keyword, A, T)                                                                              \
+  keyword template void pack_strided_back(const ConvShape&, const A*, const int64_t*, A*);                          \
+  keyword template void pack_strided_back(const ConvShape&, const T*, const int64_t*, A*);                          \
+  keyword template void convolve_strided(const Plane<A>&, const Plane<A>&, const ConvShape&, const A*, const A*,    \
+                                         const ConvJob<A>*, int64_t, Ahead*);                                       \
+  keyword template void convolve_strided_back(const Plane<A>&, const Plane<A>&, const ConvShape&, const A*,         \
+                                              const ConvJob<A>*, int64_t, Ahead*);                                  \
+  keyword template void strided_weight_gradient(const Plane<A>&, const ConvShape&, const GradientPair<A>*, int64_t, \
+                                                A*);                                                                \
+  keyword template void average(const Plane<A>&, const ConvShape&, const ConvJob<A>&);                              \
+  keyword template void average_back(const Plane<A>&, const Plane<A>&, const ConvShape&, const ConvJob<A>&);        \
+  keyword template void run_plan<A, 1, 2, 1>(const ConvPlan<A>&, const ConvJob<A>*, int64_t, Ahead*);               \
+  keyword template void run_plan<A, 2, 2, 1>(const ConvPlan<A>&, const ConvJob<A>*, int64_t, Ahead*)
+
+FASTODE_STRIDED(extern, float, bfloat16);
+FASTODE_STRIDED(extern, double, float);
+
+}  // namespace fastode::resident

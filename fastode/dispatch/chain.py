@@ -1,0 +1,263 @@
+"""How a chain runs, and a residual block that may change the shape: it is read and checked, an engine runs it.
+
+What cannot be read, or does not fit together, runs as the reference, whose errors are then PyTorch's.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks, reference
+from ..branch.layers import Activation
+from ..branch.read import Reading, Unit, is_overridden, mixture, read, read_run, updated_twice
+from ..branch.snapshot import Past
+from ..ops import function
+from ..ops.engine import Call, Engine, autocast_dtype
+from ..ops.plan import MaybeTensor, Plan
+from ..ops.rerun import Rerun, StandIn
+from ..ops.schemes.chain.chain import Chain
+from ..reference import ResBlock
+from . import choice
+from .engines import AUTO, NAMES, REFERENCE
+from .known import kind_of_call, known
+from .one_step import move_running, undone_on_error
+from .registry import reference_of
+
+_FAMILY = "chain"
+
+
+@dataclass
+class ChainReading:
+    """What was read of a chain.
+
+    Attributes:
+        parts: the readings of the lead and, where there is a block, of its branch and of its shortcut.
+        step_size: of the block.
+        activation: after its sum.
+        inside: the block, where it stands in a chain.
+        count: how many modules of a sequence they are.
+        reason: why it cannot be read, or is not worth a call, in one sentence; empty otherwise.
+    """
+
+    parts: list[Reading]
+    step_size: float = 1.0
+    activation: Activation | None = None
+    inside: nn.Module | None = None
+    count: int = 0
+    reason: str = ""
+    tensors: list[MaybeTensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for part in self.parts:
+            self.reason = self.reason or part.reason
+            self.tensors = self.tensors + part.tensors
+        norms = [norm for part in self.parts for norm in part.norms]
+        self.reason = self.reason or mixture("block", self.tensors) or updated_twice("block", norms)
+
+    def chain(self, lower: torch.dtype | None) -> Chain:
+        """The constants under autocast to `lower`."""
+        plans = [Plan(part.units or (), tuple([norm is not None for norm in part.norms]), lower) for part in self.parts]
+        block = len(plans) > 1
+        return Chain(
+            plans[0], plans[1] if block else None, plans[2] if block else None, self.step_size, self.activation
+        )
+
+    def call(self, inputs: tuple[Tensor, ...] = ()) -> Call:
+        """A call, as an engine is asked about it."""
+        if self.reason:
+            return Call(_FAMILY, "", None, (), inputs, self.reason)
+        return Call(_FAMILY, "", self.chain(autocast_dtype(inputs[0]) if inputs else None), self.tensors, inputs)
+
+
+def read_block(block: ResBlock) -> ChainReading:
+    """Read a residual block with its shortcut and the activation behind the sum."""
+    branch = read(block.branch, "branch", keeps_shape=False)
+    shortcut, activation, reason = Reading(()), None, ""
+    if block.shortcut is not None and (type(block.shortcut) is not nn.Identity or is_overridden(block.shortcut)):
+        shortcut = read(block.shortcut, "shortcut", keeps_shape=False)
+    if block.post_activation is not None:
+        after = read(block.post_activation, "post_activation")
+        units = after.units or (Unit(None, None, None),)
+        activation, reason = units[0].activation, after.reason
+        if not reason and (len(units) > 1 or units[0].norm is not None or units[0].conv is not None):
+            reason = "its post_activation is more than one activation layer."
+    return ChainReading([Reading(()), branch, shortcut], float(block.step_size), activation, reason=reason)
+
+
+def read_sequence(modules: Mapping[str, nn.Module | None], block_type: type[ResBlock], engine: str) -> ChainReading:
+    """Read the first of some modules: layers, and a residual block behind them.
+
+    Args:
+        modules: in the order of their calls.
+        block_type: of the block; one of another type, with another engine or with hooks, is called by itself.
+        engine: by name.
+    """
+    lead, count = read_run(modules, "chain")
+    block = list(modules.values())[count] if count < len(modules) else None
+    if (
+        block is not None
+        and type(block) is block_type
+        and count > 0
+        and not is_overridden(block)
+        and getattr(block, "engine", AUTO) == engine
+    ):
+        found = read_block(block)
+        if not found.reason and not lead.reason:
+            parts = [lead, *found.parts[1:]]
+            return ChainReading(parts, found.step_size, found.activation, block, count + 1)
+    layers = 0 if lead.units is None else sum(_layers(unit) for unit in lead.units)
+    reason = lead.reason or ("" if layers > 1 else "it begins with fewer than two layers that are fused.")
+    return ChainReading([lead], count=count, reason=reason)
+
+
+def _layers(unit: Unit) -> int:
+    return (unit.norm is not None) + (unit.activation is not None) + (unit.conv is not None)
+
+
+def run(
+    x: Tensor,
+    owner: nn.Module,
+    read_owner: Callable[[], ChainReading],
+    run_reference: Callable[[Tensor], Tensor],
+    *,
+    engine: str = AUTO,
+) -> tuple[Tensor, int]:
+    """Run a chain: its result, and how many of the modules of a sequence that has taken.
+
+    Args:
+        x: the input [N, C, H, W].
+        owner: the block or the sequence, which is being called.
+        read_owner: reads it.
+        run_reference: all of it in plain PyTorch, where it cannot be read or no engine takes it.
+        engine: a name of an engine, or "auto".
+    """
+    if torch.compiler.is_compiling():
+        reading, found = read_owner(), None
+        chosen, chain = _decide(x, reading, owner, engine)
+    else:
+        found = known(owner, read_owner, is_block=True)
+        reading = found.reading
+        kind = kind_of_call((_FAMILY, engine), (x,), reading) if isinstance(x, Tensor) else None
+        answer = None if kind is None else found.answer(kind)
+        if answer is None:
+            answer = _decide(x, reading, owner, engine)
+            if kind is not None:
+                found.keep(kind, answer, reading.call((x,)))
+        chosen, chain = answer
+        choice.note(owner, chosen)
+    if chosen is REFERENCE or chain is None:
+        count = len(owner._modules)
+        return (undone_on_error(run_reference, x, owner) if reading.reason else run_reference(x)), count
+    if found is not None:
+        choice.note(reading.inside, chosen)
+    rerun = None
+    if found is not None and found.snapshot is not None and torch.is_grad_enabled():
+        rerun = Rerun(partial(_as_it_was, found.snapshot.past, reading), 1, reading.tensors, found.habit)
+    y, *statistics = function.call(chosen.chain, (chain, rerun), (x, *reading.tensors))
+    if statistics:
+        _update(reading, statistics, x)
+    return y, reading.count
+
+
+def _decide(x: Tensor, reading: ChainReading, owner: nn.Module, engine: str) -> tuple[Engine, Chain | None]:
+    """The engine for a call that is checked first, and the chain as constants."""
+    checks.engine(engine, NAMES)
+    checks.tensor("x", x)
+    if not reading.reason and (x.dim() != 4 or _misfit(reading, x)):
+        choice.choose(engine, Call(_FAMILY, "", None, (), (x,), f"the layers do not fit an input {list(x.shape)}"))
+        return REFERENCE, None
+    if not reading.reason:
+        checks.feature_map("x", x)
+        checks.same_kind(x, reading.tensors)
+        for part, map_ in _maps(reading, x):
+            checks.enough_values(part, map_)
+    call = reading.call((x,))
+    assert call.program is None or isinstance(call.program, Chain)
+    return choice.choose(engine, call, partial(_copy_of, owner, reading)), call.program
+
+
+def _maps(reading: ChainReading, x: Tensor) -> Iterator[tuple[Reading, tuple[int, int, int, int]]]:
+    """Every part with the shape of its input."""
+    shape = (x.shape[0], x.shape[1], x.shape[2], x.shape[3])
+    for index, part in enumerate(reading.parts):
+        yield part, shape
+        if index == 0:
+            shape = _shape_after(part, shape)
+
+
+def _shape_after(part: Reading, shape: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+    samples, count, height, width = shape
+    for unit in part.units or ():
+        if unit.conv is not None:
+            height, width = unit.conv.size_after(height, width)
+            count = unit.conv.channels_after(count) or 0
+    return samples, count, height, width
+
+
+def _misfit(reading: ChainReading, x: Tensor) -> bool:
+    """Whether some layer does not take what it gets, or branch and shortcut do not give the same shape."""
+    ends = []
+    for part, shape in _maps(reading, x):
+        _, count, height, width = shape
+        for unit in part.units or ():
+            wanted = unit.norm.channels if unit.norm is not None else None
+            if unit.conv is not None and not unit.conv.mean:
+                wanted = unit.conv.in_channels
+            if wanted is not None and wanted != count:
+                return True
+            if unit.conv is not None:
+                height, width = unit.conv.size_after(height, width)
+                count = unit.conv.channels_after(count) or 0
+            if min(height, width) < 1:
+                return True
+        ends.append((count, height, width))
+    return len(ends) > 1 and ends[1] != ends[2]
+
+
+def _update(reading: ChainReading, statistics: Sequence[Tensor], x: Tensor) -> None:
+    """Update the running statistics that the call has met, of each norm by the size of its map."""
+    rest = list(statistics)
+    for part, shape in _maps(reading, x):
+        samples, _, height, width = shape
+        norms, sizes = [], []
+        for unit, norm in zip(part.units or (), part.norms, strict=True):
+            if norm is not None:
+                norms.append(norm)
+                sizes.append((samples, height * width))
+            if unit.conv is not None:
+                height, width = unit.conv.size_after(height, width)
+        if norms:
+            move_running(norms, rest[: len(norms)], sizes)
+            rest = rest[len(norms) :]
+
+
+def _as_it_was(past: Past, reading: ChainReading, stand_in: StandIn) -> nn.Module:
+    """The reference of what ran, as it was when it was called."""
+    return _plain(past.restored(stand_in), reading)
+
+
+def _copy_of(owner: nn.Module, reading: ChainReading) -> nn.Module:
+    """The reference of what is to run, around the owner's own modules, for a trial."""
+    if isinstance(owner, ResBlock):
+        return _block_of(owner)
+    names = list(owner._modules.items())[: reading.count]
+    return reference.Chain(
+        OrderedDict((name, _block_of(m) if isinstance(m, ResBlock) else m) for name, m in names if m is not None)
+    )
+
+
+def _block_of(block: ResBlock) -> ResBlock:
+    return ResBlock(block.branch, block.step_size, block.shortcut, block.post_activation)
+
+
+def _plain(restored: nn.Module, reading: ChainReading) -> nn.Module:
+    """Modules without their twins' classes, and of a sequence what ran in one call."""
+    for module in restored.modules():
+        module.__class__ = reference_of(type(module)) or type(module)
+    return reference.Chain(*list(restored.children())[: reading.count]) if reading.count else restored

@@ -1,0 +1,62 @@
+"""The fused twins of chains and of residual blocks, which may change the shape."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..dispatch import chain
+from ..dispatch.one_step import describe_call, euler_step, run
+from ..dispatch.registry import register
+from ..ops.engine import Call
+from .base import Fused
+
+__all__ = ["Chain", "ResBlock"]
+
+
+@register(reference.ResBlock)
+class ResBlock(Fused, reference.ResBlock):
+    __doc__ = reference.ResBlock.__doc__
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._keeps_shape((x,)):
+            y = self._step(x)
+            return y if self.post_activation is None else self.post_activation(y)
+        plain = super().forward
+        return chain.run(x, self, partial(chain.read_block, self), plain, engine=self.engine)[0]
+
+    def describe_call(self, inputs: tuple[Tensor, ...] = ()) -> Call:
+        if self._keeps_shape(inputs):
+            return describe_call(euler_step(self.step_size), self.branch, inputs)
+        return chain.read_block(self).call(inputs)
+
+    def _step(self, x: Tensor) -> Tensor:
+        make = partial(reference.ResBlock, self.branch, self.step_size)
+        return run(x, self.branch, euler_step(self.step_size), make, super().sum, engine=self.engine, owner=self)
+
+    def _keeps_shape(self, inputs: tuple[Tensor, ...]) -> bool:
+        """Whether it runs as one step of a scheme, the activation behind it apart."""
+        if self.shortcut is not None or self.post_activation is None:
+            return self.shortcut is None
+        # Cards have programs of steps, and bfloat16 has tiles on a CPU; chains have neither.
+        x = inputs[0] if inputs else None
+        return isinstance(x, Tensor) and (x.device.type != "cpu" or x.dtype == torch.bfloat16)
+
+
+@register(reference.Chain)
+class Chain(Fused, reference.Chain):
+    __doc__ = reference.Chain.__doc__
+
+    def forward(self, x: Tensor) -> Tensor:
+        plain = super().forward
+        y, count = chain.run(x, self, self._read, plain, engine=self.engine)
+        return y if count == len(self._modules) else self.from_layer(count, y)
+
+    def describe_call(self, inputs: tuple[Tensor, ...] = ()) -> Call:
+        return self._read().call(inputs)
+
+    def _read(self) -> chain.ChainReading:
+        return chain.read_sequence(self._modules, ResBlock, self.engine)

@@ -1,0 +1,183 @@
+"""A chain, and a block that may change the shape, on the resident engine: one operator forwards, one backwards.
+
+The mathematics is that of ops/schemes/chain, in C++.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from ..function import gradients
+from ..maps import last_of
+from ..plan import MaybeTensor, MaybeTensors, activation_codes
+from ..rerun import Rerun
+from ..schemes.chain.chain import Chain
+from . import rule
+from .call import beside, encode_units
+from .functions import keeps_beside
+
+_CODE = "resident chain"  # in a chain's memo
+_FEWEST = 16
+
+Code = tuple[list[int], list[float], list[int], list[int], float, int, float, float]
+
+
+def refuses(chain: Chain, x: Tensor | None) -> str:
+    """Why the engine cannot run a chain; empty if it can."""
+    if x is not None and x.dtype not in (torch.float32, torch.float64):
+        return f"it has chains, and blocks that change the shape, in float32 and float64, and not in {x.dtype}"
+    for plan in chain.plans:
+        for unit, tracks in zip(plan.units, plan.tracked, strict=True):
+            conv, norm = unit.conv, unit.norm
+            if norm is not None and norm.mode == "group" and tracks:
+                return "it has no running statistics of an instance norm"
+            if conv is None or conv.mean:
+                continue
+            if conv.groups != 1 or conv.dilation != (1, 1):
+                return "it has kernels for convolutions without groups and dilation only"
+            keeps = all(
+                side % 2 == 1 and padding == side // 2 for side, padding in zip(conv.kernel, conv.padding, strict=True)
+            )
+            if not keeps:
+                return "it has convolutions with odd sides, padded by half of them, only"
+            if conv.stride not in ((1, 1), (2, 2)) or (conv.stride != (1, 1) and not {*conv.kernel} <= {1, 3}):
+                return "it has convolutions of stride 1, and of stride 2 with sides of 1 and 3, only"
+    return _refuses_means(chain)
+
+
+def _refuses_means(chain: Chain) -> str:
+    for unit in chain.units:
+        conv = unit.conv
+        if conv is not None and conv.mean and conv.stride[0] != conv.stride[1]:
+            return "it has means over windows with one stride for both sides only"
+    return ""
+
+
+def slower(x: Tensor, chain: Chain) -> str:
+    """Why the engine is taken to be slower than plain PyTorch; empty where it is not."""
+    if not any(unit.conv is not None and not unit.conv.mean for unit in chain.units):
+        return "without a convolution it was measured to be slower than plain PyTorch"
+    coupled = any(unit.norm is not None and unit.norm.mode == "batch" for unit in chain.units)
+    entries, width, widest = 0, 0, 0
+    for channels, pixels in maps_of(chain, x):
+        if channels * pixels > entries:
+            entries, width = channels * pixels, channels
+        widest = max(widest, channels)
+    # Every sample's maps are read at each batch norm, and those of few channels are kept as wide as a vector.
+    if coupled and width < _FEWEST:
+        return f"with batch norms of fewer than {_FEWEST} channels it was measured to be slower than plain PyTorch"
+    # The bound on channels is of the widest map, that on memory of the largest.
+    return rule.slower("chain", coupled, x, widest, -(-entries // widest), " than plain PyTorch")
+
+
+def maps_of(chain: Chain, x: Tensor) -> list[tuple[int, int]]:
+    """Channels and pixels of x and of every unit's output."""
+    found = [(x.shape[1], x.shape[2] * x.shape[3])]
+    start = (x.shape[1], x.shape[2], x.shape[3])
+    for index, plan in enumerate(chain.plans):
+        count, height, width = start
+        for unit in plan.units:
+            if unit.conv is not None:
+                count = unit.conv.channels_after(count) or 0
+                height, width = unit.conv.size_after(height, width)
+                found.append((count, height * width))
+        if index == 0:
+            start = (count, height, width)
+    return found
+
+
+def _result(chain: Chain, x: Tensor) -> list[int]:
+    """Channels, height and width of the result."""
+    count, height, width = x.shape[1], x.shape[2], x.shape[3]
+    for plan in chain.plans[:2]:
+        for unit in plan.units:
+            if unit.conv is not None:
+                count = unit.conv.channels_after(count) or 0
+                height, width = unit.conv.size_after(height, width)
+    return [count, height, width]
+
+
+def _encode(chain: Chain, tensors: MaybeTensors, channels: int) -> tuple[list[Tensor], Code]:
+    """The tensors that are present, and the constants as the operators take them (csrc/cpu/resident/chain.h)."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    code: Code | None = None if torch.compiler.is_compiling() else chain.memo.get(_CODE)
+    if code is None:
+        integers, numbers = encode_units(chain.units, tensors)
+        strides: list[int] = []
+        count = start = channels
+        at = 0
+        for index, plan in enumerate(chain.plans):
+            count = start
+            for unit in plan.units:
+                conv = unit.conv
+                after = count if conv is None else conv.channels_after(count) or 0
+                strides.append(1 if conv is None else -conv.stride[0] if conv.mean else conv.stride[0])
+                if conv is not None and conv.mean:
+                    integers[at + 3] = after
+                count = after
+                at += len(integers) // len(chain.units)
+            start = count if index == 0 else start
+        lengths = [len(plan.units) for plan in chain.plans]
+        lengths += [0] * (3 - len(lengths))
+        code = (integers, numbers, strides, lengths, chain.step_size, *activation_codes(chain.activation))
+        if not torch.compiler.is_compiling():
+            chain.memo[_CODE] = code
+    return present, code
+
+
+def _tracked(chain: Chain, tensors: MaybeTensors, flat: Tensor, channels: int) -> list[Tensor]:
+    """Mean and variance [2, C] of every tracked batch norm, from those of all."""
+    if not any(True in plan.tracked for plan in chain.plans):
+        return []
+    sizes: list[int] = []
+    kept: list[bool] = []
+    start = channels
+    for index, plan in enumerate(chain.plans):
+        width = start
+        for unit, tracks in zip(plan.units, plan.tracked, strict=True):
+            if unit.norm is not None and unit.norm.mode == "batch":
+                sizes.append(2 * width)
+                kept.append(tracks)
+            width = width if unit.conv is None else unit.conv.channels_after(width) or 0
+        start = width if index == 0 else start
+    return [piece.view(2, -1) for piece, keep in zip(flat.split(sizes), kept, strict=True) if keep]
+
+
+class ResidentChainFunction(Function):
+    """y and the statistics of each batch norm; keeps x and the inputs of all units."""
+
+    @staticmethod
+    def forward(ctx: Any, chain: Chain, rerun: Rerun | None, x: Tensor, *tensors: MaybeTensor) -> Any:
+        present, code = _encode(chain, tensors, x.shape[1])
+        y, flat, kept = torch.ops.fastode.resident_chain_forward.default(
+            x, present, *code, _result(chain, x), keeps_beside(ctx), last_of(x, tensors)
+        )
+        statistics = _tracked(chain, tensors, flat, x.shape[1])
+        after = chain.activation is not None and chain.activation.kind == "relu"
+        ctx.save_for_backward(x, *tensors, *([y] if after else []))
+        ctx.chain, ctx.rerun, ctx.kept, ctx.count = chain, rerun, kept, 1 + len(tensors)
+        ctx.set_materialize_grads(False)
+        if statistics:
+            ctx.mark_non_differentiable(*statistics)
+        return (y, *statistics)
+
+    @staticmethod
+    def backward(ctx: Any, y_bar: MaybeTensor, *_: None) -> tuple[MaybeTensor, ...]:
+        saved = ctx.saved_tensors
+        given, after = saved[: ctx.count], saved[ctx.count :]
+
+        def pull(bars: Sequence[MaybeTensor], wanted: Sequence[bool]) -> list[MaybeTensor]:
+            (bar,), (x, *tensors) = bars, given
+            kept, ctx.kept = ctx.kept, []  # it is written over: a second backward evaluates the chain again
+            present, code = _encode(ctx.chain, tensors, x.shape[1])
+            x_bar, found = torch.ops.fastode.resident_chain_backward.default(
+                x, after[0] if after else x, bar, kept, present, *code, wanted[0], any(wanted[1:])
+            )
+            return [x_bar if wanted[0] else None, *beside(tensors, found)]
+
+        return gradients(ctx, given, [y_bar], pull)
