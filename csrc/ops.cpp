@@ -69,12 +69,12 @@ STABLE_TORCH_LIBRARY(fastode, m) {
   m.def("resident_march_backward(Tensor x, Tensor cotangent, Tensor[] kept, " FASTODE_PAIR ", " FASTODE_MARCH
         ", bool weight, bool norms) -> (Tensor x_bar, Tensor[] bars)");
   // The log, float64, has what control.h writes of each solve; with `raises` it stays empty, and a solve that cannot go
-  // on raises here. `keep_trial`: the derivative goes through the first step's size. Backward without what is kept
-  // takes the steps again.
+  // on raises here. `through`: the derivative goes through no step's size (0), the first one's (1) or all (2). Backward
+  // without what is kept takes the steps again.
   m.def("resident_solve_forward(Tensor x, " FASTODE_PAIR ", " FASTODE_SOLVER
-        ", bool keep, bool keep_trial, bool raises) -> (Tensor y, Tensor log, Tensor[] kept)");
+        ", bool keep, int through, bool raises) -> (Tensor y, Tensor log, Tensor[] kept)");
   m.def("resident_solve_backward(Tensor x, Tensor cotangent, Tensor log, Tensor[] kept, " FASTODE_PAIR
-        ", " FASTODE_SOLVER ", bool keep_trial, bool weight, bool norms) -> (Tensor x_bar, Tensor[] bars)");
+        ", " FASTODE_SOLVER ", int through, bool weight, bool norms) -> (Tensor x_bar, Tensor[] bars)");
   // One step of u' = f(t, u). Its maps lie as `resident_enter` makes one of x; `resident_leave` makes a map like x of
   // one.
   m.def("resident_enter(Tensor x) -> Tensor");

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,7 @@ from fastode.dispatch.skew import read_field
 from fastode.ops.resident.skew import encode
 from fastode.ops.resident.solve import solver_code
 from fastode.ops.schemes.by_error import interpolating, interpolating_rates
-from fastode.reference.adaptive import integrate, interpolated
+from fastode.reference.adaptive import MOST_GROWTH, MOST_SHRINKAGE, integrate, interpolated, next_factor
 from fastode.reference.solvers import without_time
 from fastode.steps import Watch
 from fastode.testing import assert_blocks_equal, sample_input
@@ -48,6 +49,12 @@ RUNS = [
     pytest.param(case, engine, id=f"{case}-{engine}")
     for engine in ENGINES
     for case in (range(len(CASES)) if not BY_NAME[engine].solution_from_x else UNCOUPLED)
+]
+# By the first root of the error the bounds of the control decide many sizes, those after rejected attempts too.
+BOUNDED = dataclasses.replace(fastode.embedded.EMBEDDED["dopri5"], name="dopri5 by the first root", order=1)
+EXACT = [
+    *[CASES[case] for case in UNCOUPLED],
+    (1, 0.1, "tanh", "none", {"method": BOUNDED, "rtol": 1e-4, "atol": 1e-5, "t1": 2.0}),
 ]
 
 
@@ -98,8 +105,62 @@ def test_samples_alone_equal_the_reference(case: int, gradient: str, engine: str
 
 
 @pytest.mark.parametrize("engine", ALONE)
-def test_in_bfloat16_it_equals_the_reference(engine: str) -> None:
-    block = block_of(CASES[1], torch.bfloat16, first_step=0.25)
+@pytest.mark.parametrize("case", range(len(EXACT)))
+def test_its_exact_gradient_equals_the_reference(case: int, engine: str) -> None:
+    for dtype in (F32, F64):
+        block = block_of(EXACT[case], dtype, gradient="exact")
+        assert_blocks_equal(block, fused(block, engine), sample_input(2, 3, 6, 6, dtype=dtype), mode="train")
+
+
+# Rejected attempts, also of some samples alone, and every bound of the control.
+@pytest.mark.parametrize("engine", ALONE)
+@pytest.mark.parametrize("case", [2, 3, 8])
+def test_the_exact_gradient_of_samples_alone_equals_the_reference(case: int, engine: str) -> None:
+    for dtype, mode in ((F32, "input_grad"), (F64, "train")):
+        block = block_of(EXACT[case], dtype, gradient="exact", per_sample=True)
+        assert_blocks_equal(block, fused(block, engine), sample_input(3, 3, 6, 6, dtype=dtype), mode=mode)
+
+
+def test_exact_cases_have_every_way_from_an_error_to_a_size() -> None:
+    found = set()
+    for case in EXACT:
+        block = block_of(case, F64)
+        x = sample_input(2, 3, 6, 6, dtype=F64).requires_grad_()
+        slopes = []
+        for gradient in ("solver", "exact"):
+            block.gradient = gradient
+            with fastode.record_steps() as log:
+                slopes += torch.autograd.grad(block(x).square().sum(), x)
+        # What the sizes add is far above what the rule allows.
+        assert (slopes[1] - slopes[0]).norm() > 1e-5 * slopes[0].norm()
+        for accepted, ratios in ((True, log[0].ratios[:-1]), (False, [ratio for *_, ratio in log[0].rejected])):
+            for ratio in ratios:
+                factor = next_factor(ratio, block.settings.tableau.order)
+                found.add((accepted, factor if factor in (1.0, MOST_GROWTH, MOST_SHRINKAGE) else None))
+    assert found == {(True, None), (True, 1.0), (True, MOST_GROWTH), (False, None), (False, MOST_SHRINKAGE)}
+
+
+@pytest.mark.parametrize("engine", ALONE)
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("method", fastode.embedded.EMBEDDED)
+def test_its_exact_gradient_is_the_difference_quotient(method: str, per_sample: bool, engine: str) -> None:
+    torch.manual_seed(0)
+    field = reference.SkewPair(3, 4, 1, 0.1, "tanh", "group").double()
+    tolerance = 1e-6 if method == "dopri8" else 1e-3
+    options = {"gradient": "exact", "per_sample": per_sample, "t1": 0.5}
+    twin = fused(reference.SOBlock(field, Solver(method, tolerance, tolerance, **options)), engine)
+    x = sample_input(2, 3, 4, 4, dtype=F64).requires_grad_()
+    with fastode.record_steps() as log:
+        twin(x)
+    order = twin.settings.tableau.order
+    assert any(1 < next_factor(ratio, order) < MOST_GROWTH for ratio in log[0].ratios[:-1])
+    assert torch.autograd.gradcheck(lambda x, *_: twin(x), (x, *twin.parameters()), fast_mode=True)
+
+
+@pytest.mark.parametrize("engine", ALONE)
+@pytest.mark.parametrize("gradient", ["solver", "exact"])
+def test_in_bfloat16_it_equals_the_reference(gradient: str, engine: str) -> None:
+    block = block_of(CASES[1], torch.bfloat16, gradient=gradient, first_step=0.25)
     for mode in ("train", "input_grad"):
         assert_blocks_equal(block, fused(block, engine), sample_input(2, 3, 8, 8, dtype=torch.bfloat16), mode=mode)
 
@@ -131,7 +192,7 @@ def test_it_takes_the_same_steps(case: int, engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("gradient", ["solver", "constant"])
+@pytest.mark.parametrize("gradient", ["solver", "constant", "exact"])
 @pytest.mark.parametrize("case", [0, 3, 6])
 def test_a_gradient_may_be_differentiated(case: int, gradient: str, engine: str) -> None:
     block = block_of(CASES[case], F64, gradient=gradient)
@@ -182,8 +243,9 @@ def test_its_gradient_is_the_difference_quotient_where_no_size_depends_on_the_in
 
 
 @pytest.mark.parametrize("engine", ALONE)
-def test_same_input_same_bits_and_nothing_is_read_before_it_is_written(engine: str) -> None:
-    block = fused(block_of(CASES[3], F32), engine)
+@pytest.mark.parametrize("gradient", ["solver", "exact"])
+def test_same_input_same_bits_and_nothing_is_read_before_it_is_written(gradient: str, engine: str) -> None:
+    block = fused(block_of(CASES[3], F32, gradient=gradient), engine)
     x = sample_input(7, 3, 8, 8).requires_grad_()
 
     def run() -> list[Tensor]:
@@ -216,7 +278,7 @@ def test_the_interpolant_is_a_step_with_other_weights(name: str) -> None:
 
 def test_auto_takes_an_engine_that_has_the_solve_as_one() -> None:
     x = sample_input(1, 3, 8, 8)
-    for gradient, per_sample in itertools.product(("solver", "constant"), (False, True)):
+    for gradient, per_sample in itertools.product(("solver", "constant", "exact"), (False, True)):
         block = reference.SOBlock(reference.SkewPair(3, 8), gradient=gradient, per_sample=per_sample)
         (name,) = fastode.fuse(block, example=x).rows[0].engines
         assert name == ALONE[0]
@@ -270,9 +332,9 @@ def test_a_tracer_is_told_what_the_operators_return(per_sample: bool) -> None:
     x = sample_input(2, 3, 6, 6)
     code = (*encode(pair, [field.weight.detach(), *[None] * 16]), *solver_code(Solver(per_sample=per_sample)))
     for raises in (False, True):
-        given = (x, *code, False, False, raises)
+        given = (x, *code, False, 0, raises)
         torch.library.opcheck(torch.ops.fastode.resident_solve_forward.default, given, test_utils=UTILITIES)
     y, log, _ = torch.ops.fastode.resident_solve_forward.default(*given)
-    for wanted in (False, True):
-        given = (x, torch.ones_like(y), log, [], *code, True, wanted, wanted)
+    for through, wanted in ((1, False), (2, True)):
+        given = (x, torch.ones_like(y), log, [], *code, through, wanted, wanted)
         torch.library.opcheck(torch.ops.fastode.resident_solve_backward.default, given, test_utils=UTILITIES)

@@ -1,4 +1,5 @@
 #include "resident/linear_impl.h"
+#include "resident/skew_errors_impl.h"
 #include "resident/skew_passes_impl.h"
 
 namespace fastode::resident {

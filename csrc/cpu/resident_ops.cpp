@@ -240,13 +240,13 @@ std::tuple<Tensor, Tensors> march_backward(const Tensor& x, const Tensor& cotang
 
 std::tuple<Tensor, Tensor, Tensors> solve_forward(const Tensor& x, const Tensors& parameters, const Integers& integers,
                                                   const Numbers& numbers, const Numbers& table, const Numbers& solver,
-                                                  const Integers& limits, bool per_sample, bool keep, bool keep_trial,
+                                                  const Integers& limits, bool per_sample, bool keep, int64_t through,
                                                   bool raises) {
   const int64_t stride = integers[0];
   const Embedded scheme = embedded_of(table, solver, limits);
   const SolveCall call{
       x,          nullptr, new_map(x, parameters[0].size(0), x.size(2) / stride, x.size(3) / stride, false),
-      per_sample, keep,    keep_trial};
+      per_sample, keep,    static_cast<Through>(through)};
   Tensors kept;
   Numbers log;
   with_arithmetic(x, [&](auto zero) {
@@ -261,9 +261,9 @@ std::tuple<Tensor, Tensor, Tensors> solve_forward(const Tensor& x, const Tensors
 std::tuple<Tensor, Tensors> solve_backward(const Tensor& x, const Tensor& cotangent, const Tensor& log_of, Tensors kept,
                                            const Tensors& parameters, const Integers& integers, const Numbers& numbers,
                                            const Numbers& table, const Numbers& solver, const Integers& limits,
-                                           bool per_sample, bool keep_trial, bool weight, bool norms) {
+                                           bool per_sample, int64_t through, bool weight, bool norms) {
   const Embedded scheme = embedded_of(table, solver, limits);
-  const SolveCall call{x, &cotangent, new_map_like(x), per_sample, true, keep_trial};
+  const SolveCall call{x, &cotangent, new_map_like(x), per_sample, true, static_cast<Through>(through)};
   Numbers log = numbers_of(log_of);
   const Tensors bars = with_arithmetic(x, [&](auto zero) {
     return with_gradients<decltype(zero)>({parameters, integers, numbers}, cotangent, {weight, norms},

@@ -1,5 +1,6 @@
 #include "resident/skew_conv_impl.h"
 #include "resident/skew_engine_impl.h"
+#include "resident/skew_errors_impl.h"
 #include "resident/skew_impl.h"
 #include "resident/skew_packed_impl.h"
 #include "resident/skew_passes_impl.h"

@@ -22,7 +22,7 @@ from ..ops.schemes.by_error import Steps
 from ..ops.schemes.skew_pair.linear import Linear
 from ..ops.schemes.skew_pair.march import March
 from ..ops.schemes.skew_pair.pair import Pair
-from ..reference.adaptive import first_step, retaken
+from ..reference.adaptive import first_step, integrate, retaken
 from ..solver import Solver
 from ..steps import Watch
 from .one_step import update_running
@@ -235,7 +235,7 @@ def solve_adaptive_from_x(
 
 
 class _RetakenFromX(nn.Module):
-    """The reference solution by the steps that solves have taken, the first one's size chosen again where it counts."""
+    """The reference solution by the steps that solves have taken, those chosen again that the gradient goes through."""
 
     def __init__(self, field: Any, solver: Solver, steps: Sequence[Steps]) -> None:
         super().__init__()
@@ -251,6 +251,8 @@ class _RetakenFromX(nn.Module):
             return dy, dz
 
         state = self.field.initial_state(x)
+        if self.solver.gradient == "exact":
+            return integrate(slope, state, self.solver, Watch("", self.solver))[0]
         first = slope(None, state)
         sizes = [torch.tensor(size, dtype=torch.float64, device=x.device) for size in steps.sizes]
         if self.solver.gradient == "solver" and self.solver.first_step is None and steps.first_stayed:

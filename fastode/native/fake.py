@@ -230,7 +230,7 @@ def _march_backward(
 
 def _solve_forward(
     x: Tensor, parameters: Sequence[Tensor], integers: Sequence[int], numbers: Sequence[float], table: Sequence[float],
-    solver: Sequence[float], limits: Sequence[int], per_sample: bool, keep: bool, keep_trial: bool, raises: bool,
+    solver: Sequence[float], limits: Sequence[int], per_sample: bool, keep: bool, through: int, raises: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
     stride = integers[0]
     end = _map(x, (x.shape[0], parameters[0].shape[0], x.shape[2] // stride, x.shape[3] // stride), False)
@@ -245,7 +245,7 @@ def _log(x: Tensor, raises: bool) -> Tensor:
 def _solve_backward(
     x: Tensor, cotangent: Tensor, log: Tensor, kept: Sequence[Tensor], parameters: Sequence[Tensor],
     integers: Sequence[int], numbers: Sequence[float], table: Sequence[float], solver: Sequence[float],
-    limits: Sequence[int], per_sample: bool, keep_trial: bool, weight: bool, norms: bool,
+    limits: Sequence[int], per_sample: bool, through: int, weight: bool, norms: bool,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     return _alike(x), _bars(parameters, integers, weight, norms)
 

@@ -103,13 +103,10 @@ class _FusedSolve(Fused, reference.SOBlock):
         return _read(self.field).call(self._family(), self._variant(), inputs)
 
     def _family(self) -> str:
-        """Whether steps by error may be the engine's own; else the reference drives where steps are not equal."""
-        solver = self.settings
+        by_error = self.settings.is_adaptive
         if isinstance(self.field, reference.SkewLinear):
-            return "linear_adaptive" if solver.is_adaptive else "linear_solution"
-        # The exact gradient goes through attempts that the engines forget.
-        own = solver.is_adaptive and solver.gradient != "exact"
-        return "skew_adaptive" if own else "skew_solution"
+            return "linear_adaptive" if by_error else "linear_solution"
+        return "skew_adaptive" if by_error else "skew_solution"
 
     def _variant(self) -> str:
         solver = self.settings
@@ -200,10 +197,10 @@ class _FusedSolve(Fused, reference.SOBlock):
         x: Tensor,
     ) -> Tensor:
         """By the engine's own steps where it has them, else with each evaluation as a call of it."""
-        # A tracing compiler cannot follow steps that Python chooses by the data.
-        together = not solver.per_sample and not torch.compiler.is_compiling()
+        # A tracing compiler cannot follow steps that Python chooses by the data, nor "exact" sizes that it has read.
+        together = not solver.per_sample and solver.gradient != "exact" and not torch.compiler.is_compiling()
         own = engine.skew_adaptive is not None and (engine.steps_inside or together)
-        if self._family() == "skew_adaptive" and own and x.shape[0]:
+        if own and x.shape[0]:
             words = self.in_words()
             if engine.solution_from_x:
                 return solve_adaptive_from_x(engine.skew_adaptive, pair, x, solver, words, make, tensors).contiguous()

@@ -135,7 +135,8 @@ class Engine:
     name: str
     devices: tuple[str, ...] = ()
     solution_from_x = False  # whether the solutions take x itself instead of what x gives
-    steps_inside = False  # whether skew_adaptive asks no Python between steps: traced, and of each sample alone, too
+    # Whether skew_adaptive asks no Python between steps: traced, of each sample alone, and by the exact gradient, too.
+    steps_inside = False
 
     @property
     def ie_skip(self) -> type[Function]:

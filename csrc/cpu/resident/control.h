@@ -94,14 +94,20 @@ struct FirstStepBar {
   }
 };
 
-// By what the next step is longer after an error ratio.
-inline double next_factor(double ratio, int64_t order) {
-  constexpr double safety = 0.9, most_growth = 10, most_shrinkage = 0.2;
-  if (ratio == 0) return most_growth;
-  const double factor = safety / std::pow(ratio, 1 / static_cast<double>(order));
-  const double least = ratio < 1 ? 1 : most_shrinkage;
-  return factor < least ? least : factor > most_growth ? most_growth : factor;  // NaN stays
-}
+// By what the next step is longer after an error ratio, and whether the ratio decides it or a bound does.
+struct NextFactor {
+  double value = 10;
+  bool free = false;
+
+  NextFactor(double ratio, int64_t order) {
+    constexpr double safety = 0.9, most_shrinkage = 0.2;
+    if (ratio == 0) return;
+    const double most_growth = value, least = ratio < 1 ? 1 : most_shrinkage;
+    const double factor = safety / std::pow(ratio, 1 / static_cast<double>(order));
+    free = !(factor < least || factor > most_growth);
+    value = factor < least ? least : factor > most_growth ? most_growth : factor;  // NaN stays
+  }
+};
 
 // (6): the interpolant's weights at the part x of a step, or the derivatives of these in x.
 inline std::vector<double> interpolating(const Embedded& scheme, double x, bool rates) {
@@ -120,11 +126,15 @@ inline std::vector<double> at_end(const Embedded& scheme, double x, bool rates) 
   return scheme.steps > 0 ? std::vector<double>(scheme.b, scheme.b + scheme.stages) : interpolating(scheme, x, rates);
 }
 
+// Through which sizes a derivative goes.
+enum Through : int64_t { kNoSize, kFirstSize, kAllSizes };
+
 enum SolveEnd : int64_t { kReached, kMostAttempts, kNoStep, kNotFinite };
 
 struct Attempt {
   double t, h, ratio;
   bool accepted;
+  int64_t half;  // the one whose error is the larger
 };
 
 // What a solve did: how it ended, the first step's choice, and its attempts. Backward takes the same steps from it.
@@ -134,12 +144,13 @@ struct SolveLog {
   FirstStep first;
   std::vector<Attempt> attempts;
 
-  static constexpr int64_t kHead = 10, kEach = 4;
+  static constexpr int64_t kHead = 10, kEach = 5;
 
   void write(std::vector<double>& to) const {
     to.insert(to.end(), {static_cast<double>(attempts.size()), static_cast<double>(end), t, h});
     for (const auto& both : {first.state, first.slope, first.change}) to.insert(to.end(), both.begin(), both.end());
-    for (const Attempt& one : attempts) to.insert(to.end(), {one.t, one.h, one.ratio, one.accepted ? 1.0 : 0.0});
+    for (const Attempt& one : attempts)
+      to.insert(to.end(), {one.t, one.h, one.ratio, one.accepted ? 1.0 : 0.0, static_cast<double>(one.half)});
   }
 
   // Reads one log and moves `from` behind it.
@@ -150,7 +161,8 @@ struct SolveLog {
     const double* at = from + 4;
     for (auto* both : {&log.first.state, &log.first.slope, &log.first.change})
       for (double& value : *both) value = *at++;
-    for (int64_t i = 0; i < count; ++i, at += kEach) log.attempts.push_back({at[0], at[1], at[2], at[3] != 0});
+    for (int64_t i = 0; i < count; ++i, at += kEach)
+      log.attempts.push_back({at[0], at[1], at[2], at[3] != 0, static_cast<int64_t>(at[4])});
     from = at;
     return log;
   }

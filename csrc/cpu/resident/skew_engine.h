@@ -163,8 +163,9 @@ struct SolveCall {
   const Tensor& x;
   const Tensor* cotangent;  // null: forward
   Tensor out;
-  bool per_sample;        // every sample takes steps of its own
-  bool keep, keep_trial;  // what backward needs, and what only a derivative through the first step's size does
+  bool per_sample;  // every sample takes steps of its own
+  bool keep;        // what backward needs
+  Through through;  // the sizes that its derivative goes through
 };
 
 // `kept` is made by a forward call and found by the backward one, in the same order; null: nothing is kept.

@@ -8,6 +8,11 @@ namespace fastode::resident {
 
 inline constexpr int64_t kBandPixels = 64;
 
+template <class A>
+inline Vec<A> row_at(const A* row, int64_t block) {
+  return load<Vec<A>>(row + block * kLanes<A>);
+}
+
 // Calls f(the plane of a band, its first row) for every band of rows. A pass reads one block of channels after the
 // other, and in channels_last the blocks of a pixel share cache lines: a band is small enough to stay in the first
 // cache until its last block is read.
@@ -125,6 +130,16 @@ struct Tolerance {
 template <class A>
 double scaled_squares(const Plane<A>& plane, int64_t blocks, const View<A>& base, const Slope<A>* slopes, int64_t count,
                       const Tolerance<A>& tolerance);
+
+// Writes the cotangents of the error, which is base + the sum of the slopes, of the start and of the end that are
+// factor / 2 times the gradient of the sum of the squares of error / tolerance. An output may lie where an input does.
+template <class A>
+struct ErrorBars {
+  View<A> error, start, end;
+};
+template <class A>
+void pull_error(const Plane<A>& plane, int64_t blocks, A factor, const View<A>& base, const Slope<A>* slopes,
+                int64_t count, const Tolerance<A>& tolerance, const ErrorBars<A>& bars);
 
 // Adds to `bar` and `start_bar` the cotangents of v and of u = tolerance.start that are factor / 2 times the gradient
 // of the sum of squares of v / (atol + rtol |u|); v may be u, and its cotangent the same map.

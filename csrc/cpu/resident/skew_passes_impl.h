@@ -8,11 +8,6 @@
 
 namespace fastode::resident {
 
-template <class A>
-inline Vec<A> row_at(const A* row, int64_t block) {
-  return load<Vec<A>>(row + block * kLanes<A>);
-}
-
 inline void widen_band(const Plane<float>& band, int64_t blocks, const View<bfloat16>& from, const View<float>& to) {
   for (int64_t y = 0; y < band.height; ++y)
     for (int64_t x = 0; x < band.width; ++x)
@@ -56,56 +51,6 @@ void advance(const Plane<A>& plane, int64_t blocks, const View<A>& base, const S
              const View<A>& out) {
   const auto sweep = [&](auto known) { advance_by<known()>(plane, blocks, base, slopes, out); };
   if (!with_few<kSlopes>(count, sweep)) advance_by<0>(plane, blocks, base, slopes, out);
-}
-
-template <class A>
-double scaled_squares(const Plane<A>& plane, int64_t blocks, const View<A>& base, const Slope<A>* slopes, int64_t count,
-                      const Tolerance<A>& tolerance) {
-  using V = Vec<A>;
-  double sum = 0;
-  const auto sweep = [&](auto known) {
-    for (int64_t b = 0; b < blocks; ++b) {
-      V mean[known() + 1], scale[known() + 1], bias[known() + 1];
-      for (int j = 0; j < known(); ++j) {
-        const NormRows<A>& rows = slopes[j].rows;
-        mean[j] = row_at(rows.mean, b), bias[j] = row_at(rows.bias, b);
-        scale[j] = row_at(rows.rstd, b) * row_at(rows.weight, b);
-      }
-      for (int64_t y = 0; y < plane.height; ++y) {
-        V squares = {};
-        for (int64_t x = 0; x < plane.width; ++x) {
-          V value = load<V>(base.pixel_at(b, y, x));
-          // Unlike advance(): the slopes all but cancel, and a factor's rounding would be the whole channel's error.
-          for (int j = 0; j < known(); ++j)
-            value += slopes[j].coefficient * ((load<V>(slopes[j].s.pixel_at(b, y, x)) - mean[j]) * scale[j] + bias[j]);
-          const V start = absolute(load<V>(tolerance.start.pixel_at(b, y, x)));
-          const V end = absolute(load<V>(tolerance.end.pixel_at(b, y, x)));
-          value /= tolerance.atol + tolerance.rtol * (end < start ? start : end);
-          squares += value * value;
-        }
-        for (int lane = 0; lane < kLanes<A>; ++lane) sum += static_cast<double>(squares[lane]);
-      }
-    }
-  };
-  if (!with_few<kSlopes>(count, sweep)) sweep(std::integral_constant<int, 0>{});
-  return sum;
-}
-
-template <class A>
-void pull_scaled_squares(const Plane<A>& plane, int64_t blocks, A factor, const View<A>& v,
-                         const Tolerance<A>& tolerance, const View<A>& bar, const View<A>& start_bar) {
-  using V = Vec<A>;
-  const auto add = [](A* to, V value) { store<V>(to, load<V>(to) + value); };
-  for (int64_t b = 0; b < blocks; ++b)
-    for (int64_t y = 0; y < plane.height; ++y)
-      for (int64_t x = 0; x < plane.width; ++x) {
-        const V u = load<V>(tolerance.start.pixel_at(b, y, x));
-        const V unit = 1 / (tolerance.atol + tolerance.rtol * absolute(u));
-        const V scaled = load<V>(v.pixel_at(b, y, x)) * unit, pulled = factor * scaled * unit;
-        const V sign = u > 0 ? splat<V>(1) : u < 0 ? splat<V>(-1) : V{};
-        add(bar.pixel_at(b, y, x), pulled);
-        add(start_bar.pixel_at(b, y, x), -tolerance.rtol * sign * scaled * pulled);
-      }
 }
 
 // For `vectors` blocks at a time: in channels_last those of a pixel lie side by side, and so the map is read from end

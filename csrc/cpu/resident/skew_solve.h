@@ -2,70 +2,11 @@
 // batch, forwards and backwards. Equations: README.md of fastode/ops/schemes/skew_pair.
 #pragma once
 
-#include "control.h"
 #include "skew_engine.h"
 #include "skew_stages.h"
+#include "solve_steps.h"
 
 namespace fastode::resident {
-
-// What the evaluations of a step leave for all samples that share it, and the state at its end.
-template <class A>
-struct StepMaps {
-  int64_t samples = 0;
-  std::vector<A*> y, z;     // guides of each evaluation; null: of the worker's sample at hand
-  A* statistics = nullptr;  // [evaluation, sample]
-  A *end_y = nullptr, *end_z = nullptr;
-  std::vector<Tensor> pieces, ends;
-
-  int64_t at(int64_t n) const { return samples > 1 ? n : 0; }
-};
-
-// Samples that take the same steps: the batch, or one of it alone.
-template <class A>
-struct Solve {
-  int64_t samples = 0;
-  SolveLog log;
-  StepMaps<A> start, trial;        // the evaluations that choose the first step
-  std::vector<StepMaps<A>> steps;  // the accepted ones; the last of them where nothing is left to backward
-};
-
-// A step's rows, times its size.
-struct ScaledStep {
-  std::vector<double> a, b, error;
-
-  ScaledStep(const Embedded& scheme, double size) {
-    const int64_t stages = scheme.stages;
-    for (int64_t i = 0; i < stages * stages; ++i) a.push_back(size * scheme.a[i]);
-    for (int64_t i = 0; i < stages; ++i) b.push_back(size * scheme.b[i]), error.push_back(size * scheme.error[i]);
-  }
-};
-
-// One attempt of a step, to be left in `to`.
-template <class A>
-struct Attempted {
-  const ScaledStep& step;
-  const double* interpolating;  // where t1 lies in it: the weights of y(t1), times the size; else null
-  const StepMaps<A>& to;
-};
-
-// What the way back knows of a solve: its accepted steps' rows, the interpolant's in the last one, and what leads to
-// the first step's size where the derivative goes through it.
-struct WayBack {
-  std::vector<ScaledStep> steps;
-  std::vector<double> interpolating, rates;
-  bool through_first = false;
-  double first_size = 0, share = 0;  // share: of the part of the last step at which t1 lies
-  double trial = 0;                  // size of the Euler step that tries the field
-  int64_t change_half = 0, slope_half = 0, state_half = 0;
-  double change = 0, slope = 0, state = 0;  // factors of the pull-backs of the three norms
-};
-
-// The cotangents of the state and of its slopes at time 0, of all samples.
-template <class A>
-struct StartBars {
-  int64_t samples = 0;
-  A *y = nullptr, *z = nullptr, *slope_y = nullptr, *slope_z = nullptr;
-};
 
 template <class Pair>
 class SkewSolve {
@@ -74,8 +15,8 @@ class SkewSolve {
 
   // `gradients`: the accumulators of all parts.
   SkewSolve(const typename Pair::Spec& spec, const Embedded& scheme, const Tensor& x, const Tensor& out,
-            const Tensor* cotangent, Arena& arena, A* gradients)
-      : stages_(spec, scheme.stages, arena, cotangent),
+            const Tensor* cotangent, bool with_errors, Arena& arena, A* gradients)
+      : stages_(spec, scheme.stages, arena, cotangent, with_errors),
         scheme_(scheme),
         x_(x, arena),
         out_(out, arena),
@@ -86,6 +27,7 @@ class SkewSolve {
     if (!stages_.same_start()) start_y_ = pair.y_map(arena);
     if (cotangent) {
       bar_ = pair.maps(arena);
+      if (with_errors) start_bar_ = pair.maps(arena), end_bar_ = pair.maps(arena);
       return;
     }
     for (int64_t i = 1; i < scheme.stages; ++i) guides_.push_back(pair.maps(arena));
@@ -151,28 +93,34 @@ class SkewSolve {
 
   // ---- backwards
 
-  // From the result's cotangent to those at time 0: of x or, where the derivative goes on to the first step's size, in
-  // `bars`. Adds to `sum` what the steps add to that size's cotangent.
-  void back(int64_t n, const Solve<A>& solve, const WayBack& way, const StartBars<A>& bars, double* sum) {
-    const View<A> cotangent = cotangent_.load(n);
-    stages_.y_total = {cotangent, true}, stages_.z_total = stages_.carried_y = stages_.carried_z = {};
-    for (int64_t k = static_cast<int64_t>(solve.steps.size()); k-- > 0;) {
-      const bool last = k + 1 == static_cast<int64_t>(solve.steps.size());
-      const StepMaps<A>* before = k > 0 ? &solve.steps[k - 1] : nullptr;
-      const Both<A> state = before ? end_of(*before, n) : start(n);
-      put_first(before, solve, n);
-      for (int64_t i = 1; i < scheme_.stages; ++i) put(i, solve.steps[k], i - 1, n);
+  // A leg of the way from the result's cotangent to that of x: the links from `top` down to `low`. Where others follow,
+  // or the derivative goes on to the first step's size, it ends in `bars`, and the next one begins there. Adds to
+  // `sums` what the links add to the cotangent of the size that decides theirs, and to that of the place of t1.
+  void back(int64_t n, const Solve<A>& solve, const WayBack<A>& way, size_t low, size_t top, const StartBars<A>& bars,
+            double* sums) {
+    const bool first_leg = top + 1 == way.links.size();
+    if (first_leg)
+      stages_.y_total = {cotangent_.load(n), true}, stages_.z_total = stages_.carried_y = stages_.carried_z = {};
+    else
+      find_bars(n, bars);
+    for (size_t k = top + 1; k-- > low;) {
+      const Link<A>& link = way.links[k];
+      const bool last = k + 1 == way.links.size();
+      if (!link.attempt.accepted && link.error == 0) continue;
+      const Both<A> state = link.before ? end_of(*link.before, n) : start(n);
+      put_first(link.before, solve, n);
+      for (int64_t i = 1; i < scheme_.stages; ++i) put(i, link.maps, i - 1, n);
       stages_.restore(0, scheme_.stages);
-      const ScaledStep& step = way.steps[k];
-      const StepTable table{scheme_.stages, step.a.data(), (last ? way.interpolating : step.b).data()};
-      if (way.through_first && last)
-        *sum -= way.share * stages_.product_with(true, way.rates.data(), scheme_.stages, cotangent);
-      if (way.through_first && k == 0)
-        pull_first(table, state, way.first_size, sum);
+      const StepTable table{scheme_.stages, link.step.a.data(), (last ? way.interpolating : link.step.b).data(),
+                            link.step.error.data()};
+      if (way.through_place && last)
+        sums[1] += stages_.product_with(true, way.rates.data(), scheme_.stages, stages_.y_total.map);
+      if (link.error == 0)
+        pull_sized(table, state, link, sums);
       else
-        stages_.pull(table, 1, state, nullptr, gradients_);
+        pull_with_error(n, table, state, link, bars, sums);
     }
-    if (!way.through_first) return end_at_start(n, solve);
+    if (low == 0 && !way.through_first) return end_at_start(n, solve);
     for (const bool y : {true, false}) {
       store(y, y ? stages_.y_total : stages_.z_total, state_of(y, bars, n));
       store(y, y ? stages_.carried_y : stages_.carried_z, slope_of(y, bars, n));
@@ -181,7 +129,7 @@ class SkewSolve {
 
   // Through the change of the slopes, whose norm's factor the way back has; adds to `sum` what that adds to the trial's
   // cotangent.
-  void back_trial(int64_t n, const Solve<A>& solve, const WayBack& way, const StartBars<A>& bars, double* sum) {
+  void back_trial(int64_t n, const Solve<A>& solve, const WayBack<A>& way, const StartBars<A>& bars, double* sum) {
     const Both<A> state = start(n);
     put_choice(n, solve);
     stages_.restore(0, 2);
@@ -207,12 +155,11 @@ class SkewSolve {
   }
 
   // Through the norms of the state and of its slopes, and the slopes themselves.
-  void back_start(int64_t n, const Solve<A>& solve, const WayBack& way, const StartBars<A>& bars) {
+  void back_start(int64_t n, const Solve<A>& solve, const WayBack<A>& way, const StartBars<A>& bars) {
     const Both<A> state = start(n);
     put(0, solve.start, 0, n);
     stages_.restore(0, 1);
-    find_totals(n, bars);
-    stages_.carried_y = {slope_of(true, bars, n), true}, stages_.carried_z = {slope_of(false, bars, n), true};
+    find_bars(n, bars);
     const auto through = [&](double factor, int64_t half, bool of_slope) {
       if (factor == 0) return;
       const bool y = half == 0;
@@ -283,15 +230,20 @@ class SkewSolve {
     stages_.restore(0, 1);
   }
 
-  // (8) but for the interpolant's part: the pull-back of the first step, whose slopes and their cotangents multiplied,
-  // over the size, are the cotangent of it.
-  void pull_first(const StepTable& table, const Both<A>& state, double size, double* sum) {
+  // (8) but for the interpolant's part: the pull-back of a step, whose slopes and their cotangents multiplied, over the
+  // size, are the cotangent of it. Where that is not asked for, the pull-back alone.
+  void pull_sized(const StepTable& table, const Both<A>& state, const Link<A>& link, double* sum) {
+    if (link.weight == 0) return stages_.pull(table, 1, state, nullptr, gradients_);
     double total = 0;
-    std::vector<double> row(table.stages, 0.0);
-    row.back() = table.b[table.stages - 1];  // without what the next step has carried back
-    for (const bool y : {true, false}) {
-      const Total<A>& bar = y ? stages_.y_total : stages_.z_total;
+    // Of the last stage, without what the next step has carried back.
+    const auto add_last = [&](bool y, const double* weights, const Total<A>& bar) {
+      std::vector<double> row(table.stages, 0.0);
+      row.back() = weights[table.stages - 1];
       if (bar.present && row.back() != 0) total += stages_.product_with(y, row.data(), table.stages, bar.map);
+    };
+    for (const bool y : {true, false}) {
+      add_last(y, table.b, y ? stages_.y_total : stages_.z_total);
+      add_last(y, table.error, y ? stages_.error_y : stages_.error_z);
     }
     stages_.product = &total;
     stages_.pull(table, 1, state, nullptr, gradients_);
@@ -300,7 +252,38 @@ class SkewSolve {
       const Total<A>& bar = y ? stages_.carried_y : stages_.carried_z;
       if (bar.present) total += stages_.product_with(y, kFirst, 1, bar.map);
     }
-    *sum += total / size;
+    *sum += link.weight * total / link.size;
+  }
+
+  // As pull_sized() where a leg begins, which also goes through the step's error; a rejected attempt adds its part to
+  // what is there of its start.
+  void pull_with_error(int64_t n, const StepTable& table, const Both<A>& state, const Link<A>& link,
+                       const StartBars<A>& bars, double* sum) {
+    const bool y = link.attempt.half == 0, accepted = link.attempt.accepted;
+    const View<A> error = y ? bar_.y : bar_.z, start = y ? start_bar_.y : start_bar_.z;
+    const View<A> end_bar = y ? end_bar_.y : end_bar_.z;
+    if (!accepted) stages_.advance_by(y, table.b, table.stages, y ? state.y : state.z, end_bar);
+    const Both<A> end = accepted ? end_of(link.maps, n) : end_bar_;
+    stages_.pull_errors(y, table, link.error, tolerance(y, state, end), {error, start, end_bar});
+    (y ? stages_.error_y : stages_.error_z) = {error, true};
+    Total<A>& total = y ? stages_.y_total : stages_.z_total;
+    if (accepted) {
+      add(y, total.map, 1, end_bar);
+    } else {
+      stages_.y_total = stages_.z_total = stages_.carried_y = stages_.carried_z = {};
+      total = {end_bar, true};
+    }
+    pull_sized(table, state, link, sum);
+    stages_.error_y = stages_.error_z = {};
+    add(y, total.map, 1, start);
+    if (accepted) return;
+    for (const bool half : {true, false}) {
+      const Total<A>& of_state = half ? stages_.y_total : stages_.z_total;
+      const Total<A>& of_slope = half ? stages_.carried_y : stages_.carried_z;
+      if (of_state.present) add(half, state_of(half, bars, n), 1, of_state.map);
+      if (of_slope.present) add(half, slope_of(half, bars, n), 1, of_slope.map);
+    }
+    find_bars(n, bars);
   }
 
   void end_at_start(int64_t n, const Solve<A>& solve) {
@@ -315,6 +298,11 @@ class SkewSolve {
 
   void find_totals(int64_t n, const StartBars<A>& bars) {
     stages_.y_total = {state_of(true, bars, n), true}, stages_.z_total = {state_of(false, bars, n), true};
+  }
+
+  void find_bars(int64_t n, const StartBars<A>& bars) {
+    find_totals(n, bars);
+    stages_.carried_y = {slope_of(true, bars, n), true}, stages_.carried_z = {slope_of(false, bars, n), true};
   }
 
   void store(bool y, const Total<A>& total, const View<A>& to) const {
@@ -333,7 +321,7 @@ class SkewSolve {
   A *all_gradients_, *gradients_;
   View<A> start_y_ = {};
   std::vector<Both<A>> guides_;  // of evaluations that are not left to anyone
-  Both<A> end_, bar_;
+  Both<A> end_, bar_, start_bar_, end_bar_;
 };
 
 }  // namespace fastode::resident

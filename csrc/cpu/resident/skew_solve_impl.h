@@ -21,6 +21,11 @@ double seen(const Embedded& scheme, double size) {
   return scheme.steps > 0 ? size : static_cast<double>(static_cast<A>(size));
 }
 
+// Whether a derivative goes through the error of an attempt with that ratio.
+inline bool goes_through(Through through, const Embedded& scheme, double ratio) {
+  return through == kAllSizes && NextFactor(ratio, scheme.order).free;
+}
+
 // The forward of samples that share their steps. `each(f)` calls f(worker, sample, sums) for all of them.
 template <class Pair>
 class Forward {
@@ -38,7 +43,7 @@ class Forward {
     choose_first(each);
     SolveLog& log = solve_.log;
     StepMaps<A> spare, next;
-    for (;; log.h *= scheme_.steps > 0 ? 1 : next_factor(log.attempts.back().ratio, scheme_.order)) {
+    for (;; log.h *= scheme_.steps > 0 ? 1 : NextFactor(log.attempts.back().ratio, scheme_.order).value) {
       const auto tried = static_cast<int64_t>(log.attempts.size());
       if (scheme_.most >= 0 && tried >= scheme_.most) return void(log.end = kMostAttempts);
       if (scheme_.steps == 0 && (!std::isfinite(log.h) || !(log.t + log.h > log.t))) return void(log.end = kNoStep);
@@ -46,9 +51,13 @@ class Forward {
       if (next.y.empty()) next = new_step(pair_, scheme_.stages - 1, solve_.samples, call_.keep);
       if (!last) give_ends(pair_, next);
       const std::array<double, 2> norms = attempt(each, next, last);
-      const double ratio = Larger(norms).value;
-      log.attempts.push_back({log.t, log.h, ratio, ratio <= 1});
-      if (!(ratio <= 1)) continue;
+      const Larger larger(norms);
+      const double ratio = larger.value;
+      log.attempts.push_back({log.t, log.h, ratio, ratio <= 1, larger.half});
+      if (!(ratio <= 1)) {
+        if (call_.keep && goes_through(call_.through, scheme_, ratio)) keep_rejected(next);
+        continue;
+      }
       std::swap(next, spare);  // what has been written
       next = {};
       if (!call_.keep && !solve_.steps.empty()) std::swap(next, solve_.steps.back()), solve_.steps.pop_back();
@@ -61,6 +70,12 @@ class Forward {
   }
 
  private:
+  void keep_rejected(StepMaps<A>& next) {
+    next.ends.clear(), next.end_y = next.end_z = nullptr;
+    solve_.rejected.push_back(std::move(next));
+    next = {};
+  }
+
   template <class Each>
   void choose_first(const Each& each) {
     SolveLog& log = solve_.log;
@@ -75,7 +90,7 @@ class Forward {
     sums = each([&](Worker& worker, int64_t n, Sums& sums) { worker.try_first(n, solve_, size, sums.data()); });
     log.first.change = {rms(sums[0], 0), rms(sums[1], 1)};
     log.h = log.first.size(scheme_.order);
-    if (!call_.keep_trial) solve_.trial = {};
+    if (call_.through == kNoSize) solve_.trial = {};
   }
 
   template <class Each>
@@ -110,36 +125,77 @@ class Backward {
  public:
   Backward(const Embedded& scheme, const Pair& pair, const SolveCall& call, const Solve<A>& solve)
       : scheme_(scheme), pair_(pair), solve_(solve), entries_(entries(pair, solve.samples)) {
-    double t = 0, h = 0;
-    for (const Attempt& one : solve.log.attempts)
-      if (one.accepted) {
-        t = one.t, h = one.h;
-        way_.steps.emplace_back(scheme, seen<A>(scheme, h));
-      }
-    const double at = (scheme.t1 - t) / h;
-    way_.interpolating = at_end(scheme, at, false), way_.rates = at_end(scheme, at, true);
-    for (double& weight : way_.interpolating) weight *= seen<A>(scheme, h);
-    way_.through_first = call.keep_trial && scheme.chooses() && solve.log.attempts[0].accepted;
-    way_.first_size = static_cast<double>(static_cast<A>(solve.log.attempts[0].h));
-    way_.share = way_.steps.size() == 1 ? at : 1;
+    make_links(call.through);
+    const Link<A>& last = way_.links.back();
+    at_ = (scheme.t1 - last.attempt.t) / last.attempt.h;
+    way_.interpolating = at_end(scheme, at_, false), way_.rates = at_end(scheme, at_, true);
+    for (double& weight : way_.interpolating) weight *= last.size;
     way_.trial = static_cast<double>(static_cast<A>(solve.log.first.trial()));
   }
 
+  // (12), leg by leg: only where an error decides a size must that size's cotangent be there, of all samples.
   template <class Each>
   void run(const Each& each) {
+    std::vector<Link<A>>& links = way_.links;
     StartBars<A> bars;
     std::vector<Tensor> room;
     const auto take = [&](int64_t size) {
       return static_cast<A*>(room.emplace_back(new_vector(size * solve_.samples, scalar_type<A>())).data_ptr());
     };
-    if (way_.through_first)
+    if (way_.through_place)
       bars = {solve_.samples, take(pair_.y_size()), take(pair_.z_size()), take(pair_.y_size()), take(pair_.z_size())};
-    const Sums sums =
-        each([&](Worker& worker, int64_t n, Sums& sums) { worker.back(n, solve_, way_, bars, sums.data()); });
-    if (way_.through_first) through_choice(each, bars, sums[0]);
+    double size_bar = 0, place = 0;
+    for (size_t end = links.size(), low; end > 0; end = low) {
+      low = weigh_leg(end);
+      const Sums sums = each([&](Worker& worker, int64_t n, Sums& sums) {
+        worker.back(n, solve_, way_, low, end - 1, bars, sums.data());
+      });
+      if (end == links.size()) place = sums[1];
+      size_bar = sums[0] + links[end - 1].weight * size_bar;
+      for (size_t k = low; k < end; ++k)
+        if (links[k].attempt.accepted) size_bar -= links[k].weight * place * (k + 1 == links.size() ? at_ : 1);
+      if (low > 0) aim(links[low - 1], size_bar);
+    }
+    if (way_.through_first) through_choice(each, bars, size_bar);
   }
 
  private:
+  void make_links(Through through) {
+    const std::vector<Attempt>& attempts = solve_.log.attempts;
+    double down = through != kNoSize && scheme_.chooses() ? 1 : 0;
+    size_t accepted = 0, rejected = 0;
+    for (const Attempt& one : attempts) {
+      const bool free = goes_through(through, scheme_, one.ratio) && &one != &attempts.back();
+      if (one.accepted || free) {
+        const StepMaps<A>& maps = one.accepted ? solve_.steps[accepted] : solve_.rejected[rejected];
+        const StepMaps<A>* before = accepted > 0 ? &solve_.steps[accepted - 1] : nullptr;
+        const double size = seen<A>(scheme_, one.h);
+        way_.links.push_back({one, ScaledStep(scheme_, size), size, maps, before, free, down});
+        down = 1, ++(one.accepted ? accepted : rejected);
+      }
+      down *= through == kAllSizes ? NextFactor(one.ratio, scheme_.order).value : 0;
+    }
+    way_.through_first = way_.links[0].down != 0;
+    way_.through_place = way_.through_first || std::any_of(way_.links.begin(), way_.links.end(),
+                                                           [](const Link<A>& link) { return link.free; });
+  }
+
+  // Weighs the links of the leg that goes down from before `end`, and returns the last of them.
+  size_t weigh_leg(size_t end) {
+    size_t low = end - 1;
+    while (low > 0 && !way_.links[low - 1].free) --low;
+    double weight = 1;
+    for (size_t k = low; k < end; ++k) way_.links[k].weight = weight *= way_.links[k].down;
+    return low;
+  }
+
+  // The pull-back of a link's error, for the cotangent of its size but for what comes through its error.
+  void aim(Link<A>& link, double size_bar) const {
+    const Attempt& one = link.attempt;
+    const double ratio_bar = -size_bar * one.h / (static_cast<double>(scheme_.order) * one.ratio);
+    link.error = ratio_bar / (one.ratio * entries_[one.half]);
+  }
+
   template <class Each>
   void through_choice(const Each& each, const StartBars<A>& bars, double size_bar) {
     const FirstStep& first = solve_.log.first;
@@ -167,7 +223,8 @@ class Backward {
   const Pair& pair_;
   const Solve<A>& solve_;
   const std::array<double, 2> entries_;
-  WayBack way_;
+  WayBack<A> way_;
+  double at_ = 0;  // the part of the last step at which t1 lies
 };
 
 // Calls f(solve, each) for the batch as one or for every sample alone, by the worker that has it.
@@ -185,18 +242,20 @@ void each_solve(std::vector<Solve<A>>& solves, Team<Worker>& team, const F& f) {
 
 // The solves as forward has logged and kept them.
 template <class Pair, class A>
-void find_solves(const Pair& pair, const Embedded& scheme, bool keep_trial, int64_t samples,
+void find_solves(const Pair& pair, const Embedded& scheme, Through through, int64_t samples,
                  const std::vector<double>& log, std::vector<Tensor>& kept, std::vector<Solve<A>>& solves) {
   size_t next = 0;
   const double* from = log.data();
   for (Solve<A>& solve : solves) {
     solve.samples = samples, solve.log = SolveLog::read(from);
     solve.start = find_step(pair, 1, samples, false, kept, next);
-    if (keep_trial && scheme.chooses()) solve.trial = find_step(pair, 1, samples, false, kept, next);
-    const auto steps = std::count_if(solve.log.attempts.begin(), solve.log.attempts.end(),
-                                     [](const Attempt& one) { return one.accepted; });
-    for (int64_t k = 0; k < steps; ++k)
-      solve.steps.push_back(find_step(pair, scheme.stages - 1, samples, k + 1 < steps, kept, next));
+    if (through != kNoSize && scheme.chooses()) solve.trial = find_step(pair, 1, samples, false, kept, next);
+    const auto find = [&](bool ends) { return find_step(pair, scheme.stages - 1, samples, ends, kept, next); };
+    const std::vector<Attempt>& attempts = solve.log.attempts;
+    for (const Attempt& one : attempts)
+      if (one.accepted) solve.steps.push_back(find(&one != &attempts.back()));
+    for (const Attempt& one : attempts)
+      if (!one.accepted && goes_through(through, scheme, one.ratio)) solve.rejected.push_back(find(false));
   }
 }
 
@@ -210,16 +269,16 @@ void run_solves(const typename Pair::Spec& spec, int64_t parts, const Embedded& 
     const Tensor& like = *call.cotangent;
     const Tensor again = new_contiguous(like.scalar_type(), like.sizes());
     log.clear();
-    run_solves<Pair>(spec, parts, scheme, {call.x, nullptr, again, call.per_sample, true, call.keep_trial}, log, kept,
+    run_solves<Pair>(spec, parts, scheme, {call.x, nullptr, again, call.per_sample, true, call.through}, log, kept,
                      gradients);
   }
   const int64_t samples = call.x.size(0), alone = call.per_sample ? samples : 1, together = samples / alone;
   Arena none(nullptr);
   const Pair pair(spec, none, false);
   std::vector<Solve<A>> solves(alone);
-  if (backward) find_solves(pair, scheme, call.keep_trial, together, log, kept, solves);
+  if (backward) find_solves(pair, scheme, call.through, together, log, kept, solves);
   Team<SkewSolve<Pair>> team(samples, parts, [&](Arena& arena) {
-    return SkewSolve<Pair>(spec, scheme, call.x, call.out, call.cotangent, arena,
+    return SkewSolve<Pair>(spec, scheme, call.x, call.out, call.cotangent, call.through == kAllSizes, arena,
                            backward ? worker_gradients(spec, gradients, 0) : nullptr);
   });
   each_solve(solves, team, [&](Solve<A>& solve, const auto& each) {
@@ -241,6 +300,7 @@ void run_solves(const typename Pair::Spec& spec, int64_t parts, const Embedded& 
       leave(solve.steps[k].pieces);
       if (k + 1 < solve.steps.size()) leave(solve.steps[k].ends);
     }
+    for (const StepMaps<A>& step : solve.rejected) leave(step.pieces);
   }
 }
 

@@ -7,10 +7,11 @@
 
 namespace fastode::resident {
 
-// An explicit Runge-Kutta scheme, `a` [stages, stages] and `b` [stages], both times a step's size.
+// An explicit Runge-Kutta scheme, `a` [stages, stages], `b` and, if given, `error` [stages], all times a step's size.
 struct StepTable {
   int64_t stages;
   const double *a, *b;
+  const double* error = nullptr;
 
   const double* row(int64_t stage) const { return a + stage * stages; }
 };
@@ -28,15 +29,15 @@ class SkewStages {
  public:
   using A = typename Pair::Real;
 
-  // For steps of at most `stages` stages.
-  SkewStages(const typename Pair::Spec& spec, int64_t stages, Arena& arena, bool backward)
+  // For steps of at most `stages` stages; `with_errors`: the errors of steps may have cotangents, too.
+  SkewStages(const typename Pair::Spec& spec, int64_t stages, Arena& arena, bool backward, bool with_errors = false)
       : pair(spec, arena, backward), made(stages), present_(stages) {
     for (int64_t i = 0; i < stages; ++i) {
       if (!spec.tells) s_.push_back(pair.maps(arena));
       if (backward) bars_.push_back(pair.maps(arena));
     }
     if (backward) point_ = pair.maps(arena), sum_ = pair.maps(arena);
-    if (backward && stages >= Combine<A>::capacity) part_ = pair.maps(arena);
+    if (backward && stages + with_errors >= Combine<A>::capacity) part_ = pair.maps(arena);
   }
 
   // Whether y(0) is x.
@@ -89,19 +90,35 @@ class SkewStages {
     });
   }
 
-  // The sum of the squares of (base + the sum of row[j] times slope j) / tolerance, of one half; writes to the
+  // Calls f(a map, slopes, how many): together base + the sum of row[j] times slope j, of one half; writes to the
   // workspace.
-  double squares(bool y, const double* row, int64_t count, const View<A>& base, const Tolerance<A>& tolerance) const {
+  template <class F>
+  void with_sum(bool y, const double* row, int64_t count, const View<A>& base, const F& f) const {
     View<A> from = base;
     const View<A> part = y ? pair.workspace().y : pair.workspace().z;
-    double sum = 0;
     each_slopes(y, row, count, [&](const Slope<A>* slopes, int64_t used, bool last) {
       if (last)
-        sum = scaled_squares<A>(plane(y), blocks(y), from, slopes, used, tolerance);
+        f(from, slopes, used);
       else
         advance<A>(plane(y), blocks(y), from, slopes, used, part), from = part;
     });
+  }
+
+  // The sum of the squares of (base + the sum of row[j] times slope j) / tolerance, of one half.
+  double squares(bool y, const double* row, int64_t count, const View<A>& base, const Tolerance<A>& tolerance) const {
+    double sum = 0;
+    with_sum(y, row, count, base, [&](const View<A>& from, const Slope<A>* slopes, int64_t used) {
+      sum = scaled_squares<A>(plane(y), blocks(y), from, slopes, used, tolerance);
+    });
     return sum;
+  }
+
+  // (11): the cotangents that a step's error, of one half, gives it, the step's start and its end.
+  void pull_errors(bool y, const StepTable& table, double factor, const Tolerance<A>& tolerance,
+                   const ErrorBars<A>& bars) const {
+    with_sum(y, table.error, table.stages, nothing(), [&](const View<A>& from, const Slope<A>* slopes, int64_t used) {
+      pull_error<A>(plane(y), blocks(y), static_cast<A>(factor), from, slopes, used, tolerance, bars);
+    });
   }
 
   // The inner product of a map with the sum of row[j] times slope j, of one half; writes to the workspace.
@@ -132,7 +149,8 @@ class SkewStages {
 
   // (5) and (7): from the totals, the cotangents of y and z at a step's end, to those at its beginning, through the
   // stages from the last down to `low`. `carried` are further cotangents of the last stage's slopes; where `low` is 1,
-  // those of stage 0's take their place. `out`: where z's total goes, to which y's is added where both start as x.
+  // those of stage 0's take their place. `errors` are cotangents of the table's error. `out`: where z's total goes, to
+  // which y's is added where both start as x.
   void pull(const StepTable& table, int64_t low, const Both<A>& state, const View<A>* out, A* gradients) {
     std::fill(present_.begin(), present_.end(), Want{});
     for (int64_t i = table.stages; i-- > low;) {
@@ -166,12 +184,13 @@ class SkewStages {
   std::vector<Trace<A>> made;  // of the step at hand
   double* product =
       nullptr;  // where pull adds the inner products of slopes and cotangents up, but of stage 0, the last
-  Total<A> y_total, z_total, carried_y, carried_z;
+  Total<A> y_total, z_total, carried_y, carried_z, error_y, error_z;
 
  private:
-  // of_total times the total, and of_stage(l) times the cotangent of the point of stage l from `first` on.
+  // of_total times the total, of_error times the error's cotangent, and of_stage(l) times the cotangent of the point of
+  // stage l from `first` on.
   template <class F>
-  Combine<A> terms(const StepTable& table, bool y, double of_total, const F& of_stage, int64_t first) {
+  Combine<A> terms(const StepTable& table, bool y, double of_total, double of_error, const F& of_stage, int64_t first) {
     Combine<A> sum;
     const auto add = [&](double coefficient, const View<A>& map) {
       if (coefficient == 0) return;
@@ -185,20 +204,23 @@ class SkewStages {
     };
     const Total<A>& total = y ? y_total : z_total;
     if (total.present) add(of_total, total.map);
+    const Total<A>& error = y ? error_y : error_z;
+    if (error.present) add(of_error, error.map);
     for (int64_t l = first; l < table.stages; ++l)
       if (y ? present_[l].y : present_[l].z) add(of_stage(l), y ? bars_[l].y : bars_[l].z);
     return sum;
   }
 
   Combine<A> slope_bar(const StepTable& table, bool y, int64_t i) {
-    Combine<A> sum = terms(table, y, table.b[i], [&](int64_t l) { return table.row(l)[i]; }, i + 1);
+    const double of_error = table.error ? table.error[i] : 0;
+    Combine<A> sum = terms(table, y, table.b[i], of_error, [&](int64_t l) { return table.row(l)[i]; }, i + 1);
     const Total<A>& carried = y ? carried_y : carried_z;
     if (i + 1 == table.stages && carried.present) sum.add(1, carried.map);
     return sum;
   }
 
   Combine<A> all_terms(const StepTable& table, bool y) {
-    return terms(table, y, 1, [](int64_t) { return 1.0; }, 1);
+    return terms(table, y, 1, 0, [](int64_t) { return 1.0; }, 1);
   }
 
   // The total at the step's start, stage 0's part of it by `finish` if that is `here`.

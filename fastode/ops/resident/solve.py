@@ -27,7 +27,9 @@ from .skew import encode, of_tensors, only
 
 # How a solve ended, and the numbers before its attempts and in each (csrc/cpu/resident/control.h).
 _REACHED, _MOST_ATTEMPTS, _NO_STEP, _NOT_FINITE = range(4)
-_HEAD, _EACH = 10, 4
+_HEAD, _EACH = 10, 5
+# Through which sizes a gradient goes (csrc/cpu/resident/control.h).
+_THROUGH = {"constant": 0, "solver": 1, "exact": 2}
 
 SolverCode = tuple[list[float], list[float], list[int], bool]
 
@@ -48,7 +50,7 @@ class ResidentSolveFunction(torch.autograd.Function):
     ) -> tuple[Tensor]:
         keep, traced = keeps(ctx), torch.compiler.is_compiling()
         end, log, kept = torch.ops.fastode.resident_solve_forward.default(
-            x, *encode(pair, tensors), *solver_code(solver), keep, keep and solver.gradient == "solver", traced
+            x, *encode(pair, tensors), *solver_code(solver), keep, _THROUGH[solver.gradient] if keep else 0, traced
         )
         if not traced:
             tell(log.tolist(), solver, watches, steps, x)
@@ -67,7 +69,7 @@ class ResidentSolveFunction(torch.autograd.Function):
             asked = of_tensors([True] * 4, wanted[1:])
             x_bar, found = torch.ops.fastode.resident_solve_backward.default(
                 x, bars[0], log, list(kept), *encode(ctx.pair, tensors), *solver_code(ctx.solver),
-                ctx.solver.gradient == "solver", asked[0], any(asked[1:]),
+                _THROUGH[ctx.solver.gradient], asked[0], any(asked[1:]),
             )  # fmt: skip
             return [x_bar, *only(beside(tensors, found), asked)]
 
@@ -98,10 +100,10 @@ def tell(log: list[float], solver: Solver, watches: Sequence[Watch], steps: Sequ
     tableau, chosen = solver.tableau, 1 if solver.first_step is not None else 2
     for sample, (watch, taken, (end, t, h, attempts)) in enumerate(zip(watches, steps, _solves(log), strict=True)):
         watch.evaluations = chosen + (tableau.stages - 1) * len(attempts)
-        for start, size, ratio, accepted in attempts:
+        for start, size, ratio, accepted, _ in attempts:
             watch.attempt(start, size, ())
             watch.judged(ratio, accepted == 1)
-        accepted_ones = [(start, size) for start, size, _, accepted in attempts if accepted == 1]
+        accepted_ones = [(start, size) for start, size, _, accepted, _ in attempts if accepted == 1]
         if end == _MOST_ATTEMPTS:
             watch.fail_at_most()
         if end != _REACHED:
@@ -117,7 +119,7 @@ def tell(log: list[float], solver: Solver, watches: Sequence[Watch], steps: Sequ
 
 
 def _solves(log: list[float]) -> Iterator[tuple[int, float, float, list[list[float]]]]:
-    """How each solve ended, the time and size at which it stands, and its attempts: t, h, ρ and whether accepted."""
+    """How each solve ended, the time and size at which it stands, and its attempts: t, h, ρ, accepted, half."""
     at = 0
     while at < len(log):
         count, end, t, h = log[at : at + 4]
