@@ -180,11 +180,12 @@ def processor_time(run: Callable[[], object], repeats: int) -> float:
     return (time.process_time() - start) / repeats
 
 
-def timed(steps: int) -> dict[str, Any]:
+def timed(steps: int, batch: int) -> dict[str, Any]:
     """PGD by us on the fused network, its input gradients alone, and torchattacks on both eager layouts.
 
     Args:
         steps: of PGD. What an attack does once weighs the more, the fewer they are.
+        batch: of images.
     """
     import torchattacks
 
@@ -193,9 +194,9 @@ def timed(steps: int) -> dict[str, Any]:
     plain = nets.ie_resnet18(steps=1, step_size=0.1).eval().requires_grad_(False)
     fused = copy.deepcopy(plain)
     fastode.fuse(fused)
-    patches = data.images(SPEED_BATCH)
+    patches = data.images(batch)
     images = ((patches - patches.amin()) / (patches.amax() - patches.amin())).contiguous()
-    labels = data.labels(SPEED_BATCH)
+    labels = data.labels(batch)
     last = images.contiguous(memory_format=torch.channels_last)
     channels_last = copy.deepcopy(plain).to(memory_format=torch.channels_last)
     fused = fused.to(memory_format=torch.channels_last)
@@ -222,7 +223,7 @@ def timed(steps: int) -> dict[str, Any]:
     overhead, faster = times.ratio("gradients", "ours"), times.ratio("ours", better)
     return {
         "network": "ie-resnet-1-18",
-        "batch": SPEED_BATCH,
+        "batch": batch,
         "steps": steps,
         "rounds": ROUNDS,
         "seconds": {name: round(times.spread(name).median, 3) for name in runs},
@@ -255,13 +256,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.attack_check", description=__doc__)
     parser.add_argument("--speed", action="store_true", help="time PGD-20 instead")
     parser.add_argument("--steps", type=int, default=SPEED_STEPS, help="of the PGD that is timed")
+    parser.add_argument("--batch", type=int, default=SPEED_BATCH, help="of the PGD that is timed")
     arguments = parser.parse_args(argv)
     path = experiments.record_of(NAME)
     record = experiments.load(path)
     made = header.header(torch.device("cpu"), NAME)
     made["versions"] |= {name: metadata.version(name) for name in LIBRARIES}
     if arguments.speed:
-        record["speed"] = timed(arguments.steps) | {"header": made}
+        record["speed"] = timed(arguments.steps, arguments.batch) | {"header": made}
         print(record["speed"])
     else:
         record["comparison"] = {"header": made, "rows": compared()}
