@@ -22,7 +22,7 @@ from .solver import SolveError, Solver
 from .steps import record_steps
 
 if TYPE_CHECKING:
-    from . import attacks
+    from . import attacks, stability
 
 __version__ = "0.1.0"
 
@@ -41,6 +41,7 @@ __all__ = [
     "record_steps",
     "reference",
     "register",
+    "stability",
     "tableau",
     "unfuse",
 ]
@@ -50,4 +51,6 @@ def __getattr__(name: str) -> Any:
     """Import what not every program needs when it is asked for."""
     if name == "attacks":
         return importlib.import_module("fastode.attacks")
+    if name == "stability":
+        return importlib.import_module("fastode.stability")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
