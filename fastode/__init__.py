@@ -22,7 +22,7 @@ from .solver import SolveError, Solver
 from .steps import record_steps
 
 if TYPE_CHECKING:
-    from . import attacks, stability
+    from . import attacks, stability, training
 
 __version__ = "0.1.0"
 
@@ -43,6 +43,7 @@ __all__ = [
     "register",
     "stability",
     "tableau",
+    "training",
     "unfuse",
 ]
 
@@ -53,4 +54,6 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("fastode.attacks")
     if name == "stability":
         return importlib.import_module("fastode.stability")
+    if name == "training":
+        return importlib.import_module("fastode.training")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
