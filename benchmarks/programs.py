@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastode.native.constants import TILES
 from fastode.testing import sample_input
 
-from . import bench_ie, bench_rk, header
+from . import bench_ie, bench_rk, bench_skew, header
 from .workloads import Workload, maps
 
 # The families that have programs, by id and variant: running statistics, or a norm of each sample by itself; then batch
@@ -24,12 +24,14 @@ BLOCKS: dict[tuple[str, str], Callable[[int], nn.Module]] = {
     ("res", "eval"): partial(bench_rk.block, "res"),
     ("ssp3", ""): partial(bench_rk.block, "ssp3"),
     ("ie-bn", "k1"): lambda channels: bench_ie.block(channels, "batch", 1, False),
+    ("soblock", "rk4"): lambda channels: bench_skew.block(channels, channels, 1, "rk4"),
 }
 MODES = ("forward", "input_grad", "train")
+FORWARD_ALONE = ("soblock",)  # families whose gradients have no programs
 # A call launches one program forwards, one more for the gradient of the input, and two for those of the parameters.
 LAUNCHES = {"forward": 1, "input_grad": 2, "train": 4}
 TIMED = (("ssp3", "eval"), ("ie", "k1"))
-SANITIZED = (*TIMED, ("ssp3", ""), ("ie-bn", "k1"))  # each program once
+SANITIZED = (*TIMED, ("ssp3", ""), ("ie-bn", "k1"), ("soblock", "rk4"))  # each program once
 PAPERS = ((16, 32), (64, 8), (32, 16))  # the sizes of the papers' networks
 # Of a judged input: more than a card of 132 multiprocessors has blocks of the larger programs, so that some take two.
 # Not many more, for the truth that they are judged by takes float64.
@@ -50,6 +52,11 @@ def workloads() -> list[Workload]:
     """Every family at every size for which there are programs: the papers' sizes first."""
     sizes = dict.fromkeys([*(size for size in PAPERS if size in TILES), *TILES])
     return [workload(*named, *size) for size in sizes for named in BLOCKS]
+
+
+def modes(found: Workload) -> tuple[str, ...]:
+    """The modes in which a workload is one launch each way."""
+    return MODES[:1] if found.id in FORWARD_ALONE else MODES
 
 
 def timed() -> list[Workload]:

@@ -63,7 +63,10 @@ def _on_the_test_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors of the CPU are a card's: its programs run, and what the engine says of a card holds for them."""
     assert operators.load() is None
     load()
-    for name in ("resident_rk_forward", "resident_rk_backward", "resident_ie_forward", "resident_ie_backward"):
+    for name in (
+        "resident_rk_forward", "resident_rk_backward", "resident_ie_forward", "resident_ie_backward",
+        "resident_march_forward",
+    ):  # fmt: skip
         monkeypatch.setattr(torch.ops.fastode, name, getattr(torch.ops.fastode_simt, name))
     monkeypatch.setattr(nodes, "module", None)  # which call the operators past Python
     monkeypatch.setitem(face.STORAGE, "cpu", face.STORAGE["cuda"])

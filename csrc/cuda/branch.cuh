@@ -146,6 +146,10 @@ class Branch : public Sums<Tile> {
       to[i] = memory_.sums(i / (2 * C))[i % (2 * C)];
   }
 
+  static FASTODE_DEVICE float number(const cuda::Vector& vector, int at, float otherwise) {
+    return vector.data ? T::unpack(static_cast<const uint16_t*>(vector.data)[at * vector.stride]).low : otherwise;
+  }
+
   static FASTODE_DEVICE char* place(const cuda::Room& room, int slot, int64_t sample) {
     char* const first = slot < room.split ? room.kept : room.own;
     return first + ((slot < room.split ? slot : slot - room.split) * room.samples + sample) * Tile::kKeptBytes;
@@ -156,17 +160,13 @@ class Branch : public Sums<Tile> {
 
   static FASTODE_DEVICE bool affine(const cuda::Unit& unit) { return unit.norm_weight.data || unit.norm_bias.data; }
 
-  static FASTODE_DEVICE float number(const cuda::Vector& vector, int at, float otherwise) {
-    return vector.data ? T::unpack(static_cast<const uint16_t*>(vector.data)[at * vector.stride]).low : otherwise;
-  }
-
   // Where mean and rstd of a unit's norm are, of [C] each, for all threads; nobody reads the map in shared memory then.
   FASTODE_DEVICE const float* prepare(int u, const State& state) {
     if (branch_.unit[u].norm != kGroupNorm) {
       block_barrier();
       return memory_.sums(u);
     }
-    this->take_statistics(branch_.unit[u], state);
+    this->take_statistics(branch_.unit[u].groups, branch_.unit[u].eps, state);
     return memory_.mean;
   }
 

@@ -43,13 +43,14 @@ inline Tensor new_vector(const Tensor& like, int64_t length, ScalarType type) {
   return new_tensor(like, type, {length}, {1});
 }
 
-// A map that lies as x does: channels_last, or else NCHW.
-inline Tensor new_map_like(const Tensor& x) {
+// A map of x's sizes: channels_last, or else NCHW.
+inline Tensor new_map(const Tensor& x, bool last) {
   const int64_t c = x.size(1), h = x.size(2), w = x.size(3);
-  const bool last = x.strides()[1] == 1 && c > 1;
   return new_tensor(x, x.scalar_type(), {x.size(0), c, h, w},
                     last ? Integers{c * h * w, 1, w * c, c} : Integers{c * h * w, h * w, w, 1});
 }
+
+inline Tensor new_map_like(const Tensor& x) { return new_map(x, x.strides()[1] == 1 && x.size(1) > 1); }
 
 inline Map map_of(const Tensor& x) {
   const auto strides = x.strides();

@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "calls.h"
+#include "skew_operators.h"
 
 namespace fastode::cuda {
 
@@ -335,6 +336,7 @@ void implement(Library& m) {
   m.impl("resident_rk_backward", TORCH_BOX(&rk_backward));
   m.impl("resident_ie_forward", TORCH_BOX(&ie_forward));
   m.impl("resident_ie_backward", TORCH_BOX(&ie_backward));
+  m.impl("resident_march_forward", TORCH_BOX(&solve_forward));
 }
 
 }  // namespace fastode::cuda

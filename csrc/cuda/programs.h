@@ -139,6 +139,40 @@ struct DescentCall {
   float* sums;
 };
 
+// The norms of a skew pair: before W on y and on z, after the activation on each.
+inline constexpr int kPairNorms = 4;
+
+struct PairNorm {
+  int mode, groups;  // a code of constants.h
+  float eps;
+  Vector weight, bias, mean, variance;
+};
+
+// A skew pair of equal widths at stride 1.
+struct Pair {
+  int activation;
+  float p, q, gamma;
+  const void* weight;
+  int64_t weight_strides[4];
+  PairNorm norm[kPairNorms];
+};
+
+// On which slopes of a step the result depends: bit i is stage i.
+struct Used {
+  uint32_t y, z;
+};
+
+// A solution of a skew pair by equal steps.
+struct MarchCall {
+  int samples, stages, steps;
+  Pair pair;
+  Map x, result;
+  Room room;                                  // 4 + 2 stages places
+  float table[kMostStages + 1][kMostStages];  // a scheme's rows, and its weights at row `stages`, times the step
+  int turn;                                   // the first step of those that use the slopes of used[1]
+  Used used[2];
+};
+
 enum class Type { kBFloat16, kFloat16 };
 
 // What is compiled for a card: maps of these channels and sides.
@@ -161,6 +195,8 @@ const char* batch_scheme_forward(Type type, Shape shape, const SchemeCall& call,
 const char* batch_scheme_backward(Type type, Shape shape, const BackwardCall& call, const Queue& queue);
 const char* batch_descent_forward(Type type, Shape shape, const DescentCall& call, const Queue& queue);
 const char* batch_descent_backward(Type type, Shape shape, const DescentCall& call, const Queue& queue);
+
+const char* march_forward(Type type, Shape shape, const MarchCall& call, const Queue& queue);
 
 // How many blocks a launch of these programs will have.
 int scheme_backward_blocks(Type type, Shape shape, const BackwardCall& call, const Queue& queue);

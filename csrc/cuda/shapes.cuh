@@ -57,6 +57,15 @@ Launch plan(int items, size_t bytes, const cuda::Queue& queue) {
 template <class Program>
 inline constexpr bool kMeets = requires { Program::meets; };
 
+// The shared memory of a program: its own, or that of a branch of so many units.
+template <class Program, class Tile>
+constexpr size_t bytes_of(int units) {
+  if constexpr (requires { Program::bytes(units); })
+    return Program::bytes(units);
+  else
+    return Memory<Tile>::bytes(units, units);
+}
+
 // Calls f<Program<Tile>>() with the launch of a program that takes sample by sample. One whose blocks meet is compiled
 // for bfloat16 alone.
 template <template <class> class Program, class Call, class F>
@@ -65,7 +74,7 @@ void plan_by_sample(cuda::Type type, cuda::Shape shape, int samples, int units, 
   with_tile(type, shape, [&]<class Tile>() {
     using P = Program<Tile>;
     if constexpr (!kMeets<P> || std::is_same_v<typename Tile::Type, BFloat16>) {
-      Launch how = plan<P, Call>(samples, Memory<Tile>::bytes(units, units), queue);
+      Launch how = plan<P, Call>(samples, bytes_of<P, Tile>(units), queue);
       how.cooperative = kMeets<P>;
       f.template operator()<P>(how);
     }

@@ -79,19 +79,19 @@ class Sums {
   }
 
   // Those of a group norm: of warps and channels merged by the same rule.
-  FASTODE_DEVICE void take_statistics(const cuda::Unit& unit, const State& state) {
+  FASTODE_DEVICE void take_statistics(int groups, float eps, const State& state) {
     leave_moments(state);
-    const int width = C / unit.groups, parts = Tile::kDown * width;
+    const int width = C / groups, parts = Tile::kDown * width;
     const float entries = W * W / Tile::kDown;  // of a part
     FASTODE_ROLLED
-    for (int g = Tile::warp(); g < unit.groups; g += Tile::kThreads / 32) {
+    for (int g = Tile::warp(); g < groups; g += Tile::kThreads / 32) {
       const float group_mean = sum_lanes(over_parts(g, width, [&](float m, float) { return m; })) / parts;
       const float about = sum_lanes(
           over_parts(g, width, [&](float m, float s) { return s + (m - group_mean) * (m - group_mean) * entries; }));
       FASTODE_ROLLED
       for (int c = g * width + lane(); c < (g + 1) * width; c += 32) {
         memory_.mean[c] = group_mean;
-        memory_.rstd[c] = rsqrt(about / (parts * entries) + unit.eps);
+        memory_.rstd[c] = rsqrt(about / (parts * entries) + eps);
       }
     }
     block_barrier();

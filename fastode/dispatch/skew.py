@@ -49,10 +49,10 @@ class Field:
         rows = (reading.tensors or [None] * TENSORS_PER_NORM for reading in self.norms)
         return [self.weight, *(tensor for row in rows for tensor in row[:TENSORS_PER_NORM])]
 
-    def call(self, family: str, variant: str = "", inputs: tuple[Tensor, ...] = ()) -> Call:
+    def call(self, family: str, variant: str = "", inputs: tuple[Tensor, ...] = (), stages: int = 1) -> Call:
         """A call of a block around this field, as an engine is asked about it."""
         program = None if self.reason else self.pair(autocast_dtype(inputs[0]) if inputs else None)
-        return Call(family, variant, program, self.tensors, inputs, self.reason)
+        return Call(family, variant, program, self.tensors, inputs, self.reason, stages)
 
     def pair(self, lower: torch.dtype | None) -> Pair:
         """The constants under autocast to `lower`."""

@@ -100,7 +100,7 @@ class _FusedSolve(Fused, reference.SOBlock):
         reason = self._fault()
         if reason:
             return Call(self._family(), self._variant(), None, (), inputs, reason)
-        return _read(self.field).call(self._family(), self._variant(), inputs)
+        return _read(self.field).call(self._family(), self._variant(), inputs, self._stages())
 
     def _family(self) -> str:
         by_error = self.settings.is_adaptive
@@ -111,6 +111,10 @@ class _FusedSolve(Fused, reference.SOBlock):
     def _variant(self) -> str:
         solver = self.settings
         return f"by {solver.name} in {solver.steps} steps"
+
+    def _stages(self) -> int:
+        solver = self.settings
+        return 0 if solver.is_adaptive else len(solver.tableau.b)
 
     def _fault(self) -> str:
         """Why the block cannot be fused because of its field, which must be one of ours as it is; empty if it is."""
@@ -141,7 +145,7 @@ class _FusedSolve(Fused, reference.SOBlock):
             if found is None:
                 call = Call(self._family(), self._variant(), None, (), (x,), reason)
             else:
-                call = found.reading.call(self._family(), self._variant(), (x,))
+                call = found.reading.call(self._family(), self._variant(), (x,), self._stages())
             chosen = choice.choose(self.engine, call, partial(_as_plain_solve, self))
             if chosen is not REFERENCE and found is not None:
                 found.reading.check_start(x)

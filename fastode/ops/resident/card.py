@@ -10,8 +10,10 @@ from ...native import cuda_library
 from ...native.constants import MOST_STAGES, MOST_STEPS, MOST_UNITS, TILES, WARPS
 from ..engine import Call
 from ..plan import Plan
+from ..schemes.skew_pair.pair import Pair
 
 DTYPES = (torch.bfloat16, torch.float16)
+PAIR_NORMS = 4  # of a skew pair, each with the numbers of a branch's unit
 
 
 def refuses(call: Call) -> str:
@@ -21,8 +23,10 @@ def refuses(call: Call) -> str:
     if missing:
         return missing
     plan = call.program
+    if isinstance(plan, Pair):
+        return _refuses_pair(plan, call)
     if not isinstance(plan, Plan):
-        return "it has no programs of skew fields for CUDA"
+        return "it has no programs of skew fields of linear layers for CUDA"
     # Its coefficients may be all that is trained, which `call.mode` does not see.
     if call.learned and torch.is_grad_enabled():
         return "its programs for CUDA make no gradients of a scheme's coefficients"
@@ -43,6 +47,29 @@ def refuses_input(x: Tensor) -> str:
         sizes = ", ".join([f"{c} at {side}x{side}" for c, side in TILES])
         return f"its programs for CUDA are of {sizes} channels and pixels, and not of {channels} at {height}x{width}"
     return ""
+
+
+def _refuses_pair(pair: Pair, call: Call) -> str:
+    """Why there is no program for a call of a skew pair."""
+    if call.family != "skew_solution" or call.stages == 0:
+        return "its programs for CUDA are of a skew pair's solution by equal steps alone"
+    if call.mode != "forward":
+        return "its programs for CUDA make no gradients of a skew pair"
+    x, weight = call.inputs[-1], call.tensors[0]
+    assert weight is not None
+    reason = refuses_input(x)
+    if reason:
+        return reason
+    channels, side = x.shape[1:3]
+    if tuple(weight.shape) != (channels, channels, 3, 3) or pair.stride != 1 or pair.padding != 1:
+        return f"its programs for CUDA are of skew pairs with a 3x3 convolution of {channels} channels to as many"
+    if any(norm is not None and norm.mode == "batch" for norm in pair.norms):
+        return "a batch norm of the skew pair couples the samples, which it takes one by one"
+    if any(pair.tracked):
+        return "it has no running statistics of an instance norm"
+    if call.stages > MOST_STAGES:
+        return f"its programs for CUDA take schemes of {MOST_STAGES} stages at most, and this one has {call.stages}"
+    return _refuses_bytes(pair_shared_bytes(channels, side), x)
 
 
 def refuses_units(plan: Plan, channels: int) -> str:
@@ -87,9 +114,14 @@ def _refuses_size(plan: Plan, x: Tensor, call: Call) -> str:
             return f"its programs for CUDA train IE-Skips of {MOST_STEPS} steps at most, and this one has {call.stages}"
     elif call.stages > MOST_STAGES:
         return f"its programs for CUDA take schemes of {MOST_STAGES} stages at most, and this one has {call.stages}"
-    needed, there = shared_bytes(x.shape[1], x.shape[2], len(plan.units)), cuda_library.shared_bytes(x.device.index)
+    needed = shared_bytes(x.shape[1], x.shape[2], len(plan.units))
     if call.mode == "train":
         needed = max(needed, weights_shared_bytes(x.shape[1], x.shape[2], len(plan.units)))
+    return _refuses_bytes(needed, x)
+
+
+def _refuses_bytes(needed: int, x: Tensor) -> str:
+    there = cuda_library.shared_bytes(x.device.index)
     if there is not None and needed > there:
         return f"its program for such maps needs {needed} bytes of shared memory, and a block has {there} on this card"
     return ""
@@ -104,6 +136,16 @@ def shared_bytes(channels: int, side: int, units: int) -> int:
         units: of the branch.
     """
     return units * 9 * channels * channels * 2 + _bytes_beside_weights(channels, side, units)
+
+
+def pair_shared_bytes(channels: int, side: int) -> int:
+    """Those of the program for a skew pair: `MarchForward<Tile>::bytes` of csrc/cuda/skew.cuh.
+
+    Args:
+        channels: of a map that there is a program for.
+        side: of the map, in pixels.
+    """
+    return 9 * channels * channels * 2 + _bytes_beside_weights(channels, side, PAIR_NORMS)
 
 
 def weights_shared_bytes(channels: int, side: int, units: int) -> int:

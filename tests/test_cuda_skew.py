@@ -1,0 +1,133 @@
+"""The skew pair's programs of csrc/cuda on the test machine: equal to the reference by the one rule."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from block_cases import name_of
+from pairwise import SEEDS, Case, covering
+from simulator import ORDERS, barriers, counting, fenced, order, without
+from test_cuda_barriers import same, source_line
+from test_cuda_programs import _on_the_test_machine as _on_the_test_machine
+from torch import Tensor, nn
+
+import fastode
+from fastode import reference
+from fastode.dispatch import choice
+from fastode.native.constants import TILES
+from fastode.ops.resident import card
+from fastode.ops.resident.engine import Resident
+from fastode.testing import assert_blocks_equal, sample_input
+
+NORMS: dict[str, Any] = {"group": "group", "instance": "instance", "none": "none", "fixed": nn.BatchNorm2d}
+FACTORS = {
+    "map": tuple(TILES),
+    "norm": tuple(NORMS),
+    "activation": ("leaky_relu", "tanh", "softplus", "elu", "relu", "silu"),
+    "solver": ("euler", "midpoint", "rk4"),
+    "gamma": (0.0, 0.3),
+    "dtype": (torch.bfloat16, torch.float16),
+    "layout": ("contiguous", "channels_last"),
+    "batch": (1, 3),  # on the test machine's two blocks
+    "steps": (1, 2, 3),
+    "order": tuple(ORDERS),
+}
+CASES = [case for seed in SEEDS[:1] for case in covering(FACTORS, seed=seed)]
+
+
+@pytest.fixture(autouse=True)
+def _before_there_is_an_input(monkeypatch: pytest.MonkeyPatch, _on_the_test_machine: None) -> None:
+    """`fuse` asks an engine about blocks before there is an input."""
+    monkeypatch.setattr(Resident, "refuses", lambda self, call: card.refuses(call) if call.inputs else "")
+
+
+BASE: Case = {
+    "map": (16, 8), "norm": "group", "activation": "tanh", "solver": "midpoint", "gamma": 0.3, "dtype": torch.bfloat16,
+    "layout": "channels_last", "batch": 3, "steps": 2, "order": "forward",
+}  # fmt: skip
+
+
+def blocks_of(case: Case) -> tuple[nn.Module, nn.Module, Tensor]:
+    """The reference's solution, the program's, and an input."""
+    torch.manual_seed(3)
+    (channels, side), dtype = case["map"], case["dtype"]
+    field = reference.SkewPair(channels, channels, 1, case["gamma"], case["activation"], NORMS[case["norm"]])
+    for module in field.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.5, 0.5)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+        if isinstance(module, nn.GroupNorm | nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.4, 1.2)
+            nn.init.uniform_(module.bias, -0.3, 0.3)
+    plain = reference.SOBlock(field, solver=case["solver"], t1=0.8, steps=case["steps"]).to(dtype).eval()
+    twin = copy.deepcopy(plain)
+    fastode.fuse(twin, engine=Resident.name)
+    return plain, twin, sample_input(case["batch"], channels, side, side, dtype=dtype, layout=case["layout"], seed=1)
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_solutions_equal_their_reference(case: Case) -> None:
+    plain, fused, x = blocks_of(case)
+    with order(case["order"]):
+        assert_blocks_equal(plain, fused, x, mode="forward")
+
+
+def solved(case: Case, name: str) -> list[Tensor]:
+    _, fused, x = blocks_of(case)
+    with order(name), torch.no_grad():
+        return [fused(x)]
+
+
+def test_a_missing_barrier_is_seen() -> None:
+    met, seen = set(), set()
+    for norm in ("group", "none", "fixed"):
+        case = BASE | {"norm": norm}
+        right = solved(case, "forward")
+        assert right[0].isfinite().all() and all(same(right, solved(case, name)) for name in ORDERS)
+        every = barriers(lambda case=case: solved(case, "forward"))
+        met |= set(every)
+        for barrier in every:
+            with without(barrier):
+                if not all(same(right, solved(case, name)) for name in ORDERS):
+                    seen.add(barrier)
+    assert met
+    assert {barrier for barrier in met - seen if "// unseen:" not in source_line(barrier)} == set()
+
+
+def test_a_solution_is_one_launch() -> None:
+    with counting() as counts:
+        solved(BASE | {"steps": 3}, "forward")
+    assert counts["launch"] == 1
+
+
+def test_weights_norms_and_maps_may_lie_anywhere() -> None:
+    _, block, x = blocks_of(BASE | {"norm": "fixed"})
+    other = copy.deepcopy(block)
+    for tensor in [*other.parameters(), *[buffer for buffer in other.buffers() if buffer.is_floating_point()]]:
+        wide = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1] + 1), torch.nan, dtype=tensor.dtype)
+        tensor.data = wide[..., 1::2].copy_(tensor.data)
+    wide = torch.full((*x.shape[:-1], 2 * x.shape[-1] + 1), torch.nan, dtype=x.dtype)
+    with torch.no_grad():
+        wanted = block(x)
+        assert torch.equal(other(x), wanted)
+        assert torch.equal(block(wide[..., 1::2].copy_(x)), wanted)
+        assert torch.equal(block(fenced(x)), wanted)
+
+
+def test_what_has_no_program_is_refused() -> None:
+    _, block, x = blocks_of(BASE)
+    gradients = "its programs for CUDA make no gradients of a skew pair"
+    assert choice.can_use(Resident.name, block, x) == (False, gradients)
+    with torch.no_grad():
+        assert choice.can_use(Resident.name, block, x) == (True, "")
+        assert choice.can_use(Resident.name, block.field, (x, x)) == (
+            False, "its programs for CUDA are of a skew pair's solution by equal steps alone"
+        )  # fmt: skip
+        narrow = reference.SOBlock(reference.SkewPair(16, 32), solver="rk4").to(x.dtype)
+        fastode.fuse(narrow)
+        assert choice.can_use(Resident.name, narrow, x) == (
+            False, "its programs for CUDA are of skew pairs with a 3x3 convolution of 16 channels to as many"
+        )  # fmt: skip
