@@ -58,8 +58,8 @@ class Snapshot:
             for tensor in (*variables["_parameters"].values(), *variables["_buffers"].values()):
                 if tensor is not None:
                     self._tensors.append((tensor, type(tensor), tensor.dtype, tensor.device, tensor.shape))
-        # The same comparison in C++; it borrows what the lists above own.
-        made = nodes.module
+        # The same comparison in C++, which a tracer cannot follow; it borrows what the lists above own.
+        made = None if torch.compiler.is_compiling() else nodes.module
         self._watched = None if made is None else made.watched(self._hooks, self._rows, self._tensors)
 
     @property

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import reference
 from ..dispatch import chain
@@ -59,4 +60,5 @@ class Chain(Fused, reference.Chain):
         return self._read().call(inputs)
 
     def _read(self) -> chain.ChainReading:
-        return chain.read_sequence(self._modules, ResBlock, self.engine)
+        modules: Mapping[str, nn.Module | None] = self._modules
+        return chain.read_sequence(modules, ResBlock, self.engine)
