@@ -216,8 +216,8 @@ class Orthogonality:
     """How far Φ = exp(t A) is from orthogonal, on random directions.
 
     Attributes:
-        norm: the largest |‖Φ v‖ / ‖v‖ − 1|.
-        angle: the largest |⟨Φ u, Φ v⟩ − ⟨u, v⟩| of unit vectors.
+        norm: the largest distance of ‖Φ v‖ / ‖v‖ from one.
+        angle: the largest distance of ⟨Φ u, Φ v⟩ from ⟨u, v⟩, of unit vectors.
         inverse: the largest ‖Φᵀ Φ v − v‖ / ‖v‖, with Φᵀ = exp(t Aᵀ).
     """
 
