@@ -321,7 +321,7 @@ def _read(field: Any) -> Field | LinearField:
         linear = read_linear(
             [field.weight, field.bias_y, field.bias_z], field.gamma, field.activation, field.released, field.initial
         )
-        if not all([name in field._parameters for name in ("weight", "bias_y", "bias_z")]):
+        if [name for name in ("weight", "bias_y", "bias_z") if name not in field._parameters]:
             linear.reason = "its weight and biases are not parameters of its own."
         return linear
     norms = [getattr(field, name) for name in _NORMS]
