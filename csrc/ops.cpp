@@ -92,13 +92,13 @@ STABLE_TORCH_LIBRARY(fastode, m) {
       "kept, " FASTODE_BRANCH ", " FASTODE_STEP
       ", float[] weights, bool gradients) -> (Tensor state_bar, Tensor? first_bar, Tensor[] bars, Tensor moments, "
       "Tensor product)");
-  // The field of two matrix products, alone and solved; with given steps `keep_trial` does not count. Log and `raises`
-  // as above.
+  // The field of two matrix products, alone and solved; with given steps `through` does not count. Log, `through` and
+  // `raises` as above.
   m.def("resident_linear_forward(Tensor y, Tensor z, " FASTODE_PAIR ") -> (Tensor dy, Tensor dz)");
   m.def("resident_linear_backward(Tensor y, Tensor z, Tensor? y_bar, Tensor? z_bar, " FASTODE_PAIR
         ", bool need_y, bool need_z, bool gradients) -> (Tensor y_bar, Tensor z_bar, Tensor[] bars)");
   m.def("resident_linear_solve_forward(Tensor x, " FASTODE_PAIR ", " FASTODE_SOLVER
-        ", bool keep, bool keep_trial, bool raises) -> (Tensor y, Tensor log, Tensor[] kept)");
+        ", bool keep, int through, bool raises) -> (Tensor y, Tensor log, Tensor[] kept)");
   m.def("resident_linear_solve_backward(Tensor x, Tensor cotangent, Tensor log, Tensor[] kept, " FASTODE_PAIR
-        ", " FASTODE_SOLVER ", bool keep_trial, bool gradients) -> (Tensor x_bar, Tensor[] bars)");
+        ", " FASTODE_SOLVER ", int through, bool gradients) -> (Tensor x_bar, Tensor[] bars)");
 }

@@ -6,7 +6,7 @@ namespace fastode {
 
 // How a field is solved, as the operators take it, made once; and whether the end depends on a slope of z.
 struct SolverProgram {
-  IValue table, solver, limits, per_sample, keep_trial;
+  IValue table, solver, limits, per_sample, through;
   bool reads_slope_of_z = true;
 };
 
@@ -76,7 +76,7 @@ class LinearSolveNode final : public BlockNode {
   LinearSolveNode(const PairCall& call, const SolverProgram& solver, std::vector<Tensor> kept)
       : BlockNode("ResidentLinearSolveFunctionBackward", call.given, 1, std::move(kept), false, call.constants, nullptr,
                   {call.program.integers, call.program.numbers, solver.table, solver.solver, solver.limits,
-                   solver.per_sample, solver.keep_trial}),
+                   solver.per_sample, solver.through}),
         reads_slope_of_z_(solver.reads_slope_of_z) {}
 
   static Result run(const PairCall& call, const SolverProgram& solver, bool graph) {
@@ -87,7 +87,7 @@ class LinearSolveNode final : public BlockNode {
       const at::AutoDispatchBelowADInplaceOrView below;
       found =
           forward(call.given.tensors[0], call.given.from(1), call.program.integers, call.program.numbers, solver.table,
-                  solver.solver, solver.limits, solver.per_sample, graph, graph && solver.keep_trial.toBool(), false);
+                  solver.solver, solver.limits, solver.per_sample, graph, graph ? solver.through : IValue(0), false);
     }
     const Result result{found[0].toTensor(), found[1].toTensor()};
     if (!graph) return result;

@@ -146,7 +146,7 @@ PyObject* march(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
 
 void free_solver(PyObject* capsule) { delete static_cast<SolverProgram*>(PyCapsule_GetPointer(capsule, kSolver)); }
 
-// solver(table, numbers, limits, per_sample, keep_trial, reads_slope_of_z)
+// solver(table, numbers, limits, per_sample, through, reads_slope_of_z)
 PyObject* solver(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   expect(count, 6);
@@ -154,7 +154,7 @@ PyObject* solver(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   made->table = list_of<double>(arguments[0], number);
   made->solver = list_of<double>(arguments[1], number);
   made->limits = list_of<int64_t>(arguments[2], integer);
-  made->per_sample = truth(arguments[3]), made->keep_trial = truth(arguments[4]);
+  made->per_sample = truth(arguments[3]), made->through = integer(arguments[4]);
   made->reads_slope_of_z = truth(arguments[5]);
   return PyCapsule_New(made.release(), kSolver, free_solver);
   END_HANDLE_TH_ERRORS

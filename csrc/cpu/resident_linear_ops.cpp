@@ -55,15 +55,14 @@ std::tuple<Tensor, Tensor, Tensors> linear_backward(const Tensor& y, const Tenso
   return {call.y_out, call.z_out, bars};
 }
 
-Through through(bool first) { return first ? kFirstSize : kNoSize; }
-
 std::tuple<Tensor, Tensor, Tensors> linear_solve_forward(const Tensor& x, const Tensors& parameters,
                                                          const Integers& integers, const Numbers& numbers,
                                                          const Numbers& table, const Numbers& solver,
                                                          const Integers& limits, bool per_sample, bool keep,
-                                                         bool keep_trial, bool raises) {
+                                                         int64_t through, bool raises) {
   const Embedded scheme = embedded_of(table, solver, limits);
-  const SolveCall call{x, nullptr, new_matrix(x, parameters[0].size(0)), per_sample, keep, through(keep_trial)};
+  const SolveCall call{x,          nullptr, new_matrix(x, parameters[0].size(0)),
+                       per_sample, keep,    static_cast<Through>(through)};
   Tensors kept;
   Numbers log;
   with_field({parameters, integers, numbers}, x, false,
@@ -74,10 +73,10 @@ std::tuple<Tensor, Tensor, Tensors> linear_solve_forward(const Tensor& x, const 
 std::tuple<Tensor, Tensors> linear_solve_backward(const Tensor& x, const Tensor& cotangent, const Tensor& log_of,
                                                   Tensors kept, const Tensors& parameters, const Integers& integers,
                                                   const Numbers& numbers, const Numbers& table, const Numbers& solver,
-                                                  const Integers& limits, bool per_sample, bool keep_trial,
+                                                  const Integers& limits, bool per_sample, int64_t through,
                                                   bool gradients) {
   const Embedded scheme = embedded_of(table, solver, limits);
-  const SolveCall call{x, &cotangent, new_matrix(x, x.size(1)), per_sample, true, through(keep_trial)};
+  const SolveCall call{x, &cotangent, new_matrix(x, x.size(1)), per_sample, true, static_cast<Through>(through)};
   Numbers log = numbers_of(log_of);
   const Tensors bars =
       with_field({parameters, integers, numbers}, x, gradients, [&](const auto& packed, const Tensor& accumulators) {

@@ -280,7 +280,7 @@ def _linear_backward(
 
 def _linear_solve_forward(
     x: Tensor, parameters: Sequence[Tensor], integers: Sequence[int], numbers: Sequence[float], table: Sequence[float],
-    solver: Sequence[float], limits: Sequence[int], per_sample: bool, keep: bool, keep_trial: bool, raises: bool,
+    solver: Sequence[float], limits: Sequence[int], per_sample: bool, keep: bool, through: int, raises: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
     return _matrix(x, parameters[0].shape[0]), _log(x, raises), []
 
@@ -288,7 +288,7 @@ def _linear_solve_forward(
 def _linear_solve_backward(
     x: Tensor, cotangent: Tensor, log: Tensor, kept: Sequence[Tensor], parameters: Sequence[Tensor],
     integers: Sequence[int], numbers: Sequence[float], table: Sequence[float], solver: Sequence[float],
-    limits: Sequence[int], per_sample: bool, keep_trial: bool, gradients: bool,
+    limits: Sequence[int], per_sample: bool, through: int, gradients: bool,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     return _matrix(x, x.shape[1]), _linear_bars(parameters, gradients)
 

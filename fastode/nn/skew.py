@@ -125,8 +125,6 @@ class _FusedSolve(Fused, reference.SOBlock):
             return "its field has hooks, which a fused solution would not call"
         if is_reference(getattr(self.field, "engine", AUTO)):
             return "its field is asked to run as the reference"
-        if self.gradient == "exact" and self.settings.is_adaptive and isinstance(self.field, reference.SkewLinear):
-            return 'with the gradient "exact" the reference takes the steps, and calls the field'
         return ""
 
     def forward(self, x: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from ..schemes.skew_pair.march import March
 from .call import beside
 from .functions import keeps
 from .skew import only
-from .solve import solver_code, tell
+from .solve import solver_code, tell, through_code
 
 _PROGRAM, _SOLVER = "resident node", "resident solver"  # in a field's memo
 
@@ -50,8 +50,7 @@ def _solver(linear: Linear, solver: Solver) -> Any:
     """The solver as the nodes take it; kept beside the field for its last solver."""
     kept = linear.memo.get(_SOLVER)
     if kept is None or kept[0] is not solver:
-        through_first, reads = solver.gradient == "solver", _reads_slope_of_z(linear, solver)
-        made = nodes.module.solver(*solver_code(solver), through_first, reads)
+        made = nodes.module.solver(*solver_code(solver), through_code(solver), _reads_slope_of_z(linear, solver))
         kept = linear.memo[_SOLVER] = solver, made
     return kept[1]
 
@@ -136,7 +135,7 @@ class ResidentLinearSolveFunction(NodeFunction):
             *encode(linear, tensors),
             *solver_code(solver),
             keep,
-            keep and solver.gradient == "solver",
+            through_code(solver) if keep else 0,
             traced,
         )
         if solver.is_adaptive and not traced:
@@ -157,7 +156,7 @@ class ResidentLinearSolveFunction(NodeFunction):
             asked = [*wanted[:-1], wanted[-1] and _reads_slope_of_z(linear, solver)]
             x_bar, found = torch.ops.fastode.resident_linear_solve_backward.default(
                 x, bars[0], log, kept, *encode(linear, tensors), *solver_code(solver),
-                solver.gradient == "solver", any(asked[1:]),
+                through_code(solver), any(asked[1:]),
             )  # fmt: skip
             return only((x_bar, *beside(tensors, found)), asked)
 

@@ -28,7 +28,7 @@ from .skew import encode, of_tensors, only
 # How a solve ended, and the numbers before its attempts and in each (csrc/cpu/resident/control.h).
 _REACHED, _MOST_ATTEMPTS, _NO_STEP, _NOT_FINITE = range(4)
 _HEAD, _EACH = 10, 5
-# Through which sizes a gradient goes (csrc/cpu/resident/control.h).
+# csrc/cpu/resident/control.h
 _THROUGH = {"constant": 0, "solver": 1, "exact": 2}
 
 SolverCode = tuple[list[float], list[float], list[int], bool]
@@ -50,7 +50,7 @@ class ResidentSolveFunction(torch.autograd.Function):
     ) -> tuple[Tensor]:
         keep, traced = keeps(ctx), torch.compiler.is_compiling()
         end, log, kept = torch.ops.fastode.resident_solve_forward.default(
-            x, *encode(pair, tensors), *solver_code(solver), keep, _THROUGH[solver.gradient] if keep else 0, traced
+            x, *encode(pair, tensors), *solver_code(solver), keep, through_code(solver) if keep else 0, traced
         )
         if not traced:
             tell(log.tolist(), solver, watches, steps, x)
@@ -69,7 +69,7 @@ class ResidentSolveFunction(torch.autograd.Function):
             asked = of_tensors([True] * 4, wanted[1:])
             x_bar, found = torch.ops.fastode.resident_solve_backward.default(
                 x, bars[0], log, list(kept), *encode(ctx.pair, tensors), *solver_code(ctx.solver),
-                _THROUGH[ctx.solver.gradient], asked[0], any(asked[1:]),
+                through_code(ctx.solver), asked[0], any(asked[1:]),
             )  # fmt: skip
             return [x_bar, *only(beside(tensors, found), asked)]
 
@@ -88,6 +88,11 @@ def solver_code(solver: Solver) -> SolverCode:
     most = -1 if solver.max_steps is None else solver.max_steps
     rows = _rows(tableau.a, tableau.b, tableau.b_error, tableau.b_mid)
     return rows, numbers, [tableau.order, most, int(tableau.ends_in_solution), 0], solver.per_sample
+
+
+def through_code(solver: Solver) -> int:
+    """Through which sizes a solver's gradient goes, as the operators take it; given ones depend on nothing."""
+    return _THROUGH[solver.gradient] if solver.is_adaptive else 0
 
 
 def _rows(a: Sequence[tuple[float, ...]], *weights: tuple[float, ...]) -> list[float]:
