@@ -260,4 +260,6 @@ def _plain(restored: nn.Module, reading: ChainReading) -> nn.Module:
     """Modules without their twins' classes, and of a sequence what ran in one call."""
     for module in restored.modules():
         module.__class__ = reference_of(type(module)) or type(module)
-    return reference.Chain(*list(restored.children())[: reading.count]) if reading.count else restored
+    # Not children(), which leaves out a layer that has come before.
+    layers = [layer for layer in restored._modules.values() if layer is not None]
+    return reference.Chain(*layers[: reading.count]) if reading.count else restored

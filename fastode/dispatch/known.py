@@ -101,9 +101,9 @@ def known(root: nn.Module, read: Callable[[], Reading], is_block: bool = False) 
         return Known(None, reading)
     beside = root.__dict__[KEY] = _Beside()  # before the snapshot, which has it among the variables
     snapshot = Snapshot(root, hooks_of_root=not is_block)
-    # Of a sequence a part may be read although a hook ends it: a reading that is not taken once the hook is gone.
+    # Of a sequence a part may be read although a hook ends it: this call's own, which is not kept.
     if is_block and not snapshot.holds(root):
-        return Known(None, reading)
+        return Known(snapshot, reading)
     # Tensors that stand in for parameters during one call would be kept alive, with the graph behind them.
     if any(tensor.grad_fn is not None for tensor in snapshot.tensors):
         return Known(snapshot, reading)

@@ -99,10 +99,13 @@ void convolve_strided_back(const Plane<A>& in, const Plane<A>& out, const ConvSh
     const ConvShape part{shape.out_channels, shape.in_channels, rows.count, columns.count};
     ConvJob<A> parts[kMostJobs];
     for (int64_t n = 0; n < count; ++n) parts[n] = {jobs[n].in, parity(jobs[n].out, py, px)};
-    const ConvPlan<A> plan = strided_plan<A>(part, (in.height - py + 1) / 2, (in.width - px + 1) / 2, rows.before,
-                                             columns.before, packed, columns.count, nullptr, out.height);
-    columns.count == 2 ? run_strided<A, 2, 1>(part, plan, parts, count, ahead)
-                       : run_strided<A, 1, 1>(part, plan, parts, count, ahead);
+    const int64_t height = (in.height - py + 1) / 2, width = (in.width - px + 1) / 2;
+    const ConvPlan<A> plan =
+        strided_plan<A>(part, height, width, rows.before, columns.before, packed, columns.count, nullptr, out.height);
+    // A map of one row or column has none of the other parity, and tiles are of a row's width.
+    if (height > 0 && width > 0)
+      columns.count == 2 ? run_strided<A, 2, 1>(part, plan, parts, count, ahead)
+                         : run_strided<A, 1, 1>(part, plan, parts, count, ahead);
     packed += part.template packed_size<A>();
   });
 }
