@@ -377,9 +377,9 @@ def _combine(terms: Iterable[tuple[float, Tensor | None]]) -> Tensor:
     return total
 
 
-def unshared(x: Tensor, module: nn.Module) -> Tensor:
-    """x, or a copy where the module may change its input in place, as an in-place activation does that comes first."""
-    for part in _parts(module):
+def unshared(x: Tensor, *modules: nn.Module) -> Tensor:
+    """x, or a copy where the modules may change it in place, as an in-place activation does that comes first."""
+    for part in _parts(modules):
         if isinstance(part, _FRESH):
             break
         # What is not PyTorch's own is opaque: it may begin with anything.
@@ -388,12 +388,12 @@ def unshared(x: Tensor, module: nn.Module) -> Tensor:
     return x
 
 
-def _parts(module: nn.Module) -> Iterable[nn.Module]:
-    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
-        for child in module:
-            yield from _parts(child)
-    else:
-        yield module
+def _parts(modules: Iterable[nn.Module]) -> Iterable[nn.Module]:
+    for module in modules:
+        if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+            yield from _parts(module)
+        else:
+            yield module
 
 
 def _is_transformed(y: Tensor, in_graph: bool) -> bool:

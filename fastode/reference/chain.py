@@ -38,11 +38,11 @@ class Chain(nn.Sequential):
     def from_layer(self, first: int, x: Tensor) -> Tensor:
         """The layers from one on, applied to x."""
         checks.tensor("x", x)
+        if first == 0:
+            x = unshared(x, *self)
         for index, layer in enumerate(self):
             if index < first:
                 continue
-            if index == 0:
-                x = unshared(x, layer)
             if isinstance(layer, ResBlock):
                 x = layer(x)
             else:
