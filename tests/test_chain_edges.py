@@ -68,3 +68,15 @@ def test_a_hook_behind_what_is_fused_leaves_it_its_gradients(engine: str) -> Non
     with recording() as used:
         fused(x)
     assert used == {fused: engine}
+
+
+def test_parameters_that_change_their_names_but_not_their_order_are_seen() -> None:
+    norm = nn.BatchNorm2d(2)
+    plain = reference.ResBlock(nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), norm, nn.Tanh())).eval()
+    fused = fastode.nn.ResBlock(plain.branch).eval()
+    x = sample_input(2, 2, 4, 5)
+    fused(x)
+    weight, bias = norm.weight, norm.bias
+    del norm.weight, norm.bias
+    norm.bias, norm.weight = weight, bias
+    torch.testing.assert_close(fused(x), plain(x))

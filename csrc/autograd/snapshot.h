@@ -31,9 +31,9 @@ class Watched {
         return Py_NotImplemented;
       }
       if (variables.get() != row.variables.dictionary || Py_TYPE(held) != row.kind) return Py_False;
-      if (!row.variables.same(true)) return Py_NotImplemented;
+      if (!row.variables.same()) return Py_NotImplemented;
       for (const Entries& each : row.contents)
-        if (!each.same(false)) return Py_False;
+        if (!each.same()) return Py_False;
     }
     for (const Met& met : tensors_) {
       const Tensor& tensor = THPVariable_Unpack(met.object);
@@ -55,12 +55,12 @@ class Watched {
       for (Py_ssize_t at = 0; PyDict_Next(before, &at, &key, &value);) items.emplace_back(key, value);
     }
 
-    bool same(bool keys) const {
+    bool same() const {
       if (static_cast<size_t>(PyDict_GET_SIZE(dictionary)) != items.size()) return false;
       PyObject *key, *value;
       size_t next = 0;
       for (Py_ssize_t at = 0; PyDict_Next(dictionary, &at, &key, &value); ++next)
-        if (value != items[next].second || (keys && key != items[next].first)) return false;
+        if (value != items[next].second || key != items[next].first) return false;
       return true;
     }
   };
@@ -93,7 +93,7 @@ class Watched {
       usable_ = false;
   }
 
-  // (module, type, its variables, a copy of them, [(name, identities)], [...]), as snapshot.py has it
+  // (module, type, its variables, a copy of them, [(name, identities, keys)], [...]), as snapshot.py has it
   void add_row(PyObject* row) {
     PyObject *variables = PyTuple_GET_ITEM(row, 2), *before = PyTuple_GET_ITEM(row, 3);
     if (!is_plain_dictionary(variables)) return;

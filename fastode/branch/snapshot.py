@@ -52,7 +52,7 @@ class Snapshot:
                 if each
             ]
             # Of objects that `contents` keeps alive, so that no other one can have their place.
-            identities = [(name, [*map(id, values)]) for name, values, _ in contents]
+            identities = [(name, [*map(id, values)], [*keys]) for name, values, keys in contents]
             known = None if module is root else module
             self._rows.append((known, type(module), variables, dict(variables), identities, contents))
             for tensor in (*variables["_parameters"].values(), *variables["_buffers"].values()):
@@ -86,8 +86,8 @@ class Snapshot:
                 # Another dictionary is in the place of theirs, or this is another module that counts as equal.
                 if held.__dict__ is not variables or variables != before or type(held) is not kind:
                     return False
-                for name, held_then in identities:
-                    if [*map(id, variables[name].values())] != held_then:
+                for name, held_then, keys in identities:
+                    if [*map(id, variables[name].values())] != held_then or [*variables[name]] != keys:
                         return False
         except Exception:  # a tensor or an array among the variables was replaced, and has no truth value
             return False
