@@ -16,9 +16,9 @@ from ..ops import function
 from ..ops.engine import ODE_SOLUTION, Call, Engine, autocast_dtype
 from ..ops.plan import Plan
 from ..ops.rerun import Rerun, StandIn
-from ..ops.schemes.by_error import Steps
+from ..ops.schemes.by_error import Steps, retaken
 from ..ops.schemes.ode.solution import Course
-from ..reference.adaptive import State, first_step, retaken
+from ..reference.adaptive import State
 from ..reference.solvers import solve_fixed
 from ..reference.timed import TimeConv2d, at_time
 from ..solver import Solver
@@ -149,8 +149,4 @@ class _Retaken(nn.Module):
 
         if not solver.is_adaptive:
             return solve_fixed(slope, (x,), solver.tableau, solver.t1, solver.steps)[0]
-        first = slope(torch.zeros((), dtype=x.dtype, device=x.device), (x,))
-        sizes = [torch.tensor(size, dtype=torch.float64, device=x.device) for size in self.steps.sizes]
-        if solver.gradient == "solver" and solver.first_step is None and self.steps.first_stayed:
-            sizes[0] = first_step(slope, (x,), first, solver.tableau.order, solver)
-        return retaken(slope, (x,), first, sizes, solver)[0]
+        return retaken(slope, (x,), solver, self.steps)[0]

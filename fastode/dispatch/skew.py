@@ -18,6 +18,7 @@ from ..ops.engine import Call, Engine, autocast_dtype
 from ..ops.maps import is_channels_last
 from ..ops.plan import TENSORS_PER_NORM, MaybeTensor, MaybeTensors
 from ..ops.rerun import Rerun, StandIn
+from ..ops.schemes import by_error
 from ..ops.schemes.by_error import Steps
 from ..ops.schemes.skew_pair.linear import Linear
 from ..ops.schemes.skew_pair.march import March
@@ -253,11 +254,7 @@ class _RetakenFromX(nn.Module):
         state = self.field.initial_state(x)
         if self.solver.gradient == "exact":
             return integrate(slope, state, self.solver, Watch("", self.solver))[0]
-        first = slope(None, state)
-        sizes = [torch.tensor(size, dtype=torch.float64, device=x.device) for size in steps.sizes]
-        if self.solver.gradient == "solver" and self.solver.first_step is None and steps.first_stayed:
-            sizes[0] = first_step(slope, state, first, self.solver.tableau.order, self.solver)
-        return retaken(slope, state, first, sizes, self.solver)[0]
+        return by_error.retaken(slope, state, self.solver, steps)[0]
 
 
 class _Retaken(nn.Module):

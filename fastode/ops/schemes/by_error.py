@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from ...reference.adaptive import next_factor
+from ...reference import adaptive
 from ...solver import Solver
 from ...steps import Watch
 from ...tableau import Embedded
@@ -100,8 +100,29 @@ def solve_by_error(
             if not (tried.is_finite and all(map(math.isfinite, tried.norms))):
                 watch.attempt(t, size, state)
                 watch.fail_at_step()
-        size *= next_factor(ratio, order)
+        size *= adaptive.next_factor(ratio, order)
     watch.fail_at_most()
+
+
+def through_first(solver: Solver, steps: Steps) -> bool:
+    """Whether the gradient of a solve goes through the size of its first step."""
+    return solver.gradient == "solver" and solver.first_step is None and steps.first_stayed
+
+
+def retaken(slope: adaptive.Slope, state: adaptive.State, solver: Solver, steps: Steps) -> adaptive.State:
+    """The reference's u(t₁) by the steps that a solve took, the first one's size chosen again where it counts.
+
+    Args:
+        slope: as `reference.adaptive.integrate` takes it.
+        state: at time 0.
+        solver: how, with the gradient "solver" or "constant".
+        steps: what the solve took.
+    """
+    first = slope(torch.zeros((), dtype=state[0].dtype, device=state[0].device), state)
+    sizes = [torch.tensor(size, dtype=torch.float64, device=state[0].device) for size in steps.sizes]
+    if through_first(solver, steps):
+        sizes[0] = adaptive.first_step(slope, state, first, solver.tableau.order, solver)
+    return adaptive.retaken(slope, state, first, sizes, solver)
 
 
 def rounded(value: float, dtype: torch.dtype) -> float:

@@ -20,7 +20,7 @@ from ...function import gradients
 from ...maps import coefficients, combine, dots
 from ...plan import MaybeTensor, Plan
 from ...rerun import Rerun
-from ..by_error import Attempt, Steps, interpolating, interpolating_rates, rounded, solve_by_error
+from ..by_error import Attempt, Steps, interpolating, interpolating_rates, rounded, solve_by_error, through_first
 from .field import Field, Made, MakeField, Pulled, Stages
 from .start import Start, WayBack, choose, pull_start
 
@@ -169,7 +169,7 @@ def _solve_by_error(own: Field, course: Course, state: Tensor, entries: int, kee
     (begin,), step = solve_by_error(solver, watch, course.steps, (state,), start.size, attempt, accept)
     weights = [step * w for w in interpolating(tableau, course.steps.at)]
     result = _moved(begin, taken.slopes[-1], weights)
-    if not (keep and _through_first(course)):
+    if not (keep and through_first(solver, course.steps)):
         taken.slopes = []
     return result, taken
 
@@ -179,7 +179,7 @@ def _back_by_error(own: Field, course: Course, taken: _Taken, end_bar: Tensor, s
     solver, steps, start = course.solver, course.steps, taken.start
     tableau = solver.tableau
     assert start is not None and isinstance(tableau, Embedded)
-    through, count = _through_first(course), len(steps.sizes)
+    through, count = through_first(solver, steps), len(steps.sizes)
     size_bar = torch.zeros((), dtype=torch.float64, device=end_bar.device)
     bar, carried = end_bar, None
     for index in range(count - 1, -1, -1):
@@ -215,11 +215,6 @@ def _of_size(tableau: Embedded, pulled: Pulled, step: float, is_first: bool) -> 
         assert pulled.product is not None
         total = total.to(pulled.product.device) + pulled.product / step
     return total
-
-
-def _through_first(course: Course) -> bool:
-    solver = course.solver
-    return solver.gradient == "solver" and solver.first_step is None and course.steps.first_stayed
 
 
 def _times(tableau: Embedded, dtype: torch.dtype, begin: float, step: float, end: float) -> list[float]:
