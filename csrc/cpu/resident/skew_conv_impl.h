@@ -90,31 +90,7 @@ void skew_weight_gradient(const SkewShape& shape, const GradientPair<A>* pairs, 
   const ConvShape down = shape.down();
   if (shape.narrow_gradient<A>()) return narrow_weight_gradient(shape, pairs, count, norm, gradient, scratch, ahead);
   if (shape.stride == 1) return weight_gradient<A>(shape.y_plane<A>(), down, pairs, count, gradient);
-  constexpr int lanes = kLanes<A>, inputs = kInputs<A>;
-  const int64_t out_blocks = blocks_of<A>(down.out_channels), in_blocks = blocks_of<A>(down.in_channels);
-  const int64_t vectors = vectors_of<A>(down.out_channels);
-  const int64_t vector_stride = in_blocks * lanes * lanes * down.kernel_h * down.kernel_w;
-  GradientTile<A> tiles[kPairs];
-  for (int64_t ob = 0; ob < out_blocks; ob += vectors)
-    for (int64_t ib = 0; ib < in_blocks; ++ib)
-      for (int64_t i = 0; i < std::min<int64_t>(lanes, down.in_channels - ib * lanes); i += inputs)
-        for (int64_t ky = 0; ky < down.kernel_h; ++ky)
-          for (int64_t kx = 0; kx < down.kernel_w; ++kx) {
-            for (int64_t n = 0; n < count; ++n)
-              tiles[n] = {pairs[n].in.pixel_at(ib, ky - 1, kx - 1) + i,
-                          pairs[n].cotangent.pixel_at(ob, 0, 0),
-                          shape.height,
-                          shape.width,
-                          2 * pairs[n].in.row,
-                          2 * lanes,
-                          pairs[n].cotangent.row,
-                          pairs[n].cotangent.block};
-            A* to = gradient + gradient_index<A>(down, ob * lanes, ib * lanes + i, ky, kx);
-            if (vectors == 2)
-              gradient_tile<A, 2, inputs>(tiles, count, to, down.kernel_w * lanes, vector_stride);
-            else
-              gradient_tile<A, 1, inputs>(tiles, count, to, down.kernel_w * lanes, vector_stride);
-          }
+  sum_strided(shape.height, shape.width, down, 1, 1, pairs, count, gradient);
 }
 
 }  // namespace fastode::resident

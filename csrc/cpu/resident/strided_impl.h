@@ -110,12 +110,14 @@ void convolve_strided_back(const Plane<A>& in, const Plane<A>& out, const ConvSh
   });
 }
 
+// The weight gradient of stride 2 from cotangents of `height` and `width`, whose taps begin `up` rows and `left`
+// columns before the pixel that they meet.
 template <class A>
-void strided_weight_gradient(const Plane<A>& out, const ConvShape& shape, const GradientPair<A>* pairs, int64_t count,
-                             A* gradient) {
+void sum_strided(int64_t height, int64_t width, const ConvShape& shape, int64_t up, int64_t left,
+                 const GradientPair<A>* pairs, int64_t count, A* gradient) {
   if (count > kPairs) {
-    strided_weight_gradient(out, shape, pairs, kPairs, gradient);
-    return strided_weight_gradient(out, shape, pairs + kPairs, count - kPairs, gradient);
+    sum_strided(height, width, shape, up, left, pairs, kPairs, gradient);
+    return sum_strided(height, width, shape, up, left, pairs + kPairs, count - kPairs, gradient);
   }
   constexpr int lanes = kLanes<A>, inputs = kInputs<A>;
   const int64_t out_blocks = blocks_of<A>(shape.out_channels), in_blocks = blocks_of<A>(shape.in_channels);
@@ -128,10 +130,10 @@ void strided_weight_gradient(const Plane<A>& out, const ConvShape& shape, const 
         for (int64_t ky = 0; ky < shape.kernel_h; ++ky)
           for (int64_t kx = 0; kx < shape.kernel_w; ++kx) {
             for (int64_t n = 0; n < count; ++n)
-              tiles[n] = {pairs[n].in.pixel_at(ib, ky - shape.kernel_h / 2, kx - shape.kernel_w / 2) + i,
+              tiles[n] = {pairs[n].in.pixel_at(ib, ky - up, kx - left) + i,
                           pairs[n].cotangent.pixel_at(ob, 0, 0),
-                          out.height,
-                          out.width,
+                          height,
+                          width,
                           2 * pairs[n].in.row,
                           2 * lanes,
                           pairs[n].cotangent.row,
@@ -142,6 +144,12 @@ void strided_weight_gradient(const Plane<A>& out, const ConvShape& shape, const 
             else
               gradient_tile<A, 1, inputs>(tiles, count, to, shape.kernel_w * lanes, vector_stride);
           }
+}
+
+template <class A>
+void strided_weight_gradient(const Plane<A>& out, const ConvShape& shape, const GradientPair<A>* pairs, int64_t count,
+                             A* gradient) {
+  sum_strided(out.height, out.width, shape, shape.kernel_h / 2, shape.kernel_w / 2, pairs, count, gradient);
 }
 
 template <class A>
