@@ -30,6 +30,7 @@ from .one_step import move_running, undone_on_error
 from .registry import reference_of
 
 _FAMILY = "chain"
+Shape = tuple[int, int, int, int]  # of a map [N, C, H, W]
 
 
 @dataclass
@@ -182,41 +183,39 @@ def _decide(x: Tensor, reading: ChainReading, owner: nn.Module, engine: str) -> 
     return choice.choose(engine, call, partial(_copy_of, owner, reading)), call.program
 
 
-def _maps(reading: ChainReading, x: Tensor) -> Iterator[tuple[Reading, tuple[int, int, int, int]]]:
+def _maps(reading: ChainReading, x: Tensor) -> Iterator[tuple[Reading, Shape]]:
     """Every part with the shape of its input."""
     shape = (x.shape[0], x.shape[1], x.shape[2], x.shape[3])
     for index, part in enumerate(reading.parts):
         yield part, shape
         if index == 0:
-            shape = _shape_after(part, shape)
+            shape = _shapes(part, shape)[-1]
 
 
-def _shape_after(part: Reading, shape: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
-    samples, count, height, width = shape
+def _shapes(part: Reading, shape: Shape) -> list[Shape]:
+    """What each unit of a part gets, and what the last one gives."""
+    found = [shape]
     for unit in part.units or ():
+        samples, count, height, width = found[-1]
         if unit.conv is not None:
             height, width = unit.conv.size_after(height, width)
             count = unit.conv.channels_after(count) or 0
-    return samples, count, height, width
+        found.append((samples, count, height, width))
+    return found
 
 
 def _misfit(reading: ChainReading, x: Tensor) -> bool:
     """Whether some layer does not take what it gets, or branch and shortcut do not give the same shape."""
     ends = []
     for part, shape in _maps(reading, x):
-        _, count, height, width = shape
-        for unit in part.units or ():
+        shapes = _shapes(part, shape)
+        for unit, (_, count, _, _), (_, _, height, width) in zip(part.units or (), shapes, shapes[1:], strict=False):
             wanted = unit.norm.channels if unit.norm is not None else None
             if unit.conv is not None and not unit.conv.mean:
                 wanted = unit.conv.in_channels
-            if wanted is not None and wanted != count:
+            if min(height, width) < 1 or (wanted is not None and wanted != count):
                 return True
-            if unit.conv is not None:
-                height, width = unit.conv.size_after(height, width)
-                count = unit.conv.channels_after(count) or 0
-            if min(height, width) < 1:
-                return True
-        ends.append((count, height, width))
+        ends.append(shapes[-1])
     return len(ends) > 1 and ends[1] != ends[2]
 
 
@@ -224,15 +223,10 @@ def _update(reading: ChainReading, statistics: Sequence[Tensor], x: Tensor) -> N
     """Update the running statistics that the call has met, of each norm by the size of its map."""
     rest = list(statistics)
     for part, shape in _maps(reading, x):
-        samples, _, height, width = shape
-        norms, sizes = [], []
-        for unit, norm in zip(part.units or (), part.norms, strict=True):
-            if norm is not None:
-                norms.append(norm)
-                sizes.append((samples, height * width))
-            if unit.conv is not None:
-                height, width = unit.conv.size_after(height, width)
-        if norms:
+        met = zip(part.norms, _shapes(part, shape), strict=False)
+        pairs = [(norm, (samples, height * width)) for norm, (samples, _, height, width) in met if norm is not None]
+        if pairs:
+            norms, sizes = zip(*pairs, strict=True)
             move_running(norms, rest[: len(norms)], sizes)
             rest = rest[len(norms) :]
 
