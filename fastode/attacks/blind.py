@@ -13,7 +13,7 @@ from .balls import Ball, ball_of
 from .gradient import fgsm, finite
 from .held import attacked
 from .losses import Objective, objective_of
-from .task import Bounds, Number, Task, picked, task_of
+from .task import Bounds, Number, Task, check_early_stop, picked, task_of
 
 __all__ = ["spsa", "transfer"]
 
@@ -81,10 +81,8 @@ def spsa(
     checks.steps(samples, "samples")
     checks.steps(batch_size, "batch_size")
     checks.step_size(delta, "delta")
-    checks.flag("early_stop", early_stop)
     checks.one_of("loss", loss, ("margin", "ce"))
-    if early_stop and mode == "train":
-        raise ValueError("early_stop must be False with mode 'train', in which samples depend on one another")
+    check_early_stop(early_stop, mode)
     ball = ball_of(task, "linf", eps, step_size, 1.0)
     with attacked(model, mode, None), torch.no_grad():
         moved = _Estimate(task, ball, objective_of(loss, task), samples, delta, batch_size, generator).climbed(

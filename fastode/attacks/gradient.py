@@ -15,7 +15,7 @@ from .ascent import Ascent, best_of
 from .balls import ball_of, check_start
 from .held import attacked
 from .losses import check_loss, objective_of
-from .task import Bounds, Number, Task, task_of
+from .task import Bounds, Number, Task, check_early_stop, task_of
 
 __all__ = ["bim", "di2_fgsm", "fgsm", "pgd"]
 
@@ -337,7 +337,6 @@ class _Settings:
         )  # fmt: skip
         checks.steps(self.steps)
         checks.steps(self.restarts, "restarts")
-        checks.flag("early_stop", self.early_stop)
         checks.flag("graphed", self.graphed)
         checks.finite("momentum", self.momentum)
         if self.momentum < 0:
@@ -346,8 +345,7 @@ class _Settings:
         check_loss(self.loss, task, self.confidence)
         if self.loss == "kl" and self.random_start is False:
             raise ValueError("loss must be 'ce' or 'margin' without a random start, where 'kl' has no gradient")
-        if self.early_stop and self.mode == "train":
-            raise ValueError("early_stop must be False with mode 'train', in which samples depend on one another")
+        check_early_stop(self.early_stop, self.mode)
         if self.early_stop and self.graphed:
             raise ValueError("early_stop must be False with graphed, which repeats one shape")
         return task

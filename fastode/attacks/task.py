@@ -183,6 +183,13 @@ def task_of(
     return Task(model, images, labels, targets, low, high)
 
 
+def check_early_stop(early_stop: Any, mode: str) -> None:
+    """Refuse to leave samples out where their answers depend on the rest of the batch."""
+    checks.flag("early_stop", early_stop)
+    if early_stop and mode == "train":
+        raise ValueError("early_stop must be False with mode 'train', in which samples depend on one another")
+
+
 def numbers(name: str, value: Any, images: Tensor, positive: bool = False) -> Tensor:
     """A number, or one for each channel, as a tensor that spreads over images.
 
