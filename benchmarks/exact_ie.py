@@ -6,7 +6,6 @@ plot; two minutes on one core.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -135,16 +134,5 @@ def report(path: Path, pages: Path = experiments.PAGES) -> None:
     experiments.draw([path], pages / f"{NAME}.png", len(record["shapes"]), fill)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Make the experiment, unless only the page is asked for, and the page."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.exact_ie", description=__doc__)
-    parser.add_argument("--report", action="store_true", help="only the page and the plot, from the record")
-    arguments = parser.parse_args(argv)
-    path = experiments.record_of(NAME)
-    if not arguments.report:
-        run(path)
-    report(path)
-
-
 if __name__ == "__main__":
-    main()
+    experiments.command(NAME, __doc__, run, report)

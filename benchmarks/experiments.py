@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -73,3 +74,20 @@ def draw(paths: Sequence[Path], target: Path, panels: int, fill: Callable[[Seque
     figure.savefig(target, dpi=110, metadata={"Description": mark_of(paths), "Software": None})
     pyplot.close(figure)
     return True
+
+
+def command(name: str, about: str | None, run: Callable[[Path], None], report: Callable[[Path], None]) -> None:
+    """Make an experiment, unless only the page is asked for, and the page.
+
+    Args:
+        name: of the record, and with an underscore for a hyphen of the module.
+        about: what it says of itself.
+        run: makes the record.
+        report: writes the page and the plot from it.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name.replace('-', '_')}", description=about)
+    parser.add_argument("--report", action="store_true", help="only the page and the plot, from the record")
+    path = record_of(name)
+    if not parser.parse_args().report:
+        run(path)
+    report(path)

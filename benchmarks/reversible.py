@@ -6,7 +6,6 @@ the same on a busy machine; nothing is timed.
 
 from __future__ import annotations
 
-import argparse
 import copy
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -143,16 +142,5 @@ def report(path: Path, pages: Path = experiments.PAGES) -> None:
     experiments.draw([path], pages / f"{NAME}.png", 1, fill)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Make the experiment, unless only the page is asked for, and the page."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.reversible", description=__doc__)
-    parser.add_argument("--report", action="store_true", help="only the page and the plot, from the record")
-    arguments = parser.parse_args(argv)
-    path = experiments.record_of(NAME)
-    if not arguments.report:
-        run(path)
-    report(path)
-
-
 if __name__ == "__main__":
-    main()
+    experiments.command(NAME, __doc__, run, report)
