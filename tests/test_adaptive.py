@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from second_derivatives import compare_second_derivatives
 from torch import Tensor, nn
 
 import fastode
@@ -215,18 +215,6 @@ def test_a_gradient_of_samples_alone_may_be_differentiated(engine: str) -> None:
         return torch.cat([integrate(slope, state, solver, Watch("", solver))[0] for state in states])
 
     compare_second_derivatives(block, plain, twin, sample_input(2, 3, 6, 6, dtype=F64))
-
-
-def compare_second_derivatives(block: nn.Module, plain: Callable[[Tensor], Tensor], twin: nn.Module, x: Tensor) -> None:
-    found = []
-    for solve, parameters in ((plain, block.parameters()), (twin, twin.parameters())):
-        leaf = x.detach().requires_grad_()
-        (slope,) = torch.autograd.grad(solve(leaf).square().sum(), leaf, create_graph=True)
-        found.append(torch.autograd.grad(slope.square().sum(), [leaf, *parameters], allow_unused=True))
-    for one, other in zip(*found, strict=True):
-        assert (one is None) == (other is None)
-        if one is not None and one.norm() > 1e-8:
-            assert (one - other).norm() <= 1e-8 * one.norm()
 
 
 @pytest.mark.parametrize("engine", ALONE)

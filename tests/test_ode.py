@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from second_derivatives import compare_second_derivatives
 from torch import Tensor, nn
 
 import fastode
@@ -149,16 +150,7 @@ def test_a_gradient_may_be_differentiated(case: int, gradient: str, engine: str)
             return integrate(slope, (x,), solver, Watch("", solver))[0]
         return solve_fixed(slope, (x,), solver.tableau, solver.t1, solver.steps)[0]
 
-    found = []
-    x = sample_of(CASES[case], F64)
-    for solve, parameters in ((plain, block.parameters()), (twin, twin.parameters())):
-        leaf = x.detach().requires_grad_()
-        (first,) = torch.autograd.grad(solve(leaf).square().sum(), leaf, create_graph=True)
-        found.append(torch.autograd.grad(first.square().sum(), [leaf, *parameters], allow_unused=True))
-    for one, other in zip(*found, strict=True):
-        assert (one is None) == (other is None)
-        if one is not None and one.norm() > 1e-8:
-            assert (one - other).norm() <= 1e-8 * one.norm()
+    compare_second_derivatives(block, plain, twin, sample_of(CASES[case], F64))
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from second_derivatives import compare_second_derivatives
 from torch import Tensor, nn
 from torch._dynamo import compiled_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -187,24 +188,6 @@ def slope_sum(field: nn.Module, x: Tensor) -> Tensor:
 
 def slopes_of(field: nn.Module) -> Callable[[Tensor], Tensor]:
     return functools.partial(slope_sum, field)
-
-
-def compare_second_derivatives(
-    block: nn.Module,
-    plain: Callable[[Tensor], Tensor],
-    twin: nn.Module,
-    x: Tensor,
-    call: Callable[..., Tensor] = lambda twin, x: twin(x),
-) -> None:
-    found = []
-    for solve, parameters in ((plain, block.parameters()), (functools.partial(call, twin), twin.parameters())):
-        leaf = x.detach().requires_grad_()
-        (slope,) = torch.autograd.grad(solve(leaf).square().sum(), leaf, create_graph=True)
-        found.append(torch.autograd.grad(slope.square().sum(), [leaf, *parameters], allow_unused=True))
-    for one, other in zip(*found, strict=True):
-        assert (one is None) == (other is None)
-        if one is not None and one.norm() > 1e-8:
-            assert (one - other).norm() <= 1e-8 * one.norm()
 
 
 NODES: list[tuple[Any, bool]] = [
