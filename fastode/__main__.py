@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -86,14 +87,16 @@ def _cpu_name() -> str:
 def _build_now(*, load: bool) -> int:
     """Exit status 1, with the reason, when the operators cannot be had, or CUDA's for architectures that were named."""
     reason: str | None = None
-    try:
-        where = operators.find_or_build()
-        reason = operators.load() if load else None
-    except toolchain.BuildError as error:
-        reason = str(error)
+    with ThreadPoolExecutor(1) as beside:  # the nodes are one long file, which one core compiles meanwhile
+        nodes_built = beside.submit(nodes.find_or_build, operators.source_root(), again=True)
+        try:
+            where = operators.find_or_build()
+            reason = operators.load() if load else None
+        except toolchain.BuildError as error:
+            reason = str(error)
     print(reason or f"the C++ operators are built: {where}", file=sys.stderr if reason else sys.stdout)
     try:
-        print(f"the autograd nodes are built: {nodes.find_or_build(operators.source_root(), again=True)}")
+        print(f"the autograd nodes are built: {nodes_built.result()}")
     except toolchain.BuildError as error:
         print(f"the autograd nodes are not built, and run in Python: {error}", file=sys.stderr)
     missing = ""

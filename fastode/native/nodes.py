@@ -31,8 +31,9 @@ from .toolchain import LIBRARY, BuildError, Recipe
 PACKAGE = Path(__file__).resolve().parents[1]
 NAME = "fastode_nodes"  # of the module, as nodes.cpp has it
 SWITCH = "FASTODE_CPP_NODES"
-# Its own code takes a microsecond of a call: optimising it further only makes the build longer.
-FLAGS = (*toolchain.FLAGS, "-O1")
+# Its own code takes a microsecond of a call: optimising it further only makes the build longer, as do the headers of
+# torch's operators that it does not call.
+FLAGS = (*toolchain.FLAGS, "-O1", "-DAT_PER_OPERATOR_HEADERS")
 
 module: Any = None  # None where it is not loaded
 _path: Path | None = None

@@ -99,6 +99,7 @@ struct MarchWorker {
       march.backward(from, n, cotangent.load(n), out.view(n), gradients);
     else
       march.forward(from, n, out.view(n));
+    march.expect_nothing();
     out.store(n);
   }
 };

@@ -73,6 +73,7 @@ class SkewMarch {
     for (const bool y : {true, false}) traces_.expect(y, stages_.pair, ahead, n + 1);
     stages_.pair.ahead = &ahead;
   }
+  void expect_nothing() { stages_.pair.ahead = nullptr; }
 
   // The solution from x, sample n of the batch.
   void forward(const View<A>& x, int64_t n, const View<A>& out) {
