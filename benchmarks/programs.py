@@ -27,11 +27,10 @@ BLOCKS: dict[tuple[str, str], Callable[[int], nn.Module]] = {
     ("soblock", "rk4"): lambda channels: bench_skew.block(channels, channels, 1, "rk4"),
 }
 MODES = ("forward", "input_grad", "train")
-FORWARD_ALONE = ("soblock",)  # families whose gradients have no programs
 # A call launches one program forwards, one more for the gradient of the input, and two for those of the parameters.
 LAUNCHES = {"forward": 1, "input_grad": 2, "train": 4}
-TIMED = (("ssp3", "eval"), ("ie", "k1"))
-SANITIZED = (*TIMED, ("ssp3", ""), ("ie-bn", "k1"), ("soblock", "rk4"))  # each program once
+TIMED = (("ssp3", "eval"), ("ie", "k1"), ("soblock", "rk4"))
+SANITIZED = (*TIMED, ("ssp3", ""), ("ie-bn", "k1"))  # each program once
 PAPERS = ((16, 32), (64, 8), (32, 16))  # the sizes of the papers' networks
 # Of a judged input: more than a card of 132 multiprocessors has blocks of the larger programs, so that some take two.
 # Not many more, for the truth that they are judged by takes float64.
@@ -54,14 +53,9 @@ def workloads() -> list[Workload]:
     return [workload(*named, *size) for size in sizes for named in BLOCKS]
 
 
-def modes(found: Workload) -> tuple[str, ...]:
-    """The modes in which a workload is one launch each way."""
-    return MODES[:1] if found.id in FORWARD_ALONE else MODES
-
-
-def timed() -> list[Workload]:
-    """What is timed: at the papers' sizes."""
-    return [w for w in workloads()[: len(BLOCKS) * len(PAPERS)] if (w.id, w.variant) in TIMED]
+def timed(sizes: int = len(PAPERS)) -> list[Workload]:
+    """What is timed: at so many of the papers' sizes."""
+    return [w for w in workloads()[: len(BLOCKS) * sizes] if (w.id, w.variant) in TIMED]
 
 
 def many(channels: int, side: int) -> Tensor:

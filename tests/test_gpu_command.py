@@ -152,17 +152,19 @@ def test_the_cuda_programs_come_first_at_each_size_in_every_mode() -> None:
     items, blocks = gpu_bench.plan(), gpu_bench.programs.timed()
     modes = ("forward", "input_grad", "train")
     leading = [(i.workload.name, i.mode, i.dtype) for i in items[: len(modes) * len(blocks)]]
-    assert leading[:6] == [(name, mode, "bfloat16") for mode in modes for name in ("ssp3 eval 16@32", "ie k1 16@32")]
+    first = [w.name for w in gpu_bench.programs.timed(1)]
+    assert first == ["ssp3 eval 16@32", "ie k1 16@32", "soblock rk4 16@32"]
+    assert leading[:9] == [(name, mode, "bfloat16") for mode in modes for name in first]
     assert {(name, mode) for name, mode, _ in leading} == {(w.name, mode) for w in blocks for mode in modes}
     assert len({i.name for i in items}) == len(items)
     for plan in (gpu_bench.compiled_plan(), gpu_bench.smoke_plan()):
-        assert [i.name for i in plan[:8]] == [i.name for i in items[:8]] and len({i.name for i in plan}) == len(plan)
+        assert [i.name for i in plan[:18]] == [i.name for i in items[:18]] and len({i.name for i in plan}) == len(plan)
     assert all("compile-ro" in i.rivals for i in gpu_bench.compiled_plan())
     assert [w.name for w in gpu_check.checked()[: len(blocks)]] == [w.name for w in blocks]
 
 
 def test_the_plan_has_every_family_mode_and_dtype_before_any_second_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_bench.programs, "timed", list)
+    monkeypatch.setattr(gpu_bench.programs, "timed", lambda sizes=0: [])
     items = gpu_bench.plan()
     assert len({(i.workload.name, i.mode, i.dtype) for i in items}) == len(items)
     first = items[: len(gpu_bench.FAMILIES) * 3 * 2]
@@ -212,7 +214,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_rows, "workload", lambda row: tiny())
     monkeypatch.setattr(gpu_rows, "TABLE", gpu_rows.TABLE[:2])
     monkeypatch.setattr(gpu_rows, "PROGRAMS", ())
-    monkeypatch.setattr(gpu_bench.programs, "timed", list)
+    monkeypatch.setattr(gpu_bench.programs, "timed", lambda sizes=0: [])
     monkeypatch.setattr(gpu_bench, "measured", lambda: [tiny()])
     monkeypatch.setattr(gpu_bench, "compiled_plan", lambda: [Item(tiny(), "forward", "bfloat16", (), rounds=(2, 2))])
     monkeypatch.setattr(gpu_bench, "MODES", ("train",))

@@ -207,7 +207,7 @@ class Batch : public Base {
     widen(bar, state);
     Tile::recall(state, this->place(room, input[u], sample));
     this->pull_activation(u, state, bar);
-    this->sum_channels(state, bar);
+    this->sum_channels(state, bar, this->memory_.mean);
     if (is_batch(u)) leave_sums<2>(sample);
     if (wanted) this->add_sums(u);
   }
@@ -222,7 +222,7 @@ class Batch : public Base {
     widen(bar, state);
     Tile::recall(state, input);
     this->pull_activation(u, state, bar);
-    this->pull_norm(u, state, bar, is_batch(u));
+    this->pull_norm(u, state, bar, this->memory_.mean, is_batch(u));
   }
 
   int turn_ = 0;

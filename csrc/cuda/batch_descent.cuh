@@ -106,7 +106,7 @@ struct BatchDescentBackward {
       if (k > 0) push(branch, call, k);
       sweep(branch, call, k);
     }
-    if (call.sums) branch.store_sums(call.sums + block() * call.branch.count * 2 * Tile::kChannels);
+    if (call.sums) branch.store_sums(call.sums, call.branch.count);
   }
 
  private:

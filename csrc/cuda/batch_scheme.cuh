@@ -94,7 +94,7 @@ struct BatchSchemeBackward {
             Tile::keep(bar, place(call, call.bar[k], n));
           });
     }
-    if (sums) branch.store_sums(backward.sums + block() * call.branch.count * 2 * Tile::kChannels);
+    if (sums) branch.store_sums(backward.sums, call.branch.count);
   }
 
  private:

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "activation.cuh"
-#include "sums.cuh"
+#include "norms.cuh"
 
 namespace fastode::device {
 
@@ -23,14 +23,14 @@ struct Left {
 };
 
 template <class Tile>
-class Branch : public Sums<Tile> {
-  using Base = Sums<Tile>;
+class Branch : public Norms<Tile> {
+  using Base = Norms<Tile>;
 
  public:
   using typename Base::State;
   using typename Base::T;
   using Sum = typename Tile::Sum;
-  using Base::C, Base::W, Base::leave_partial, Base::sum_channel;
+  using Base::C, Base::W, Base::leave_partial, Base::sum_channel, Base::number, Base::place;
 
   // Reads all parameters; `weights`: of the convolutions, too.
   FASTODE_DEVICE Branch(const cuda::Branch& branch, int samples, bool weights = true)
@@ -129,34 +129,21 @@ class Branch : public Sums<Tile> {
       }
       pull_activation(u, state, bar);
       const bool coupled = unit.norm == kGroupNorm, wanted = left.sums && affine(unit);
-      if (coupled || wanted) sum_channels(state, bar);
-      if (coupled) take_means(u, 2, 0);
-      if (wanted) add_sums(u);
+      if (coupled || wanted) this->sum_channels(state, bar, memory_.mean);
+      if (coupled) take_unit_means(u, 2, 0);
+      if (wanted) this->add_sums(u);
       if (coupled || wanted) block_barrier();
       if (coupled && left.back[u] >= 0) keep_rows(evaluation, u, sample, 1, memory_.means);
-      pull_norm(u, state, bar, coupled);
+      this->pull_norm(u, state, bar, memory_.mean, coupled);
     }
-  }
-
-  // The sums for the gradients of the norms' weights and biases, [unit][bias, weight][C].
-  FASTODE_DEVICE void store_sums(float* to) const {
-    block_barrier();  // unseen: it is needed where nothing was pulled back, because all of beta is zero
-    FASTODE_ROLLED
-    for (int i = thread(); i < branch_.count * 2 * C; i += Tile::kThreads)
-      to[i] = memory_.sums(i / (2 * C))[i % (2 * C)];
-  }
-
-  static FASTODE_DEVICE float number(const cuda::Vector& vector, int at, float otherwise) {
-    return vector.data ? T::unpack(static_cast<const uint16_t*>(vector.data)[at * vector.stride]).low : otherwise;
-  }
-
-  static FASTODE_DEVICE char* place(const cuda::Room& room, int slot, int64_t sample) {
-    char* const first = slot < room.split ? room.kept : room.own;
-    return first + ((slot < room.split ? slot : slot - room.split) * room.samples + sample) * Tile::kKeptBytes;
   }
 
  protected:
   using Base::channel, Base::entry, Base::memory_, Base::sum_group;
+
+  FASTODE_DEVICE void take_unit_means(int u, int kinds, int at, bool weighted = true) {
+    this->take_means(branch_.unit[u].groups, weighted ? memory_.norm_weight(u) : nullptr, kinds, at);
+  }
 
   static FASTODE_DEVICE bool affine(const cuda::Unit& unit) { return unit.norm_weight.data || unit.norm_bias.data; }
 
@@ -233,73 +220,6 @@ class Branch : public Sums<Tile> {
         FASTODE_UNROLLED
         for (int half = 0; half < 2; ++half)
           bar.value[tile][j / 2][2 * half + j % 2] *= derive(act, (entry(state, tile, j, half) - mean) * factor + b);
-      }
-    }
-  }
-
-  // The sums over the pixels of bar and of bar times the normalised map, by channels, left as parts of warps.
-  FASTODE_DEVICE void sum_channels(const State& state, const Sum& bar) {
-    float sums[2][4];
-    FASTODE_UNROLLED
-    for (int j = 0; j < 4; ++j) {
-      const int c = channel(j);
-      const float mean = memory_.mean[c], rstd = memory_.rstd[c];
-      sums[0][j] = sums[1][j] = 0;
-      FASTODE_UNROLLED
-      for (int tile = 0; tile < Tile::kTiles; ++tile) {
-        FASTODE_UNROLLED
-        for (int half = 0; half < 2; ++half) {
-          const float v = bar.value[tile][j / 2][2 * half + j % 2];
-          sums[0][j] += v;
-          sums[1][j] += v * ((entry(state, tile, j, half) - mean) * rstd);
-        }
-      }
-    }
-    leave_partial(sums);
-    block_barrier();
-  }
-
-  // Of each group, the means of some kinds of sums times the norm's weight (or of the sums themselves), to `means` from
-  // `at` on.
-  FASTODE_DEVICE void take_means(int u, int kinds, int at, bool weighted = true) {
-    const int width = C / branch_.unit[u].groups;
-    const float* weight = weighted ? memory_.norm_weight(u) : nullptr;
-    FASTODE_ROLLED
-    for (int i = Tile::warp(); i < branch_.unit[u].groups * kinds; i += Tile::kThreads / 32) {
-      const int g = i / kinds, kind = i % kinds;
-      const float mean = sum_group(kind, g, width, weight) / static_cast<float>(width * W * W);
-      FASTODE_ROLLED
-      for (int c = g * width + lane(); c < (g + 1) * width; c += 32) memory_.means[(at + kind) * C + c] = mean;
-    }
-  }
-
-  FASTODE_DEVICE void add_sums(int u) {
-    for (int c = thread(); c < C; c += Tile::kThreads)
-      memory_.sums(u)[c] += sum_channel(0, c), memory_.sums(u)[C + c] += sum_channel(1, c);
-  }
-
-  // bar becomes rstd (v − its mean − n̂ · mean of n̂ v) for v = weight · bar, without means where statistics are given.
-  FASTODE_DEVICE void pull_norm(int u, const State& state, Sum& bar, bool coupled) const {
-    FASTODE_UNROLLED
-    for (int j = 0; j < 4; ++j) {
-      const int c = channel(j);
-      const float mean = memory_.mean[c], rstd = memory_.rstd[c], weight = memory_.norm_weight(u)[c];
-      if (!coupled) {  // the map is not read: it may be infinite
-        FASTODE_UNROLLED
-        for (int tile = 0; tile < Tile::kTiles; ++tile) {
-          FASTODE_UNROLLED
-          for (int half = 0; half < 2; ++half) bar.value[tile][j / 2][2 * half + j % 2] *= rstd * weight;
-        }
-        continue;
-      }
-      const float first = memory_.means[c], second = memory_.means[C + c];
-      FASTODE_UNROLLED
-      for (int tile = 0; tile < Tile::kTiles; ++tile) {
-        FASTODE_UNROLLED
-        for (int half = 0; half < 2; ++half) {
-          float& v = bar.value[tile][j / 2][2 * half + j % 2];
-          v = rstd * (weight * v - first - (entry(state, tile, j, half) - mean) * rstd * second);
-        }
       }
     }
   }

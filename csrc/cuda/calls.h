@@ -5,6 +5,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "../constants.h"
@@ -137,9 +138,30 @@ inline Tensor new_measured(const Tensor& x, Branch& branch, int64_t evaluations)
   return made;
 }
 
-// A backward's sums of the norms' gradients, from so many blocks.
-inline int64_t sums_of(const Tensor& x, int rows, int units) {
-  return static_cast<int64_t>(rows) * units * 2 * x.size(1);
+// A backward's sums of so many norms' gradients, from so many blocks.
+inline int64_t sums_of(const Tensor& x, int rows, int norms) {
+  return static_cast<int64_t>(rows) * norms * 2 * x.size(1);
+}
+
+using Gradients = std::tuple<Tensor, Tensors>;  // of x and of the parameters
+
+// A parameter's gradient, contiguous, that nobody has written yet.
+inline Tensor new_gradient(const Tensor& p) {
+  Integers sizes, strides(p.dim(), 1);
+  for (int64_t d = 0; d < p.dim(); ++d) sizes.push_back(p.size(d));
+  for (int64_t d = p.dim() - 1; d-- > 0;) strides[d] = strides[d + 1] * sizes[d + 1];
+  return new_tensor(p, p.scalar_type(), sizes, strides);
+}
+
+// Launches the convolutions' gradients: what is returned has the shares that `finish` is to add up.
+inline Tensor make_products(const Tensor& x, WeightsCall& call, FinishCall& finish) {
+  const Queue queue = queue_of(x);
+  const int blocks = weight_gradients_blocks(type_of(x), shape_of(x), call, queue), channels = finish.channels;
+  const Tensor partial = new_vector(x, static_cast<int64_t>(blocks) * (9 * channels + 1) * channels, ScalarType::Float);
+  finish.partial = call.partial = static_cast<float*>(partial.data_ptr());
+  finish.partial_rows = blocks / call.branch.count;
+  launched(weight_gradients(type_of(x), shape_of(x), call, queue));
+  return partial;
 }
 
 }  // namespace fastode::cuda

@@ -84,7 +84,7 @@ struct DescentBackward {
       finish(branch, call, n, bar, sum);
       Tile::store(bar, call.result, n);
     }
-    if (call.sums) branch.store_sums(call.sums + block() * call.branch.count * 2 * Tile::kChannels);
+    if (call.sums) branch.store_sums(call.sums, call.branch.count);
   }
 
  private:

@@ -1,5 +1,5 @@
+#include "march.cuh"
 #include "shapes.cuh"
-#include "skew.cuh"
 
 namespace fastode::cuda {
 

@@ -111,11 +111,7 @@ inline Tensors new_gradients(const Tensors& parameters, const Integers& units, F
   Tensors bars;
   const auto add = [&](bool present) -> void* {
     if (!present) return nullptr;
-    const Tensor& p = parameters[bars.size()];
-    Integers sizes, strides(p.dim(), 1);
-    for (int64_t d = 0; d < p.dim(); ++d) sizes.push_back(p.size(d));
-    for (int64_t d = p.dim() - 1; d-- > 0;) strides[d] = strides[d + 1] * sizes[d + 1];
-    bars.push_back(new_tensor(p, p.scalar_type(), sizes, strides));
+    bars.push_back(new_gradient(parameters[bars.size()]));
     return bars.back().data_ptr();
   };
   for (int u = 0; u < finish.units; ++u) {
@@ -132,19 +128,13 @@ inline Tensors new_gradients(const Tensors& parameters, const Integers& units, F
 // From what a backward left to the parameters' gradients: two launches.
 inline Tensors parameter_gradients(const Tensor& x, WeightsCall& call, const Tensors& parameters, const Integers& units,
                                    const float* sums, int sums_rows) {
-  const Queue queue = queue_of(x);
-  const int count = call.branch.count, channels = static_cast<int>(x.size(1));
-  const int blocks = weight_gradients_blocks(type_of(x), shape_of(x), call, queue);
-  const Tensor partial = new_vector(x, static_cast<int64_t>(blocks) * (9 * channels + 1) * channels, ScalarType::Float);
-  call.partial = static_cast<float*>(partial.data_ptr());
-  launched(weight_gradients(type_of(x), shape_of(x), call, queue));
-  FinishCall finish{count, channels, call.partial, sums, blocks / count, sums_rows, {}};
+  const int count = call.branch.count;
+  FinishCall finish{count, count, static_cast<int>(x.size(1)), nullptr, sums, 0, sums_rows, {}};
+  const Tensor partial = make_products(x, call, finish);
   const Tensors bars = new_gradients(parameters, units, finish);
-  launched(finish_gradients(type_of(x), finish, queue));
+  launched(finish_gradients(type_of(x), finish, queue_of(x)));
   return bars;
 }
-
-using Gradients = std::tuple<Tensor, Tensors>;
 
 // The gradients of x and, if they are wanted, of the parameters.
 inline Gradients scheme_backward(const Tensor& x, const Tensor& cotangent, const Tensors& kept_pieces,
@@ -336,7 +326,8 @@ void implement(Library& m) {
   m.impl("resident_rk_backward", TORCH_BOX(&rk_backward));
   m.impl("resident_ie_forward", TORCH_BOX(&ie_forward));
   m.impl("resident_ie_backward", TORCH_BOX(&ie_backward));
-  m.impl("resident_march_forward", TORCH_BOX(&solve_forward));
+  m.impl("resident_march_forward", TORCH_BOX(&march_solution));
+  m.impl("resident_march_backward", TORCH_BOX(&march_gradients));
 }
 
 }  // namespace fastode::cuda

@@ -100,16 +100,21 @@ struct WeightsCall {
   Product product[kMostProducts];
 };
 
+// The norms of a skew pair: before W on y and on z, after the activation on each.
+inline constexpr int kPairNorms = 4;
+
+inline constexpr int kMostGradients = kMostUnits > kPairNorms ? kMostUnits : kPairNorms;
+
 // A unit's gradients: contiguous, of the maps' dtype; null where the parameter is absent.
 struct UnitGradients {
   void *norm_weight, *norm_bias, *weight, *bias;
 };
 
 struct FinishCall {
-  int units, channels;
+  int units, norms, channels;  // the norms are those of as many units, or of a pair
   const float *partial, *sums;
   int partial_rows, sums_rows;
-  UnitGradients unit[kMostUnits];
+  UnitGradients unit[kMostGradients];
 };
 
 // What an evaluation of the branch and its pull-back keep, by place.
@@ -139,9 +144,6 @@ struct DescentCall {
   float* sums;
 };
 
-// The norms of a skew pair: before W on y and on z, after the activation on each.
-inline constexpr int kPairNorms = 4;
-
 struct PairNorm {
   int mode, groups;  // a code of constants.h
   float eps;
@@ -162,15 +164,29 @@ struct Used {
   uint32_t y, z;
 };
 
-// A solution of a skew pair by equal steps.
+// A solution of a skew pair by equal steps. In the kept places lie, where there are any, the activation's input of each
+// slope that is used, in the order in which they are made, and the states after each step but the last.
 struct MarchCall {
   int samples, stages, steps;
   Pair pair;
-  Map x, result;
-  Room room;                                  // 4 + 2 stages places
+  Map x, result;  // backward: the result is the cotangent of x
+  Room room;
   float table[kMostStages + 1][kMostStages];  // a scheme's rows, and its weights at row `stages`, times the step
   int turn;                                   // the first step of those that use the slopes of used[1]
   Used used[2];
+  int before[2][kMostStages], width[2];  // how many slopes are used in a step before each stage, and in all
+  float* statistics;  // of the norms, [step][stage][norm][sample][mean, rstd][channels]; null: nothing is kept
+};
+
+struct MarchBackCall {
+  MarchCall march;
+  Map cotangent;
+  bool points;  // whether the points of the stages are read again
+  // For the gradient of W: places of the inputs of products, one for each slope that is used, and behind them of their
+  // cotangents; -1: it is not wanted. And statistics that change nothing, [slope][sample][mean, rstd, 2][channels].
+  int products;
+  float* plain;
+  float* sums;  // of the norms, [block][norm][bias, weight][channels]; null: their gradients are not wanted
 };
 
 enum class Type { kBFloat16, kFloat16 };
@@ -197,12 +213,14 @@ const char* batch_descent_forward(Type type, Shape shape, const DescentCall& cal
 const char* batch_descent_backward(Type type, Shape shape, const DescentCall& call, const Queue& queue);
 
 const char* march_forward(Type type, Shape shape, const MarchCall& call, const Queue& queue);
+const char* march_backward(Type type, Shape shape, const MarchBackCall& call, const Queue& queue);
 
 // How many blocks a launch of these programs will have.
 int scheme_backward_blocks(Type type, Shape shape, const BackwardCall& call, const Queue& queue);
 int descent_backward_blocks(Type type, Shape shape, const DescentCall& call, const Queue& queue);
 int batch_scheme_backward_blocks(Type type, Shape shape, const BackwardCall& call, const Queue& queue);
 int batch_descent_backward_blocks(Type type, Shape shape, const DescentCall& call, const Queue& queue);
+int march_backward_blocks(Type type, Shape shape, const MarchBackCall& call, const Queue& queue);
 int weight_gradients_blocks(Type type, Shape shape, const WeightsCall& call, const Queue& queue);
 
 }  // namespace fastode::cuda

@@ -85,7 +85,7 @@ struct SchemeBackward {
       }
       Tile::store(bar, call.result, n);
     }
-    if (backward.sums) branch.store_sums(backward.sums + block() * call.branch.count * 2 * Tile::kChannels);
+    if (backward.sums) branch.store_sums(backward.sums, call.branch.count);
   }
 
  private:

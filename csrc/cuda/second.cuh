@@ -32,7 +32,7 @@ class Second : public Branch<Tile> {
       block_barrier();
       if (this->branch_.unit[u].norm == kGroupNorm) {
         sum_tangent(t, h);
-        this->take_means(u, 2, kTangent, false);
+        this->take_unit_means(u, 2, kTangent, false);
         block_barrier();
       }
       this->keep_rows(means, u, sample, 1, this->memory_.means + kTangent * C);
@@ -91,7 +91,7 @@ class Second : public Branch<Tile> {
       pull_both(u, bar, factor, places);
       block_barrier();
       const bool coupled = unit.norm == kGroupNorm;
-      if (coupled) this->take_means(u, 3, kPulled);
+      if (coupled) this->take_unit_means(u, 3, kPulled);
       if (sums && Base::affine(unit)) add_both(u, weight);
       block_barrier();
       combine(u, bar, factor, places, coupled);

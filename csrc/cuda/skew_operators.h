@@ -1,4 +1,4 @@
-// The resident operators of the skew pair over the programs: its solution by equal steps, forwards.
+// The resident operators of the skew pair over the programs: its solution by equal steps, forwards and backwards.
 #pragma once
 
 #include <tuple>
@@ -55,22 +55,108 @@ inline void read_march(MarchCall& call, const Numbers& table, int64_t steps, con
   while (call.turn > 0 && same(used(call.turn - 1), call.used[1])) --call.turn;
   for (int step = 0; step < call.turn; ++step)
     if (!same(used(step), call.used[0])) throw std::runtime_error("steps before the last use slopes of their own");
+  for (int group = 0; group < 2; ++group) {
+    int count = 0;
+    for (int i = 0; i < stages; ++i) {
+      call.before[group][i] = count;
+      count += static_cast<int>((call.used[group].y >> i & 1) + (call.used[group].z >> i & 1));
+    }
+    call.width[group] = count;
+  }
 }
 
-inline std::tuple<Tensor, Tensors> solve_forward(const Tensor& x, const Tensors& parameters, const Integers& integers,
-                                                 const Numbers& numbers, const Numbers& table, int64_t steps,
-                                                 const Integers& used, bool, bool last) {
-  const Tensor y = new_map(x, last);
+// How many slopes a solution uses.
+inline int slopes_of(const MarchCall& call) {
+  return call.turn * call.width[0] + (call.steps - call.turn) * call.width[1];
+}
+
+// A solution as `read_march` has read it; `keep`: with places for what a backward reads.
+inline MarchCall march_call(const Tensor& x, const Tensor& result, const Tensors& parameters, const Integers& integers,
+                            const Numbers& numbers, const Numbers& table, int64_t steps, const Integers& used,
+                            bool keep) {
   MarchCall call{};
   call.samples = static_cast<int>(x.size(0));
   call.pair = pair_of(parameters, integers, numbers);
-  call.x = map_of(x), call.result = map_of(y);
+  call.x = map_of(x), call.result = map_of(result);
   read_march(call, table, steps, used);
-  const int places = 4 + 2 * call.stages;
-  const Store own(x, places, 0);
-  call.room = {own.at(), nullptr, places, x.size(0)};
+  call.room.samples = x.size(0);
+  call.room.split = keep ? slopes_of(call) + 2 * (call.steps - 1) : 0;
+  return call;
+}
+
+inline std::tuple<Tensor, Tensors> march_solution(const Tensor& x, const Tensors& parameters, const Integers& integers,
+                                                  const Numbers& numbers, const Numbers& table, int64_t steps,
+                                                  const Integers& used, bool keep, bool last) {
+  const Tensor y = new_map(x, last);
+  MarchCall call = march_call(x, y, parameters, integers, numbers, table, steps, used, keep);
+  const int places = call.room.split;
+  const Store kept(x, places, keep ? 2 * kPairNorms * call.steps * call.stages * x.size(0) * x.size(1) : 0);
+  const Store own(x, 4 + 2 * call.stages, 0);
+  call.room.kept = kept.at(), call.room.own = own.at();
+  call.statistics = keep ? kept.numbers(x, places) : nullptr;
   launched(cuda::march_forward(type_of(x), shape_of(x), call, queue_of(x)));
-  return {y, {}};
+  return {y, keep ? Tensors{kept.tensor} : Tensors{}};
+}
+
+// The gradients of W and of the norms' parameters, as far as they are asked for, and the others empty. `finish` gets
+// where those of the norms go, and W's.
+inline Tensors new_pair_gradients(const Tensors& parameters, const Integers& integers, bool weight, bool norms,
+                                  FinishCall& finish) {
+  Tensors bars;
+  const auto add = [&](bool asked) -> void* {
+    const Tensor& p = parameters[bars.size()];
+    bars.push_back(asked ? new_gradient(p) : new_vector(p, 0, p.scalar_type()));
+    return asked ? bars.back().data_ptr() : nullptr;
+  };
+  finish.unit[0].weight = add(weight);
+  for (int which = 0; which < kPairNorms; ++which) {
+    const int64_t bits = integers[4 + 3 * which];
+    UnitGradients& norm = finish.unit[which];
+    if (bits & resident::kWeight) norm.norm_weight = add(norms);
+    if (bits & resident::kBias) norm.norm_bias = add(norms);
+    for (int i = 0; bits & resident::kRunning && i < 2; ++i) add(false);
+  }
+  return bars;
+}
+
+// The gradients of x and, where they are asked for, of W and of the norms' parameters.
+inline Gradients march_gradients(const Tensor& x, const Tensor& cotangent, const Tensors& kept_pieces,
+                                 const Tensors& parameters, const Integers& integers, const Numbers& numbers,
+                                 const Numbers& table, int64_t steps, const Integers& used, bool weight, bool norms) {
+  Tensors pieces = kept_pieces;
+  if (pieces.empty())
+    pieces = std::get<1>(march_solution(x, parameters, integers, numbers, table, steps, used, true, false));
+  const Store kept(pieces[0]);
+  const Tensor bar = new_map_like(x);
+  MarchBackCall call{};
+  MarchCall& march = call.march = march_call(x, bar, parameters, integers, numbers, table, steps, used, true);
+  march.statistics = kept.numbers(x, march.room.split);
+  call.cotangent = map_of(cotangent);
+  const PairNorm* norm = march.pair.norm;
+  call.points = weight || norms || norm[0].mode == kGroupNorm || norm[1].mode == kGroupNorm;
+  const int scratch = 6 + 2 * march.stages, slopes = slopes_of(march);
+  call.products = weight ? march.room.split + scratch : -1;
+  const int rows = norms ? march_backward_blocks(type_of(x), shape_of(x), call, queue_of(x)) : 0;
+  const int slots = scratch + (weight ? 2 * slopes : 0);
+  const int64_t sums = static_cast<int64_t>(rows) * kPairNorms * 2 * x.size(1);
+  const Store own(x, slots, sums + (weight ? 4 * slopes * x.size(0) * x.size(1) : 0));
+  march.room.kept = kept.at(), march.room.own = own.at();
+  call.sums = norms ? own.numbers(x, slots) : nullptr;
+  call.plain = own.numbers(x, slots) + sums;
+  launched(cuda::march_backward(type_of(x), shape_of(x), call, queue_of(x)));
+  FinishCall finish{weight, norms ? kPairNorms : 0, static_cast<int>(x.size(1)), nullptr, call.sums, 0, rows, {}};
+  Tensors bars = new_pair_gradients(parameters, integers, weight, norms, finish);
+  if (!weight && !norms) return {bar, bars};
+  Tensor partial;
+  if (weight) {
+    // Of a unit without a norm and an activation; the maps of all slopes lie behind each other, as those of samples do.
+    WeightsCall products{march.samples * slopes, 1, {}, march.room, nullptr, {}};
+    products.branch.count = 1, products.branch.unit[0].groups = 1, products.branch.statistics = call.plain;
+    products.product[0] = {0, 0, {call.products}, {-1}, {call.products + slopes}, 1};
+    partial = make_products(x, products, finish);
+  }
+  launched(finish_gradients(type_of(x), finish, queue_of(x)));
+  return {bar, bars};
 }
 
 }  // namespace fastode::cuda

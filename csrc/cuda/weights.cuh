@@ -215,7 +215,7 @@ struct FinishGradients {
   static FASTODE_DEVICE_HOST int unit_entries(const cuda::FinishCall& call) {
     return (9 * call.channels + 1) * call.channels;
   }
-  static FASTODE_DEVICE_HOST int norm_entries(const cuda::FinishCall& call) { return call.units * 2 * call.channels; }
+  static FASTODE_DEVICE_HOST int norm_entries(const cuda::FinishCall& call) { return call.norms * 2 * call.channels; }
 
   static FASTODE_DEVICE void put(const cuda::FinishCall& call, int entry, int first, float value) {
     const int channels = call.channels;

@@ -53,8 +53,6 @@ def _refuses_pair(pair: Pair, call: Call) -> str:
     """Why there is no program for a call of a skew pair."""
     if call.family != "skew_solution" or call.stages == 0:
         return "its programs for CUDA are of a skew pair's solution by equal steps alone"
-    if call.mode != "forward":
-        return "its programs for CUDA make no gradients of a skew pair"
     x, weight = call.inputs[-1], call.tensors[0]
     assert weight is not None
     reason = refuses_input(x)
@@ -69,7 +67,10 @@ def _refuses_pair(pair: Pair, call: Call) -> str:
         return "it has no running statistics of an instance norm"
     if call.stages > MOST_STAGES:
         return f"its programs for CUDA take schemes of {MOST_STAGES} stages at most, and this one has {call.stages}"
-    return _refuses_bytes(pair_shared_bytes(channels, side), x)
+    needed = pair_shared_bytes(channels, side)
+    if call.mode == "train":
+        needed = max(needed, weights_shared_bytes(channels, side, 1))
+    return _refuses_bytes(needed, x)
 
 
 def refuses_units(plan: Plan, channels: int) -> str:
@@ -139,7 +140,7 @@ def shared_bytes(channels: int, side: int, units: int) -> int:
 
 
 def pair_shared_bytes(channels: int, side: int) -> int:
-    """Those of the program for a skew pair: `MarchForward<Tile>::bytes` of csrc/cuda/skew.cuh.
+    """Those of a program for a skew pair: `MarchForward<Tile>::bytes` of csrc/cuda/march.cuh.
 
     Args:
         channels: of a map that there is a program for.

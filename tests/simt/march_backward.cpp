@@ -1,0 +1,1 @@
+#include "march_backward.cu"
