@@ -25,12 +25,15 @@ BLOCKS: dict[tuple[str, str], Callable[[int], nn.Module]] = {
     ("ssp3", ""): partial(bench_rk.block, "ssp3"),
     ("ie-bn", "k1"): lambda channels: bench_ie.block(channels, "batch", 1, False),
     ("soblock", "rk4"): lambda channels: bench_skew.block(channels, channels, 1, "rk4"),
+    ("soblock", "stride2"): lambda channels: bench_skew.block(channels // 4, channels // 2, 2, "rk4"),
 }
+HALVING = ("stride2",)  # variants whose images have a fourth of a program's channels on twice its side
 MODES = ("forward", "input_grad", "train")
 # A call launches one program forwards, one more for the gradient of the input, and two for those of the parameters.
 LAUNCHES = {"forward": 1, "input_grad": 2, "train": 4}
 TIMED = (("ssp3", "eval"), ("ie", "k1"), ("soblock", "rk4"))
-SANITIZED = (*TIMED, ("ssp3", ""), ("ie-bn", "k1"))  # each program once
+# Each program once, and once in part of its map.
+SANITIZED = (*TIMED, ("ssp3", ""), ("ie-bn", "k1"), ("soblock", "stride2"))
 PAPERS = ((16, 32), (64, 8), (32, 16))  # the sizes of the papers' networks
 # Of a judged input: more than a card of 132 multiprocessors has blocks of the larger programs, so that some take two.
 # Not many more, for the truth that they are judged by takes float64.
@@ -44,7 +47,8 @@ def workload(id: str, variant: str, channels: int, side: int) -> Workload:
     """A family's block at one size, with the images of every other workload of that size."""
     statistics = "eval" if variant == "eval" else "train"
     build = partial(BLOCKS[id, variant], channels)
-    return Workload(id, variant, f"{channels}@{side}", build, maps(channels, side), statistics=statistics)
+    image = (channels // 4, 2 * side) if variant in HALVING else (channels, side)
+    return Workload(id, variant, f"{channels}@{side}", build, maps(*image), statistics=statistics)
 
 
 def workloads() -> list[Workload]:

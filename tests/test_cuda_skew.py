@@ -24,7 +24,8 @@ from fastode.testing import assert_blocks_equal, sample_input
 
 NORMS: dict[str, Any] = {"group": "group", "instance": "instance", "none": "none", "fixed": nn.BatchNorm2d}
 FACTORS = {
-    "map": tuple(TILES),
+    # Channels of x, channels of y, stride, side of x.
+    "map": tuple((channels, channels, 1, side) for channels, side in TILES),
     "norm": tuple(NORMS),
     "activation": ("leaky_relu", "tanh", "softplus", "elu", "relu", "silu"),
     "solver": ("euler", "midpoint", "rk4"),
@@ -36,7 +37,13 @@ FACTORS = {
     "steps": (1, 2, 3),
     "order": tuple(ORDERS),
 }
-CASES = [case for seed in SEEDS[:1] for case in covering(FACTORS, seed=seed)]
+# Pairs that lie in part of a program's map.
+PARTS = FACTORS | {
+    "map": ((3, 16, 1, 8), (5, 3, 1, 16), (10, 48, 1, 8), (4, 16, 2, 16), (3, 10, 2, 32)),
+    "activation": ("tanh", "softplus"),  # the second is not zero at zero
+    "steps": (1, 2),
+}
+CASES = [case for factors in (FACTORS, PARTS) for case in covering(factors, seed=SEEDS[0])]
 
 
 @pytest.fixture(autouse=True)
@@ -46,16 +53,22 @@ def _before_there_is_an_input(monkeypatch: pytest.MonkeyPatch, _on_the_test_mach
 
 
 BASE: Case = {
-    "map": (16, 8), "norm": "group", "activation": "tanh", "solver": "midpoint", "gamma": 0.3, "dtype": torch.bfloat16,
-    "layout": "channels_last", "batch": 3, "mode": "train", "steps": 2, "order": "forward",
+    "map": (16, 16, 1, 8), "norm": "group", "activation": "tanh", "solver": "midpoint", "gamma": 0.3,
+    "dtype": torch.bfloat16, "layout": "channels_last", "batch": 3, "mode": "train", "steps": 2, "order": "forward",
 }  # fmt: skip
+
+
+def grouped(channels: int) -> nn.Module:
+    """A group norm of channels that eight groups do not divide."""
+    return nn.GroupNorm(2 if channels % 2 == 0 else 1, channels)
 
 
 def blocks_of(case: Case) -> tuple[nn.Module, nn.Module, Tensor]:
     """The reference's solution, the program's, and an input."""
     torch.manual_seed(3)
-    (channels, side), dtype = case["map"], case["dtype"]
-    field = reference.SkewPair(channels, channels, 1, case["gamma"], case["activation"], NORMS[case["norm"]])
+    (channels, out, stride, side), dtype = case["map"], case["dtype"]
+    norm = case["norm"] if out % 8 == channels % 8 == 0 or case["norm"] != "group" else grouped
+    field = reference.SkewPair(channels, out, stride, case["gamma"], case["activation"], NORMS.get(norm, norm))
     for module in field.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.running_mean, -0.5, 0.5)
@@ -91,8 +104,8 @@ def solved(case: Case, name: str) -> list[Tensor]:
 @pytest.mark.parametrize("mode", FACTORS["mode"])
 def test_a_missing_barrier_is_seen(mode: str) -> None:
     met, seen = set(), set()
-    for norm in ("group", "none", "fixed"):
-        case = BASE | {"norm": norm, "mode": mode}
+    for norm, size in (("group", BASE["map"]), ("none", BASE["map"]), ("fixed", BASE["map"]), ("none", (4, 10, 2, 16))):
+        case = BASE | {"norm": norm, "mode": mode, "map": size}
         right = solved(case, "forward")
         assert right[0].isfinite().all() and all(same(right, solved(case, name)) for name in ORDERS)
         every = barriers(lambda case=case: solved(case, "forward"))
@@ -133,7 +146,8 @@ def test_only_the_gradients_that_are_asked_for_are_made(trained: str) -> None:
     for _, p in chosen:
         p.requires_grad_()
     with counting() as counts:
-        block(x.requires_grad_()).backward(torch.ones_like(x))
+        y = block(x.requires_grad_())
+        y.backward(torch.ones_like(y))
     assert counts["launch"] == {"weight": 4, "norms": 3}[trained]
     assert chosen and all(torch.equal(p.grad, every[name]) for name, p in [("x", x), *chosen])
 
@@ -152,6 +166,17 @@ def test_weights_norms_and_maps_may_lie_anywhere() -> None:
         assert torch.equal(block(fenced(x)), wanted)
 
 
+def test_a_part_of_a_map_and_stride_2_may_lie_anywhere() -> None:
+    _, block, x = blocks_of(BASE | {"map": (3, 10, 2, 16), "batch": 1})
+    wide = torch.full((*x.shape[:-1], 2 * x.shape[-1] + 1), torch.nan, dtype=x.dtype)
+    found = []
+    for image in (x, fenced(x), wide[..., 1::2].copy_(x)):
+        image.requires_grad_()
+        y = block(image)
+        found.append([y, *torch.autograd.grad(y, [image, *block.parameters()], torch.ones_like(y))])
+    assert all(same(found[0], other) for other in found[1:])
+
+
 def test_what_has_no_program_is_refused() -> None:
     _, block, x = blocks_of(BASE)
     assert choice.can_use(Resident.name, block, x) == (True, "")
@@ -160,8 +185,16 @@ def test_what_has_no_program_is_refused() -> None:
         assert choice.can_use(Resident.name, block.field, (x, x)) == (
             False, "its programs for CUDA are of a skew pair's solution by equal steps alone"
         )  # fmt: skip
-        narrow = reference.SOBlock(reference.SkewPair(16, 32), solver="rk4").to(x.dtype)
-        fastode.fuse(narrow)
-        assert choice.can_use(Resident.name, narrow, x) == (
-            False, "its programs for CUDA are of skew pairs with a 3x3 convolution of 16 channels to as many"
-        )  # fmt: skip
+        for sizes, reason in (
+            ((16, 65, 1, 8), "have room for 64 channels at 8x8, and this skew pair needs 65"),
+            ((17, 32, 2, 16), "have room for 64 channels at 8x8, and this skew pair needs 68"),
+            ((16, 16, 2, 8), "are of skew pairs with y of 32x32, 16x16, 8x8 pixels, and not of 4x4"),
+        ):
+            _, other, image = blocks_of(BASE | {"map": sizes, "norm": "none"})
+            assert choice.can_use(Resident.name, other, image) == (False, f"its programs for CUDA {reason}")
+        block.field.weight = nn.Parameter(torch.zeros(16, 16, 5, 5, dtype=x.dtype))
+        reason = (
+            "its programs for CUDA are of skew pairs with a 3x3 convolution of stride 1, or a 4x4 one of stride 2, and "
+            "a padding of 1"
+        )
+        assert choice.can_use(Resident.name, block, x) == (False, reason)

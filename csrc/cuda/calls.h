@@ -44,14 +44,15 @@ inline Tensor new_vector(const Tensor& like, int64_t length, ScalarType type) {
   return new_tensor(like, type, {length}, {1});
 }
 
-// A map of x's sizes: channels_last, or else NCHW.
-inline Tensor new_map(const Tensor& x, bool last) {
-  const int64_t c = x.size(1), h = x.size(2), w = x.size(3);
+// A map of x's samples and dtype: channels_last, or else NCHW.
+inline Tensor new_map(const Tensor& x, int64_t c, int64_t h, int64_t w, bool last) {
   return new_tensor(x, x.scalar_type(), {x.size(0), c, h, w},
                     last ? Integers{c * h * w, 1, w * c, c} : Integers{c * h * w, h * w, w, 1});
 }
 
-inline Tensor new_map_like(const Tensor& x) { return new_map(x, x.strides()[1] == 1 && x.size(1) > 1); }
+inline Tensor new_map_like(const Tensor& x) {
+  return new_map(x, x.size(1), x.size(2), x.size(3), x.strides()[1] == 1 && x.size(1) > 1);
+}
 
 inline Map map_of(const Tensor& x) {
   const auto strides = x.strides();
@@ -97,20 +98,26 @@ inline Branch branch_of(const Tensors& parameters, const Integers& units, const 
 // Places of maps in the order of threads, and behind them numbers: one tensor, for each takes as long as a launch.
 class Store {
  public:
-  Store(const Tensor& x, int places, int64_t numbers)
-      : tensor(new_vector(x, maps(x, places) + numbers * static_cast<int64_t>(sizeof(float)), ScalarType::Byte)) {
+  // For maps of x, or of another shape.
+  Store(const Tensor& x, int places, int64_t numbers) : Store(x, shape_of(x), places, numbers) {}
+  Store(const Tensor& x, Shape shape, int places, int64_t numbers)
+      : tensor(
+            new_vector(x, maps(x, shape, places) + numbers * static_cast<int64_t>(sizeof(float)), ScalarType::Byte)) {
     unset(at(), tensor.size(0));
   }
   explicit Store(const Tensor& found) : tensor(found) {}
 
   char* at() const { return static_cast<char*>(tensor.data_ptr()); }
-  float* numbers(const Tensor& x, int places) const { return reinterpret_cast<float*>(at() + maps(x, places)); }
+  float* numbers(const Tensor& x, int places) const { return numbers(x, shape_of(x), places); }
+  float* numbers(const Tensor& x, Shape shape, int places) const {
+    return reinterpret_cast<float*>(at() + maps(x, shape, places));
+  }
 
   Tensor tensor;
 
  private:
-  static int64_t maps(const Tensor& x, int places) {
-    return places * x.size(0) * static_cast<int64_t>(kept_bytes(shape_of(x)));
+  static int64_t maps(const Tensor& x, Shape shape, int places) {
+    return places * x.size(0) * static_cast<int64_t>(kept_bytes(shape));
   }
 };
 
@@ -154,13 +161,13 @@ inline Tensor new_gradient(const Tensor& p) {
 }
 
 // Launches the convolutions' gradients: what is returned has the shares that `finish` is to add up.
-inline Tensor make_products(const Tensor& x, WeightsCall& call, FinishCall& finish) {
+inline Tensor make_products(const Tensor& x, Shape shape, WeightsCall& call, FinishCall& finish) {
   const Queue queue = queue_of(x);
-  const int blocks = weight_gradients_blocks(type_of(x), shape_of(x), call, queue), channels = finish.channels;
+  const int blocks = weight_gradients_blocks(type_of(x), shape, call, queue), channels = finish.channels;
   const Tensor partial = new_vector(x, static_cast<int64_t>(blocks) * (9 * channels + 1) * channels, ScalarType::Float);
   finish.partial = call.partial = static_cast<float*>(partial.data_ptr());
   finish.partial_rows = blocks / call.branch.count;
-  launched(weight_gradients(type_of(x), shape_of(x), call, queue));
+  launched(weight_gradients(type_of(x), shape, call, queue));
   return partial;
 }
 

@@ -2,6 +2,7 @@
 // (tests/simt), so that the same source is proven without a card.
 //
 //   identity     thread, threads, block, blocks, lane, shared_memory; blocks and grids have one dimension
+//   registers    anew(number): the number; what is reckoned from it waits in no register until it is needed again
 //   barriers     block_barrier, warp_barrier, cluster_barrier; grid_barrier, in a cooperative launch
 //   clusters     cluster_rank, peer(own, rank): the same place in the shared memory of another block of the cluster
 //   warps        shuffle_xor(value, mask); every lane of the warp takes part in what a warp does

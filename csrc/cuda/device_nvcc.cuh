@@ -11,6 +11,10 @@
 namespace fastode::device {
 
 FASTODE_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
+FASTODE_DEVICE int anew(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
 FASTODE_DEVICE int threads() { return static_cast<int>(blockDim.x); }
 FASTODE_DEVICE int block() { return static_cast<int>(blockIdx.x); }
 FASTODE_DEVICE int blocks() { return static_cast<int>(gridDim.x); }

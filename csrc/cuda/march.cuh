@@ -6,9 +6,6 @@
 
 namespace fastode::device {
 
-// A half of a state or of a slope.
-inline constexpr int kY = 0, kZ = 1;
-
 // Where the maps of a sample lie behind those that are kept: the first state; the norms' results at a stage's point or,
 // backwards, the cotangents of the activations' inputs; ẏ and ż of each stage, which backwards give way to the
 // cotangents of the points; behind those, backwards, the cotangents of the state.
@@ -58,6 +55,18 @@ struct March {
     }
   };
 
+  // The first state, which x is.
+  static FASTODE_DEVICE void begin(const Pair& pair, const Stage& first) {
+    if (!pair.whole()) {
+      pair.bring(first.state(kY), first.call.x, first.n, As::kStart);
+      pair.bring(first.state(kZ), first.call.x, first.n, As::kZ);
+      return;
+    }
+    State state;
+    Tile::load(state, first.call.x, first.n);
+    for (const int half : {kY, kZ}) Tile::keep(state, first.state(half));
+  }
+
   // One half of a stage's point or, at row `stages`, of the next state. A slope that is not used is not there.
   static FASTODE_DEVICE void combine(State& state, const Stage& at, int half, int row) {
     const uint32_t used = half == kY ? at.used.y : at.used.z;
@@ -86,10 +95,9 @@ struct MarchForward {
     SkewPair<Tile> pair(call.pair, true, false);
     FASTODE_ROLLED
     for (int n = block(); n < call.samples; n += blocks()) {
-      State state;
-      Tile::load(state, call.x, n);
       const Stage first(call, n, 0, 0);
-      for (const int half : {kY, kZ}) Tile::keep(state, first.state(half));
+      March<Tile>::begin(pair, first);
+      State state;
       FASTODE_ROLLED
       for (int step = 0; step < call.steps; ++step) {
         FASTODE_ROLLED
@@ -103,7 +111,12 @@ struct MarchForward {
         }
       }
       March<Tile>::combine(state, {call, n, call.steps - 1, 0}, kY, call.stages);
-      Tile::store(state, call.result, n);
+      if (pair.whole()) {
+        Tile::store(state, call.result, n);
+      } else {
+        Tile::keep(state, first.own(kHat));
+        pair.take(first.own(kHat), call.result, n, As::kY);
+      }
     }
   }
 
@@ -151,15 +164,8 @@ struct MarchBackward {
     FASTODE_ROLLED
     for (int n = block(); n < call.samples; n += blocks()) {
       const Stage first(call, n, 0, 0);
-      State state;
-      if (back.points) {
-        Tile::load(state, call.x, n);
-        for (const int half : {kY, kZ}) Tile::keep(state, first.state(half));
-      }
-      Tile::load(state, back.cotangent, n);
-      Tile::keep(state, total(first, kY));
-      Tile::clear(state);
-      Tile::keep(state, total(first, kZ));
+      if (back.points) March<Tile>::begin(pair, first);
+      begin(pair, back, first);
       FASTODE_ROLLED
       for (int step = call.steps - 1; step >= 0; --step) {
         FASTODE_ROLLED
@@ -168,11 +174,7 @@ struct MarchBackward {
         for (int i = call.stages - 1; i >= 0; --i) stage(pair, back, {call, n, step, i});
         end_step({call, n, step, 0});
       }
-      Sum sum;
-      Tile::clear(sum);
-      for (const int half : {kY, kZ}) Tile::add_kept(sum, 1, total(first, half));
-      Tile::round(state, sum);
-      Tile::store(state, call.result, n);
+      end(pair, first);
     }
     if (back.sums) pair.store_sums(back.sums, cuda::kPairNorms);
   }
@@ -180,6 +182,33 @@ struct MarchBackward {
  private:
   // Where the cotangent of the state lies.
   static FASTODE_DEVICE char* total(const Stage& at, int half) { return at.own(kSlopes + 2 * at.call.stages + half); }
+
+  // The cotangents of the last state.
+  static FASTODE_DEVICE void begin(const SkewPair<Tile>& pair, const cuda::MarchBackCall& back, const Stage& first) {
+    State state;
+    Tile::clear(state);
+    Tile::keep(state, total(first, kZ));
+    if (!pair.whole()) return pair.bring(total(first, kY), back.cotangent, first.n, As::kY);
+    Tile::load(state, back.cotangent, first.n);
+    Tile::keep(state, total(first, kY));
+  }
+
+  // The cotangent of x from those of the first state.
+  static FASTODE_DEVICE void end(const SkewPair<Tile>& pair, const Stage& first) {
+    State state;
+    if (pair.whole()) {
+      Sum sum;
+      Tile::clear(sum);
+      for (const int half : {kY, kZ}) Tile::add_kept(sum, 1, total(first, half));
+      Tile::round(state, sum);
+      Tile::keep(state, total(first, kZ));
+    } else {
+      Tile::recall(state, total(first, kY));
+      pair.put(state);
+      pair.add_start(total(first, kZ));
+    }
+    pair.take(total(first, kZ), first.call.result, first.n, As::kZ);
+  }
 
   static FASTODE_DEVICE void slopes_again(SkewPair<Tile>& pair, const Stage& at) {
     FASTODE_ROLLED
@@ -196,16 +225,15 @@ struct MarchBackward {
     FASTODE_ROLLED
     for (int half = kY; half <= kZ; ++half) {
       if (!at.uses(half)) continue;
-      const Trace trace = at.trace(half);
       State state;
-      pair.activate_again(state, trace.input);
+      pair.activate_again(state, at.trace(half).input);
       Sum bar;
       slope_bar(bar, at, half);
-      pair.pull(kPostY + half, state, bar, trace.after);
-      pair.pull_activation(bar, trace.input);
+      pair.pull(kPostY + half, state, bar, at.trace(anew(half)).after);
+      pair.pull_activation(bar, at.trace(anew(half)).input);
       if (half == kZ) Tile::scale(bar, -1);
       Tile::round(state, bar);
-      Tile::keep(state, pulled(back, at, half));
+      Tile::keep(state, pulled(back, at, anew(half)));
     }
     FASTODE_ROLLED
     for (int half = kZ; half >= kY; --half) {

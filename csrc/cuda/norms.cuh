@@ -59,9 +59,10 @@ class Norms : public Sums<Tile> {
     block_barrier();
   }
 
-  // Of each group, the means of some kinds of sums times `weight` (or of the sums themselves), to `means` from `at` on.
-  FASTODE_DEVICE void take_means(int groups, const float* weight, int kinds, int at) {
-    const int width = C / groups;
+  // Of each group of the first so many channels, the means of some kinds of sums times `weight` (or of the sums
+  // themselves), to `means` from `at` on.
+  FASTODE_DEVICE void take_means(int groups, const float* weight, int kinds, int at, int channels = C) {
+    const int width = channels / groups;
     FASTODE_ROLLED
     for (int i = Tile::warp(); i < groups * kinds; i += Tile::kThreads / 32) {
       const int g = i / kinds, kind = i % kinds;

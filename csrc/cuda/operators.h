@@ -129,8 +129,9 @@ inline Tensors new_gradients(const Tensors& parameters, const Integers& units, F
 inline Tensors parameter_gradients(const Tensor& x, WeightsCall& call, const Tensors& parameters, const Integers& units,
                                    const float* sums, int sums_rows) {
   const int count = call.branch.count;
-  FinishCall finish{count, count, static_cast<int>(x.size(1)), nullptr, sums, 0, sums_rows, {}};
-  const Tensor partial = make_products(x, call, finish);
+  const int channels = static_cast<int>(x.size(1));
+  FinishCall finish{count, count, channels, 1, {channels, channels}, nullptr, sums, 0, sums_rows, {}};
+  const Tensor partial = make_products(x, shape_of(x), call, finish);
   const Tensors bars = new_gradients(parameters, units, finish);
   launched(finish_gradients(type_of(x), finish, queue_of(x)));
   return bars;

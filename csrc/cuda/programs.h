@@ -112,6 +112,7 @@ struct UnitGradients {
 
 struct FinishCall {
   int units, norms, channels;  // the norms are those of as many units, or of a pair
+  int stride, own[2];          // of a pair, as Pair has them; of units 1 and their channels
   const float *partial, *sums;
   int partial_rows, sums_rows;
   UnitGradients unit[kMostGradients];
@@ -150,8 +151,11 @@ struct PairNorm {
   Vector weight, bias, mean, variance;
 };
 
-// A skew pair of equal widths at stride 1.
+// A skew pair on maps of the programs, of the side of y: the stride² pixels of z that a pixel of y meets lie there in
+// its place, as channels c · stride² + row · stride + column, and W is a 3×3 convolution between them. Channels that
+// neither y nor z has are zero and stay so.
 struct Pair {
+  int stride, channels[2];  // of y and z; W's kernel has stride + 2 rows
   int activation;
   float p, q, gamma;
   const void* weight;
@@ -196,7 +200,8 @@ struct Shape {
   int channels, side;
 };
 
-// The bytes of a sample's map in the order of threads.
+// The bytes of a sample's map in the order of threads; 0: there are no programs for such maps.
+inline constexpr int kMostMapChannels = 128;
 size_t kept_bytes(Shape shape);
 
 // Null, or why the program was not launched.

@@ -7,7 +7,12 @@
 
 namespace fastode::device {
 
+inline constexpr int kY = 0, kZ = 1;  // the halves of a state or of a slope
+
 enum { kPreY = 0, kPreZ, kPostY, kPostZ };
+
+// As which map a tensor is read: as y or z, or x as y(0).
+enum class As { kY, kZ, kStart };
 
 // What an evaluation leaves of a half to its pull-back: the activation's input, and mean and rstd of the norms.
 struct Trace {
@@ -29,16 +34,24 @@ class SkewPair : public Norms<Tile> {
   FASTODE_DEVICE SkewPair(const cuda::Pair& pair, bool forward, bool sums)
       : Base(cuda::kPairNorms, 1), pair_(pair), sums_(sums) {
     Tile::clear_border(memory_.map);
-    Tile::put_weight(memory_.weight(0), static_cast<const uint16_t*>(pair.weight), pair.weight_strides);
+    const uint16_t* const weight = static_cast<const uint16_t*>(pair.weight);
+    if (whole())
+      Tile::put_weight(memory_.weight(0), weight, pair.weight_strides);
+    else
+      put_part(memory_.weight(0), weight, pair.weight_strides);
+    FASTODE_ROLLED
+    for (int i = thread(); i < 2 * C; i += Tile::kThreads) memory_.mean[i] = memory_.means[i] = 0;
     FASTODE_ROLLED
     for (int which = 0; which < cuda::kPairNorms; ++which) {
       const cuda::PairNorm& norm = pair.norm[which];
       FASTODE_ROLLED
       for (int c = thread(); c < C; c += Tile::kThreads) {
-        memory_.norm_weight(which)[c] = Base::number(norm.weight, c, 1);
-        memory_.norm_bias(which)[c] = Base::number(norm.bias, c, 0);
-        memory_.sums(which)[c] = forward ? Base::number(norm.mean, c, 0) : 0;
-        memory_.sums(which)[C + c] = forward ? rsqrt(Base::number(norm.variance, c, 1) + norm.eps) : 0;
+        const bool own = c < channels(which);
+        const int at = c >> bits(which);
+        memory_.norm_weight(which)[c] = own ? Base::number(norm.weight, at, 1) : 0;
+        memory_.norm_bias(which)[c] = own ? Base::number(norm.bias, at, 0) : 0;
+        memory_.sums(which)[c] = own && forward ? Base::number(norm.mean, at, 0) : 0;
+        memory_.sums(which)[C + c] = own && forward ? rsqrt(Base::number(norm.variance, at, 1) + norm.eps) : 0;
       }
     }
     block_barrier();
@@ -65,10 +78,10 @@ class SkewPair : public Norms<Tile> {
     const cuda::PairNorm& norm = pair_.norm[which];
     if (norm.mode == kNoNorm) return;
     const bool measured = norm.mode == kGroupNorm;
-    if (measured) this->take_statistics(norm.groups, norm.eps, state);
+    if (measured) this->take_statistics(norm.groups, norm.eps, state, channels(which));
     const float* const found = measured ? memory_.mean : memory_.sums(which);
     FASTODE_ROLLED
-    for (int i = thread(); rows && i < 2 * C; i += Tile::kThreads) rows[i] = found[i];
+    for (int i = thread(); rows && i < 2 * C; i += Tile::kThreads) rows[i] = i % C < channels(which) ? found[i] : 0;
     normalise_again(which, state, found);
   }
 
@@ -103,7 +116,7 @@ class SkewPair : public Norms<Tile> {
     if (norm.mode == kNoNorm) return;
     const bool coupled = norm.mode == kGroupNorm;
     if (reads(which)) this->sum_channels(x, bar, found);
-    if (coupled) this->take_means(norm.groups, memory_.norm_weight(which), 2, 0);
+    if (coupled) this->take_means(norm.groups, memory_.norm_weight(which), 2, 0, channels(which));
     if (wanted(which)) this->add_sums(which);
     if (reads(which)) block_barrier();
     this->pull_norm(which, x, bar, found, coupled);
@@ -159,8 +172,102 @@ class SkewPair : public Norms<Tile> {
 
   FASTODE_DEVICE float gamma() const { return pair_.gamma; }
 
+  // Whether y and z have all channels of the programs' maps.
+  FASTODE_DEVICE bool whole() const { return pair_.stride == 1 && pair_.channels[kY] == C && pair_.channels[kZ] == C; }
+
+  // Reads a tensor to where a kept map lies.
+  FASTODE_DEVICE void bring(char* to, const cuda::Map& map, int64_t sample, As as) const {
+    const uint16_t* const data = static_cast<const uint16_t*>(map.data);
+    const auto read = [&](int64_t at) { return at < 0 ? 0 : static_cast<uint32_t>(data[at]); };
+    each_word(to, [&](uint32_t& word, int own, int tile, int i) {
+      word = read(offset(map, sample, as, own, tile, i, 0)) | read(offset(map, sample, as, own, tile, i, 1)) << 16;
+    });
+  }
+
+  // Writes a kept map to a tensor.
+  FASTODE_DEVICE void take(char* from, const cuda::Map& map, int64_t sample, As as) const {
+    uint16_t* const data = static_cast<uint16_t*>(map.data);
+    each_word(from, [&](uint32_t& word, int own, int tile, int i) {
+      const int64_t low = offset(map, sample, as, own, tile, i, 0), high = offset(map, sample, as, own, tile, i, 1);
+      if (map.words && low >= 0 && high == low + 1) {
+        *reinterpret_cast<uint32_t*>(data + low) = word;
+        return;
+      }
+      if (low >= 0) data[low] = static_cast<uint16_t>(word);
+      if (high >= 0) data[high] = static_cast<uint16_t>(word >> 16);
+    });
+  }
+
+  // Adds to a kept z̄(0) what x gets of the ȳ(0) in shared memory.
+  FASTODE_DEVICE void add_start(char* z_bar) const {
+    each_word(z_bar, [&](uint32_t& word, int own, int tile, int i) {
+      const Pair pair = T::unpack(word);
+      word = T::pack(pair.low + repeats(own, tile, i, 0), pair.high + repeats(own, tile, i, 1));
+    });
+  }
+
  private:
   using Base::memory_;
+
+  // How often y's side is half of z's: 0 or 1.
+  FASTODE_DEVICE int halvings() const { return pair_.stride - 1; }
+  // Channels of a norm's map, and by how many bits more their number has than that of the tensor's channel.
+  FASTODE_DEVICE int bits(int which) const { return which % 2 == kZ ? 2 * halvings() : 0; }
+  FASTODE_DEVICE int channels(int which) const { return pair_.channels[which % 2] << bits(which); }
+
+  // As Tile::put_weight.
+  FASTODE_DEVICE void put_part(char* place, const uint16_t* weight, const int64_t (&strides)[4]) const {
+    uint16_t* const target = reinterpret_cast<uint16_t*>(place);
+    const int stride = pair_.stride;
+    FASTODE_ROLLED
+    for (int i = thread(); i < C * C; i += Tile::kThreads) {
+      const int out = i / C, in = i % C;
+      const bool own = out < channels(kY) && in < channels(kZ);
+      FASTODE_UNROLLED
+      for (int tap = 0; tap < 9; ++tap) {
+        const int row = stride * (tap / 3 - 1) + (in >> halvings() & halvings()) + 1;
+        const int column = stride * (tap % 3 - 1) + (in & halvings()) + 1;
+        const bool there = own && row >= 0 && row < stride + 2 && column >= 0 && column < stride + 2;
+        const int64_t from = out * strides[0] + (in >> bits(kZ)) * strides[1] + row * strides[2] + column * strides[3];
+        target[((tap * (C / 8) + in / 8) * C + out) * 8 + in % 8] = there ? weight[from] : 0;
+      }
+    }
+  }
+
+  // Calls f(word, thread, tile, which of the tile's words) for each of a thread's words of a kept map.
+  template <class F>
+  static FASTODE_DEVICE void each_word(char* place, const F& f) {
+    const int own = anew(thread());
+    FASTODE_ROLLED
+    for (int tile = 0; tile < Tile::kTiles; ++tile) {
+      FASTODE_UNROLLED
+      for (int i = 0; i < 4; ++i)
+        f(reinterpret_cast<uint32_t*>(place)[(tile * Tile::kThreads + own) * 4 + i], own, tile, i);
+    }
+  }
+
+  // Where an entry of a thread lies in a tensor; -1: nowhere.
+  FASTODE_DEVICE int64_t offset(const cuda::Map& map, int64_t sample, As as, int own, int tile, int i, int odd) const {
+    const int c = Tile::channel_of(own, i / 2) + odd, halvings = as == As::kY ? 0 : this->halvings();
+    if (c >= channels(as == As::kZ ? kZ : kY)) return -1;
+    const int from = as == As::kStart ? c % pair_.channels[kZ] << 2 * halvings : c;
+    const int row = (Tile::row_of(own, tile, i % 2) << halvings) + (from >> halvings & halvings);
+    const int column = (Tile::column_of(own, tile, i % 2) << halvings) + (from & halvings);
+    return sample * map.sample + (from >> 2 * halvings) * map.channel + row * map.row + column * map.column;
+  }
+
+  // The sum of the channels of the map in shared memory that a channel of x was repeated to.
+  FASTODE_DEVICE float repeats(int own, int tile, int i, int odd) const {
+    const int c = Tile::channel_of(own, i / 2) + odd;
+    float sum = 0;
+    if (c >= channels(kZ) || (c & halvings()) != 0 || (c >> halvings() & halvings()) != 0) return sum;
+    const int pixel = (Tile::row_of(own, tile, i % 2) + 1) * (Tile::kSide + 2) + Tile::column_of(own, tile, i % 2) + 1;
+    const uint16_t* const map = reinterpret_cast<const uint16_t*>(memory_.map);
+    FASTODE_ROLLED
+    for (int from = c >> bits(kZ); from < channels(kY); from += pair_.channels[kZ])
+      sum += T::unpack(map[(from / 8 * Tile::kPixels + pixel) * 8 + from % 8]).low;
+    return sum;
+  }
 
   FASTODE_DEVICE bool wanted(int which) const {
     const cuda::PairNorm& norm = pair_.norm[which];

@@ -1,6 +1,7 @@
 // The resident operators of the skew pair over the programs: its solution by equal steps, forwards and backwards.
 #pragma once
 
+#include <algorithm>
 #include <tuple>
 
 #include "calls.h"
@@ -10,6 +11,8 @@ namespace fastode::cuda {
 // `integers` and `numbers` as csrc/cpu/resident/skew_engine.h describes them.
 inline Pair pair_of(const Tensors& parameters, const Integers& integers, const Numbers& numbers) {
   Pair pair{};
+  pair.stride = static_cast<int>(integers[0]);
+  for (int half = 0; half < 2; ++half) pair.channels[half] = static_cast<int>(parameters[0].size(half));
   pair.activation = static_cast<int>(integers[1]);
   pair.gamma = static_cast<float>(numbers[0]);
   pair.p = static_cast<float>(numbers[1]), pair.q = static_cast<float>(numbers[2]);
@@ -31,6 +34,14 @@ inline Pair pair_of(const Tensors& parameters, const Integers& integers, const N
     norm.mean = take(resident::kRunning), norm.variance = take(resident::kRunning);
   }
   return pair;
+}
+
+// The programs' maps in which a pair's lie: the narrowest there are.
+inline Shape shape_of(const Tensor& x, const Pair& pair) {
+  const int least = std::max(pair.channels[0], pair.channels[1] * pair.stride * pair.stride);
+  Shape shape{16, static_cast<int>(x.size(2)) / pair.stride};
+  while (shape.channels < kMostMapChannels && (shape.channels < least || kept_bytes(shape) == 0)) shape.channels += 16;
+  return shape;
 }
 
 // `table`: the scheme's rows, then its weights, times the step; `given`: [steps][stages][2], whether the result depends
@@ -87,14 +98,17 @@ inline MarchCall march_call(const Tensor& x, const Tensor& result, const Tensors
 inline std::tuple<Tensor, Tensors> march_solution(const Tensor& x, const Tensors& parameters, const Integers& integers,
                                                   const Numbers& numbers, const Numbers& table, int64_t steps,
                                                   const Integers& used, bool keep, bool last) {
-  const Tensor y = new_map(x, last);
+  const int64_t stride = integers[0];
+  const Tensor y = new_map(x, parameters[0].size(0), x.size(2) / stride, x.size(3) / stride, last);
   MarchCall call = march_call(x, y, parameters, integers, numbers, table, steps, used, keep);
+  const Shape shape = shape_of(x, call.pair);
   const int places = call.room.split;
-  const Store kept(x, places, keep ? 2 * kPairNorms * call.steps * call.stages * x.size(0) * x.size(1) : 0);
-  const Store own(x, 4 + 2 * call.stages, 0);
+  const int64_t evaluations = static_cast<int64_t>(call.steps) * call.stages;
+  const Store kept(x, shape, places, keep ? 2 * kPairNorms * evaluations * x.size(0) * shape.channels : 0);
+  const Store own(x, shape, 4 + 2 * call.stages, 0);
   call.room.kept = kept.at(), call.room.own = own.at();
-  call.statistics = keep ? kept.numbers(x, places) : nullptr;
-  launched(cuda::march_forward(type_of(x), shape_of(x), call, queue_of(x)));
+  call.statistics = keep ? kept.numbers(x, shape, places) : nullptr;
+  launched(cuda::march_forward(type_of(x), shape, call, queue_of(x)));
   return {y, keep ? Tensors{kept.tensor} : Tensors{}};
 }
 
@@ -130,21 +144,32 @@ inline Gradients march_gradients(const Tensor& x, const Tensor& cotangent, const
   const Tensor bar = new_map_like(x);
   MarchBackCall call{};
   MarchCall& march = call.march = march_call(x, bar, parameters, integers, numbers, table, steps, used, true);
-  march.statistics = kept.numbers(x, march.room.split);
+  const Shape shape = shape_of(x, march.pair);
+  march.statistics = kept.numbers(x, shape, march.room.split);
   call.cotangent = map_of(cotangent);
   const PairNorm* norm = march.pair.norm;
   call.points = weight || norms || norm[0].mode == kGroupNorm || norm[1].mode == kGroupNorm;
   const int scratch = 6 + 2 * march.stages, slopes = slopes_of(march);
   call.products = weight ? march.room.split + scratch : -1;
-  const int rows = norms ? march_backward_blocks(type_of(x), shape_of(x), call, queue_of(x)) : 0;
+  const int rows = norms ? march_backward_blocks(type_of(x), shape, call, queue_of(x)) : 0;
   const int slots = scratch + (weight ? 2 * slopes : 0);
-  const int64_t sums = static_cast<int64_t>(rows) * kPairNorms * 2 * x.size(1);
-  const Store own(x, slots, sums + (weight ? 4 * slopes * x.size(0) * x.size(1) : 0));
+  const int64_t sums = static_cast<int64_t>(rows) * kPairNorms * 2 * shape.channels;
+  const Store own(x, shape, slots, sums + (weight ? 4 * slopes * x.size(0) * shape.channels : 0));
   march.room.kept = kept.at(), march.room.own = own.at();
-  call.sums = norms ? own.numbers(x, slots) : nullptr;
-  call.plain = own.numbers(x, slots) + sums;
-  launched(cuda::march_backward(type_of(x), shape_of(x), call, queue_of(x)));
-  FinishCall finish{weight, norms ? kPairNorms : 0, static_cast<int>(x.size(1)), nullptr, call.sums, 0, rows, {}};
+  call.sums = norms ? own.numbers(x, shape, slots) : nullptr;
+  call.plain = own.numbers(x, shape, slots) + sums;
+  launched(cuda::march_backward(type_of(x), shape, call, queue_of(x)));
+  const Pair& pair = march.pair;
+  FinishCall finish{weight,
+                    norms ? kPairNorms : 0,
+                    shape.channels,
+                    pair.stride,
+                    {pair.channels[0], pair.channels[1]},
+                    nullptr,
+                    call.sums,
+                    0,
+                    rows,
+                    {}};
   Tensors bars = new_pair_gradients(parameters, integers, weight, norms, finish);
   if (!weight && !norms) return {bar, bars};
   Tensor partial;
@@ -153,7 +178,7 @@ inline Gradients march_gradients(const Tensor& x, const Tensor& cotangent, const
     WeightsCall products{march.samples * slopes, 1, {}, march.room, nullptr, {}};
     products.branch.count = 1, products.branch.unit[0].groups = 1, products.branch.statistics = call.plain;
     products.product[0] = {0, 0, {call.products}, {-1}, {call.products + slopes}, 1};
-    partial = make_products(x, products, finish);
+    partial = make_products(x, shape, products, finish);
   }
   launched(finish_gradients(type_of(x), finish, queue_of(x)));
   return {bar, bars};

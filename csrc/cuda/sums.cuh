@@ -78,10 +78,10 @@ class Sums {
     block_barrier();
   }
 
-  // Those of a group norm: of warps and channels merged by the same rule.
-  FASTODE_DEVICE void take_statistics(int groups, float eps, const State& state) {
+  // Those of a group norm of the first so many channels: of warps and channels merged by the same rule.
+  FASTODE_DEVICE void take_statistics(int groups, float eps, const State& state, int channels = C) {
     leave_moments(state);
-    const int width = C / groups, parts = Tile::kDown * width;
+    const int width = channels / groups, parts = Tile::kDown * width;
     const float entries = W * W / Tile::kDown;  // of a part
     FASTODE_ROLLED
     for (int g = Tile::warp(); g < groups; g += Tile::kThreads / 32) {

@@ -69,6 +69,15 @@ struct Tile {
   static FASTODE_DEVICE int first_channel() { return warp() % kAcross * 16; }
   // The first of the thread's two channels among eight.
   static FASTODE_DEVICE int channel(int eight) { return first_channel() + eight * 8 + lane() % 4 * 2; }
+  // The same of a thread that is given.
+  static FASTODE_DEVICE int row_of(int own, int tile, int half) {
+    const int first = own / 32 / kAcross * kTiles + tile;
+    return W == 8 ? 2 * first + half : first / kHalves;
+  }
+  static FASTODE_DEVICE int column_of(int own, int tile, int half) {
+    return own % 32 / 4 + (W == 8 ? 0 : tile % kHalves * 16 + half * 8);
+  }
+  static FASTODE_DEVICE int channel_of(int own, int eight) { return own / 32 % kAcross * 16 + eight * 8 + own % 4 * 2; }
 
   static FASTODE_DEVICE int64_t offset(const cuda::Map& map, int64_t sample, int tile, int eight, int half) {
     return sample * map.sample + channel(eight) * map.channel + row(tile, half) * map.row +

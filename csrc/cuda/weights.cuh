@@ -200,7 +200,9 @@ struct FinishGradients {
       const float* from = norm ? call.sums + entry - first : call.partial + entry;
       const int64_t width = norm ? norm_entries(call) : first;
       const int rows = norm ? call.sums_rows : call.partial_rows;
-      for (int row = thread() / kAcross; row < rows; row += kDown) sum += from[row * width];
+      const int fold = norm ? fold_of(call, entry - first) : 1;
+      for (int row = thread() / kAcross; row < rows; row += kDown)
+        for (int i = 0; i < fold; ++i) sum += from[row * width + i];
     }
     parts[thread()] = sum;
     block_barrier();
@@ -217,22 +219,40 @@ struct FinishGradients {
   }
   static FASTODE_DEVICE_HOST int norm_entries(const cuda::FinishCall& call) { return call.norms * 2 * call.channels; }
 
+  // How many entries of a norm, from the first one on, belong to one channel; 0: this one is none or not the first.
+  static FASTODE_DEVICE int fold_of(const cuda::FinishCall& call, int entry) {
+    const int half = entry / (2 * call.channels) % 2, c = entry % call.channels;
+    const int fold = half == 1 ? call.stride * call.stride : 1;
+    return c < call.own[half] * fold && c % fold == 0 ? fold : 0;
+  }
+
+  // Where a product at a tap of two maps' channels lies in a convolution's weight; -1: it has none.
+  static FASTODE_DEVICE int weight_at(const cuda::FinishCall& call, int tap, int in, int out) {
+    const int stride = call.stride, side = stride + 2;
+    const int row = stride * (tap / 3 - 1) + in / stride % stride + 1;
+    const int column = stride * (tap % 3 - 1) + in % stride + 1, c = in / (stride * stride);
+    if (out >= call.own[0] || c >= call.own[1] || row < 0 || row >= side || column < 0 || column >= side) return -1;
+    return ((out * call.own[1] + c) * side + row) * side + column;
+  }
+
   static FASTODE_DEVICE void put(const cuda::FinishCall& call, int entry, int first, float value) {
     const int channels = call.channels;
     void* to = nullptr;
     int at = 0;
     if (entry >= first) {
+      const int fold = fold_of(call, entry - first);
       const cuda::UnitGradients& unit = call.unit[(entry - first) / (2 * channels)];
       const bool weight = (entry - first) / channels % 2 == 1;
-      to = weight ? unit.norm_weight : unit.norm_bias, at = (entry - first) % channels;
+      to = weight ? unit.norm_weight : unit.norm_bias;
+      at = fold == 0 ? -1 : (entry - first) % channels / fold;
     } else {
       const cuda::UnitGradients& unit = call.unit[entry / unit_entries(call)];
       const int i = entry % unit_entries(call), tap = i / (channels * channels);
       const bool bias = tap == 9;
       to = bias ? unit.bias : unit.weight;
-      at = bias ? i % channels : (i % channels * channels + i / channels % channels) * 9 + tap;
+      at = bias ? i % channels : weight_at(call, tap, i / channels % channels, i % channels);
     }
-    if (to) static_cast<uint16_t*>(to)[at] = static_cast<uint16_t>(T::pack(value, 0));
+    if (to && at >= 0) static_cast<uint16_t*>(to)[at] = static_cast<uint16_t>(T::pack(value, 0));
   }
 };
 

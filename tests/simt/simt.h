@@ -141,6 +141,7 @@ FASTODE_DEVICE int threads() { return simt::running->threads; }
 FASTODE_DEVICE int block() { return simt::running->block; }
 FASTODE_DEVICE int blocks() { return simt::running->blocks; }
 FASTODE_DEVICE int lane() { return thread() % 32; }
+FASTODE_DEVICE int anew(int value) { return value; }
 FASTODE_DEVICE int cluster_rank() { return simt::running->rank; }
 FASTODE_DEVICE char* shared_memory() { return simt::running->shared; }
 

@@ -40,13 +40,18 @@ def refuses(call: Call) -> str:
 
 def refuses_input(x: Tensor) -> str:
     """Why there is no program for maps of this kind."""
-    if x.dtype not in DTYPES:
-        return f"its programs for CUDA take bfloat16 and float16, and not {x.dtype}"
+    reason = _refuses_dtype(x)
+    if reason:
+        return reason
     channels, height, width = x.shape[1:]
     if height != width or (channels, height) not in TILES:
         sizes = ", ".join([f"{c} at {side}x{side}" for c, side in TILES])
         return f"its programs for CUDA are of {sizes} channels and pixels, and not of {channels} at {height}x{width}"
     return ""
+
+
+def _refuses_dtype(x: Tensor) -> str:
+    return "" if x.dtype in DTYPES else f"its programs for CUDA take bfloat16 and float16, and not {x.dtype}"
 
 
 def _refuses_pair(pair: Pair, call: Call) -> str:
@@ -55,22 +60,54 @@ def _refuses_pair(pair: Pair, call: Call) -> str:
         return "its programs for CUDA are of a skew pair's solution by equal steps alone"
     x, weight = call.inputs[-1], call.tensors[0]
     assert weight is not None
-    reason = refuses_input(x)
+    reason = _refuses_dtype(x) or _refuses_pair_shape(pair, weight, x)
     if reason:
         return reason
-    channels, side = x.shape[1:3]
-    if tuple(weight.shape) != (channels, channels, 3, 3) or pair.stride != 1 or pair.padding != 1:
-        return f"its programs for CUDA are of skew pairs with a 3x3 convolution of {channels} channels to as many"
     if any(norm is not None and norm.mode == "batch" for norm in pair.norms):
         return "a batch norm of the skew pair couples the samples, which it takes one by one"
     if any(pair.tracked):
         return "it has no running statistics of an instance norm"
     if call.stages > MOST_STAGES:
         return f"its programs for CUDA take schemes of {MOST_STAGES} stages at most, and this one has {call.stages}"
+    side = x.shape[2] // pair.stride
+    channels = min(c for c in _channels_at(side) if c >= _needed_channels(pair, weight))
     needed = pair_shared_bytes(channels, side)
     if call.mode == "train":
         needed = max(needed, weights_shared_bytes(channels, side, 1))
     return _refuses_bytes(needed, x)
+
+
+def _refuses_pair_shape(pair: Pair, weight: Tensor, x: Tensor) -> str:
+    stride, (height, width) = pair.stride, x.shape[2:]
+    if pair.padding != 1 or stride not in (1, 2) or tuple(weight.shape[2:]) != (stride + 2, stride + 2):
+        return (
+            "its programs for CUDA are of skew pairs with a 3x3 convolution of stride 1, or a 4x4 one of stride 2, and "
+            "a padding of 1"
+        )
+    there = _channels_at(height // stride)
+    if height != width or height % stride != 0 or not there:
+        sides = ", ".join(f"{side}x{side}" for side in dict.fromkeys(side for _, side in TILES))
+        return (
+            f"its programs for CUDA are of skew pairs with y of {sides} pixels, and not of "
+            f"{height // stride}x{width // stride}"
+        )
+    needed = _needed_channels(pair, weight)
+    if needed > max(there):
+        return (
+            f"its programs for CUDA have room for {max(there)} channels at {height // stride}x{width // stride}, and "
+            f"this skew pair needs {needed}"
+        )
+    return ""
+
+
+def _channels_at(side: int) -> list[int]:
+    """The channels of the maps of that side that there are programs for."""
+    return [channels for channels, pixels in TILES if pixels == side]
+
+
+def _needed_channels(pair: Pair, weight: Tensor) -> int:
+    """Those of a map that y lies in and z, whose pixels that one of y meets lie there as channels."""
+    return max(weight.shape[0], weight.shape[1] * pair.stride**2)
 
 
 def refuses_units(plan: Plan, channels: int) -> str:
@@ -143,7 +180,7 @@ def pair_shared_bytes(channels: int, side: int) -> int:
     """Those of a program for a skew pair: `MarchForward<Tile>::bytes` of csrc/cuda/march.cuh.
 
     Args:
-        channels: of a map that there is a program for.
+        channels: of a map that there is a program for, and that the pair lies in.
         side: of the map, in pixels.
     """
     return 9 * channels * channels * 2 + _bytes_beside_weights(channels, side, PAIR_NORMS)
