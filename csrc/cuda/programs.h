@@ -153,7 +153,7 @@ struct PairNorm {
 
 // A skew pair on maps of the programs, of the side of y: the stride² pixels of z that a pixel of y meets lie there in
 // its place, as channels c · stride² + row · stride + column, and W is a 3×3 convolution between them. Channels that
-// neither y nor z has are zero and stay so.
+// neither y nor z has begin at zero, meet weights of zero, and are in no group of a norm.
 struct Pair {
   int stride, channels[2];  // of y and z; W's kernel has stride + 2 rows
   int activation;
