@@ -103,7 +103,7 @@ class Recorder(TorchFunctionMode):
         if kink is not None:
             # Read before the call: the activation may work in place.
             self.kinks.append(kink(args, kwargs))
-            self.pre_activations.append(_argument(args, kwargs, 0, "input", None).detach().double().clone())
+            self.pre_activations.append(_argument(args, kwargs, 0, "input", None).detach().clone())
         result = func(*args, **kwargs)
         length = _REDUCTIONS.get(name)
         if length is not None:
