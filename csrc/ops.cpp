@@ -80,18 +80,18 @@ STABLE_TORCH_LIBRARY(fastode, m) {
   m.def("resident_enter(Tensor x) -> Tensor");
   m.def("resident_leave(Tensor map, Tensor x) -> Tensor");
   // The sum of the squares of the combination over atol + rtol max(|u|, |v|), and zero where v is finite, else NaN; and
-  // the pull-back of that sum's half, times the factor, to the one term v and to u, where both tolerances are at u.
+  // the pull-back of that sum's half, times the factor, to the combination, to u and to v.
   m.def("resident_scaled_squares(Tensor[] terms, float[] coefs, Tensor u, Tensor v, float rtol, float atol) -> Tensor");
   m.def(
-      "resident_pull_squares(Tensor v, Tensor u, float factor, float rtol, float atol) -> (Tensor v_bar, Tensor "
-      "u_bar)");
+      "resident_pull_squares(Tensor[] terms, float[] coefs, Tensor u, Tensor v, float factor, float rtol, float atol) "
+      "-> (Tensor error_bar, Tensor u_bar, Tensor v_bar)");
   m.def("resident_step_forward(Tensor x, Tensor state, Tensor? first, " FASTODE_BRANCH ", " FASTODE_STEP
         ", bool keep) -> (Tensor[] slopes, Tensor[] points, Tensor[] kept)");
   m.def(
       "resident_step_backward(Tensor x, Tensor? end_bar, Tensor? carried, Tensor[] slopes, Tensor[] points, Tensor[] "
       "kept, " FASTODE_BRANCH ", " FASTODE_STEP
-      ", float[] weights, bool gradients) -> (Tensor state_bar, Tensor? first_bar, Tensor[] bars, Tensor moments, "
-      "Tensor product)");
+      ", float[] weights, Tensor? error_bar, float[] error_weights, bool gradients) -> (Tensor state_bar, Tensor? "
+      "first_bar, Tensor[] bars, Tensor moments, Tensor product)");
   // The field of two matrix products, alone and solved; with given steps `through` does not count. Log, `through` and
   // `raises` as above.
   m.def("resident_linear_forward(Tensor y, Tensor z, " FASTODE_PAIR ") -> (Tensor dy, Tensor dz)");

@@ -18,6 +18,7 @@ from fastode.dispatch.engines import BY_NAME
 from fastode.reference.adaptive import integrate
 from fastode.reference.solvers import solve_fixed
 from fastode.reference.timed import at_time
+from fastode.solver import GRADIENTS
 from fastode.steps import Watch
 from fastode.testing import assert_blocks_equal, sample_input
 
@@ -84,11 +85,73 @@ def sample_of(case: Case, dtype: torch.dtype, batch: int = 2) -> Tensor:
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 @pytest.mark.parametrize(("case", "engine"), RUNS)
 def test_it_equals_the_reference(case: int, engine: str, dtype: torch.dtype) -> None:
-    # Each case meets both gradients, in one dtype the one and in the other the other.
-    gradient = ("solver", "constant")[(case + ENGINES.index(engine) + (dtype is F64)) % 2]
+    # Each case meets all gradients: in one dtype the first and in the other, in turn, one of the others.
+    others = GRADIENTS[1:]
+    gradient = others[(case + ENGINES.index(engine)) % 2] if (dtype is F64) == bool(case % 2) else GRADIENTS[0]
     block = block_of(CASES[case], dtype, gradient=gradient)
     for mode in ("train", "input_grad"):
         assert_blocks_equal(block, fused(block, engine), sample_of(CASES[case], dtype), mode=mode)
+
+
+# Of the cases, and what they get beside: rejected attempts, one where a bound decides what comes of it, all methods.
+THROUGH_ALL_SIZES = [
+    (0, {}),
+    (1, {"first_step": 3.0}),
+    (3, {}),
+    (4, {"t1": 3.0, "first_step": 0.01}),
+    (5, {"first_step": 3.0}),
+    (6, {"first_step": 30.0}),
+    (9, {"first_step": 3.0}),
+]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("case", "changes"), THROUGH_ALL_SIZES)
+def test_its_gradient_goes_through_all_sizes(case: int, changes: dict[str, Any], engine: str) -> None:
+    if CASES[case][1] == "batch" and engine not in COUPLED:
+        return
+    block, x = block_of(CASES[case], F64, gradient="exact", **changes), sample_of(CASES[case], F64)
+    assert_blocks_equal(block, fused(block, engine), x, mode="train")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("changes", [{}, {"first_step": 4.0}])
+def test_the_exact_gradient_is_that_of_differences(changes: dict[str, Any], engine: str) -> None:
+    torch.manual_seed(0)
+    field = nn.Sequential(reference.TimeConv2d(2, 2, padding=1), nn.Tanh(), nn.Conv2d(2, 2, 1)).double()
+    with torch.no_grad():
+        for parameter in field.parameters():
+            parameter.mul_(4.0)
+    solver = Solver(rtol=0.01, atol=0.01, t1=2.0, gradient="exact", **changes)
+    block = fused(reference.ODEBlock(field, solver), engine)
+    names, values = zip(*field.named_parameters(), strict=True)
+
+    def run(x: Tensor, *tensors: Tensor) -> Any:
+        given = {f"field.{name}": tensor for name, tensor in zip(names, tensors, strict=True)}
+        return torch.func.functional_call(block, given, (x,))
+
+    given = (sample_input(1, 2, 3, 2, dtype=F64), *values)
+    with fastode.record_steps() as log:
+        run(*given)
+    assert bool(log[0].rejected) == bool(changes)
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in given]
+    assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
+    constant = copy.deepcopy(block)
+    constant.gradient = "constant"
+    found = [torch.autograd.grad(b(leaves[0]).square().sum(), leaves[0])[0] for b in (block, constant)]
+    assert (found[0] - found[1]).norm() > 1e-2 * found[0].norm()
+
+
+@pytest.mark.parametrize("gradient", ["solver", "exact"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_first_size_may_be_bounded_by_the_trials(engine: str, gradient: str) -> None:
+    # A hundred times the trial's size, which float32 rounds inside a stage.
+    field = field_of(4, "none", "tanh", False, False)
+    with torch.no_grad():
+        field[1].weight.mul_(0.02)
+        field[3].bias.fill_(100.0)
+    block = reference.ODEBlock(field, Solver(gradient=gradient))
+    assert_blocks_equal(block, fused(block, engine), sample_input(2, 4, 5, 4), mode="train")
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -131,13 +194,15 @@ def test_it_takes_the_same_steps(case: int, engine: str) -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_samples_alone_equal_the_reference(engine: str) -> None:
-    for case, gradient in ((1, "solver"), (3, "constant")):
+    for case, gradient in ((1, "solver"), (3, "constant"), (1, "exact")):
         block = block_of(CASES[case], F64, gradient=gradient, per_sample=True)
         assert_blocks_equal(block, fused(block, engine), sample_of(CASES[case], F64, 3), mode="train")
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize(("case", "gradient"), [(1, "solver"), (1, "constant"), (3, "solver"), (7, "solver")])
+@pytest.mark.parametrize(
+    ("case", "gradient"), [(1, "solver"), (1, "constant"), (3, "solver"), (3, "exact"), (7, "solver")]
+)
 def test_a_gradient_may_be_differentiated(case: int, gradient: str, engine: str) -> None:
     block = block_of(CASES[case], F64, gradient=gradient)
     twin, solver = fused(block, engine), block.settings
@@ -154,8 +219,9 @@ def test_a_gradient_may_be_differentiated(case: int, gradient: str, engine: str)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_same_input_same_bits_and_nothing_is_read_before_it_is_written(engine: str) -> None:
-    block = fused(block_of(CASES[1], F32), engine)
+@pytest.mark.parametrize("gradient", ["solver", "exact"])
+def test_same_input_same_bits_and_nothing_is_read_before_it_is_written(engine: str, gradient: str) -> None:
+    block = fused(block_of(CASES[1], F32, gradient=gradient), engine)
     x = sample_input(7, 8, 6, 5).requires_grad_()
     y = block(x)
     # A second way back through the same graph finds the same.
@@ -261,7 +327,6 @@ def test_what_cannot_be_run_is_refused_in_a_sentence(engine: str) -> None:
     x = sample_input(2, 8, 5, 4)
     timed = field_of(*CASES[0][:-1])
     cases: list[tuple[nn.Module, dict[str, Any], Tensor, str]] = [
-        (timed, {"gradient": "exact"}, x, "its gradient goes through every attempt's error, which engines forget"),
         (timed, {}, x.bfloat16(), "it solves a single map's equation in float32 and float64 only"),
         (nn.Sequential(nn.ReLU()), {}, x[0], "the input is no feature map [N, C, H, W]"),
         (nn.Sequential(nn.Mish()), {}, x, "field.0 (Mish) is of a type the reader does not know."),

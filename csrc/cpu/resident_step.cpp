@@ -78,9 +78,10 @@ std::tuple<Tensor, MaybeTensor, Tensors, Tensor, Tensor> step_backward(
     const Tensor& x, const MaybeTensor& end_bar, const MaybeTensor& carried, const Tensors& slopes,
     const Tensors& points, const Tensors& kept, const Tensors& parameters, const Integers& units,
     const Numbers& numbers, const Numbers& rows, const Numbers& times, bool given, const Integers& timed,
-    const Tensors& planes, const Numbers& weights, bool gradients) {
+    const Tensors& planes, const Numbers& weights, const MaybeTensor& error_bar, const Numbers& error_weights,
+    bool gradients) {
   const StepArguments step{rows, times, given, timed, planes};
-  StepBars bars{weights, maybe(end_bar), maybe(carried), slopes, x, x};
+  StepBars bars{weights, error_weights, maybe(end_bar), maybe(error_bar), maybe(carried), slopes, x, x};
   Tensors found;
   with_arithmetic(x, [&](auto zero) {
     using A = decltype(zero);
@@ -107,15 +108,30 @@ auto of_samples(const Tensor& map, const F& f) {
   return found;
 }
 
-Tensor scaled_squares(const Tensors& terms, const Numbers& coefs, const Tensor& u, const Tensor& v, double rtol,
+// The sum of weight * term at the elements from one on.
+template <class A>
+struct Terms {
+  Terms(const Tensors& terms, const Numbers& weights) : factors(weights.begin(), weights.end()) {
+    for (const Tensor& term : terms) from.push_back(static_cast<const A*>(term.data_ptr()));
+  }
+
+  Vec<A> at(int64_t i) const {
+    Vec<A> value = {};
+    for (size_t k = 0; k < from.size(); ++k) value += factors[k] * load<Vec<A>>(from[k] + i);
+    return value;
+  }
+
+  std::vector<const A*> from;
+  std::vector<A> factors;
+};
+
+Tensor scaled_squares(const Tensors& terms, const Numbers& weights, const Tensor& u, const Tensor& v, double rtol,
                       double atol) {
   double sums[2] = {0, 0};
   with_arithmetic(u, [&](auto zero) {
     using A = decltype(zero);
     using V = Vec<A>;
-    std::vector<const A*> from;
-    std::vector<A> factors(coefs.begin(), coefs.end());
-    for (const Tensor& term : terms) from.push_back(static_cast<const A*>(term.data_ptr()));
+    const Terms<A> error(terms, weights);
     const A *start = static_cast<const A*>(u.data_ptr()), *other = static_cast<const A*>(v.data_ptr());
     const A relative = static_cast<A>(rtol), absolute_part = static_cast<A>(atol);
     const auto found = of_samples(u, [&](int64_t begin, int64_t end) {
@@ -124,10 +140,8 @@ Tensor scaled_squares(const Tensors& terms, const Numbers& coefs, const Tensor& 
       for (int64_t first = begin; first < end; first += stretch) {
         V squares = {}, nothing = {};
         for (int64_t i = first; i < std::min(end, first + stretch); i += kLanes<A>) {
-          V value = {};
-          for (size_t k = 0; k < from.size(); ++k) value += factors[k] * load<V>(from[k] + i);
           const V at_end = load<V>(other + i), one = absolute(load<V>(start + i)), two = absolute(at_end);
-          value /= absolute_part + relative * (two < one ? one : two);
+          const V value = error.at(i) / (absolute_part + relative * (two < one ? one : two));
           squares += value * value;
           nothing += at_end * A(0);
         }
@@ -143,26 +157,34 @@ Tensor scaled_squares(const Tensors& terms, const Numbers& coefs, const Tensor& 
   return new_numbers(sums, 2);
 }
 
-std::tuple<Tensor, Tensor> pull_squares(const Tensor& v, const Tensor& u, double factor, double rtol, double atol) {
+std::tuple<Tensor, Tensor, Tensor> pull_squares(const Tensors& terms, const Numbers& weights, const Tensor& u,
+                                                const Tensor& v, double factor, double rtol, double atol) {
   return with_arithmetic(u, [&](auto zero) {
     using A = decltype(zero);
     using V = Vec<A>;
     const auto made = [&] { return new_map(scalar_type<A>(), u.size(0), u.size(1), u.size(2), u.size(3), true); };
-    const Tensor v_bar = made(), u_bar = made();
-    const A *value = static_cast<const A*>(v.data_ptr()), *start = static_cast<const A*>(u.data_ptr());
-    A *to_v = static_cast<A*>(v_bar.data_ptr()), *to_u = static_cast<A*>(u_bar.data_ptr());
+    const Tensor error_bar = made(), u_bar = made(), v_bar = made();
+    const Terms<A> error(terms, weights);
+    const A *start = static_cast<const A*>(u.data_ptr()), *other = static_cast<const A*>(v.data_ptr());
+    const auto of = [](const Tensor& tensor) { return static_cast<A*>(tensor.data_ptr()); };
+    A *to_error = of(error_bar), *to_u = of(u_bar), *to_v = of(v_bar);
+    const auto sign = [](V value) { return value > 0 ? splat<V>(1) : value < 0 ? splat<V>(-1) : V{}; };
     of_samples(u, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i += kLanes<A>) {
-        const V at = load<V>(start + i);
-        const V unit = 1 / (static_cast<A>(atol) + static_cast<A>(rtol) * absolute(at));
-        const V scaled = load<V>(value + i) * unit, pulled = static_cast<A>(factor) * scaled * unit;
-        const V sign = at > 0 ? splat<V>(1) : at < 0 ? splat<V>(-1) : V{};
-        store<V>(to_v + i, pulled);
-        store<V>(to_u + i, -static_cast<A>(rtol) * sign * scaled * pulled);
+        const V at_start = load<V>(start + i), at_end = load<V>(other + i);
+        const V one = absolute(at_start), two = absolute(at_end);
+        const V unit = 1 / (static_cast<A>(atol) + static_cast<A>(rtol) * (two < one ? one : two));
+        const V scaled = error.at(i) * unit, pulled = static_cast<A>(factor) * scaled * unit;
+        const V through = -static_cast<A>(rtol) * scaled * pulled;
+        // Of equal ones either gets a half, as torch has it.
+        const V share = one > two ? splat<V>(1) : one < two ? V{} : splat<V>(A(0.5));
+        store<V>(to_error + i, pulled);
+        store<V>(to_u + i, share * through * sign(at_start));
+        store<V>(to_v + i, (1 - share) * through * sign(at_end));
       }
       return 0;
     });
-    return std::make_tuple(v_bar, u_bar);
+    return std::make_tuple(error_bar, u_bar, v_bar);
   });
 }
 

@@ -18,7 +18,7 @@ from ..ops.plan import Plan
 from ..ops.rerun import Rerun, StandIn
 from ..ops.schemes.by_error import Steps, retaken
 from ..ops.schemes.ode.solution import Course
-from ..reference.adaptive import State
+from ..reference.adaptive import State, integrate
 from ..reference.solvers import solve_fixed
 from ..reference.timed import TimeConv2d, at_time
 from ..solver import Solver
@@ -43,7 +43,7 @@ def describe_call(reading: Reading, solver: Solver, inputs: tuple[Tensor, ...] =
         variant = f"by {solver.name} to {solver.t1:g} within {solver.rtol:g} and {solver.atol:g}"
     else:
         variant = f"by {solver.name} in {solver.steps} steps"
-    reason = reading.reason or _fault(solver, inputs)
+    reason = reading.reason or _fault(inputs)
     if reason or reading.units is None:
         return Call(ODE_SOLUTION, variant, None, (), inputs, reason)
     tracked = tuple(norm is not None for norm in reading.norms)
@@ -51,9 +51,7 @@ def describe_call(reading: Reading, solver: Solver, inputs: tuple[Tensor, ...] =
     return Call(ODE_SOLUTION, variant, plan, reading.tensors, inputs, stages=len(solver.tableau.b))
 
 
-def _fault(solver: Solver, inputs: tuple[Tensor, ...]) -> str:
-    if solver.is_adaptive and solver.gradient == "exact":
-        return "its gradient goes through every attempt's error, which engines forget"
+def _fault(inputs: tuple[Tensor, ...]) -> str:
     if torch.compiler.is_compiling():
         return "torch.compile does not trace the solution of a single map's equation"
     if any(x.dim() != 4 for x in inputs):
@@ -135,7 +133,7 @@ def _solve(
 
 
 class _Retaken(nn.Module):
-    """The reference solution by the steps that a solve has taken, the first one's size chosen again where it counts."""
+    """The reference solution by the steps that a solve has taken, those chosen again that the gradient goes through."""
 
     def __init__(self, past: Past, solver: Solver, steps: Steps, stand_in: StandIn) -> None:
         super().__init__()
@@ -149,4 +147,6 @@ class _Retaken(nn.Module):
 
         if not solver.is_adaptive:
             return solve_fixed(slope, (x,), solver.tableau, solver.t1, solver.steps)[0]
+        if solver.gradient == "exact":
+            return integrate(slope, (x,), solver, Watch("", solver))[0]
         return retaken(slope, (x,), solver, self.steps)[0]

@@ -25,12 +25,13 @@ struct StepMade {
   std::vector<Tensor> slopes, points, kept;
 };
 
-// What backward reads and makes: the cotangents of a step whose end is state + sum of weight * slope, of the state and
-// of the first slope, if that is given.
+// What backward reads and makes: the cotangents of a step whose end is state + sum of weight * slope and whose error is
+// the sum of error_weight * slope, of the state and of the first slope, if that is given.
 struct StepBars {
   const std::vector<double>& weights;
-  const Tensor *end, *carried;        // null: zero
-  const std::vector<Tensor>& slopes;  // of all stages, for the product; or none
+  const std::vector<double>& error_weights;
+  const Tensor *end, *error, *carried;  // null: zero
+  const std::vector<Tensor>& slopes;    // of all stages, for the product; or none
   Tensor state, first;
   double product = 0;           // of every slope and its cotangent without what is carried
   std::vector<double> moments;  // [evaluation, timed unit][kernel height, kernel width, width]

@@ -115,7 +115,11 @@ void pull_step(const Packed<A>& packed, const StepArguments& step, const Tensor&
   const auto zero = [&](const Map<A>& to) { branch.combine(to, Mix<A>{0, {}}); };
   for (int64_t i = stages; i-- > 0;) {
     Mix<A> image{0, {}};
-    if (bars.end && bars.weights[i] != 0) image.terms.push_back({static_cast<A>(bars.weights[i]), map(*bars.end)});
+    const auto add = [&](const Tensor* bar, const std::vector<double>& weights) {
+      if (bar && weights[i] != 0) image.terms.push_back({static_cast<A>(weights[i]), map(*bar)});
+    };
+    add(bars.end, bars.weights);
+    add(bars.error, bars.error_weights);
     for (int64_t l = i + 1; l < stages; ++l)
       if (step.row(l, i) != 0 && of_points[l]) image.terms.push_back({static_cast<A>(step.row(l, i)), of_points[l]});
     if (!bars.slopes.empty() && !image.terms.empty()) {

@@ -16,7 +16,7 @@ from ...branch.layers import Conv
 from ...solver import Solver
 from ..maps import like_reference
 from ..plan import Gradients, MaybeTensor, MaybeTensors, Plan
-from ..schemes.ode.field import Made, Pulled, Stages
+from ..schemes.ode.field import Made, Pulled, Stages, Weighted
 from ..schemes.ode.time import Times, timed
 from .call import beside, encode
 
@@ -46,9 +46,13 @@ class ResidentField:
         found: Tensor = _OPS.resident_scaled_squares.default(list(terms), list(weights), u, v, solver.rtol, solver.atol)
         return found
 
-    def pull_squares(self, v: Tensor, u: Tensor, factor: float, solver: Solver) -> tuple[Tensor, Tensor]:
-        v_bar, u_bar = _OPS.resident_pull_squares.default(v, u, factor, solver.rtol, solver.atol)
-        return v_bar, u_bar
+    def pull_squares(
+        self, terms: Sequence[Tensor], weights: Sequence[float], u: Tensor, v: Tensor, factor: float, solver: Solver
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        error_bar, u_bar, v_bar = _OPS.resident_pull_squares.default(
+            list(terms), list(weights), u, v, factor, solver.rtol, solver.atol
+        )
+        return error_bar, u_bar, v_bar
 
     def gradients(self) -> list[MaybeTensor]:
         return self.times.joined(self.sums.result())
@@ -69,11 +73,13 @@ class ResidentField:
         end_bar: MaybeTensor,
         carried: MaybeTensor,
         slopes: Sequence[Tensor] = (),
+        error: Weighted | None = None,
     ) -> Pulled:
+        error_bar, error_weights = error or (None, ())
         count = len(stages.evaluated)
         state, first, bars, moments, product = _OPS.resident_step_backward.default(
             self.x, end_bar, carried, list(slopes), list(kept[:count]), list(kept[count:]), *self.code,
-            *self._step(stages), list(weights), self.wants,
+            *self._step(stages), list(weights), error_bar, list(error_weights), self.wants,
         )  # fmt: skip
         for place, bar in enumerate(beside(self.tensors, bars)):
             if bar is not None:

@@ -104,6 +104,11 @@ def solve_by_error(
     watch.fail_at_most()
 
 
+def decides(ratio: float, order: int) -> bool:
+    """Whether an error ratio decides by how much the next step is longer, and no bound does."""
+    return ratio != 0 and adaptive.next_factor(ratio, order) == adaptive.SAFETY / ratio ** (1 / order)
+
+
 def through_first(solver: Solver, steps: Steps) -> bool:
     """Whether the gradient of a solve goes through the size of its first step."""
     return solver.gradient == "solver" and solver.first_step is None and steps.first_stayed

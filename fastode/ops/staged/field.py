@@ -13,7 +13,7 @@ from torch import Tensor
 from ...solver import Solver
 from ..maps import accumulator, cast, channels_last, coefficients, combine, converted, dots, like_reference
 from ..plan import Gradients, MaybeTensor, MaybeTensors, Plan, Record, statistics_of, tracked_statistics
-from ..schemes.ode.field import Made, Pulled, Stages
+from ..schemes.ode.field import Made, Pulled, Stages, Weighted
 from ..schemes.ode.time import Times, timed
 from . import sweeps
 
@@ -43,10 +43,16 @@ class StagedField:
         # Zero times a value that is not finite is NaN.
         return torch.stack([square, torch.linalg.vector_norm(v, float("inf")).double() * 0])
 
-    def pull_squares(self, v: Tensor, u: Tensor, factor: float, solver: Solver) -> tuple[Tensor, Tensor]:
-        scale = u.abs().mul_(solver.rtol).add_(solver.atol)
-        v_bar = (v / scale).div_(scale).mul_(factor)
-        return v_bar, (v_bar * v).div_(scale).mul_(u.sign()).mul_(-solver.rtol)
+    def pull_squares(
+        self, terms: Sequence[Tensor], weights: Sequence[float], u: Tensor, v: Tensor, factor: float, solver: Solver
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        error, sizes = combine(terms, coefficients(*weights)), (u.abs(), v.abs())
+        scale = torch.maximum(*sizes).mul_(solver.rtol).add_(solver.atol)
+        error_bar = (error / scale).div_(scale).mul_(factor)
+        through = (error_bar * error).div_(scale).mul_(-solver.rtol)
+        # Of equal ones either gets a half, as torch has it.
+        share = (torch.sign(sizes[0] - sizes[1]) + 1) / 2
+        return error_bar, through * share * u.sign(), through * (1 - share) * v.sign()
 
     def gradients(self) -> list[MaybeTensor]:
         return self.times.joined(self.sums.result())
@@ -72,6 +78,7 @@ class StagedField:
         end_bar: MaybeTensor,
         carried: MaybeTensor,
         slopes: Sequence[Tensor] = (),
+        error: Weighted | None = None,
     ) -> Pulled:
         last = len(weights) - 1
         each = 2 * len(self.plan.units)
@@ -84,6 +91,8 @@ class StagedField:
             terms = [
                 (w, bar) for w, bar in zip(column, [end_bar, *bars[i + 1 :]], strict=True) if w and bar is not None
             ]
+            if error is not None and error[1][i]:
+                terms.append((error[1][i], error[0]))
             if slopes and terms:
                 (found,) = dots(slopes[i], [_sum(terms)]).double()
                 product = found if product is None else product + found

@@ -66,6 +66,10 @@ class Pulled:
     product: MaybeTensor = None
 
 
+# The cotangent of a combination of a step's slopes, and its weights.
+Weighted = tuple[Tensor, Sequence[float]]
+
+
 class Field(Protocol):
     """A field for a call on one input. Its maps are of a layout of its own, in which empty places are zero."""
 
@@ -86,10 +90,11 @@ class Field(Protocol):
         end_bar: MaybeTensor,
         carried: MaybeTensor,
         slopes: Sequence[Tensor] = (),
+        error: Weighted | None = None,
     ) -> Pulled:
         """The pull-back of a step whose end is state + Σ weights_i F_i; `carried` is the last slope's own cotangent.
 
-        With `slopes`, of all stages, it also finds the product.
+        With `slopes`, of all stages, it also finds the product. `error` is that of the step's error, if it has one.
         """
 
     def scaled_squares(
@@ -100,8 +105,10 @@ class Field(Protocol):
         The second number is 0 where v is finite.
         """
 
-    def pull_squares(self, v: Tensor, u: Tensor, factor: float, solver: Solver) -> tuple[Tensor, Tensor]:
-        """The gradients of half the sum of squares of v over its tolerance at u, times `factor`, in v and in u."""
+    def pull_squares(
+        self, terms: Sequence[Tensor], weights: Sequence[float], u: Tensor, v: Tensor, factor: float, solver: Solver
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients of half that sum of squares, times `factor`: in the combination, in u and in v."""
 
     def gradients(self) -> list[MaybeTensor]:
         """Those of the field's tensors, after all pull-backs."""

@@ -1,13 +1,13 @@
 """The solution of a single map's equation over an engine's field, as an autograd Function.
 
-Derivation: README.md beside this file, and that of skew_pair, whose (5) to (9) are cited.
+Derivation: README.md beside this file, and that of skew_pair, whose (5) to (12) are cited.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,9 +20,20 @@ from ...function import gradients
 from ...maps import coefficients, combine, dots
 from ...plan import MaybeTensor, Plan
 from ...rerun import Rerun
-from ..by_error import Attempt, Steps, interpolating, interpolating_rates, rounded, solve_by_error, through_first
+from ..by_error import (
+    Attempt,
+    Steps,
+    decides,
+    interpolating,
+    interpolating_rates,
+    rounded,
+    solve_by_error,
+    through_first,
+)
+from . import exact
 from .field import Field, Made, MakeField, Pulled, Stages
-from .start import Start, WayBack, choose, pull_start
+from .start import WayBack, choose, pull_start
+from .taken import Taken, Tried, packed, unpacked
 
 
 @dataclass(frozen=True)
@@ -40,32 +51,13 @@ class Course:
     steps: Steps
 
 
-@dataclass
-class _Taken:
-    """A solve's accepted steps, and what leads to them.
-
-    Attributes:
-        stages: of each step.
-        kept: by each step.
-        slopes: of the first step and of the last one by error, which the first size's gradient needs.
-        start: how the first step by error was chosen.
-        statistics: of every evaluation, in order.
-    """
-
-    stages: list[Stages] = field(default_factory=list)
-    kept: list[list[Tensor]] = field(default_factory=list)
-    slopes: list[list[Tensor]] = field(default_factory=list)
-    start: Start | None = None
-    statistics: list[Tensor] = field(default_factory=list)
-
-
 def make_solution_function(make_field: MakeField) -> type[torch.autograd.Function]:
     """The solution on an engine with such a field, as an autograd Function."""
 
     class SolutionFunction(torch.autograd.Function):
         """u(t₁) from x, and the statistics of every evaluation of each tracked norm.
 
-        Of steps by error its derivative goes through the first one's size, and takes every later one as a constant.
+        Of steps by error its derivative goes through the sizes that the solver's `gradient` names.
         """
 
         @staticmethod
@@ -75,7 +67,7 @@ def make_solution_function(make_field: MakeField) -> type[torch.autograd.Functio
             solve = _solve_by_error if course.solver.is_adaptive else _solve_equally
             end, taken = solve(own, course, own.enter(x), x.numel(), keep)
             if keep:
-                ctx.packed, flat = _packed(taken)
+                ctx.packed, flat = packed(taken)
                 ctx.save_for_backward(x, *tensors, *flat)
             ctx.plan, ctx.course, ctx.rerun, ctx.count = plan, course, rerun, 1 + len(tensors)
             ctx.set_materialize_grads(False)
@@ -91,7 +83,7 @@ def make_solution_function(make_field: MakeField) -> type[torch.autograd.Functio
                 (bar,), (x, *tensors) = bars, given
                 assert bar is not None
                 own = make_field(ctx.plan, tensors, x, wanted[1:])
-                taken = _unpacked(ctx.packed, rest)
+                taken = unpacked(ctx.packed, rest)
                 back = _back_by_error if ctx.course.solver.is_adaptive else _back_equally
                 x_bar = back(own, ctx.course, taken, own.enter(bar), own.enter(x), x.numel())
                 return [own.leave(x_bar, x) if wanted[0] else None, *own.gradients()]
@@ -104,8 +96,8 @@ def make_solution_function(make_field: MakeField) -> type[torch.autograd.Functio
 # ---- equal steps
 
 
-def _solve_equally(own: Field, course: Course, state: Tensor, _: int, keep: bool) -> tuple[Tensor, _Taken]:
-    solver, taken = course.solver, _Taken()
+def _solve_equally(own: Field, course: Course, state: Tensor, _: int, keep: bool) -> tuple[Tensor, Taken]:
+    solver, taken = course.solver, Taken()
     scheme, size = solver.tableau, solver.t1 / solver.steps
     rows, weights = _scaled(scheme.a, size), [size * b for b in scheme.b]
     for i in range(solver.steps):
@@ -118,7 +110,7 @@ def _solve_equally(own: Field, course: Course, state: Tensor, _: int, keep: bool
     return state, taken
 
 
-def _back_equally(own: Field, course: Course, taken: _Taken, bar: Tensor, _: Tensor, __: int) -> Tensor:
+def _back_equally(own: Field, course: Course, taken: Taken, bar: Tensor, _: Tensor, __: int) -> Tensor:
     solver = course.solver
     weights = [solver.t1 / solver.steps * b for b in solver.tableau.b]
     for stages, kept in zip(reversed(taken.stages), reversed(taken.kept), strict=True):
@@ -131,14 +123,14 @@ def _back_equally(own: Field, course: Course, taken: _Taken, bar: Tensor, _: Ten
 # ---- steps by error
 
 
-def _solve_by_error(own: Field, course: Course, state: Tensor, entries: int, keep: bool) -> tuple[Tensor, _Taken]:
-    solver, watch, taken = course.solver, course.watch, _Taken()
+def _solve_by_error(own: Field, course: Course, state: Tensor, entries: int, keep: bool) -> tuple[Tensor, Taken]:
+    solver, watch, taken = course.solver, course.watch, Taken()
     tableau = solver.tableau
     assert watch is not None and isinstance(tableau, Embedded)
     watch.evaluations += 1 if solver.first_step is not None else 2
     taken.start = start = choose(own, state, entries, solver, keep)
     taken.statistics += start.statistics
-    last = start.slopes[0]
+    last, exactly = start.slopes[0], keep and solver.gradient == "exact"
 
     def attempt(state: tuple[Tensor], step: float, begin: float, end: float) -> Attempt[Any, Any]:
         stages = Stages(_scaled(tableau.a, step), _times(tableau, state[0].dtype, begin, step, end), given=True)
@@ -151,17 +143,29 @@ def _solve_by_error(own: Field, course: Course, state: Tensor, entries: int, kee
         used = [(k, step * w) for k, w in zip(made.slopes, tableau.b_error, strict=True) if w]
         terms, weights = [k for k, _ in used], [w for _, w in used]
         square, nothing = own.scaled_squares(terms, weights, state[0], at_end, solver).tolist()
-        return Attempt((at_end,), [math.sqrt(square / entries)], (stages, made), nothing == 0)
+        ratio = math.sqrt(square / entries)
+        if exactly:
+            left = ratio <= 1 or decides(ratio, tableau.order)
+            taken.tried.append(Tried(step, ratio, left))
+            if left:
+                leave(stages, made)
+                taken.ends.append([state[0], at_end])
+        return Attempt((at_end,), [ratio], (stages, made), nothing == 0)
+
+    def leave(stages: Stages, made: Made) -> None:
+        taken.stages.append(stages)
+        taken.kept.append(made.kept)
+        taken.slopes.append(made.slopes)
 
     def accept(found: tuple[Stages, Made]) -> None:
         nonlocal last
         stages, made = found
         last = made.slopes[-1]
+        if exactly:
+            return
         if len(taken.slopes) > 1:
             taken.slopes.pop()
-        taken.stages.append(stages)
-        taken.kept.append(made.kept)
-        taken.slopes.append(made.slopes)
+        leave(stages, made)
 
     if not start.is_finite:
         watch.attempt(0.0, start.size, (state,))
@@ -169,14 +173,16 @@ def _solve_by_error(own: Field, course: Course, state: Tensor, entries: int, kee
     (begin,), step = solve_by_error(solver, watch, course.steps, (state,), start.size, attempt, accept)
     weights = [step * w for w in interpolating(tableau, course.steps.at)]
     result = _moved(begin, taken.slopes[-1], weights)
-    if not (keep and through_first(solver, course.steps)):
+    if not (exactly or (keep and through_first(solver, course.steps))):
         taken.slopes = []
     return result, taken
 
 
-def _back_by_error(own: Field, course: Course, taken: _Taken, end_bar: Tensor, state: Tensor, entries: int) -> Tensor:
+def _back_by_error(own: Field, course: Course, taken: Taken, end_bar: Tensor, state: Tensor, entries: int) -> Tensor:
     """(5) with (7), and (8) and (9) where the derivative goes through the first step's size."""
     solver, steps, start = course.solver, course.steps, taken.start
+    if solver.gradient == "exact":
+        return exact.back(own, solver, steps.at, taken, end_bar, state, entries)
     tableau = solver.tableau
     assert start is not None and isinstance(tableau, Embedded)
     through, count = through_first(solver, steps), len(steps.sizes)
@@ -201,7 +207,7 @@ def _back_by_error(own: Field, course: Course, taken: _Taken, end_bar: Tensor, s
     assert carried is not None
     if not through:
         return pull_start(own, start, bar, carried)
-    return WayBack(own, state, entries, solver, start).run(bar, carried, size_bar)
+    return WayBack(own, state, entries, solver, start).run(bar, carried, float(size_bar))
 
 
 def _of_size(tableau: Embedded, pulled: Pulled, step: float, is_first: bool) -> Tensor:
@@ -231,32 +237,3 @@ def _scaled(rows: Sequence[Sequence[float]], size: float) -> list[list[float]]:
 def _moved(state: Tensor, slopes: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     used = [(k, w) for k, w in zip(slopes, weights, strict=True) if w]
     return combine([state, *(k for k, _ in used)], coefficients(1.0, *(w for _, w in used)))
-
-
-# ---- what a Function saves
-
-
-def _packed(taken: _Taken) -> tuple[Any, list[Tensor]]:
-    """A solve without its tensors, and these."""
-    flat: list[Tensor] = []
-
-    def put(tensors: Sequence[Tensor]) -> slice:
-        flat.extend(tensors)
-        return slice(len(flat) - len(tensors), len(flat))
-
-    rows = [put(each) for each in taken.kept], [put(each) for each in taken.slopes]
-    start, of_start = taken.start, list[slice]()
-    if start is not None:
-        # What only the first size's gradient needs goes with the slopes.
-        beside = (start.slopes, start.trial_kept) if taken.slopes else ([], [])
-        of_start = [put(each) for each in (start.kept, *beside)]
-        start = replace(start, kept=[], slopes=[], trial_kept=[], statistics=[])
-    return (taken.stages, *rows, start, of_start), flat
-
-
-def _unpacked(packed: Any, flat: Sequence[Tensor]) -> _Taken:
-    stages, kept, slopes, start, of_start = packed
-    if start is not None:
-        own, both, trial = (list(flat[at]) for at in of_start)
-        start = replace(start, kept=own, slopes=both, trial_kept=trial)
-    return _Taken(stages, [list(flat[at]) for at in kept], [list(flat[at]) for at in slopes], start)

@@ -6,6 +6,7 @@ Derivation: README.md of skew_pair, "Steps by error", whose (9) is cited. The co
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +33,7 @@ class Start:
         statistics: of both evaluations.
         is_finite: whether the state is.
         norms: d₀, d₁, d₂; empty where the size was given.
-        trial_size: h₀, as the trial saw it.
+        trial_size: h₀.
     """
 
     size: float
@@ -69,8 +70,7 @@ def choose(field: Field, state: Tensor, entries: int, solver: Solver, keep: bool
     of_state, nothing, of_slope, _ = squares.tolist()
     d0, d1 = math.sqrt(of_state / entries), math.sqrt(of_slope / entries)
     h0 = 1e-6 if d0 < _SMALL or d1 < _SMALL else 0.01 * d0 / d1
-    trial_size = rounded(h0, state.dtype)
-    tried = field.stages(trial(trial_size), state, slope, keep)
+    tried = field.stages(trial(rounded(h0, state.dtype)), state, slope, keep)
     then = tried.slopes[1]
     change = field.scaled_squares([slope, then], [-1.0, 1.0], state, state, solver)
     d2 = math.sqrt(float(change[0]) / entries) / h0
@@ -80,7 +80,7 @@ def choose(field: Field, state: Tensor, entries: int, solver: Solver, keep: bool
         h1 = (0.01 / (d2 if d2 > d1 else d1)) ** (1 / solver.tableau.order)
     size = math.nan if math.isnan(h0) or math.isnan(h1) else min(100 * h0, h1)
     statistics = [*made.statistics, *tried.statistics]
-    return Start(size, [slope, then], made.kept, tried.kept, statistics, nothing == 0, (d0, d1, d2), trial_size)
+    return Start(size, [slope, then], made.kept, tried.kept, statistics, nothing == 0, (d0, d1, d2), h0)
 
 
 def pull_start(field: Field, start: Start, state_bar: Tensor, slope_bar: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class WayBack:
     def __init__(self, field: Field, state: Tensor, entries: int, solver: Solver, start: Start) -> None:
         self.field, self.state, self.entries, self.solver, self.start = field, state, entries, solver, start
 
-    def run(self, state_bar: Tensor, slope_bar: Tensor, size_bar: Tensor) -> Tensor:
+    def run(self, state_bar: Tensor, slope_bar: Tensor, size_bar: float) -> Tensor:
         """The cotangent of the state at time 0.
 
         Args:
@@ -105,7 +105,7 @@ class WayBack:
             size_bar: of the first step's size.
         """
         start, (d0, d1, d2), (first, then) = self.start, self.start.norms, self.start.slopes
-        h0, h1, bar = start.trial_size, start.size, float(size_bar)
+        h0, h1, bar = start.trial_size, start.size, size_bar
         d0_bar = d1_bar = d2_bar = trial_bar = 0.0
         # (9)
         if h1 == 100 * h0 or (d1 <= 1e-15 and d2 <= 1e-15):
@@ -115,12 +115,12 @@ class WayBack:
         else:
             d1_bar = -bar * h1 / (self.solver.tableau.order * d1)
         if d2_bar:
-            change = combine([first, then], coefficients(-1.0, 1.0))
-            change_bar, moved = self._pull_norm(change, d2_bar / h0, d2 * h0)
-            pulled = self.field.pull(trial(h0), start.trial_kept, (0.0, 0.0), None, change_bar)
+            change_bar, *moved = self._pull_norm((first, then), (-1.0, 1.0), d2_bar / h0, d2 * h0)
+            tried = trial(rounded(h0, self.state.dtype))
+            pulled = self.field.pull(tried, start.trial_kept, (0.0, 0.0), None, change_bar)
             assert pulled.state is not None and pulled.first is not None
             slope_bar = combine([slope_bar, change_bar, pulled.first], coefficients(1.0, -1.0, 1.0))
-            state_bar = combine([state_bar, pulled.state, moved], coefficients(1.0, 1.0, 1.0))
+            state_bar = _sum(state_bar, pulled.state, *moved)
             # The trial's point moves with h₀ along F, and its time is h₀.
             along = float(dots(first, [pulled.first]).double()[0]) / h0
             trial_bar += along + sum(map(float, pulled.times)) - d2_bar * d2 / h0
@@ -128,14 +128,19 @@ class WayBack:
             d0_bar += trial_bar * h0 / d0
             d1_bar -= trial_bar * h0 / d1
         if d1_bar:
-            own, moved = self._pull_norm(first, d1_bar, d1)
-            slope_bar = combine([slope_bar, own], coefficients(1.0, 1.0))
-            state_bar = combine([state_bar, moved], coefficients(1.0, 1.0))
+            own, *moved = self._pull_norm((first,), (1.0,), d1_bar, d1)
+            slope_bar, state_bar = _sum(slope_bar, own), _sum(state_bar, *moved)
         if d0_bar:
-            own, moved = self._pull_norm(self.state, d0_bar, d0)
-            state_bar = combine([state_bar, own, moved], coefficients(1.0, 1.0, 1.0))
+            state_bar = _sum(state_bar, *self._pull_norm((self.state,), (1.0,), d0_bar, d0))
         return pull_start(self.field, start, state_bar, slope_bar)
 
-    def _pull_norm(self, v: Tensor, bar: float, norm: float) -> tuple[Tensor, Tensor]:
-        """(9): the cotangents of v and of the state for that of the norm of v / (atol + rtol |u|)."""
-        return self.field.pull_squares(v, self.state, bar / (self.entries * norm), self.solver)
+    def _pull_norm(
+        self, terms: Sequence[Tensor], weights: Sequence[float], bar: float, norm: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(9): for the cotangent of the norm of v / (atol + rtol |u|), that of the sum v and, in two parts, of u."""
+        factor = bar / (self.entries * norm)
+        return self.field.pull_squares(terms, weights, self.state, self.state, factor, self.solver)
+
+
+def _sum(*terms: Tensor) -> Tensor:
+    return combine(terms, coefficients(*[1.0] * len(terms)))

@@ -31,6 +31,7 @@ class Times:
 
     def __init__(self, plan: Plan, tensors: MaybeTensors, x: Tensor) -> None:
         self.tensors = list(tensors)
+        self._device = x.device
         self.planes: list[Tensor] = []
         self.bars: list[Tensor] = []
         self._weights: list[Tensor] = []
@@ -59,7 +60,7 @@ class Times:
 
     def pull(self, time: float, moments: Sequence[Tensor], scale: float = 1.0) -> Tensor:
         """The time's cotangent, from (2) of each timed convolution; their weights' are added to `bars`."""
-        total = torch.zeros((), dtype=torch.float64, device=moments[0].device if moments else "cpu")
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
         for bar, weight, moment in zip(self.bars, self._weights, moments, strict=True):
             bar.add_(moment, alpha=time * scale)
             total = total + scale * (weight * moment).sum()
