@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import fuzz
+from benchmarks import fuzz, rejudge
 from fastode.dispatch import one_step
+from fastode.ops.schemes.implicit_euler import exact
+from fastode.testing import Comparison, Judge
+from fastode.testing.rule import Row
 
 
 def test_a_second_of_a_fixed_seed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,6 +55,22 @@ def test_a_planted_fault_is_found_and_named(
     printed = capsys.readouterr().out
     assert f"again: python -m benchmarks.fuzz --seed 1 --index {index}" in printed
     assert "FAIL output" in printed and not printed.splitlines()[-1].endswith(" 0 failed")
+
+
+def test_an_exact_step_is_compared_where_it_took_as_many_iterations(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # One that staged runs, with a gradient to solve for.
+    index = next(i for i in range(200) if (case := fuzz.draw_case(2, i)).family == fuzz.EXACT and case.mode == "train")
+    assert fuzz.main(["--seed", "2", "--index", str(index)]) == 0
+    monkeypatch.setattr(Judge, "compare", lambda *_: Comparison((Row("output", 1.0, 0.0, None, ""),)))
+    monkeypatch.setattr(rejudge, "compare_again", lambda *_: Comparison((Row("output", 1.0, 0.0, None, ""),)))
+    assert fuzz.main(["--seed", "2", "--index", str(index)]) == 1
+    assert "left out" not in capsys.readouterr().out
+    real = exact.find_root
+    monkeypatch.setattr(exact, "find_root", lambda *given: real(*given[:4], 1e-9, *given[5:]))
+    fuzz.main(["--seed", "2", "--index", str(index)])
+    assert "left out, its solves took other numbers of iterations" in capsys.readouterr().out
 
 
 def test_nothing_run_is_no_success() -> None:

@@ -18,8 +18,8 @@ from fastode.testing.record import Shifted
 pytestmark = pytest.mark.skipif(not wide.WIDER, reason="long double is float64 here")
 
 
-# Those that are judged once more.
-FAMILIES = [family for family in fuzz.FAMILIES if family not in fuzz.BY_ERROR]
+# Those that are judged once more in float64.
+FAMILIES = [family for family in fuzz.FAMILIES if family not in (*fuzz.BY_ERROR, fuzz.EXACT)]
 
 
 def float64_cases(count: int) -> list[fuzz.Case]:
