@@ -207,8 +207,7 @@ class Watch:
         """Raise why the attempt that was noted last cannot be made."""
         if not all(bool(torch.isfinite(u).all()) for u in self.state):
             self.fail("the state is not finite", "look for NaN and infinity in the input, or normalise the field")
-        # A size that is NaN is noted as 0 by torchdiffeq; no finite one shrinks as far before the time stands still.
-        if not 0 < _number(self.h) < math.inf or _number(self.ratio) == math.inf:
+        if not math.isfinite(_number(self.h)) or _number(self.ratio) == math.inf:
             self.fail(
                 "the field gave a value that is not finite",
                 "look for NaN and infinity in the input and the parameters, or normalise the field",

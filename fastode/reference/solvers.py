@@ -355,7 +355,8 @@ class _Driven:
         return self.last
 
     def callback_step(self, t: Tensor, state: State, h: Tensor) -> None:
-        self.watch.attempt(t, h, state)
+        # torchdiffeq puts 0 in the place of a size that is not finite; no other one is 0.
+        self.watch.attempt(t, h.where(h != 0, torch.nan), state)
 
     def callback_accept_step(self, t: Tensor, state: State, h: Tensor) -> None:
         self.watch.judged(self.last, True)
