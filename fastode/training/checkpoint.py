@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import pickle
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +75,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint to a file beside it, and put that in its place.
+    """Write a checkpoint.
 
     Args:
         path: of the file.
@@ -85,16 +86,30 @@ def write(path: Path, content: dict[str, Any]) -> None:
         OSError: it could not be written; the one before it stands.
     """
     content = plain(content, "checkpoint")
+    replace(path, "checkpoint", lambda file: torch.save(content, file))
+
+
+def replace(path: Path, name: str, fill: Callable[[BinaryIO], object]) -> None:
+    """Fill a file beside another one, and put it in that one's place.
+
+    Args:
+        path: of the file that is replaced, if it is there.
+        name: what an error calls it.
+        fill: writes the new one.
+
+    Raises:
+        OSError: it could not be written; the one before it stands.
+    """
     unfinished = path.with_name(path.name + ".unfinished")
     try:
         with open(unfinished, "wb") as file:
-            torch.save(content, file)
+            fill(file)
             file.flush()
             os.fsync(file.fileno())  # or the new name could reach the disk before what it names
         os.replace(unfinished, path)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:  # torch's writer raises the latter
         before = "the one before it stands" if path.exists() else "there is none from before"
-        raise OSError(f"checkpoint must be a file that can be written, got {path}: {error}; {before}") from error
+        raise OSError(f"{name} must be a file that can be written, got {path}: {error}; {before}") from error
     finally:
         unfinished.unlink(missing_ok=True)
 

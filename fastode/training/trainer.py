@@ -16,15 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from .. import checks
 from . import checkpoint as checkpoints
 from .batches import Batch, generators_of, seed_everything, shared
 from .losses import Loss
+from .progress import Bar
 
 __all__ = ["Trainer"]
 
+_KEPT = ("optimizer", "schedule", "generators", "rows", "seed")  # of a checkpoint, beside the weights
 PRECISIONS = ("32-true", "bf16-mixed")
 Row = dict[str, float]
 
@@ -105,6 +107,7 @@ class Trainer:
         self.fabric.to_device(model)
         self.optimizer = _optimizer(optimizer, model)
         self.schedule = _schedule(schedule, self.optimizer)
+        self.last: Row = {}  # of the last evaluation, for the bar
         self.bar = self.fabric.is_global_zero and (sys.stderr.isatty() if progress is None else progress)
 
     def fit(self, loader: Iterable[Batch]) -> list[Row]:
@@ -124,45 +127,54 @@ class Trainer:
             FloatingPointError: the loss is not finite; the checkpoint is that of the epoch before.
             OSError: a checkpoint could not be written; the one before it stands.
         """
-        world = self.fabric.world_size
-        batches = shared(loader, self.fabric.global_rank, world)
+        batches = shared(loader, self.fabric.global_rank, self.fabric.world_size)
         generators = generators_of(loader, self.loss, self.evaluate)
         rows = self._resumed(generators)
         self._send_state()
         mode = self.model.training
-        for epoch in range(len(rows), self.epochs):
-            rows.append(self._epoch(batches, epoch, rows[-1] if rows else {}))
-            if self.schedule is not None:
-                self.schedule.step()
-            self._write(rows, generators)
-        self.model.train(mode)
+        try:
+            for epoch in range(len(rows), self.epochs):
+                rows.append(self._epoch(batches, epoch))
+                if self.schedule is not None:
+                    self.schedule.step()
+                self._write(rows, generators)
+        finally:
+            self.model.train(mode)
         return rows
 
-    def _epoch(self, batches: Iterable[Batch], epoch: int, before: Row) -> Row:
+    def _epoch(self, batches: Iterable[Batch], epoch: int) -> Row:
         """Train for one epoch.
 
         Args:
             batches: of this process.
             epoch: from 0.
-            before: the row of the epoch before, whose evaluation the bar shows.
         """
-        begin, rank = time.perf_counter(), self.fabric.global_rank
+        begin = time.perf_counter()
         seed_everything(self.seed, epoch)  # the same order of the data in all processes
         stream = iter(batches)
-        seed_everything(self.seed, epoch, rank)
+        seed_everything(self.seed, epoch, self.fabric.global_rank)
         means = _Means()
+        bar = Bar(self.bar, f"epoch {epoch + 1}/{self.epochs}", _length(batches), self.last)
         self.model.train()
-        while group := list(islice(stream, self.accumulate)):
-            self._step(group, means)
+        try:
+            while group := list(islice(stream, self.accumulate)):
+                self._step(group, means)
+                bar.update(len(group), means.own)
+        finally:
+            bar.close()
         if not means.count:
             raise ValueError(f"loader must have a batch for each of {self.fabric.world_size} processes, got none")
-        row = {"epoch": epoch + 1, **means.row(self.fabric)}
+        row = {"epoch": epoch + 1, **means.row(self.fabric.world_size)}
         if not math.isfinite(row["loss"]):
             raise FloatingPointError(f"loss must be finite, got a mean of {row['loss']} in epoch {epoch + 1}")
         seconds = time.perf_counter() - begin
-        for name, value in self._evaluated().items():
-            row[name if name not in row else f"evaluate_{name}"] = float(value)
-        return {**row, "seconds": seconds}
+        found = self._evaluated()
+        self.last = {f"last {name}": value for name, value in found.items()}
+        return {
+            **row,
+            **{f"evaluate_{name}" if name in row else name: found[name] for name in found},
+            "seconds": seconds,
+        }
 
     def _step(self, group: list[Batch], means: _Means) -> None:
         """One step of the optimizer, by the mean gradient of some batches."""
@@ -200,19 +212,36 @@ class Trainer:
             for tensor in (*self.model.parameters(), *self.model.buffers()):
                 torch.distributed.broadcast(tensor.data, 0)
 
-    def _evaluated(self) -> Mapping[str, float]:
+    def _evaluated(self) -> Row:
         if self.evaluate is None:
             return {}
         self.model.eval()
         with self.fabric.autocast():
-            return self.evaluate(self.model)
+            return {name: float(value) for name, value in self.evaluate(self.model).items()}
 
     def _resumed(self, generators: list[torch.Generator]) -> list[Row]:
         """The rows of the epochs that the checkpoint has behind it, whose state everything takes."""
-        if self.checkpoint is None or not self.checkpoint.exists():
+        if self.checkpoint is None:
             return []
+        found = self.fabric.broadcast(self.checkpoint.exists())  # the first process may write it before others look
+        if not found:
+            self._write([], generators)  # a disk that is full is found before the first epoch
+            return []
+        wanted = f"checkpoint {self.checkpoint} must be one of this run"
         content = checkpoints.load_weights(self.model, self.checkpoint)
-        self.optimizer.load_state_dict(content["optimizer"])
+        if missing := [name for name in _KEPT if name not in content]:
+            raise ValueError(f"{wanted}, got one without {', '.join(missing)}")
+        if content["seed"] != self.seed:
+            raise ValueError(f"{wanted}, with seed {self.seed}, got one with seed {content['seed']}")
+        if (content["schedule"] is None) != (self.schedule is None):
+            raise ValueError(f"{wanted}, {'without' if self.schedule is None else 'with'} a schedule, got the opposite")
+        if len(content["generators"]) != len(generators):
+            counts = len(generators), len(content["generators"])
+            raise ValueError(f"{wanted}, with {counts[0]} generators of its own, got one with {counts[1]}")
+        try:
+            self.optimizer.load_state_dict(content["optimizer"])
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{wanted}, got one whose optimizer is another: {error}") from error
         if self.schedule is not None:
             self.schedule.load_state_dict(content["schedule"])
         for generator, state in zip(generators, content["generators"], strict=True):
@@ -223,18 +252,17 @@ class Trainer:
         """Write the checkpoint and the log, in the first process."""
         if self.fabric.is_global_zero:
             if self.checkpoint is not None:
-                schedule = None if self.schedule is None else self.schedule.state_dict()
-                content = {
+                state = {
                     "model": self.model.state_dict(),
                     "optimizer": self.optimizer.state_dict(),
-                    "schedule": schedule,
+                    "schedule": None if self.schedule is None else self.schedule.state_dict(),
                     "generators": [generator.get_state() for generator in generators],
                     "rows": rows,
                     "seed": self.seed,
                 }
-                checkpoints.write(self.checkpoint, content)
-            if self.log is not None:
-                self.log.write_text(_table(rows))
+                checkpoints.write(self.checkpoint, state)
+            if self.log is not None and rows:
+                checkpoints.replace(self.log, "log", lambda file: file.write(_table(rows).encode()))
         self.fabric.barrier()
 
 
@@ -250,10 +278,14 @@ class _Means:
             self.sums[name] = self.sums.get(name, 0) + value.double() * count
         self.count += count
 
-    def row(self, fabric: Any) -> Row:
+    def own(self) -> Row:
+        """The means over the images of this process."""
+        return {name: float(value) / self.count for name, value in self.sums.items()}
+
+    def row(self, world: int) -> Row:
         """The means over the images of all processes."""
         sums = torch.stack([*self.sums.values(), torch.full_like(self.sums["loss"], self.count)])
-        if fabric.world_size > 1:
+        if world > 1:
             torch.distributed.all_reduce(sums)
         return dict(zip(self.sums, (sums[:-1] / sums[-1]).tolist(), strict=True))
 
@@ -290,6 +322,8 @@ def _schedule(schedule: Any, optimizer: Optimizer) -> LRScheduler | None:
         raise TypeError(
             f"schedule must be an LRScheduler, a function of the optimizer or None, got {checks.what(made)}"
         )
+    if isinstance(made, ReduceLROnPlateau):
+        raise ValueError("schedule must be one that takes steps without a measure, got ReduceLROnPlateau")
     if made is not None and made.optimizer is not optimizer:
         raise ValueError("schedule must be of the trainer's optimizer, got one of another")
     return made
@@ -304,6 +338,13 @@ def _file(name: str, path: Any) -> Path | None:
     if found.is_dir() or not found.parent.is_dir():
         raise ValueError(f"{name} must be a file in a folder that exists, got {path}")
     return found
+
+
+def _length(batches: Iterable[Batch]) -> int | None:
+    try:
+        return len(batches)  # type: ignore[arg-type]
+    except TypeError:
+        return None
 
 
 def _by_dtype(gradients: Iterable[Tensor]) -> list[list[Tensor]]:
