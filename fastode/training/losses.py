@@ -50,9 +50,9 @@ def natural(model: nn.Module, images: Tensor, labels: Tensor) -> Loss:
         >>> natural(model, torch.rand(3, 1, 2, 2), torch.tensor([0, 1, 0])).value.shape
         torch.Size([])
     """
-    _check(model, images, labels)
-    logits = _logits(model, images, labels)
-    return Loss(F.cross_entropy(logits, labels), {"accuracy": _accuracy(logits, labels)})
+    check_batch(model, images, labels)
+    logits = logits_of(model, images, labels)
+    return Loss(F.cross_entropy(logits, labels), {"accuracy": accuracy_of(logits, labels)})
 
 
 def uniform_noise(
@@ -80,7 +80,7 @@ def uniform_noise(
         >>> uniform_noise(model, torch.rand(3, 1, 2, 2), torch.tensor([0, 1, 0]), eps=0.3).value.shape
         torch.Size([])
     """
-    _check(model, images, labels)
+    check_batch(model, images, labels)
     checks.step_size(eps, "eps")
     noise = torch.empty_like(images).uniform_(-eps, eps, generator=generator)
     return natural(model, images + noise, labels)
@@ -113,7 +113,7 @@ def adversarial(model: nn.Module, images: Tensor, labels: Tensor, *, attack: Att
         >>> found.value.shape
         torch.Size([])
     """
-    _check(model, images, labels)
+    check_batch(model, images, labels)
     return natural(model, _attacked(model, images, labels, attack), labels)
 
 
@@ -145,22 +145,23 @@ def trades(model: nn.Module, images: Tensor, labels: Tensor, *, attack: Attack, 
         >>> found.log["divergence"].item()
         0.0
     """
-    _check(model, images, labels)
+    check_batch(model, images, labels)
     checks.step_size(beta, "beta")
     moved = _attacked(model, images, labels, attack)
-    clean, robust = _logits(model, images, labels), _logits(model, moved, labels)
+    clean, robust = logits_of(model, images, labels), logits_of(model, moved, labels)
     loss = F.cross_entropy(clean, labels)
     divergence = F.kl_div(robust.log_softmax(1), clean.log_softmax(1), reduction="batchmean", log_target=True)
     log = {
-        "accuracy": _accuracy(clean, labels),
-        "robust_accuracy": _accuracy(robust, labels),
+        "accuracy": accuracy_of(clean, labels),
+        "robust_accuracy": accuracy_of(robust, labels),
         "natural": loss.detach(),
         "divergence": divergence.detach(),
     }
     return Loss(loss + beta * divergence, log)
 
 
-def _check(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+def check_batch(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    """Refuse what no loss can be taken of."""
     checks.module("model", model)
     checks.feature_map("images", images)
     checks.tensor("labels", labels)
@@ -172,7 +173,8 @@ def _check(model: nn.Module, images: Tensor, labels: Tensor) -> None:
         raise ValueError(f"labels must be on the images' device {images.device}, got {labels.device}")
 
 
-def _logits(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+def logits_of(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """The model's answer [N, K], checked."""
     logits = model(images)
     if not isinstance(logits, Tensor):
         raise TypeError(f"model must return logits [N, classes], got {checks.what(logits)}")
@@ -194,5 +196,6 @@ def _attacked(model: nn.Module, images: Tensor, labels: Tensor, attack: Attack) 
     return moved.detach()
 
 
-def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+def accuracy_of(logits: Tensor, labels: Tensor) -> Tensor:
+    """The part of the labels that the largest logits are at."""
     return (logits.detach().argmax(1) == labels).float().mean()

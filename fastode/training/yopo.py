@@ -14,7 +14,7 @@ from .. import checks
 from ..attacks.balls import ball_of
 from ..attacks.held import attacked
 from ..attacks.task import Bounds, Number, task_of
-from .losses import Loss, _accuracy, _check, _logits
+from .losses import Loss, accuracy_of, check_batch, logits_of
 
 __all__ = ["yopo"]
 
@@ -72,7 +72,7 @@ def yopo(
         >>> model[0].weight.grad.shape
         torch.Size([2, 1, 2, 2])
     """
-    _check(model, images, labels)
+    check_batch(model, images, labels)
     _check_first(model, first)
     checks.steps(outer, "outer")
     checks.steps(inner, "inner")
@@ -87,8 +87,7 @@ def yopo(
     for _ in range(outer):
         logits, output = _propagated(model, first, x, labels)
         losses.append(F.cross_entropy(logits, labels))
-        found: list[Tensor | None]
-        costate, *found = torch.autograd.grad(losses[-1], [output, *rest], allow_unused=True)
+        costate, *others = torch.autograd.grad(losses[-1], [output, *rest], allow_unused=True)
         if costate is None:
             raise ValueError("first must be a module whose output the logits depend on, got one that they do not")
         with attacked(first, "keep", None):
@@ -96,12 +95,12 @@ def yopo(
                 leaf = x.detach().requires_grad_()
                 (gradient,) = torch.autograd.grad(first(leaf), leaf, costate)
                 x = ball.step(x, gradient)
-            found = [*_weight_gradients(first, head, x, costate), *found]
-        for total, part in zip(gradients, found, strict=True):
+            found = _weight_gradients(first, head, x, costate)
+        for total, part in zip(gradients, (*found, *others), strict=True):
             if part is not None:
                 total += part
     value = _Given.apply(torch.stack(losses).sum().detach(), gradients, *head, *rest)
-    return Loss(value, {"accuracy": _accuracy(logits, labels)})
+    return Loss(value, {"accuracy": accuracy_of(logits, labels)})
 
 
 def _propagated(model: nn.Module, first: nn.Module, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,7 +113,7 @@ def _propagated(model: nn.Module, first: nn.Module, x: Tensor, labels: Tensor) -
     handle = first.register_forward_hook(see)
     try:
         # The images need no gradient of their own, but the output does where the first module is frozen.
-        logits = _logits(model, x.detach().requires_grad_(), labels)
+        logits = logits_of(model, x.detach().requires_grad_(), labels)
     finally:
         handle.remove()
     if len(seen) != 1:
