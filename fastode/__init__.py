@@ -22,7 +22,7 @@ from .solver import SolveError, Solver
 from .steps import record_steps
 
 if TYPE_CHECKING:
-    from . import attacks, stability, training
+    from . import attacks, robustness, stability, training
 
 __version__ = "0.1.0"
 
@@ -41,6 +41,7 @@ __all__ = [
     "record_steps",
     "reference",
     "register",
+    "robustness",
     "stability",
     "tableau",
     "training",
@@ -52,6 +53,8 @@ def __getattr__(name: str) -> Any:
     """Import what not every program needs when it is asked for."""
     if name == "attacks":
         return importlib.import_module("fastode.attacks")
+    if name == "robustness":
+        return importlib.import_module("fastode.robustness")
     if name == "stability":
         return importlib.import_module("fastode.stability")
     if name == "training":

@@ -210,8 +210,13 @@ def test_a_step_is_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(found.images, plain.images) and found.queries == plain.queries
 
 
-def test_the_package_does_not_import_attacks_before_they_are_asked_for() -> None:
-    code = "import sys, fastode; assert 'fastode.attacks' not in sys.modules; fastode.attacks.pgd; print('asked')"
+def test_the_package_imports_attacks_and_training_when_they_are_asked_for() -> None:
+    late = {"fastode.attacks", "fastode.training", "fastode.robustness", "lightning_fabric", "matplotlib"}
+    code = (
+        f"import sys, fastode; assert not {late} & set(sys.modules); fastode.attacks.pgd; "
+        "fastode.training.Trainer; fastode.robustness.evaluate; assert 'lightning_fabric' not in sys.modules; "
+        "print('asked')"
+    )
     root = Path(__file__).resolve().parent.parent
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
     assert ran.stdout == "asked\n", ran.stderr

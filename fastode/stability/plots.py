@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 
-def _axes(axes: Any, columns: int = 1) -> Any:
+def axes_or_new(axes: Any, columns: int = 1) -> Any:
     """The given axes, or new ones."""
     if axes is not None:
         return axes
@@ -48,7 +48,7 @@ def plot_c_stability(found: Sequence[BlockStability], axes: Any = None) -> Any:
 
     Source: Li, He & Lin 2020 (paper 001), Definition 1.
     """
-    axes = _axes(axes)
+    axes = axes_or_new(axes)
     axes.boxplot([block.constant.cpu().numpy() for block in found])
     axes.set_xticks(range(1, len(found) + 1), [block.name for block in found], rotation=90)
     axes.axhline(1.0, color="black", linewidth=0.8)
@@ -71,7 +71,7 @@ def plot_theorem1(found: Comparison, axes: Any = None) -> Any:
 
     Source: Li, He & Lin 2020 (paper 001), Theorem 1.
     """
-    axes = _axes(axes)
+    axes = axes_or_new(axes)
     values = (found.explicit.flatten().cpu(), found.implicit.flatten().cpu())
     low, high = float(min(map(torch.min, values))), float(max(map(torch.max, values)))
     for value, probability, name in zip(
@@ -101,7 +101,7 @@ def plot_growth(found: Mapping[str, Mapping[str, Tensor]], axes: Any = None) -> 
 
     Source: Kim et al. 2020 (paper 004), Figure 4.
     """
-    axes = _axes(axes)
+    axes = axes_or_new(axes)
     for name, layers in found.items():
         axes.plot(list(layers), [float(ratio.nanmean()) for ratio in layers.values()], marker="o", label=name)
     axes.set_ylabel("perturbation growth ratio")
@@ -125,7 +125,7 @@ def plot_variance(measured: Mapping[str, Variance], predicted: Mapping[str, floa
 
     Source: Kim et al. 2020 (paper 004), Lemma 3.
     """
-    axes = _axes(axes)
+    axes = axes_or_new(axes)
     places = torch.arange(len(measured)).numpy()
     axes.bar(places - 0.2, [found.ratio for found in measured.values()], 0.4, label="measured")
     axes.bar(places + 0.2, [predicted[name] for name in measured], 0.4, label="Lemma 3")
@@ -150,7 +150,7 @@ def plot_burgers(found: Mapping[str, Burgers], axes: Any = None) -> Any:
 
     Source: Kim et al. 2020 (paper 004), Figure 1.
     """
-    axes = _axes(axes)
+    axes = axes_or_new(axes)
     for name, solution in found.items():
         axes.plot(solution.x.numpy(), solution.end.sigmoid().numpy(), label=name)
     axes.set_xlabel("x")
@@ -174,7 +174,7 @@ def plot_lyapunov(found: Mapping[str, Tensor], axes: Any = None) -> Any:
 
     Source: Huang et al. (paper 003), Theorem 3.1.
     """
-    axes = _axes(axes)
+    axes = axes_or_new(axes)
     axes.boxplot([value.detach().cpu().numpy() for value in found.values()])
     axes.set_xticks(range(1, len(found) + 1), list(found))
     axes.axhline(0.0, color="black", linewidth=0.8)
@@ -197,7 +197,7 @@ def plot_orthogonality(found: Mapping[float, Orthogonality], axes: Any = None) -
 
     Source: Huang et al. (paper 003), eq. 4.
     """
-    axes = _axes(axes)
+    axes = axes_or_new(axes)
     for name in ("norm", "angle", "inverse"):
         axes.plot(list(found), [getattr(at, name) for at in found.values()], marker="o", label=name)
     axes.set_xlabel("t")
