@@ -9,7 +9,7 @@ import os
 import random
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR, ReduceLROnP
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from fastode import attacks, training
-from fastode.training import Trainer, checkpoint
+from fastode.training import Trainer, batches, checkpoint
 
 IMAGES = torch.rand(22, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 LABELS = torch.arange(22) % 3
@@ -130,6 +130,29 @@ def test_what_is_drawn_is_by_the_seed() -> None:
     assert torch.cat([each[:11] for each in first[:2]]).sort().values.equal(LABELS.sort().values)
 
 
+class Shuffled:
+    """Batches of one, whose order is drawn when the first is taken."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for place in torch.randperm(len(LABELS)):
+            yield IMAGES[place : place + 1], place[None]
+
+
+@pytest.mark.parametrize("data", [Shuffled(), DataLoader(TensorDataset(IMAGES, torch.arange(22)), shuffle=True)])
+def test_processes_take_different_batches_of_one_order(data: Any) -> None:
+    """22 batches make 4 turns of 5 processes; what a process draws between two batches does not change the order."""
+    seen = []
+    for rank in range(5):
+        torch.manual_seed(0)
+        stream = iter(batches.shared(data, rank, 5))
+        torch.manual_seed(rank)
+        seen.append([label.item() for _, label in stream])
+    assert [len(each) for each in seen] == [4] * 5 and len({place for each in seen for place in each}) == 20
+    torch.manual_seed(0)
+    order = [label.item() for _, label in batches.shared(data, 0, 1)]
+    assert [seen[place % 5][place // 5] for place in range(20)] == order[:20]
+
+
 def one_process(rank: int, world: int, folder: str) -> None:
     """What one of two processes does, as torchrun would start it; the group meets at a file, not at a port."""
     for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", world), ("LOCAL_WORLD_SIZE", world)):
@@ -182,8 +205,7 @@ def test_bf16_is_autocast_around_the_loss() -> None:
         return training.natural(model, x, y)
 
     model = network().float()
-    batches = [(IMAGES.float(), LABELS)]
-    rows = Trainer(model, loss, epochs=2, optimizer=SGD, precision="bf16-mixed").fit(batches)
+    rows = Trainer(model, loss, epochs=2, optimizer=SGD, precision="bf16-mixed").fit([(IMAGES.float(), LABELS)])
     assert seen == [torch.bfloat16] * 2 and model[0].weight.dtype == torch.float32
     assert rows[1]["loss"] < rows[0]["loss"]
 

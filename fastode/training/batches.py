@@ -7,7 +7,7 @@ import random
 import sys
 from collections.abc import Iterable, Iterator
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -74,13 +74,20 @@ def shared(loader: Any, rank: int, world: int) -> Iterable[Batch]:
 
 
 class _Turns:
-    """Every n-th batch of any loader, where each process makes them all."""
+    """Every n-th batch of any loader, where each process makes them all.
+
+    The first ones are made when an epoch begins, so that the loader draws its order by a seed that all processes share.
+    """
 
     def __init__(self, loader: Iterable[Batch], rank: int, world: int) -> None:
         self.loader, self.rank, self.world = loader, rank, world
 
     def __iter__(self) -> Iterator[Batch]:
         stream = iter(self.loader)
+        first = list(islice(stream, self.world))
+        return self._taken(chain(first, stream))
+
+    def _taken(self, stream: Iterator[Batch]) -> Iterator[Batch]:
         while len(turn := list(islice(stream, self.world))) == self.world:
             yield turn[self.rank]
 

@@ -300,7 +300,8 @@ def _fabric(accelerator: str, precision: str) -> Any:
     settings: dict[str, Any] = {"accelerator": accelerator, "precision": precision}
     strategy = "ddp" if world > 1 else "auto"
     fabric = Fabric(devices=devices, num_nodes=world // devices, strategy=strategy, **settings)
-    fabric.launch()
+    if os.environ.get("LT_CLI_USED") != "1":  # `fabric run` has done it
+        fabric.launch()
     return fabric
 
 
