@@ -234,7 +234,7 @@ def test_a_bar_shows_robust_accuracy_and_is_silent_without_a_terminal(capsys: py
 def test_a_checkpoint_holds_what_can_be_read_without_running_anything(tmp_path: Path) -> None:
     resumable(1, tmp_path, "a", SGD, schedule=partial(MultiStepLR, milestones=[1]))
     found = torch.load(tmp_path / "a.pt", weights_only=True)
-    assert sorted(found) == ["generators", "model", "optimizer", "rows", "schedule", "seed"]
+    assert sorted(found) == ["generators", "model", "optimizer", "optimizer_type", "rows", "schedule", "seed"]
     other = network()
     rest = training.load_weights(other, tmp_path / "a.pt")
     assert torch.equal(other[0].weight, found["model"]["0.weight"]) and len(rest["rows"]) == 1
@@ -354,6 +354,9 @@ def test_a_checkpoint_of_another_network_or_run_is_refused(tmp_path: Path) -> No
     for options, message in (
         ({"seed": 1}, f"{wanted}, with seed 1, got one with seed 0"),
         ({"schedule": partial(MultiStepLR, milestones=[1])}, f"{wanted}, with a schedule, got the opposite"),
+        ({"optimizer": torch.optim.Adam}, f"{wanted}, with optimizer Adam, got one with SGD"),
+        ({"optimizer": lambda parameters: SGD([{"params": [each]} for each in parameters])},
+         f"{wanted}, got one whose optimizer is another: loaded state dict has a different number of parameter groups"),
         ({"loss": partial(training.uniform_noise, eps=0.1, generator=torch.Generator())},
          f"{wanted}, with 1 generators of its own, got one with 0"),
     ):  # fmt: skip
@@ -361,7 +364,9 @@ def test_a_checkpoint_of_another_network_or_run_is_refused(tmp_path: Path) -> No
             make(checkpoint=path, **options).fit(loader())
         assert str(caught.value) == message
     torch.save(network().state_dict(), path)
-    with pytest.raises(ValueError, match=r"got one without optimizer, schedule, generators, rows, seed$"):
+    with pytest.raises(
+        ValueError, match=r"got one without optimizer_type, optimizer, schedule, generators, rows, seed$"
+    ):
         make(checkpoint=path).fit(loader())
     path.write_bytes(b"no checkpoint")
     with pytest.raises(ValueError, match=r"^checkpoint must be a file of tensors and plain values, got a\.pt: "):

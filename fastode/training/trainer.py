@@ -26,7 +26,7 @@ from .progress import Bar
 
 __all__ = ["Trainer"]
 
-_KEPT = ("optimizer", "schedule", "generators", "rows", "seed")  # of a checkpoint, beside the weights
+_KEPT = ("optimizer_type", "optimizer", "schedule", "generators", "rows", "seed")  # of a checkpoint, beside the weights
 PRECISIONS = ("32-true", "bf16-mixed")
 Row = dict[str, float]
 
@@ -119,7 +119,7 @@ class Trainer:
 
         Returns:
             Of each epoch, those before the checkpoint included: "epoch" (from 1), the mean "loss" over its images and
-            what the loss logs, what `evaluate` returns (under "evaluate_" and its name where the loss logs that name),
+            what the loss logs, what `evaluate` returns (as "evaluate_accuracy" where the loss logs "accuracy" too),
             and "seconds" of training.
 
         Raises:
@@ -238,6 +238,9 @@ class Trainer:
         if len(content["generators"]) != len(generators):
             counts = len(generators), len(content["generators"])
             raise ValueError(f"{wanted}, with {counts[0]} generators of its own, got one with {counts[1]}")
+        kind = type(self.optimizer).__name__
+        if content["optimizer_type"] != kind:
+            raise ValueError(f"{wanted}, with optimizer {kind}, got one with {content['optimizer_type']}")
         try:
             self.optimizer.load_state_dict(content["optimizer"])
         except (KeyError, ValueError) as error:
@@ -254,6 +257,7 @@ class Trainer:
             if self.checkpoint is not None:
                 state = {
                     "model": self.model.state_dict(),
+                    "optimizer_type": type(self.optimizer).__name__,
                     "optimizer": self.optimizer.state_dict(),
                     "schedule": None if self.schedule is None else self.schedule.state_dict(),
                     "generators": [generator.get_state() for generator in generators],
