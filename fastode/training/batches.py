@@ -64,6 +64,7 @@ def shared(loader: Any, rank: int, world: int) -> Iterable[Batch]:
             generator=loader.generator,
             prefetch_factor=loader.prefetch_factor,
             persistent_workers=loader.persistent_workers,
+            in_order=loader.in_order,
         )
     if not isinstance(loader, Iterable) or isinstance(loader, (Iterator, Tensor)):
         raise TypeError(
