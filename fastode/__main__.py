@@ -91,9 +91,10 @@ def _build_now(*, load: bool) -> int:
         nodes_built = beside.submit(nodes.find_or_build, operators.source_root(), again=True)
         try:
             where = operators.find_or_build()
-            reason = operators.load() if load else None
         except toolchain.BuildError as error:
             reason = str(error)
+    if load and reason is None:  # after the nodes, which it would wait for
+        reason = operators.load()
     print(reason or f"the C++ operators are built: {where}", file=sys.stderr if reason else sys.stdout)
     try:
         print(f"the autograd nodes are built: {nodes_built.result()}")

@@ -258,6 +258,22 @@ def test_a_failed_build_names_the_error_and_leaves_no_library(root: Path, tmp_pa
     assert "undeclared" in (tmp_path / "cache" / f"{made.key}.log").read_text()
 
 
+@pytest.mark.parametrize("refused", [False, True])
+def test_the_common_header_reaches_all_units_compiled_or_not(
+    refused: bool, root: Path, tmp_path: Path, compiler_log: Path
+) -> None:
+    if refused:
+        script = Path(os.environ["CXX"])
+        script.write_text(script.read_text().replace("case", 'case "$*" in *c++-header*) exit 1;; esac\ncase', 1))
+    (root / "cpu" / toolchain.COMMON).write_text("#define ANSWER 42\n")
+    (root / "ops.cpp").write_text(STUB)
+    made = toolchain.recipe(root)
+    library = toolchain.build(made, tmp_path / "cache", announce=False)
+    assert answer(library) == 42
+    assert compiler_log.read_text().count("c++-header") == 1
+    assert sorted(path.name for path in library.parent.iterdir()) == [library.name, "recipe.json"]
+
+
 def test_what_a_killed_build_left_is_swept_away(root: Path, tmp_path: Path) -> None:
     made = toolchain.recipe(root)
     left_over = tmp_path / "cache" / f"{made.key}.half"

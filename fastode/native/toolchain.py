@@ -333,8 +333,6 @@ def compile_into(made: Recipe, directory: Path, log: Path, *, announce: bool = F
     log.write_text("")
 
     def run(command: list[str]) -> str | None:
-        if stopped.is_set():
-            return None
         try:
             done = subprocess.run(
                 command,
@@ -350,21 +348,24 @@ def compile_into(made: Recipe, directory: Path, log: Path, *, announce: bool = F
             output, failed = f"error: the compiler ran longer than {BUILD_TIMEOUT:.0f} s", True
         with log.open("a") as file:
             file.write(f"$ {shlex.join(command)}\n{output}\n")
-        if not failed:
-            return None
-        stopped.set()
+        return output if failed else None
+
+    def compile_unit(command: list[str]) -> str | None:
+        output = None if stopped.is_set() else run(command)
+        if output is not None:
+            stopped.set()
         return output
 
     objects = [directory / f"{unit.relative_to(made.root).as_posix().replace('/', '_')}.o" for unit in made.sources]
     commands = [made.command(unit, object_) for unit, object_ in zip(made.sources, objects, strict=True)]
     progress = Progress(len(commands)) if announce and len(commands) > 1 else None
     errors = []
-    if made.common:  # a copy, for the compiled one lies beside it; without that one the units read the copy
-        header = Path(shutil.copy(made.common, directory))
-        run(made.precompile(header))
+    if made.common:
+        header = Path(shutil.copy(made.common, directory))  # the compiled one must lie beside it
+        run(made.precompile(header))  # where that fails, the units read the copy
         commands = [[*command, "-include", str(header)] for command in commands]
     with ThreadPoolExecutor(max_workers=jobs()) as pool:
-        for compiled in as_completed([pool.submit(run, command) for command in commands]):
+        for compiled in as_completed([pool.submit(compile_unit, command) for command in commands]):
             if (output := compiled.result()) is not None:
                 errors.append(output)
             elif progress and not stopped.is_set():
