@@ -88,6 +88,17 @@ def combine(terms: Sequence[Tensor], coefs: Tensor) -> Tensor:
     return operators(terms[0]).combine(terms, coefs, 0, 0.0, 0.0)
 
 
+def summed(terms: Sequence[Tensor]) -> Tensor:
+    """The sum of some maps, at least one, in the dtype that PyTorch promotes them to; of one, itself."""
+    return terms[0] if len(terms) == 1 else combine(terms, coefficients(*[1.0] * len(terms)))
+
+
+def weighing(terms: Sequence[Tensor], weights: Sequence[float]) -> tuple[list[Tensor], list[float]]:
+    """The terms of a sum whose weights are not zero, and these."""
+    pairs = [(term, weight) for term, weight in zip(terms, weights, strict=True) if weight]
+    return [term for term, _ in pairs], [weight for _, weight in pairs]
+
+
 def combine_pair(first: Sequence[Tensor], second: Sequence[Tensor], coefs: Tensor) -> Tensor:
     """Two combinations stacked along the batch; coefs are the first's, then the second's."""
     terms = promoted([*first, *second])

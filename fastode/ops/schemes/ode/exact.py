@@ -11,7 +11,7 @@ from torch import Tensor
 from ....reference.adaptive import next_factor
 from ....solver import Solver
 from ....tableau import Embedded
-from ...maps import coefficients, combine, dots
+from ...maps import dots, summed, weighing
 from ..by_error import decides, interpolating, interpolating_rates
 from .field import Field, Pulled, Weighted
 from .start import WayBack, pull_start
@@ -50,10 +50,11 @@ def back(own: Field, solver: Solver, at: float, taken: Taken, end_bar: Tensor, s
             weights = [tried.size * w for w in tableau.b_error]
             ratio_bar = -size_bar * factor * tried.size / (tableau.order * tried.ratio)
             scale = ratio_bar / (entries * tried.ratio)
-            error_bar, start_bar, stop_bar = own.pull_squares(*_used(slopes, weights), ends[0], ends[1], scale, solver)
+            terms, used = weighing(slopes, weights)
+            error_bar, start_bar, stop_bar = own.pull_squares(terms, used, ends[0], ends[1], scale, solver)
             error, of_start, of_end = (error_bar, weights), [start_bar], [*of_end, stop_bar]
         weights = [tried.size * w for w in (interpolating(tableau, at) if is_last else tableau.b)]
-        found = own.pull(stages, kept, weights, _sum(of_end), carried if tried.accepted else None, slopes, error)
+        found = own.pull(stages, kept, weights, summed(of_end), carried if tried.accepted else None, slopes, error)
         rate = dots(end_bar, slopes).double() if is_last else None
         by_size, by_time = _of_size(tableau, found, tried, rate, at)
         # (12)
@@ -62,10 +63,10 @@ def back(own: Field, solver: Solver, at: float, taken: Taken, end_bar: Tensor, s
         assert found.state is not None and found.first is not None
         if not tried.accepted:
             assert carried is not None
-            of_start, carried = [*of_start, bar], _sum([carried, found.first])
+            of_start, carried = [*of_start, bar], summed([carried, found.first])
         else:
             carried = found.first
-        bar = _sum([found.state, *of_start])
+        bar = summed([found.state, *of_start])
     assert carried is not None and taken.start is not None
     if solver.first_step is not None:
         return pull_start(own, taken.start, bar, carried)
@@ -93,12 +94,3 @@ def _of_size(tableau: Embedded, found: Pulled, tried: Tried, rate: Tensor | None
         moved = sum(w * value for w, value in zip(interpolating_rates(tableau, at), inner, strict=True))
         by_size, by_time = by_size - moved * at, by_time - moved
     return by_size, by_time
-
-
-def _used(slopes: list[Tensor], weights: list[float]) -> tuple[list[Tensor], list[float]]:
-    pairs = [(k, w) for k, w in zip(slopes, weights, strict=True) if w]
-    return [k for k, _ in pairs], [w for _, w in pairs]
-
-
-def _sum(terms: list[Tensor]) -> Tensor:
-    return terms[0] if len(terms) == 1 else combine(terms, coefficients(*[1.0] * len(terms)))

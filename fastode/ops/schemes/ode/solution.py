@@ -17,7 +17,7 @@ from ....solver import Solver
 from ....steps import Watch
 from ....tableau import Embedded
 from ...function import gradients
-from ...maps import coefficients, combine, dots
+from ...maps import coefficients, combine, dots, weighing
 from ...plan import MaybeTensor, Plan
 from ...rerun import Rerun
 from ..by_error import (
@@ -140,8 +140,7 @@ def _solve_by_error(own: Field, course: Course, state: Tensor, entries: int, kee
         at_end = made.point
         if not tableau.ends_in_solution:
             at_end = _moved(state[0], made.slopes, [step * b for b in tableau.b])
-        used = [(k, step * w) for k, w in zip(made.slopes, tableau.b_error, strict=True) if w]
-        terms, weights = [k for k, _ in used], [w for _, w in used]
+        terms, weights = weighing(made.slopes, [step * w for w in tableau.b_error])
         square, nothing = own.scaled_squares(terms, weights, state[0], at_end, solver).tolist()
         ratio = math.sqrt(square / entries)
         if exactly:
@@ -235,5 +234,5 @@ def _scaled(rows: Sequence[Sequence[float]], size: float) -> list[list[float]]:
 
 
 def _moved(state: Tensor, slopes: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    used = [(k, w) for k, w in zip(slopes, weights, strict=True) if w]
-    return combine([state, *(k for k, _ in used)], coefficients(1.0, *(w for _, w in used)))
+    terms, used = weighing(slopes, weights)
+    return combine([state, *terms], coefficients(1.0, *used))

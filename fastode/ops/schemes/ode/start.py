@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ....solver import Solver
-from ...maps import coefficients, combine, dots
+from ...maps import coefficients, combine, dots, summed
 from ..by_error import rounded
 from .field import Field, Stages
 
@@ -120,7 +120,7 @@ class WayBack:
             pulled = self.field.pull(tried, start.trial_kept, (0.0, 0.0), None, change_bar)
             assert pulled.state is not None and pulled.first is not None
             slope_bar = combine([slope_bar, change_bar, pulled.first], coefficients(1.0, -1.0, 1.0))
-            state_bar = _sum(state_bar, pulled.state, *moved)
+            state_bar = summed([state_bar, pulled.state, *moved])
             # The trial's point moves with h₀ along F, and its time is h₀.
             along = float(dots(first, [pulled.first]).double()[0]) / h0
             trial_bar += along + sum(map(float, pulled.times)) - d2_bar * d2 / h0
@@ -129,9 +129,9 @@ class WayBack:
             d1_bar -= trial_bar * h0 / d1
         if d1_bar:
             own, *moved = self._pull_norm((first,), (1.0,), d1_bar, d1)
-            slope_bar, state_bar = _sum(slope_bar, own), _sum(state_bar, *moved)
+            slope_bar, state_bar = summed([slope_bar, own]), summed([state_bar, *moved])
         if d0_bar:
-            state_bar = _sum(state_bar, *self._pull_norm((self.state,), (1.0,), d0_bar, d0))
+            state_bar = summed([state_bar, *self._pull_norm((self.state,), (1.0,), d0_bar, d0)])
         return pull_start(self.field, start, state_bar, slope_bar)
 
     def _pull_norm(
@@ -140,7 +140,3 @@ class WayBack:
         """(9): for the cotangent of the norm of v / (atol + rtol |u|), that of the sum v and, in two parts, of u."""
         factor = bar / (self.entries * norm)
         return self.field.pull_squares(terms, weights, self.state, self.state, factor, self.solver)
-
-
-def _sum(*terms: Tensor) -> Tensor:
-    return combine(terms, coefficients(*[1.0] * len(terms)))

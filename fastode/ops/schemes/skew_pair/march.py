@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...function import gradients
-from ...maps import Converted, cast, channels_last, coefficients, combine, is_channels_last, like_reference
+from ...maps import Converted, cast, channels_last, coefficients, combine, is_channels_last, like_reference, summed
 from ...plan import TENSORS_PER_NORM, Gradients, MaybeTensor, MaybeTensors
 from ...rerun import Rerun
 from .pair import Kept, Pair, PairSweeps
@@ -211,10 +211,8 @@ def _march_back(
             points[i] = sweeps.pull_back(pair, tensors, kept, slope_bars, grads, need, scale)
         for half in (0, 1):
             terms = [bar for bar in (bars[half], *(point[half] for point in points)) if bar is not None]
-            if len(terms) > 1:
-                bars[half] = combine(terms, coefficients(*[1.0] * len(terms)))
-            elif terms:
-                bars[half] = terms[0]
+            if terms:
+                bars[half] = summed(terms)
     return bars[0], bars[1]
 
 
