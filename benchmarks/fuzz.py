@@ -425,8 +425,9 @@ def judged(judge: Judge, fused: nn.Module, case: Case) -> str:
     """What is wrong with a fused block; empty if nothing is."""
     try:
         comparison = judge.compare(fused)
-        if not comparison.ok and case.family not in BY_ERROR:  # whose times are float64 in a wider arithmetic, too
-            again = rejudge.judge_again(case.plain, judge.inputs, case.mode, case.autocast)
+        if not comparison.ok:
+            by_error = case.family in BY_ERROR
+            again = rejudge.judge_again(case.plain, judge.inputs, case.mode, case.autocast, by_error=by_error)
             comparison = rejudge.compare_again(again, fused)
     except Exception as error:
         return f"{type(error).__name__}: {error}"

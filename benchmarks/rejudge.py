@@ -25,10 +25,21 @@ MOST_NEAR = 64
 Place = tuple[int, tuple[int, ...]]  # which call of an activation with a kink, and which of its pre-activations
 
 
-def judge_again(plain: nn.Module, inputs: Any, mode: Any, autocast: torch.dtype | None) -> Judge:
-    """The judge with more runs of the reference and, in float64, the truth in long double where it can be computed."""
+def judge_again(
+    plain: nn.Module, inputs: Any, mode: Any, autocast: torch.dtype | None, *, by_error: bool = False
+) -> Judge:
+    """The judge with more runs of the reference and, in float64, the truth in long double where it can be computed.
+
+    Args:
+        plain: the reference.
+        inputs: of it.
+        mode: as `Judge` takes it.
+        autocast: the dtype of autocast around it, or None.
+        by_error: whether its steps follow their error: their times are float64 in a wider arithmetic, too, and so the
+            truth stays another run in float64.
+    """
     first = inputs[0] if isinstance(inputs, tuple) else inputs
-    if first.dtype is torch.float64 and wide.WIDER:
+    if first.dtype is torch.float64 and wide.WIDER and not by_error:
         try:
             return Judge(plain, inputs, mode=mode, autocast=autocast, moves=MOVES, truth=wide.truth)
         except NotImplementedError:

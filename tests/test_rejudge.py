@@ -18,7 +18,7 @@ from fastode.testing.record import Shifted
 pytestmark = pytest.mark.skipif(not wide.WIDER, reason="long double is float64 here")
 
 
-# Those that are judged once more in float64.
+# Those that have a wide truth.
 FAMILIES = [family for family in fuzz.FAMILIES if family not in (*fuzz.BY_ERROR, fuzz.EXACT)]
 
 
@@ -77,9 +77,9 @@ def test_nothing_in_the_wide_truth_rounds_to_float64(family: str) -> None:
 
 
 # Of three hundred seconds each: what the engines return here is nearer to the wide truth than the reference is, or has
-# one pre-activation on the other side of a kink (2424).
+# one pre-activation on the other side of a kink (2424). Of thirty seconds of 7: a solve's sums that cancel to 1e-4.
 @pytest.mark.parametrize(
-    ("seed", "index"), [(11, 2334), (11, 2424), (11, 2876), (11, 5575), (11, 7336), (11, 10789), (2026, 2586)]
+    ("seed", "index"), [(11, 2334), (11, 2424), (11, 2876), (11, 5575), (11, 7336), (11, 10789), (2026, 2586), (7, 34)]
 )
 def test_blocks_that_failed_the_first_judgement(seed: int, index: int) -> None:
     assert fuzz.run_case(seed, index)[1] == []
