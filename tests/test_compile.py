@@ -205,6 +205,24 @@ def test_what_changes_after_a_solve_was_traced_is_seen() -> None:
     torch.testing.assert_close(compiled(x), model(x))
 
 
+@pytest.mark.parametrize("kind", ["pair", "map"])
+def test_a_number_that_changes_again_after_a_solve_was_traced_is_seen(kind: str) -> None:
+    # A compiler makes a variable of one that has changed once.
+    torch.manual_seed(0)
+    if kind == "pair":
+        block: Any = reference.SOBlock(reference.SkewPair(3, 8, norm="group"))
+        inner, name = block.field.post_norm_y, "eps"
+    else:
+        block = reference.ODEBlock(nn.Sequential(nn.Softplus(beta=1.5), nn.Conv2d(3, 3, 1)))
+        inner, name = block.field[0], "beta"
+    fastode.fuse(block)
+    compiled, x = torch.compile(block, fullgraph=True, backend="eager"), sample_input(2, 3, 6, 6)
+    for rtol, value in ((1e-4, 0.5), (1e-2, 0.5), (1e-5, 0.5), (1e-5, 0.1), (1e-5, 0.3)):
+        block.rtol = rtol
+        setattr(inner, name, value)
+        torch.testing.assert_close(compiled(x), block(x))
+
+
 def test_another_batch_size_of_a_traced_solve() -> None:
     model = adaptive_model("solver")
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -242,18 +260,66 @@ def test_a_failure_inside_a_traced_solve_says_the_same() -> None:
         torch.compile(model, fullgraph=True, backend="aot_eager")(sample_input(2, 3, 6, 6))
 
 
-def test_running_statistics_of_a_solve_break_the_graph_and_are_updated() -> None:
+OPAQUE: dict[str, Callable[[], nn.Module]] = {
+    "a pair with batch norms": lambda: reference.SOBlock(reference.SkewPair(3, 3, norm="batch")),
+    "a map with running statistics": lambda: reference.ODEBlock(
+        nn.Sequential(nn.InstanceNorm2d(3, track_running_stats=True), nn.Tanh(), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+    ),
+    "a cumulative average": lambda: reference.ODEBlock(
+        nn.Sequential(nn.BatchNorm2d(3, momentum=None), nn.Tanh(), nn.Conv2d(3, 3, 1)), gradient="exact"
+    ),
+    "an exact step": lambda: reference.ExactIE(reference.PreActBranch(3, norm="layer")),
+    "an exact step with batch norms": lambda: reference.ExactIE(reference.PreActBranch(3, norm="batch")),
+    "an exact step in eval mode": lambda: reference.ExactIE(reference.PreActBranch(3, norm="batch")).eval(),
+}
+
+
+@pytest.mark.parametrize("name", OPAQUE)
+def test_running_statistics_and_exact_steps_do_not_break_the_graph(name: str) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(reference.SOBlock(reference.SkewPair(3, 8, norm="batch"))).double()
-    fastode.fuse(model)
-    plain, x = copy.deepcopy(model), sample_input(2, 3, 6, 6, dtype=torch.float64)
-    torch.testing.assert_close(torch.compile(model, backend="eager")(x), plain(x))
-    for found, wanted in zip(model.buffers(), plain.buffers(), strict=True):
+    block, x = OPAQUE[name]().double(), sample_input(2, 3, 6, 6, dtype=torch.float64)
+    fastode.fuse(block)
+    plain = copy.deepcopy(block)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    for _ in range(2):  # the second step meets what the first has moved
+        found, wanted = results(block, compiled, x), results(plain, plain, x)
+        assert all(torch.equal(found[name], one) for name, one in wanted.items())
+    assert not any(buffer.requires_grad for buffer in block.buffers())
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), plain(x))
+    for found, wanted in zip(block.buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(found, wanted)
+
+
+def test_a_compiled_exact_step_is_recorded_once_with_its_gradient() -> None:
+    torch.manual_seed(0)
+    block, x = reference.ExactIE(reference.PreActBranch(3, norm="layer")), sample_input(2, 3, 6, 6)
+    fastode.fuse(block)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    with fastode.record_steps() as log:
+        compiled(x).sum().backward()
+    with fastode.record_steps() as wanted:
+        block(x).sum().backward()
+    assert [one.what for one in log.implicit] == ["solution", "gradient"] and log.implicit == wanted.implicit
+
+
+def test_what_changes_after_an_exact_step_was_traced_is_seen() -> None:
+    torch.manual_seed(0)
+    block = reference.ExactIE(reference.PreActBranch(3, norm="layer")).double()
+    fastode.fuse(block)
+    compiled, x = torch.compile(block, fullgraph=True, backend="eager"), sample_input(2, 3, 6, 6, dtype=torch.float64)
+    torch.testing.assert_close(compiled(x), block(x))
+    changes: dict[str, tuple[float, ...]] = {"tol": (1e-8, 1e-2, 1e-6), "max_iterations": (1, 30, 2)}
+    for name, values in changes.items():
+        for value in values:
+            setattr(block, name, value)
+            assert torch.equal(compiled(x), block(x))
+    block.branch[1] = nn.Softplus()
+    assert torch.equal(compiled(x), block(x))
 
 
 def test_the_operator_of_a_solve_is_one_by_pytorchs_own_checks() -> None:
     (_, block, _) = adaptive_model("solver")
     tensors = [tensor.detach().requires_grad_() for tensor in opaque.tensors_of(block)]
     x = sample_input(2, 3, 6, 6).requires_grad_()
-    torch.library.opcheck(opaque._solution, (x, tensors, opaque.key_of(block), (2, 8, 6, 6), None))
+    torch.library.opcheck(opaque._solution, (x, tensors, opaque.key_of(block), (2, 8, 6, 6), None, 0))

@@ -3,7 +3,8 @@
 What is traced are the block's tensors and a key. The key stands for a copy of the block on the meta device, of which
 everything but the tensors was read while it was traced, and so is guarded by the compiler. The operator calls that copy
 with the tensors. Its backward calls it again, with a graph: what a solve keeps depends on how many steps it takes, and
-no compiler has room for that.
+no compiler has room for that. An operator with a gradient may not write into what it is given, so that buffers which
+the block moves come back as new ones, and are copied into the block's own in what is traced.
 """
 
 from __future__ import annotations
@@ -33,12 +34,22 @@ def key_of(block: nn.Module) -> int:
     return len(_copies) - 1
 
 
+def floats_of(block: nn.Module) -> tuple[tuple[str, str, float], ...]:
+    """The numbers among the attributes of a block's modules: where, the attribute's name, and the number."""
+    return tuple(
+        (path, name, value)
+        for path, module in block.named_modules()
+        for name, value in vars(module).items()
+        if type(value) is float
+    )
+
+
 def tensors_of(block: nn.Module) -> list[Tensor]:
     """The block's parameters, then its buffers."""
     return [*block.parameters(), *block.buffers()]
 
 
-def run(block: nn.Module, key: int, x: Tensor, shape: Sequence[int]) -> Tensor:
+def run(block: nn.Module, key: int, x: Tensor, shape: Sequence[int], moves: bool) -> Tensor:
     """The block on x as the operator, while it is traced.
 
     Args:
@@ -46,54 +57,76 @@ def run(block: nn.Module, key: int, x: Tensor, shape: Sequence[int]) -> Tensor:
         key: of its copy.
         x: its input.
         shape: of its output.
+        moves: whether it changes its buffers.
     """
-    return _solution(x, tensors_of(block), key, shape, autocast_dtype(x))
+    tensors, buffers = tensors_of(block), list(block.buffers()) if moves else []
+    if moves:  # copies, because a backward reads them after the block's own have moved
+        tensors[-len(buffers) :] = [buffer.clone() for buffer in buffers]
+    y, *moved = _solution(x, tensors, key, shape, autocast_dtype(x), len(buffers))
+    with torch.no_grad():
+        for buffer, new in zip(buffers, moved, strict=True):
+            buffer.copy_(new.detach())
+    return y
 
 
 @torch.library.custom_op(_NAME, mutates_args=())
-def _solution(x: Tensor, tensors: list[Tensor], key: int, shape: Sequence[int], lower: torch.dtype | None) -> Tensor:
+def _solution(
+    x: Tensor, tensors: list[Tensor], key: int, shape: Sequence[int], lower: torch.dtype | None, moving: int
+) -> list[Tensor]:
+    """The solution, and the last `moving` of the tensors as they are after it."""
+    given = _with_own(tensors, moving)
     with torch.no_grad():
-        return _call(x, tensors, key, lower)
+        return [_call(x, given, key, lower), *given[len(given) - moving :]]
 
 
 @_solution.register_fake
-def _(x: Tensor, tensors: list[Tensor], key: int, shape: Sequence[int], lower: torch.dtype | None) -> Tensor:
-    return x.new_empty(shape)
+def _(
+    x: Tensor, tensors: list[Tensor], key: int, shape: Sequence[int], lower: torch.dtype | None, moving: int
+) -> list[Tensor]:
+    return [x.new_empty(shape), *(t.new_empty(t.shape) for t in tensors[len(tensors) - moving :])]
 
 
 @torch.library.custom_op(f"{_NAME}_backward", mutates_args=())
 def _backward(
-    x: Tensor, tensors: list[Tensor], bar: Tensor, wanted: list[bool], key: int, lower: torch.dtype | None
+    x: Tensor, tensors: list[Tensor], bar: Tensor, wanted: list[bool], key: int, lower: torch.dtype | None, moving: int
 ) -> list[Tensor]:
-    with _autograd(), unrecorded():
-        leaves = [t.detach().requires_grad_(want) for t, want in zip((x, *tensors), wanted, strict=True)]
+    given = (x, *_with_own(tensors, moving))
+    with _autograd():
+        leaves = [t.detach().requires_grad_(want) for t, want in zip(given, wanted, strict=True)]
         asked = [leaf for leaf in leaves if leaf.requires_grad]
-        y = _call(leaves[0], leaves[1:], key, lower)
+        with unrecorded():
+            y = _call(leaves[0], leaves[1:], key, lower)
         found = torch.autograd.grad(y, asked, bar, allow_unused=True)
     return [leaf.new_zeros(leaf.shape) if g is None else g.contiguous() for g, leaf in zip(found, asked, strict=True)]
 
 
 @_backward.register_fake
 def _(
-    x: Tensor, tensors: list[Tensor], bar: Tensor, wanted: list[bool], key: int, lower: torch.dtype | None
+    x: Tensor, tensors: list[Tensor], bar: Tensor, wanted: list[bool], key: int, lower: torch.dtype | None, moving: int
 ) -> list[Tensor]:
     return [t.new_empty(t.shape) for t, want in zip((x, *tensors), wanted, strict=True) if want]
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, tensors, ctx.key, _, ctx.lower = inputs
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, tensors, ctx.key, _, ctx.lower, ctx.moving = inputs
     ctx.save_for_backward(x, *tensors)
     ctx.wanted = [t.requires_grad for t in (x, *tensors)]
 
 
-def _pull(ctx: Any, bar: Tensor) -> tuple[Any, ...]:
+def _pull(ctx: Any, given: list[Tensor]) -> tuple[Any, ...]:
     x, *tensors = ctx.saved_tensors
-    found = iter(_backward(x, tensors, bar, ctx.wanted, ctx.key, ctx.lower))
+    found = iter(_backward(x, tensors, given[0], ctx.wanted, ctx.key, ctx.lower, ctx.moving))
     bars = [next(found) if want else None for want in ctx.wanted]
-    return bars[0], bars[1:], None, None, None
+    return bars[0], bars[1:], None, None, None, None
 
 
 _solution.register_autograd(_pull, setup_context=_setup)
+
+
+def _with_own(tensors: list[Tensor], moving: int) -> list[Tensor]:
+    """The tensors, the last of them as copies that may be written over."""
+    fixed = len(tensors) - moving
+    return [*tensors[:fixed], *(t.clone() for t in tensors[fixed:])]
 
 
 def _call(x: Tensor, tensors: list[Tensor], key: int, lower: torch.dtype | None) -> Tensor:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..dispatch import choice
+from ..dispatch import choice, opaque
 from ..dispatch.engines import AUTO, BY_NAME
 from ..native import operators
 from ..ops.engine import Call, Engine
+from ..tracing import constant
 
 
 class Fused:
@@ -39,6 +40,26 @@ class Fused:
         """Why "auto" does not take an engine that can run this block on these inputs; empty if it does."""
         checks.engine(engine, tuple(BY_NAME))
         return choice.against(BY_NAME[engine], self.describe_call(inputs))
+
+
+class Opaque(Fused):
+    """A twin that a tracer may take as one operator (dispatch/opaque.py). All of it must have been read by then."""
+
+    def _as_operator(self, x: Tensor, shape: Sequence[int], moves: bool) -> Tensor:
+        block = cast(nn.Module, self)
+        for path, name, value in self._floats():
+            # A tracer makes a number that has changed once a variable; what the operator's copy has is none.
+            if getattr(block.get_submodule(path), name) != value:
+                raise RuntimeError(f"{name} must not change while the block is traced")
+        return opaque.run(block, self._key(), x, shape, moves)
+
+    @constant
+    def _key(self) -> int:
+        return opaque.key_of(cast(nn.Module, self))
+
+    @constant
+    def _floats(self) -> tuple[tuple[str, str, float], ...]:
+        return opaque.floats_of(cast(nn.Module, self))
 
 
 def note(block: nn.Module, engine: Engine) -> None:

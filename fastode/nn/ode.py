@@ -10,19 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from .. import reference
-from ..dispatch import opaque
 from ..dispatch.engines import AUTO, is_reference
 from ..dispatch.ode import describe_call, read_field, run
 from ..dispatch.registry import register
 from ..ops.engine import Call
-from ..tracing import constant, is_exporting
-from .base import Fused
+from ..tracing import is_exporting
+from .base import Opaque
 
 __all__ = ["ODEBlock"]
 
 
 @register(reference.ODEBlock)
-class ODEBlock(Fused, reference.ODEBlock):
+class ODEBlock(Opaque, reference.ODEBlock):
     __doc__ = reference.ODEBlock.__doc__
 
     def describe_call(self, inputs: tuple[Tensor, ...] = ()) -> Call:
@@ -30,26 +29,22 @@ class ODEBlock(Fused, reference.ODEBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() and self._is_opaque(x):
-            return opaque.run(self, self._key(), x, x.shape)
+            moves = any(norm is not None for norm in read_field(self.field).norms)
+            return self._as_operator(x, x.shape, moves)
         plain = super().forward
         make = partial(_as_reference, self)
         return run(x, self.field, self.settings, self.engine, self.in_words(), make, self, plain)
 
-    @constant
-    def _key(self) -> int:
-        return opaque.key_of(self)
-
     def _is_opaque(self, x: Tensor) -> bool:
         """Whether a tracer may take the solution as an operator.
 
-        Its steps must be chosen by the data or its engine by name, the field must change no buffers, and all that it
-        depends on must have been read, so that the compiler sees it change.
+        Its steps must be chosen by the data or its engine by name, and all that it depends on must have been read, so
+        that the compiler sees it change.
         """
         named = self.engine != AUTO and not is_reference(self.engine)
         if not (named or self.settings.is_adaptive) or is_exporting() or x.dim() != 4 or not x.shape[0]:
             return False
-        reading = read_field(self.field)
-        return reading.units is not None and all(norm is None for norm in reading.norms)
+        return read_field(self.field).units is not None
 
 
 def _as_reference(block: Any) -> nn.Module:

@@ -8,8 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .. import reference
+from .. import checks, reference
+from ..branch.read import read
 from ..dispatch.choice import MakeReference
+from ..dispatch.engines import NAMES
 from ..dispatch.one_step import (
     Step,
     descent_step,
@@ -22,7 +24,8 @@ from ..dispatch.one_step import (
 from ..dispatch.registry import register
 from ..ops.engine import Call
 from ..ops.schemes.runge_kutta.stages import Scheme
-from .base import Fused
+from ..tracing import is_exporting
+from .base import Fused, Opaque
 
 __all__ = ["SSP2", "SSP3", "Ark", "ExactIE", "IESkip", "Midpoint", "PolyBlock", "ShuOsher"]
 
@@ -53,8 +56,23 @@ class IESkip(_OneStep, reference.IESkip):
 
 
 @register(reference.ExactIE)
-class ExactIE(_OneStep, reference.ExactIE):
+class ExactIE(Opaque, _OneStep, reference.ExactIE):
     __doc__ = reference.ExactIE.__doc__
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() and not is_exporting() and isinstance(x, Tensor) and x.dim() == 4:
+            reading = read(self.branch)
+            if reading.units is not None and x.shape[0]:
+                self._read_settings()
+                moves = any(norm is not None for norm in reading.norms)
+                return self._as_operator(x, x.shape, moves)
+        return super().forward(x)
+
+    def _read_settings(self) -> None:
+        """Read all that the block depends on beside its branch, so that a tracer sees it change."""
+        checks.step_size(self.tol, "tol")
+        checks.steps(self.max_iterations, "max_iterations")
+        checks.engine(self.engine, NAMES)
 
     def _solve(self, x: Tensor) -> Tensor:
         # Called by the reference's forward, outside of what a compiler traces.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import checks, reference
 from ..branch.read import is_overridden, read
 from ..branch.snapshot import Past
-from ..dispatch import choice, opaque
+from ..dispatch import choice
 from ..dispatch.engines import AUTO, NAMES, REFERENCE, is_reference
 from ..dispatch.known import Known, kind_of_call, known
 from ..dispatch.linear import LinearField, evaluate_linear, read_linear, solve_linear
@@ -31,8 +31,8 @@ from ..reference.solvers import solve as solve_plain
 from ..reference.solvers import solve_fixed, without_time
 from ..solver import PARTS, Solver
 from ..tableau import Butcher
-from ..tracing import constant, is_exporting
-from .base import Fused, note
+from ..tracing import is_exporting
+from .base import Fused, Opaque, note
 
 __all__ = ["SOBlock", "SOClassifier", "SkewLinear", "SkewPair"]
 
@@ -93,7 +93,7 @@ class SkewLinear(Fused, reference.SkewLinear):
         return evaluate_linear(chosen, linear, y, z, partial(_as_it_was, _past(found)), tensors)
 
 
-class _FusedSolve(Fused, reference.SOBlock):
+class _FusedSolve(Opaque, reference.SOBlock):
     """What SOBlock and SOClassifier share."""
 
     def describe_call(self, inputs: tuple[Tensor, ...] = ()) -> Call:
@@ -156,7 +156,7 @@ class _FusedSolve(Fused, reference.SOBlock):
         if torch.compiler.is_compiling() and self._is_opaque(program) and x.shape[0]:
             # As it begins, which refuses a wrong x, and has the shape in which it ends.
             y, _ = cast(Any, self.field).initial_state(x)
-            return opaque.run(self, self._key(), x, y.shape)
+            return self._as_operator(x, y.shape, isinstance(program, Pair) and any(program.tracked))
         if chosen is REFERENCE or found is None or program is None:
             return super().forward(x)
         note(self.field, chosen)
@@ -169,20 +169,16 @@ class _FusedSolve(Fused, reference.SOBlock):
             return self._adaptive(chosen, found.reading, program, solver, make, tensors, x)
         return solve(chosen, found.reading, program, x, march, make, tensors)
 
-    @constant
-    def _key(self) -> int:
-        return opaque.key_of(self)
-
     def _is_opaque(self, program: Pair | Linear | None) -> bool:
         """Whether a tracer may take the solution as an operator.
 
-        Its steps must be chosen by the data, the field must change no buffers, and all that it depends on must have
-        been read, so that the compiler sees it change.
+        Its steps must be chosen by the data, and all that it depends on must have been read, so that the compiler sees
+        it change.
         """
         if not self.settings.is_adaptive or is_exporting():
             return False
         if program is not None:
-            return isinstance(program, Linear) or not any(program.tracked)
+            return True
         field = self.field
         if type(field) is not SkewLinear and type(field) is not reference.SkewLinear:
             return False
