@@ -1,46 +1,18 @@
 // Packing, loops around the micro-kernels, unpacking. Included by one .cpp per arithmetic type.
 #pragma once
 
-#include "../parallel.h"
 #include "conv_kernels.h"
+#include "packing.h"
 
 namespace fastode::resident {
 
-// Horizontal taps that share a broadcast, and output vectors per tile.
+// Horizontal taps that share a broadcast.
 inline int taps_of(const ConvShape& shape) { return shape.kernel_w == 3 ? 3 : 1; }
-
-template <class A>
-inline int vectors_of(int64_t out_channels) {
-  return blocks_of<A>(out_channels) % 2 == 0 ? 2 : 1;
-}
-
-inline constexpr int64_t kCells = 16;  // of packed weights or accumulators, that a thread is woken for
 
 template <class A, class T>
 void pack_weights(const ConvShape& shape, bool flip, const T* weight, const int64_t* strides, A* packed) {
-  constexpr int lanes = kLanes<A>;
-  const int64_t taps = taps_of(shape), vectors = vectors_of<A>(shape.out_channels), width = vectors * lanes;
-  const int64_t height = shape.kernel_h, in_blocks = blocks_of<A>(shape.in_channels);
-  const int64_t out_stride = strides[flip ? 1 : 0], in_stride = strides[flip ? 0 : 1];
-  // Of one group of outputs and the input block that begins at channel `first`.
-  const auto pack_cell = [&](int64_t group, int64_t first) {
-    const int64_t channels = std::min<int64_t>(lanes, shape.in_channels - first);
-    const int64_t outputs = std::min(width, shape.out_channels - group * width);
-    A* to = packed + (group * shape.in_channels + first) * width * height * shape.kernel_w;
-    for (int64_t ky = 0; ky < height; ++ky)
-      for (int64_t set = 0; set < shape.kernel_w; set += taps)
-        for (int64_t in = first; in < first + channels; ++in)
-          for (int64_t kx = set; kx < set + taps; ++kx, to += width) {
-            const int64_t y = flip ? height - 1 - ky : ky, x = flip ? shape.kernel_w - 1 - kx : kx;
-            const T* from = weight + group * width * out_stride + in * in_stride + y * strides[2] + x * strides[3];
-            for (int64_t lane = 0; lane < outputs; ++lane) to[lane] = to_accumulator<A>(from[lane * out_stride]);
-            std::fill(to + outputs, to + width, A(0));
-          }
-  };
-  const int64_t cells = blocks_of<A>(shape.out_channels) / vectors * in_blocks;
-  in_parallel(cells, kCells, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) pack_cell(n / in_blocks, n % in_blocks * lanes);
-  });
+  const WeightView<T> view(flip ? shape.transposed() : shape, weight, strides);
+  pack_view(shape, taps_of(shape), flip ? view.back(shape.kernel_h - 1, shape.kernel_w - 1, 1) : view, packed);
 }
 
 template <class A>
@@ -64,14 +36,6 @@ void convolve(const Plane<A>& plane, const ConvShape& shape, const A* packed, co
     vectors == 2 ? run_plan<A, 2, 3, 1>(plan, jobs, count, ahead) : run_plan<A, 1, 3, 1>(plan, jobs, count, ahead);
   else
     vectors == 2 ? run_plan<A, 2, 1, 1>(plan, jobs, count, ahead) : run_plan<A, 1, 1, 1>(plan, jobs, count, ahead);
-}
-
-// The accumulator's layout: [output block][input block][ky][input channel][kx][output channel].
-template <class A>
-inline int64_t gradient_index(const ConvShape& shape, int64_t out, int64_t in, int64_t ky, int64_t kx) {
-  constexpr int64_t lanes = kLanes<A>;
-  const int64_t block = out / lanes * blocks_of<A>(shape.in_channels) + in / lanes;
-  return (((block * shape.kernel_h + ky) * lanes + in % lanes) * shape.kernel_w + kx) * lanes + out % lanes;
 }
 
 // Input channels of a gradient tile.
@@ -127,21 +91,12 @@ template <class A, class T>
 void unpack_gradient(const ConvShape& shape, const A* gradient, int64_t worker_stride, int64_t workers, T* weight,
                      const int64_t* strides) {
   constexpr int64_t lanes = kLanes<A>;
-  const int64_t in_blocks = blocks_of<A>(shape.in_channels), height = shape.kernel_h, width = shape.kernel_w;
-  const auto unpack_cell = [&](int64_t out_first, int64_t in_first) {
-    const int64_t inputs = std::min(lanes, shape.in_channels - in_first);
-    for (int64_t out = out_first; out < std::min(out_first + lanes, shape.out_channels); ++out) {
-      const A* cell = gradient + gradient_index<A>(shape, out, in_first, 0, 0);
-      T* to = weight + out * strides[0] + in_first * strides[1];
-      for (int64_t in = 0; in < inputs; ++in)
-        for (int64_t ky = 0; ky < height; ++ky)
-          for (int64_t kx = 0; kx < width; ++kx) {
-            const A* from = cell + ((ky * lanes + in) * width + kx) * lanes;
-            A sum = from[0];
-            for (int64_t w = 1; w < workers; ++w) sum += from[w * worker_stride];
-            to[in * strides[1] + ky * strides[2] + kx * strides[3]] = to_storage<T>(sum);
-          }
-    }
+  const int64_t in_blocks = blocks_of<A>(shape.in_channels);
+  const auto unpack_cell = [&](int64_t out, int64_t in) {
+    const int64_t outputs = std::min(lanes, shape.out_channels - out), inputs = std::min(lanes, shape.in_channels - in);
+    const A* from = gradient + gradient_index<A>(shape, out, in, 0, 0);
+    T* to = weight + out * strides[0] + in * strides[1];
+    GradientCell<A, T>{shape, outputs, inputs, from, worker_stride, workers, to, strides}.unpack();
   };
   in_parallel(blocks_of<A>(shape.out_channels) * in_blocks, kCells, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) unpack_cell(n / in_blocks * lanes, n % in_blocks * lanes);

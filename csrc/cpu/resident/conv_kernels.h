@@ -235,6 +235,11 @@ void gradient_tile(const GradientTile<A>* tiles, int64_t count, A* gradient, int
                    int64_t vector_stride) {
   using V = Vec<A>;
   constexpr int lanes = kLanes<A>;
+  // Wanted at the end, and of many channels far away.
+  FASTODE_UNROLL for (int i = 0; i < inputs; ++i) {
+    FASTODE_UNROLL for (int v = 0; v < vectors; ++v)
+        __builtin_prefetch(gradient + i * input_stride + v * vector_stride, 1);
+  }
   V sums[inputs][vectors] = {};
   for (int64_t n = 0; n < count; ++n) {
     const GradientTile<A>& k = tiles[n];

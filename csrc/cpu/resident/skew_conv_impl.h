@@ -24,20 +24,13 @@ void pack_skew(const SkewShape& shape, const T* weight, const int64_t* strides, 
     if (!narrow) pack_weights(shape.up(), true, weight, strides, up);
     return;
   }
-  const auto at = [&](int64_t out, int64_t in, int64_t ky, int64_t kx) {
-    return to_accumulator<A>(weight[out * strides[0] + in * strides[1] + ky * strides[2] + kx * strides[3]]);
-  };
-  pack_taps<A>(shape.down(), kDownTaps, at, down);
+  const WeightView<T> view(shape.down(), weight, strides);
+  pack_view(shape.down(), kDownTaps, view, down);
   if (narrow) return;
   // Row 2 i + parity of z meets row j of y where 2 j + ky - 1 is it: rows i - 1 and i, or i and i + 1.
   for (int64_t py = 0; py < 2; ++py)
     for (int64_t px = 0; px < 2; ++px, up += shape.up().template packed_size<A>())
-      pack_taps<A>(
-          shape.up(), kUpTaps,
-          [&](int64_t out, int64_t in, int64_t ky, int64_t kx) {
-            return at(in, out, 3 - py - 2 * ky, 3 - px - 2 * kx);
-          },
-          up);
+      pack_view(shape.up(), kUpTaps, view.back(3 - py, 3 - px, 2), up);
 }
 
 template <class A, int taps, int step>

@@ -6,25 +6,6 @@
 
 namespace fastode::resident {
 
-// As pack_weights: `taps` horizontal taps share a set, and weight(out, in, ky, kx) is any weight.
-template <class A, class F>
-void pack_taps(const ConvShape& shape, int64_t taps, const F& weight, A* packed) {
-  constexpr int lanes = kLanes<A>;
-  const int64_t vectors = vectors_of<A>(shape.out_channels);
-  for (int64_t group = 0; group < blocks_of<A>(shape.out_channels); group += vectors)
-    for (int64_t first = 0; first < shape.in_channels; first += lanes) {
-      const int64_t last = std::min<int64_t>(first + lanes, shape.in_channels);
-      for (int64_t ky = 0; ky < shape.kernel_h; ++ky)
-        for (int64_t set = 0; set < shape.kernel_w; set += taps)
-          for (int64_t in = first; in < last; ++in)
-            for (int64_t kx = set; kx < set + taps; ++kx)
-              for (int64_t lane = 0; lane < vectors * lanes; ++lane, ++packed) {
-                const int64_t out = group * lanes + lane;
-                *packed = out < shape.out_channels ? weight(out, in, ky, kx) : A(0);
-              }
-    }
-}
-
 // f(py, px, rows' taps, columns' taps) for each parity that meets any tap.
 template <class F>
 void each_parity(const ConvShape& shape, const F& f) {
@@ -37,13 +18,10 @@ void each_parity(const ConvShape& shape, const F& f) {
 
 template <class A, class T>
 void pack_strided_back(const ConvShape& shape, const T* weight, const int64_t* strides, A* packed) {
+  const WeightView<T> view(shape, weight, strides);
   each_parity(shape, [&](int64_t, int64_t, const ParityTaps& rows, const ParityTaps& columns) {
     const ConvShape part{shape.out_channels, shape.in_channels, rows.count, columns.count};
-    const auto at = [&](int64_t out, int64_t in, int64_t ky, int64_t kx) {
-      const int64_t y = rows.last - 2 * ky, x = columns.last - 2 * kx;
-      return to_accumulator<A>(weight[in * strides[0] + out * strides[1] + y * strides[2] + x * strides[3]]);
-    };
-    pack_taps<A>(part, columns.count, at, packed);
+    pack_view(part, columns.count, view.back(rows.last, columns.last, 2), packed);
     packed += part.template packed_size<A>();
   });
 }

@@ -1,0 +1,259 @@
+// Weights between a tensor's memory, whatever its strides, and the order that the micro-kernels read. Where neighbours
+// in memory are not neighbours there, a square of values is transposed in registers.
+#pragma once
+
+#include <utility>
+
+#include "../parallel.h"
+#include "conv.h"
+
+namespace fastode::resident {
+
+inline constexpr int64_t kCells = 16;  // of packed weights or accumulators, that a thread is woken for
+
+// Output vectors of a convolution's tile.
+template <class A>
+inline int vectors_of(int64_t out_channels) {
+  return blocks_of<A>(out_channels) % 2 == 0 ? 2 : 1;
+}
+
+// The accumulator's layout: [output block][input block][ky][input channel][kx][output channel].
+template <class A>
+inline int64_t gradient_index(const ConvShape& shape, int64_t out, int64_t in, int64_t ky, int64_t kx) {
+  constexpr int64_t lanes = kLanes<A>;
+  const int64_t block = out / lanes * blocks_of<A>(shape.in_channels) + in / lanes;
+  return (((block * shape.kernel_h + ky) * lanes + in % lanes) * shape.kernel_w + kx) * lanes + out % lanes;
+}
+
+// As many vectors as one has lanes.
+template <class A>
+using Square = Vec<A>[kLanes<A>];
+
+// What a step of a transposition takes from two rows `half` apart, whose lanes are counted one row after the other.
+template <int lanes, int half, bool upper>
+struct Quarters {
+  static constexpr int from(int k) {
+    if (upper) return k & half ? k - half + lanes : k;
+    return k & half ? k + lanes : k + half;
+  }
+};
+
+template <class Order, class V, int... k>
+inline V choose_lanes(V a, V b, std::integer_sequence<int, k...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, Order::from(k)...);
+#else
+  return __builtin_shuffle(a, b, typename Lane<V>::Int{Order::from(k)...});
+#endif
+}
+
+// Swaps the off-diagonal quarters of every square of 2 half rows, then those of its quarters.
+template <class A, int half = kLanes<A> / 2>
+inline void transpose(Square<A>& rows) {
+  if constexpr (half > 0) {
+    constexpr int lanes = kLanes<A>;
+    constexpr std::make_integer_sequence<int, lanes> every{};
+    FASTODE_UNROLL for (int i = 0; i < lanes; ++i) {
+      if (i & half) continue;
+      const Vec<A> above = rows[i], below = rows[i + half];
+      rows[i] = choose_lanes<Quarters<lanes, half, true>>(above, below, every);
+      rows[i + half] = choose_lanes<Quarters<lanes, half, false>>(above, below, every);
+    }
+    transpose<A, half / 2>(rows);
+  }
+}
+
+// A weight as convolutions see it, by its strides, which are negative where a kernel is turned round.
+template <class T>
+struct WeightView {
+  const T* at;   // of output 0, input 0 and the first tap
+  const T* end;  // behind the last element of the tensor
+  int64_t out, in, y, x;
+
+  // Of [out, in, kh, kw]; `shape` is that of the convolution forwards.
+  WeightView(const ConvShape& shape, const T* weight, const int64_t* strides)
+      : at(weight), out(strides[0]), in(strides[1]), y(strides[2]), x(strides[3]) {
+    end = at + (shape.out_channels - 1) * out + (shape.in_channels - 1) * in + (shape.kernel_h - 1) * y +
+          (shape.kernel_w - 1) * x + 1;
+  }
+  // Inputs as outputs, beginning with tap (ky, kx) and going back by `step` taps.
+  WeightView back(int64_t ky, int64_t kx, int64_t step) const {
+    WeightView turned = *this;
+    turned.at += ky * y + kx * x;
+    turned.out = in, turned.in = out, turned.y = -step * y, turned.x = -step * x;
+    return turned;
+  }
+};
+
+// Reads a square: up to `rows` vectors, `stride` apart, of which `count` lanes are wanted.
+template <class A>
+inline void read_square(Square<A>& square, const A* from, int64_t stride, int64_t rows, int64_t count, const A* end) {
+  using V = Vec<A>;
+  constexpr int64_t lanes = kLanes<A>;
+  for (int64_t r = 0; r < lanes; ++r, from += stride) {
+    V row = {};
+    if (r < rows && from + lanes <= end)
+      row = load<V>(from);
+    else if (r < rows)
+      for (int64_t c = 0; c < count; ++c) row[c] = from[c];
+    square[r] = row;
+  }
+}
+
+// One vector of outputs and one block of inputs, from the view's first ones on.
+template <class A, class T>
+struct PackedCell {
+  const ConvShape& shape;
+  int64_t taps, outputs, inputs, width;  // width: elements from one tap's outputs to the next one's
+  const WeightView<T>& weight;
+  const T* from;
+  A* to;
+
+  A* place(int64_t in, int64_t ky, int64_t kx) const {
+    const int64_t set = ky * (shape.kernel_w / taps) + kx / taps;
+    return to + ((set * inputs + in) * taps + kx % taps) * width;
+  }
+  template <class F>
+  void each_tap(const F& f) const {
+    for (int64_t ky = 0; ky < shape.kernel_h; ++ky)
+      for (int64_t kx = 0; kx < shape.kernel_w; ++kx) f(ky, kx, ky * weight.y + kx * weight.x);
+  }
+
+  void pack() const {
+    if constexpr (std::is_same_v<A, T>) {
+      if (weight.out == 1 && outputs == kLanes<A>) return copy_outputs();
+      if (weight.in == 1) return turn_inputs();
+      const int64_t up = (shape.kernel_h - 1) * weight.y, along = (shape.kernel_w - 1) * weight.x;
+      const int64_t lowest = std::min<int64_t>(0, up) + std::min<int64_t>(0, along);
+      const int64_t span = std::abs(up) + std::abs(along) + 1;
+      if (span <= kMostSpan) return turn_taps(lowest, span);
+    }
+    each_tap([&](int64_t ky, int64_t kx, int64_t tap) {
+      for (int64_t in = 0; in < inputs; ++in) {
+        A* here = place(in, ky, kx);
+        for (int64_t lane = 0; lane < outputs; ++lane)
+          here[lane] = to_accumulator<A>(from[lane * weight.out + in * weight.in + tap]);
+        std::fill(here + outputs, here + kLanes<A>, A(0));
+      }
+    });
+  }
+  void copy_outputs() const {
+    each_tap([&](int64_t ky, int64_t kx, int64_t tap) {
+      for (int64_t in = 0; in < inputs; ++in)
+        store<Vec<A>>(place(in, ky, kx), load<Vec<A>>(from + in * weight.in + tap));
+    });
+  }
+  void turn_inputs() const {
+    each_tap([&](int64_t ky, int64_t kx, int64_t tap) {
+      Square<A> square;
+      read_square<A>(square, from + tap, weight.out, outputs, inputs, weight.end);
+      transpose<A>(square);
+      for (int64_t in = 0; in < inputs; ++in) store<Vec<A>>(place(in, ky, kx), square[in]);
+    });
+  }
+  // The taps of one input lie within `span` elements from the `lowest` on.
+  void turn_taps(int64_t lowest, int64_t span) const {
+    constexpr int64_t lanes = kLanes<A>;
+    for (int64_t in = 0; in < inputs; ++in)
+      for (int64_t first = 0; first < span; first += lanes) {
+        Square<A> square;
+        read_square<A>(square, from + in * weight.in + lowest + first, weight.out, outputs,
+                       std::min(lanes, span - first), weight.end);
+        transpose<A>(square);
+        each_tap([&](int64_t ky, int64_t kx, int64_t tap) {
+          const int64_t column = tap - lowest - first;
+          if (column >= 0 && column < lanes) store<Vec<A>>(place(in, ky, kx), square[column]);
+        });
+      }
+  }
+
+  static constexpr int64_t kMostSpan = 64;
+};
+
+// Weights of one direction in the order of conv.h, `taps` horizontal taps in a set.
+template <class A, class T>
+void pack_view(const ConvShape& shape, int64_t taps, const WeightView<T>& weight, A* packed) {
+  constexpr int64_t lanes = kLanes<A>;
+  const int64_t vectors = vectors_of<A>(shape.out_channels), width = vectors * lanes;
+  const int64_t in_blocks = blocks_of<A>(shape.in_channels);
+  const auto pack_cell = [&](int64_t group, int64_t first) {
+    const int64_t inputs = std::min(lanes, shape.in_channels - first);
+    A* to = packed + (group * shape.in_channels + first) * width * shape.kernel_h * shape.kernel_w;
+    for (int64_t v = 0; v < vectors; ++v) {
+      const int64_t out = group * width + v * lanes, outputs = std::min(lanes, shape.out_channels - out);
+      const T* from = weight.at + out * weight.out + first * weight.in;
+      PackedCell<A, T>{shape, taps, outputs, inputs, width, weight, from, to + v * lanes}.pack();
+    }
+  };
+  in_parallel(blocks_of<A>(shape.out_channels) / vectors * in_blocks, kCells, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) pack_cell(n / in_blocks, n % in_blocks * lanes);
+  });
+}
+
+// A block of outputs and one of inputs of a gradient, the workers' accumulators summed in order.
+template <class A, class T>
+struct GradientCell {
+  const ConvShape& shape;
+  int64_t outputs, inputs;
+  const A* from;  // the first worker's
+  int64_t worker_stride, workers;
+  T* to;
+  const int64_t* strides;
+
+  int64_t row_at(int64_t in, int64_t ky, int64_t kx) const {
+    return ((ky * kLanes<A> + in) * shape.kernel_w + kx) * kLanes<A>;
+  }
+  Vec<A> row(int64_t in, int64_t ky, int64_t kx) const {
+    const A* at = from + row_at(in, ky, kx);
+    Vec<A> sum = load<Vec<A>>(at);
+    for (int64_t w = 1; w < workers; ++w) sum += load<Vec<A>>(at + w * worker_stride);
+    return sum;
+  }
+  // Row `out` of a transposed square to what lies together from `at` on for every output.
+  void write(Square<A>& square, T* at, int64_t count) const {
+    transpose<A>(square);
+    for (int64_t out = 0; out < outputs; ++out, at += strides[0])
+      if (count == kLanes<A>)
+        store<Vec<A>>(at, square[out]);
+      else
+        for (int64_t c = 0; c < count; ++c) at[c] = square[out][c];
+  }
+
+  void unpack() const {
+    const int64_t height = shape.kernel_h, width = shape.kernel_w;
+    if constexpr (std::is_same_v<A, T>) {
+      if (strides[1] == 1) return write_inputs();
+      if (strides[3] == 1 && strides[2] == width && strides[1] == height * width) return write_taps();
+    }
+    for (int64_t in = 0; in < inputs; ++in)
+      for (int64_t ky = 0; ky < height; ++ky)
+        for (int64_t kx = 0; kx < width; ++kx) {
+          const Vec<A> sums = row(in, ky, kx);
+          for (int64_t out = 0; out < outputs; ++out)
+            to[out * strides[0] + in * strides[1] + ky * strides[2] + kx * strides[3]] = to_storage<T>(A(sums[out]));
+        }
+  }
+  void write_inputs() const {
+    for (int64_t ky = 0; ky < shape.kernel_h; ++ky)
+      for (int64_t kx = 0; kx < shape.kernel_w; ++kx) {
+        Square<A> square = {};
+        for (int64_t in = 0; in < inputs; ++in) square[in] = row(in, ky, kx);
+        write(square, to + ky * strides[2] + kx * strides[3], inputs);
+      }
+  }
+  // The taps of all inputs are one stretch of memory.
+  void write_taps() const {
+    const int64_t width = shape.kernel_w, taps = shape.kernel_h * width, length = inputs * taps;
+    for (int64_t first = 0; first < length; first += kLanes<A>) {
+      const int64_t count = std::min<int64_t>(kLanes<A>, length - first);
+      Square<A> square = {};
+      for (int64_t k = 0; k < count; ++k) {
+        const int64_t in = (first + k) / taps, tap = (first + k) % taps;
+        square[k] = row(in, tap / width, tap % width);
+      }
+      write(square, to + first, count);
+    }
+  }
+};
+
+}  // namespace fastode::resident
