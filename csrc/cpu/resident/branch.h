@@ -156,6 +156,13 @@ class Branch {
     const A *zeros = spec_.zeros, *ones = spec_.ones;
     return {zeros, ones, ones, zeros, zeros, zeros, zeros, zeros, zeros, zeros, false};
   }
+  // Whether a norm alone, or nothing, follows its last convolution.
+  bool ends_in_norm() const {
+    const UnitSpec<A>& last = spec_.units.back();
+    return !last.moves() && last.act.kind == kIdentity;
+  }
+  size_t last() const { return spec_.units.size() - 1; }
+  NormRows<A> rows_of(const Passed<T>& at, const Range& range, int64_t i) const;
   // The plane of its output.
   const Plane<A>& result_plane() const { return planes_.back(); }
 
@@ -240,8 +247,6 @@ class Branch {
   void add_bias_product(const UnitSpec<A>& unit, const Range& range, const View<T>& g, const Along<T>& along) const;
   void add_product(const UnitSpec<A>& unit, const Range& range, const A* sums, const Along<T>& along) const;
   void add_norm_gradients(const UnitSpec<A>& unit, const Range& range, const A* sums) const;
-
-  NormRows<A> rows_of(const Passed<T>& at, const Range& range, int64_t i) const;
 
   // The statistics of unit j's input, unless they are known.
   void prepare(const Evaluation<T>& e, size_t j);

@@ -65,6 +65,7 @@ class ChainProgram {
       return;
     }
     if (branches_[0]) branches_[0]->value(evaluations_[0], x_, &z_, {}, hold_);
+    if (joins() && result) return join_ends(*result);
     const Map<A>* sum = sum_ ? &sum_ : result;
     Map<A> skip = z_;
     if (branches_[2]) {
@@ -94,11 +95,9 @@ class ChainProgram {
     if (act_.kind != kIdentity) {
       g = memory_.take(end_blocks(), end_);
       const Map<A> at = sum_ ? sum_ : y;
-      sums_ = memory_.template per_worker<A>(2 * end_blocks() * kLanes<A>);
       branches_[1]->each({at, bar, g}, [=, this](const Range& range) {
-        A* sums = sums_ + range.worker * 2 * end_blocks() * kLanes<A>;
         for (int64_t i = 0; i < range.count; ++i)
-          cotangent_first(end_, g.blocks, plain_rows(), act_, at.at(range, i), bar.at(range, i), g.at(range, i), sums);
+          pull_activation(end_, g.blocks, act_, at.at(range, i), bar.at(range, i), g.at(range, i));
       });
     }
     // The last of these sweeps writes z's cotangent, which is x's without a lead.
@@ -119,6 +118,30 @@ class ChainProgram {
  private:
   static Mix<A> image(double scale, const Map<A>& map) { return {0, {{static_cast<A>(scale), map}}}; }
 
+  // Whether sum and ReLU, and the norms in front of them, are one pass.
+  bool joins() const { return act_.kind == kRelu && branches_[1]->ends_in_norm(); }
+
+  void join_ends(const Map<A>& result) {
+    const bool normed = branches_[2] && branches_[2]->ends_in_norm();
+    Map<A> skip = z_;
+    Passed<A> beside{};
+    if (branches_[2]) {
+      if (!normed) skip = memory_.take(end_blocks(), end_);
+      branches_[2]->value(evaluations_[2], z_, normed ? nullptr : &skip, {}, hold_);
+      if (normed) beside = evaluations_[2].at(branches_[2]->last()), skip = beside.input;
+    }
+    branches_[1]->value(evaluations_[1], z_, nullptr, {}, hold_);
+    const Passed<A> at = evaluations_[1].at(branches_[1]->last());
+    branches_[1]->each({at.input, skip, result}, [=, this](const Range& range) {
+      for (int64_t i = 0; i < range.count; ++i) {
+        const NormRows<A> rows = branches_[1]->rows_of(at, range, i);
+        const NormRows<A> others = normed ? branches_[2]->rows_of(beside, range, i) : plain_rows();
+        join(end_, result.blocks, rows, at.input.at(range, i), static_cast<A>(chain_.step), normed ? &others : nullptr,
+             skip.at(range, i), result.at(range, i));
+      }
+    });
+  }
+
   bool keeps_z() const { return branches_[0] && branches_[1]; }
   bool keeps_sum() const { return branches_[1] && act_.kind != kIdentity && act_.kind != kRelu; }
   int64_t z_blocks() const { return branches_[1]->input_blocks(); }
@@ -134,7 +157,6 @@ class ChainProgram {
   std::optional<Branch<A>> branches_[3];
   Evaluation<A> evaluations_[3];
   Map<A> x_, z_, sum_;
-  A* sums_ = nullptr;
 };
 
 template <class A>

@@ -45,6 +45,16 @@ template <class T>
 void apply(const Plane<Number<T>>& plane, int64_t blocks, const NormRows<Number<T>>& rows, const Unary<Number<T>>& act,
            const View<T>& h, const View<T>& out, const Combine<T>& combine);
 
+// out = relu(step norm(h) + skip), or with `skip_rows` the norm of `skip`.
+template <class T>
+void join(const Plane<Number<T>>& plane, int64_t blocks, const NormRows<Number<T>>& rows, const View<T>& h,
+          Number<T> step, const NormRows<Number<T>>* skip_rows, const View<T>& skip, const View<T>& out);
+
+// out = act'(h) cotangent
+template <class T>
+void pull_activation(const Plane<Number<T>>& plane, int64_t blocks, const Unary<Number<T>>& act, const View<T>& h,
+                     const View<T>& cotangent, const View<T>& out);
+
 // n = act'(norm(h)) cotangent; sums [2, channels]: of n and of x n.
 template <class T>
 void cotangent_first(const Plane<Number<T>>& plane, int64_t blocks, const NormRows<Number<T>>& rows,

@@ -102,6 +102,57 @@ void apply(const Plane<Number<T>>& plane, int64_t blocks, const NormRows<Number<
   with_store(combine, out, [&](const auto& place) { each_value(area, blocks, rows, act, h, place); });
 }
 
+// norm(h) at the pixels of a block.
+template <class T>
+struct Normed {
+  using V = Vec<Number<T>>;
+  View<T> map;
+  int64_t block;
+  V mean, scale, bias;
+
+  Normed(const NormRows<Number<T>>& rows, const View<T>& map, int64_t b)
+      : map(map),
+        block(b),
+        mean(at(rows.mean, b)),
+        scale(at(rows.rstd, b) * at(rows.weight, b)),
+        bias(at(rows.bias, b)) {}
+  V operator()(int64_t y, int64_t x) const { return (at(map, block, y, x) - mean) * scale + bias; }
+};
+
+template <class T>
+void join(const Plane<Number<T>>& plane, int64_t blocks, const NormRows<Number<T>>& rows, const View<T>& h,
+          Number<T> step, const NormRows<Number<T>>* skip_rows, const View<T>& skip_map, const View<T>& out_map) {
+  using V = Vec<Number<T>>;
+  const View<T> skip = skip_map, out = out_map;
+  const Area area = area_of(plane, h, skip, out);
+  for (int64_t b = 0; b < blocks; ++b) {
+    const Normed<T> normed(rows, h, b);
+    const auto end = [&](int64_t y, int64_t x, V other) {
+      put(out, b, y, x, activate<kRelu, V>(normed(y, x) * step + other, {}));
+    };
+    if (skip_rows) {
+      const Normed<T> other(*skip_rows, skip, b);
+      walk(area, [&](int64_t y, int64_t x) { end(y, x, other(y, x)); });
+    } else {
+      walk(area, [&](int64_t y, int64_t x) { end(y, x, at(skip, b, y, x)); });
+    }
+  }
+}
+
+template <class T>
+void pull_activation(const Plane<Number<T>>& plane, int64_t blocks, const Unary<Number<T>>& act, const View<T>& map,
+                     const View<T>& cotangent, const View<T>& out_map) {
+  const View<T> h = map, bar = cotangent, out = out_map;
+  const Area area = area_of(plane, h, bar, out);
+  with_activation(act.kind, [&](auto kind) {
+    for (int64_t b = 0; b < blocks; ++b)
+      walk(area, [&](int64_t y, int64_t x) {
+        const auto slope = activate_first<kind(), Vec<Number<T>>>(at(h, b, y, x), act.arguments);
+        put(out, b, y, x, at(bar, b, y, x) * slope);
+      });
+  });
+}
+
 template <class T>
 void cotangent_first(const Plane<Number<T>>& plane, int64_t blocks, const NormRows<Number<T>>& rows,
                      const Unary<Number<T>>& act, const View<T>& input, const View<T>& cotangent, const View<T>& out,

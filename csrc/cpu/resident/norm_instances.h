@@ -7,6 +7,10 @@
   template void moments(const Plane<Number<T>>&, int64_t, const View<T>&, Number<T>*, Number<T>*);                     \
   template void apply(const Plane<Number<T>>&, int64_t, const NormRows<Number<T>>&, const Unary<Number<T>>&,           \
                       const View<T>&, const View<T>&, const Combine<T>&);                                              \
+  template void join(const Plane<Number<T>>&, int64_t, const NormRows<Number<T>>&, const View<T>&, Number<T>,          \
+                     const NormRows<Number<T>>*, const View<T>&, const View<T>&);                                      \
+  template void pull_activation(const Plane<Number<T>>&, int64_t, const Unary<Number<T>>&, const View<T>&,             \
+                                const View<T>&, const View<T>&);                                                       \
   template void cotangent_first(const Plane<Number<T>>&, int64_t, const NormRows<Number<T>>&, const Unary<Number<T>>&, \
                                 const View<T>&, const View<T>&, const View<T>&, Number<T>*);                           \
   template void cotangent_last(const Plane<Number<T>>&, int64_t, const NormRows<Number<T>>&, const View<T>&,           \

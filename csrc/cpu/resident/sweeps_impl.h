@@ -258,6 +258,8 @@ Map<T> Branch<T>::cotangent(const Evaluation<T>& e, const Mix<T>& image, const M
   const Mix<T> last_mix = few(mix, made), few_image = few(image, made_of_image);
   give(made_of_image);
   const Map<T> whole = map();
+  // Behind a convolution the image needs a halo, which its own map has not.
+  const bool as_it_is = !spec_.units.back().moves() && few_image.terms.size() == 1 && few_image.terms[0].first == 1;
   schedule_.rewind();
   for (size_t j = units; j-- > 0;) {
     const UnitSpec<A>& unit = spec_.units[j];
@@ -267,8 +269,9 @@ Map<T> Branch<T>::cotangent(const Evaluation<T>& e, const Mix<T>& image, const M
     const std::vector<Map<T>> maps =
         j + 1 == units ? few_image.with({e.inputs[j], n}) : std::vector{e.inputs[j + 1], n, e.inputs[j]};
     each(maps, [=, this, &unit, at = e.at(j), next = e.at(std::min(j + 1, units - 1))](const Range& range) {
-      const Map<T> g = fit(g_[j + 1], unit.out_channels, range);
-      for (int64_t i = 0; i < range.count; ++i) {
+      const bool given = j + 1 == units && as_it_is;
+      const Map<T> g = given ? few_image.terms[0].second : fit(g_[j + 1], unit.out_channels, range);
+      for (int64_t i = 0; i < range.count && !given; ++i) {
         if (j + 1 == units)
           combine_maps(planes_[j + 1], out_blocks, g.at(range, i), few_image.at(range, i));
         else
