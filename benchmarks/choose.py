@@ -1,14 +1,16 @@
 """`python -m benchmarks.choose`: where resident is slower than staged on this CPU, and the rule drawn from it.
 
-Both engines take turns on blocks of every family, over channels, sizes, batches and dtypes, each checked for equality
-first. The points and the rule drawn from them go to fastode/ops/resident/rule.json, which "auto" obeys on CPUs of this
-kind; a ratio above 1 means that resident is the faster one. A shape far beyond one where resident lost is left out, and
-so is what does not fit into the minutes given.
+Of chains, which staged does not win, resident is measured against the reference. Both engines take turns on blocks of
+every family, over channels, sizes, batches and dtypes, each checked for equality first. The points and the rule drawn
+from them go to fastode/ops/resident/rule.json, which "auto" obeys on CPUs of this kind; a ratio above 1 means that
+resident is the faster one. A shape far beyond one where resident lost is left out, and so is what does not fit into the
+minutes given.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import datetime
 import itertools
 import json
@@ -29,7 +31,6 @@ from . import contenders, header, timing, workloads
 from .inside import Line, rule
 
 MINUTES = 7.0
-ENGINES = ("resident", "staged")
 MODES = ("train", "forward")
 ROUNDS = 5
 # The family and norms of a line of the rule, and the block that stands for them.
@@ -40,6 +41,8 @@ BLOCKS: dict[str, Callable[[int], nn.Module]] = {
     "shu_osher batch": lambda c: reference.SSP3(reference.PreActBranch(c, norm="batch")),
     "skew_pair sample": lambda c: reference.SkewPair(c, c),
     "skew_solution sample": lambda c: reference.SOBlock(reference.SkewPair(c, c), solver="rk4"),
+    "chain sample": lambda c: _halving(c, [nn.GroupNorm(1, c)], [], 3),
+    "chain batch": lambda c: _halving(c, [nn.BatchNorm2d(c)], [nn.BatchNorm2d(c)], 1),
 }
 # (channels, size): first the papers' shapes and those where weights or maps just fit a cache or just do not.
 SHAPES = (
@@ -51,6 +54,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 LATER = {"float32": 0, "bfloat16": 1, "float64": 4}
 FULL = 128  # samples, less where a step would take longer than STEP_GFLOP
 FEWEST = 8
+FEWEST_OF_CHAINS = 16  # channels
 STEP_GFLOP = 16.0
 STEP_CONVOLUTIONS = 18  # of an IE-Skip; the others have as many or fewer
 JUDGED = 3  # samples
@@ -60,6 +64,20 @@ LOST = 0.75  # below this ratio resident has lost clearly, and the group's large
 # Of each mode, the median ratio of staged's time to resident's with the 20th and 80th percentiles.
 Point = dict[str, list[float]]
 Points = dict[str, dict[str, Point]]
+
+
+def _halving(channels: int, between: list[nn.Module], behind: list[nn.Module], kernel: int) -> nn.Module:
+    """A block that halves the size, with norms between its convolutions and behind those that are summed."""
+    halve = nn.Conv2d(channels, channels, 3, 2, 1, bias=False)
+    keep = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+    shortcut = nn.Conv2d(channels, channels, kernel, 2, kernel // 2, bias=False)
+    branch = nn.Sequential(halve, *between, nn.ReLU(), keep, *copy.deepcopy(behind))
+    return reference.ResBlock(branch, shortcut=nn.Sequential(shortcut, *behind), post_activation=nn.ReLU())
+
+
+def engines_of(group: str) -> tuple[str, str]:
+    """The engine that the rule is about, and the one that runs where it is left."""
+    return "resident", "reference" if group.startswith("chain") else "staged"
 
 
 def batches(channels: int, size: int, threads: int) -> list[int]:
@@ -95,6 +113,8 @@ def read_name(text: str) -> tuple[int, int, int]:
 
 def measure(group: str, dtype: str, channels: int, size: int, threads: int) -> tuple[dict[str, Point], str]:
     """The points of one shape, from the full batch down, or why there are none."""
+    if group.startswith("chain") and channels < FEWEST_OF_CHAINS:
+        return {}, "PyTorch's backward of a 1×1 convolution of 8 channels at stride 2 writes beside its memory"
     torch.manual_seed(0)
     block = BLOCKS[group](channels).to(DTYPES[dtype])
 
@@ -106,10 +126,11 @@ def measure(group: str, dtype: str, channels: int, size: int, threads: int) -> t
         )
 
     reasons = contenders.engines(block, inputs(2))
-    if any(reasons[engine] for engine in ENGINES):
-        return {}, "; ".join(f"{engine}: {reasons[engine]}" for engine in ENGINES if reasons[engine])
+    ours, other = both = engines_of(group)
+    if any(reasons.get(engine) for engine in both):
+        return {}, "; ".join(f"{engine}: {reasons[engine]}" for engine in both if reasons.get(engine))
     few = inputs(JUDGED)
-    modules = {engine: contenders.fused(engine).make(block, few)[0] for engine in ENGINES}
+    modules = {engine: contenders.fused(engine).make(block, few)[0] for engine in both}
     for engine, module in modules.items():
         comparison = compare_blocks(block, module, few[0] if len(few) == 1 else few)
         if not comparison.ok:
@@ -122,12 +143,12 @@ def measure(group: str, dtype: str, channels: int, size: int, threads: int) -> t
             given = inputs(batch)
             turns = {
                 engine: workloads.work(contenders.fused(engine).make(block, given)[0], given, mode).run
-                for engine in ENGINES
+                for engine in both
             }
             times = timing.interleave(turns, timing.Clock(), seconds=0.0, rounds=(ROUNDS, ROUNDS), warm=1)
             if times.errors:
                 return found, f"failed: {times.errors}"
-            ratio = times.ratio("resident", "staged")
+            ratio = times.ratio(ours, other)
             point[mode] = [round(value, 3) for value in (ratio.median, ratio.p20, ratio.p80)]
         found[name(channels, size, batch)] = point
     return found, ""
@@ -219,7 +240,8 @@ def write(path: Path, points: Points, left_out: Sequence[str], threads: int) -> 
     cpu = torch.device("cpu")
     lines = rule_of(points, threads)
     content: dict[str, Any] = {
-        "about": "written by python -m benchmarks.choose; ratios are staged's time to resident's: median, p20, p80",
+        "about": "written by python -m benchmarks.choose; ratios are staged's time, with chains the reference's, to "
+        "resident's: median, p20, p80",
         "measured_on": {
             "kind": rule.cpu_kind(),
             "device": header.device_name(cpu),

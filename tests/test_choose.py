@@ -170,5 +170,18 @@ def test_both_engines_are_measured_and_judged(monkeypatch: pytest.MonkeyPatch) -
     )
 
 
+def test_chains_are_measured_against_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [choose.engines_of(group)[1] for group in choose.BLOCKS] == ["staged"] * 6 + ["reference"] * 2
+    monkeypatch.setattr(choose, "ROUNDS", 1)
+    monkeypatch.setattr(choose, "FULL", 4)
+    for group in ("chain batch", "chain sample"):
+        found, reason = choose.measure(group, "float32", 16, 4, torch.get_num_threads())
+        assert reason == "" and all(set(point) == set(choose.MODES) for point in found.values()) and found
+        few, reason = choose.measure(group, "float32", 8, 4, torch.get_num_threads())
+        assert few == {} and reason.startswith("PyTorch's backward")
+    wide, reason = choose.measure("chain batch", "bfloat16", 16, 4, torch.get_num_threads())
+    assert wide == {} and reason.startswith("resident: it has chains")
+
+
 class Worst:
     name, ratio = "output", 2.0

@@ -34,7 +34,7 @@ def test_a_measured_rule_is_read(tmp_path: Path) -> None:
     rule = measured.read(written(tmp_path), "x86")
     assert rule.measured and rule.source == "measured on a CPU, 2 threads, torch 2.13.0, 2026-01-02, commit abc"
     assert rule.line("ie", "sample", "float32") == Line(**BOUNDS, why="so it is")
-    assert rule.line("ie", "batch", "float32") == measured.DEFAULT
+    assert rule.line("ie", "batch", "float32") == measured.stand_in("ie", "float32")
     skew = Rule({"skew_pair sample float32": measured.NEVER}, "a test", True)
     assert skew.line("skew_pair", "batch", "float32") == measured.NEVER
     assert skew.line("skew_solution", "batch", "float32") == measured.DEFAULT
@@ -49,7 +49,15 @@ def test_what_stands_in_says_why(tmp_path: Path) -> None:
     assert other.source == "reasoned, not measured: the measured rule is for x86, and this is aarch64 asimd"
     assert broken.source.startswith("reasoned, not measured: ") and "cannot be read (KeyError" in broken.source
     for rule in (missing, other, broken):
-        assert not rule.measured and rule.line("ie", "sample", "float32") == measured.DEFAULT
+        assert not rule.measured and rule.line("ie", "sample", "float32") == measured.stand_in("ie", "float32")
+
+
+def test_what_stands_in_knows_the_family_the_dtype_and_the_registers(monkeypatch: pytest.MonkeyPatch) -> None:
+    for wide, line in ((True, measured.WIDE), (False, measured.DEFAULT)):
+        monkeypatch.setattr(measured, "_has_wide_registers", wide)
+        assert measured.stand_in("ie", "float32") == measured.stand_in("shu_osher", "float64") == line
+        assert measured.stand_in("ie", "bfloat16") == measured.stand_in("skew_pair", "float32") == measured.DEFAULT
+        assert measured.stand_in("chain", "float32") == measured.CHAIN
 
 
 @pytest.mark.parametrize(
@@ -109,6 +117,37 @@ def test_a_block_has_its_own_line(monkeypatch: pytest.MonkeyPatch, block: nn.Mod
     assert used(block, x) == "resident"
 
 
+@pytest.mark.parametrize(("norm", "norms"), [(nn.BatchNorm2d, "batch"), (nn.Identity, "sample")])
+def test_a_chain_has_its_own_line(monkeypatch: pytest.MonkeyPatch, norm: type[nn.Module], norms: str) -> None:
+    branch = nn.Sequential(nn.Conv2d(16, 16, 3, 2, 1), norm(16))
+    block = fastode.nn.ResBlock(branch, shortcut=nn.Conv2d(16, 16, 1, 2))
+    x, own = torch.zeros(2, 16, 6, 6), f"chain {norms} float32"
+    monkeypatch.setattr(measured, "_rule", Rule({own: measured.NEVER}, "a test", True))
+    assert used(block, x) == "reference"
+    assert block.against("resident", x).endswith("it was measured to be slower than plain PyTorch")
+    others = {f"{f} {n} {d}" for f in measured.FAMILIES for n in measured.NORMS for d in measured.DTYPES} - {own}
+    monkeypatch.setattr(measured, "_rule", Rule(dict.fromkeys(others, measured.NEVER), "a test", True))
+    assert used(block, x) == "resident"
+
+
+def test_without_a_line_of_their_own_chains_have_the_bounds_found_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = Rule({"ie sample float32": measured.NEVER}, "a test", True)
+    assert rule.line("chain", "batch", "float32") == rule.line("chain", "sample", "float64") == measured.CHAIN
+    monkeypatch.setattr(measured, "_rule", rule)
+    assert any(row.startswith("  chain ") for row in measured.in_words())
+    torch.set_num_threads(1)
+    for shape, beyond in (
+        ((4, 512, 4, 4), ""),
+        ((1, 32, 8, 8), ""),
+        ((4, 528, 4, 4), "with more than 512 channels"),
+        ((4, 64, 40, 40), "with a feature map of one sample of more than 256 KB"),
+        ((3, 64, 8, 8), "with fewer than 4 samples for each thread and 64 channels"),
+    ):
+        verdict = f"{beyond} it is expected to be slower than plain PyTorch" if beyond else ""
+        block = fastode.nn.ResBlock(nn.Sequential(nn.Conv2d(shape[1], shape[1], 1)), shortcut=nn.ReLU())
+        assert block.against("resident", torch.zeros(shape)) == verdict
+
+
 def test_the_widest_map_of_the_branch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measured, "_rule", Rule({"shu_osher sample float32": Line(most_channels=8)}, "a test", True))
     branch = nn.Sequential(nn.Conv2d(4, 9, 1), nn.ReLU(), nn.Conv2d(9, 4, 1))
@@ -119,6 +158,8 @@ def test_the_widest_map_of_the_branch_counts(monkeypatch: pytest.MonkeyPatch) ->
 def test_only_the_rule_keeps_resident_from_wide_blocks(
     monkeypatch: pytest.MonkeyPatch, channels: int, size: int
 ) -> None:
+    monkeypatch.setattr(measured, "_rule", Rule({}, "a test", False))
+    monkeypatch.setattr(measured, "_has_wide_registers", False)
     x = torch.zeros(1, channels, size, size)
     for norm in ("layer", "batch"):
         block = fastode.nn.SSP2(reference.PreActBranch(channels, norm=norm, layers=1)).requires_grad_(False)

@@ -7,6 +7,7 @@ kind, or without the file, the bounds of `DEFAULT` stand in, which are reasoned 
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from ...native.toolchain import kernel_features
 from ..engine import ODE_SOLUTION
 
 PATH = Path(__file__).resolve().parent / "rule.json"
-FAMILIES = ("ie", "shu_osher", "skew_pair", "skew_solution")
+FAMILIES = ("ie", "shu_osher", "skew_pair", "skew_solution", "chain")
 NORMS = ("sample", "batch")
 DTYPES = ("float32", "float64", "bfloat16")
 
@@ -64,11 +65,17 @@ class Line:
 NEVER = Line(most_channels=0)
 # Past 128 channels a convolution's weights no longer stay in 2 MB of L2; past 256 KB the maps of a backward do not.
 DEFAULT = Line(most_channels=128, most_kb=256)
-
-
+# With AVX-512 that costs less than it gains. On one thread of an AMD EPYC, 2026-11-27: of 44 float32 blocks and batches
+# from 128 channels at 16×16 to 512 at 4×4 and 64 at 64×64 resident was faster in all steps (1.2 to 2.2), attacks' steps
+# (1.2 to 2.4) and all but two forwards (0.91 to 2.1); of 10 float64 blocks 1.0 to 4.4, but for one forward.
+WIDE = Line(most_channels=512, most_kb=1024)
 # Of a single map's solution, on one thread of an AMD EPYC: 1.1 to 11 times staged at all of 11 shapes, of which 512
 # channels at 4×4 are the widest and 64 at 48×48 the largest.
 SOLUTION = Line(most_channels=512, most_kb=640)
+# Of chains, of which plain PyTorch runs the rest: the blocks of benchmarks.choose in float32 on one thread of that CPU,
+# 16 to 512 channels. Within, 31 of 32 shapes are faster with 32 samples, in the mean of a step, an attack's step and a
+# forward (0.97 to 2.4, median 1.3); a few samples of many channels are not worth the packing of the weights.
+CHAIN = Line(most_channels=512, most_kb=256, least_batch_per_thread=4, few_from_channels=64)
 
 
 @dataclass(frozen=True)
@@ -81,9 +88,17 @@ class Rule:
 
     def line(self, family: str, norms: str, dtype: str) -> Line:
         """The line of a family of blocks, of norms that couple the batch or do not, and of a dtype."""
+        own = f"{family} {norms} {dtype}"
         # Of the skew blocks only those with sample-local norms are measured.
-        stand_in = self.lines.get(f"{family} sample {dtype}", DEFAULT) if family.startswith("skew") else DEFAULT
-        return self.lines.get(f"{family} {norms} {dtype}", stand_in)
+        other = f"{family} sample {dtype}" if family.startswith("skew") else own
+        return self.lines.get(own, self.lines.get(other, stand_in(family, dtype)))
+
+
+def stand_in(family: str, dtype: str) -> Line:
+    """The line of blocks of which none is measured on CPUs of this kind."""
+    if family == "chain":
+        return CHAIN
+    return WIDE if family in ("ie", "shu_osher") and dtype != "bfloat16" and _has_wide_registers else DEFAULT
 
 
 def cpu_kind() -> str:
@@ -127,6 +142,7 @@ MOST_LINEAR_KB = {"linear_adaptive": 1024, "linear_solution": 48, "skew_linear":
 
 # Read once and here, because a traced call must not read files.
 _rule = read()
+_has_wide_registers = "avx512f" in cpu_kind()
 _threads = torch.get_num_threads()  # as read at the last untraced call: a tracer cannot ask
 
 
@@ -140,8 +156,12 @@ def threads() -> int:
 
 def in_words() -> list[str]:
     """The rule in force, a line for each kind of block."""
-    lines = _rule.lines.items() if _rule.measured else [("all blocks", DEFAULT)]
-    rows = [f"  {name:<32}{line.describe()}{f': {line.why}' if line.why else ''}" for name, line in lines]
+    lines = dict(_rule.lines)
+    for family, dtype in itertools.product(FAMILIES, DTYPES):
+        of_family = any(f"{family} {norms} {dtype}" in lines for norms in NORMS)
+        if not of_family and (family, dtype) != ("chain", "bfloat16"):
+            lines[f"{family} {dtype}"] = stand_in(family, dtype)
+    rows = [f"  {name:<32}{line.describe()}{f': {line.why}' if line.why else ''}" for name, line in lines.items()]
     rows.append(f"  {ODE_SOLUTION:<32}{SOLUTION.describe()}")
     return [f'where "auto" takes resident before staged on the CPU ({_rule.source})', *rows]
 
@@ -171,7 +191,8 @@ def slower(
         return ""
     if solution:
         return f"{beyond} it was not measured"
-    verdict = "was measured to be slower" if _rule.measured and line is not DEFAULT else "is expected to be slower"
+    here = _rule.measured and line not in (DEFAULT, WIDE, CHAIN)
+    verdict = "was measured to be slower" if here else "is expected to be slower"
     return f"{beyond} it {verdict}{than}"
 
 
