@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,7 @@ class ChainReading:
         inside: the block, where it stands in a chain.
         count: how many modules of a sequence they are.
         reason: why it cannot be read, or is not worth a call, in one sentence; empty otherwise.
+        met: of the last input its shape, the norms with running statistics, and samples and pixels of each one's map.
     """
 
     parts: list[Reading]
@@ -53,6 +55,7 @@ class ChainReading:
     count: int = 0
     reason: str = ""
     tensors: list[MaybeTensor] = field(default_factory=list)
+    met: tuple[torch.Size, list[Any], list[tuple[int, int]]] | None = None
 
     def __post_init__(self) -> None:
         for part in self.parts:
@@ -221,14 +224,18 @@ def _misfit(reading: ChainReading, x: Tensor) -> bool:
 
 def _update(reading: ChainReading, statistics: Sequence[Tensor], x: Tensor) -> None:
     """Update the running statistics that the call has met, of each norm by the size of its map."""
-    rest = list(statistics)
-    for part, shape in _maps(reading, x):
-        met = zip(part.norms, _shapes(part, shape), strict=False)
-        pairs = [(norm, (samples, height * width)) for norm, (samples, _, height, width) in met if norm is not None]
-        if pairs:
-            norms, sizes = zip(*pairs, strict=True)
-            move_running(norms, rest[: len(norms)], sizes)
-            rest = rest[len(norms) :]
+    met = reading.met
+    if met is None or met[0] != x.shape:
+        pairs = [pair for part, shape in _maps(reading, x) for pair in _norms_met(part, shape)]
+        met = x.shape, [norm for norm, _ in pairs], [size for _, size in pairs]
+        if not torch.compiler.is_compiling():
+            reading.met = met
+    move_running(met[1], statistics, met[2])
+
+
+def _norms_met(part: Reading, shape: Shape) -> list[tuple[Any, tuple[int, int]]]:
+    met = zip(part.norms, _shapes(part, shape), strict=False)
+    return [(norm, (samples, height * width)) for norm, (samples, _, height, width) in met if norm is not None]
 
 
 def _as_it_was(past: Past, reading: ChainReading, stand_in: StandIn) -> nn.Module:

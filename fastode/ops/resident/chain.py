@@ -21,7 +21,7 @@ from . import rule
 from .call import beside, encode_units
 from .functions import keeps_beside
 
-_CODE = "resident chain"  # in a chain's memo
+_CODE, _RESULT = "resident chain", "resident chain's result"  # in a chain's memo
 _FEWEST = 16
 
 Code = tuple[list[int], list[float], list[int], list[int], float, int, float, float]
@@ -93,6 +93,15 @@ def maps_of(chain: Chain, x: Tensor) -> list[tuple[int, int]]:
 
 def _result(chain: Chain, x: Tensor) -> list[int]:
     """Channels, height and width of the result."""
+    if torch.compiler.is_compiling():
+        return _find_result(chain, x)
+    last = chain.memo.get(_RESULT)
+    if last is None or last[0] != x.shape:
+        last = chain.memo[_RESULT] = (x.shape, _find_result(chain, x))
+    return last[1]
+
+
+def _find_result(chain: Chain, x: Tensor) -> list[int]:
     count, height, width = x.shape[1], x.shape[2], x.shape[3]
     for plan in chain.plans[:2]:
         for unit in plan.units:
