@@ -114,7 +114,7 @@ def read_name(text: str) -> tuple[int, int, int]:
 def measure(group: str, dtype: str, channels: int, size: int, threads: int) -> tuple[dict[str, Point], str]:
     """The points of one shape, from the full batch down, or why there are none."""
     if group.startswith("chain") and channels < FEWEST_OF_CHAINS:
-        return {}, "PyTorch's backward of a 1×1 convolution of 8 channels at stride 2 writes beside its memory"
+        return {}, "PyTorch's weight gradient of a 1×1 convolution of few channels at stride 2 writes beside its memory"
     torch.manual_seed(0)
     block = BLOCKS[group](channels).to(DTYPES[dtype])
 
