@@ -211,7 +211,7 @@ def test_a_terminal_sees_a_bar_that_fills_and_ends_its_line(
 
 
 def test_only_what_this_instruction_set_can_run_is_compiled() -> None:
-    """Maps are stored in bfloat16 for AMX tiles only."""
+    """Maps are stored in bfloat16 where there are products of it: AMX tiles or dot products."""
     command, _ = toolchain.compiler()
     units = [unit for unit in toolchain.sources(CHECKOUT / "csrc") if unit.stem.endswith("_bf16")]
     assert len(units) == 3
@@ -219,7 +219,7 @@ def test_only_what_this_instruction_set_can_run_is_compiled() -> None:
         flags = (*toolchain.FLAGS, *level.flags, *toolchain.recipe(CHECKOUT / "csrc").compile_flags)
         machine = [flag for flag in flags if flag not in toolchain.NATIVE]
         text = subprocess.run([*command, *machine, "-E", unit], capture_output=True, text=True, check=True).stdout
-        assert ("resident/conv.h" in text) == (level.name == "amx"), (unit.name, level.name)
+        assert ("resident/conv.h" in text) == (level.name in ("amx", "bf16")), (unit.name, level.name)
 
 
 def test_two_processes_at_once_make_one_build(root: Path, tmp_path: Path, compiler_log: Path) -> None:
@@ -326,7 +326,7 @@ def test_the_best_prebuilt_library_that_the_cpu_can_run_is_opened(
 ) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     levels = toolchain.levels()
-    assert [level.name for level in levels] == ["amx", "avx512", "avx2"]
+    assert [level.name for level in levels] == ["amx", "bf16", "avx512", "avx2"]
     for level in levels:
         (package / toolchain.prebuilt_name(package / "csrc", level)).write_text("")
     for level in levels:
@@ -337,7 +337,7 @@ def test_the_best_prebuilt_library_that_the_cpu_can_run_is_opened(
 
 
 def test_each_level_has_the_instructions_that_its_name_says(root: Path) -> None:
-    macros = {"amx": "__AMX_BF16__", "avx512": "__AVX512BW__", "avx2": "__AVX2__"}
+    macros = {"amx": "__AMX_BF16__", "bf16": "__AVX512BF16__", "avx512": "__AVX512BW__", "avx2": "__AVX2__"}
     command, _ = toolchain.compiler()
     for level in toolchain.levels():
         line = [*command, *level.flags, "-dM", "-E", "-x", "c++", os.devnull]

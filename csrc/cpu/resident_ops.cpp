@@ -156,7 +156,7 @@ std::tuple<Tensor, Tensors> chain_backward(const Tensor& x, const Tensor& y, con
 // Calls f(packed, the workers' accumulators) and returns the parameters' gradients, if any is asked for.
 template <class A, class F>
 Tensors with_gradients(const PairArguments& pair, const Tensor& y, Asked asked, const F& f) {
-  const PackedPair<A> packed(pair, y.size(2), y.size(3), asked);
+  const PackedPair<A> packed(pair, y, asked);
   const int64_t workers = workers_for(y.size(0));
   const Tensor accumulators = new_vector(workers * packed.spec.gradients, scalar_type<A>(), true);
   f(packed, accumulators);

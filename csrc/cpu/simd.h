@@ -13,11 +13,17 @@
 // Before a loop of a known, small count over what lies in registers: it is unrolled whole.
 #define FASTODE_UNROLL _Pragma("GCC unroll 64")
 
-// Whether this build has convolutions on AMX tiles; without them nothing that stores maps in bfloat16 is compiled.
-#if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__AVX512BF16__) && defined(__AVX512BW__)
+// Whether this build has convolutions in bfloat16, and whether on AMX tiles or by AVX-512's dot products; without them
+// nothing that stores maps in bfloat16 is compiled.
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
 #define FASTODE_TILES 1
 #else
 #define FASTODE_TILES 0
+#endif
+#if FASTODE_TILES && defined(__AMX_BF16__) && defined(__AMX_TILE__)
+#define FASTODE_AMX 1
+#else
+#define FASTODE_AMX 0
 #endif
 
 namespace fastode {

@@ -1,6 +1,6 @@
-// Convolutions of bfloat16 maps with float32 sums, on AMX tiles: for tensors stored in bfloat16, whose convolutions
-// PyTorch multiplies in bfloat16 too. Statistics and what is done between two convolutions are float32 arithmetic on
-// maps stored in bfloat16, as PyTorch's are.
+// Convolutions of bfloat16 maps with float32 sums, on AMX tiles or by AVX-512's dot products of pairs: for tensors
+// stored in bfloat16, whose convolutions PyTorch multiplies in bfloat16 too. Statistics and what is done between two
+// convolutions are float32 arithmetic on maps stored in bfloat16, as PyTorch's are.
 #pragma once
 
 #include "conv.h"
@@ -13,7 +13,7 @@ inline constexpr bool kOnTiles = kTiles && std::is_same_v<A, float>;
 
 inline constexpr int64_t kTilePixels = 16;  // of one tile; smaller maps would leave most of it empty
 
-// Whether this build has the kernels and the operating system lets this process use the tiles.
+// Whether this build has the kernels and, where they need tiles, the operating system lets this process use them.
 bool has_tiles();
 
 // The layout of a map that a convolution on tiles reads: the pixels of a Plane<float>, each with all its channels.

@@ -1,17 +1,17 @@
-// Included by one .cpp, where the compiler has AMX.
+// Included by one .cpp, where the compiler has AMX or the dot products.
 #pragma once
 
 #include <bit>
 
 #include "conv_bf16.h"
-#include "tiles.h"
+#if FASTODE_AMX
+#include "tile_products.h"
+#else
+#include "dot_products.h"
+#endif
 
 namespace fastode::resident {
 namespace {
-
-constexpr int64_t kTileRows = 16, kTileDepth = 32;           // rows of every tile; bfloat16 numbers in a row
-constexpr int64_t kTileElements = kTileRows * kTileDepth;    // of a bfloat16 tile
-constexpr int64_t kSumElements = kTileRows * kLanes<float>;  // of a float32 tile
 
 static_assert(kLanes<float> == kTileRows && Narrow::lanes == kTileRows);
 
@@ -19,18 +19,42 @@ static_assert(kLanes<float> == kTileRows && Narrow::lanes == kTileRows);
 struct Steps {
   bool paired;
   int64_t blocks, high, wide;
+  bool half;  // there is no second tap, or no second block of 16 channels, in the last step
 
   explicit Steps(const ConvShape& shape)
       : paired(shape.in_channels <= Narrow::lanes),
         blocks(paired ? 1 : divide_up(shape.in_channels, kTileDepth)),
         high(shape.kernel_h),
-        wide(paired ? divide_up(shape.kernel_w, 2) : shape.kernel_w) {}
+        wide(paired ? divide_up(shape.kernel_w, 2) : shape.kernel_w),
+        half((paired ? shape.kernel_w : divide_up(shape.in_channels, Narrow::lanes)) % 2) {}
 
   int64_t count() const { return blocks * high * wide; }
+  // Pairs of a step's weights that may be other than zero.
+  int64_t pairs(int64_t block, int64_t x) const {
+    return half && (paired ? x + 1 == wide : block + 1 == blocks) ? kTileRows / 2 : kTileRows;
+  }
 };
 
-inline bfloat16 round_to_narrow(float value) { return narrow(value); }
-inline bfloat16 round_to_narrow(bfloat16 value) { return value; }
+// Pairs of two input channels' weights for some output channels, `stride` apart; `high` is null where it is zero.
+inline void pack_pairs(const bfloat16* low, const bfloat16* high, int64_t stride, int64_t lanes, bfloat16* to) {
+  for (int64_t lane = 0; lane < lanes; ++lane) {
+    to[2 * lane] = low[lane * stride];
+    if (high) to[2 * lane + 1] = high[lane * stride];
+  }
+}
+
+inline void pack_pairs(const float* low, const float* high, int64_t stride, int64_t lanes, bfloat16* to) {
+  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i places = _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int32_t>(stride)));
+  const auto mask = static_cast<__mmask16>((1 << lanes) - 1);
+  const auto rounded = [&](const float* from) {
+    const __m512 values = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, places, from, sizeof(float));
+    return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(values));
+  };
+  __m512i pairs = rounded(low);
+  if (high) pairs = _mm512_or_si512(pairs, _mm512_slli_epi32(rounded(high), 16));
+  _mm512_storeu_si512(to, pairs);
+}
 
 constexpr int64_t kLinesAhead = 10;  // lines of the next maps that are asked for at a step
 
@@ -43,64 +67,24 @@ struct TileRun {
   const bfloat16* weights;
 };
 
-template <int count>
-inline void zero_sums() {
-  tile_zero<0>();
-  if constexpr (count > 1) tile_zero<1>();
-  if constexpr (count > 2) tile_zero<2>();
-  if constexpr (count > 3) tile_zero<3>();
-}
-
-template <int count>
-inline void store_sums(float* sums) {
-  tile_store<0>(sums, 64);
-  if constexpr (count > 1) tile_store<1>(sums + kSumElements, 64);
-  if constexpr (count > 2) tile_store<2>(sums + 2 * kSumElements, 64);
-  if constexpr (count > 3) tile_store<3>(sums + 3 * kSumElements, 64);
-}
-
-// sums += the products of M tiles of 16 positions, `offset` behind in[m], with N tiles of weights.
-template <int M, int N>
-inline void multiply_step(const bfloat16* weights, const bfloat16* const* in, int64_t offset, int64_t position_bytes) {
-  static_assert(M * N <= 4 && N <= 2);
-  constexpr int b = 4;
-  tile_load<b>(weights, 64);
-  if constexpr (N == 2) tile_load<b + 1>(weights + kTileElements, 64);
-  tile_load<6>(in[0] + offset, position_bytes);
-  tile_multiply<0, 6, b>();
-  if constexpr (N == 2) tile_multiply<1, 6, b + 1>();
-  if constexpr (M > 1) {
-    tile_load<7>(in[1] + offset, position_bytes);
-    tile_multiply<N, 7, b>();
-    if constexpr (N == 2) tile_multiply<N + 1, 7, b + 1>();
-  }
-  if constexpr (M > 2) {
-    tile_load<5>(in[2] + offset, position_bytes);
-    tile_multiply<2, 5, b>();
-  }
-  if constexpr (M > 3) {
-    tile_load<6>(in[3] + offset, position_bytes);
-    tile_multiply<3, 6, b>();
-  }
-}
-
-// sums [M][N] tiles: of M times 16 positions, from in[m], and N times 16 output channels. Calls beside() at every step,
-// for what the core can do while the tiles multiply.
+// sums [M][N] tiles: of M times 16 positions, from in[m], and N times 16 output channels. Calls beside() at every step.
 template <int M, int N, class F>
 void multiply(const TileRun& run, const bfloat16* const* in, float* sums, const F& beside) {
-  zero_sums<M * N>();
-  const int64_t kernel_row = run.steps.wide * N * kTileElements;
-  for (int64_t block = 0; block < run.steps.blocks; ++block) {
-    const bfloat16* weights = run.weights + (block * run.steps.high + run.first) * kernel_row;
-    for (int64_t y = run.first; y < run.last; ++y) {
-      int64_t offset = block * kTileDepth + y * run.row;
-      for (int64_t x = 0; x < run.steps.wide; ++x, offset += run.step, weights += N * kTileElements) {
-        multiply_step<M, N>(weights, in, offset, run.position_bytes);
-        beside();
-      }
-    }
-  }
-  store_sums<M * N>(sums);
+  const Steps& steps = run.steps;
+  const int64_t kernel_row = steps.wide * N * kTileElements;
+  multiply_steps<M, N>(
+      steps.blocks * std::max<int64_t>(0, run.last - run.first) * steps.wide,
+      [&](const auto& step) {
+        for (int64_t block = 0; block < steps.blocks; ++block) {
+          const bfloat16* weights = run.weights + (block * steps.high + run.first) * kernel_row;
+          for (int64_t y = run.first; y < run.last; ++y) {
+            int64_t offset = block * kTileDepth + y * run.row;
+            for (int64_t x = 0; x < steps.wide; ++x, offset += run.step, weights += N * kTileElements)
+              step(weights, offset, steps.pairs(block, x));
+          }
+        }
+      },
+      in, run.position_bytes, sums, beside);
 }
 
 // The positions of a Narrow map in tiles of 16: cut out of its rows if they divide them, else out of the rows and their
@@ -271,15 +255,15 @@ void pack_tile_weights(const ConvShape& shape, bool flip, const T* weight, const
       for (int64_t ky = 0; ky < steps.high; ++ky)
         for (int64_t step = 0; step < steps.wide; ++step)
           for (int64_t tile = first; tile < first + group; ++tile, to += kTileElements)
-            for (int64_t k = 0; k < kTileDepth; ++k) {
+            for (int64_t k = 0; k < kTileDepth; k += 2) {
               const int64_t in = block * depth + k % depth, kx = step * (kTileDepth / depth) + k / depth;
               if (in >= shape.in_channels || kx >= shape.kernel_w) continue;
               const int64_t y = flip ? shape.kernel_h - 1 - ky : ky, x = flip ? shape.kernel_w - 1 - kx : kx;
               const int64_t out = tile * kLanes<float>,
                             lanes = std::min<int64_t>(kLanes<float>, shape.out_channels - out);
               const T* from = weight + out * out_stride + in * in_stride + y * strides[2] + x * strides[3];
-              bfloat16* pairs = to + k / 2 * kTileDepth + k % 2;
-              for (int64_t lane = 0; lane < lanes; ++lane) pairs[2 * lane] = round_to_narrow(from[lane * out_stride]);
+              const T* next = in + 1 < shape.in_channels ? from + in_stride : nullptr;
+              pack_pairs(from, next, out_stride, lanes, to + k / 2 * kTileDepth);
             }
 }
 

@@ -1,4 +1,4 @@
-// The weight gradient on tiles. Included after conv_bf16_impl.h.
+// The weight gradient in bfloat16. Included after conv_bf16_impl.h.
 #pragma once
 
 #include "conv_bf16_impl.h"
@@ -182,34 +182,23 @@ struct GradientRun {
   int64_t first, last;  // chunks
 };
 
-// Adds M tiles: of 16 input channels at neighbouring taps, `copy` apart, times 16 output channels.
-template <int M>
-void add_gradient(const GradientRun& run, int64_t copy, float* gradient) {
-  static_assert(M <= 3);
+// Adds M x N tiles: of 16 input channels at neighbouring taps, `copy` apart, times N times 16 output channels, whose
+// cotangents lie `block` apart and whose gradients lie `out_stride` apart.
+template <int M, int N>
+void add_gradient(const GradientRun& run, int64_t copy, int64_t block, float* gradient, int64_t out_stride) {
   constexpr int64_t lanes = kLanes<float>;
-  tile_load<0>(gradient, run.gradient_bytes);
-  if constexpr (M > 1) tile_load<1>(gradient + lanes, run.gradient_bytes);
-  if constexpr (M > 2) tile_load<2>(gradient + 2 * lanes, run.gradient_bytes);
-  for (int64_t n = 0; n < run.sets; ++n) {
-    const bfloat16* in = run.in + n * run.in_set + run.first * kTileDepth;
-    const bfloat16* cotangent = run.cotangent + n * run.cotangent_set + run.first * kTileElements;
-    for (int64_t k = run.first; k < run.last; ++k, in += kTileDepth, cotangent += kTileElements) {
-      tile_load<4>(cotangent, 64);
-      tile_load<5>(in, run.in_bytes);
-      tile_multiply<0, 5, 4>();
-      if constexpr (M > 1) {
-        tile_load<6>(in + copy, run.in_bytes);
-        tile_multiply<1, 6, 4>();
-      }
-      if constexpr (M > 2) {
-        tile_load<7>(in + 2 * copy, run.in_bytes);
-        tile_multiply<2, 7, 4>();
-      }
-    }
-  }
-  tile_store<0>(gradient, run.gradient_bytes);
-  if constexpr (M > 1) tile_store<1>(gradient + lanes, run.gradient_bytes);
-  if constexpr (M > 2) tile_store<2>(gradient + 2 * lanes, run.gradient_bytes);
+  const int64_t offset[3] = {0, copy, 2 * copy};
+  float* const to[3] = {gradient, gradient + lanes, gradient + 2 * lanes};
+  add_chunks<M, N>(
+      [&](const auto& chunk) {
+        for (int64_t n = 0; n < run.sets; ++n) {
+          const bfloat16* in = run.in + n * run.in_set + run.first * kTileDepth;
+          const bfloat16* cotangent = run.cotangent + n * run.cotangent_set + run.first * kTileElements;
+          for (int64_t k = run.first; k < run.last; ++k, in += kTileDepth, cotangent += kTileElements)
+            chunk(in, cotangent);
+        }
+      },
+      offset, run.in_bytes, block, to, run.gradient_bytes, out_stride);
 }
 
 // Of some sets of samples, from rows of the image from `top` on.
@@ -243,25 +232,32 @@ void add_portion(const Plane<float>& plane, const ConvShape& shape, int64_t toge
                           to + kx * positions.copy());
       }
     }
-    for (int64_t ob = 0; ob < out_blocks; ++ob)
+    const auto add = [&](auto group, int64_t ob) {
+      constexpr int N = group();
+      const int64_t block = positions.cotangent(), out_stride = in_blocks * taps * lanes * lanes;
       for (int64_t ky = 0; ky < shape.kernel_h; ++ky) {
         // Those with rows whose input row exists.
         const int64_t begin = std::max(top, pad - ky) - top,
                       end = std::min(top + height, plane.height + pad - ky) - top;
         if (begin >= end) continue;
         run.first = begin * positions.span / kTileDepth, run.last = divide_up(end * positions.span, kTileDepth);
-        run.cotangent = cotangents + ob * positions.cotangent();
+        run.cotangent = cotangents + ob * block;
         float* to = gradient + ((ob * in_blocks + ib) * taps + ky * shape.kernel_w) * lanes * lanes;
         for (int64_t kx = 0; kx < shape.kernel_w; kx += 3, to += 3 * lanes) {
           run.in = scratch + kx * positions.copy() + ky * positions.span;
           if (kx + 3 <= shape.kernel_w)
-            add_gradient<3>(run, positions.copy(), to);
+            add_gradient<3, N>(run, positions.copy(), block, to, out_stride);
           else if (kx + 2 == shape.kernel_w)
-            add_gradient<2>(run, positions.copy(), to);
+            add_gradient<2, N>(run, positions.copy(), block, to, out_stride);
           else
-            add_gradient<1>(run, positions.copy(), to);
+            add_gradient<1, N>(run, positions.copy(), block, to, out_stride);
         }
       }
+    };
+    int64_t ob = 0;
+    for (; ob + kGradientBlocks <= out_blocks; ob += kGradientBlocks)
+      add(std::integral_constant<int, kGradientBlocks>{}, ob);
+    for (; ob < out_blocks; ++ob) add(std::integral_constant<int, 1>{}, ob);
   }
 }
 

@@ -1,4 +1,4 @@
-// The skew pair's W, its transpose and its weight gradient on AMX tiles, of bfloat16 maps with float32 sums.
+// The skew pair's W, its transpose and its weight gradient of bfloat16 maps with float32 sums, as conv_bf16.h's.
 #pragma once
 
 #include <vector>

@@ -1,4 +1,4 @@
-// Included by one .cpp, where the compiler has AMX, after gradient_bf16_impl.h.
+// Included by one .cpp, where the compiler has AMX or the dot products, after gradient_bf16_impl.h.
 #pragma once
 
 #include "gradient_bf16_impl.h"
@@ -9,7 +9,8 @@ namespace {
 
 struct RowRun {
   const std::vector<int64_t>& rows;  // elements from where a tile begins
-  int64_t wide, step;                // steps of a row, elements of a step
+  const Steps& steps;                // of a row
+  int64_t step;                      // elements
   int64_t pixel_bytes;
   const bfloat16* weights;
   Ahead* ahead;
@@ -20,17 +21,20 @@ constexpr int64_t kSoon = 4;  // lines of the next maps that are asked for at a 
 // As multiply(), of rows of taps that lie anywhere.
 template <int M, int N>
 void multiply_rows(const RowRun& run, const bfloat16* const* in, float* sums) {
-  zero_sums<M * N>();
-  const bfloat16* weights = run.weights;
-  const char* soon = run.ahead ? run.ahead->take(static_cast<int64_t>(run.rows.size()) * run.wide * kSoon) : nullptr;
+  const int64_t wide = run.steps.wide, count = static_cast<int64_t>(run.rows.size()) * wide;
+  const char* soon = run.ahead ? run.ahead->take(count * kSoon) : nullptr;
   const int64_t soon_step = soon ? Ahead::line : 0;
-  if (!soon) soon = reinterpret_cast<const char*>(weights);
-  for (int64_t offset : run.rows)
-    for (int64_t x = 0; x < run.wide; ++x, offset += run.step, weights += N * kTileElements) {
-      FASTODE_UNROLL for (int i = 0; i < kSoon; ++i, soon += soon_step) __builtin_prefetch(soon, 0, 2);
-      multiply_step<M, N>(weights, in, offset, run.pixel_bytes);
-    }
-  store_sums<M * N>(sums);
+  if (!soon) soon = reinterpret_cast<const char*>(run.weights);
+  multiply_steps<M, N>(
+      count,
+      [&](const auto& step) {
+        const bfloat16* weights = run.weights;
+        for (int64_t offset : run.rows)
+          for (int64_t x = 0; x < wide; ++x, offset += run.step, weights += N * kTileElements)
+            step(weights, offset, run.steps.paired ? run.steps.pairs(0, x) : kTileRows);
+      },
+      in, run.pixel_bytes, sums,
+      [&] { FASTODE_UNROLL for (int i = 0; i < kSoon; ++i, soon += soon_step) __builtin_prefetch(soon, 0, 2); });
 }
 
 // out = combine(sums) on `count` neighbouring pixels.
@@ -99,7 +103,7 @@ void convolve_rows(RowRun run, const Plane<float>& plane, int64_t out_channels, 
       int64_t tile = 0;
       for (; tile + many() <= tiling.count; tile += many()) tiles(many, tile, block);
       for (; tile < tiling.count; ++tile) tiles(std::integral_constant<int, 1>{}, tile, block);
-      run.weights += static_cast<int64_t>(run.rows.size()) * run.wide * N * kTileElements;
+      run.weights += static_cast<int64_t>(run.rows.size()) * run.steps.wide * N * kTileElements;
     }
   };
   if (group_of(blocks) == 2)
@@ -128,35 +132,12 @@ struct TapRun {
 // channels.
 template <int M, int N>
 void add_taps(const TapRun& run, const int64_t* offset, float* const* gradient, int64_t out_stride) {
-  static_assert((N == 2 && M <= 2) || (N == 1 && M <= 3));
-  constexpr int b = 4;
-  tile_load<0>(gradient[0], run.gradient_bytes);
-  if constexpr (N == 2) tile_load<1>(gradient[0] + out_stride, run.gradient_bytes);
-  if constexpr (M > 1) tile_load<N>(gradient[1], run.gradient_bytes);
-  if constexpr (M > 1 && N == 2) tile_load<N + 1>(gradient[1] + out_stride, run.gradient_bytes);
-  if constexpr (M > 2) tile_load<2>(gradient[2], run.gradient_bytes);
-  const bfloat16 *in = run.in, *cotangent = run.cotangent;
-  for (int64_t k = 0; k < run.chunks; ++k, in += kTileDepth, cotangent += kTileElements) {
-    tile_load<b>(cotangent, 64);
-    if constexpr (N == 2) tile_load<b + 1>(cotangent + run.cotangent_block, 64);
-    tile_load<6>(in + offset[0], run.in_bytes);
-    tile_multiply<0, 6, b>();
-    if constexpr (N == 2) tile_multiply<1, 6, b + 1>();
-    if constexpr (M > 1) {
-      tile_load<7>(in + offset[1], run.in_bytes);
-      tile_multiply<N, 7, b>();
-      if constexpr (N == 2) tile_multiply<N + 1, 7, b + 1>();
-    }
-    if constexpr (M > 2) {
-      tile_load<5>(in + offset[2], run.in_bytes);
-      tile_multiply<2, 5, b>();
-    }
-  }
-  tile_store<0>(gradient[0], run.gradient_bytes);
-  if constexpr (N == 2) tile_store<1>(gradient[0] + out_stride, run.gradient_bytes);
-  if constexpr (M > 1) tile_store<N>(gradient[1], run.gradient_bytes);
-  if constexpr (M > 1 && N == 2) tile_store<N + 1>(gradient[1] + out_stride, run.gradient_bytes);
-  if constexpr (M > 2) tile_store<2>(gradient[2], run.gradient_bytes);
+  add_chunks<M, N>(
+      [&](const auto& chunk) {
+        const bfloat16 *in = run.in, *cotangent = run.cotangent;
+        for (int64_t k = 0; k < run.chunks; ++k, in += kTileDepth, cotangent += kTileElements) chunk(in, cotangent);
+      },
+      offset, run.in_bytes, run.cotangent_block, gradient, run.gradient_bytes, out_stride);
 }
 
 }  // namespace
@@ -244,7 +225,7 @@ void SkewTiles::down(const float* packed, const bfloat16* z, int64_t first, int6
                      const Combine<float>& combine, Ahead* ahead) const {
   const Steps steps(part());
   const RowRun run{
-      down_rows_, steps.wide, std::max(kTileDepth, z_.depth), z_.depth * 2, reinterpret_cast<const bfloat16*>(packed),
+      down_rows_, steps, std::max(kTileDepth, z_.depth), z_.depth * 2, reinterpret_cast<const bfloat16*>(packed),
       ahead};
   convolve_rows(run, {rows, shape_.width, shape_.halo()}, shape_.channels, z_.depth,
                 z + (z_.origin + first * z_.row) * z_.depth, out, combine);
@@ -254,9 +235,8 @@ void SkewTiles::up(const float* packed, const bfloat16* y, int64_t first, int64_
                    const Combine<float>& combine, Ahead* ahead) const {
   const ConvShape transposed = part().transposed();
   const Steps steps(transposed);
-  RowRun run{
-      up_rows_, steps.wide, std::max(kTileDepth, y_.depth), y_.depth * 2, reinterpret_cast<const bfloat16*>(packed),
-      ahead};
+  RowRun run{up_rows_, steps, std::max(kTileDepth, y_.depth), y_.depth * 2, reinterpret_cast<const bfloat16*>(packed),
+             ahead};
   const Plane<float> band(rows, shape_.width, shape_.halo());
   const bfloat16* in = y + (y_.origin + first * y_.row) * y_.depth;
   if (shape_.stride == 1) return convolve_rows(run, band, shape_.in_channels, y_.depth, in, out, combine);

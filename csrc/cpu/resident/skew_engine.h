@@ -25,8 +25,8 @@ struct Asked {
 template <class A>
 class PackedPair {
  public:
-  // `height` and `width` are y's.
-  PackedPair(const PairArguments& arguments, int64_t height, int64_t width, Asked asked);
+  // For states of y's size and dtype.
+  PackedPair(const PairArguments& arguments, const Tensor& y, Asked asked);
 
   // The gradients of `parameters`, empty where none is asked for.
   std::vector<Tensor> gradients(const Tensor& accumulators, int64_t workers) const;
@@ -34,7 +34,7 @@ class PackedPair {
   PairSpec<A> spec;
 
  private:
-  void read(Arena& arena, int64_t height, int64_t width, Asked asked);
+  void read(Arena& arena, const Tensor& y, Asked asked);
 
   PairArguments arguments_;
   CallMemory memory_;

@@ -6,19 +6,19 @@
 namespace fastode::resident {
 
 template <class A>
-PackedPair<A>::PackedPair(const PairArguments& arguments, int64_t height, int64_t width, Asked asked)
-    : arguments_(arguments) {
+PackedPair<A>::PackedPair(const PairArguments& arguments, const Tensor& y, Asked asked) : arguments_(arguments) {
   Arena count(nullptr);
-  read(count, height, width, asked);
+  read(count, y, asked);
   Arena arena(memory_.take(count.used()));
-  read(arena, height, width, asked);
+  read(arena, y, asked);
   arena.check();
 }
 
 // Takes every row and weight from the arena; fills them where it has memory.
 template <class A>
-void PackedPair<A>::read(Arena& arena, int64_t height, int64_t width, Asked asked) {
+void PackedPair<A>::read(Arena& arena, const Tensor& y, Asked asked) {
   constexpr int64_t lanes = kLanes<A>;
+  const int64_t height = y.size(2), width = y.size(3);
   const Tensor& weight = arguments_.parameters[0];
   const int64_t* integers = arguments_.integers.data();
   const double* numbers = arguments_.numbers.data();
@@ -71,9 +71,9 @@ void PackedPair<A>::read(Arena& arena, int64_t height, int64_t width, Asked aske
     norm.statistics_at = spec.statistics;
     if (norm.measured()) spec.statistics += 2 * norm.blocks() * lanes;
   }
-  // As PyTorch's convolutions multiply such tensors; smaller maps would leave most of a tile empty.
+  // As PyTorch's convolutions multiply such states; smaller maps would leave most of a tile empty.
   if constexpr (kOnTiles<A>)
-    if (weight.scalar_type() == ScalarType::BFloat16 && height * width >= kTilePixels && has_tiles())
+    if (y.scalar_type() == ScalarType::BFloat16 && height * width >= kTilePixels && has_tiles())
       spec.tiles = SkewTiles(spec.shape);
   int64_t down_size = spec.shape.template down_size<A>(), up_size = spec.shape.template up_size<A>();
   if constexpr (kOnTiles<A>)
