@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,11 @@ from .plan import MaybeTensor, MaybeTensors
 
 # What takes the place of a tensor that the block was called with: itself, or an alias with a gradient of its own.
 StandIn = Callable[[Tensor], Tensor]
+
+
+def lowering() -> dict[str, torch.dtype]:
+    """The dtype to which autocast lowers, of each device type where it is on."""
+    return {device: torch.get_autocast_dtype(device) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)}
 
 
 class Habit:
@@ -47,15 +53,17 @@ class Rerun:
         inputs: how many tensors the block is called with.
         tensors: those of its modules; hooks on saved tensors may give a backward others in their place.
         habit: of the block.
+        lower: the dtype to which autocast lowered at the call, of each device type where it was on.
     """
 
-    __slots__ = ("habit", "inputs", "make", "tensors")
+    __slots__ = ("habit", "inputs", "lower", "make", "tensors")
 
     def __init__(
         self, make: Callable[[StandIn], nn.Module], inputs: int, tensors: MaybeTensors, habit: Habit | None = None
     ) -> None:
         self.make, self.inputs, self.tensors = make, inputs, tensors
         self.habit = Habit() if habit is None else habit
+        self.lower = lowering() if torch._C._is_any_autocast_enabled() else {}
 
     def needed(self, cotangents: Sequence[MaybeTensor]) -> bool:
         """Whether this backward is itself differentiated, forwards too, or under torch.func.vmap."""
@@ -68,6 +76,13 @@ class Rerun:
             ):
                 return True
         return False
+
+    def _autocast(self, given: MaybeTensors) -> AbstractContextManager[object]:
+        """Autocast as it was at the call, wherever the backward is called."""
+        if not self.lower and not torch._C._is_any_autocast_enabled():
+            return nullcontext()
+        device = next(t.device.type for t in given if t is not None)
+        return torch.autocast(device, self.lower.get(device), enabled=device in self.lower)
 
     def gradients(
         self, given: MaybeTensors, wanted: Sequence[bool], cotangents: Sequence[MaybeTensor]
@@ -86,7 +101,7 @@ class Rerun:
             stand_ins = {id(tensor): t for tensor, t in held if t is not None}
             block = self.make(lambda tensor: stand_ins.get(id(tensor), tensor))
             # A transform applies to the cotangents, not to the inputs: the block runs outside of it.
-            with temporarily_clear_interpreter_stack():
+            with temporarily_clear_interpreter_stack(), self._autocast(given):
                 result = block(*alias[: self.inputs])
             results = (result,) if isinstance(result, Tensor) else result
             pairs = [(y, bar) for y, bar in zip(results, cotangents, strict=True) if bar is not None]

@@ -45,11 +45,12 @@ class Resident(OperatorEngine):
         if isinstance(call.program, Chain):
             if call.x is not None and call.x.device.type == "cuda":
                 return "it has no programs of chains, or of blocks that change the shape, for CUDA"
-            return chain.refuses(call.program, call.x) or _refuses_dtypes(call.lower, call.tensors, call.x)
+            reason = chain.refuses(call.program, call.x) or _refuses_autocast(call.lower)
+            return reason or _refuses_dtypes(None, call.tensors, call.x)
         if call.x is not None and call.x.device.type == "cuda":
             if call.family == ODE_SOLUTION:
                 return NO_ODE_SOLUTION
-            return card.refuses(call) or _refuses_dtypes(call.lower, call.tensors, call.x)
+            return card.refuses(call) or _refuses_autocast(call.lower) or _refuses_dtypes(None, call.tensors, call.x)
         if isinstance(call.program, Plan):
             reason = _refuses_field(call.program, call.x) if call.family == ODE_SOLUTION else ""
             return reason or _refuses_branch(call.program, call.tensors, call.x)
@@ -68,6 +69,10 @@ class Resident(OperatorEngine):
         if isinstance(program, Plan):
             coupled = any(unit.norm is not None and unit.norm.mode == "batch" for unit in program.units)
             widest = max([x.shape[1], *[unit.conv.out_channels for unit in program.units if unit.conv is not None]])
+            if program.lower is not None and call.family in rule.LOWERED and x.dtype != torch.float64:
+                slower = rule.slower_lowered(call.family, x, widest, call.stages)
+                if slower or x.dtype == torch.float32:
+                    return slower
         else:
             assert program is not None and call.tensors[0] is not None
             coupled = any(norm is not None and norm.mode == "batch" for norm in program.norms)
@@ -120,6 +125,8 @@ def _refuses_pair(pair: Pair, tensors: MaybeTensors, states: Sequence[Tensor]) -
         return "it has no running statistics of an instance norm"
     if max(weight.shape[:2]) > MOST_PAIR_CHANNELS:
         return f"it has the skew pair for at most {MOST_PAIR_CHANNELS} channels"
+    if pair.lower is not None and any(state.dtype == torch.float32 for state in states):
+        return "it lowers the convolutions of states in bfloat16 alone, and not of float32, as autocast asks"
     return _refuses_dtypes(pair.lower, tensors, states[-1] if states else None)
 
 
@@ -132,8 +139,12 @@ def _refuses_linear(linear: Linear, tensors: MaybeTensors, x: Tensor | None) -> 
 
 
 def _refuses_dtypes(lower: torch.dtype | None, tensors: MaybeTensors, x: Tensor | None) -> str:
-    if lower is not None:
-        return "it does not lower convolutions as autocast asks"
-    if x is not None and any(tensor is not None and tensor.dtype != x.dtype for tensor in tensors):
+    # Autocast leaves float64 alone; of other maps it takes parameters in either dtype, as the operators do.
+    mixed = lower is not None and x is not None and x.dtype != torch.float64
+    if x is not None and not mixed and any(tensor is not None and tensor.dtype != x.dtype for tensor in tensors):
         return "its parameters are not of the input's dtype"
     return ""
+
+
+def _refuses_autocast(lower: torch.dtype | None) -> str:
+    return "" if lower is None else "it does not lower convolutions as autocast asks"

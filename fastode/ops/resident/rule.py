@@ -136,6 +136,12 @@ def as_json(lines: Mapping[str, Line]) -> dict[str, dict[str, Any]]:
     }
 
 
+# Under autocast, beside plain PyTorch, on one thread of an AMD EPYC with dot products of bfloat16, 2026-11-27. Float32
+# maps, by family: this engine multiplies them in float32; on AMX tiles PyTorch's bfloat16 is faster still.
+LOWERED = {"ie": Line(most_channels=64, most_kb=64), "shu_osher": Line(most_channels=16)}
+# A scheme of one evaluation packs its weights for that one: 0.88 to 1.17 at 128 channels, 1.02 to 1.9 below.
+ONE_EVALUATION = Line(most_channels=64)
+
 # Of a matrix W, in KB: a sample's products read all of it, where PyTorch's read it once for many samples. Solves by
 # error gain by what is between the products. Measured on one thread of an AMD EPYC, 2026-11-27.
 MOST_LINEAR_KB = {"linear_adaptive": 1024, "linear_solution": 48, "skew_linear": 24}
@@ -143,6 +149,7 @@ MOST_LINEAR_KB = {"linear_adaptive": 1024, "linear_solution": 48, "skew_linear":
 # Read once and here, because a traced call must not read files.
 _rule = read()
 _has_wide_registers = "avx512f" in cpu_kind()
+_tiles = "amx_bf16" in kernel_features()
 _threads = torch.get_num_threads()  # as read at the last untraced call: a tracer cannot ask
 
 
@@ -194,6 +201,24 @@ def slower(
     here = _rule.measured and line not in (DEFAULT, WIDE, CHAIN)
     verdict = "was measured to be slower" if here else "is expected to be slower"
     return f"{beyond} it {verdict}{than}"
+
+
+def slower_lowered(family: str, x: torch.Tensor, channels: int, stages: int) -> str:
+    """Why the resident engine is taken to be slower than plain PyTorch under autocast; empty if not.
+
+    Args:
+        family: "ie" or "shu_osher".
+        x: the input [N, C, H, W], float32 or bfloat16.
+        channels: of the widest map of the branch.
+        stages: of the scheme.
+    """
+    why, line = "under autocast ", ONE_EVALUATION if family == "shu_osher" and stages == 1 else Line()
+    if x.dtype == torch.float32:
+        why, line = "multiplying float32 maps in float32, where autocast has bfloat16, ", LOWERED[family]
+        if _tiles:
+            return f"{why}it is expected to be slower than plain PyTorch"
+    beyond = line.beyond(channels, x.shape[2] * x.shape[3], 4, x.shape[0], threads())
+    return f"{why}{beyond} it was measured to be slower than plain PyTorch" if beyond else ""
 
 
 def slower_linear(family: str, weight: torch.Tensor) -> str:

@@ -1,0 +1,137 @@
+"""Under autocast(bfloat16) the resident engine gives the reference's results, in the dtypes of the reference."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from block_cases import DIVISOR, FAMILIES, case_of, make_branch, make_input, name_of, possible, seed_of
+from pairwise import Case, all_pairs, covering, pairs_of
+from torch import Tensor, nn
+
+import fastode
+from fastode import reference
+from fastode.ops.resident import rule
+from fastode.testing import assert_blocks_equal, sample_input
+
+F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
+ENGINE = "resident"
+# Maps of fewer pixels than a tile has, of some samples together in a tile's rows, and laid end to end.
+FACTORS: dict[str, tuple[Any, ...]] = {
+    "family": tuple(FAMILIES),
+    "norm": ("batch", "batch_eval", "batch_bare", "group", "layer", "instance", "instance_input", "none"),
+    "activation": ("relu", "tanh", "softplus", "gelu"),
+    "convolution": ("3x3", "1x1", "3x5"),
+    "shape": ("two_layers", "norm_last", "convolution_first", "no_convolution"),
+    "dtype": (F32, BF16),  # of the input; parameters are float32
+    "size": ((3, 5), (4, 8), (5, 20), (17, 9)),
+    "channels": (3, 8, 16, 20),
+    "layout": ("contiguous", "channels_last"),
+    "batch": (1, 5),
+    "mode": ("train", "input_grad", "forward"),
+}
+DESIGN = covering(FACTORS, seed=4, possible=possible)
+
+
+def test_the_design_covers_every_pair() -> None:
+    covered = set().union(*(pairs_of(case) for case in DESIGN))
+    assert covered == all_pairs(FACTORS)
+
+
+def pair_of(case: Case) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(seed_of(case))
+    branch = make_branch({**case, "dtype": F32})
+    plain = FAMILIES[case["family"]](reference, branch, case)
+    fused = FAMILIES[case["family"]](fastode.nn, copy.deepcopy(branch), case)
+    fused.engine = ENGINE
+    for block in (plain, fused):
+        block.train(branch.training)
+    fused.load_state_dict(plain.state_dict())
+    return plain, fused
+
+
+@pytest.mark.parametrize("case", DESIGN, ids=name_of)
+def test_equal(case: Case) -> None:
+    case = {**case_of(), **case}
+    plain, fused = pair_of(case)
+    assert case["channels"] in DIVISOR
+    assert_blocks_equal(plain, fused, make_input(case), mode=case["mode"], autocast=BF16)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_every_gradient_has_the_parameters_dtype_and_every_result_the_inputs(dtype: torch.dtype) -> None:
+    for family in FAMILIES:
+        case = {**case_of(family, norm="batch", channels=16, size=(4, 8)), "dtype": dtype}
+        plain, fused = pair_of(case)
+        found = []
+        for block in (plain, fused):
+            x = make_input(case).requires_grad_()
+            with torch.autocast("cpu", BF16):
+                y = block(x)
+            y.float().square().sum().backward()
+            assert x.grad is not None
+            found.append([y.dtype, x.grad.dtype, *[p.grad.dtype for p in block.parameters() if p.grad is not None]])
+        assert found[0] == found[1] == [dtype, dtype, *[F32] * (len(found[0]) - 2)]
+
+
+@pytest.mark.parametrize("engine", [ENGINE, "staged"])
+def test_a_backward_that_is_differentiated_runs_the_forwards_autocast(engine: str) -> None:
+    plain, fused = pair_of({**case_of("ssp2", channels=8, size=(4, 8)), "dtype": BF16})
+    fused.engine = engine
+    x = sample_input(2, 8, 4, 8, dtype=BF16)
+    found = []
+    for block in (plain, fused):
+        for inside in (True, False):  # the forward, and the other way round the backward
+            leaf = x.clone().requires_grad_()
+            with torch.autocast("cpu", BF16, enabled=inside):
+                y = (block if inside else copy.deepcopy(block).bfloat16())(leaf)
+            with torch.autocast("cpu", BF16, enabled=not inside):
+                (slope,) = torch.autograd.grad(y.float().square().sum(), leaf, create_graph=True)
+                (second,) = torch.autograd.grad(slope.float().square().sum(), leaf)
+            found.append(second)
+    for one, other in zip(found[:2], found[2:], strict=True):
+        assert one.dtype == other.dtype == BF16
+        torch.testing.assert_close(other.float(), one.float(), rtol=0.02, atol=0.02 * one.abs().max().item())
+
+
+def test_bfloat16_maps_are_those_of_bfloat16_parameters() -> None:
+    """Parameters that are bfloat16 numbers give the same bits, whichever dtype they are stored in."""
+    _, fused = pair_of({**case_of("ssp3", channels=16, size=(4, 8)), "dtype": BF16})
+    with torch.no_grad():
+        for parameter in fused.parameters():
+            parameter.copy_(parameter.bfloat16())
+    x = sample_input(3, 16, 4, 8, dtype=BF16)
+    with torch.no_grad():
+        with torch.autocast("cpu", BF16):
+            found = fused(x)
+        assert torch.equal(fused.bfloat16()(x), found)
+
+
+def test_what_it_refuses_and_what_auto_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    def scheme(channels: int) -> Any:
+        return fastode.nn.SSP3(reference.PreActBranch(channels, norm="layer"))
+
+    def maps(channels: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(2, channels, 8, 8, dtype=dtype)
+
+    slow, beyond = "it was measured to be slower than plain PyTorch", "with more than {} channels"
+    monkeypatch.setattr(rule, "_tiles", False)
+    monkeypatch.setattr(rule, "_rule", rule.Rule({}, "", False))
+    with torch.autocast("cpu", BF16):
+        for channels, dtype in ((16, F32), (16, BF16), (128, BF16)):
+            block, x = scheme(channels), maps(channels, dtype)
+            assert block.why_not(ENGINE, x) == "" == block.against(ENGINE, x)
+        why = "multiplying float32 maps in float32, where autocast has bfloat16, "
+        assert scheme(32).against(ENGINE, maps(32, F32)) == f"{why}{beyond.format(16)} {slow}"
+        one = fastode.nn.ResBlock(reference.PreActBranch(96))
+        assert one.against(ENGINE, maps(96, BF16)) == f"under autocast {beyond.format(64)} {slow}"
+        assert scheme(16).against("staged", maps(16, BF16)) == f"under autocast {slow}"
+        skip = fastode.nn.IESkip(reference.PreActBranch(160))
+        assert skip.against("staged", maps(160, BF16)) == f"under autocast {beyond.format(128)} {slow}"
+        monkeypatch.setattr(rule, "_tiles", True)
+        assert scheme(16).against(ENGINE, maps(16, F32)) == f"{why}it is expected to be slower than plain PyTorch"
+        assert scheme(8).why_not(ENGINE, maps(8, F64)) == "its parameters are not of the input's dtype"
+        assert scheme(8).double().why_not(ENGINE, maps(8, F64)) == ""
+    assert scheme(16).against("staged", maps(16, F32)) == ""
