@@ -109,6 +109,30 @@ def test_bfloat16_maps_are_those_of_bfloat16_parameters() -> None:
         assert torch.equal(fused.bfloat16()(x), found)
 
 
+# Every mode with every norm, and with every pair of channels, stride and size.
+PAIRS = [(16, 24, 1, (5, 20)), (3, 24, 1, (4, 8)), (24, 40, 2, (8, 12)), (8, 16, 2, (2, 6))]
+MODES, PAIR_NORMS = ("train", "input_grad", "forward"), ("group", "layer", "none")
+SKEW = [(*pair, PAIR_NORMS[(i + j) % 3], mode) for i, pair in enumerate(PAIRS) for j, mode in enumerate(MODES)]
+
+
+@pytest.mark.parametrize(("in_channels", "channels", "stride", "size", "norm", "mode"), SKEW, ids=str)
+def test_skew_pairs_and_their_solutions(
+    in_channels: int, channels: int, stride: int, size: tuple[int, int], norm: str, mode: str
+) -> None:
+    torch.manual_seed(3)
+    field = reference.SkewPair(in_channels, channels, stride, 0.2, "softplus", norm)
+    z = sample_input(3, in_channels, *size, dtype=BF16)
+    y = sample_input(3, channels, size[0] // stride, size[1] // stride, dtype=BF16, seed=1)
+    blocks: list[tuple[nn.Module, Any]] = [(field, (y, z))]
+    solvers: list[dict[str, Any]] = [{"solver": "rk4"}, {"solver": "dopri5", "rtol": 2.0, "atol": 2.0}]
+    blocks += [(reference.SOBlock(field, **solver), z) for solver in solvers]
+    for block, inputs in blocks:
+        twin = copy.deepcopy(block)
+        fastode.fuse(twin)
+        twin.engine = ENGINE
+        assert_blocks_equal(block, twin, inputs, mode=mode, autocast=BF16)
+
+
 def test_what_it_refuses_and_what_auto_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     def scheme(channels: int) -> Any:
         return fastode.nn.SSP3(reference.PreActBranch(channels, norm="layer"))
@@ -134,4 +158,13 @@ def test_what_it_refuses_and_what_auto_leaves(monkeypatch: pytest.MonkeyPatch) -
         assert scheme(16).against(ENGINE, maps(16, F32)) == f"{why}it is expected to be slower than plain PyTorch"
         assert scheme(8).why_not(ENGINE, maps(8, F64)) == "its parameters are not of the input's dtype"
         assert scheme(8).double().why_not(ENGINE, maps(8, F64)) == ""
+        for channels, why in ((3, "with fewer than 16 channels"), (96, beyond.format(64)), (16, "")):
+            pair, y = fastode.nn.SkewPair(channels, 16), (maps(16, BF16), maps(channels, BF16))
+            assert pair.against(ENGINE, *y) == (why and f"under autocast {why} {slow}")
+            assert pair.against("staged", *y) == f"under autocast {slow}"
+        solve = fastode.nn.SOBlock(reference.SkewPair(96, 96), solver="rk4")
+        assert solve.against("staged", maps(96, BF16)) == f"under autocast {beyond.format(64)} {slow}"
+        assert solve.why_not(ENGINE, maps(96, F32)) == (
+            "it lowers the convolutions of states in bfloat16 alone, and not of float32, as autocast asks"
+        )
     assert scheme(16).against("staged", maps(16, F32)) == ""

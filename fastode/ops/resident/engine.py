@@ -76,6 +76,10 @@ class Resident(OperatorEngine):
         else:
             assert program is not None and call.tensors[0] is not None
             coupled = any(norm is not None and norm.mode == "batch" for norm in program.norms)
+            if program.lower is not None and call.family == "skew_pair" and x.dtype != torch.float64:
+                slower = rule.slower_lowered_pair(call.tensors[0])
+                if slower:
+                    return slower
             outputs, inputs = call.tensors[0].shape[:2]
             widest = max(outputs, inputs)
             pixels = x.shape[2] * x.shape[3] * max(inputs, outputs // program.stride**2) // widest

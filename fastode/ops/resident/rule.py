@@ -141,6 +141,8 @@ def as_json(lines: Mapping[str, Line]) -> dict[str, dict[str, Any]]:
 LOWERED = {"ie": Line(most_channels=64, most_kb=64), "shu_osher": Line(most_channels=16)}
 # A scheme of one evaluation packs its weights for that one: 0.88 to 1.17 at 128 channels, 1.02 to 1.9 below.
 ONE_EVALUATION = Line(most_channels=64)
+# The pair alone: 1.1 to 2.3 with 16 to 64 channels on both sides, 0.83 to 1.4 with 3 on one, 0.85 to 1.1 past 64.
+LOWERED_PAIR = (16, Line(most_channels=64))
 
 # Of a matrix W, in KB: a sample's products read all of it, where PyTorch's read it once for many samples. Solves by
 # error gain by what is between the products. Measured on one thread of an AMD EPYC, 2026-11-27.
@@ -219,6 +221,14 @@ def slower_lowered(family: str, x: torch.Tensor, channels: int, stages: int) -> 
             return f"{why}it is expected to be slower than plain PyTorch"
     beyond = line.beyond(channels, x.shape[2] * x.shape[3], 4, x.shape[0], threads())
     return f"{why}{beyond} it was measured to be slower than plain PyTorch" if beyond else ""
+
+
+def slower_lowered_pair(weight: torch.Tensor) -> str:
+    """Why the skew pair alone is taken to be slower than plain PyTorch's under autocast; empty if not."""
+    fewest, line = LOWERED_PAIR
+    few = f"with fewer than {fewest} channels" if min(weight.shape[:2]) < fewest else ""
+    beyond = few or line.beyond(max(weight.shape[:2]), 1, 4, 1, 1)
+    return f"under autocast {beyond} it was measured to be slower than plain PyTorch" if beyond else ""
 
 
 def slower_linear(family: str, weight: torch.Tensor) -> str:
