@@ -141,14 +141,17 @@ def draw_case(seed: int, index: int) -> Case:
     for name, parameter in block.named_parameters():
         parameter.requires_grad_(name not in frozen)
     detach = mode == "train" and draw.random() < 0.3 and any(p.requires_grad for p in block.parameters())
+    # Half as behind a convolution, where maps are bfloat16 already; by a draw of its own, so that no case changes.
+    lowered = autocast is not None and Draw(f"{seed} {index} input").random() < 0.5
     inputs, layouts = [], []
     for i, (c, stride) in enumerate(states):
         layout = draw.choice(list(LAYOUTS))
         size = (stride * height, stride * width)
         x = sample_input(batch, c, *size, dtype=dtype, seed=draw.getrandbits(30) + i)
-        inputs.append(LAYOUTS[layout](x))
+        inputs.append(LAYOUTS[layout](x.to(autocast) if lowered else x))
         layouts.append(f"{list(x.shape)} {layout}")
     number = str(dtype).removeprefix("torch.") + (" autocast" if autocast else "")
+    number += " of bfloat16 maps" if lowered else ""
     text = f"{family} {words} | {', '.join(layouts)} {number} | {mode}, {'train' if block.training else 'eval'}"
     text += (f", frozen {' '.join(frozen)}" if frozen else "") + (", inputs detached" if detach else "")
     return Case(text, family, Asked(block, detach), tuple(inputs), mode, autocast)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import fastode
 from fastode import reference
+from fastode.dispatch import choice
 from fastode.ops.resident import rule
 from fastode.testing import assert_blocks_equal, sample_input
 
@@ -133,6 +134,21 @@ def test_skew_pairs_and_their_solutions(
         assert_blocks_equal(block, twin, inputs, mode=mode, autocast=BF16)
 
 
+def test_a_network_whose_stem_makes_its_maps_bfloat16() -> None:
+    torch.manual_seed(2)
+    branches = [reference.PreActBranch(16, norm=norm, activation="softplus") for norm in ("batch", "layer", "group")]
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), reference.SSP3(branches[0]), reference.IESkip(branches[1]),
+        reference.ResBlock(branches[2]), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4),
+    )  # fmt: skip
+    x, twin = sample_input(3, 3, 8, 9, dtype=F32), copy.deepcopy(net)
+    with torch.autocast("cpu", BF16), choice.recording() as used:
+        fastode.fuse(twin)
+        copy.deepcopy(twin)(x)  # which moves running statistics
+    assert list(used.values()) == [ENGINE] * 3
+    assert_blocks_equal(net, twin, x, autocast=BF16)
+
+
 def test_what_it_refuses_and_what_auto_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     def scheme(channels: int) -> Any:
         return fastode.nn.SSP3(reference.PreActBranch(channels, norm="layer"))
@@ -149,6 +165,7 @@ def test_what_it_refuses_and_what_auto_leaves(monkeypatch: pytest.MonkeyPatch) -
             assert block.why_not(ENGINE, x) == "" == block.against(ENGINE, x)
         why = "multiplying float32 maps in float32, where autocast has bfloat16, "
         assert scheme(32).against(ENGINE, maps(32, F32)) == f"{why}{beyond.format(16)} {slow}"
+        assert scheme(160).against(ENGINE, maps(160, BF16)) == f"under autocast {beyond.format(128)} {slow}"
         one = fastode.nn.ResBlock(reference.PreActBranch(96))
         assert one.against(ENGINE, maps(96, BF16)) == f"under autocast {beyond.format(64)} {slow}"
         assert scheme(16).against("staged", maps(16, BF16)) == f"under autocast {slow}"
