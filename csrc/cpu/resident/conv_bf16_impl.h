@@ -47,13 +47,15 @@ inline void pack_pairs(const float* low, const float* high, int64_t stride, int6
   const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   const __m512i places = _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int32_t>(stride)));
   const auto mask = static_cast<__mmask16>((1 << lanes) - 1);
+  typedef uint16_t Halves __attribute__((vector_size(32)));
+  typedef uint32_t Pairs __attribute__((vector_size(64)));
   const auto rounded = [&](const float* from) {
     const __m512 values = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, places, from, sizeof(float));
-    return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(values));
+    return __builtin_convertvector((Halves)_mm512_cvtneps_pbh(values), Pairs);
   };
-  __m512i pairs = rounded(low);
-  if (high) pairs = _mm512_or_si512(pairs, _mm512_slli_epi32(rounded(high), 16));
-  _mm512_storeu_si512(to, pairs);
+  Pairs pairs = rounded(low);
+  if (high) pairs |= rounded(high) << 16;
+  std::memcpy(to, &pairs, sizeof(pairs));
 }
 
 constexpr int64_t kLinesAhead = 10;  // lines of the next maps that are asked for at a step
