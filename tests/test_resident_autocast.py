@@ -166,8 +166,9 @@ def test_what_it_refuses_and_what_auto_leaves(monkeypatch: pytest.MonkeyPatch) -
         why = "multiplying float32 maps in float32, where autocast has bfloat16, "
         assert scheme(32).against(ENGINE, maps(32, F32)) == f"{why}{beyond.format(16)} {slow}"
         assert scheme(160).against(ENGINE, maps(160, BF16)) == f"under autocast {beyond.format(128)} {slow}"
-        one = fastode.nn.ResBlock(reference.PreActBranch(96))
-        assert one.against(ENGINE, maps(96, BF16)) == f"under autocast {beyond.format(64)} {slow}"
+        for norm, most in (("layer", 64), ("batch", 32)):
+            one = fastode.nn.ResBlock(reference.PreActBranch(96, norm=norm))
+            assert one.against(ENGINE, maps(96, BF16)) == f"under autocast {beyond.format(most)} {slow}"
         assert scheme(16).against("staged", maps(16, BF16)) == f"under autocast {slow}"
         skip = fastode.nn.IESkip(reference.PreActBranch(160))
         assert skip.against("staged", maps(160, BF16)) == f"under autocast {beyond.format(128)} {slow}"
