@@ -15,6 +15,7 @@ if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < (2, 11):  # befo
 
 from . import branch, embedded, functional, nets, nn, reference, tableau
 from .dispatch.registry import register
+from .foreign.adapt import adapt
 from .fusion.graphs import graphed
 from .fusion.report import FusionReport
 from .fusion.swap import fuse, unfuse
@@ -30,6 +31,7 @@ __all__ = [
     "FusionReport",
     "SolveError",
     "Solver",
+    "adapt",
     "attacks",
     "branch",
     "embedded",

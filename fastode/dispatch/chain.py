@@ -126,39 +126,41 @@ def _layers(unit: Unit) -> int:
 
 def run(
     x: Tensor,
-    owner: nn.Module,
-    read_owner: Callable[[], ChainReading],
+    module: nn.Module,
+    read_module: Callable[[], ChainReading],
     run_reference: Callable[[Tensor], Tensor],
     *,
     engine: str = AUTO,
+    owner: nn.Module | None = None,
 ) -> tuple[Tensor, int]:
     """Run a chain: its result, and how many of the modules of a sequence that has taken.
 
     Args:
         x: the input [N, C, H, W].
-        owner: the block or the sequence, which is being called.
-        read_owner: reads it.
+        module: the block or the sequence.
+        read_module: reads it.
         run_reference: all of it in plain PyTorch, where it cannot be read or no engine takes it.
         engine: a name of an engine, or "auto".
+        owner: the module that is being called, for the report.
     """
     if torch.compiler.is_compiling():
-        reading, found = read_owner(), None
-        chosen, chain = _decide(x, reading, owner, engine)
+        reading, found = read_module(), None
+        chosen, chain = _decide(x, reading, module, engine)
     else:
-        found = known(owner, read_owner, is_block=True)
+        found = known(module, read_module, is_block=True)
         reading = found.reading
         kind = kind_of_call((_FAMILY, engine), (x,), reading) if isinstance(x, Tensor) else None
         answer = None if kind is None else found.answer(kind)
         if answer is None:
-            answer = _decide(x, reading, owner, engine)
+            answer = _decide(x, reading, module, engine)
             if kind is not None:
                 found.keep(kind, answer, reading.call((x,)))
         chosen, chain = answer
         choice.note(owner, chosen)
     if chosen is REFERENCE or chain is None:
-        count = len(owner._modules)
-        return (undone_on_error(run_reference, x, owner) if reading.reason else run_reference(x)), count
-    if found is not None:
+        count = len(module._modules)
+        return (undone_on_error(run_reference, x, module) if reading.reason else run_reference(x)), count
+    if found is not None and owner is module:
         choice.note(reading.inside, chosen)
     rerun = None
     if found is not None and found.snapshot is not None and torch.is_grad_enabled():
@@ -169,7 +171,7 @@ def run(
     return y, reading.count
 
 
-def _decide(x: Tensor, reading: ChainReading, owner: nn.Module, engine: str) -> tuple[Engine, Chain | None]:
+def _decide(x: Tensor, reading: ChainReading, module: nn.Module, engine: str) -> tuple[Engine, Chain | None]:
     """The engine for a call that is checked first, and the chain as constants."""
     checks.engine(engine, NAMES)
     checks.tensor("x", x)
@@ -183,7 +185,7 @@ def _decide(x: Tensor, reading: ChainReading, owner: nn.Module, engine: str) -> 
             checks.enough_values(part, map_)
     call = reading.call((x,))
     assert call.program is None or isinstance(call.program, Chain)
-    return choice.choose(engine, call, partial(_copy_of, owner, reading)), call.program
+    return choice.choose(engine, call, partial(_copy_of, module, reading)), call.program
 
 
 def _maps(reading: ChainReading, x: Tensor) -> Iterator[tuple[Reading, Shape]]:
@@ -243,11 +245,11 @@ def _as_it_was(past: Past, reading: ChainReading, stand_in: StandIn) -> nn.Modul
     return _plain(past.restored(stand_in), reading)
 
 
-def _copy_of(owner: nn.Module, reading: ChainReading) -> nn.Module:
-    """The reference of what is to run, around the owner's own modules, for a trial."""
-    if isinstance(owner, ResBlock):
-        return _block_of(owner)
-    names = list(owner._modules.items())[: reading.count]
+def _copy_of(module: nn.Module, reading: ChainReading) -> nn.Module:
+    """The reference of what is to run, around the same layers, for a trial."""
+    if isinstance(module, ResBlock):
+        return _block_of(module)
+    names = list(module._modules.items())[: reading.count]
     return reference.Chain(
         OrderedDict((name, _block_of(m) if isinstance(m, ResBlock) else m) for name, m in names if m is not None)
     )

@@ -10,6 +10,8 @@ from torch import nn
 _Twin = TypeVar("_Twin", bound=type[nn.Module])
 
 _twins: dict[type[nn.Module], type[nn.Module]] = {}
+# The twins that were made of classes of others, whether or not `fuse` looks for these.
+generated: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def register(reference: type[nn.Module]) -> Callable[[_Twin], _Twin]:
@@ -59,15 +61,16 @@ def twin_of(kind: type) -> type[nn.Module] | None:
 
 def reference_of(kind: type) -> type[nn.Module] | None:
     """The reference whose twin is exactly this type."""
-    for reference, twin in _twins.items():
-        if twin is kind:
-            return reference
+    for twins in (_twins, generated):
+        for reference, twin in twins.items():
+            if twin is kind:
+                return reference
     return None
 
 
 def is_twin(kind: type) -> bool:
     """Whether this type is a fused twin, or derives from one."""
-    return any(base is twin for twin in _twins.values() for base in kind.__mro__)
+    return any(base is twin for twins in (_twins, generated) for twin in twins.values() for base in kind.__mro__)
 
 
 def ancestor_of(kind: type) -> type[nn.Module] | None:

@@ -16,10 +16,11 @@ class FusionRow:
 
     Attributes:
         name: its dotted name in the model, empty for the model itself; a block used in several places has its first.
-        reference: the reference type it is, or derives from.
+        reference: the reference type it is, or derives from, or its own where an adapter or a reading says what it is.
         fused: the type it has been given, or None where it stays the reference.
         engines: the engine it really used, where an example was run; else those that could run it, best first.
         reason: why it was not swapped, or why other engines cannot run it; empty if there is nothing to say.
+        meaning: the type of which a block of another's class is, over its own modules; None for others.
     """
 
     name: str
@@ -27,6 +28,7 @@ class FusionRow:
     fused: type[nn.Module] | None
     engines: tuple[str, ...]
     reason: str
+    meaning: type[nn.Module] | None = None
 
     @property
     def is_fused(self) -> bool:
@@ -62,6 +64,8 @@ class FusionReport:
         cells = [("block", "type", "twin", "engine" if self.measured else "engines", "why")]
         for row in self.rows:
             twin = "-" if row.fused is None else _public_name(row.fused)
+            if row.fused is not None and row.meaning is not None:
+                twin = f"as {_public_name(row.meaning)}"
             engines = ", ".join(row.engines) or "-"
             cells.append((row.name or "(model)", row.reference.__name__, twin, engines, row.reason))
         widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,9 @@ from .. import checks
 from ..dispatch import choice, known
 from ..dispatch.engines import AUTO, ENGINES, NAMES, REFERENCE, is_reference
 from ..dispatch.registry import ancestor_of, is_twin, named, reference_of, twin_of
+from ..foreign.graph import Unreadable, alike
+from ..foreign.reading import adds
+from ..foreign.twin import PROVEN, Foreign, class_of, meaning_of, taken_name, twin_for
 from ..native import operators
 from .report import FusionReport, FusionRow
 
@@ -27,6 +30,7 @@ def fuse(
     engine: str = AUTO,
     example: Tensor | tuple[Any, ...] | None = None,
     filter: Callable[[str, nn.Module], bool] | None = None,
+    read: bool = False,
 ) -> FusionReport:
     """Swap every block of a model for its fused twin, in place.
 
@@ -41,6 +45,8 @@ def fuse(
             without gradients, and the report then has the engine that each block used; buffers and the random state are
             put back. Without it the report has the engines that could run each block.
         filter: called with (name, block); blocks for which it returns false are left alone.
+        read: also read the forwards of modules that are not known, if they add maps, and swap those that are proven to
+            be one of this project's blocks. A proof runs copies of the block on two examples in each mode.
 
     Returns:
         The report: one row for each block, with the reason where it is not swapped or an engine cannot run it.
@@ -61,20 +67,23 @@ def fuse(
         >>> type(model[0]) is fastode.nn.SSP2
         True
     """
-    _check_arguments(model, engine, example, filter)
-    plans = [_plan(name, block, filter) for name, block in model.named_modules() if _is_block(block)]
-    before = [(plan.block, type(plan.block), plan.block.__dict__.get("engine")) for plan in plans if plan.twin]
+    _check_arguments(model, engine, example, filter, read)
+    plans = _plans(model, filter, read)
+    before = [(plan.block, type(plan.block), *_marks(plan.block)) for plan in plans if plan.twin]
     try:
         for plan in plans:
             if plan.twin is not None:
-                _assign(plan.block, plan.twin, engine)
+                _assign(plan.block, plan.twin, engine, plan.proven)
         if before and not is_reference(engine):
             operators.load()
+        for plan in plans:
+            if isinstance(plan.block, Foreign):
+                meaning_of(plan.block)  # what is wrong with an adapter is said now
         used = None if example is None else _run(model, example, [p.block for p in plans if is_twin(type(p.block))])
     except BaseException:
         known.clear(model)
-        for block, kind, old_engine in before:
-            _assign(block, kind, old_engine)
+        for block, kind, old_engine, proven in before:
+            _assign(block, kind, old_engine, proven)
         raise
     return FusionReport(tuple(_row(plan, used) for plan in plans), example is not None)
 
@@ -106,7 +115,7 @@ def unfuse(model: nn.Module) -> FusionReport:
     for name, block in model.named_modules():
         reference = reference_of(type(block))
         if reference is not None:
-            _assign(block, reference, None)
+            _assign(block, reference)
             rows.append(FusionRow(name, reference, None, (REFERENCE.name,), "runs as the reference again"))
     return FusionReport(tuple(rows))
 
@@ -120,9 +129,10 @@ class _Plan:
     reference: type[nn.Module]
     twin: type[nn.Module] | None
     reason: str = ""
+    proven: tuple[str, ...] | None = None  # programs, where its forward was read
 
 
-def _check_arguments(model: Any, engine: Any, example: Any, filter: Any) -> None:
+def _check_arguments(model: Any, engine: Any, example: Any, filter: Any, read: Any) -> None:
     checks.module("model", model)
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("model must be an nn.Module that is not scripted yet, got a torch.jit.ScriptModule")
@@ -131,6 +141,22 @@ def _check_arguments(model: Any, engine: Any, example: Any, filter: Any) -> None
         raise TypeError(f"example must be a tensor or a tuple of arguments, got {checks.what(example)}")
     if not (filter is None or callable(filter)):
         raise TypeError(f"filter must be a function of (name, module), got {checks.what(filter)}")
+    checks.flag("read", read)
+
+
+def _plans(model: nn.Module, filter: Callable[[str, nn.Module], bool] | None, read: bool) -> list[_Plan]:
+    plans: list[_Plan] = []
+    inside: set[nn.Module] = set()  # of blocks that are swapped
+    for name, block in model.named_modules():
+        is_known = _is_block(block) and not (read and PROVEN in block.__dict__)
+        if is_known:
+            plan: _Plan | None = _plan(name, block, filter)
+        else:
+            plan = _plan_by_reading(name, block, filter, plans) if read and block not in inside else None
+        if plan is not None:
+            plans.append(plan)
+            inside.update(block.modules() if plan.twin is not None else ())
+    return plans
 
 
 def _is_block(module: nn.Module) -> bool:
@@ -148,26 +174,75 @@ def _plan(name: str, block: nn.Module, filter: Callable[[str, nn.Module], bool] 
     reference = _reference(block)
     assert reference is not None
     kind = type(block)
-    twin = None
+    twin, proven = None, block.__dict__.get(PROVEN)
+    known = kind if proven is not None else twin_of(reference)
     if filter is not None and not filter(name, block):
         reason = "left out by the filter"
     elif isinstance(block, torch.jit.ScriptModule):
         reason = "compiled by TorchScript: fuse before scripting"
-    elif twin_of(reference) is not kind and kind is not reference:
+    elif known is not kind and kind is not reference:
         reason = f"{kind.__name__} is a subclass of {reference.__name__}, and no twin is registered for it"
     elif "forward" in block.__dict__:
-        reason = "its forward was replaced on this very module"
+        reason = _REPLACED
     else:
-        reason, twin = "", twin_of(reference)
-    return _Plan(name, block, reference, twin, reason)
+        reason = _taken(block) if known is not None and issubclass(known, Foreign) else ""
+        twin = None if reason else known
+    return _Plan(name, block, reference, twin, reason, proven)
 
 
-def _assign(block: nn.Module, kind: type[nn.Module], engine: str | None) -> None:
+def _plan_by_reading(
+    name: str, block: nn.Module, filter: Callable[[str, nn.Module], bool] | None, before: Sequence[_Plan]
+) -> _Plan | None:
+    """The plan of a module that is not known, after those `before`; None where its forward adds no maps."""
+    kind = class_of(block)
+    own = kind.__module__.split(".")[0] == "torch" or isinstance(block, torch.jit.ScriptModule)
+    if own or kind.forward is nn.Module.forward:
+        return None
+    try:
+        if not adds(block):
+            return None
+        reason = _REPLACED if "forward" in block.__dict__ else _taken(block)
+        if filter is not None and not filter(name, block):
+            reason = "left out by the filter"
+        if not reason:
+            operators.load()
+            # A proof draws parameters of its own, and so it holds for every block that differs in these alone.
+            proven = next((plan.proven for plan in before if plan.proven and alike(plan.block, block)), None)
+            return _Plan(name, block, kind, twin_for(kind), "", proven or _prove(block))
+    except Unreadable as error:
+        reason = str(error)
+    return _Plan(name, block, kind, None, reason)
+
+
+def _prove(block: nn.Module) -> tuple[str, ...]:
+    from ..foreign.prove import prove  # with fastode.testing, which few programs need
+
+    return prove(block)
+
+
+_REPLACED = "its forward was replaced on this very module"
+
+
+def _taken(block: nn.Module) -> str:
+    """Why a block of another's class cannot have a twin; empty if it can."""
+    name = "" if isinstance(block, Foreign) else taken_name(block)
+    return f"it has {name!r} of its own, which its twin needs" if name else ""
+
+
+def _marks(block: nn.Module) -> tuple[str | None, tuple[str, ...] | None]:
+    """What `_assign` has written into a block."""
+    return block.__dict__.get("engine"), block.__dict__.get(PROVEN)
+
+
+def _assign(
+    block: nn.Module, kind: type[nn.Module], engine: str | None = None, proven: tuple[str, ...] | None = None
+) -> None:
     block.__class__ = kind
-    if engine is None:
-        block.__dict__.pop("engine", None)
-    else:
-        block.__dict__["engine"] = engine
+    for name, value in (("engine", engine), (PROVEN, proven)):
+        if value is None:
+            block.__dict__.pop(name, None)
+        else:
+            block.__dict__[name] = value
 
 
 def _row(plan: _Plan, used: dict[nn.Module, _Engines] | None) -> FusionRow:
@@ -179,7 +254,9 @@ def _row(plan: _Plan, used: dict[nn.Module, _Engines] | None) -> FusionRow:
         engines, reason = _engines(block, None)
     else:
         engines, reason = used.get(block, ((), "the example did not reach it"))
-    return FusionRow(plan.name, plan.reference, type(block), engines, plan.reason or reason)
+    meaning = meaning_of(block).block if isinstance(block, Foreign) else None
+    means = None if meaning is None else type(meaning)
+    return FusionRow(plan.name, plan.reference, type(block), engines, plan.reason or reason, means)
 
 
 # The names of engines, and why others are not among them.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -23,20 +23,23 @@ class ResBlock(Fused, reference.ResBlock):
     __doc__ = reference.ResBlock.__doc__
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._keeps_shape((x,)):
-            y = self._step(x)
-            return y if self.post_activation is None else self.post_activation(y)
-        plain = super().forward
-        return chain.run(x, self, partial(chain.read_block, self), plain, engine=self.engine)[0]
+        return self.run_for(self, super().forward, x)
+
+    def run_for(self, owner: nn.Module, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        if not self._keeps_shape((x,)):
+            return chain.run(x, self, partial(chain.read_block, self), plain, engine=self.engine, owner=owner)[0]
+        if self.post_activation is None:
+            return self._step(owner, plain, x)
+        return self.post_activation(self._step(owner, super().sum, x))
 
     def describe_call(self, inputs: tuple[Tensor, ...] = ()) -> Call:
         if self._keeps_shape(inputs):
             return describe_call(euler_step(self.step_size), self.branch, inputs)
         return chain.read_block(self).call(inputs)
 
-    def _step(self, x: Tensor) -> Tensor:
+    def _step(self, owner: nn.Module, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         make = partial(reference.ResBlock, self.branch, self.step_size)
-        return run(x, self.branch, euler_step(self.step_size), make, super().sum, engine=self.engine, owner=self)
+        return run(x, self.branch, euler_step(self.step_size), make, plain, engine=self.engine, owner=owner)
 
     def _keeps_shape(self, inputs: tuple[Tensor, ...]) -> bool:
         """Whether it runs as one step of a scheme, the activation behind it apart."""
@@ -52,8 +55,10 @@ class Chain(Fused, reference.Chain):
     __doc__ = reference.Chain.__doc__
 
     def forward(self, x: Tensor) -> Tensor:
-        plain = super().forward
-        y, count = chain.run(x, self, self._read, plain, engine=self.engine)
+        return self.run_for(self, super().forward, x)
+
+    def run_for(self, owner: nn.Module, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        y, count = chain.run(x, self, self._read, plain, engine=self.engine, owner=owner)
         return y if count == len(self._modules) else self.from_layer(count, y)
 
     def describe_call(self, inputs: tuple[Tensor, ...] = ()) -> Call:

@@ -31,10 +31,14 @@ __all__ = ["SSP2", "SSP3", "Ark", "ExactIE", "IESkip", "Midpoint", "PolyBlock", 
 
 
 class _OneStep(Fused):
-    """A block of one step around a branch; `_step` gives it without the branch."""
+    """A block of one step around a branch; `_step` gives it without the branch, `_reference` makes it plain."""
 
     branch: nn.Module
     _step: Callable[[], Step]
+    _reference: Callable[[], MakeReference]
+
+    def run_for(self, owner: nn.Module, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return run(x, self.branch, self._step(), self._reference(), plain, engine=self.engine, owner=owner)
 
     def describe_call(self, inputs: tuple[Tensor, ...] = ()) -> Call:
         return describe_call(self._step(), self.branch, inputs)
@@ -45,8 +49,7 @@ class IESkip(_OneStep, reference.IESkip):
     __doc__ = reference.IESkip.__doc__
 
     def forward(self, x: Tensor) -> Tensor:
-        plain = super().forward
-        return run(x, self.branch, self._step(), self._reference(), plain, engine=self.engine, owner=self)
+        return self.run_for(self, super().forward, x)
 
     def _step(self) -> Step:
         return descent_step(self.steps, self.step_size, self.theta, self.detach)
@@ -76,8 +79,7 @@ class ExactIE(Opaque, _OneStep, reference.ExactIE):
 
     def _solve(self, x: Tensor) -> Tensor:
         # Called by the reference's forward, outside of what a compiler traces.
-        plain = super()._solve
-        return run(x, self.branch, self._step(), self._reference(), plain, engine=self.engine, owner=self)
+        return self.run_for(self, super()._solve, x)
 
     def _step(self) -> Step:
         return exact_step(self.tol, self.max_iterations, self.in_words())
@@ -91,8 +93,7 @@ class ShuOsher(_OneStep, reference.ShuOsher):
     __doc__ = reference.ShuOsher.__doc__
 
     def forward(self, x: Tensor) -> Tensor:
-        plain = super().forward
-        return run(x, self.branch, self._step(), self._reference(), plain, engine=self.engine, owner=self)
+        return self.run_for(self, super().forward, x)
 
     def _step(self) -> Step:
         return tableau_step(self.tableau)
@@ -140,10 +141,11 @@ class Ark(_OneStep, reference.Ark):
     __doc__ = reference.Ark.__doc__
 
     def forward(self, x: Tensor) -> Tensor:
-        plain = super().forward
-        return run(
-            x, self.branch, self._step(), self._reference(), plain, table=self._table, engine=self.engine, owner=self
-        )
+        return self.run_for(self, super().forward, x)
+
+    def run_for(self, owner: nn.Module, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        make = self._reference()
+        return run(x, self.branch, self._step(), make, plain, table=self._table, engine=self.engine, owner=owner)
 
     def _step(self) -> Step:
         return _ARK
