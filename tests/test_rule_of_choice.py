@@ -102,7 +102,7 @@ def used(block: nn.Module, x: Tensor) -> str:
         (reference.IESkip(reference.PreActBranch(4, norm="batch")).eval(), "ie sample float32"),
         (reference.SSP3(reference.PreActBranch(4, norm="group")), "shu_osher sample float32"),
         (reference.Ark(reference.PreActBranch(4, norm="batch")), "shu_osher batch float32"),
-        (reference.ResBlock(reference.PreActBranch(4, norm="layer")).double(), "shu_osher sample float64"),
+        (reference.Midpoint(reference.PreActBranch(4, norm="layer")).double(), "shu_osher sample float64"),
         (reference.SSP2(reference.PreActBranch(4, norm="none")).bfloat16(), "shu_osher sample bfloat16"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -121,7 +121,7 @@ def test_a_block_has_its_own_line(monkeypatch: pytest.MonkeyPatch, block: nn.Mod
 def test_a_chain_has_its_own_line(monkeypatch: pytest.MonkeyPatch, norm: type[nn.Module], norms: str) -> None:
     branch = nn.Sequential(nn.Conv2d(16, 16, 3, 2, 1), norm(16))
     block = fastode.nn.ResBlock(branch, shortcut=nn.Conv2d(16, 16, 1, 2))
-    x, own = torch.zeros(2, 16, 6, 6), f"chain {norms} float32"
+    x, own = torch.zeros(2, 16, 80, 80), f"chain {norms} float32"
     monkeypatch.setattr(measured, "_rule", Rule({own: measured.NEVER}, "a test", True))
     assert used(block, x) == "reference"
     assert block.against("resident", x).endswith("it was measured to be slower than plain PyTorch")
@@ -137,15 +137,40 @@ def test_without_a_line_of_their_own_chains_have_the_bounds_found_by_hand(monkey
     assert any(row.startswith("  chain ") for row in measured.in_words())
     torch.set_num_threads(1)
     for shape, beyond in (
-        ((4, 512, 4, 4), ""),
-        ((1, 32, 8, 8), ""),
-        ((4, 528, 4, 4), "with more than 512 channels"),
+        ((16, 512, 4, 4), ""),
+        ((1, 32, 64, 64), ""),
+        ((16, 528, 4, 4), "with more than 512 channels"),
         ((4, 64, 40, 40), "with a feature map of one sample of more than 256 KB"),
-        ((3, 64, 8, 8), "with fewer than 4 samples for each thread and 64 channels"),
+        ((3, 64, 32, 32), "with fewer than 4 samples for each thread and 64 channels"),
     ):
         verdict = f"{beyond} it is expected to be slower than plain PyTorch" if beyond else ""
         block = fastode.nn.ResBlock(nn.Sequential(nn.Conv2d(shape[1], shape[1], 1)), shortcut=nn.ReLU())
         assert block.against("resident", torch.zeros(shape)) == verdict
+
+
+def test_blocks_of_one_evaluation_are_held_against_plain_pytorch() -> None:
+    torch.set_num_threads(2)
+    staged = "for steps of one evaluation it was measured to be slower than plain PyTorch"
+    few = "with fewer than {} samples and {} pixels for each thread it was measured to be slower than plain PyTorch"
+    wide = "with more than 512 channels it is expected to be slower than plain PyTorch"
+
+    def against(block: reference.ResBlock, *shape: int, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
+        x = torch.zeros(shape, dtype=dtype)
+        fastode.fuse(block.to(dtype))
+        fused: Any = block
+        answers = fused.against("resident", x), fused.against("staged", x)
+        fastode.unfuse(block)
+        return answers
+
+    step = reference.ResBlock(reference.PreActBranch(16, norm="batch"))
+    assert against(step, 15, 16, 8, 7) == (few.format(8, 512), staged)
+    assert against(step, 16, 16, 8, 7) == against(step, 15, 16, 9, 8) == ("", staged)
+    assert against(step.eval(), 15, 16, 8, 7) == ("", staged)
+    assert against(reference.ResBlock(reference.PreActBranch(513)).eval(), 8, 513, 1, 1) == (wide, staged)
+    assert against(step, 15, 16, 8, 7, dtype=torch.bfloat16) == ("", "")
+    chain = reference.ResBlock(reference.PreActBranch(16), shortcut=nn.Conv2d(16, 16, 1)).float()
+    assert against(chain, 31, 16, 16, 16)[0] == few.format(16, 4096)
+    assert against(chain, 32, 16, 16, 16)[0] == against(chain, 31, 16, 17, 17)[0] == ""
 
 
 def test_the_widest_map_of_the_branch_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,13 +141,13 @@ def run(
         read_module: reads it.
         run_reference: all of it in plain PyTorch, where it cannot be read or no engine takes it.
         engine: a name of an engine, or "auto".
-        owner: the module that is being called, for the report.
+        owner: the module that is being called, for the report. If it is another one, it has seen that nothing changed.
     """
     if torch.compiler.is_compiling():
         reading, found = read_module(), None
         chosen, chain = _decide(x, reading, module, engine)
     else:
-        found = known(module, read_module, is_block=True)
+        found = known(module, read_module, is_block=True, checked=owner is not module)
         reading = found.reading
         kind = kind_of_call((_FAMILY, engine), (x,), reading) if isinstance(x, Tensor) else None
         answer = None if kind is None else found.answer(kind)

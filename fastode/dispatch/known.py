@@ -85,16 +85,19 @@ def kept(root: nn.Module) -> Known[Any] | None:
     return beside.known if type(beside) is _Beside and beside.era == _era else None
 
 
-def known(root: nn.Module, read: Callable[[], Reading], is_block: bool = False) -> Known[Reading]:
+def known(
+    root: nn.Module, read: Callable[[], Reading], is_block: bool = False, checked: bool = False
+) -> Known[Reading]:
     """What is known of a module; it is read where nothing is, or where something has changed since.
 
     Args:
         root: the module.
         read: reads it.
         is_block: whether it is a block, whose own hooks run as it is called.
+        checked: whether the caller has just seen that nothing has changed.
     """
     found: Known[Reading] | None = kept(root)
-    if found is not None and found.holds(root):
+    if found is not None and (checked or found.holds(root)):
         return found
     reading = read()
     if reading.reason:  # nothing is known of modules that cannot be read, nor of what their snapshot would need

@@ -205,6 +205,7 @@ def run(
     table: Table | None = None,
     engine: str = AUTO,
     owner: nn.Module | None = None,
+    checked: bool = False,
 ) -> Tensor:
     """Run a one-step block.
 
@@ -217,12 +218,13 @@ def run(
         table: gives the coefficients [2, s, s] of a scheme that learns them; the reference takes them after x.
         engine: a name of an engine, or "auto".
         owner: the module that is being called, for the report.
+        checked: whether the caller has just seen that nothing about the branch has changed.
     """
     if torch.compiler.is_compiling():
         reading, found = read(module), None
         chosen, plan = _decide(x, reading, step, make_reference, engine)
     else:
-        found = known(module, lambda: read(module))
+        found = known(module, lambda: read(module), checked=checked)
         reading = found.reading
         kind = kind_of_call((step, engine), (x,), reading) if isinstance(x, Tensor) else None
         answer = None if kind is None else found.answer(kind)

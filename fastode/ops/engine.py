@@ -67,6 +67,11 @@ class Call:
         return None if self.program is None else self.program.lower
 
     @property
+    def is_single(self) -> bool:
+        """Whether it is an explicit step that evaluates its branch once."""
+        return self.family == "shu_osher" and self.stages == 1
+
+    @property
     def mode(self) -> Mode:
         """Which gradients the call will be asked for, as fastode.testing calls it."""
         return mode(self.inputs, self.tensors)

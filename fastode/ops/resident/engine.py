@@ -73,6 +73,9 @@ class Resident(OperatorEngine):
                 slower = rule.slower_lowered(call.family, coupled, x, widest, call.stages)
                 if slower or x.dtype == torch.float32:
                     return slower
+            if call.is_single and x.dtype != torch.bfloat16:
+                few = rule.FEW_OF_STEPS if coupled else (0, 0)
+                return rule.slower_than_eager(x, coupled, widest, x.shape[2] * x.shape[3], few)
         else:
             assert program is not None and call.tensors[0] is not None
             coupled = any(norm is not None and norm.mode == "batch" for norm in program.norms)

@@ -243,6 +243,29 @@ def slower_lowered_pair(weight: torch.Tensor) -> str:
     return f"under autocast {beyond} it was measured to be slower than plain PyTorch" if beyond else ""
 
 
+# Of calls with one evaluation: samples and pixels for each thread, below both of which PyTorch was faster, on one
+# thread of an AMD EPYC, 2026-11-27. In a network such a block finds its weights in no cache, and packs them anew.
+FEW_OF_CHAINS = (16, 4096)
+FEW_OF_STEPS = (8, 512)
+
+
+def slower_than_eager(x: torch.Tensor, coupled: bool, channels: int, pixels: int, few: tuple[int, int]) -> str:
+    """Why a call with one evaluation of its branch is taken to be slower than plain PyTorch; empty where it is not.
+
+    Args:
+        x: the input [N, C, H, W] on the CPU.
+        coupled: whether a norm takes its statistics over the batch.
+        channels: of the widest map.
+        pixels: as `slower` has them.
+        few: how many samples or pixels for each thread are enough.
+    """
+    samples, places = x.shape[0], x.shape[0] * x.shape[2] * x.shape[3]
+    if samples < few[0] * threads() and places < few[1] * threads():
+        enough = f"fewer than {few[0]} samples and {few[1]} pixels for each thread"
+        return f"with {enough} it was measured to be slower than plain PyTorch"
+    return slower("chain", coupled, x, channels, pixels, " than plain PyTorch")
+
+
 def slower_linear(family: str, weight: torch.Tensor) -> str:
     """Why the field of two matrix products, or a solution, is taken to be slower than the reference's; empty if not."""
     most = MOST_LINEAR_KB[family]
