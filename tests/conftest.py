@@ -8,7 +8,7 @@ from collections.abc import Generator, Iterator
 import pytest
 import torch
 
-from fastode.dispatch import known
+from fastode.dispatch import known, registry
 from fastode.native import nvcc
 from fastode.ops.resident import rule as measured
 
@@ -50,13 +50,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Genera
 
 @pytest.fixture(autouse=True)
 def _same_start(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The same random numbers for a test whatever ran before it, no test's thread count for the next, and no rule of
-    choice that was measured on some machine.
+    """The same random numbers for a test whatever ran before it, no test's thread count or twins for the next, and no
+    rule of choice that was measured on some machine.
     """
     known.forget()
     monkeypatch.setattr(measured, "_rule", measured.Rule({}, "a test", False))
-    threads = torch.get_num_threads()
+    threads, twins = torch.get_num_threads(), dict(registry._twins)
     torch.manual_seed(0)
     yield
+    for kind in registry._twins.keys() - twins.keys():
+        del registry._twins[kind]
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)

@@ -22,6 +22,7 @@ from fastode.dispatch.choice import recording
 from fastode.dispatch.registry import _twins
 from fastode.foreign import prove, twin
 from fastode.foreign.reading import read_forward
+from fastode.ops.resident import rule
 from fastode.testing import assert_blocks_equal, sample_input
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], list[type[nn.Module]]]] = {
@@ -40,6 +41,12 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], list[type[nn.Module]]]] = {
         [reference.ShuOsher] * len(theirs.SCHEMES),
     ),
 }
+
+
+@pytest.fixture(autouse=True)
+def _few_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let "auto" take small batches, as tests have them."""
+    monkeypatch.setattr(rule, "FEW_OF_CHAINS", (0, 0))
 
 
 def engine_of(block: nn.Module, x: Tensor) -> str:

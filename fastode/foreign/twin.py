@@ -7,7 +7,7 @@ modules that stands beside them: it is no module of theirs, so that names and pa
 from __future__ import annotations
 
 import copyreg
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -32,6 +32,8 @@ _ACTIVATIONS = {kind for kind, (slot, _) in KNOWN.items() if slot == ACTIVATION}
 _OF = "_fastode_of"  # of a twin: the class it is a twin of
 # What is kept of a block at most: of each mode, and of a call or two with something replaced.
 _MOST = 4
+
+_MOST_LEFT, _CALLS_LEFT = 64, 99
 
 Adapter = Callable[[Any], "nn.Module | str"]
 adapters: dict[type[nn.Module], Adapter] = {}
@@ -64,13 +66,27 @@ class _Kept(NamedTuple):
 class _Beside:
     """Where a block's meanings lie: among its variables. Copies and pickles of the block hold None in its place."""
 
-    __slots__ = ("kept",)
+    __slots__ = ("_left", "kept")
 
     def __init__(self) -> None:
         self.kept: tuple[_Kept, ...] = ()
+        self._left: dict[Hashable, int] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
+
+    def leave(self, kind: Hashable) -> None:
+        """Remember that "auto" has left a kind of call to their forward, which is right whatever has changed since."""
+        if len(self._left) >= _MOST_LEFT:
+            self._left.clear()
+        self._left[kind] = _CALLS_LEFT
+
+    def leaves(self, kind: Hashable) -> bool:
+        """Whether it does, as far as is remembered; now and then it is to be asked again."""
+        calls = self._left.get(kind, 0)
+        if calls:
+            self._left[kind] = calls - 1
+        return calls > 0
 
 
 class Foreign(Fused):
@@ -78,7 +94,8 @@ class Foreign(Fused):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         plain: Callable[..., Any] = super().forward  # type: ignore[misc]
-        if is_reference(self.engine):
+        kind = _kind_of_call(self, args, kwargs)
+        if is_reference(self.engine) or (kind is not None and _beside(self).leaves(kind)):
             note(cast(nn.Module, self), REFERENCE)
             return plain(*args, **kwargs)
         meaning = _meaning_of_call(self, args, kwargs)
@@ -86,7 +103,13 @@ class Foreign(Fused):
             inputs = tuple(x for x in args if isinstance(x, Tensor))
             note(cast(nn.Module, self), choice.choose(self.engine, _unfused(inputs, meaning.reason)))
             return plain(*args, **kwargs)
-        return cast(Any, meaning.block).run_for(self, plain, *args)
+
+        def theirs(x: Tensor) -> Any:
+            if kind is not None and not self.describe_call((x,)).fault:
+                _beside(self).leave(kind)
+            return plain(x)
+
+        return cast(Any, meaning.block).run_for(self, theirs, *args)
 
     def describe_call(self, inputs: tuple[Tensor, ...] = ()) -> Call:
         meaning = meaning_of(cast(nn.Module, self))
@@ -139,9 +162,7 @@ def meaning_of(block: nn.Module) -> Meaning:
     """
     kind = class_of(block)
     adapter = None if PROVEN in block.__dict__ else adapters.get(kind)
-    beside = block.__dict__.get(KEY)
-    if type(beside) is not _Beside:
-        beside = block.__dict__[KEY] = _Beside()
+    beside = _beside(block)
     for kept in beside.kept:
         if kept.holds(block, adapter):
             return kept.meaning
@@ -154,6 +175,23 @@ def meaning_of(block: nn.Module) -> Meaning:
     if all(tensor.grad_fn is None for tensor in snapshot.tensors):
         beside.kept = (_Kept(meaning, snapshot, adapter, _containers(block)), *beside.kept[: _MOST - 1])
     return meaning
+
+
+def _beside(block: Any) -> _Beside:
+    found = block.__dict__.get(KEY)
+    if type(found) is not _Beside:
+        found = block.__dict__[KEY] = _Beside()
+    return found
+
+
+def _kind_of_call(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
+    """What is remembered of calls that "auto" leaves, on a CPU, where no trial may decide otherwise; None of others."""
+    if len(args) != 1 or kwargs or block.engine != AUTO or torch.compiler.is_compiling():
+        return None
+    x = args[0]
+    if type(x) is not Tensor or not x.is_cpu:
+        return None
+    return x.shape, x.dtype, block.training, torch.get_num_threads(), torch._C._is_any_autocast_enabled()
 
 
 def _meaning_of_call(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Meaning:

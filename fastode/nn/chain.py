@@ -38,8 +38,9 @@ class ResBlock(Fused, reference.ResBlock):
         return chain.read_block(self).call(inputs)
 
     def _step(self, owner: nn.Module, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        make = partial(reference.ResBlock, self.branch, self.step_size)
-        return run(x, self.branch, euler_step(self.step_size), make, plain, engine=self.engine, owner=owner)
+        make, checked = partial(reference.ResBlock, self.branch, self.step_size), owner is not self
+        step = euler_step(self.step_size)
+        return run(x, self.branch, step, make, plain, engine=self.engine, owner=owner, checked=checked)
 
     def _keeps_shape(self, inputs: tuple[Tensor, ...]) -> bool:
         """Whether it runs as one step of a scheme, the activation behind it apart."""

@@ -38,7 +38,8 @@ class _OneStep(Fused):
     _reference: Callable[[], MakeReference]
 
     def run_for(self, owner: nn.Module, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        return run(x, self.branch, self._step(), self._reference(), plain, engine=self.engine, owner=owner)
+        make, checked = self._reference(), owner is not self
+        return run(x, self.branch, self._step(), make, plain, engine=self.engine, owner=owner, checked=checked)
 
     def describe_call(self, inputs: tuple[Tensor, ...] = ()) -> Call:
         return describe_call(self._step(), self.branch, inputs)
@@ -144,8 +145,18 @@ class Ark(_OneStep, reference.Ark):
         return self.run_for(self, super().forward, x)
 
     def run_for(self, owner: nn.Module, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        make = self._reference()
-        return run(x, self.branch, self._step(), make, plain, table=self._table, engine=self.engine, owner=owner)
+        make, checked = self._reference(), owner is not self
+        return run(
+            x,
+            self.branch,
+            self._step(),
+            make,
+            plain,
+            table=self._table,
+            engine=self.engine,
+            owner=owner,
+            checked=checked,
+        )
 
     def _step(self) -> Step:
         return _ARK
