@@ -89,6 +89,15 @@ def test_what_is_none_of_ours_is_refused(name: str) -> None:
     assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
 
 
+def test_a_layer_that_is_made_at_the_first_call_is_refused_before_it() -> None:
+    block = theirs.Around(lambda b, x: x + b.part(b.branch(x)), nn.LazyConv2d(4, 1))
+    assert [row.reason for row in fastode.fuse(block, read=True).rows] == [
+        "it has parameters that are made at its first call: call it before it is fused."
+    ]
+    block(torch.randn(2, 4, 5, 5))
+    assert fastode.fuse(block, read=True).rows[0].meaning is fastode.nn.ResBlock
+
+
 def coefficients(name: str) -> tuple[tuple[tuple[float, ...], ...], ...]:
     found: Any = read_forward(Stages(theirs.SCHEMES[name]))[0]
     return found.tableau.alpha, found.tableau.beta

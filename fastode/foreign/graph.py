@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 
 from ..branch.snapshot import KEY, Snapshot
 from ..dispatch.registry import reference_of
@@ -64,13 +65,17 @@ def graph_of(block: nn.Module, inside: bool = True) -> fx.Graph:
     Raises:
         Unreadable: it cannot be followed, or does more than to compute what it returns.
     """
-    shell = copy_of(block)
-    watch = Watch(shell)
+    if any(map(is_lazy, (*block.parameters(), *block.buffers()))):
+        raise Unreadable("it has parameters that are made at its first call: call it before it is fused.")
+    try:
+        shell = copy_of(block)
+        watch = Watch(shell)
+    except Exception as error:
+        raise Unreadable(f"it cannot be copied: {_first_line(error)}") from error
     try:
         graph = _Tracer(shell, inside).trace(_Caller(shell))
     except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise Unreadable(f"its forward cannot be followed by torch.fx: {first}") from error
+        raise Unreadable(f"its forward cannot be followed by torch.fx: {_first_line(error)}") from error
     finally:
         done = watch.changes()
     if done:
@@ -123,6 +128,10 @@ def _described(block: nn.Module) -> tuple[Any, ...]:
         kind = reference_of(type(module)) or type(module)
         rows.append((name, kind, tuple(sorted(_variables(module).items())), tuple(tensors)))
     return tuple(rows)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _variables(module: nn.Module) -> dict[str, Any]:
