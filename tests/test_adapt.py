@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import fastode
 from fastode import reference
+from fastode.dispatch import known
 from fastode.dispatch.choice import recording
 from fastode.dispatch.registry import _twins
 from fastode.ops.resident import rule
@@ -193,6 +194,26 @@ def test_what_changes_between_calls_is_seen() -> None:
         block.downsample[1] = nn.GroupNorm(2, 8)
         block.conv1.weight = nn.Parameter(torch.randn(8, 4, 3, 3))
     assert_blocks_equal(plain, fused, x)
+
+
+def test_a_call_that_auto_leaves_is_asked_again_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rule, "FEW_OF_CHAINS", (1000, 10**6))
+    block, x = BasicBlock(16, 16).eval(), torch.randn(2, 16, 5, 5)
+    expected = block(x)
+    fastode.fuse(block)
+    assert torch.equal(block(x), expected) and engine_of(block, x) == "reference"
+    calls: list[int] = []
+    handle = block.bn1.register_forward_hook(lambda *_: calls.append(1))
+    assert engine_of(block, x) == "reference" and calls == [1]
+    handle.remove()
+    monkeypatch.setattr(rule, "FEW_OF_CHAINS", (0, 0))
+    known.forget()  # what was chosen under another rule: outside tests a process has one
+    assert engine_of(block, torch.randn(3, 16, 5, 5)) == "resident"
+    engines = [engine_of(block, x) for _ in range(100)]
+    assert engines[0] == "reference" and engines[-1] == "resident"
+    block.bn1.weight.data.mul_(2)
+    fastode.unfuse(block)
+    assert not torch.equal(block(x), expected)
 
 
 def test_the_adapter_is_asked_once_for_each_mode() -> None:
