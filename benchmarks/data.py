@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastode.recipes.data import sample_photographs
+
 PATCH = 32
 
 
@@ -15,16 +17,14 @@ PATCH = 32
 def _patches() -> tuple[Tensor, Tensor, str]:
     """All patches on a grid of step 32, the photographs alternating: values, photograph index, where they come from."""
     try:
-        from sklearn.datasets import load_sample_images
-
-        photographs = [torch.from_numpy(image.copy()) for image in load_sample_images().images]
+        photographs = sample_photographs()
         source = "photographs (scikit-learn sample images)"
     except ImportError:
         photographs = [_generated(seed) for seed in (0, 1)]
         source = "generated images (scikit-learn or pillow is not installed)"
     cut = []
     for photograph in photographs:
-        pixels = photograph.permute(2, 0, 1).float() / 255  # [3, height, width]
+        pixels = photograph.float() / 255  # [3, height, width]
         windows = pixels.unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH)  # [3, rows, columns, 32, 32]
         cut.append(windows.permute(1, 2, 0, 3, 4).reshape(-1, 3, PATCH, PATCH))
     count = min(len(patches) for patches in cut)
@@ -42,7 +42,7 @@ def _generated(seed: int) -> Tensor:
         noise = torch.randn(1, 3, 427 // scale + 2, 640 // scale + 2, generator=generator)
         total += scale**0.5 * F.interpolate(noise, size=(427, 640), mode="bilinear", align_corners=False)
     low, high = total.min(), total.max()
-    return (255 * (total - low) / (high - low)).to(torch.uint8)[0].permute(1, 2, 0)
+    return (255 * (total - low) / (high - low)).to(torch.uint8)[0]
 
 
 def source() -> str:

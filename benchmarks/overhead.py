@@ -24,12 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from fastode import reference
+from fastode.recipes.records import write_json
 from fastode.testing import Judge
 
 from . import contenders, data, header, inside, measure, timing
 from .contenders import BASELINES
 from .printing import markdown_table
-from .records import write_json
 from .workloads import Unavailable
 
 BATCH, CHANNELS, SIZE = 1, 8, 2

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from fastode.recipes.records import write_json
+
 from . import contenders, header, measure, memory, printing, report, suites, targets, timing, workloads
 from .contenders import BASELINES, CONTENDERS, Contender
-from .records import write_json
 from .suites import Item
 
 

@@ -23,7 +23,7 @@ from .solver import SolveError, Solver
 from .steps import record_steps
 
 if TYPE_CHECKING:
-    from . import attacks, robustness, stability, training
+    from . import attacks, recipes, robustness, stability, training
 
 __version__ = "0.1.0"
 
@@ -40,6 +40,7 @@ __all__ = [
     "graphed",
     "nets",
     "nn",
+    "recipes",
     "record_steps",
     "reference",
     "register",
@@ -53,12 +54,6 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import what not every program needs when it is asked for."""
-    if name == "attacks":
-        return importlib.import_module("fastode.attacks")
-    if name == "robustness":
-        return importlib.import_module("fastode.robustness")
-    if name == "stability":
-        return importlib.import_module("fastode.stability")
-    if name == "training":
-        return importlib.import_module("fastode.training")
+    if name in ("attacks", "recipes", "robustness", "stability", "training"):
+        return importlib.import_module(f"fastode.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

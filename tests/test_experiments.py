@@ -8,16 +8,17 @@ import pytest
 from torch import nn
 
 from benchmarks import data, exact_ie, experiments, masking, masking_page, reversible
+from fastode.recipes.data import Images
 from fastode.reference import SOBlock
 
 TINY = masking.Plan("mnist", width=8, epochs=2, batch=4, images=8, radii=(0.05, 0.2), steps=2)
 
 
-def images() -> masking.Images:
+def images() -> Images:
     """Patches of the two photographs, made small, pixels in [0, 1]."""
     x = data.images(24)[:, :, ::4, ::4]
     x = (x - x.min()) / (x.max() - x.min())
-    return masking.Images((x[:16], data.labels(16)), (x[16:], data.labels(24)[16:]), "photographs, small")
+    return Images((x[:16], data.labels(16)), (x[16:], data.labels(24)[16:]), "photographs, small")
 
 
 def run(folder: Path) -> experiments.Record:

@@ -1,0 +1,160 @@
+"""What a run found, as tables: for a terminal, for a page, and as CSV; and whether the paper's orders are in it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .plan import Claim, Network, Plan, Table
+
+__all__ = ["Verdict", "csv_text", "heading", "markdown", "mean_of", "spread_of", "terminal", "verdicts"]
+
+Results = dict[str, Any]
+Value = float | str
+
+
+def values_of(results: Results, network: str, column: str) -> list[Value]:
+    """What each seed that is done found, in the order of the seeds."""
+    cells = results["cells"].get(network, {})
+    found = [cells[seed]["values"].get(column) for seed in sorted(cells, key=int)]
+    return [value for value in found if value is not None]
+
+
+def mean_of(values: Sequence[Value]) -> float | None:
+    """The mean over seeds; None where there is no number."""
+    numbers = [value for value in values if not isinstance(value, str)]
+    return statistics.fmean(numbers) if numbers else None
+
+
+def spread_of(values: Sequence[Value]) -> float | None:
+    """The standard deviation over seeds; None with fewer than two."""
+    numbers = [value for value in values if not isinstance(value, str)]
+    return statistics.stdev(numbers) if len(numbers) > 1 else None
+
+
+def _ours(values: Sequence[Value]) -> str:
+    if not values:
+        return "–"
+    if isinstance(values[0], str):
+        return values[0]
+    mean, spread = mean_of(values), spread_of(values)
+    return f"{mean:.2f}" if spread is None else f"{mean:.2f} ± {spread:.2f}"
+
+
+def _papers(table: Table, network: Network, column: str) -> str:
+    value = table.paper.get(network.paper or network.name, {}).get(column)
+    if value is None:
+        return "–"
+    return value if isinstance(value, str) else f"{value:.2f}"
+
+
+def _rows(table: Table, plan: Plan, results: Results) -> list[list[str]]:
+    """The table's head and lines; a column of the paper's numbers stands before each of ours, where it has any."""
+    head, known = ["network"], []
+    for column in table.columns:
+        with_paper = any(column in row for row in table.paper.values())
+        known.append((column, with_paper))
+        head += [f"{column}, paper", f"{column}, here"] if with_paper else [f"{column}, here"]
+    rows = [head]
+    for network in plan.networks:
+        found = [values_of(results, network.name, column) for column in table.columns]
+        if not any(found):
+            continue
+        line = [network.name]
+        for (column, with_paper), values in zip(known, found, strict=True):
+            line += [_papers(table, network, column), _ours(values)] if with_paper else [_ours(values)]
+        rows.append(line)
+    return rows
+
+
+def terminal(table: Table, plan: Plan, results: Results) -> str:
+    """The table in columns, under the paper's name for it."""
+    rows = _rows(table, plan, results)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
+    return "\n".join([f"{table.name}: {table.title} ({table.unit})", *lines, *([table.note] if table.note else [])])
+
+
+def markdown(table: Table, plan: Plan, results: Results) -> list[str]:
+    """The lines of the table on a page."""
+    head, *lines = _rows(table, plan, results)
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return [f"| {' | '.join(row)} |" for row in (head, rule, *lines)]
+
+
+def csv_text(table: Table, plan: Plan, results: Results) -> str:
+    """A line for each number: network, column, seed, value, and the paper's."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["network", "column", "seed", "value", "paper"])
+    for network in plan.networks:
+        for column in table.columns:
+            for seed, cell in sorted(results["cells"].get(network.name, {}).items(), key=lambda item: int(item[0])):
+                if column in cell["values"]:
+                    paper = table.paper.get(network.paper or network.name, {}).get(column, "")
+                    writer.writerow([network.name, column, seed, cell["values"][column], paper])
+    return out.getvalue()
+
+
+def heading(results: Results) -> str:
+    """What was run, in a sentence or two, with how far it is the paper's."""
+    settings = results["settings"]
+    seeds = settings["seeds"]
+    size = "the paper's size" if settings["paper"] else "quick size, not the paper's"
+    blocks = "fused blocks" if settings["fused"] else "reference blocks"
+    return (
+        f"{settings['recipe']}: {settings['title']} ({settings['citation']}).\n"
+        f"{size[0].upper()}{size[1:]}: {settings['data']}; {settings['epochs']} epochs, "
+        f"{settings['images']} images attacked, {seeds} {'seed' if seeds == 1 else 'seeds'}, {blocks} on "
+        f"{settings['device']}. {settings['time']}"
+    )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether an order of the paper is in the results.
+
+    Attributes:
+        claim: the order.
+        column: of the table.
+        seeds: in how many of them it is.
+        of: how many there are.
+        in_mean: whether the means over the seeds have it.
+        values: the means.
+    """
+
+    claim: Claim
+    column: str
+    seeds: int
+    of: int
+    in_mean: bool
+    values: tuple[float, ...]
+
+    def __str__(self) -> str:
+        order = " < ".join(f"{row} ({value:.2f})" for row, value in zip(self.claim.rows, self.values, strict=True))
+        said = "appears" if self.in_mean else "does not appear"
+        return f"{self.claim.words}, {self.column}: {said} ({self.seeds} of {self.of} seeds; asked {order})"
+
+
+def verdicts(plan: Plan, results: Results) -> list[Verdict]:
+    """Each claim of the plan, where all its numbers are there."""
+    found = []
+    for claim in plan.claims:
+        for column in claim.columns:
+            cells = [results["cells"].get(row, {}) for row in claim.rows]
+            seeds = sorted(set.intersection(*(set(cell) for cell in cells)), key=int)
+            lines = [[cell[seed]["values"].get(column) for cell in cells] for seed in seeds]
+            lines = [line for line in lines if None not in line]
+            if lines:
+                means = tuple(statistics.fmean(column_values) for column_values in zip(*lines, strict=True))
+                found.append(Verdict(claim, column, sum(map(_rises, lines)), len(lines), _rises(means), means))
+    return found
+
+
+def _rises(values: Sequence[float]) -> bool:
+    return all(one < other for one, other in itertools.pairwise(values))
