@@ -85,7 +85,7 @@ def test_a_recipe_speaks_of_its_own_rows_and_columns_and_of_all_the_papers_rows(
         rows = [network.name for network in plan.networks]
         columns = [column for table in plan.tables for column in table.columns]
         assert len(rows) == len(set(rows)) and len(columns) == len(set(columns))
-        slugs = [runner._slug(row) for row in rows]
+        slugs = [runner.slug(row) for row in rows]
         assert len(slugs) == len(set(slugs)), "two networks would share a checkpoint"
         for table in plan.tables:
             assert all(set(row) <= set(table.columns) for row in table.paper.values())

@@ -87,14 +87,28 @@ def run(
     return one.results
 
 
+def settings_of(recipe: Recipe, plan: Plan) -> dict[str, Any]:
+    """What of a recipe makes its results what they are, in JSON's words."""
+    unsaid = dataclasses.replace(plan, seeds=0, tables=(), claims=(), time="", note="")
+    return {
+        "recipe": recipe.name,
+        "title": recipe.title,
+        "citation": recipe.paper,
+        "epochs": plan.training.epochs,
+        "plan": described(unsaid),
+        "measures": [described(measure) for table in plan.tables for measure in table.measures],
+    }
+
+
 def report(plan: Plan, results: Results) -> str:
-    """The heading, the tables, and whether the paper's orders are in them."""
-    parts = [heading(results), *(terminal(table, plan, results) for table in plan.tables)]
+    """The heading, the tables, whether the paper's orders are in them, and the time."""
+    parts = [heading(plan, results), *(terminal(table, plan, results) for table in plan.tables)]
     claims = [f"- {verdict}" for verdict in verdicts(plan, results)]
-    return "\n\n".join([*parts, *(["\n".join(["What the paper says:", *claims])] if claims else []), _times(results)])
+    return "\n\n".join([*parts, *(["\n".join(["What the paper says:", *claims])] if claims else []), times(results)])
 
 
-def _times(results: Results) -> str:
+def times(results: Results) -> str:
+    """How long training and measuring took, all networks and seeds together."""
     cells = [cell for row in results["cells"].values() for cell in row.values()]
     trained, measured = (sum(cell[name] for cell in cells) for name in ("train_seconds", "measure_seconds"))
     return f"Time: {trained:.0f} s of training, {measured:.0f} s of attacks and other measurements."
@@ -136,19 +150,12 @@ class _Run:
     def start(self, paper: bool) -> None:
         """Take what an earlier run of the same kind has left, or begin."""
         settings = {
-            "recipe": self.recipe.name,
-            "title": self.recipe.title,
-            "citation": self.recipe.paper,
+            **settings_of(self.recipe, self.plan),
             "paper": paper,
             "fused": self.fused,
             "device": self.device,
             "data": self.images.source,
-            "epochs": self.plan.training.epochs,
             "images": min(self.plan.images, len(self.images.test[0])),
-            "time": self.plan.time,
-            "networks": [network.name for network in self.plan.networks],
-            "plan": described(dataclasses.replace(self.plan, seeds=0, tables=(), claims=(), time="", note="")),
-            "measures": [described(measure) for table in self.plan.tables for measure in table.measures],
         }
         path = self.folder / "results.json"
         if path.exists():
@@ -177,7 +184,7 @@ class _Run:
     def show(self) -> None:
         """Write the tables and plots of what there is."""
         for table in self.plan.tables:
-            path = self.folder / f"{_slug(table.name)}.csv"
+            path = self.folder / f"{slug(table.name)}.csv"
             write_text(path, csv_text(table, self.plan, self.results))
             draw(table, self.plan, self.results, path.with_suffix(".png"))
 
@@ -216,7 +223,7 @@ class _Run:
         model = nn.Sequential(Normalized(images.train[0]), body)
         if self.fused:
             fuse(model)
-        path = self.folder / f"{_slug(network.name)}-seed-{seed}.pt"
+        path = self.folder / f"{slug(network.name)}-seed-{seed}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
         trainer = Trainer(
             model,
@@ -243,5 +250,6 @@ def _schedule(training: Training) -> Callable[..., MultiStepLR] | None:
     return partial(MultiStepLR, milestones=list(training.milestones), gamma=training.factor)
 
 
-def _slug(name: str) -> str:
+def slug(name: str) -> str:
+    """A name as a part of a file's: "table-1"."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

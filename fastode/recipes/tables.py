@@ -101,18 +101,17 @@ def csv_text(table: Table, plan: Plan, results: Results) -> str:
     return out.getvalue()
 
 
-def heading(results: Results) -> str:
-    """What was run, in a sentence or two, with how far it is the paper's."""
-    settings = results["settings"]
-    seeds = settings["seeds"]
-    size = "the paper's size" if settings["paper"] else "quick size, not the paper's"
+def heading(plan: Plan, results: Results) -> str:
+    """What was run, and how far it is the paper's experiment."""
+    settings, seeds = results["settings"], results["settings"]["seeds"]
+    size = "The paper's size" if settings["paper"] else "Quick size, not the paper's"
     blocks = "fused blocks" if settings["fused"] else "reference blocks"
-    return (
-        f"{settings['recipe']}: {settings['title']} ({settings['citation']}).\n"
-        f"{size[0].upper()}{size[1:]}: {settings['data']}; {settings['epochs']} epochs, "
-        f"{settings['images']} images attacked, {seeds} {'seed' if seeds == 1 else 'seeds'}, {blocks} on "
-        f"{settings['device']}. {settings['time']}"
-    )
+    lines = [
+        f"{settings['recipe']}: {settings['title']} ({settings['citation']}).",
+        f"{size}: {settings['data']}; {settings['epochs']} epochs, {settings['images']} images attacked, "
+        f"{seeds} {'seed' if seeds == 1 else 'seeds'}, {blocks} on {settings['device']}. {plan.time}",
+    ]
+    return "\n".join([*lines, *([plan.note] if plan.note else [])])
 
 
 @dataclass(frozen=True)

