@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastode.recipes import RECIPES
-from fastode.recipes.plan import Plan, Recipe
+from fastode.recipes.plan import Plan, Recipe, Table
 from fastode.recipes.plots import draw
 from fastode.recipes.runner import settings_of, slug
 from fastode.recipes.tables import markdown, mean_of, values_of, verdicts
@@ -117,12 +117,13 @@ def report(pages: Path = experiments.PAGES, records: Path = experiments.RECORDS)
     for number, paper in PAPERS.items():
         lines = [f"# Paper {number}: {paper.title}", "", f"{paper.claims} ([the paper](papers.md))", ""]
         lines += [f"**What is here.** {paper.here}", "", "**What came out**, at the quick size:"]
-        for recipe in _of(number):
+        for recipe in of_paper(number):
             lines += section(recipe, record_of(recipe.name, records), pages)
         experiments.write_page(f"paper-{number}", "\n".join([*lines, ""]), pages)
 
 
-def _of(number: str) -> list[Recipe]:
+def of_paper(number: str) -> list[Recipe]:
+    """The recipes of a paper."""
     return [recipe for name, recipe in RECIPES.items() if name.startswith(number)]
 
 
@@ -154,7 +155,7 @@ def section(recipe: Recipe, path: Path, pages: Path) -> list[str]:
     for table in plan.tables:
         lines += ["", f"{table.name}, {table.title} ({table.unit}). {table.note}".rstrip(), ""]
         lines += markdown(table, plan, results)
-        picture = pages / f"recipe-{recipe.name}-{slug(table.name)}.png"
+        picture = _picture(recipe, table, pages)
         if table.axis:
             draw(table, plan, results, picture, experiments.mark_of([path]))
             lines += ["", f"![{table.name}]({picture.name})"]
@@ -167,6 +168,15 @@ def section(recipe: Recipe, path: Path, pages: Path) -> list[str]:
         *_beside(plan, record),
         f"Made on {experiments.made_on(record['fused header'])}, beside other work.",
     ]
+
+
+def pictures(recipe: Recipe, pages: Path) -> list[Path]:
+    """The files of a recipe's plots."""
+    return [_picture(recipe, table, pages) for table in recipe.plan(False, False).tables if table.axis]
+
+
+def _picture(recipe: Recipe, table: Table, pages: Path) -> Path:
+    return pages / f"recipe-{recipe.name}-{slug(table.name)}.png"
 
 
 def _settings(plan: Plan, results: dict[str, Any]) -> str:

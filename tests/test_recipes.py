@@ -9,56 +9,20 @@ import os
 import re
 import statistics
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from recipe_cases import CLEAN, FGSM, RECIPE, TINY, digits
 from torch import Tensor, nn
 
 from fastode import attacks, nets, recipes, training
-from fastode.recipes import Claim, Images, Network, Plan, Recipe, Table, Training, measures, runner, tables
+from fastode.recipes import Plan, Table, measures, runner, tables
 from fastode.recipes.__main__ import listing, main
 from fastode.recipes.plan import described
 
 SIZES = [(paper, colour) for paper in (False, True) for colour in (False, True)]
-
-
-def digits(seed: int = 0) -> Images:
-    """Two classes of 12×12 images: bright rows or bright columns, and noise."""
-    random = torch.Generator().manual_seed(seed)
-
-    def part(count: int) -> tuple[Tensor, Tensor]:
-        labels = torch.arange(count) % 2
-        images = 0.5 * torch.rand(count, 1, 12, 12, generator=random)
-        for image, label in zip(images, labels.tolist(), strict=True):
-            (image[0].T if label else image[0])[::3] += 0.4
-        return images, labels
-
-    return Images(part(64), part(32), "stripes")
-
-
-def adam(**options: Any) -> Any:
-    return partial(torch.optim.Adam, **options)
-
-
-CLEAN, FGSM = measures.Clean(), measures.Attacked("FGSM", "fgsm", {"eps": 0.1})
-TINY = Plan(
-    data="stripes",
-    networks=(
-        Network("res", partial(nets.sspnet_mnist, "res", n=1, width=4, norm="layer"), paper="ResNet"),
-        Network("ssp3", partial(nets.sspnet_mnist, "ssp3", n=1, width=4, norm="layer")),
-    ),
-    training=Training(training.natural, 2, 8, adam(lr=0.02), milestones=(1,), factor=0.5),
-    tables=(Table("Table 1", "tiny", (CLEAN, FGSM), {"ResNet": {"FGSM": 50.0}}),),
-    images=32,
-    batch=16,
-    seeds=2,
-    time="A second.",
-    claims=(Claim("SSP is more robust", "Table 1", ("FGSM",), ("res", "ssp3")),),
-)
-RECIPE = Recipe("tiny", "nobody, 2026", "a tiny one", lambda paper, colour: TINY)
 
 
 def run(folder: Path, plan: Plan = TINY, **options: Any) -> recipes.runner.Results:
@@ -289,6 +253,12 @@ def test_the_papers_size_wants_images(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_a_card_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^device must be 'cpu' here, got 'cuda', and torch sees no CUDA device$"):
         run(tmp_path, device="cuda")
+
+
+def test_one_of_several_processes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    with pytest.raises(ValueError, match="^a recipe must run in one process, got one of several"):
+        run(tmp_path)
 
 
 def test_a_missing_library_is_named_before_anything_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

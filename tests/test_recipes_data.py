@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import os
 import re
 import tarfile
 import urllib.request
@@ -151,6 +152,8 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another file": (lambda path: path.write_bytes(b"abc") and path, "{path} with 3 bytes"),
     "no .npz file": (lambda path: (path.with_suffix(".npz").write_bytes(b"abc"), path.with_suffix(".npz"))[1],
                      "data must be an .npz file, got {path}.npz, which cannot be read"),
+    "an .npz file is cut": (lambda path: (keras(path.with_suffix(".npz")), os.truncate(path.with_suffix(".npz"), 9000),
+                                          path.with_suffix(".npz"))[2], "got {path}.npz, which cannot be read"),
     "a name is missing": (lambda path: keras(path.with_suffix(".npz"), y_test=None), "got {path}.npz without y_test"),
     "floats": (lambda path: keras(path.with_suffix(".npz"), x_train=numpy.zeros((6, 32, 32, 3))),
                "x_train must be uint8 [N, H, W] or [N, H, W, C], got float64 [6, 32, 32, 3] in {path}.npz"),

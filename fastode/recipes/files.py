@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import math
+import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,15 +93,15 @@ def _keras(path: Path) -> Found:
         raise ImportError('an .npz file needs numpy: pip install "fastode[recipes]"') from None
     wanted = ("x_train", "y_train", "x_test", "y_test")
     try:
+        with zipfile.ZipFile(path):  # numpy would take other files for other things
+            pass
         with numpy.load(path, allow_pickle=False) as file:
-            missing = [name for name in wanted if name not in file]
-            if missing:
-                raise ValueError(f"data must be an .npz file with {', '.join(wanted)}, got {path} without {missing[0]}")
-            arrays = {name: file[name] for name in wanted}
-    except (ValueError, OSError, EOFError) as error:
-        if "data must" in str(error):
-            raise
+            arrays = {name: file[name] for name in wanted if name in file}
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"data must be an .npz file, got {path}, which cannot be read: {error}") from None
+    missing = [name for name in wanted if name not in arrays]
+    if missing:
+        raise ValueError(f"data must be an .npz file with {', '.join(wanted)}, got {path} without {missing[0]}")
     parts = {}
     for name in ("train", "test"):
         x, y = arrays[f"x_{name}"], arrays[f"y_{name}"].reshape(-1)

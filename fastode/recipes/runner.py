@@ -71,6 +71,8 @@ def run(
         images = _shipped((plan or recipe.plan(paper, False)).data)
     plan = plan or recipe.plan(paper, images.channels > 1)
     plan = _changed(plan, epochs, seeds)
+    if torch.distributed.is_torchelastic_launched():
+        raise ValueError("a recipe must run in one process, got one of several that torchrun started")
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():

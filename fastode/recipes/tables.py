@@ -137,7 +137,8 @@ class Verdict:
     def __str__(self) -> str:
         order = " < ".join(f"{row} ({value:.2f})" for row, value in zip(self.claim.rows, self.values, strict=True))
         said = "appears" if self.in_mean else "does not appear"
-        return f"{self.claim.words}, {self.column}: {said} ({self.seeds} of {self.of} seeds; asked {order})"
+        seeds = f"{self.seeds} of {self.of} {'seed' if self.of == 1 else 'seeds'}"
+        return f"{self.claim.words}, {self.column}: {said} ({seeds}; asked {order})"
 
 
 def verdicts(plan: Plan, results: Results) -> list[Verdict]:

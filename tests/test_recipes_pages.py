@@ -1,0 +1,58 @@
+"""The recorded recipes and their pages: a record has both kinds of blocks, and every page is that of its records."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from recipe_cases import RECIPE, TINY, digits
+
+from benchmarks import experiments, recipes, recipes_page
+from fastode.recipes import RECIPES, Network, Recipe, data
+
+SMALL = replace(TINY, networks=TINY.networks[:1], training=replace(TINY.training, epochs=1), seeds=1, claims=())
+
+
+def test_a_record_has_both_runs_and_its_page_their_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(data.OFFLINE, "stripes", digits)
+    recipe, path = replace(RECIPE, plan=lambda paper, colour: SMALL), tmp_path / "record.json"
+    for blocks in recipes_page.BLOCKS:
+        recipes.record(recipe, blocks, tmp_path / "work", path)
+    found = experiments.load(path)
+    assert (found["fused"]["settings"]["fused"], found["reference"]["settings"]["fused"]) == (True, False)
+    text = "\n".join(recipes_page.section(recipe, path, tmp_path))
+    assert "## tiny: a tiny one" in text and "| res |" in text and "one seed (0)" in text
+    assert "times as long. The two tables differ by" in text and "changed since" not in text
+    assert experiments.mark_of([path]).encode() in (tmp_path / "recipe-tiny-table-1.png").read_bytes()
+    other = replace(SMALL, networks=(Network("res", SMALL.networks[0].make.func),))  # type: ignore[attr-defined]
+    text = "\n".join(recipes_page.section(replace(RECIPE, plan=lambda paper, colour: other), path, tmp_path))
+    assert "**The recipe has changed since: these numbers are of an earlier form.**" in text
+
+
+def test_a_recipe_without_a_record_says_so(tmp_path: Path) -> None:
+    recipes_page.report(tmp_path, tmp_path)
+    text = (tmp_path / "recipes.md").read_text()
+    assert text.count("| not recorded |") == len(RECIPES) == 8
+    assert "Not recorded yet. `python -m fastode.recipes run 003-table4`" in (tmp_path / "paper-003.md").read_text()
+
+
+def test_every_recipe_has_a_paper_with_a_page() -> None:
+    assert {name[:3] for name in RECIPES} == set(recipes_page.PAPERS)
+    assert all(isinstance(recipe, Recipe) for number in recipes_page.PAPERS for recipe in recipes_page.of_paper(number))
+
+
+def test_the_pages_are_those_of_the_records(tmp_path: Path) -> None:
+    recipes_page.report(tmp_path)
+    for page in tmp_path.glob("*.md"):
+        assert page.read_text() == (experiments.PAGES / page.name).read_text(), (
+            f"{page.name}: python -m benchmarks.recipes"
+        )
+    drawn = {picture.name for picture in tmp_path.glob("*.png")}
+    assert drawn == {picture.name for picture in experiments.PAGES.glob("recipe-*.png")}
+    for name, recipe in RECIPES.items():
+        path = recipes_page.record_of(name)
+        if path.exists():
+            mark = experiments.mark_of([path]).encode()
+            pictures = [each for each in recipes_page.pictures(recipe, experiments.PAGES) if each.name in drawn]
+            assert pictures and all(mark in picture.read_bytes() for picture in pictures)
