@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any
@@ -172,14 +171,6 @@ def compared() -> list[dict[str, Any]]:
     return rows
 
 
-def processor_time(run: Callable[[], object], repeats: int) -> float:
-    """Seconds of the processor per call: with one thread, what other processes do meanwhile does not count."""
-    start = time.process_time()
-    for _ in range(repeats):
-        run()
-    return (time.process_time() - start) / repeats
-
-
 def timed(steps: int, batch: int) -> dict[str, Any]:
     """PGD by us on the fused network, its input gradients alone, and torchattacks on both eager layouts.
 
@@ -216,7 +207,7 @@ def timed(steps: int, batch: int) -> dict[str, Any]:
         "torchattacks eager": rival(plain, images),
         "torchattacks eager-cl": rival(channels_last, last),
     }
-    times = timing.interleave(runs, processor_time, seconds=0.0, rounds=(ROUNDS, ROUNDS), warm=1)
+    times = timing.interleave(runs, timing.processor_time, seconds=0.0, rounds=(ROUNDS, ROUNDS), warm=1)
     if times.errors:
         raise SystemExit(str(times.errors))
     better = min((name for name in runs if "torchattacks" in name), key=lambda name: times.spread(name).median)

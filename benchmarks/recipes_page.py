@@ -10,7 +10,7 @@ from fastode.recipes import RECIPES
 from fastode.recipes.plan import Plan, Recipe, Table
 from fastode.recipes.plots import draw
 from fastode.recipes.runner import settings_of, slug
-from fastode.recipes.tables import markdown, mean_of, values_of, verdicts
+from fastode.recipes.tables import markdown, mean_of, said, values_of, verdicts
 
 from . import experiments
 from .printing import markdown_table
@@ -138,7 +138,7 @@ def index(records: Path) -> list[str]:
         came = f"{sum(each.in_mean for each in found)} of {len(found)}" if found else "not recorded"
         lines.append([f"`{name}`", page, tables, plan.data, plan.time.removesuffix(" on two cores."), came])
     head = ("recipe", "paper", "tables", "quick data", "two cores", "orders that appear")
-    return markdown_table(head, lines, left=6, last="---")
+    return markdown_table(head, lines, left=5, last="---")
 
 
 def section(recipe: Recipe, path: Path, pages: Path) -> list[str]:
@@ -159,9 +159,8 @@ def section(recipe: Recipe, path: Path, pages: Path) -> list[str]:
         if table.axis:
             draw(table, plan, results, picture, experiments.mark_of([path]))
             lines += ["", f"![{table.name}]({picture.name})"]
-    found = verdicts(plan, results)
-    lines += ["", "The paper's orders:", ""]
-    lines += [f"- {verdict}." for verdict in found] or ["- none can be judged yet."]
+    lines += ["", "The paper's orders, in the means over seeds:", ""]
+    lines += [f"- {line}." for line in said(plan, results)] or ["- none can be judged yet."]
     return [
         *lines,
         "",
@@ -190,23 +189,32 @@ def _settings(plan: Plan, results: dict[str, Any]) -> str:
     )
 
 
-def _seconds(results: dict[str, Any]) -> float:
+def _processor(results: dict[str, Any]) -> str:
     cells = [cell for row in results["cells"].values() for cell in row.values()]
-    return sum(cell["train_seconds"] + cell["measure_seconds"] for cell in cells)
+    seconds = [cell.get("processor_seconds") for cell in cells]
+    if None in seconds:
+        return ""
+    return f"It took {sum(seconds) / 60:.1f} minutes of one core. "
 
 
 def _beside(plan: Plan, record: dict[str, Any]) -> list[str]:
-    """The reference's run: how far its table is, and its time."""
-    if "reference" not in record:
-        return [f"Fused: {_seconds(record['fused']):.0f} s. Not run with the reference blocks."]
-    farthest, where = 0.0, ""
-    for network in plan.networks:
-        for column in (column for table in plan.tables for column in table.columns):
-            one, other = (mean_of(values_of(record[blocks], network.name, column)) for blocks in BLOCKS)
-            if one is not None and other is not None and abs(one - other) >= farthest:
-                farthest, where = abs(one - other), f"{network.name}, {column}"
-    fused, reference = (_seconds(record[blocks]) for blocks in BLOCKS)
-    return [
-        f"Fused: {fused:.0f} s; with the reference blocks {reference:.0f} s, {reference / fused:.2f} times as long. "
-        f"The two tables differ by {farthest:.2f} at most ({where})."
-    ]
+    """How far the reference blocks' table is, and how much longer they take."""
+    lines = []
+    if "reference" in record:
+        farthest, where = 0.0, ""
+        for network in plan.networks:
+            for column in (column for table in plan.tables for column in table.columns):
+                one, other = (mean_of(values_of(record[blocks], network.name, column)) for blocks in BLOCKS)
+                if one is not None and other is not None and abs(one - other) >= farthest:
+                    farthest, where = abs(one - other), f"{network.name}, {column}"
+        lines.append(f"With the reference blocks the means differ by {farthest:.2f} at most ({where}).")
+    if "times" in record:
+        ratios = [
+            f"{name} {' and '.join(f'{ratio[0]:.2f} ({what})' for what, ratio in found.items())}"
+            for name, found in record["times"]["networks"].items()
+        ]
+        lines.append(
+            f"Fused, a step of training and an attack are so many times as fast as with the reference blocks, in "
+            f"{record['times']['rounds']} turns on one thread, by processor time: {'; '.join(ratios)}."
+        )
+    return lines

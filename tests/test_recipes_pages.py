@@ -14,16 +14,23 @@ from fastode.recipes import RECIPES, Network, Recipe, data
 SMALL = replace(TINY, networks=TINY.networks[:1], training=replace(TINY.training, epochs=1), seeds=1, claims=())
 
 
-def test_a_record_has_both_runs_and_its_page_their_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_record_has_both_runs_and_its_page_says_how_far_they_are_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(data.OFFLINE, "stripes", digits)
     recipe, path = replace(RECIPE, plan=lambda paper, colour: SMALL), tmp_path / "record.json"
     for blocks in recipes_page.BLOCKS:
         recipes.record(recipe, blocks, tmp_path / "work", path)
     found = experiments.load(path)
     assert (found["fused"]["settings"]["fused"], found["reference"]["settings"]["fused"]) == (True, False)
+    times = recipes.timed(recipe, digits(), rounds=1)
+    assert list(times) == ["res"] and list(times["res"]) == ["training", "FGSM"]
+    assert all(0 < low <= middle <= high for middle, low, high in times["res"].values())
+    experiments.save(path, {**found, "times": {"networks": times, "rounds": 1}})
     text = "\n".join(recipes_page.section(recipe, path, tmp_path))
     assert "## tiny: a tiny one" in text and "| res |" in text and "one seed (0)" in text
-    assert "times as long. The two tables differ by" in text and "changed since" not in text
+    assert "With the reference blocks the means differ by" in text and "changed since" not in text
+    assert f"res {times['res']['FGSM'][0]:.2f} (FGSM) and {times['res']['training'][0]:.2f} (training)" in text
     assert experiments.mark_of([path]).encode() in (tmp_path / "recipe-tiny-table-1.png").read_bytes()
     other = replace(SMALL, networks=(Network("res", SMALL.networks[0].make.func),))  # type: ignore[attr-defined]
     text = "\n".join(recipes_page.section(replace(RECIPE, plan=lambda paper, colour: other), path, tmp_path))

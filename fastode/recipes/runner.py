@@ -22,7 +22,7 @@ from .data import OFFLINE, Batches, Images, Normalized
 from .plan import Network, Plan, Recipe, Training, described
 from .plots import draw
 from .records import write_json, write_text
-from .tables import Results, csv_text, heading, terminal, verdicts
+from .tables import Results, csv_text, heading, said, terminal
 
 __all__ = ["run"]
 
@@ -105,8 +105,9 @@ def settings_of(recipe: Recipe, plan: Plan) -> dict[str, Any]:
 def report(plan: Plan, results: Results) -> str:
     """The heading, the tables, whether the paper's orders are in them, and the time."""
     parts = [heading(plan, results), *(terminal(table, plan, results) for table in plan.tables)]
-    claims = [f"- {verdict}" for verdict in verdicts(plan, results)]
-    return "\n\n".join([*parts, *(["\n".join(["What the paper says:", *claims])] if claims else []), times(results)])
+    claims = [f"- {line}" for line in said(plan, results)]
+    orders = ["\n".join(["The paper's orders, in the means over seeds:", *claims])] if claims else []
+    return "\n\n".join([*parts, *orders, times(results)])
 
 
 def times(results: Results) -> str:
@@ -202,6 +203,7 @@ class _Run:
         if not left:
             self.say(f"{network.name}, seed {seed}: done before")
             return
+        processor = time.process_time() - cell.get("processor_seconds", 0.0)
         model = self.trained(network, seed, cell)
         pixels, classes = (part[: self.plan.images].to(self.device) for part in self.images.test)
         model.eval().requires_grad_(False)
@@ -210,6 +212,7 @@ class _Run:
             generator = torch.Generator().manual_seed(seed)
             cell["values"].update(measure(model, pixels, classes, generator, self.plan.batch))
             cell["measure_seconds"] += time.monotonic() - begin
+            cell["processor_seconds"] = time.process_time() - processor
             self.save()
         self.show()
         shown = (

@@ -106,7 +106,7 @@ def _table2(paper: bool, colour: bool) -> Plan:
     quick = Training(training.natural, 4, 50, SGD, milestones=(3,), images=2000)
     return Plan("digits", tuple(networks), quick, tables, 100, 50, 1, "Eight minutes on two cores.", tuple(claims),
                 "SOBlock's network is ResNet10 of width 16 in place of WideResNet-34-10; PGD-100 stands for "
-                "PGD-1000.")  # fmt: skip
+                "PGD-1000; ε = 0.1 for grey images.")  # fmt: skip
 
 
 TABLE2 = Recipe("003-table2", PAPER, "solvers under PGD, and the steps that they take", _table2)

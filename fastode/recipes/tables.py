@@ -12,7 +12,7 @@ from typing import Any
 
 from .plan import Claim, Network, Plan, Table
 
-__all__ = ["Verdict", "csv_text", "heading", "markdown", "mean_of", "spread_of", "terminal", "verdicts"]
+__all__ = ["Verdict", "csv_text", "heading", "markdown", "mean_of", "said", "spread_of", "terminal", "verdicts"]
 
 Results = dict[str, Any]
 Value = float | str
@@ -101,15 +101,19 @@ def csv_text(table: Table, plan: Plan, results: Results) -> str:
     return out.getvalue()
 
 
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
 def heading(plan: Plan, results: Results) -> str:
     """What was run, and how far it is the paper's experiment."""
-    settings, seeds = results["settings"], results["settings"]["seeds"]
+    settings = results["settings"]
     size = "The paper's size" if settings["paper"] else "Quick size, not the paper's"
     blocks = "fused blocks" if settings["fused"] else "reference blocks"
     lines = [
         f"{settings['recipe']}: {settings['title']} ({settings['citation']}).",
-        f"{size}: {settings['data']}; {settings['epochs']} epochs, {settings['images']} images attacked, "
-        f"{seeds} {'seed' if seeds == 1 else 'seeds'}, {blocks} on {settings['device']}. {plan.time}",
+        f"{size}: {settings['data']}; {_counted(settings['epochs'], 'epoch')}, {settings['images']} images attacked, "
+        f"{_counted(settings['seeds'], 'seed')}, {blocks} on {settings['device']}. {plan.time}",
     ]
     return "\n".join([*lines, *([plan.note] if plan.note else [])])
 
@@ -135,10 +139,7 @@ class Verdict:
     values: tuple[float, ...]
 
     def __str__(self) -> str:
-        order = " < ".join(f"{row} ({value:.2f})" for row, value in zip(self.claim.rows, self.values, strict=True))
-        said = "appears" if self.in_mean else "does not appear"
-        seeds = f"{self.seeds} of {self.of} {'seed' if self.of == 1 else 'seeds'}"
-        return f"{self.claim.words}, {self.column}: {said} ({seeds}; asked {order})"
+        return f"{self.column} {'yes' if self.in_mean else 'no'} ({self.seeds} of {_counted(self.of, 'seed')})"
 
 
 def verdicts(plan: Plan, results: Results) -> list[Verdict]:
@@ -158,3 +159,11 @@ def verdicts(plan: Plan, results: Results) -> list[Verdict]:
 
 def _rises(values: Sequence[float]) -> bool:
     return all(one < other for one, other in itertools.pairwise(values))
+
+
+def said(plan: Plan, results: Results) -> list[str]:
+    """A line for each claim: for each column whether the means over the seeds have the order, and how many seeds do."""
+    lines: dict[str, list[str]] = {}
+    for verdict in verdicts(plan, results):
+        lines.setdefault(verdict.claim.words, []).append(str(verdict))
+    return [f"{words}: {', '.join(found)}" for words, found in lines.items()]
