@@ -200,6 +200,13 @@ def test_a_folder_of_another_run_is_not_gone_on_with(
     with pytest.raises(ValueError, match="of one with another measures"):
         run(folder, stronger)
     assert (folder / "results.json").read_text() == before
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "res-seed-0.pt").write_bytes(b"")
+    with pytest.raises(
+        ValueError, match=r"^folder must have the results\.json of its checkpoints, got .* with res-seed-0\.pt"
+    ):
+        run(alone)
     (tmp_path / "results.json").write_text("{")
     with pytest.raises(
         ValueError, match=r"^folder must have results of a recipe, got .*results\.json, which cannot be"
@@ -212,6 +219,7 @@ def test_more_seeds_add_to_a_run(finished: tuple[Path, recipes.runner.Results], 
     one = run(tmp_path, small, seeds=1)
     two = run(tmp_path, small, seeds=2)
     assert one["cells"]["res"]["0"] == two["cells"]["res"]["0"] and set(two["cells"]["res"]) == {"0", "1"}
+    assert run(tmp_path, small, seeds=1)["settings"]["seeds"] == 2, "the table has both"
 
 
 def test_a_disk_that_is_full_leaves_what_was_there(

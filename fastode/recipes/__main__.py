@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..dispatch.engines import REFERENCE
+from ..solver import SolveError
 from . import RECIPES, data
 from .download import SOURCES, download
 from .plan import Recipe
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             seeds=chosen.seeds,
             device=chosen.device,
         )
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, SolveError) as error:
         return _failed(str(error))
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)

@@ -176,8 +176,15 @@ class _Run:
                     "name another folder, or move it away"
                 )
         else:
+            left = sorted(each.name for each in self.folder.glob("*.pt"))
+            if left:  # which could be of other settings, and would be gone on with
+                raise ValueError(
+                    f"folder must have the results.json of its checkpoints, got {self.folder} with {left[0]} alone: "
+                    "name another folder, or move it away"
+                )
             self.results = {"cells": {}}
-        self.results["settings"] = {**settings, "seeds": self.plan.seeds}
+        seeds = max([self.plan.seeds, *(len(row) for row in self.results["cells"].values())])
+        self.results["settings"] = {**settings, "seeds": seeds}
         self.save()
 
     def save(self) -> None:
