@@ -72,6 +72,10 @@ PAPERS = {
         "growth ratios and Burgers' equation as [measurements](stability.md).",
     ),
 }
+ORDERS = (
+    "The paper's orders; yes or no where a difference is more than twice its standard error over the seeds, or with one "
+    "seed by that one:"
+)
 INDEX = """\
 # Recipes
 
@@ -135,9 +139,11 @@ def index(records: Path) -> list[str]:
         tables = ", ".join(table.name for table in plan.tables)
         page = f"[paper {name[:3]}](paper-{name[:3]}.md)"
         found = verdicts(plan, record["fused"]) if "fused" in record else []
-        came = f"{sum(each.in_mean for each in found)} of {len(found)}" if found else "not recorded"
+        words = [each.word for each in found]
+        came = ", ".join(f"{words.count(word)} {word}" for word in ("yes", "no", "undecided") if word in words)
+        came = came or "not recorded"
         lines.append([f"`{name}`", page, tables, plan.data, plan.time.removesuffix(" on two cores."), came])
-    head = ("recipe", "paper", "tables", "quick data", "two cores", "orders that appear")
+    head = ("recipe", "paper", "tables", "quick data", "two cores", "the paper's orders")
     return markdown_table(head, lines, left=5, last="---")
 
 
@@ -159,7 +165,11 @@ def section(recipe: Recipe, path: Path, pages: Path) -> list[str]:
         if table.axis:
             draw(table, plan, results, picture, experiments.mark_of([path]))
             lines += ["", f"![{table.name}]({picture.name})"]
-    lines += ["", "The paper's orders, in the means over seeds:", ""]
+    lines += [
+        "",
+        "The paper's orders (yes or no where the difference is more than twice its standard error over the seeds):",
+        "",
+    ]
     lines += [f"- {line}." for line in said(plan, results)] or ["- none can be judged yet."]
     return [
         *lines,

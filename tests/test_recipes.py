@@ -295,19 +295,33 @@ def test_the_command_runs_a_recipe_and_says_what_is_wrong(
     assert main([]) == 0 and "tiny" in capsys.readouterr().out
 
 
-def test_an_order_appears_in_the_mean_and_in_so_many_seeds() -> None:
-    def cells(*values: float) -> dict[str, Any]:
+@pytest.mark.parametrize(
+    ("ssp3", "seeds", "word"),
+    [
+        ((15.0, 26.0, 34.0), 3, "yes"),
+        ((5.0, 16.0, 24.0), 0, "no"),
+        ((15.0, 19.0, 40.0), 2, "undecided"),
+        ((10.0, 20.0, 30.0), 0, "undecided"),
+        ((11.0,), 1, "yes"),
+        ((10.0,), 0, "no"),
+        ((9.0,), 0, "no"),
+    ],
+)
+def test_an_order_is_there_or_not_or_undecided(ssp3: tuple[float, ...], seeds: int, word: str) -> None:
+    def cells(values: tuple[float, ...]) -> dict[str, Any]:
         return {str(seed): {"values": {"FGSM": value}} for seed, value in enumerate(values)}
 
-    results = {"cells": {"res": cells(10.0, 20.0, 30.0), "ssp3": cells(15.0, 19.0, 40.0)}}
+    results = {"cells": {"res": cells((10.0, 20.0, 30.0)), "ssp3": cells(ssp3)}}
     (found,) = tables.verdicts(TINY, results)
-    assert (found.seeds, found.of, found.in_mean) == (2, 3, True)
-    assert tables.said(TINY, results) == ["SSP is more robust: FGSM yes (2 of 3 seeds)"]
-    del results["cells"]["ssp3"]["1"], results["cells"]["ssp3"]["2"]
-    results["cells"]["ssp3"]["0"]["values"]["FGSM"] = 10.0
-    (found,) = tables.verdicts(TINY, results)
-    assert (found.seeds, found.of, found.in_mean) == (0, 1, False), "equal is not more"
-    assert str(found) == "FGSM no (0 of 1 seed)"
+    assert (found.seeds, found.of, found.word) == (seeds, len(ssp3), word)
+    count = "1 seed" if len(ssp3) == 1 else f"{len(ssp3)} seeds"
+    assert tables.said(TINY, results) == [f"SSP is more robust: FGSM {word} ({seeds} of {count})"]
+
+
+def test_an_order_of_three_is_there_only_if_both_steps_are() -> None:
+    assert tables._word([[1.0, 2.0], [1.1, 2.0]]) == "yes"
+    assert tables._word([[1.0, -2.0], [1.1, -2.0]]) == "no"
+    assert tables._word([[1.0, -2.0], [1.1, 2.5]]) == "undecided"
 
 
 class Pushes:

@@ -106,7 +106,7 @@ def report(plan: Plan, results: Results) -> str:
     """The heading, the tables, whether the paper's orders are in them, and the time."""
     parts = [heading(plan, results), *(terminal(table, plan, results) for table in plan.tables)]
     claims = [f"- {line}" for line in said(plan, results)]
-    orders = ["\n".join(["The paper's orders, in the means over seeds:", *claims])] if claims else []
+    orders = ["\n".join(["The paper's orders:", *claims])] if claims else []
     return "\n\n".join([*parts, *orders, times(results)])
 
 

@@ -127,19 +127,18 @@ class Verdict:
         column: of the table.
         seeds: in how many of them it is.
         of: how many there are.
-        in_mean: whether the means over the seeds have it.
-        values: the means.
+        word: "yes" or "no" where every step of the order is larger than twice its standard error over the seeds, or one
+            goes the other way by as much; else "undecided". With one seed it is that seed's.
     """
 
     claim: Claim
     column: str
     seeds: int
     of: int
-    in_mean: bool
-    values: tuple[float, ...]
+    word: str
 
     def __str__(self) -> str:
-        return f"{self.column} {'yes' if self.in_mean else 'no'} ({self.seeds} of {_counted(self.of, 'seed')})"
+        return f"{self.column} {self.word} ({self.seeds} of {_counted(self.of, 'seed')})"
 
 
 def verdicts(plan: Plan, results: Results) -> list[Verdict]:
@@ -150,19 +149,28 @@ def verdicts(plan: Plan, results: Results) -> list[Verdict]:
             cells = [results["cells"].get(row, {}) for row in claim.rows]
             seeds = sorted(set.intersection(*(set(cell) for cell in cells)), key=int)
             lines = [[cell[seed]["values"].get(column) for cell in cells] for seed in seeds]
-            lines = [line for line in lines if None not in line]
-            if lines:
-                means = tuple(statistics.fmean(column_values) for column_values in zip(*lines, strict=True))
-                found.append(Verdict(claim, column, sum(map(_rises, lines)), len(lines), _rises(means), means))
+            steps = [[b - a for a, b in itertools.pairwise(line)] for line in lines if None not in line]
+            if steps:
+                appears = sum(min(line) > 0 for line in steps)
+                found.append(Verdict(claim, column, appears, len(steps), _word(steps)))
     return found
 
 
-def _rises(values: Sequence[float]) -> bool:
-    return all(one < other for one, other in itertools.pairwise(values))
+def _word(steps: Sequence[Sequence[float]]) -> str:
+    """Of the steps of an order, a line for each seed."""
+    sizes = []  # of each step's mean, less or more its doubtful part
+    for values in zip(*steps, strict=True):
+        doubt = 2 * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+        mean = statistics.fmean(values)
+        sizes.append((mean - doubt, mean + doubt))
+    if all(low > 0 for low, _ in sizes):
+        return "yes"
+    alone = len(steps) == 1  # where a step of zero is none
+    return "no" if any(high < 0 or (alone and high <= 0) for _, high in sizes) else "undecided"
 
 
 def said(plan: Plan, results: Results) -> list[str]:
-    """A line for each claim: for each column whether the means over the seeds have the order, and how many seeds do."""
+    """A line for each claim: for each column whether the order is there, and in how many seeds."""
     lines: dict[str, list[str]] = {}
     for verdict in verdicts(plan, results):
         lines.setdefault(verdict.claim.words, []).append(str(verdict))
