@@ -73,8 +73,8 @@ PAPERS = {
     ),
 }
 ORDERS = (
-    "The paper's orders; yes or no where a difference is more than twice its standard error over the seeds, or with one "
-    "seed by that one:"
+    "The paper's orders; yes or no where a difference is more than twice its standard error over the seeds, or with "
+    "one seed by that one:"
 )
 INDEX = """\
 # Recipes
