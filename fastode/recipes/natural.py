@@ -32,7 +32,7 @@ def _table1(paper: bool, colour: bool) -> Plan:
     pgd = [Attacked(f"PGD {name}", "pgd", {"eps": radius, "step_size": 0.01, "steps": 40})
            for name, radius in radii.items()]  # fmt: skip
     measures: tuple[Measure, ...] = (Clean(), *fgsm, *pgd)
-    distances = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
+    distances = (2.0, 4.0, 6.0, 8.0, 10.0)
     options = {"steps": 1000, "step_size": 0.1, "source_step": 0.1}
     boundary = Distances("ε =", "boundary", distances, options, 1000 if paper else 40)
     columns = tuple(column for measure in measures for column in measure.columns)
