@@ -142,7 +142,7 @@ def index(records: Path) -> list[str]:
         words = [each.word for each in found]
         came = ", ".join(f"{words.count(word)} {word}" for word in ("yes", "no", "undecided") if word in words)
         came = came or "not recorded"
-        lines.append([f"`{name}`", page, tables, plan.data, plan.time.removesuffix(" on two cores."), came])
+        lines.append([f"`{name}`", page, tables, plan.data, plan.time.removesuffix("."), came])
     head = ("recipe", "paper", "tables", "quick data", "two cores", "the paper's orders")
     return markdown_table(head, lines, left=5, last="---")
 
@@ -167,7 +167,7 @@ def section(recipe: Recipe, path: Path, pages: Path) -> list[str]:
             lines += ["", f"![{table.name}]({picture.name})"]
     lines += [
         "",
-        "The paper's orders (yes or no where the difference is more than twice its standard error over the seeds):",
+        ORDERS,
         "",
     ]
     lines += [f"- {line}." for line in said(plan, results)] or ["- none can be judged yet."]

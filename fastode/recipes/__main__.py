@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def listing() -> str:
     """The recipes, each with its quick size."""
-    lines = ["Recipes; each has a quick size, offline, and the paper's (--paper):", ""]
+    lines = ["Recipes; each has a quick size, offline, whose time is that on two cores, and the paper's (--paper):", ""]
     for recipe in RECIPES.values():
         plan = recipe.plan(False, False)
         tables = ", ".join(table.name for table in plan.tables)

@@ -45,10 +45,10 @@ def _table1(paper: bool, colour: bool) -> Plan:
                     "of 35 epochs.")  # fmt: skip
     quick = Training(training.natural, 4, 64, SGD, milestones=(3,), factor=0.2)
     note = "Width 8 as the paper's; 4 epochs of batches of 64 in place of 35."
-    return Plan("digits", networks, quick, (table,), 500, 100, 3, "Four minutes on two cores.", claims, note)
+    return Plan("digits", networks, quick, (table,), 500, 100, 3, "Four minutes.", claims, note)
 
 
-TABLE1 = Recipe("001-table1", PAPER, "natural accuracy and FGSM on MNIST", _table1)
+TABLE1 = Recipe("001-table1", PAPER, "natural accuracy and FGSM (in the paper MNIST)", _table1)
 
 
 def _trained_by_pgd(steps: int, eps: float, step_size: float) -> partial[training.Loss]:
@@ -91,10 +91,10 @@ def _table3(paper: bool, colour: bool) -> Plan:
                     claims, f"{UNSAID} Images are moved and mirrored, which it does not speak of; γ = 0.1 is that of "
                     "its Section 5.4.")  # fmt: skip
     quick = Training(_trained_by_pgd(3, eps, eps / 2), 6, 32, SGD, milestones=(5,), factor=0.2, images=2000)
-    return Plan("digits", tuple(networks), quick, (table,), 200, 100, 2, "Five minutes on two cores.", claims, QUICK)
+    return Plan("digits", tuple(networks), quick, (table,), 200, 100, 2, "Five minutes.", claims, QUICK)
 
 
-TABLE3 = Recipe("001-table3", PAPER, "adversarial training and PGD-20 on CIFAR-10", _table3)
+TABLE3 = Recipe("001-table3", PAPER, "adversarial training and PGD-20 (in the paper CIFAR-10)", _table3)
 
 
 def _figure6(paper: bool, colour: bool) -> Plan:
@@ -115,7 +115,7 @@ def _figure6(paper: bool, colour: bool) -> Plan:
         return Plan("cifar10", tuple(networks), schedule, (table,), 10_000, 500, 1, NOT_RUN,
                     claims, f"{UNSAID} Nor does its text name the values of K.")  # fmt: skip
     quick = Training(loss, 6, 32, SGD, milestones=(5,), factor=0.2, images=2000)
-    return Plan("digits", tuple(networks), quick, (table,), 200, 100, 1, "Five minutes on two cores.", claims, QUICK)
+    return Plan("digits", tuple(networks), quick, (table,), 200, 100, 1, "About five minutes.", claims, QUICK)
 
 
-FIGURE6 = Recipe("001-figure6", PAPER, "robust accuracy by the inner steps K", _figure6)
+FIGURE6 = Recipe("001-figure6", PAPER, "robust accuracy by the inner steps K (in the paper CIFAR-10)", _figure6)

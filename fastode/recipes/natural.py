@@ -57,7 +57,7 @@ def _table1(paper: bool, colour: bool) -> Plan:
                     claims, note)  # fmt: skip
     networks = (Network("ResNet50", partial(nets.resnet50, width=4)), Network("Neural ODE", partial(ode, width=16)))
     quick = Training(training.natural, 3, 32, partial(torch.optim.Adam, lr=1e-3))
-    return Plan("digits", networks, quick, tables, 100, 50, 1, "Ten minutes on two cores.", claims,
+    return Plan("digits", networks, quick, tables, 100, 50, 1, "About ten minutes.", claims,
                 f"{note} Widths 4 and 16 in place of 64 and 128.")  # fmt: skip
 
 

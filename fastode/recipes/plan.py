@@ -14,7 +14,7 @@ from ..training import Loss
 
 __all__ = ["Claim", "Measure", "Network", "Plan", "Recipe", "Table", "Training"]
 
-NOT_RUN = "The paper's size wants a GPU, and has not been run here."
+NOT_RUN = "It wants a GPU; its time has not been measured."
 TrainingLoss = Callable[[nn.Module, Tensor, Tensor], Loss]
 
 
@@ -134,7 +134,7 @@ class Plan:
         images: of the test set, that are attacked.
         batch: images that are attacked together.
         seeds: how many.
-        time: what it takes, in words.
+        time: what it takes on two cores, in words; "about" where that is estimated.
         claims: of the paper.
         note: what is not the paper's, in sentences.
     """

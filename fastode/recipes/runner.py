@@ -169,7 +169,8 @@ class _Run:
                 raise ValueError(
                     f"folder must have results of a recipe, got {path}, which cannot be read: {error}"
                 ) from None
-            other = next((name for name in settings if found.get(name) != settings[name]), None)
+            binding = settings.keys() - {"title", "citation"}
+            other = next((name for name in settings if name in binding and found.get(name) != settings[name]), None)
             if other is not None:
                 raise ValueError(
                     f"folder must have results of this run, got {self.folder} of one with another {other}: "

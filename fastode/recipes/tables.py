@@ -113,7 +113,8 @@ def heading(plan: Plan, results: Results) -> str:
     lines = [
         f"{settings['recipe']}: {settings['title']} ({settings['citation']}).",
         f"{size}: {settings['data']}; {_counted(settings['epochs'], 'epoch')}, {settings['images']} images attacked, "
-        f"{_counted(settings['seeds'], 'seed')}, {blocks} on {settings['device']}. {plan.time}",
+        f"{_counted(settings['seeds'], 'seed')}, {blocks} on {settings['device']}. "
+        f"{plan.time if settings['paper'] else f'Time on two cores: {plan.time}'}",
     ]
     return "\n".join([*lines, *([plan.note] if plan.note else [])])
 
