@@ -124,7 +124,7 @@ def _table2(paper: bool, colour: bool) -> Plan:
     note = (
         "One block in a group in place of 6 or 10, width 8 in place of 16, trained by PGD-3, ε = 0.1 for grey images."
     )
-    return Plan("digits", networks, quick, tables, 200, 100, 1, "About five minutes.", tuple(claims), note)
+    return Plan("digits", networks, quick, tables, 200, 100, 1, "Four minutes.", tuple(claims), note)
 
 
 TABLE2 = Recipe("004-table2", PAPER, "SSPNets trained by PGD, and perturbation growth (in the paper CIFAR-10)", _table2)
