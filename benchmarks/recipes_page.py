@@ -74,10 +74,13 @@ PAPERS = {
 }
 # What has to be said of a record beside its numbers.
 REMARKS = {
-    "004-table2": "SSP-adap has learned (its loss ends at 0.07), but not for its running statistics: with those of the "
-    "batch it has 94 % of the images right, with the running ones, as here, 10.5 %. In training it was attacked in "
-    "eval mode, and its blocks share a batch norm between stages. With attacks by the batch's statistics in training (one run, not "
-    "recorded) SSP-2 and SSP-adap had 10.5 % of the images right in the end, SSP-3 24 %, mid-RK2 63 %, ResNet 97.5 %.",
+    "004-table2": (
+        "SSP-adap has learned (its loss ends at 0.07), but not for its running statistics: with those of the batch it "
+        "has 94 % of the images right, with the running ones, as here, 10.5 %. In training it was attacked in eval "
+        "mode, and its blocks share a batch norm between stages. With attacks by the batch's statistics in training "
+        "(one run, not recorded) SSP-2 and SSP-adap had 10.5 % of the images right in the end, SSP-3 24 %, mid-RK2 63 "
+        "%, ResNet 97.5 %."
+    ),
 }
 ORDERS = (
     "The paper's orders; yes or no where a difference is more than twice its standard error over the seeds, or with "
