@@ -54,6 +54,14 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import what not every program needs when it is asked for."""
-    if name in ("attacks", "recipes", "robustness", "stability", "training"):
-        return importlib.import_module(f"fastode.{name}")
+    if name == "attacks":
+        return importlib.import_module("fastode.attacks")
+    if name == "recipes":
+        return importlib.import_module("fastode.recipes")
+    if name == "robustness":
+        return importlib.import_module("fastode.robustness")
+    if name == "stability":
+        return importlib.import_module("fastode.stability")
+    if name == "training":
+        return importlib.import_module("fastode.training")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -69,7 +69,7 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
 @pytest.fixture(autouse=True)
 def _few_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let "auto" take small batches, as tests have them."""
-    monkeypatch.setattr(rule, "FEW_OF_CHAINS", (0, 0))
+    monkeypatch.setattr(rule, "threads", lambda: 1)
 
 
 def engine_of(block: nn.Module, x: Tensor) -> str:
@@ -197,7 +197,7 @@ def test_what_changes_between_calls_is_seen() -> None:
 
 
 def test_a_call_that_auto_leaves_is_asked_again_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rule, "FEW_OF_CHAINS", (1000, 10**6))
+    monkeypatch.setattr(rule, "threads", lambda: 1000)
     block, x = BasicBlock(16, 16).eval(), torch.randn(2, 16, 5, 5)
     expected = block(x)
     fastode.fuse(block)
@@ -206,7 +206,7 @@ def test_a_call_that_auto_leaves_is_asked_again_now_and_then(monkeypatch: pytest
     handle = block.bn1.register_forward_hook(lambda *_: calls.append(1))
     assert engine_of(block, x) == "reference" and calls == [1]
     handle.remove()
-    monkeypatch.setattr(rule, "FEW_OF_CHAINS", (0, 0))
+    monkeypatch.setattr(rule, "threads", lambda: 1)
     known.forget()  # what was chosen under another rule: outside tests a process has one
     assert engine_of(block, torch.randn(3, 16, 5, 5)) == "resident"
     engines = [engine_of(block, x) for _ in range(100)]

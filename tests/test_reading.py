@@ -46,7 +46,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], list[type[nn.Module]]]] = {
 @pytest.fixture(autouse=True)
 def _few_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let "auto" take small batches, as tests have them."""
-    monkeypatch.setattr(rule, "FEW_OF_CHAINS", (0, 0))
+    monkeypatch.setattr(rule, "threads", lambda: 1)
 
 
 def engine_of(block: nn.Module, x: Tensor) -> str:

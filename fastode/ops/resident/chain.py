@@ -72,8 +72,7 @@ def slower(x: Tensor, chain: Chain) -> str:
     if coupled and width < _FEWEST:
         return f"with batch norms of fewer than {_FEWEST} channels it was measured to be slower than plain PyTorch"
     # The bound on channels is of the widest map, that on memory of the largest.
-    few = rule.FEW_OF_CHAINS if chain.branch is not None else (0, 0)  # stems were not measured
-    return rule.slower_than_eager(x, coupled, widest, -(-entries // widest), few)
+    return rule.slower_than_eager(x, coupled, widest, -(-entries // widest))
 
 
 def maps_of(chain: Chain, x: Tensor) -> list[tuple[int, int]]:

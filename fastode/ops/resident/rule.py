@@ -37,8 +37,11 @@ class Line:
     few_from_channels: int | None = None  # the bound on the batch holds from this many channels on
     why: str = ""
 
-    def beyond(self, channels: int, pixels: int, itemsize: int, batch: int, threads: int) -> str:
-        """Which bound a call is beyond, as the start of a sentence; empty where it is within all of them."""
+    def beyond(self, channels: int, pixels: int, itemsize: int, batch: int | None, threads: int) -> str:
+        """Which bound a call is beyond, as the start of a sentence; empty where it is within all of them.
+
+        A batch of None is of a size that must not be looked at.
+        """
         if self.most_channels is not None and channels > self.most_channels:
             return f"with more than {self.most_channels} channels"
         if self.most_kb is not None and channels * pixels * itemsize > self.most_kb * 1024:
@@ -46,7 +49,7 @@ class Line:
         if self.least_pixels is not None and pixels < self.least_pixels:
             return f"with fewer than {self.least_pixels} pixels"
         least, wide = self.least_batch_per_thread, self.few_from_channels
-        if least is not None and batch < least * threads and channels >= (wide or 0):
+        if least is not None and batch is not None and batch < least * threads and channels >= (wide or 0):
             return f"with fewer than {least:g} samples for each thread" + (f" and {channels} channels" if wide else "")
         return ""
 
@@ -74,8 +77,10 @@ WIDE = Line(most_channels=512, most_kb=1024)
 SOLUTION = Line(most_channels=512, most_kb=640)
 # Of chains, of which plain PyTorch runs the rest: the blocks of benchmarks.choose in float32 on one thread of that CPU,
 # 16 to 512 channels. Within, 31 of 32 shapes are faster with 32 samples, in the mean of a step, an attack's step and a
-# forward (0.97 to 2.4, median 1.3); a few samples of many channels are not worth the packing of the weights.
-CHAIN = Line(most_channels=512, most_kb=256, least_batch_per_thread=4, few_from_channels=64)
+# forward (0.97 to 2.4, median 1.3). A few samples of many channels are not worth the packing of the weights: in a
+# network, which finds them in no cache, with two threads, 64 channels were as fast with one sample for each thread,
+# wider ones with four.
+CHAIN = Line(most_channels=512, most_kb=256, least_batch_per_thread=4, few_from_channels=128)
 
 
 @dataclass(frozen=True)
@@ -202,9 +207,8 @@ def slower(
     solution = family == ODE_SOLUTION
     line = SOLUTION if solution else _rule.line(family, norms, dtype)
     itemsize = 8 if x.dtype == torch.float64 else 4  # bfloat16 is counted as float32
-    beyond = line.beyond(
-        channels, x.shape[2] * x.shape[3] if pixels is None else pixels, itemsize, x.shape[0], threads()
-    )
+    batch = None if torch.compiler.is_exporting() else x.shape[0]  # an exported call would hold for that size alone
+    beyond = line.beyond(channels, x.shape[2] * x.shape[3] if pixels is None else pixels, itemsize, batch, threads())
     if not beyond:
         return ""
     if solution:
@@ -243,13 +247,12 @@ def slower_lowered_pair(weight: torch.Tensor) -> str:
     return f"under autocast {beyond} it was measured to be slower than plain PyTorch" if beyond else ""
 
 
-# Of calls with one evaluation: samples and pixels for each thread, below both of which PyTorch was faster, on one
-# thread of an AMD EPYC, 2026-11-27. In a network such a block finds its weights in no cache, and packs them anew.
-FEW_OF_CHAINS = (16, 4096)
+# Of steps of one evaluation with batch norms: samples and pixels for each thread, below both of which PyTorch was
+# faster, on one thread of an AMD EPYC, 2026-11-27. In a network such a block packs its weights anew.
 FEW_OF_STEPS = (8, 512)
 
 
-def slower_than_eager(x: torch.Tensor, coupled: bool, channels: int, pixels: int, few: tuple[int, int]) -> str:
+def slower_than_eager(x: torch.Tensor, coupled: bool, channels: int, pixels: int, few: tuple[int, int] = (0, 0)) -> str:
     """Why a call with one evaluation of its branch is taken to be slower than plain PyTorch; empty where it is not.
 
     Args:
@@ -257,13 +260,15 @@ def slower_than_eager(x: torch.Tensor, coupled: bool, channels: int, pixels: int
         coupled: whether a norm takes its statistics over the batch.
         channels: of the widest map.
         pixels: as `slower` has them.
-        few: how many samples or pixels for each thread are enough.
+        few: how many samples or pixels for each thread are enough; one sample at least is, as threads take samples.
     """
-    samples, places = x.shape[0], x.shape[0] * x.shape[2] * x.shape[3]
-    # A traced call would hold for these batches alone.
-    if not torch.compiler.is_compiling() and samples < few[0] * threads() and places < few[1] * threads():
-        enough = f"fewer than {few[0]} samples and {few[1]} pixels for each thread"
-        return f"with {enough} it was measured to be slower than plain PyTorch"
+    if not torch.compiler.is_exporting():  # an exported call would hold for these batches alone
+        samples, places = x.shape[0], x.shape[0] * x.shape[2] * x.shape[3]
+        if samples < threads():
+            return "with fewer samples than threads it was measured to be slower than plain PyTorch"
+        if samples < few[0] * threads() and places < few[1] * threads():
+            enough = f"fewer than {few[0]} samples and {few[1]} pixels for each thread"
+            return f"with {enough} it was measured to be slower than plain PyTorch"
     return slower("chain", coupled, x, channels, pixels, " than plain PyTorch")
 
 
