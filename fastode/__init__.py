@@ -23,7 +23,7 @@ from .solver import SolveError, Solver
 from .steps import record_steps
 
 if TYPE_CHECKING:
-    from . import attacks, recipes, robustness, stability, training
+    from . import attacks, recipes, released, robustness, stability, training
 
 __version__ = "0.1.0"
 
@@ -44,6 +44,7 @@ __all__ = [
     "record_steps",
     "reference",
     "register",
+    "released",
     "robustness",
     "stability",
     "tableau",
@@ -58,6 +59,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("fastode.attacks")
     if name == "recipes":
         return importlib.import_module("fastode.recipes")
+    if name == "released":
+        return importlib.import_module("fastode.released")
     if name == "robustness":
         return importlib.import_module("fastode.robustness")
     if name == "stability":

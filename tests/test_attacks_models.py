@@ -211,10 +211,12 @@ def test_a_step_is_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_package_imports_attacks_and_training_when_they_are_asked_for() -> None:
-    late = {"fastode.attacks", "fastode.training", "fastode.robustness", "lightning_fabric", "matplotlib"}
+    late = {"fastode.attacks", "fastode.released", "fastode.robustness", "fastode.training"}
+    late |= {"lightning_fabric", "matplotlib"}
     code = (
         f"import sys, fastode; assert not {late} & set(sys.modules); fastode.attacks.pgd; "
-        "fastode.training.Trainer; fastode.robustness.evaluate; assert 'lightning_fabric' not in sys.modules; "
+        "fastode.training.Trainer; fastode.robustness.evaluate; fastode.released.load; "
+        "assert 'lightning_fabric' not in sys.modules; "
         "print('asked')"
     )
     root = Path(__file__).resolve().parent.parent
