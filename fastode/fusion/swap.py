@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..dispatch import choice, known
-from ..dispatch.engines import AUTO, ENGINES, NAMES, REFERENCE, is_reference
+from ..dispatch import known
+from ..dispatch.engines import AUTO, NAMES, REFERENCE, is_reference
 from ..dispatch.registry import ancestor_of, is_twin, named, reference_of, twin_of
 from ..foreign.graph import Unreadable, alike
 from ..foreign.reading import adds
 from ..foreign.twin import PROVEN, Foreign, class_of, meaning_of, taken_name, twin_for
 from ..native import operators
+from .advice import advise
+from .example import Example, Measured, Seen, engines_of
 from .report import FusionReport, FusionRow
-
-# What the report calls the engine of a user's own twin, which chooses for itself.
-_OWN = "own"
 
 
 def fuse(
@@ -41,15 +39,18 @@ def fuse(
     Args:
         model: any module; it may be a block itself. Blocks inside wrappers such as DistributedDataParallel are found.
         engine: "auto" picks the engine at each call; another name asks for that one, and a call it cannot run raises.
-        example: a tensor, or a tuple of the model's arguments. The model runs on it once, in its present mode and
-            without gradients, and the report then has the engine that each block used; buffers and the random state are
-            put back. Without it the report has the engines that could run each block.
+        example: a tensor, or a tuple of the model's arguments. The model runs on it in its present mode and without
+            gradients: once to see the engine that each block uses, then timed, also with the reference blocks, and on
+            a CPU in channels_last and without autocast where the call is otherwise. Each is timed once or, while that
+            takes no half second, three times at most. Buffers and the random state are put back. Without it the report
+            has the engines that could run each block.
         filter: called with (name, block); blocks for which it returns false are left alone.
         read: also read the forwards of modules that are not known, if they add maps, and swap those that are proven to
             be one of this project's blocks. A proof runs copies of the block on two examples in each mode.
 
     Returns:
-        The report: one row for each block, with the reason where it is not swapped or an engine cannot run it.
+        The report: one row for each block, with the reason where it is not swapped or an engine cannot run it. With an
+        example also the share of the forward's time that runs fused, each row's gain, and what would help most.
 
     Raises:
         TypeError: if an argument is of the wrong kind, or the model is TorchScript.
@@ -79,13 +80,13 @@ def fuse(
         for plan in plans:
             if isinstance(plan.block, Foreign):
                 meaning_of(plan.block)  # what is wrong with an adapter is said now
-        used = None if example is None else _run(model, example, [p.block for p in plans if is_twin(type(p.block))])
+        found = None if example is None else _try(model, example, plans, read)
     except BaseException:
         known.clear(model)
         for block, kind, old_engine, proven in before:
             _assign(block, kind, old_engine, proven)
         raise
-    return FusionReport(tuple(_row(plan, used) for plan in plans), example is not None)
+    return FusionReport(tuple(_row(plan) for plan in plans)) if found is None else found
 
 
 def unfuse(model: nn.Module) -> FusionReport:
@@ -245,90 +246,38 @@ def _assign(
             block.__dict__[name] = value
 
 
-def _row(plan: _Plan, used: dict[nn.Module, _Engines] | None) -> FusionRow:
+def _try(model: nn.Module, example: Tensor | tuple[Any, ...], plans: Sequence[_Plan], read: bool) -> FusionReport:
+    """The report of a model that is fused, with what an example shows."""
+    trial = Example(model, example if isinstance(example, tuple) else (example,))
+    used = trial.use([plan.block for plan in plans if is_twin(type(plan.block))])
+    blocks = [plan.block for plan in plans]
+    times = trial.measure(blocks, used)
+    rows = [_measured(_row(plan, used), plan.block, times) for plan in plans]
+    fused = {block for block, row in zip(blocks, rows, strict=True) if row.is_fused}
+    with torch.no_grad():  # as the example ran
+        advice = advise(model, list(zip(rows, blocks, strict=True)), used, times, read)
+    gain = times.reference.total / times.fused.total if times.reference is not None and fused else None
+    return FusionReport(tuple(rows), True, times.fused.share(fused), gain, advice)
+
+
+def _measured(row: FusionRow, block: nn.Module, times: Measured) -> FusionRow:
+    """The row with its share and its gain, where it was called by itself."""
+    seconds = times.fused.of({block})
+    if not seconds:
+        return row
+    before = times.reference.of({block}) if times.reference is not None and row.is_fused else 0.0
+    return replace(row, share=seconds / times.fused.total, gain=before / seconds if before else None)
+
+
+def _row(plan: _Plan, used: dict[nn.Module, Seen] | None = None) -> FusionRow:
     """The row of a block, once it is what it is to be."""
     block = plan.block
     if not is_twin(type(block)):
         return FusionRow(plan.name, plan.reference, None, (REFERENCE.name,), plan.reason)
     if used is None:
-        engines, reason = _engines(block, None)
+        engines, reason = engines_of(block, None)
     else:
-        engines, reason = used.get(block, ((), "the example did not reach it"))
+        engines, reason = used.get(block, Seen((), "the example did not reach it"))[:2]
     meaning = meaning_of(block).block if isinstance(block, Foreign) else None
     means = None if meaning is None else type(meaning)
     return FusionRow(plan.name, plan.reference, type(block), engines, plan.reason or reason, means)
-
-
-# The names of engines, and why others are not among them.
-_Engines = tuple[tuple[str, ...], str]
-
-
-def _engines(block: nn.Module, x: Tensor | None) -> _Engines:
-    """The engines that can run a fused block on x (or on some input), best first, and why the others cannot."""
-    if not isinstance(block, choice.Asked):
-        return (_OWN,), ""
-    asked = getattr(block, "engine", AUTO)
-    # "auto" never takes an engine for another device, so why that cannot run is not worth a word.
-    here = [engine.name for engine in ENGINES if not engine.elsewhere(x)]
-    names = here if asked == AUTO else [asked]
-    ask = choice.would_use if asked == AUTO else choice.can_use
-    found = [(name, *ask(name, block, x)) for name in names]
-    able = tuple(name for name, can, _ in found if can)
-    unable: dict[str, list[str]] = {}
-    for name, can, why in found:
-        if not can:
-            unable.setdefault(why, []).append(name)
-    return able, "; ".join(f"{', '.join(names)}: {why}" for why, names in unable.items())
-
-
-def _run(model: nn.Module, example: Tensor | tuple[Any, ...], blocks: list[nn.Module]) -> dict[nn.Module, _Engines]:
-    """Run the model once, and leave no trace but the engine that each block used, and why it was not another."""
-    arguments = example if isinstance(example, tuple) else (example,)
-    tensors = [*model.parameters(), *model.buffers(), *(item for item in arguments if isinstance(item, Tensor))]
-    devices = sorted({tensor.device.index for tensor in tensors if tensor.device.type == "cuda"})
-    used: dict[nn.Module, _Engines] = {}
-
-    def ask(block: nn.Module, inputs: tuple[Any, ...], _: Any) -> None:
-        x = inputs[0] if inputs and isinstance(inputs[0], Tensor) else None
-        able, reason = _engines(block, x)
-        used[block] = (noted[block],) if block in noted else able[:1], reason
-
-    # No hook on a block inside another one: it would keep the outer block from being fused as a whole.
-    inner = {
-        part for block in blocks for part in block.modules() if part is not block and isinstance(part, choice.Asked)
-    }
-    handles = [block.register_forward_hook(ask) for block in blocks if block not in inner]
-    try:
-        with (
-            _buffers_put_back(model),
-            torch.random.fork_rng(devices=devices),
-            # Compiled code has its engines fixed and notes nothing.
-            torch.compiler.set_stance("force_eager"),
-            torch.no_grad(),
-            choice.recording() as noted,
-        ):
-            model(*arguments)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {block: ((name,), _engines(block, None)[1]) for block, name in noted.items()} | used
-
-
-@contextmanager
-def _buffers_put_back(model: nn.Module) -> Iterator[None]:
-    saved = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    try:
-        yield
-    finally:
-        # Inference mode may write into any tensor, one that was made in it too.
-        with torch.inference_mode():
-            for module, name, buffer, value in saved:
-                module._buffers[name] = buffer
-                # An autograd graph may hold a buffer, so only changed ones are written; batch norm raises no version.
-                if not buffer.is_meta and not torch.equal(buffer, value):
-                    buffer.copy_(value)
