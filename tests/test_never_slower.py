@@ -1,0 +1,190 @@
+"""Where something of ours is slower "auto" leaves it, as far as the records say: over the rule's points, and networks.
+
+A line of the rule has the least regret over its points (benchmarks/choose.py), and no more than five bounds: a point
+may be on the wrong side of it. What is held here is that no other value of a bound would put it right at a lower cost.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import pytest
+
+from benchmarks.choose import read_name
+from benchmarks.header import RESULTS
+from fastode.ops.resident import rule as measured
+from fastode.ops.resident.rule import Line
+
+Points = Mapping[str, Mapping[str, list[float]]]
+CLEARLY = 0.95  # a ratio below it, or above its inverse, is told from 1 by the five rounds of a point
+ROUNDED = 0.01  # regrets are compared to hundredths
+BATCHES = ("least_batch_per_thread", "few_from_channels")
+
+
+class Group:
+    """The points of a line, and the line."""
+
+    def __init__(self, name: str, points: Points, line: Line, threads: int) -> None:
+        self.name, self.line, self.threads = name, line, threads
+        self.itemsize = 8 if name.endswith("float64") else 4
+        # The mean over the modes, as the rule has it, in logarithms: a gain above 0 is a faster resident.
+        self.gains = {at: sum(math.log(m[0]) for m in point.values()) / len(point) for at, point in points.items()}
+        self.small = {at for at in points if read_name(at)[2] <= threads}
+        self.full = set(points) - self.small or set(points)
+
+    def takes(self, at: str, line: Line) -> bool:
+        channels, size, batch = read_name(at)
+        return not line.beyond(channels, size * size, self.itemsize, batch, self.threads)
+
+    def regret(self, line: Line, over: Iterable[str]) -> float:
+        wrong = (-self.gains[at] if self.takes(at, line) else self.gains[at] for at in over)
+        return sum(max(0.0, each) for each in wrong)
+
+    def others(self, at: str) -> Iterator[Line]:
+        """The line with another value of a bound that is drawn from points like this one."""
+        shapes = [read_name(each) for each in (self.full if at in self.full else self.small)]
+        if at in self.full:
+            values: dict[str, set[Any]] = {
+                "most_channels": {0} | {c for c, _, _ in shapes},
+                "most_kb": {0} | {-(-c * s * s * self.itemsize // 1024) for c, s, _ in shapes},
+                "least_pixels": {None} | {s * s for _, s, _ in shapes},
+            }
+            for name, found in values.items():
+                yield from (dataclasses.replace(self.line, **{name: value}) for value in found)
+            return
+        each = {n / self.threads for _, _, n in shapes}
+        for least, wide in itertools.product([None, *each, 2 * max(each)], [None, *{c for c, _, _ in shapes}]):
+            yield dataclasses.replace(self.line, least_batch_per_thread=least, few_from_channels=wide)
+
+    def wrong(self) -> Iterator[str]:
+        """The points on the wrong side of the line that another value of a bound would put right at a lower cost."""
+        for at, gain in self.gains.items():
+            takes = self.takes(at, self.line)
+            if abs(gain) < -math.log(CLEARLY) or takes == (gain > 0):
+                continue
+            over = self.full if at in self.full else self.small
+            now = self.regret(self.line, over)
+            for other in self.others(at):
+                if self.takes(at, other) != takes and self.regret(other, over) < now - ROUNDED:
+                    side = "within" if takes else "beyond"
+                    yield f"{self.name} {at}: {math.exp(gain):.2f}, {side}, and {other.describe()} would cost less"
+                    break
+
+
+def groups(content: Mapping[str, Any]) -> list[Group]:
+    threads, points = content["measured_on"]["threads"], content["points"]
+    return [Group(name, points[name], Line(**line), threads) for name, line in content["rule"].items()]
+
+
+def faults(content: Mapping[str, Any]) -> list[str]:
+    """What of a rule does not hold: points on the wrong side at no gain, lines that lose, points without a line."""
+    found = [fault for group in groups(content) for fault in group.wrong()]
+    for group in groups(content):
+        within = [gain for at, gain in group.gains.items() if at in group.full and group.takes(at, group.line)]
+        if sum(within) < 0:
+            found.append(f"{group.name}: what is within is slower")
+    return found + [
+        f"{name}: no line" for name, points in content["points"].items() if points and name not in content["rule"]
+    ]
+
+
+@pytest.fixture
+def recorded() -> dict[str, Any]:
+    """The rule in the package; it is measured again and again, but it has to be there."""
+    found: dict[str, Any] = json.loads(measured.PATH.read_text())
+    assert sum(map(len, found["points"].values())) > 100
+    return found
+
+
+def test_auto_leaves_the_resident_engine_where_it_was_slower(recorded: dict[str, Any]) -> None:
+    assert faults(recorded) == []
+    # Few points are on the wrong side at all.
+    taken = [gain for group in groups(recorded) for at, gain in group.gains.items() if group.takes(at, group.line)]
+    slower = [gain for gain in taken if gain < math.log(CLEARLY)]
+    assert len(slower) <= 0.05 * len(taken) and sum(taken) > 10 * -sum(slower)
+
+
+def _bounded(line: dict[str, Any]) -> dict[str, Any]:
+    return {"most_channels": 0}
+
+
+def _unbounded(line: dict[str, Any]) -> dict[str, Any]:
+    return {}
+
+
+def _narrower(line: dict[str, Any]) -> dict[str, Any]:
+    return line | {"most_channels": 16}
+
+
+@pytest.mark.parametrize("change", [_bounded, _unbounded, _narrower])
+def test_a_rule_with_other_bounds_is_refused(change: Callable[..., dict[str, Any]], recorded: dict[str, Any]) -> None:
+    refused = 0
+    for name in recorded["rule"]:
+        other = copy.deepcopy(recorded)
+        other["rule"][name] = change(other["rule"][name])
+        found = faults(other)
+        assert all(fault.startswith(name) for fault in found)
+        refused += bool(found)
+    assert refused >= len(recorded["rule"]) // 2
+    assert refused == len(recorded["rule"]) or change is _unbounded  # some have nothing beyond their bounds
+
+
+def test_points_that_have_become_slower_are_found(recorded: dict[str, Any]) -> None:
+    for group in groups(recorded):
+        widest = max(read_name(at)[0] for at in group.full if group.takes(at, group.line))
+        other = copy.deepcopy(recorded)
+        for at in group.full:
+            if read_name(at)[0] == widest:
+                other["points"][group.name][at] = {"train": [0.5, 0.5, 0.5], "forward": [0.5, 0.5, 0.5]}
+        assert any(fault.startswith(group.name) for fault in faults(other)), group.name
+    del recorded["rule"]["ie sample float32"]
+    assert faults(recorded) == ["ie sample float32: no line"]
+
+
+def slower_networks(records: Iterable[dict[str, Any]]) -> list[str]:
+    """The recorded networks that were slower fused, with the engines left to "auto", than the better eager layout.
+
+    A ratio is held to the two digits with which it is published.
+    """
+    found = []
+    for record in records:
+        for row in record["rows"]:
+            ours = (row["workload"], row["contender"], row["engine"]) in {
+                (i, "fused", "auto") for i in ("nets", "networks")
+            }
+            ratio = row.get("ratio_to_better_eager")
+            if ours and (row["errors"] or ratio is None or round(ratio["median"], 2) < 1):
+                found.append(f"{row['variant']} {row['mode']} {row['dtype']}: {row['errors'] or ratio}")
+    return found
+
+
+def records_of_networks() -> list[dict[str, Any]]:
+    found = []
+    for path in sorted(RESULTS.glob("*/*.json")):
+        record = json.loads(path.read_text())
+        rows = record.get("rows") if isinstance(record, dict) else None
+        if isinstance(rows, list) and any(row.get("workload") in ("nets", "networks") for row in rows):
+            found.append(record)
+    return found
+
+
+def test_no_recorded_network_is_slower_fused() -> None:
+    records = records_of_networks()
+    assert len(records) >= 4 and slower_networks(records) == []
+
+
+def test_a_network_that_is_slower_is_found() -> None:
+    for record in records_of_networks():
+        row = next(row for row in record["rows"] if row["contender"] == "fused")
+        for change in (
+            {"ratio_to_better_eager": row["ratio_to_better_eager"] | {"median": 0.99}},
+            {"errors": "not equal"},
+        ):
+            other = {"rows": [row | change]}
+            assert len(slower_networks([other])) == 1 and slower_networks([{"rows": [row]}]) == []
