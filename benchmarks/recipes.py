@@ -1,7 +1,8 @@
 """`python -m benchmarks.recipes NAME`: run a recipe's quick size, record it, and write the papers' pages.
 
 `--blocks reference` runs the reference blocks, to see how far their table is; `--times` only times both, in turns, by
-processor time. A run that is stopped goes on with the same command.
+processor time; `--cifar10 PATH` runs a recipe's form for 10,000 images of CIFAR-10 on those. A run that is stopped goes
+on with the same command.
 """
 
 from __future__ import annotations
@@ -16,19 +17,22 @@ import torch
 from torch import Tensor, nn
 
 import fastode
-from fastode.recipes import RECIPES, Images, run
+from fastode.recipes import RECIPES, Images, load, run
 from fastode.recipes.data import OFFLINE, Normalized
 from fastode.recipes.measures import Clean
 from fastode.recipes.plan import Recipe, TrainingLoss
 
 from . import experiments, header, timing
+from .recipes_cifar10 import CIFAR10
 from .recipes_page import BLOCKS, record_of, report
 
 ROUNDS = 7
 WORK = header.ROOT / "build" / "recipes"
 
 
-def record(recipe: Recipe, blocks: str, work: Path = WORK, path: Path | None = None) -> Path:
+def record(
+    recipe: Recipe, blocks: str, work: Path = WORK, path: Path | None = None, images: Images | None = None
+) -> Path:
     """Run a recipe and add its results to its record.
 
     Args:
@@ -36,13 +40,14 @@ def record(recipe: Recipe, blocks: str, work: Path = WORK, path: Path | None = N
         blocks: "fused" or "reference".
         work: the folder of checkpoints.
         path: of the record; None for its own.
+        images: that it runs on; None for its own.
 
     Returns:
         The record's file.
     """
     path = path or record_of(recipe.name)
     head = header.header(torch.device("cpu"), f"recipe {recipe.name}")  # of the code that runs, not of a later state
-    results = run(recipe, work / f"{recipe.name}-{blocks}", fused=blocks == BLOCKS[0])
+    results = run(recipe, work / f"{recipe.name}-{blocks}", fused=blocks == BLOCKS[0], images=images)
     experiments.save(path, {**experiments.load(path), blocks: results, f"{blocks} header": head})
     return path
 
@@ -102,9 +107,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", choices=[[], *RECIPES], help="of recipes; none: the pages")
     parser.add_argument("--blocks", choices=BLOCKS, default=BLOCKS[0])
     parser.add_argument("--times", action="store_true", help="only time fused and reference blocks, in turns")
+    parser.add_argument("--cifar10", metavar="PATH", help=f"of 10,000 images, for {' and '.join(CIFAR10)}")
     arguments = parser.parse_args(argv)
+    if arguments.cifar10 and not set(arguments.names) <= set(CIFAR10):
+        parser.error(f"--cifar10 is for {' and '.join(CIFAR10)}, got {' and '.join(arguments.names)}")
     for name in arguments.names:
-        if arguments.times:
+        if arguments.cifar10:
+            record(CIFAR10[name], arguments.blocks, images=load(arguments.cifar10))
+        elif arguments.times:
             torch.set_num_threads(1)
             path, head = record_of(name), header.header(torch.device("cpu"), f"recipe {name}")
             times = {"networks": timed(RECIPES[name]), "rounds": ROUNDS, "header": head}

@@ -14,6 +14,7 @@ from fastode.recipes.tables import markdown, mean_of, said, values_of, verdicts
 
 from . import experiments
 from .printing import markdown_table
+from .recipes_cifar10 import CIFAR10
 
 BLOCKS = ("fused", "reference")
 
@@ -131,7 +132,7 @@ def report(pages: Path = experiments.PAGES, records: Path = experiments.RECORDS)
     for number, paper in PAPERS.items():
         lines = [f"# Paper {number}: {paper.title}", "", f"{paper.claims} ([the paper](papers.md))", ""]
         lines += [f"**What is here.** {paper.here}", "", "**What came out**, at the quick size:"]
-        for recipe in of_paper(number):
+        for recipe in (*of_paper(number), *of_cifar10(number, records)):
             lines += section(recipe, record_of(recipe.name, records), pages)
         experiments.write_page(f"paper-{number}", "\n".join([*lines, ""]), pages)
 
@@ -139,6 +140,12 @@ def report(pages: Path = experiments.PAGES, records: Path = experiments.RECORDS)
 def of_paper(number: str) -> list[Recipe]:
     """The recipes of a paper."""
     return [recipe for name, recipe in RECIPES.items() if name.startswith(number)]
+
+
+def of_cifar10(number: str, records: Path) -> list[Recipe]:
+    """What is recorded of a paper on a part of CIFAR-10."""
+    found = [recipe for name, recipe in CIFAR10.items() if name.startswith(number)]
+    return [recipe for recipe in found if record_of(recipe.name, records).exists()]
 
 
 def index(records: Path) -> list[str]:
