@@ -105,6 +105,9 @@ def test_keras_layout(tmp_path: Path) -> None:
     same(data.load(keras(tmp_path / "a.npz")), COLOUR, 2)
     grey = keras(tmp_path / "b.npz", x_train=GREY[:, 0].numpy(), x_test=GREY[:2, 0].numpy())
     same(data.load(str(grey)), GREY, 2)
+    floats = {name: COLOUR[:count].permute(0, 2, 3, 1).numpy() / numpy.float32(255)
+              for name, count in (("x_train", 6), ("x_test", 2))}  # fmt: skip
+    same(data.load(keras(tmp_path / "c.npz", **floats)), COLOUR, 2)
 
 
 @pytest.mark.parametrize("images", [COLOUR, GREY], ids=["colour", "grey"])
@@ -151,17 +154,20 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "an empty folder": (lambda path: path.mkdir() or path, "{path} with nothing in it"),
     "another file": (lambda path: path.write_bytes(b"abc") and path, "{path} with 3 bytes"),
     "no .npz file": (lambda path: (path.with_suffix(".npz").write_bytes(b"abc"), path.with_suffix(".npz"))[1],
-                     "data must be an .npz file, got {path}.npz, which cannot be read"),
+                     "data must be an .npz file with x_train and y_train, got {path}.npz, which cannot be read"),
     "an .npz file is cut": (lambda path: (keras(path.with_suffix(".npz")), os.truncate(path.with_suffix(".npz"), 9000),
                                           path.with_suffix(".npz"))[2], "got {path}.npz, which cannot be read"),
-    "a name is missing": (lambda path: keras(path.with_suffix(".npz"), y_test=None), "got {path}.npz without y_test"),
-    "floats": (lambda path: keras(path.with_suffix(".npz"), x_train=numpy.zeros((6, 32, 32, 3))),
-               "x_train must be uint8 [N, H, W] or [N, H, W, C], got float64 [6, 32, 32, 3] in {path}.npz"),
+    "a name is missing": (lambda path: keras(path.with_suffix(".npz"), y_test=None),
+                          "with x_test and y_test, got {path}.npz with x_train, y_train, x_test"),
+    "floats": (lambda path: keras(path.with_suffix(".npz"), x_train=numpy.full((6, 32, 32, 3), 2.0)),
+               "x_train must be of dtype uint8, or of floats in [0, 1], got 2 to 2"),
+    "numbers": (lambda path: keras(path.with_suffix(".npz"), x_train=numpy.zeros((6, 32, 32, 3), "int64")),
+                "x_train must be of dtype uint8, or of floats in [0, 1], got int64"),
     "objects": (lambda path: keras(path.with_suffix(".npz"), y_train=numpy.array([{}] * 6)), "which cannot be read"),
     "words": (lambda path: keras(path.with_suffix(".npz"), y_train=numpy.array(["a"] * 6)),
-              "y_train must be whole numbers"),
+              "y_train must be classes of an integer dtype, got <U1"),
     "too few classes": (lambda path: keras(path.with_suffix(".npz"), y_train=numpy.zeros(5, int)),
-                        "train must have a class for each of its images, at least one, got 6 images and 5 classes"),
+                        "y_train must be one class for each of 6 images, got shape [5]"),
     "a class of tests only": (lambda path: keras(path.with_suffix(".npz"), y_train=numpy.zeros(6, int)),
                               "test must have classes from 0 to train's last, 0, got others"),
     "two shapes": (lambda path: keras(path.with_suffix(".npz"), x_test=COLOUR[:2, :, :8].permute(0, 2, 3, 1).numpy()),
@@ -183,8 +189,20 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_no_data_is_refused(name: str, tmp_path: Path) -> None:
     make, message = REFUSED[name]
-    with pytest.raises(ValueError, match=re.escape(message.format(path=tmp_path / "data"))):
+    with pytest.raises((TypeError, ValueError), match=re.escape(message.format(path=tmp_path / "data"))):
         data.load(make(tmp_path / "data"))
+
+
+def test_the_command_says_why_data_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = keras(tmp_path / "a.npz", x_train=numpy.zeros((6, 32, 32, 3), "int64"))
+    assert main(["run", "001-table1", "--data", str(path)]) == 2
+    assert "fastode.recipes: x_train must be of dtype uint8" in capsys.readouterr().err
+
+
+def test_images_have_a_class_each() -> None:
+    part = (GREY.float() / 255, CLASSES)
+    with pytest.raises(ValueError, match=r"train must have a class for each of its images, at least one, got 6 .* 5 "):
+        Images((part[0], CLASSES[:5]), part, "made")
 
 
 def test_batches_go_over_all_images_in_an_order_of_the_global_generator() -> None:

@@ -165,7 +165,7 @@ GOOD = numpy.zeros((2, 4, 4), "uint8")
 @pytest.mark.parametrize(
     ("arrays", "error", "message"),
     [
-        ({"x": GOOD}, ValueError, "data must be an .npz file with x_test and y_test, got a.npz with x"),
+        ({"x": GOOD}, ValueError, "data must be an .npz file with x_test and y_test, got {path} with x"),
         ({"x_test": GOOD.astype("int64"), "y_test": [0, 1]}, TypeError,
          "x_test must be of dtype uint8, or of floats in [0, 1], got int64"),
         ({"x_test": GOOD + 2.0, "y_test": [0, 1]}, ValueError,
@@ -180,19 +180,27 @@ GOOD = numpy.zeros((2, 4, 4), "uint8")
 def test_data_that_is_none_is_refused(
     arrays: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
 ) -> None:
+    path = write(tmp_path, **arrays)
     with pytest.raises(error) as caught:
-        robustness.read_images(write(tmp_path, **arrays))
-    assert str(caught.value) == message
+        robustness.read_images(path)
+    assert str(caught.value) == message.format(path=path)
 
 
 def test_files_that_hold_no_arrays_are_refused(tmp_path: Path) -> None:
     for name, content in (("text", b"hello"), ("empty", b""), ("zip", b"PK\x03\x04 cut off")):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=f"^data must be an .npz file with x_test and y_test, got {name}: "):
-            robustness.read_images(tmp_path / name)
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"^data must be .* and y_test, got {path}, which cannot be read: "):
+            robustness.read_images(path)
     numpy.save(tmp_path / "single.npy", GOOD)
-    with pytest.raises(ValueError, match=r"got single\.npy"):
+    with pytest.raises(ValueError, match=r"single\.npy, which cannot be read"):
         robustness.read_images(tmp_path / "single.npy")
+
+
+def test_numpy_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "numpy", None)
+    with pytest.raises(ImportError, match=r"^an \.npz file needs numpy: pip install numpy$"):
+        robustness.read_images("a.npz")
 
 
 MODULE = """

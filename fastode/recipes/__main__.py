@@ -25,10 +25,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _failed(f"NAME must be one of {', '.join(RECIPES)}, got {chosen.recipe!r}")
     recipe = RECIPES[chosen.recipe]
     try:
+        images = _images(recipe, chosen.data, chosen.paper, chosen.download)
+    except (TypeError, ValueError, OSError, ImportError) as error:
+        return _failed(str(error))
+    try:
         run(
             recipe,
             chosen.out or default_folder(recipe, chosen.paper, chosen.fused),
-            images=_images(recipe, chosen.data, chosen.paper, chosen.download),
+            images=images,
             paper=chosen.paper,
             fused=chosen.fused,
             epochs=chosen.epochs,

@@ -202,16 +202,16 @@ def load(path: str | Path) -> Images:
     """The images at a path: an .npz file in Keras' layout, a data set's own files, or folders of images.
 
     Args:
-        path: an .npz file with x_train [N, H, W] or [N, H, W, C] uint8, y_train, x_test and y_test; or a folder with
-            MNIST's four files (train-images-idx3-ubyte, …, also with .gz), with CIFAR's binary version
-            (data_batch_1.bin, … or train.bin and test.bin), or with train/CLASS/IMAGE and test/CLASS/IMAGE, all of one
-            size.
+        path: an .npz file with x_train [N, H, W] or [N, H, W, C], uint8 or floats in [0, 1], y_train, x_test and
+            y_test (`fastode.robustness.read_images`); or a folder with MNIST's four files (train-images-idx3-ubyte, …,
+            also with .gz), with CIFAR's binary version (data_batch_1.bin, … or train.bin and test.bin), or with
+            train/CLASS/IMAGE and test/CLASS/IMAGE, all of one size.
 
     Returns:
         The images; classes of folders are numbered in the order of their names.
 
     Raises:
-        ValueError: the path has no such data.
+        TypeError, ValueError: the path has no such data.
         OSError: it cannot be read.
         ImportError: numpy (.npz) or pillow (folders of images) is not installed.
 
@@ -224,6 +224,6 @@ def load(path: str | Path) -> Images:
     parts = {}
     for name in ("train", "test"):
         pixels, classes = found.parts[name]
-        parts[name] = (pixels.float() / 255, classes.long())
+        parts[name] = (pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels, classes.long())
     source = f"{found.source}, {len(parts['train'][0])} training and {len(parts['test'][0])} test images"
     return Images(parts["train"], parts["test"], source)

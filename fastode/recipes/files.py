@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gzip
 import math
-import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..robustness.data import read_images
+
 __all__ = ["Found", "read"]
 
-Part = tuple[Tensor, Tensor]  # uint8 [N, C, H, W], int64 [N]
+Part = tuple[Tensor, Tensor]  # uint8, or float32 in [0, 1], [N, C, H, W]; int64 [N]
 
 MNIST = {"train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
          "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")}  # fmt: skip
@@ -34,7 +34,7 @@ class Found:
     """What a path has.
 
     Attributes:
-        parts: "train" and "test": pixels uint8 [N, C, H, W] and classes [N].
+        parts: "train" and "test": pixels [N, C, H, W], uint8 or float32 in [0, 1], and classes [N].
         source: in words.
     """
 
@@ -49,14 +49,14 @@ def read(path: Path) -> Found:
         path: as in `data.load`.
 
     Raises:
-        ValueError: it has no such data.
+        TypeError, ValueError: it has no such data.
         OSError: it cannot be read.
         ImportError: numpy or pillow is needed, and not installed.
     """
     if not path.exists():
         raise ValueError(f"data must be a path that exists, got {path}")
     if path.suffix == ".npz":
-        return _keras(path)
+        return Found({part: read_images(path, part) for part in ("train", "test")}, path.name)
     if path.is_dir():
         for inner in INNER:
             folder = path / inner
@@ -84,36 +84,6 @@ def _listed(path: Path) -> str:
         return f"{path.stat().st_size} bytes"
     names = sorted(each.name for each in path.iterdir())
     return f"{', '.join(names[:5])}{', …' if len(names) > 5 else ''}" if names else "nothing in it"
-
-
-def _keras(path: Path) -> Found:
-    try:
-        import numpy
-    except ImportError:
-        raise ImportError('an .npz file needs numpy: pip install "fastode[recipes]"') from None
-    wanted = ("x_train", "y_train", "x_test", "y_test")
-    try:
-        with zipfile.ZipFile(path):  # numpy would take other files for other things
-            pass
-        with numpy.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in wanted if name in file}
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"data must be an .npz file, got {path}, which cannot be read: {error}") from None
-    missing = [name for name in wanted if name not in arrays]
-    if missing:
-        raise ValueError(f"data must be an .npz file with {', '.join(wanted)}, got {path} without {missing[0]}")
-    parts = {}
-    for name in ("train", "test"):
-        x, y = arrays[f"x_{name}"], arrays[f"y_{name}"].reshape(-1)
-        if x.dtype != numpy.uint8 or x.ndim not in (3, 4):
-            raise ValueError(
-                f"x_{name} must be uint8 [N, H, W] or [N, H, W, C], got {x.dtype} {list(x.shape)} in {path}"
-            )
-        if y.dtype.kind not in "iu":
-            raise ValueError(f"y_{name} must be whole numbers, got {y.dtype} in {path}")
-        pixels = torch.from_numpy(x[..., None] if x.ndim == 3 else x).permute(0, 3, 1, 2).contiguous()
-        parts[name] = (pixels, torch.from_numpy(y.astype(numpy.int64)))
-    return Found(parts, path.name)
 
 
 def _mnist_file(folder: Path, name: str) -> Path | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+import zipfile
+import zlib
 from typing import Any
 
 import torch
@@ -26,24 +27,30 @@ def read_images(path: str | os.PathLike[str], part: str = "test") -> tuple[Tenso
     Raises:
         FileNotFoundError: there is no such file.
         TypeError, ValueError: what is in it is something else.
+        ImportError: numpy is not installed.
 
     Example:
         >>> read_images("no-such-file.npz")
         Traceback (most recent call last):
         FileNotFoundError: data must be an .npz file with x_test and y_test, got no-such-file.npz, which is not there
     """
-    import numpy  # only here: torch does not need it
-
     wanted = f"data must be an .npz file with x_{part} and y_{part}"
     try:
-        found = numpy.load(path, allow_pickle=False)
-        arrays = {name: found[name] for name in found.files if name in (f"x_{part}", f"y_{part}")}
+        import numpy  # only here: torch does not need it
+    except ImportError:
+        raise ImportError("an .npz file needs numpy: pip install numpy") from None
+    try:
+        with zipfile.ZipFile(path):  # numpy would take other files for other things
+            pass
+        with numpy.load(path, allow_pickle=False) as found:
+            names = found.files
+            arrays = {name: found[name] for name in names if name in (f"x_{part}", f"y_{part}")}
     except FileNotFoundError:
         raise FileNotFoundError(f"{wanted}, got {path}, which is not there") from None
-    except Exception as error:  # a file of another kind fails in any of its readers' ways
-        raise ValueError(f"{wanted}, got {Path(path).name}: {error}") from error
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{wanted}, got {path}, which cannot be read: {error}") from error
     if len(arrays) < 2:
-        raise ValueError(f"{wanted}, got {Path(path).name} with {', '.join(found.files) or 'no names'}")
+        raise ValueError(f"{wanted}, got {path} with {', '.join(names) or 'no names'}")
     x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
     return _images(x, part), _classes(y, len(x), part)
 
