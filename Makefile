@@ -1,8 +1,8 @@
-# make test | bench [SUITE=cpu|all] [ARGS=...] | lint | docs | fuzz [SECONDS=60] | versions | gpu [PYTHON=python3] [STEP=smoke|check|bench|sanitize] [RESULTS=folder] | kernels | choose | sanitize | simt-asan | portable | format | setup | clean
+# make test | bench [SUITE=cpu|all] [ARGS=...] | lint | docs | fuzz [SECONDS=60] | recipes | versions | gpu [PYTHON=python3] [STEP=smoke|check|bench|sanitize] [RESULTS=folder] | kernels | choose | sanitize | simt-asan | portable | format | setup | clean
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: test versions bench lint docs format gpu kernels choose fuzz sanitize simt-asan portable clean setup
+.PHONY: test versions bench lint docs format gpu kernels choose fuzz recipes sanitize simt-asan portable clean setup
 
 PYTHON ?= python3
 SUITE ?= default
@@ -84,6 +84,11 @@ choose: $(STAMP)
 fuzz: $(STAMP)
 	$(BIN)/python -m fastode build
 	$(BIN)/python -m benchmarks.fuzz --seconds $(SECONDS) $(ARGS)
+
+# The two fastest of the papers' experiments, by their command: half a minute on two cores.
+recipes: $(STAMP)
+	$(BIN)/python -m fastode build
+	$(BIN)/python tests/quick_recipes.py
 
 # Everything that compiles or starts processes runs before the sanitizer is preloaded. Two processes of two threads each
 # on two cores: waiting threads have to sleep.

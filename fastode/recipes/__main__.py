@@ -74,8 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("recipe", metavar="NAME", help="of a recipe")
     one.add_argument(
         "--data",
-        help="digits or photographs, which packages ship; or a path: an .npz file in Keras' layout, a folder with a "
-        "data set's own files, or one with train/CLASS/IMAGE and test/CLASS/IMAGE",
+        help=f"{', '.join(data.OFFLINE)}, which packages ship; or a path: an .npz file in Keras' layout, a folder "
+        "with a data set's own files, or one with train/CLASS/IMAGE and test/CLASS/IMAGE",
     )
     one.add_argument("--download", choices=tuple(SOURCES), help="fetch this data set into --data, or data/NAME")
     one.add_argument("--paper", action="store_true", help="the paper's size, for a GPU; wants --data")

