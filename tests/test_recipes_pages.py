@@ -9,7 +9,9 @@ import pytest
 from recipe_cases import RECIPE, TINY, digits
 
 from benchmarks import experiments, recipes, recipes_page
+from benchmarks.recipes_cifar10 import CIFAR10
 from fastode.recipes import RECIPES, Network, Recipe, data
+from fastode.recipes.plan import described
 
 SMALL = replace(TINY, networks=TINY.networks[:1], training=replace(TINY.training, epochs=1), seeds=1, claims=())
 
@@ -57,9 +59,25 @@ def test_the_pages_are_those_of_the_records(tmp_path: Path) -> None:
         )
     drawn = {picture.name for picture in tmp_path.glob("*.png")}
     assert drawn == {picture.name for picture in experiments.PAGES.glob("recipe-*.png")}
-    for name, recipe in RECIPES.items():
-        path = recipes_page.record_of(name)
+    for recipe in (*RECIPES.values(), *CIFAR10.values()):
+        path = recipes_page.record_of(recipe.name)
         if path.exists():
             mark = experiments.mark_of([path]).encode()
             pictures = [each for each in recipes_page.pictures(recipe, experiments.PAGES) if each.name in drawn]
             assert pictures and all(mark in picture.read_bytes() for picture in pictures)
+
+
+@pytest.mark.parametrize("name", CIFAR10)
+def test_the_recipes_on_cifar10_are_the_quick_ones_with_the_papers_width(name: str) -> None:
+    plan, quick = CIFAR10[name].plan(False, True), RECIPES[name].plan(False, True)
+    assert plan.tables == quick.tables and described(plan.training.loss) == described(quick.training.loss)
+    assert {network.name for network in plan.networks} <= {network.name for network in quick.networks}
+    assert all(network.make.keywords["width"] == 16 for network in plan.networks)  # type: ignore[attr-defined]
+    rows = {network.paper or network.name for network in plan.networks}
+    assert rows <= set(plan.tables[0].paper), "the paper has no such row"
+
+
+def test_other_recipes_have_no_form_for_cifar10(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        recipes.main(["004-table1", "--cifar10", "a.npz"])
+    assert "--cifar10 is for 001-table3 and 004-table2, got 004-table1" in capsys.readouterr().err
