@@ -132,6 +132,30 @@ def same_kind(x: Tensor, tensors: Iterable[Tensor | None], name: str = "x") -> N
             raise TypeError(f"{name} must be of the parameters' dtype {_dtype(tensor)}, got {_dtype(x)}")
 
 
+def device_of(model: nn.Module, images: Tensor) -> None:
+    """Refuse images on another device than the model's first parameter, or buffer."""
+    held = next(model.parameters(), next(model.buffers(), None))
+    if held is not None and held.device != images.device:
+        raise ValueError(f"images must be on the model's device {held.device}, got {images.device}")
+
+
+def answered(model: nn.Module, images: Tensor) -> Any:
+    """The model's answer; where it fails at images of another dtype than its own, an error that says so."""
+    try:
+        return model(images)
+    except (RuntimeError, TypeError) as error:
+        held = next((each.dtype for each in model.parameters() if each.is_floating_point()), images.dtype)
+        if held == images.dtype or _autocast(images.device.type):
+            raise
+        wanted = f"images must be of the model's dtype {str(held).removeprefix('torch.')}, or autocast be on"
+        raise TypeError(f"{wanted}, got {_dtype(images)}: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def keeps_shape(reading: Reading, x: Tensor) -> None:
     """Refuse a branch that is known to change the shape of `x`: its output is added to `x`.
 

@@ -148,6 +148,48 @@ def test_a_model_that_returns_no_logits(answer: Any, kind: type[Exception], mess
     assert model.asked == 1
 
 
+def test_logits_whose_sums_are_near_one_are_no_probabilities() -> None:
+    """As those of a network that training has made constant, on their way past one."""
+    model = Answers(lambda x: x.flatten(1)[:, :3] * 0.66 + torch.tensor([[0.0, 0.0, 0.0095], [0.0, 0.0, 0.0097]]))
+    assert attacks.fgsm(model, IMAGES, LABELS, eps=0.1).shape == IMAGES.shape and model.asked == 1
+
+
+HALF = "images must be of the model's dtype float32, or autocast be on, got float16: "
+
+
+@pytest.mark.parametrize("name", ["fgsm", "pgd", "bim", "di2_fgsm", "spsa"])
+def test_images_of_another_dtype_than_the_models(name: str) -> None:
+    with pytest.raises(TypeError, match=f"^{re.escape(HALF)}."):
+        attacks.ATTACKS[name](network(), IMAGES.half(), LABELS, eps=0.1)
+    with pytest.raises(TypeError, match=f"^{re.escape(HALF)}."):
+        attacks.run(name, network(), IMAGES.half(), LABELS, eps=0.1)
+
+
+def test_another_dtype_is_no_error_where_the_model_takes_it() -> None:
+    class Casts(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.float())
+
+    moved = attacks.fgsm(Casts(*network()), IMAGES.half(), LABELS, eps=0.1)
+    assert moved.dtype == torch.float16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attacks.fgsm(network(), IMAGES.bfloat16(), LABELS, eps=0.1).dtype == torch.bfloat16
+
+
+def test_an_error_of_the_models_own_stays() -> None:
+    def fails(x: Tensor) -> Tensor:
+        raise RuntimeError("its own")
+
+    with refused(RuntimeError, "its own"):
+        attacks.pgd(Answers(fails), IMAGES, LABELS, eps=0.1)
+
+
+def test_di2_names_resize_where_the_model_does_not_take_larger_images() -> None:
+    message = r"^resize must give images that the model takes, got 8x8 for 4x4: ."
+    with pytest.raises(ValueError, match=message):
+        attacks.di2_fgsm(network(), IMAGES, LABELS, eps=0.1, resize=2.0, probability=1.0)
+
+
 def test_a_gradient_that_is_not_finite() -> None:
     model = Answers(lambda x: (x - x.detach()).flatten(1)[:, :3].abs().sqrt() * x.new_tensor([1.0, 2.0, 3.0]))
     with refused(FloatingPointError, "model must have a finite gradient, got NaN or infinity at some of the images"):

@@ -104,6 +104,10 @@ TINY = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
         (lambda: training.natural(TINY, X, Y.float()), TypeError, "labels must be of dtype int64, got float32"),
         (lambda: training.natural(TINY, X, Y[:1]), ValueError, "labels must be a tensor [2], got shape [1]"),
         (lambda: training.natural(TINY, X, Y + 1), ValueError, "labels must be in [0, 2), got 1 to 2"),
+        (lambda: training.natural(TINY, X.to("meta"), Y.to("meta")), ValueError,
+         "images must be on the model's device cpu, got meta"),
+        (lambda: training.natural(TINY, X, Y.to("meta")), ValueError,
+         "labels must be on the images' device cpu, got meta"),
         (lambda: training.natural(nn.Identity(), X, Y), ValueError,
          "model must return logits [2, classes], got shape [2, 1, 2, 2]"),
         (lambda: training.uniform_noise(TINY, X, Y, eps=0), ValueError, "eps must be a finite number > 0, got 0"),
@@ -117,3 +121,10 @@ def test_refusals(call: Callable[[], object], error: type[Exception], message: s
     with pytest.raises(error) as caught:
         call()
     assert str(caught.value) == message
+
+
+def test_images_of_another_dtype_than_the_models_are_named() -> None:
+    message = r"^images must be of the model's dtype float32, or autocast be on, got float16: ."
+    for loss in (training.natural, partial(training.uniform_noise, eps=0.1)):
+        with pytest.raises(TypeError, match=message):
+            loss(TINY, X.half(), Y)

@@ -95,7 +95,14 @@ class Task:
     def logits(self, x: Tensor) -> Tensor:
         """The model's answer [n, K], counted, and checked the first time."""
         self.count(len(x))
-        logits = self.model(x)
+        try:
+            logits = checks.answered(self.model, x)
+        except (RuntimeError, TypeError, ValueError) as error:
+            size, other = ("x".join(map(str, each.shape[2:])) for each in (self.images, x))
+            if size == other:
+                raise
+            wanted = "resize must give images that the model takes"
+            raise ValueError(f"{wanted}, got {other} for {size}: {checks.first_line(error)}") from error
         if not self.known:
             self._check_logits(logits, len(x))
             self.known.append(logits.shape[1])
@@ -115,7 +122,8 @@ class Task:
             kind = str(logits.dtype).removeprefix("torch.")
             raise ValueError(f"{wanted} with N = {samples}, got a tensor {list(logits.shape)} of dtype {kind}")
         found = logits.detach().float()
-        if bool((found >= 0).all()) and bool(((found.sum(1) - 1).abs() < 1e-3).all()):
+        slack = max(1e-5, torch.finfo(logits.dtype).eps)  # what rounding explains; by chance it happens at 1e-3
+        if bool((found >= 0).all()) and bool(((found.sum(1) - 1).abs() < slack).all()):
             raise ValueError(f"{wanted}, got probabilities: they are at least 0 and each row's sum is 1")
         for name, classes in (("labels", self.labels), ("targets", self.targets)):
             most = -1 if classes is None else int(classes.max())
@@ -173,7 +181,7 @@ def task_of(
         checks.one_of("solver_gradient", solver_gradient, GRADIENTS)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator or None, got {checks.what(generator)}")
-    _check_device(model, images)
+    checks.device_of(model, images)
     _check_classes("labels", labels, images)
     if targets is not None:
         _check_classes("targets", targets, images)
@@ -234,12 +242,6 @@ def _bounds(bounds: Any, images: Tensor) -> tuple[Tensor, Tensor]:
         words = " to ".join(str(bound.flatten().tolist() if bound.dim() else bound.item()) for bound in (low, high))
         raise ValueError(f"images must be within bounds, {words}, got {got}")
     return low, high
-
-
-def _check_device(model: nn.Module, images: Tensor) -> None:
-    held = next(model.parameters(), next(model.buffers(), None))
-    if held is not None and held.device != images.device:
-        raise ValueError(f"images must be on the model's device {held.device}, got {images.device}")
 
 
 def _check_classes(name: str, classes: Any, images: Tensor) -> None:

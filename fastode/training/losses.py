@@ -171,11 +171,12 @@ def check_batch(model: nn.Module, images: Tensor, labels: Tensor) -> None:
         raise ValueError(f"labels must be a tensor [{len(images)}], got shape {list(labels.shape)}")
     if labels.device != images.device:
         raise ValueError(f"labels must be on the images' device {images.device}, got {labels.device}")
+    checks.device_of(model, images)
 
 
 def logits_of(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     """The model's answer [N, K], checked."""
-    logits = model(images)
+    logits = checks.answered(model, images)
     if not isinstance(logits, Tensor):
         raise TypeError(f"model must return logits [N, classes], got {checks.what(logits)}")
     if logits.dim() != 2 or len(logits) != len(labels):
