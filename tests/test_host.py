@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastode
 from fastode.branch.read import read
-from fastode.dispatch import one_step
+from fastode.dispatch import running
 from fastode.native import cuda
 from fastode.ops import maps
 from fastode.ops.plan import Gradients
@@ -172,9 +172,9 @@ def test_running_averages_move_as_one_after_the_other(kind: str, dtype: torch.dt
     for norm in reading.norms * 3:
         sets = (2, 3, 4) if isinstance(norm, nn.InstanceNorm2d) else (2, 4)
         statistics.append(torch.rand(sets, dtype=wide, generator=generator))
-    one_step.move_running(reading.norms, iter(statistics), [size] * len(reading.norms))
+    running.move_running(reading.norms, statistics, [size] * len(reading.norms))
     for norm, stats in zip(twin.norms * 3, statistics, strict=True):
-        one_step._move(norm, *one_step._met(norm, stats, size))
+        running._move(norm, *running._met(norm, stats, size))
     for norm, other in zip(reading.norms, twin.norms, strict=True):
         for (name, buffer), wanted in zip(norm.named_buffers(), other.buffers(), strict=True):
             assert torch.equal(buffer, wanted), name

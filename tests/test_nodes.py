@@ -30,7 +30,9 @@ KINDS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "ie, detached": lambda branch: reference.IESkip(branch, detach=True),
     "ssp3": reference.SSP3,
     "ark": reference.Ark,
+    "chain": lambda branch: reference.ResBlock(branch, 0.5, post_activation=nn.ReLU()),
 }
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 def block_of(kind: str, norm: str = "group", dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -64,9 +66,11 @@ def test_the_nodes_of_this_checkout_load() -> None:
 # ---- the same as the Functions, bit for bit
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("norm", ["group", "batch", "batch_eval", "none"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [(kind, dtype) for kind in KINDS for dtype in DTYPES if kind != "chain" or dtype != torch.bfloat16],
+)
 def test_same_as_the_function(kind: str, norm: str, dtype: torch.dtype) -> None:
     block = block_of(kind, norm.removesuffix("_eval"), dtype).train(norm != "batch_eval")
     twin = copy.deepcopy(block)
@@ -133,6 +137,80 @@ def test_the_functions_stand_alone(test: Callable[..., None], arguments: tuple[A
     """What other files test with nodes, without them."""
     with nodes.left_out():
         test(*arguments)
+
+
+# ---- running statistics, which are moved in C++ behind a node
+
+
+def _running(kind: str, momentum: float | None = 0.1) -> tuple[nn.Module, list[nn.BatchNorm2d]]:
+    block = block_of(kind, "batch")
+    norms = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = momentum
+    return block, norms
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.1, 0.7, 1.0, 1, None])
+@pytest.mark.parametrize("kind", ["ssp3", "chain"])
+def test_running_statistics_are_those_of_the_function(kind: str, momentum: float | None) -> None:
+    block, norms = _running(kind, momentum)
+    twin = copy.deepcopy(block)
+    for seed in range(3):
+        x = image(seed=seed % 2)
+        versions = [buffer._version for buffer in block.buffers()]
+        block(x)
+        with nodes.left_out():
+            twin(x)
+        for (name, buffer), other, before in zip(block.named_buffers(), twin.buffers(), versions, strict=True):
+            assert torch.equal(buffer, other), name
+            assert buffer._version > before, name
+    assert norms[0].num_batches_tracked == 3 * (3 if kind == "ssp3" else 1)
+
+
+@pytest.mark.parametrize("kind", ["ssp3", "chain"])
+def test_changes_between_calls_reach_the_running_statistics(kind: str) -> None:
+    block, norms = _running(kind)
+    twin = copy.deepcopy(block)
+    others = [module for module in twin.modules() if isinstance(module, nn.BatchNorm2d)]
+
+    def compare(x: Tensor) -> None:
+        block(x)
+        with nodes.left_out():
+            twin(x)
+        assert all(torch.equal(a, b) for a, b in zip(block.buffers(), twin.buffers(), strict=True))
+
+    compare(image())
+    for norm in (norms[0], others[0]):
+        norm.momentum = 0.4
+    compare(image())
+    for norm in (norms[1], others[1]):
+        norm.running_mean = torch.ones(8)
+        # Not contiguous: left to PyTorch's operators.
+        norm.running_var = torch.ones(16)[::2]
+    compare(image())
+    compare(sample_input(2, 8, 3, 3, dtype=torch.float32, seed=1))  # another number of values, another n / (n - 1)
+    norms[0].num_batches_tracked = torch.tensor([3.0])  # no integer: PyTorch's operators add to it
+    block(image())
+    assert norms[0].num_batches_tracked.item() > 3
+
+
+def test_statistics_made_under_inference_mode_are_moved_there() -> None:
+    with torch.inference_mode():
+        block, norms = _running("chain")
+        block(image())
+    assert norms[0].num_batches_tracked == 1
+
+
+def test_arguments_of_the_mover_are_checked() -> None:
+    with pytest.raises(TypeError, match="expected a list"):
+        nodes.module.running(())
+    with pytest.raises(TypeError, match="expected a tensor, got int"):
+        nodes.module.running([(1, 2, 3, 0, 1, 0.1, 1.0)])
+    moves = nodes.module.running([(torch.ones(2), torch.ones(2), torch.tensor(0), 0, 2, 0.5, 1.0)])
+    with pytest.raises(TypeError, match="expected a tensor, got int"):
+        nodes.module.move(moves, 1)
+    assert not nodes.module.move(moves, torch.zeros(3))  # shorter than what they read
+    assert nodes.module.move(moves, torch.zeros(4))
 
 
 # ---- when they are taken
@@ -261,12 +339,12 @@ def test_anomaly_mode_names_the_node_and_where_it_was_made() -> None:
             block(x).backward(torch.full_like(x, torch.nan))
 
 
-@pytest.mark.parametrize("kind", ["ie", "ssp3"])
+@pytest.mark.parametrize("kind", ["ie", "ssp3", "chain"])
 def test_a_compiled_backward(kind: str) -> None:
     """One trace for each set of numbers, and none that stands for another."""
     block = block_of(kind)
     for seed, change in enumerate((0.1, 0.3, 0.1)):
-        if kind == "ie":
+        if kind != "ssp3":
             block.step_size = change
         x = image(seed=seed)
         expected = gradients(block, x)[1:]

@@ -78,6 +78,12 @@ inline bool is_plain_cotangent(const Tensor& bar) {
   return !bar.defined() || (is_plain(bar) && !bar._fw_grad(/*level=*/0).defined());
 }
 
+// Whether PyTorch takes x as channels_last, as it does a slice of such a tensor.
+inline bool is_channels_last(const Tensor& x) {
+  const Tensor dense = x.is_non_overlapping_and_dense() ? x : at::empty_like(x);
+  return dense.is_contiguous(at::MemoryFormat::ChannelsLast) && !dense.is_contiguous();
+}
+
 class BlockNode : public Node {
  public:
   variable_list apply(variable_list&& bars) override {
@@ -97,6 +103,7 @@ class BlockNode : public Node {
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
     for (SavedVariable& each : saved_) each.reset_data();
+    result_.reset_data();
     kept_.clear();
   }
 
@@ -105,6 +112,7 @@ class BlockNode : public Node {
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& arguments) const override {
     arguments.collect(name_);
     arguments.collect(saved_, /*is_output=*/false);
+    if (saves_result_) arguments.collect(result_, /*is_output=*/true);
     arguments.collect(kept_all_);
     // Numbers as nested ones are part of the key; others would be inputs of the trace, which is made for these values.
     for (const IValue& each : rule_) arguments.collect(each, /*nested=*/true);
@@ -116,8 +124,10 @@ class BlockNode : public Node {
     std::vector<Tensor> kept;
     std::swap(kept, kept_);
     saved.before(saved_);
+    if (saves_result_) saved.before(result_);
     variable_list found = apply(variable_list(bars));
     saved.after(saved_);
+    if (saves_result_) saved.after(result_);
     std::swap(kept, kept_);
     return found;
   }
@@ -149,6 +159,13 @@ class BlockNode : public Node {
 
   // The gradients of the saved tensors, at least of those that are wanted.
   virtual variable_list pull(const variable_list& bars, const variable_list& given, const Wanted& wanted) = 0;
+
+  // What forward returned, for backward to read.
+  void save_result(const Tensor& result) { result_ = SavedVariable(result, /*is_output=*/true), saves_result_ = true; }
+  Tensor result() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return result_.unpack(getptr());
+  }
 
   // Hands over what forward kept, once: backward overwrites it, and a second backward computes everything again.
   std::vector<Tensor> take_kept() {
@@ -218,6 +235,8 @@ class BlockNode : public Node {
   std::vector<bool> present_;
   size_t inputs_;  // how many of the saved tensors are no parameters
   std::vector<SavedVariable> saved_;
+  SavedVariable result_;
+  bool saves_result_ = false;
   std::vector<Tensor> kept_;
   bool kept_all_;
   PythonObject constants_;  // the Function, and what it is called with before the tensors

@@ -3,14 +3,16 @@
 // Built against the C++ interface of the torch that is installed, which is not stable, and so apart from the operators:
 // where it cannot be built the Functions in Python take its place. Every call returns NotImplemented for tensors that
 // the Functions have to treat.
-#include "branch_nodes.h"
+#include "chain_node.h"
 #include "linear_nodes.h"
+#include "running.h"
 #include "snapshot.h"
 
 namespace fastode {
 namespace {
 
 constexpr const char *kProgram = "fastode program", *kSolver = "fastode solver", *kWatched = "fastode watched";
+constexpr const char *kChain = "fastode chain", *kRunning = "fastode running";
 
 template <class Item, class F>
 IValue list_of(PyObject* sequence, const F& item) {
@@ -23,6 +25,13 @@ IValue list_of(PyObject* sequence, const F& item) {
 }
 
 void free_program(PyObject* capsule) { delete static_cast<Program*>(PyCapsule_GetPointer(capsule, kProgram)); }
+
+template <class Held>
+const Held& held_in(PyObject* capsule, const char* name) {
+  const auto* found = static_cast<Held*>(PyCapsule_GetPointer(capsule, name));
+  if (!found) throw_python_error();
+  return *found;
+}
 
 void expect(Py_ssize_t found, Py_ssize_t wanted) {
   TORCH_CHECK_TYPE(found == wanted, "expected ", wanted, " arguments, got ", found);
@@ -42,12 +51,6 @@ PyObject* program(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   }
   return PyCapsule_New(made.release(), kProgram, free_program);
   END_HANDLE_TH_ERRORS
-}
-
-const Program& program_of(PyObject* capsule) {
-  const auto* found = static_cast<Program*>(PyCapsule_GetPointer(capsule, kProgram));
-  if (!found) throw_python_error();
-  return *found;
 }
 
 // Adds a tensor, or a place without one; false if it is not for the nodes.
@@ -71,25 +74,35 @@ bool add_all(Given& given, PyObject* sequence) {
   return true;
 }
 
-// The arguments of every call around a branch: program, constants, flag, tensors.
-std::optional<BranchCall> branch_call(PyObject* const* arguments) {
-  PyObject* flag = arguments[2];
-  TORCH_CHECK_TYPE(PyTuple_Check(arguments[1]), "expected a tuple of constants");
-  TORCH_CHECK_TYPE(flag == Py_None || PyByteArray_Check(flag), "expected a bytearray or None");
-  BranchCall call{program_of(arguments[0]), arguments[1], flag == Py_None ? nullptr : flag, {}};
-  if (!add_all(call.given, arguments[3])) return std::nullopt;
-  if (!call.flag && at::GradMode::is_enabled() && call.given.any_requires_grad(0)) return std::nullopt;
-  return call;
+// The arguments of every call around a branch or of a chain: program, constants, flag, tensors. False from `read` where
+// they are not for the nodes.
+struct BlockArguments {
+  PyObject *constants, *flag;
+  Given given;
+
+  explicit BlockArguments(PyObject* const* arguments) : constants(arguments[1]), flag(arguments[2]) {
+    TORCH_CHECK_TYPE(PyTuple_Check(constants), "expected a tuple of constants");
+    TORCH_CHECK_TYPE(flag == Py_None || PyByteArray_Check(flag), "expected a bytearray or None");
+    if (flag == Py_None) flag = nullptr;
+  }
+  bool read(PyObject* tensors) {
+    if (!add_all(given, tensors)) return false;
+    return flag || !at::GradMode::is_enabled() || !given.any_requires_grad(0);
+  }
+};
+
+PyObject* wrapped(BranchResult result) {
+  if (result.statistics.numel() == 0) return THPVariable_Wrap(std::move(result.y));
+  THPObjectPtr y(THPVariable_Wrap(std::move(result.y))), statistics(THPVariable_Wrap(std::move(result.statistics)));
+  return PyTuple_Pack(2, y.get(), statistics.get());
 }
 
 template <class Family>
 PyObject* run(PyObject* const* arguments, const typename Family::Rule& rule) {
-  const auto call = branch_call(arguments);
-  if (!call) return Py_NewRef(Py_NotImplemented);
-  BranchResult result = run_branch<Family>(*call, rule);
-  if (result.statistics.numel() == 0) return THPVariable_Wrap(std::move(result.y));
-  THPObjectPtr y(THPVariable_Wrap(std::move(result.y))), statistics(THPVariable_Wrap(std::move(result.statistics)));
-  return PyTuple_Pack(2, y.get(), statistics.get());
+  BlockArguments found(arguments);
+  if (!found.read(arguments[3])) return Py_NewRef(Py_NotImplemented);
+  const BranchCall call{held_in<Program>(arguments[0], kProgram), found.constants, found.flag, std::move(found.given)};
+  return wrapped(run_branch<Family>(call, rule));
 }
 
 // descent(program, constants, flag, tensors, steps, step_size, theta, detach)
@@ -109,11 +122,72 @@ PyObject* scheme(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+void free_chain(PyObject* capsule) { delete static_cast<ChainProgram*>(PyCapsule_GetPointer(capsule, kChain)); }
+
+// chain_program(integers, numbers, strides, lengths, step, act, p, q, whether backward reads the result)
+PyObject* chain_program(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  expect(count, 9);
+  auto made = std::make_unique<ChainProgram>();
+  made->integers = list_of<int64_t>(arguments[0], integer);
+  made->numbers = list_of<double>(arguments[1], number);
+  made->strides = list_of<int64_t>(arguments[2], integer);
+  made->lengths = list_of<int64_t>(arguments[3], integer);
+  made->step = number(arguments[4]), made->act = integer(arguments[5]);
+  made->p = number(arguments[6]), made->q = number(arguments[7]);
+  made->reads_result = truth(arguments[8]);
+  return PyCapsule_New(made.release(), kChain, free_chain);
+  END_HANDLE_TH_ERRORS
+}
+
+// chain(program, constants, flag, tensors, the result's shape without samples)
+PyObject* chain(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  expect(count, 5);
+  BlockArguments found(arguments);
+  if (!found.read(arguments[3])) return Py_NewRef(Py_NotImplemented);
+  const ChainCall call{held_in<ChainProgram>(arguments[0], kChain), found.constants, found.flag,
+                       list_of<int64_t>(arguments[4], integer), std::move(found.given)};
+  return wrapped(ChainNode::run(call));
+  END_HANDLE_TH_ERRORS
+}
+
+void free_running(PyObject* capsule) { delete static_cast<Running*>(PyCapsule_GetPointer(capsule, kRunning)); }
+
+// running([(mean, variance, count of batches, place, channels, factor, unbiased)])
+PyObject* running(PyObject*, PyObject* rows) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(PyList_Check(rows), "expected a list");
+  auto made = std::make_unique<Running>();
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(rows); ++i) {
+    PyObject *tensors[3], *row = PyList_GET_ITEM(rows, i);
+    long long place, channels;
+    double factor, unbiased;
+    if (!PyArg_ParseTuple(row, "OOOLLdd", &tensors[0], &tensors[1], &tensors[2], &place, &channels, &factor, &unbiased))
+      throw_python_error();
+    for (PyObject* each : tensors)
+      TORCH_CHECK_TYPE(THPVariable_Check(each), "expected a tensor, got ", Py_TYPE(each)->tp_name);
+    made->add({THPVariable_Unpack(tensors[0]), THPVariable_Unpack(tensors[1]), THPVariable_Unpack(tensors[2]), place,
+               channels, factor, unbiased});
+  }
+  return PyCapsule_New(made.release(), kRunning, free_running);
+  END_HANDLE_TH_ERRORS
+}
+
+// move(running, what an operator has met): whether that was done
+PyObject* move(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  expect(count, 2);
+  TORCH_CHECK_TYPE(THPVariable_Check(arguments[1]), "expected a tensor, got ", Py_TYPE(arguments[1])->tp_name);
+  return PyBool_FromLong(held_in<Running>(arguments[0], kRunning).move(THPVariable_Unpack(arguments[1])));
+  END_HANDLE_TH_ERRORS
+}
+
 // Calls run(call, whether there is to be a graph) for the arguments program, constants, tensors.
 template <class F>
 PyObject* run_field(PyObject* const* arguments, const F& run) {
   TORCH_CHECK_TYPE(PyTuple_Check(arguments[1]), "expected a tuple of constants");
-  PairCall call{program_of(arguments[0]), arguments[1], {}};
+  PairCall call{held_in<Program>(arguments[0], kProgram), arguments[1], {}};
   if (!add_all(call.given, arguments[2])) return Py_NewRef(Py_NotImplemented);
   return run(call, at::GradMode::is_enabled() && call.given.any_requires_grad(0));
 }
@@ -164,10 +238,9 @@ PyObject* solver(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
 PyObject* linear_solve(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   expect(count, 4);
-  const auto* how = static_cast<SolverProgram*>(PyCapsule_GetPointer(arguments[3], kSolver));
-  if (!how) throw_python_error();
+  const auto& how = held_in<SolverProgram>(arguments[3], kSolver);
   return run_field(arguments, [&](const PairCall& call, bool graph) {
-    auto [end, log] = LinearSolveNode::run(call, *how, graph);
+    auto [end, log] = LinearSolveNode::run(call, how, graph);
     return wrap_both(std::move(end), std::move(log));
   });
   END_HANDLE_TH_ERRORS
@@ -201,9 +274,7 @@ PyObject* watched(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
 PyObject* unchanged(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   expect(count, 2);
-  const auto* found = static_cast<Watched*>(PyCapsule_GetPointer(arguments[0], kWatched));
-  if (!found) throw_python_error();
-  return Py_NewRef(found->unchanged(arguments[1]));
+  return Py_NewRef(held_in<Watched>(arguments[0], kWatched).unchanged(arguments[1]));
   END_HANDLE_TH_ERRORS
 }
 
@@ -215,6 +286,10 @@ PyCFunction method(F* function) {
 PyMethodDef methods[] = {{"program", method(program), METH_FASTCALL, nullptr},
                          {"descent", method(descent), METH_FASTCALL, nullptr},
                          {"scheme", method(scheme), METH_FASTCALL, nullptr},
+                         {"chain_program", method(chain_program), METH_FASTCALL, nullptr},
+                         {"chain", method(chain), METH_FASTCALL, nullptr},
+                         {"running", running, METH_O, nullptr},
+                         {"move", method(move), METH_FASTCALL, nullptr},
                          {"pair", method(pair<PairNode>), METH_FASTCALL, nullptr},
                          {"march", method(march), METH_FASTCALL, nullptr},
                          {"linear", method(pair<LinearNode>), METH_FASTCALL, nullptr},

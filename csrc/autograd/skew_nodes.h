@@ -14,12 +14,6 @@ struct PairCall {
   Given given;
 };
 
-// Whether PyTorch takes x as channels_last, as it does a slice of such a tensor.
-inline bool is_channels_last(const Tensor& x) {
-  const Tensor dense = x.is_non_overlapping_and_dense() ? x : at::empty_like(x);
-  return dense.is_contiguous(at::MemoryFormat::ChannelsLast) && !dense.is_contiguous();
-}
-
 // Which gradients an operator is to make beside those of its inputs.
 struct Asked {
   Wanted tensors;  // of W's weight and the norms' tensors that are present

@@ -6,7 +6,7 @@ What cannot be read, or does not fit together, runs as the reference, whose erro
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -27,8 +27,9 @@ from ..reference import ResBlock
 from . import choice
 from .engines import AUTO, NAMES, REFERENCE
 from .known import kind_of_call, known
-from .one_step import move_running, undone_on_error
+from .one_step import undone_on_error
 from .registry import reference_of
+from .running import Statistics, move_running, moved_again
 
 _FAMILY = "chain"
 Shape = tuple[int, int, int, int]  # of a map [N, C, H, W]
@@ -45,7 +46,6 @@ class ChainReading:
         inside: the block, where it stands in a chain.
         count: how many modules of a sequence they are.
         reason: why it cannot be read, or is not worth a call, in one sentence; empty otherwise.
-        met: of the last input its shape, the norms with running statistics, and samples and pixels of each one's map.
     """
 
     parts: list[Reading]
@@ -55,7 +55,6 @@ class ChainReading:
     count: int = 0
     reason: str = ""
     tensors: list[MaybeTensor] = field(default_factory=list)
-    met: tuple[torch.Size, list[Any], list[tuple[int, int]]] | None = None
 
     def __post_init__(self) -> None:
         for part in self.parts:
@@ -224,15 +223,11 @@ def _misfit(reading: ChainReading, x: Tensor) -> bool:
     return len(ends) > 1 and ends[1] != ends[2]
 
 
-def _update(reading: ChainReading, statistics: Sequence[Tensor], x: Tensor) -> None:
+def _update(reading: ChainReading, statistics: Statistics, x: Tensor) -> None:
     """Update the running statistics that the call has met, of each norm by the size of its map."""
-    met = reading.met
-    if met is None or met[0] != x.shape:
+    if not moved_again(statistics, x):
         pairs = [pair for part, shape in _maps(reading, x) for pair in _norms_met(part, shape)]
-        met = x.shape, [norm for norm, _ in pairs], [size for _, size in pairs]
-        if not torch.compiler.is_compiling():
-            reading.met = met
-    move_running(met[1], statistics, met[2])
+        move_running([norm for norm, _ in pairs], statistics, [size for _, size in pairs], x)
 
 
 def _norms_met(part: Reading, shape: Shape) -> list[tuple[Any, tuple[int, int]]]:

@@ -26,7 +26,7 @@ from ..steps import Watch
 from . import choice
 from .engines import NAMES, REFERENCE
 from .known import Known, kind_of_call, known
-from .one_step import update_running
+from .running import update_running
 
 # Not in the reader's own module: the reference, which has this layer, is not for readers to import.
 KNOWN[TimeConv2d] = (CONV, read_time_conv)

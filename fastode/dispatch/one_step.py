@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -25,6 +25,7 @@ from ..tableau import LinearTable
 from . import choice
 from .engines import AUTO, NAMES, REFERENCE
 from .known import kind_of_call, known, remembered
+from .running import update_running
 
 Rows = tuple[tuple[tuple[float, ...], ...], ...]
 Table = Callable[[], Tensor]
@@ -286,74 +287,3 @@ def _as_it_was(make_reference: Callable[[], nn.Module], module: nn.Module, past:
     (name,) = [name for name, child in block._modules.items() if child is module]
     block._modules[name] = past.restored(stand_in)
     return block
-
-
-def update_running(reading: Reading, statistics: Iterable[Tensor], x: Tensor) -> None:
-    """Update the running statistics of a branch whose maps are as large as x, once for each evaluation, in order."""
-    norms = [norm for norm in reading.norms if norm is not None]
-    move_running(norms, statistics, [(x.shape[0], x.shape[2] * x.shape[3])] * len(norms))
-
-
-def move_running(norms: Sequence[Any], statistics: Iterable[Tensor], sizes: Sequence[tuple[int, int]]) -> None:
-    """Update running statistics as PyTorch's norms do, once for each evaluation, in order.
-
-    Args:
-        norms: those that have running statistics.
-        statistics: an entry of each norm for each evaluation.
-        sizes: of each norm's map, samples and pixels.
-    """
-    evaluations = list(zip(*[iter(statistics)] * len(norms), strict=True))
-    factor = norms[0].momentum
-    with torch.no_grad():
-        if isinstance(factor, float) and all(norm.momentum == factor for norm in norms):
-            _move_together(norms, evaluations, factor, sizes)
-            return
-        for met in evaluations:
-            for norm, stats, size in zip(norms, met, sizes, strict=True):
-                _move(norm, *_met(norm, stats, size))
-
-
-def _met(norm: Any, stats: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, float]:
-    """The mean and the variance that a norm met, and by what the variance is to be multiplied."""
-    samples, count = size
-    if isinstance(norm, nn.InstanceNorm2d):
-        stats = stats.mean(1)
-    else:
-        count *= samples
-    mean, variance = stats.unbind()
-    return mean, variance, count / max(count - 1, 1)
-
-
-def _move(norm: Any, mean: Tensor, variance: Tensor, unbiased: float) -> None:
-    """running ← (1 − factor) running + factor now."""
-    factor: float | Tensor = 0.0 if norm.momentum is None else norm.momentum
-    if not isinstance(norm, nn.InstanceNorm2d):
-        norm.num_batches_tracked.add_(1)
-        if norm.momentum is None:
-            factor = (1.0 / norm.num_batches_tracked.double()).to(mean.dtype)
-    for running, now in ((norm.running_mean, mean), (norm.running_var, variance * unbiased)):
-        running.copy_(torch.lerp(running.to(now.dtype), now, factor))
-
-
-def _move_together(
-    norms: Sequence[Any], evaluations: Sequence[Sequence[Tensor]], factor: float, sizes: Sequence[tuple[int, int]]
-) -> None:
-    """`_move` of all norms at once, where their factor is the same number."""
-    counters = [norm.num_batches_tracked for norm in norms if not isinstance(norm, nn.InstanceNorm2d)]
-    if counters:
-        torch._foreach_add_(counters, len(evaluations))
-    running = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
-    moved: list[Tensor] = []
-    for met in evaluations:
-        rows = [_met(*each) for each in zip(norms, met, sizes, strict=True)]
-        variances = torch._foreach_mul([row[1] for row in rows], [row[2] for row in rows])
-        now = [*(row[0] for row in rows), *variances]
-        if all(each.dtype == other.dtype for each, other in zip(running, now, strict=True)):
-            torch._foreach_lerp_(running, now, factor)
-        else:
-            if moved:
-                torch._foreach_copy_(moved, running)
-            else:
-                moved = [each.to(other.dtype) for each, other in zip(running, now, strict=True)]
-            torch._foreach_lerp_(moved, now, factor)
-            torch._foreach_copy_(running, moved)

@@ -26,7 +26,7 @@ from ..ops.schemes.skew_pair.pair import Pair
 from ..reference.adaptive import first_step, integrate, retaken
 from ..solver import Solver
 from ..steps import Watch
-from .one_step import update_running
+from .running import update_running
 
 
 @dataclass

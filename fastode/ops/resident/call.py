@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,12 +11,13 @@ from torch import Tensor
 from ...branch.layers import TENSORS_PER_UNIT
 from ...branch.read import Unit
 from ...native.constants import BIAS, CONV_BIAS, CONV_WEIGHT, RUNNING, WEIGHT
+from ..met import Met, Places
 from ..plan import MaybeTensor, MaybeTensors, Plan, activation_codes, norm_codes
 
 # The bit of each of a unit's tensors; running mean and variance come together.
 _PRESENT = (WEIGHT, BIAS, RUNNING, 0, CONV_WEIGHT, CONV_BIAS)
 
-_CODE = "resident operators"  # in a plan's memo
+_CODE, _PLACES = "resident operators", "resident statistics"  # in a plan's memo
 
 Branch = tuple[list[Tensor], list[int], list[float]]
 
@@ -50,19 +52,41 @@ def decode_statistics(
     plan: Plan, tensors: MaybeTensors, flat: Tensor, channels: int, used: Sequence[bool]
 ) -> list[Tensor]:
     """Mean and variance [2, C] of every tracked batch norm, evaluation by evaluation: of those that are `used`."""
-    if True not in plan.tracked:
-        return []
-    sizes: list[int] = []
-    kept: list[bool] = []
-    width = channels
-    for unit, tracks in zip(plan.units, plan.tracked, strict=True):
-        if unit.norm is not None and unit.norm.mode == "batch":
-            sizes.append(2 * width)
-            kept.append(tracks)
-        width = width if unit.conv is None else unit.conv.out_channels
-    pieces = flat.split(sizes * len(used)) if sizes else ()
-    wanted = [keep and each for each in used for keep in kept]
-    return [piece.view(2, -1) for piece, keep in zip(pieces, wanted, strict=True) if keep]
+    return Met(flat, places_of([plan], channels, used)).apart()
+
+
+def places_of(plans: Sequence[Plan], channels: int, used: Sequence[bool] = (True,)) -> Places:
+    """Where an operator writes what the tracked batch norms meet, in each evaluation that is `used`.
+
+    Args:
+        plans: one, or a chain's lead, branch and shortcut.
+        channels: of the input.
+        used: of each evaluation that the operator makes, whether the block makes it.
+    """
+    places = Places()
+    if not any(True in plan.tracked for plan in plans):
+        return places
+    at = 0
+    for keep in used:
+        start = channels
+        for index, plan in enumerate(plans):
+            width = start
+            for unit, tracks in zip(plan.units, plan.tracked, strict=True):
+                if unit.norm is not None and unit.norm.mode == "batch":
+                    if keep and tracks:
+                        places.append((at, width))
+                    at += 2 * width
+                width = width if unit.conv is None else unit.conv.channels_after(width) or 0
+            start = width if index == 0 else start
+    return places
+
+
+def met_by(plans: Sequence[Plan], memo: dict[str, Any], flat: Tensor, channels: int, used: Sequence[bool]) -> list[Met]:
+    """What the tracked batch norms have met, in one entry; none where there are none. Its places are kept in a memo."""
+    places = memo.get(_PLACES)
+    if places is None:
+        places = memo[_PLACES] = places_of(plans, channels, used)
+    return [Met(flat, places)] if places else []
 
 
 def beside(tensors: MaybeTensors, bars: Sequence[Tensor]) -> list[MaybeTensor]:

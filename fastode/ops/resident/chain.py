@@ -10,18 +10,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
-from ..function import gradients
+from ...native import nodes
+from ..function import NodeFunction, gradients
 from ..maps import last_of
+from ..met import Met
 from ..plan import MaybeTensor, MaybeTensors, activation_codes
 from ..rerun import Rerun
 from ..schemes.chain.chain import Chain
 from . import rule
-from .call import beside, encode_units
-from .functions import keeps_beside
+from .call import beside, encode_units, met_by, places_of
+from .functions import keeps_beside, take_kept
 
-_CODE, _RESULT = "resident chain", "resident chain's result"  # in a chain's memo
+# In a chain's memo.
+_CODE, _RESULT, _PROGRAM = "resident chain", "resident chain's result", "resident chain's node"
 _FEWEST = 16
 
 Code = tuple[list[int], list[float], list[int], list[int], float, int, float, float]
@@ -139,36 +141,30 @@ def _encode(chain: Chain, tensors: MaybeTensors, channels: int) -> tuple[list[Te
     return present, code
 
 
-def _tracked(chain: Chain, tensors: MaybeTensors, flat: Tensor, channels: int) -> list[Tensor]:
-    """Mean and variance [2, C] of every tracked batch norm, from those of all."""
-    if not any(True in plan.tracked for plan in chain.plans):
-        return []
-    sizes: list[int] = []
-    kept: list[bool] = []
-    start = channels
-    for index, plan in enumerate(chain.plans):
-        width = start
-        for unit, tracks in zip(plan.units, plan.tracked, strict=True):
-            if unit.norm is not None and unit.norm.mode == "batch":
-                sizes.append(2 * width)
-                kept.append(tracks)
-            width = width if unit.conv is None else unit.conv.channels_after(width) or 0
-        start = width if index == 0 else start
-    return [piece.view(2, -1) for piece, keep in zip(flat.split(sizes), kept, strict=True) if keep]
-
-
-class ResidentChainFunction(Function):
+class ResidentChainFunction(NodeFunction):
     """y and the statistics of each batch norm; keeps x and the inputs of all units."""
+
+    constants = ("chain", "rerun")
+
+    @classmethod
+    def through_node(cls, chain: Chain, rerun: Rerun | None, given: MaybeTensors) -> Any:
+        x, memo = given[0], chain.memo
+        assert x is not None
+        program = memo.get(_PROGRAM)
+        if program is None:
+            code = _encode(chain, given[1:], x.shape[1])[1]
+            program = memo[_PROGRAM] = nodes.module.chain_program(*code, _reads_result(chain))
+        flag = None if rerun is None else rerun.habit.flag
+        found = nodes.module.chain(program, (cls, chain, rerun), flag, given, _result(chain, x))
+        if type(found) is not tuple:
+            return found if found is NotImplemented else (found,)
+        return (found[0], *met_by(chain.plans, memo, found[1], x.shape[1], (True,)))
 
     @staticmethod
     def forward(ctx: Any, chain: Chain, rerun: Rerun | None, x: Tensor, *tensors: MaybeTensor) -> Any:
-        present, code = _encode(chain, tensors, x.shape[1])
-        y, flat, kept = torch.ops.fastode.resident_chain_forward.default(
-            x, present, *code, _result(chain, x), keeps_beside(ctx), last_of(x, tensors)
-        )
-        statistics = _tracked(chain, tensors, flat, x.shape[1])
-        after = chain.activation is not None and chain.activation.kind == "relu"
-        ctx.save_for_backward(x, *tensors, *([y] if after else []))
+        y, flat, kept = _forward(chain, x, tensors, keeps_beside(ctx))
+        statistics = Met(flat, places_of(chain.plans, x.shape[1])).apart()
+        ctx.save_for_backward(x, *tensors, *([y] if _reads_result(chain) else []))
         ctx.chain, ctx.rerun, ctx.kept, ctx.count = chain, rerun, kept, 1 + len(tensors)
         ctx.set_materialize_grads(False)
         if statistics:
@@ -177,16 +173,31 @@ class ResidentChainFunction(Function):
 
     @staticmethod
     def backward(ctx: Any, y_bar: MaybeTensor, *_: None) -> tuple[MaybeTensor, ...]:
-        saved = ctx.saved_tensors
+        saved, chain = ctx.saved_tensors, ctx.chain
         given, after = saved[: ctx.count], saved[ctx.count :]
 
         def pull(bars: Sequence[MaybeTensor], wanted: Sequence[bool]) -> list[MaybeTensor]:
             (bar,), (x, *tensors) = bars, given
-            kept, ctx.kept = ctx.kept, []  # it is written over: a second backward evaluates the chain again
-            present, code = _encode(ctx.chain, tensors, x.shape[1])
+            present, code = _encode(chain, tensors, x.shape[1])
+            y = x
+            if _reads_result(chain):  # which a node in C++ does not hand over
+                y = after[0] if after else _forward(chain, x, tensors, False)[0]
             x_bar, found = torch.ops.fastode.resident_chain_backward.default(
-                x, after[0] if after else x, bar, kept, present, *code, wanted[0], any(wanted[1:])
+                x, y, bar, take_kept(ctx), present, *code, wanted[0], any(wanted[1:])
             )
             return [x_bar if wanted[0] else None, *beside(tensors, found)]
 
         return gradients(ctx, given, [y_bar], pull)
+
+
+def _reads_result(chain: Chain) -> bool:
+    """Whether backward tells the last activation's slope from the result."""
+    return chain.activation is not None and chain.activation.kind == "relu"
+
+
+def _forward(chain: Chain, x: Tensor, tensors: MaybeTensors, keep: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+    present, code = _encode(chain, tensors, x.shape[1])
+    made: tuple[Tensor, Tensor, list[Tensor]] = torch.ops.fastode.resident_chain_forward.default(
+        x, present, *code, _result(chain, x), keep, last_of(x, tensors)
+    )
+    return made

@@ -18,7 +18,7 @@ from ..plan import MaybeTensor, MaybeTensors, Plan
 from ..rerun import Rerun
 from ..schemes.implicit_euler.descent import Descent
 from ..schemes.runge_kutta.stages import Scheme
-from .call import beside, decode_statistics, encode
+from .call import beside, decode_statistics, encode, met_by
 
 _PROGRAM = "resident node"  # in a plan's memo
 
@@ -67,7 +67,7 @@ def _results(found: Any, plan: Plan, given: MaybeTensors, inputs: int, rule: Des
         return found if found is NotImplemented else (found,)
     y, flat = found
     assert given[0] is not None
-    return (y, *decode_statistics(plan, given[inputs:], flat, given[0].shape[1], _used(rule)))
+    return (y, *met_by([plan], plan.memo, flat, given[0].shape[1], _used(rule)))
 
 
 def _used(rule: Descent | Scheme) -> list[bool]:

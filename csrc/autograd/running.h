@@ -1,0 +1,73 @@
+// Running statistics of batch norms, moved as fastode/dispatch/one_step.py does it with PyTorch's operators.
+#pragma once
+#include <cmath>
+
+#include "block_node.h"
+
+namespace fastode {
+
+// The norms that one call meets, evaluation by evaluation, and where its operator writes what each has met.
+class Running {
+ public:
+  struct Row {
+    Tensor mean, variance, count;  // count: of the batches
+    int64_t at, channels;          // in the operator's vector: the mean, and behind it the biased variance
+    double factor, unbiased;       // running <- (1 - factor) running + factor now; of a variance now times unbiased
+  };
+
+  void add(Row row) { rows_.push_back(std::move(row)); }
+
+  // Whether they are plain vectors of this dtype, which are moved here.
+  bool usable(at::ScalarType dtype) const {
+    if (dtype != at::kFloat && dtype != at::kDouble) return false;
+    for (const Row& row : rows_) {
+      for (const Tensor* each : {&row.mean, &row.variance})
+        if (!plain(*each, dtype) || each->numel() != row.channels) return false;
+      if (!plain(row.count, at::kLong) || row.count.numel() != 1) return false;
+    }
+    return true;
+  }
+
+  // False, and nothing is done, where the vector is another one than they were made for.
+  bool move(const Tensor& met) const {
+    if (!usable(met.scalar_type()) || !plain(met, met.scalar_type())) return false;
+    for (const Row& row : rows_)
+      if (row.at + 2 * row.channels > met.numel()) return false;
+    met.scalar_type() == at::kDouble ? move_all<double>(met) : move_all<float>(met);
+    return true;
+  }
+
+ private:
+  static bool plain(const Tensor& tensor, at::ScalarType dtype) {
+    return tensor.defined() && is_plain(tensor) && tensor.is_cpu() && tensor.layout() == at::kStrided &&
+           tensor.scalar_type() == dtype && tensor.is_contiguous() && !tensor.is_inference();
+  }
+
+  template <class A>
+  void move_all(const Tensor& met) const {
+    const A* from = met.const_data_ptr<A>();
+    for (const Row& row : rows_) {
+      lerp(row, row.mean, from + row.at, A(1));
+      lerp(row, row.variance, from + row.at + row.channels, static_cast<A>(row.unbiased));
+      *row.count.mutable_data_ptr<int64_t>() += 1;
+      row.count.unsafeGetTensorImpl()->bump_version();
+    }
+  }
+
+  // As torch.lerp rounds it.
+  template <class A>
+  static void lerp(const Row& row, const Tensor& running, const A* now, A scale) {
+    const A factor = static_cast<A>(row.factor), rest = factor - A(1);
+    const bool near = std::abs(factor) < A(0.5);
+    A* to = running.mutable_data_ptr<A>();
+    for (int64_t c = 0; c < row.channels; ++c) {
+      const A end = now[c] * scale, way = end - to[c];
+      to[c] = near ? std::fma(factor, way, to[c]) : std::fma(rest, way, end);
+    }
+    running.unsafeGetTensorImpl()->bump_version();
+  }
+
+  std::vector<Row> rows_;
+};
+
+}  // namespace fastode
