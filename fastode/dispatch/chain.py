@@ -24,9 +24,9 @@ from ..ops.plan import MaybeTensor, Plan
 from ..ops.rerun import Rerun, StandIn
 from ..ops.schemes.chain.chain import Chain
 from ..reference import ResBlock
-from . import choice
+from . import bare, choice
 from .engines import AUTO, NAMES, REFERENCE
-from .known import kind_of_call, known
+from .known import kept, kind_of_call, known
 from .one_step import undone_on_error
 from .registry import reference_of
 from .running import Statistics, move_running, moved_again
@@ -142,6 +142,7 @@ def run(
         engine: a name of an engine, or "auto".
         owner: the module that is being called, for the report. If it is another one, it has seen that nothing changed.
     """
+    chain: Chain | bare.Function | None
     if torch.compiler.is_compiling():
         reading, found = read_module(), None
         chosen, chain = _decide(x, reading, module, engine)
@@ -153,11 +154,16 @@ def run(
         if answer is None:
             answer = _decide(x, reading, module, engine)
             if kind is not None:
+                lasts = kept(module) is found
+                if lasts and answer[0] is REFERENCE and engine == AUTO and bare.usable():
+                    answer = REFERENCE, _bare(module, reading, x)
                 found.keep(kind, answer, reading.call((x,)))
         chosen, chain = answer
         choice.note(owner, chosen)
-    if chosen is REFERENCE or chain is None:
+    if chosen is REFERENCE or not isinstance(chain, Chain):
         count = len(module._modules)
+        if chain is not None and not isinstance(chain, Chain) and bare.usable():
+            return chain(x), count
         return (undone_on_error(run_reference, x, module) if reading.reason else run_reference(x)), count
     if found is not None and owner is module:
         choice.note(reading.inside, chosen)
@@ -185,6 +191,19 @@ def _decide(x: Tensor, reading: ChainReading, module: nn.Module, engine: str) ->
     call = reading.call((x,))
     assert call.program is None or isinstance(call.program, Chain)
     return choice.choose(engine, call, partial(_copy_of, module, reading)), call.program
+
+
+def _bare(module: nn.Module, reading: ChainReading, x: Tensor) -> bare.Function | None:
+    """A block that is left to PyTorch, as PyTorch's functions; None where it is to be called."""
+    if not isinstance(module, ResBlock) or reading.reason or x.device.type != "cpu" or x.dim() != 4:
+        return None
+    shapes = [
+        shape
+        for part, start in _maps(reading, x)
+        for unit, shape in zip(part.units or (), _shapes(part, start), strict=False)
+        if unit.norm is not None
+    ]
+    return None if _misfit(reading, x) else bare.block_of(module, shapes)
 
 
 def _maps(reading: ChainReading, x: Tensor) -> Iterator[tuple[Reading, Shape]]:

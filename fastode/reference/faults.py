@@ -53,7 +53,8 @@ def call_repaired(
     return call(*inputs)
 
 
-def _batch_norm(input: Tensor, *rest: Any, **more: Any) -> Tensor:
+def batch_norm(input: Tensor, *rest: Any, **more: Any) -> Tensor:
+    """F.batch_norm without the fault of its backward."""
     ambiguous = input.dim() == 4 and _has_single(input) and not _suggests_channels_last(input)
     return _flat(F.batch_norm, input, *rest, **more) if ambiguous else F.batch_norm(input, *rest, **more)
 
@@ -82,7 +83,7 @@ class repaired_norms(Replaced):
     """
 
     replacements: ClassVar = {
-        F.batch_norm: _batch_norm,
+        F.batch_norm: batch_norm,
         F.instance_norm: _instance_norm,
         F.group_norm: _group_norm,
     }

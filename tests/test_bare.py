@@ -1,0 +1,162 @@
+"""Blocks that are left to PyTorch, called as its functions: the reference's bits, and only where nobody looks."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+import fastode
+from fastode import reference
+from fastode.dispatch import bare, choice
+from fastode.testing import sample_input
+
+
+def left_block(activation: type[nn.Module] = nn.ReLU, strided: bool = True) -> reference.ResBlock:
+    """A block that "auto" leaves to PyTorch at a batch of few samples: of wide maps, with batch norms."""
+    torch.manual_seed(0)
+    first = nn.Conv2d(128, 128, 3, 2 if strided else 1, 1, bias=False)
+    inner = nn.Sequential(nn.Conv2d(128, 128, 3, padding=1), nn.BatchNorm2d(128))
+    branch = nn.Sequential(first, nn.BatchNorm2d(128), activation(), inner)
+    shortcut = nn.Sequential(nn.Conv2d(128, 128, 1, stride=2), nn.BatchNorm2d(128)) if strided else None
+    return reference.ResBlock(branch, 0.5, shortcut, activation())
+
+
+def pair(block: nn.Module, train: bool = True) -> tuple[nn.Module, nn.Module]:
+    """The fused block and its reference."""
+    fused = copy.deepcopy(block)
+    fastode.fuse(fused)
+    return fused.train(train), block.train(train)
+
+
+def same(fused: nn.Module, plain: nn.Module, x: Tensor) -> None:
+    """That two calls give the same bits: results, gradients of all, buffers."""
+    results = []
+    for block in (fused, plain):
+        given = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        y = block(given)
+        gradients = torch.autograd.grad(y.square().sum(), [given, *block.parameters()])
+        results.append([y, *gradients, *block.buffers()])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b) and a.stride() == b.stride()
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How often a block was called as functions."""
+    calls: list[int] = []
+    real = bare.block_of
+
+    def counting(*arguments: Any) -> bare.Function | None:
+        function = real(*arguments)
+
+        def run(x: Tensor) -> Tensor:
+            calls.append(1)
+            assert function is not None
+            return function(x)
+
+        return None if function is None else run
+
+    monkeypatch.setattr(bare, "block_of", counting)
+    return calls
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [(1, 8, 8), (2, 8, 8), (3, 2, 1), (1, 7, 9)])
+@pytest.mark.parametrize("strided", [True, False])
+def test_same_bits_as_the_reference(
+    counted: list[int], strided: bool, size: tuple[int, int, int], layout: torch.memory_format, train: bool
+) -> None:
+    fused, plain = pair(left_block(strided=strided), train)
+    x = sample_input(size[0], 128, *size[1:], dtype=torch.float32, seed=1).to(memory_format=layout)
+    with choice.recording() as used:
+        for _ in range(3):
+            same(fused, plain, x)
+    assert {*used.values()} == {"reference"} and len(counted) == 3
+
+
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.LeakyReLU, nn.GELU])
+def test_other_activations(counted: list[int], activation: type[nn.Module]) -> None:
+    fused, plain = pair(left_block(activation))
+    same(fused, plain, sample_input(1, 128, 8, 8, dtype=torch.float32, seed=1))
+    assert len(counted) == 1
+
+
+def test_changes_are_seen(counted: list[int]) -> None:
+    fused, plain = pair(left_block())
+    x = sample_input(1, 128, 8, 8, dtype=torch.float32, seed=1)
+    same(fused, plain, x)
+    for change in (
+        lambda block: setattr(block, "step_size", 0.25),
+        lambda block: setattr(block.branch[0], "weight", nn.Parameter(torch.full_like(block.branch[0].weight, 0.01))),
+        lambda block: setattr(block.branch[1], "momentum", None),
+        lambda block: setattr(block.shortcut[1], "momentum", 0.7),
+        lambda block: setattr(block.branch[1], "momentum", 0.5),
+        lambda block: block.eval(),
+        lambda block: block.branch[1].weight.data.mul_(2.0),
+        lambda block: block.branch.add_module("5", nn.Tanh()),
+    ):
+        change(fused)
+        change(plain)
+        same(fused, plain, x)
+    assert len(counted) == 7  # a norm whose momentum is None is called, in two of nine calls
+
+
+def test_hooks_see_every_module(counted: list[int]) -> None:
+    fused, _ = pair(left_block())
+    x, seen = sample_input(1, 128, 8, 8, dtype=torch.float32, seed=1), []
+    fused(x)
+    handle = fused.branch[1].register_forward_hook(lambda module, given, y: seen.append(y))
+    fused(x)
+    assert len(seen) == 1 and len(counted) == 1
+    handle.remove()
+    fused.shortcut.register_forward_pre_hook(lambda module, given: seen.append(given))
+    fused(x)
+    assert len(seen) == 2 and len(counted) == 1
+
+
+def test_who_looks_at_functions_sees_those_of_the_modules(counted: list[int]) -> None:
+    class Names(TorchFunctionMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.names: list[str] = []
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.names.append(getattr(func, "__name__", ""))
+            return func(*args, **(kwargs or {}))
+
+    fused, _ = pair(left_block())
+    x = sample_input(1, 128, 8, 8, dtype=torch.float32, seed=1)
+    fused(x)
+    with Names() as mode:
+        fused(x)
+    assert len(counted) == 1 and {"batch_norm", "relu", "conv2d"} <= {*mode.names}
+
+
+def test_the_reference_by_name_and_traced_calls_are_its_own(counted: list[int]) -> None:
+    block = left_block().eval()
+    x = sample_input(1, 128, 8, 8, dtype=torch.float32, seed=1)
+    named = copy.deepcopy(block)
+    fastode.fuse(named, engine="reference")
+    assert torch.equal(named(x), block(x))
+    fused, _ = pair(block, False)
+    fused(x)
+    graph = torch.jit.trace(fused, x, check_trace=False)
+    assert torch.equal(graph(x), block(x))
+    assert len(counted) == 1
+
+
+def test_other_norms_and_layers_that_work_in_place_are_called(counted: list[int]) -> None:
+    x = sample_input(1, 128, 8, 8, dtype=torch.float32, seed=1)
+    block = left_block()
+    block.branch[2] = nn.ReLU(inplace=True)
+    same(*pair(block), x)
+    block = left_block()
+    block.shortcut[1] = nn.BatchNorm2d(128, track_running_stats=False)
+    same(*pair(block), x)
+    assert not counted
