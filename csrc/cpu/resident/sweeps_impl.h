@@ -260,14 +260,17 @@ Map<T> Branch<T>::cotangent(const Evaluation<T>& e, const Mix<T>& image, const M
   const Map<T> whole = map();
   // Behind a convolution the image needs a halo, which its own map has not.
   const bool as_it_is = !spec_.units.back().moves() && few_image.terms.size() == 1 && few_image.terms[0].first == 1;
+  // Behind a norm alone the image is what the norm's derivative is applied to: it is not written once more.
+  const bool bare = as_it_is && units > 1 && spec_.units.back().act.kind == kIdentity;
   schedule_.rewind();
   for (size_t j = units; j-- > 0;) {
     const UnitSpec<A>& unit = spec_.units[j];
     const int64_t blocks = blocks_of<A>(unit.in_channels), out_blocks = blocks_of<A>(unit.out_channels);
-    const Map<T> n = on(whole, j), above = on(whole, std::min(j + 1, units - 1));
+    const Map<T> n = on(whole, j);
+    const Map<T> above = bare && j + 2 == units ? few_image.terms[0].second : on(whole, std::min(j + 1, units - 1));
     const bool ends = j == 0 && !point && unit.weight_at < 0 && unit.bias_at < 0;
     const std::vector<Map<T>> maps =
-        j + 1 == units ? few_image.with({e.inputs[j], n}) : std::vector{e.inputs[j + 1], n, e.inputs[j]};
+        j + 1 == units ? few_image.with({e.inputs[j], n}) : std::vector{e.inputs[j + 1], above, e.inputs[j]};
     each(maps, [=, this, &unit, at = e.at(j), next = e.at(std::min(j + 1, units - 1))](const Range& range) {
       const bool given = j + 1 == units && as_it_is;
       const Map<T> g = given ? few_image.terms[0].second : fit(g_[j + 1], unit.out_channels, range);
@@ -289,8 +292,11 @@ Map<T> Branch<T>::cotangent(const Evaluation<T>& e, const Mix<T>& image, const M
         A* sums = sums_.at(range, i);
         const bool tells = along.sum && j + 1 == units;
         if (tells) add_bias_product(unit, range, g.at(range, i), along);
-        cotangent_first(planes_[j], blocks, rows_of(at, range, i), unit.act, at.input.at(range, i),
-                        (unit.moves() ? n : g).at(range, i), n.at(range, i), sums);
+        if (bare && j + 1 == units)
+          tangent_sums(planes_[j], blocks, rows_of(at, range, i), at.input.at(range, i), g.at(range, i), sums);
+        else
+          cotangent_first(planes_[j], blocks, rows_of(at, range, i), unit.act, at.input.at(range, i),
+                          (unit.moves() ? n : g).at(range, i), n.at(range, i), sums);
         if (tells) add_product(unit, range, sums, along);
         if (parameters) add_norm_gradients(unit, range, sums);
         settle(j, range, i, true, {mean_n_, mean_xn_});
