@@ -3,7 +3,6 @@
 namespace fastode {
 
 template struct Kernels<float>;
-template struct Kernels<double>;
 template struct Kernels<bfloat16>;
 
 }  // namespace fastode

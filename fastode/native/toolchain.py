@@ -38,8 +38,10 @@ LIBRARY = "libfastode.so"
 CUDA, AUTOGRAD = "cuda", "autograd"
 # -ffast-math is left out for good: it would break NaN, inf and the order of sums that the equality rule relies on.
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wno-unknown-pragmas")
-# Of the units in double precision, for which speed is not asked: a fifth less to wait for than -O3.
-DOUBLE = "-O2"
+# Of units in double precision, for which speed is not asked, and of those that only take operators' arguments apart.
+LEAN, LEAN_UNITS = "-O1", ("_f64", "_double", "ops")
+# Half a gigabyte before gcc looks for memory to use again, which is a tenth of what it does over torch's headers.
+GCC_HEAP = ("--param=ggc-min-expand=400", "--param=ggc-min-heapsize=524288")
 # Every unit of the CPU's operators begins with it, compiled once: most of them would read torch's headers again.
 COMMON = "precompiled.h"
 # The stable ABI of torch 2.10: one binary serves every later torch.
@@ -110,8 +112,8 @@ class Recipe:
         if unit.suffix == ".cu":
             return [*self.device_compiler, "-c", str(unit), "-o", str(result)]
         flags = self.compile_flags
-        if unit.stem.endswith(("_f64", "_double")):
-            flags = tuple(DOUBLE if flag == "-O3" else flag for flag in flags)
+        if unit.stem.endswith(LEAN_UNITS):
+            flags = tuple(LEAN if flag == "-O3" else flag for flag in flags)
         return [*self.compiler, *flags, "-c", str(unit), "-o", str(result)]
 
     def precompile(self, header: Path) -> list[str]:
@@ -219,7 +221,7 @@ def compiler() -> tuple[tuple[str, ...], str]:
                 raise BuildError(f"the C++ compiler {shlex.join(line)} does not run: {error}") from error
             if done.returncode:
                 raise BuildError(f"the C++ compiler {shlex.join(line)} does not run: {done.stderr.strip()[:200]}")
-            return line, done.stdout
+            return (*line, *(GCC_HEAP if "Free Software Foundation" in done.stdout else ())), done.stdout
     where = f"CXX is {wanted!r}, which is not a program" if wanted else "none of g++, clang++, c++ is on PATH"
     raise BuildError(f"no C++ compiler was found ({where})")
 
@@ -268,7 +270,7 @@ def recipe(root: Path, machine_flags: tuple[str, ...] = NATIVE) -> Recipe:
         "python": f"{platform.python_implementation()} {platform.python_version()} {platform.machine()}",
         "compiler": f"{shlex.join(command)}\n{version}",
         # Where torch and the sources lie is no part of the result: a moved checkout finds its build again.
-        "flags": shlex.join((*FLAGS, *machine_flags, *STABLE_ABI, *extra, DOUBLE)),
+        "flags": shlex.join((*FLAGS, *machine_flags, *STABLE_ABI, *extra, LEAN)),
         "cpu": " ".join(cpu_features()),
     }
     common = root / "cpu" / COMMON
