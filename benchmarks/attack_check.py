@@ -2,8 +2,8 @@
 
 One small network is trained on photographs' patches; then each of our attacks and its counterpart make images for it.
 Where both are deterministic they are compared by their pixels, else by how many images they fool. `--speed` times
-PGD-20 on a network of paper 001 against the sum of its input gradients, and against torchattacks on both eager layouts,
-in turns, on one thread.
+PGD-20 on networks of papers 001 and 004 against the sum of its input gradients, and against torchattacks on both eager
+layouts, in turns.
 The record is benchmarks/results/experiments/attacks.json.
 """
 
@@ -13,6 +13,8 @@ import argparse
 import copy
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -35,6 +37,10 @@ ROUNDING = 1e-6
 SEEDS = 8  # of the attacks that draw, whose medians are compared
 RANDOM = ("pgd linf, random start", "di2-fgsm", "spsa")
 SPEED_BATCH, SPEED_STEPS, ROUNDS = 128, 20, 5
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "ie-resnet-1-18-w16": partial(nets.ie_resnet18, steps=1, step_size=0.1, width=16),
+    "sspnet-3": partial(nets.sspnet, "ssp3", n=6),
+}
 
 
 def problem() -> tuple[nn.Module, Tensor, Tensor]:
@@ -171,18 +177,24 @@ def compared() -> list[dict[str, Any]]:
     return rows
 
 
-def timed(steps: int, batch: int) -> dict[str, Any]:
+def timed(name: str, steps: int, batch: int, threads: int, rounds: int = ROUNDS) -> dict[str, Any]:
     """PGD by us on the fused network, its input gradients alone, and torchattacks on both eager layouts.
 
     Args:
+        name: of the network.
         steps: of PGD. What an attack does once weighs the more, the fewer they are.
         batch: of images.
+        threads: one is timed by its processor time, more by the wall's.
+        rounds: of turns.
     """
-    import torchattacks
+    try:
+        import torchattacks
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"{error}: pip install --no-deps torchattacks") from error
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
-    plain = nets.ie_resnet18(steps=1, step_size=0.1).eval().requires_grad_(False)
+    plain = NETWORKS[name]().eval().requires_grad_(False)
     fused = copy.deepcopy(plain)
     fastode.fuse(fused)
     patches = data.images(batch)
@@ -207,16 +219,17 @@ def timed(steps: int, batch: int) -> dict[str, Any]:
         "torchattacks eager": rival(plain, images),
         "torchattacks eager-cl": rival(channels_last, last),
     }
-    times = timing.interleave(runs, timing.processor_time, seconds=0.0, rounds=(ROUNDS, ROUNDS), warm=1)
+    clock: Callable[[timing.Run, int], float] = timing.processor_time if threads == 1 else timing.Clock()
+    times = timing.interleave(runs, clock, seconds=0.0, rounds=(rounds, rounds), warm=1)
     if times.errors:
         raise SystemExit(str(times.errors))
     better = min((name for name in runs if "torchattacks" in name), key=lambda name: times.spread(name).median)
     overhead, faster = times.ratio("gradients", "ours"), times.ratio("ours", better)
     return {
-        "network": "ie-resnet-1-18",
+        "network": name,
         "batch": batch,
         "steps": steps,
-        "rounds": ROUNDS,
+        "rounds": rounds,
         "seconds": {name: round(times.spread(name).median, 3) for name in runs},
         "over_gradients": [round(value, 4) for value in (overhead.median, overhead.p20, overhead.p80)],
         "times_as_fast": [round(value, 3) for value in (faster.median, faster.p20, faster.p80)],
@@ -242,22 +255,48 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(markdown_table(head, cells))
 
 
+def in_words(found: dict[str, Any]) -> str:
+    """What was timed, in two lines."""
+    share, faster = found["over_gradients"], found["times_as_fast"]
+    return (
+        f"{found['network']}, PGD-{found['steps']} of {found['batch']} images: {faster[0]:.2f} ({faster[1]:.2f}–"
+        f"{faster[2]:.2f}) times as fast as {found['than']}; {100 * (share[0] - 1):+.1f} % "
+        f"({100 * (share[1] - 1):+.1f} to {100 * (share[2] - 1):+.1f}) beside the sum of its input gradients\n"
+        f"  seconds: {found['seconds']}"
+    )
+
+
+def _header() -> dict[str, Any]:
+    made = header.header(torch.device("cpu"), NAME)
+    for name in LIBRARIES:
+        with suppress(metadata.PackageNotFoundError):
+            made["versions"][name] = metadata.version(name)
+    return made
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Compare, or time, and record."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.attack_check", description=__doc__)
-    parser.add_argument("--speed", action="store_true", help="time PGD-20 instead")
+    parser.add_argument("--speed", action="store_true", help="time PGD instead")
+    parser.add_argument("--only", nargs="*", default=list(NETWORKS), choices=list(NETWORKS), help="of what is timed")
     parser.add_argument("--steps", type=int, default=SPEED_STEPS, help="of the PGD that is timed")
     parser.add_argument("--batch", type=int, default=SPEED_BATCH, help="of the PGD that is timed")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="while it is timed")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of turns; of fewer nothing is recorded")
     arguments = parser.parse_args(argv)
     path = experiments.record_of(NAME)
     record = experiments.load(path)
-    made = header.header(torch.device("cpu"), NAME)
-    made["versions"] |= {name: metadata.version(name) for name in LIBRARIES}
     if arguments.speed:
-        record["speed"] = timed(arguments.steps, arguments.batch) | {"header": made}
-        print(record["speed"])
+        for name in arguments.only:
+            found = timed(name, arguments.steps, arguments.batch, arguments.threads, arguments.rounds)
+            print(in_words(found), flush=True)
+            record.setdefault("speed", {})[name] = found | {"header": _header()}
+        whole = (arguments.steps, arguments.batch, arguments.rounds) == (SPEED_STEPS, SPEED_BATCH, ROUNDS)
+        if not whole:
+            print("not recorded: fewer steps, images or rounds than the record has")
+            return
     else:
-        record["comparison"] = {"header": made, "rows": compared()}
+        record["comparison"] = {"header": _header(), "rows": compared()}
         print(table(record["comparison"]["rows"]))
     experiments.save(path, record)
 

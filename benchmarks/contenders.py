@@ -150,12 +150,12 @@ def _vjp(module: nn.Module, inputs: Inputs) -> nn.Module:
     return _compile(vjp_block(module), inputs, fullgraph=True)
 
 
-def _fused(engine: str, module: nn.Module, inputs: Inputs) -> nn.Module:
+def _fused(engine: str, module: nn.Module, inputs: Inputs, read: bool = False) -> nn.Module:
     import fastode
 
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)  # a build that failed must not be timed as if it were fused
-        fastode.fuse(module, engine=engine)
+        fastode.fuse(module, engine=engine, read=read)
     return module
 
 
@@ -187,9 +187,22 @@ def _other_library(name: str, module: nn.Module, inputs: Inputs) -> nn.Module:
     return others.BUILDERS[name](module)
 
 
-def fused(engine: str) -> Contender:
-    """This project's contender on a named engine ("auto" lets the dispatcher choose)."""
-    return Contender("fused", engine, True, False, partial(_fused, engine))
+def fused(engine: str, read: bool = False) -> Contender:
+    """This project's contender on a named engine ("auto" lets the dispatcher choose); `read` is as in fastode.fuse."""
+    return Contender("fused", engine, True, False, partial(_fused, engine, read=read))
+
+
+class Autocast(nn.Module):
+    """A module under autocast, its output in float32, as a loss takes it there."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.module, self.dtype = module, dtype
+
+    def forward(self, *inputs: Tensor) -> Any:
+        with torch.autocast(inputs[0].device.type, self.dtype):
+            y = self.module(*inputs)
+        return y.float() if isinstance(y, Tensor) else y
 
 
 CONTENDERS: dict[str, Contender] = {

@@ -60,7 +60,7 @@ def tried() -> list[Workload]:
     """The blocks that trials decide on: those that are checked, then the papers' others."""
     first = checked()
     names = {(w.name, w.statistics) for w in first}
-    rest = [w for w in families.everything() if w.id not in ("nets", "conv")]
+    rest = [w for w in families.everything() if w.id not in ("nets", "networks", "conv")]
     return first + [w for w in rest if (w.name, w.statistics) not in names]
 
 

@@ -19,7 +19,7 @@ from fastode.testing import Judge
 from . import contenders as contenders_module
 from . import inside, memory, others, timing
 from .contenders import BASELINES, COMPILED, OTHER_LIBRARIES, Contender
-from .workloads import Inputs, Unavailable, Work, Workload, make, work
+from .workloads import TRAINABLE, Inputs, Unavailable, Work, Workload, make, work
 
 Row = dict[str, Any]
 
@@ -29,12 +29,21 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float64": torch.float64,
+    "autocast": torch.float32,
 }
+# What autocast lowers to where a dtype stands for float32 under it.
+LOWERED = {"autocast": torch.bfloat16}
 # Where the rule says "not equal" and a pre-activation is within rounding of a kink, the reference runs again on this
 # many moved inputs in each layout instead of one: of millions of masks one may flip in only one run of ten.
 MOVES = 16
 # The mode of the equality check for modes of a network that consist of several calls.
-GATES = {"pgd_step": "input_grad", "pgd10": "input_grad", "adv_train": "train"}
+GATES = {
+    "pgd_step": "input_grad",
+    "pgd10": "input_grad",
+    "attack_step": "train",
+    "adv_train": "train",
+    "trades": "train",
+}
 
 
 def set_precision(dtype: str, device: torch.device) -> None:
@@ -129,7 +138,9 @@ def measure(
     flops, moved = workload.count(reference, inputs, mode)
     # The reference runs once for all contenders, on the input that is timed.
     gate = GATES.get(mode, mode)
-    judge: Callable[..., Judge] = functools.cache(functools.partial(Judge, reference, inputs, mode=gate))
+    judge: Callable[..., Judge] = functools.cache(
+        functools.partial(Judge, reference, inputs, mode=gate, autocast=LOWERED.get(dtype))
+    )
     rows: list[Row] = []
     turns: dict[str, Work] = {}
     for contender in taking_part:
@@ -153,7 +164,7 @@ def measure(
             turns.pop(contender.label, None)
             row["errors"] = str(error) if isinstance(error, Unavailable) else timing.message(error)
     del judge
-    machine = timing.machine(DTYPES[dtype], device)
+    machine = timing.machine(LOWERED.get(dtype, DTYPES[dtype]), device)
     clock = timing.Clock(device)
     runs: dict[str, timing.Run] = {"#matmul": machine.matmul, "#copy": machine.copy}
     runs |= {label: turn.run for label, turn in turns.items()}
@@ -186,13 +197,14 @@ def _ready(
     """A contender's turn, called once; it must be equal, and a compiled one must have been compiled without breaks."""
     breaks = contenders_module.graph_breaks() if contender.compiled else 0
     module, own = contender.make(reference, inputs)
-    if mode != "train":
+    if mode not in TRAINABLE:
         module.requires_grad_(False)  # before the first call, which traces a compiled module as it will be timed
     row["equality"] = equality(contender, reference, module, own, mode, judge)
     if not row["equality"]["ok"]:
         tensor, worst = row["equality"]["tensor"], row["equality"]["worst"]
         raise Unavailable(f"not equal: {tensor} has {worst} of the error allowed")
-    turn = workload.work(module, own, mode)
+    lower = LOWERED.get(row["dtype"])
+    turn = workload.work(module if lower is None else contenders_module.Autocast(module, lower), own, mode)
     with inside.engines_used() as used, record_steps() as log:
         turn.run()
     if used:

@@ -95,8 +95,8 @@ def page_table(rows: Sequence[Row]) -> list[str]:
 
 
 def _parts(head: Row) -> bool:
-    """Whether a record is a part of the suite "cpu", which is reported as a whole."""
-    return bool(head["suite"].startswith("cpu-"))
+    """Whether a record is a part of a suite that is reported as a whole."""
+    return bool(head["suite"].startswith(tuple(f"{suite}-" for suite in targets.SUITES)))
 
 
 def _means(rows: Iterable[Row]) -> list[list[str]]:
@@ -130,7 +130,7 @@ def _means(rows: Iterable[Row]) -> list[list[str]]:
 def markdown(results: Path = RESULTS, page: Path = PAGE) -> str:
     """What stands between the page's markers: for each recorded file its machine, its table and its plot."""
     parts: list[str] = []
-    for folder in sorted({path.parent for path in results.glob("*/cpu-*.json")}):
+    for folder in targets.recorded_in(results):
         parts += [*_targets_of(folder, page), ""]
     for path in recorded(results):
         found = json.loads(path.read_text())
@@ -200,7 +200,7 @@ def _targets_of(folder: Path, page: Path) -> list[str]:
 
 
 def plots(paths: Iterable[Path]) -> list[Path]:
-    """Draw each recorded file beside it, but for the parts of "cpu"; nothing without matplotlib.
+    """Draw each recorded file beside it, but for parts of suites; nothing without matplotlib.
 
     Returns:
         The files drawn; each carries the digest of the record it was drawn from.
@@ -290,7 +290,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     results, page, readme = arguments.results, arguments.page, arguments.readme
     written = targets.write(results)
     if arguments.targets:
-        print("\n".join(path.read_text() for path in written) or "No row of the suite `cpu` is recorded.")
+        print(
+            "\n".join(path.read_text() for path in written) or "No row of the suites `cpu` and `networks` is recorded."
+        )
         return 0
     for path in [*written, *plots(recorded(results))]:
         print(f"written: {path}")

@@ -7,6 +7,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from .suites import Item
 def chosen(items: Sequence[Item], arguments: argparse.Namespace, by_id: bool = True) -> list[Item]:
     """The measurements that pass the filters of the command line.
 
-    Without `by_id` the filter `--only` is left out: for the suite "cpu" it names parts, not workloads.
+    Without `by_id` the filter `--only` is left out: for suites of parts it names these, not workloads.
     """
 
     def passes(value: str, wanted: Sequence[str]) -> bool:
@@ -57,7 +58,7 @@ def contenders_of(item: Item, device: torch.device, wanted: Sequence[str]) -> tu
         if base != "fused":
             found.append(CONTENDERS[base])
         elif engine:
-            found.append(contenders.fused(engine))
+            found.append(contenders.fused(engine, item.workload.read))
         else:
             block, inputs = workloads.make(item.workload, device, measure.DTYPES[item.dtype])
             refusals = contenders.engines(block, inputs, item.mode)
@@ -183,13 +184,15 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument("--suite", choices=suites.SUITES, default="default")
-    parser.add_argument("--only", nargs="*", default=[], help="workload ids: ie, ssp3, ...; of cpu its parts")
+    parser.add_argument("--only", nargs="*", default=[], help="workload ids: ie, ...; of cpu and networks their parts")
+    parser.add_argument("--compiled", action="store_true", help="of networks: against compiled ones, too")
     parser.add_argument("--variants", type=names, default=[], help="k1,k3-detached,...")
     parser.add_argument("--shapes", type=names, default=[], help="16@32,64@8,...")
-    parser.add_argument("--modes", type=names, default=[], help="forward,input_grad,train,pgd_step,pgd10,adv_train")
+    parser.add_argument("--modes", type=names, default=[], help="forward,input_grad,train,pgd_step,...")
     parser.add_argument("--contenders", type=names, default=[], help="eager,eager-cl,fused,fused:staged,...")
+    parser.add_argument("--batch", type=int, default=None, help="the first so many samples only, to try a suite out")
     parser.add_argument("--dtypes", type=names, default=["float32"], help=",".join(measure.DTYPES))
-    parser.add_argument("--seconds", type=float, default=None, help="timed rounds of a row (4; cpu: 2.5; all: 8)")
+    parser.add_argument("--seconds", type=float, default=None, help="timed rounds of a row (4; parts: 2.5; all: 8)")
     parser.add_argument("--minutes", type=float, default=None, help="start nothing that would end later")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--graphs", action="store_true", help="CUDA-graph replays as well")
@@ -201,20 +204,31 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
     for dtype in arguments.dtypes:
         if dtype not in measure.DTYPES:
             parser.error(f"unknown dtype {dtype}; there are {', '.join(measure.DTYPES)}")
-    if arguments.suite == "cpu":
-        known = {part.name for dtype in arguments.dtypes for part in suites.PARTS.get(dtype, ())}
+    if arguments.suite in suites.PARTS:
+        suite = suites.PARTS[arguments.suite]
+        known = {part.name for dtype in arguments.dtypes for part in suite.get(dtype, ())}
         for name in arguments.only:
             if name not in known:
-                parser.error(f"unknown part {name} of cpu; there are {', '.join(sorted(known))}")
+                parser.error(f"unknown part {name} of {arguments.suite}; there are {', '.join(sorted(known))}")
     return arguments
+
+
+def smaller(item: Item, batch: int | None) -> Item:
+    """The measurement on the first samples of its inputs alone; of all if `batch` is None."""
+    if batch is None:
+        return item
+    inputs = item.workload.inputs
+    few = replace(item.workload, inputs=lambda device: tuple(x[:batch] for x in inputs(device)))
+    return replace(item, workload=few)
 
 
 def sessions(arguments: argparse.Namespace, device: torch.device) -> list[tuple[str, bool, list[Item]]]:
     """What the command line asks for: for each record its name, whether it is kept, and its measurements."""
     names = (arguments.suite, arguments.dtypes, arguments.only)
-    narrowed = any((arguments.variants, arguments.shapes, arguments.modes, arguments.contenders))
-    if arguments.suite == "cpu":
-        found = suites.parts(arguments.dtypes, arguments.only)
+    narrowed = any((arguments.variants, arguments.shapes, arguments.modes, arguments.contenders, arguments.batch))
+    if arguments.suite in suites.PARTS:
+        rivals = suites.COMPILED if arguments.compiled else ()
+        found = suites.parts(arguments.suite, arguments.dtypes, arguments.only, rivals)
         return [(name, not narrowed, chosen(items, arguments, by_id=False)) for name, items in found]
     filtered = narrowed or bool(arguments.only)
     # With a filter every workload can be chosen, also those outside the default suite.
@@ -233,7 +247,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = arguments_of(argv)
     device = torch.device(arguments.device)
-    chosen_sessions = [session for session in sessions(arguments, device) if session[2]]
+    chosen_sessions = [
+        (name, kept, [smaller(item, arguments.batch) for item in items])
+        for name, kept, items in sessions(arguments, device)
+        if items
+    ]
     if not chosen_sessions:
         print("no workload passes these filters")
         return 2
@@ -255,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"recorded in {path}")
             for drawn in report.plots([path]):
                 print(f"drawn in {drawn}")
-    if arguments.suite == "cpu":
+    if arguments.suite in suites.PARTS:
         print("\n".join(targets.lines_of(folder)))
     return int(failed)
 

@@ -1,4 +1,4 @@
-"""The suites: what each measures, against whom and for how long. "cpu" consists of parts with a record each."""
+"""The suites: what each measures, against whom and for how long. "cpu" and "networks" are of parts, a record each."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ import torch
 from . import families
 from .workloads import BLOCK_MODES, Workload
 
-SUITES = ("default", "cpu", "all")
+SUITES = ("default", "cpu", "networks", "all")
 # Seconds of timed rounds for one measurement, once its least number of rounds is done.
-SECONDS = {"default": 4.0, "cpu": 2.5, "all": 8.0}
+SECONDS = {"default": 4.0, "cpu": 2.5, "networks": 2.5, "all": 8.0}
 MODES = {
     "forward": "forward",
     "input_grad": "input gradient",
     "train": "training step",
     "pgd_step": "PGD step",
+    "attack_step": "attack step",
     "pgd10": "PGD-10",
     "adv_train": "PGD-10 training step",
+    "trades": "TRADES step",
 }
 # The default suite's one row against compiled: (id, variant, shape, mode) and the contender.
 COMPILED_ROW = ("ie", "k1", "64@8", "input_grad")
@@ -53,7 +55,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Part:
-    """One file of the suite "cpu": at most nine minutes on two idle cores.
+    """One file of a suite of parts: at most nine minutes on two idle cores.
 
     Args:
         name: of the part, and in the file's name.
@@ -72,8 +74,14 @@ class Part:
     rounds: tuple[int, int] = (7, 40)
 
 
-NETWORK_MODES = ("train", "pgd_step")
-PARTS: dict[str, tuple[Part, ...]] = {
+COMPILED = ("compile", "compile-cl")
+NETWORK_MODES, WHOLE_MODES, ADVERSARIAL_MODES = (
+    ("train", "pgd_step"),
+    ("train", "attack_step", "forward"),
+    ("adv_train", "trades"),
+)
+# The parts by dtype; "autocast" is float32 under autocast to bfloat16, against eager under autocast.
+CPU_PARTS: dict[str, tuple[Part, ...]] = {
     "float32": (
         Part("ie", "ie", ("k1",), ("compile", "compile-cl", "vjp-compile")),
         Part("ssp2", "ssp2", ("",)),
@@ -100,23 +108,48 @@ PARTS: dict[str, tuple[Part, ...]] = {
         Part("skew-rk4", "skew", ("soblock-rk4",), (), ("forward", "train"), (3, 40)),
     ),
 }
+_WHOLE = tuple(
+    Part(name, "networks", (variant,), (), WHOLE_MODES, (3, 40))
+    for name, variant in {
+        "ie-resnet-w16": "ie-resnet-1-18-w16",
+        "ie-resnet-w64": "ie-resnet-1-18-w64",
+        "sspnet": "sspnet-3",
+        "resnet10": "resnet10-w32",
+        "soblock-resnet10": "soblock-resnet10-w32",
+        "resnet18": "resnet18-224",
+        "preact-resnet18": "preact-resnet18",
+    }.items()
+)
+_ADVERSARIAL = (
+    Part("adversarial-ie-resnet", "networks", ("ie-resnet-1-18-w16",), (), ADVERSARIAL_MODES, (3, 20)),
+    Part("adversarial-sspnet", "networks", ("sspnet-3",), (), ADVERSARIAL_MODES, (3, 20)),
+)
+PARTS: dict[str, dict[str, tuple[Part, ...]]] = {
+    "cpu": CPU_PARTS,
+    "networks": {"float32": (*_WHOLE, *_ADVERSARIAL), "autocast": (*_WHOLE, *_ADVERSARIAL)},
+}
 
 
-def parts(dtypes: Sequence[str], only: Sequence[str]) -> Iterator[tuple[str, list[Item]]]:
-    """The chosen parts of "cpu", each as the name of its record and its measurements.
+def parts(
+    suite: str, dtypes: Sequence[str], only: Sequence[str], rivals: Sequence[str] = ()
+) -> Iterator[tuple[str, list[Item]]]:
+    """The chosen parts of a suite, each as the name of its record and its measurements.
 
     Args:
-        dtypes: "float32", "bfloat16".
+        suite: "cpu" or "networks".
+        dtypes: "float32", "bfloat16" of the former, "float32", "autocast" of the latter.
         only: names of parts; empty for all.
+        rivals: contenders beside those of the parts.
     """
     known = families.everything()
     for dtype in dtypes:
-        for part in PARTS.get(dtype, ()):
+        for part in PARTS[suite].get(dtype, ()):
             if only and part.name not in only:
                 continue
             found = [w for w in known if w.id == part.id and w.variant in part.variants]
-            items = [Item(w, mode, dtype, part.rivals, "fused:auto", part.rounds) for w in found for mode in part.modes]
-            yield recorded_as("cpu", (dtype,), (part.name,)), items
+            against = tuple(dict.fromkeys((*part.rivals, *rivals)))
+            items = [Item(w, mode, dtype, against, "fused:auto", part.rounds) for w in found for mode in part.modes]
+            yield recorded_as(suite, (dtype,), (part.name,)), items
 
 
 def plan(suite: str, device: torch.device, dtypes: Sequence[str]) -> list[Item]:

@@ -1,4 +1,4 @@
-"""What the project set out to reach, and what the recorded rows of the suite "cpu" reach of it.
+"""What the project set out to reach, and what the recorded rows of the suites "cpu" and "networks" reach of it.
 
 A ratio is asked to reach its figure, or SHARE of the ceiling where that is less: no version can pass the ceiling, which
 is the other contender's time over that of the least FLOPs at the matrix product's rate of the same rounds.
@@ -20,6 +20,9 @@ from .workloads import BLOCK_MODES
 Row = dict[str, Any]
 
 SHARE = 0.75
+SHARE_OF_NETWORKS = 0.88  # of those of the suite "networks"
+SUITES = ("cpu", "networks")
+NOTHING = "No row of the suites `cpu` and `networks` is recorded here."
 EAGER, COMPILED, MEMORY_EAGER, MEMORY_COMPILED, MATMUL, OTHER = (
     "better eager", "compiled", "memory of better eager", "memory of compiled", "matrix product", "best other",
 )  # fmt: skip
@@ -53,6 +56,23 @@ VARIANTS: dict[tuple[str, str], dict[str, dict[str, float]]] = {
     ("nets", "odenet"): {"train": {EAGER: 2.0}},
 }
 SHAPES: dict[tuple[str, str], dict[str, dict[str, float]]] = {("solve", "3-64@32"): {"forward": {EAGER: 4.0}}}
+# The suite "networks", by dtype and variant; mode -> figure, against the better eager layout in the same mode, under
+# autocast too. What stands in neither of these is asked not to be slower, all against the best compiled COMPILED_WHOLE.
+WHOLE: dict[str, dict[str, dict[str, float]]] = {
+    "float32": {
+        "ie-resnet-1-18-w16": {"train": 3.0, "attack_step": 3.2, "adv_train": 2.2, "trades": 2.2},
+        "ie-resnet-1-18-w64": {"train": 1.5, "attack_step": 1.7},
+        "sspnet-3": {"train": 1.8, "attack_step": 2.0, "adv_train": 1.7, "trades": 1.7},
+        "resnet10-w32": {"train": 1.3, "attack_step": 1.4},
+        "soblock-resnet10-w32": {"train": 2.0, "attack_step": 2.0},
+    },
+    "autocast": {
+        **{f"ie-resnet-1-18-{width}": {"train": 2.5, "attack_step": 2.5} for width in ("w16", "w64")},
+        "sspnet-3": {"train": 1.8, "attack_step": 1.8},
+        "resnet10-w32": {"train": 1.5, "attack_step": 1.5},
+    },
+}
+COMPILED_WHOLE = 1.4
 # Of whole networks and bare convolutions the figure itself is asked, whatever the ceiling.
 UNCAPPED = ("nets", "conv")
 COLUMNS = ("block", "shape", "mode", "against", "asked", "reached", "p20–p80", "ceiling", "")
@@ -96,29 +116,35 @@ class Line:
 
 
 def records(folder: Path) -> list[tuple[Row, list[Row]]]:
-    """The heads and rows of every recorded part of "cpu" in a device's folder."""
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("cpu-*.json"))]
+    """The heads and rows of every recorded part of the suites in a device's folder."""
+    found = [json.loads(path.read_text()) for suite in SUITES for path in sorted(folder.glob(f"{suite}-*.json"))]
     return [(record["header"], record["rows"]) for record in found]
 
 
 def lines(rows: Iterable[Row]) -> list[Line]:
     """What is asked of each row that left the engine to the project, in the order of FIGURES."""
     rows = list(rows)
+    asked = [
+        row
+        for (dtype, kind), modes in FIGURES.items()
+        for row in rows
+        if (row["dtype"], row["workload"]) == (dtype, kind) and row["mode"] in modes
+    ]
+    asked += [row for row in rows if row["workload"] == "networks" and row["dtype"] in WHOLE]
     found = []
-    for (dtype, kind), modes in FIGURES.items():
-        for row in rows:
-            if (row["dtype"], row["workload"]) != (dtype, kind) or row["mode"] not in modes:
-                continue
-            if row["contender"] == "fused" and row["engine"] == "auto":
-                for against, figure in figures(row).items():
-                    line = _line(row, against, figure, rows)
-                    found += [line] if line else []
+    for row in asked:
+        if row["contender"] == "fused" and row["engine"] == "auto":
+            for against, figure in figures(row).items():
+                line = _line(row, against, figure, rows)
+                found += [line] if line else []
     return found
 
 
 def figures(row: Row) -> dict[str, float]:
     """What is asked of a row, by what it is compared with."""
     kind, mode = row["workload"], row["mode"]
+    if kind == "networks":
+        return {EAGER: WHOLE[row["dtype"]].get(row["variant"], {}).get(mode, 1.0), COMPILED: COMPILED_WHOLE}
     if row["dtype"] == "float32" and (kind, row["variant"]) in VARIANTS:
         return VARIANTS[kind, row["variant"]].get(mode, {})
     figure = FIGURES[row["dtype"], kind][mode]
@@ -146,7 +172,8 @@ def _line(row: Row, against: str, figure: float, rows: Sequence[Row]) -> Line | 
         return Line(*first, figure, None, note=note, figure=figure) if rivals else None
     if against in (MEMORY_EAGER, MEMORY_COMPILED):
         return Line(*first, figure, ratio["memory"], figure=figure)
-    asked = figure if row["workload"] in UNCAPPED else min(figure, SHARE * ratio["ceiling"])
+    share = SHARE_OF_NETWORKS if row["workload"] == "networks" else SHARE
+    asked = figure if row["workload"] in UNCAPPED else min(figure, share * ratio["ceiling"])
     return Line(*first, asked, ratio["median"], (ratio["p20"], ratio["p80"]), ratio["ceiling"], figure=figure)
 
 
@@ -213,18 +240,27 @@ def summary(found: Sequence[Line]) -> str:
     )
 
 
+NOTE_OF_NETWORKS = (
+    "",
+    f"Those of the suite `networks` are asked for their figure, or {SHARE_OF_NETWORKS:g} of the ceiling where that is",
+    "less; `autocast` is float32 under autocast to bfloat16, beside eager under autocast.",
+)
+
+
 def lines_of(folder: Path) -> list[str]:
     """A device's targets as lines of markdown: what is asked, the geometric means, every row; made from its records."""
     found_records = records(folder)
     found = lines(row for _, rows in found_records for row in rows)
     if not found:
-        return ["No row of the suite `cpu` is recorded here."]
+        return [NOTHING]
     heads = [head for head, _ in found_records]
+    files = [f"{suite}-*.json" for suite in SUITES if any(head["suite"].startswith(suite) for head in heads)]
     made = sorted({f"{head['commit'][:10]} ({head['date'][:10]})" for head in heads})
     return [
         f"# Targets on {heads[0]['device']}, {heads[0]['threads']} threads",
         "",
-        f"Made by `python -m benchmarks.report` from the records `cpu-*.json` beside it, of commit {', '.join(made)}.",
+        f"Made by `python -m benchmarks.report` from the records `{'`, `'.join(files)}` beside it, "
+        f"of commit {', '.join(made)}.",
         f"{summary(found)}.",
         "",
         "A ratio of speed is the median of paired ratios to the other contender: the faster layout of the reference,",
@@ -233,6 +269,7 @@ def lines_of(folder: Path) -> list[str]:
         "where that is less. Memory is the ratio of the peaks of a training step. Networks and bare convolutions are",
         "asked for their figure whatever the ceiling; the latter's ratio is to the matrix product's rate of the same",
         "rounds.",
+        *(NOTE_OF_NETWORKS if "networks-*.json" in files else ()),
         "",
         "## Geometric means over a family's shapes",
         "",
@@ -244,10 +281,15 @@ def lines_of(folder: Path) -> list[str]:
     ]
 
 
+def recorded_in(results: Path) -> list[Path]:
+    """The folders of the devices that have records of these suites."""
+    return sorted({path.parent for suite in SUITES for path in results.glob(f"*/{suite}-*.json")})
+
+
 def write(results: Path) -> list[Path]:
     """Write targets.md beside the records of every device that has some; returns the files."""
     written = []
-    for folder in sorted({path.parent for path in results.glob("*/cpu-*.json")}):
+    for folder in recorded_in(results):
         path = folder / "targets.md"
         path.write_text("\n".join(lines_of(folder)) + "\n")
         written.append(path)

@@ -13,6 +13,8 @@ from . import counts, data
 Inputs = tuple[Tensor, ...]
 
 BLOCK_MODES = ("forward", "input_grad", "train")
+# The modes in which parameters ask for gradients.
+TRAINABLE = ("train", "attack_step", "adv_train", "trades")
 BATCH = 128
 # Wide blocks on a CPU, where 128 images of 160@32 would take minutes.
 WIDE_BATCH = {"cpu": 8, "cuda": 128}
@@ -100,6 +102,7 @@ class Workload:
             choice, as for a network, whose blocks may each take another engine.
         work: prepares a contender's turn from its module, inputs and mode.
         count: the least FLOPs and bytes of a turn, from the reference, its inputs and the mode.
+        read: whether the project's contender reads the forwards of others' modules.
     """
 
     id: str
@@ -114,6 +117,7 @@ class Workload:
     own: str = "fused"
     work: Callable[[nn.Module, Inputs, str], Work] = work
     count: Callable[[nn.Module, Inputs, str], tuple[int, int]] = count
+    read: bool = False
 
     @property
     def name(self) -> str:

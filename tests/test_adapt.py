@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from foreign_networks import BasicBlock, Bottleneck, PreActBasic, ResNet
+from foreign_networks import PreActBasic
 from torch import Tensor, nn
 
 import fastode
+from benchmarks.foreign import BasicBlock, Bottleneck, ResNet
 from fastode import reference
 from fastode.dispatch import known
 from fastode.dispatch.choice import recording

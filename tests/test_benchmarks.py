@@ -403,7 +403,7 @@ def test_the_default_suite_is_as_documented() -> None:
 
 
 def test_the_middle_suite_is_as_documented() -> None:
-    parts = dict(suites.parts(("float32", "bfloat16"), ()))
+    parts = dict(suites.parts("cpu", ("float32", "bfloat16"), ()))
     assert all(parts.values())
     blocks = {name: {(i.workload.shape, i.mode) for i in items} for name, items in parts.items()}
     assert len(blocks["cpu-ie"]) == 4 * 3 and len(blocks["cpu-ssp3"]) == len(blocks["cpu-skew-rk4"]) == 3 * 3
@@ -412,7 +412,7 @@ def test_the_middle_suite_is_as_documented() -> None:
     assert len(blocks["cpu-bfloat16-skew-pair"]) == len(blocks["cpu-bfloat16-skew-rk4"]) == 3 * 2
     assert {i.rivals for i in parts["cpu-ie"]} == {("compile", "compile-cl", "vjp-compile")}
     assert {i.own for items in parts.values() for i in items} == {"fused:auto"}
-    assert [name for name, _ in suites.parts(("float32",), ("sspnet",))] == ["cpu-sspnet"]
+    assert [name for name, _ in suites.parts("cpu", ("float32",), ("sspnet",))] == ["cpu-sspnet"]
     assert len(blocks["cpu-solve"]) == len(blocks["cpu-solve-constant"]) == len(blocks["cpu-solve-per-sample"]) == 9
     assert {m for name in ("sonet", "soblock-resnet10", "odenet") for _, m in blocks[f"cpu-{name}"]} == {
         "train",
@@ -434,7 +434,8 @@ def test_every_workload_can_be_named_once() -> None:
     found = [(w.name, w.statistics) for w in families.everything()]
     assert len(found) == len(set(found))
     assert {w.id for w in families.everything()} == {
-        "ie", "ie-bn", "wrn", "ssp2", "ssp3", "ark", "midpoint", "res", "skew", "solve", "conv", "nets"
+        "ie", "ie-bn", "wrn", "ssp2", "ssp3", "ark", "midpoint", "res", "skew", "solve", "conv", "nets",
+        "networks",
     }  # fmt: skip
 
 

@@ -12,11 +12,12 @@ from typing import Any
 import foreign_networks as theirs
 import pytest
 import torch
-from foreign_networks import BasicBlock, Bottleneck, DropPath, PreActBasic, PreActResNet, ResNet, Stages
+from foreign_networks import DropPath, PreActBasic, Stages
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastode
+from benchmarks.foreign import BasicBlock, Bottleneck, PreActResNet, ResNet
 from fastode import reference
 from fastode.dispatch.choice import recording
 from fastode.dispatch.registry import _twins
