@@ -89,7 +89,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "bias": (True, False),
     "size": ((3, 5), (8, 8), (7, 6), (2, 17)),
     "batch": (1, 3, 5),
-    "dtype": (torch.float32, torch.float64, torch.bfloat16),
+    "dtype": (torch.float32, torch.float64, torch.bfloat16, "autocast"),  # of bfloat16 maps, parameters in float32
     "layout": ("contiguous", "channels_last", "sliced"),
     "mode": ("train", "input_grad", "forward"),
     "engine": ("staged", "resident"),
@@ -97,7 +97,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
 
 
 def possible(case: Case) -> bool:
-    if case["engine"] == "resident" and (case["dtype"] == torch.bfloat16 or case["norm"] == "instance_running"):
+    if case["engine"] == "resident" and case["norm"] == "instance_running":
         return False
     if case["shortcut"] == "mean 1x1":  # a mean of two pixels at stride 1 or of an odd side has another size
         return case["stride"] == 2 and case["size"][0] % 2 == case["size"][1] % 2 == 0
@@ -112,7 +112,7 @@ def test_the_design_covers_every_pair_that_there_is() -> None:
     for pair in all_pairs(FACTORS) - covered:
         values = dict(pair)
         mean = values.get("shortcut") == "mean 1x1" and ("size" in values or "stride" in values)
-        assert mean or (values.get("engine") == "resident" and ("dtype" in values or "norm" in values)), pair
+        assert mean or (values.get("engine") == "resident" and "norm" in values), pair
 
 
 def shuffled(block: nn.Module, training: bool = True) -> nn.Module:
@@ -136,7 +136,8 @@ def make_block(case: Case) -> nn.Module:
     block: nn.Module = reference.ResBlock(nn.Sequential(*layers), 0.5, SHORTCUTS[case["shortcut"]](case), after)
     if lead:
         block = reference.Chain(OrderedDict(lead=nn.Sequential(*lead), block=block))
-    return shuffled(block, not case["norm"].endswith("_eval")).to(case["dtype"])
+    dtype = torch.float32 if case["dtype"] == "autocast" else case["dtype"]
+    return shuffled(block, not case["norm"].endswith("_eval")).to(dtype)
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
@@ -144,14 +145,16 @@ def test_a_block_that_changes_the_shape(case: Case) -> None:
     plain = make_block(case)
     fused = copy.deepcopy(plain)
     fastode.fuse(fused, engine=case["engine"])
+    lowers = case["dtype"] == "autocast"
+    dtype = torch.bfloat16 if lowers else case["dtype"]
     # Clear of kinks: of twelve draws of a bfloat16 case that of seed 0 alone had 1.6 of the error allowed, others 0.5.
-    x = sample_input(case["batch"], C_IN, *case["size"], dtype=case["dtype"], layout=case["layout"], seed=1)
-    assert_blocks_equal(plain, fused, x, mode=case["mode"])
-    with torch.set_grad_enabled(case["mode"] != "forward"), recording() as used:
+    x = sample_input(case["batch"], C_IN, *case["size"], dtype=dtype, layout=case["layout"], seed=1)
+    assert_blocks_equal(plain, fused, x, mode=case["mode"], autocast=torch.bfloat16 if lowers else None)
+    with torch.set_grad_enabled(case["mode"] != "forward"), recording() as used, torch.autocast("cpu", enabled=lowers):
         y = fused(x)
         wanted = plain(x)
     assert set(used.values()) == {case["engine"]}
-    assert y.requires_grad == wanted.requires_grad and y.shape == wanted.shape
+    assert (y.requires_grad, y.shape, y.dtype) == (wanted.requires_grad, wanted.shape, wanted.dtype)
 
 
 ENGINES = FACTORS["engine"]
@@ -386,5 +389,4 @@ def test_which_engine_auto_takes() -> None:
     assert used(border(8, "batch"), torch.randn(MANY, 8, 8, 8)) == "reference"
     assert used(border(128, "layer"), torch.randn(MANY, 128, 4, 4)) == "resident"
     assert used(border(128, "layer"), torch.randn(MANY - 1, 128, 4, 4)) == "reference"
-    assert used(border(16, "layer").bfloat16(), torch.randn(MANY, 16, 8, 8).bfloat16()) == "reference"
     assert used(reference.Chain(nn.BatchNorm2d(16), nn.ReLU()), torch.randn(MANY, 16, 8, 8)) == "reference"

@@ -149,6 +149,66 @@ def test_a_network_whose_stem_makes_its_maps_bfloat16() -> None:
     assert_blocks_equal(net, twin, x, autocast=BF16)
 
 
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+def test_a_chain_of_float32_maps_has_the_references_dtypes_and_gradients(activation: str) -> None:
+    """A stem, whose convolution alone reads the image, and a block behind it that changes the shape."""
+    torch.manual_seed(4)
+    layer = {"relu": nn.ReLU, "tanh": nn.Tanh}[activation]
+    branch = nn.Sequential(nn.Conv2d(20, 24, 3, 2, 1), nn.BatchNorm2d(24), layer(), nn.Conv2d(24, 24, 3, 1, 1))
+    block = reference.ResBlock(branch, 0.5, nn.Conv2d(20, 24, 1, 2, bias=False), layer())
+    stem = [nn.Conv2d(3, 20, 3, padding=1), nn.GroupNorm(2, 20), layer()]
+    chains = [
+        reference.Chain(*stem),
+        reference.Chain(*stem, block),
+        reference.ResBlock(nn.Conv2d(3, 8, 3, 2, 1), 1.0, nn.Conv2d(3, 8, 1, 2), layer()),
+    ]
+    for plain in chains:
+        fused = copy.deepcopy(plain)
+        fastode.fuse(fused, engine=ENGINE)
+        x = sample_input(3, 3, 9, 8, dtype=F32)
+        for mode in ("train", "input_grad"):
+            assert_blocks_equal(plain, fused, x, mode=mode, autocast=BF16)
+        found = []
+        for module in (plain, fused):
+            leaf = x.clone().requires_grad_()
+            with torch.autocast("cpu", BF16):
+                y = module(leaf)
+            y.float().square().sum().backward()
+            assert leaf.grad is not None
+            found.append([y.dtype, leaf.grad.dtype, *[p.grad.dtype for p in module.parameters() if p.grad is not None]])
+        assert found[0] == found[1] and found[0][:3] == [BF16, F32, F32]
+
+
+def test_which_chains_it_refuses_and_auto_leaves_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    def border(channels: int, widest: int) -> Any:
+        branch = reference.PreActBranch(channels, widest, norm="layer", stride=2)
+        return fastode.nn.ResBlock(branch, 1.0, nn.Conv2d(channels, widest, 1, 2))
+
+    def maps(channels: int, samples: int = 8 * torch.get_num_threads(), dtype: torch.dtype = BF16) -> Tensor:
+        return torch.zeros(samples, channels, 8, 8, dtype=dtype)
+
+    monkeypatch.setattr(rule, "_tiles", False)
+    monkeypatch.setattr(rule, "_products", True)
+    slow = "it was measured to be slower than plain PyTorch"
+    few = "with fewer than 8 samples for each thread and 128 channels"
+    with torch.autocast("cpu", BF16):
+        assert border(16, 32).why_not(ENGINE, maps(16, dtype=F32)) == (
+            "under autocast it takes float32 maps that convolutions alone read"
+        )
+        assert border(16, 128).why_not(ENGINE, maps(16)) == "" == border(16, 128).against(ENGINE, maps(16))
+        rows = {
+            "with fewer than 16 channels": (8, 32, maps(8)),
+            "with more than 128 channels": (64, 160, maps(64)),
+            few: (64, 128, maps(64, 8 * torch.get_num_threads() - 1)),
+        }
+        for why, (channels, widest, x) in rows.items():
+            assert border(channels, widest).against(ENGINE, x) == f"on bfloat16 maps {why} {slow}"
+        monkeypatch.setattr(rule, "_tiles", True)
+        assert border(16, 32).against(ENGINE, maps(16)) == (
+            "on bfloat16 maps it was measured on CPUs with dot products of them alone, and not on this kind"
+        )
+
+
 def test_what_it_refuses_and_what_auto_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     def scheme(channels: int) -> Any:
         return fastode.nn.SSP3(reference.PreActBranch(channels, norm="layer"))

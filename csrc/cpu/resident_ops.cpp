@@ -127,6 +127,14 @@ Backward rk_backward(const Tensor& x, const Tensor& cotangent, const Tensors& ke
 
 // ---- chains
 
+// Calls f with a number as maps like x are stored.
+template <class F>
+void with_maps(const Tensor& x, const F& f) {
+  if constexpr (kTiles)
+    if (lowers(x)) return f(bfloat16{});
+  with_arithmetic(x, f);
+}
+
 std::tuple<Tensor, Tensor, Tensors> chain_forward(const Tensor& x, const Tensors& parameters, const Integers& units,
                                                   const Numbers& numbers, const Integers& strides,
                                                   const Integers& lengths, double step, int64_t act, double p, double q,
@@ -135,7 +143,7 @@ std::tuple<Tensor, Tensor, Tensors> chain_forward(const Tensor& x, const Tensors
   const ChainCall call{x, nullptr, nullptr, new_map(x, shape[0], shape[1], shape[2], last), keep, false, false};
   Tensors kept;
   Tensor statistics;
-  with_arithmetic(x, [&](auto zero) { run_chain<decltype(zero)>(chain, call, kept, &statistics, nullptr); });
+  with_maps(x, [&](auto zero) { run_chain<decltype(zero)>(chain, call, kept, &statistics, nullptr); });
   return {call.result, statistics, kept};
 }
 
@@ -147,7 +155,7 @@ std::tuple<Tensor, Tensors> chain_backward(const Tensor& x, const Tensor& y, con
   const ChainCall call{x,     &cotangent, &y, point ? new_map_like(x) : new_vector(0, x.scalar_type()), !kept.empty(),
                        point, gradients};
   Tensors bars;
-  with_arithmetic(x, [&](auto zero) { run_chain<decltype(zero)>(chain, call, kept, nullptr, &bars); });
+  with_maps(x, [&](auto zero) { run_chain<decltype(zero)>(chain, call, kept, nullptr, &bars); });
   return {call.result, bars};
 }
 

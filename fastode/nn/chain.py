@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from .. import reference
@@ -46,9 +45,9 @@ class ResBlock(Fused, reference.ResBlock):
         """Whether it runs as one step of a scheme, the activation behind it apart."""
         if self.shortcut is not None or self.post_activation is None:
             return self.shortcut is None
-        # Cards have programs of steps, and bfloat16 has tiles on a CPU; chains have neither.
+        # Cards have programs of steps, and of chains none.
         x = inputs[0] if inputs else None
-        return isinstance(x, Tensor) and (x.device.type != "cpu" or x.dtype == torch.bfloat16)
+        return isinstance(x, Tensor) and x.device.type != "cpu"
 
 
 @register(reference.Chain)

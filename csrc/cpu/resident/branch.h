@@ -52,12 +52,6 @@ struct BranchSpec {
   bool couples_samples = false;
   bool narrow = false;  // maps are stored in bfloat16, and convolutions multiply on tiles
 
-  // Of the maps that convolutions read and write.
-  int64_t fewest_channels() const {
-    int64_t fewest = blocks * kLanes<A>;
-    for (const UnitSpec<A>& unit : units) fewest = std::min({fewest, unit.in_channels, unit.out_channels});
-    return fewest;
-  }
   int64_t lanes_of(const UnitSpec<A>& unit) const { return blocks_of<A>(unit.in_channels) * kLanes<A>; }
 };
 
@@ -196,7 +190,7 @@ class Branch {
   template <class F>
   void each_image(const Evaluation<T>& e, const F& f) {
     each({e.inputs.back()}, [=, this, at = e.at(spec_.units.size() - 1)](const Range& range) {
-      const Map<T> image = fit(g_.back(), spec_.units.back().out_channels, range);
+      const Map<T> image = fit(g_.back(), spec_.units.size(), spec_.units.back().out_channels, range);
       convolve_input(at, range, image, {});
       for (int64_t n = 0; n < range.count; ++n) f(range, n, image.at(range, n));
     });
@@ -223,8 +217,15 @@ class Branch {
   }
   // For the input of unit j, with a halo where that goes straight into a convolution and is not held.
   Map<T> input_map(size_t j, bool hold);
-  // A padded map as one of so many channels, its halo zero.
-  Map<T> fit(const Map<T>& padded, int64_t channels, const Range& range) const;
+  // A padded map as one of so many channels, its halo zero; on the plane of unit j's input.
+  Map<T> fit(const Map<T>& padded, size_t j, int64_t channels, const Range& range) const;
+  // Whether the pixels of each parity lie apart where unit j's convolution reads them.
+  bool apart(size_t j) const { return spec_.narrow && spec_.units[j].has_conv && spec_.units[j].shape.stride == 2; }
+  // What the convolution of a unit, or its mean, reads: a map for its input, and that filled for sample i.
+  Map<T> active_map(size_t j, const Range& range) const {
+    return fit(active_[j], apart(j) ? j + 1 : j, spec_.units[j].in_channels, range);
+  }
+  void activate(const Passed<T>& at, const Range& range, int64_t i, const Map<T>& active) const;
   // A compact map as one on the plane of unit j's input.
   Map<T> on(const Map<T>& map, size_t j) const {
     Map<T> moved = map;
@@ -273,8 +274,9 @@ class Branch {
   std::vector<Map<T>> active_, g_;
   Map<T> tangent_active_, tangent_g_, bare_[2];
   char* tile_scratch_ = nullptr;
-  int64_t tile_scratch_stride_ = 0, together_ = 1;
-  bool uniform_ = true;  // all maps have as many channels
+  int64_t tile_scratch_stride_ = 0;
+  std::vector<int64_t> together_;  // on each plane: how many samples' pixels take turns in what convolutions read
+  bool uniform_ = true;            // all maps have as many channels
   double* totals_;
   Rows<A> sums_;
   Means<A> mean_n_, mean_xn_, mean_c_, mean_xc_;

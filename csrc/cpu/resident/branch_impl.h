@@ -40,15 +40,18 @@ Branch<T>::Branch(const BranchSpec<A>& spec, Schedule& schedule, Memory<T>& memo
     for (size_t j = 0; j < units; ++j)
       blocks_ = std::max(blocks_, divide_up(blocks_of<A>(spec.units[j].in_channels) * planes_[j].pixels(), pixels));
   }
-  const auto padded = [&] { return memory.padded(spec.blocks, together_, plane_); };
+  const auto padded = [&] { return memory.padded(spec.blocks, together_[0], plane_); };
   // One for each plane.
   const auto fill = [&](std::vector<Map<T>>& maps) {
     for (size_t j = 0; j <= units; ++j) {
       const bool same = j > 0 && planes_[j].height == planes_[j - 1].height && planes_[j].width == planes_[j - 1].width;
-      maps.push_back(same ? maps.back() : memory.padded(spec.blocks, together_, planes_[j]));
+      maps.push_back(same ? maps.back() : memory.padded(spec.blocks, together_[j], planes_[j]));
     }
   };
   fill(active_);
+  for (size_t j = 0; j < units; ++j)
+    if (apart(j))
+      active_[j] = memory.padded(blocks_of<A>(spec.units[j].in_channels), together_[j + 1], planes_[j + 1], true);
   if (need != Need::kValue) {
     fill(g_);
     mean_n_ = means(), mean_xn_ = means();
@@ -75,31 +78,68 @@ Means<Number<T>> Branch<T>::means() {
 template <class T>
 void Branch<T>::take_tiles(Need need) {
   if constexpr (std::is_same_v<T, bfloat16>) {
-    const int64_t group = schedule_.group;
-    together_ = Narrow::samples_together(plane_, spec_.fewest_channels(), group);
+    for (size_t j = 0; j < planes_.size(); ++j) {
+      int64_t fewest = spec_.blocks * kLanes<A>;  // of the maps that convolutions read on this plane
+      const auto meet = [&](size_t k, int64_t channels) {
+        const bool here = planes_[k].height == planes_[j].height && planes_[k].width == planes_[j].width;
+        if (here) fewest = std::min(fewest, channels);
+      };
+      for (size_t k = 0; k < spec_.units.size(); ++k) {
+        meet(apart(k) ? k + 1 : k, spec_.units[k].in_channels);
+        meet(k + 1, spec_.units[k].out_channels);
+      }
+      together_.push_back(Narrow::samples_together(planes_[j], fewest, schedule_.group));
+    }
     if (spec_.gradients == 0 || need == Need::kValue) return;
-    const int64_t pairs = (need == Need::kSecond ? 2 : 1) * divide_up(group, together_) * together_;
-    for (const UnitSpec<A>& unit : spec_.units)
-      if (unit.has_conv)
-        tile_scratch_stride_ = std::max(tile_scratch_stride_, tile_scratch_size(plane_, unit.shape, together_, pairs));
+    for (size_t j = 0; j < spec_.units.size(); ++j) {
+      if (!spec_.units[j].has_conv) continue;
+      const int64_t together = together_[j + 1];
+      const int64_t pairs = (need == Need::kSecond ? 2 : 1) * divide_up(schedule_.group, together) * together;
+      const auto size = apart(j) ? strided_tile_scratch_size : tile_scratch_size;
+      tile_scratch_stride_ =
+          std::max(tile_scratch_stride_, size(planes_[j + 1], spec_.units[j].shape, together, pairs));
+    }
     tile_scratch_stride_ = divide_up(tile_scratch_stride_, 64) * 64;
     tile_scratch_ = memory_.template per_worker<char>(tile_scratch_stride_);
+  } else {
+    together_.assign(planes_.size(), 1);
   }
 }
 
 template <class T>
-Map<T> Branch<T>::fit(const Map<T>& padded, int64_t channels, const Range& range) const {
+Map<T> Branch<T>::fit(const Map<T>& padded, size_t j, int64_t channels, const Range& range) const {
   Map<T> map = padded;
   map.blocks = blocks_of<A>(channels);
   if constexpr (std::is_same_v<T, bfloat16>) {
-    if (uniform_) return map;
-    const Narrow widest(plane_, padded.blocks * Narrow::lanes, together_), narrow(plane_, channels, together_);
+    if (uniform_ && !map.phase) return map;
+    const int64_t together = padded.together;
+    const Narrow widest(planes_[j], padded.blocks * Narrow::lanes, together), narrow(planes_[j], channels, together);
     map.view = narrow.view(padded.view.at - widest.origin);
     map.turn = narrow.depth;
-    for (int64_t i = 0; i < range.count; i += together_)
-      std::fill_n(map.at(range, i).at - narrow.origin, narrow.elements, T{});
+    // A parity may have a row or a column less than the plane, and a pixel more channels than vectors fill.
+    const bool everywhere = map.phase || narrow.depth != map.blocks * Narrow::lanes;
+    for (int64_t i = 0; i < range.count; i += together)
+      for (int64_t parity = 0; parity < (map.phase ? 4 : 1); ++parity)
+        narrow.clear(planes_[j], map.at(range, i).at - narrow.origin + parity * map.phase, everywhere);
   }
   return map;
+}
+
+template <class T>
+void Branch<T>::activate(const Passed<T>& at, const Range& range, int64_t i, const Map<T>& active) const {
+  const UnitSpec<A>& unit = spec_.units[at.unit];
+  const Plane<A>& plane = planes_[at.unit];
+  const View<T> input = at.input.at(range, i), to = active.at(range, i);
+  const auto fill = [&](const Plane<A>& on, const View<T>& from, const View<T>& into) {
+    apply(on, active.blocks, rows_of(at, range, i), unit.act, from, into, Combine<T>{});
+  };
+  if (!active.phase) return fill(plane, input, to);
+  each_parity(unit.shape, [&](int64_t py, int64_t px, const ParityTaps&, const ParityTaps&) {
+    const Plane<A> part((plane.height - py + 1) / 2, (plane.width - px + 1) / 2, 0);
+    View<T> into = to;
+    into.at += (2 * py + px) * active.phase;
+    if (part.pixels() > 0) fill(part, parity(input, py, px), into);
+  });
 }
 
 template <class T>

@@ -37,8 +37,9 @@ struct ChainCall {
   bool point, gradients;    // backward: whether x's cotangent, and whether the parameters' gradients are wanted
 };
 
-// Runs a chain. Forwards it fills `statistics`, backwards `bars`; `kept` goes from one to the other.
-template <class A>
+// Runs a chain whose maps are stored as T; float ones may be read of bfloat16 tensors and written to such. Forwards it
+// fills `statistics`, backwards `bars`; `kept` goes from one to the other.
+template <class T>
 void run_chain(const ChainArguments& chain, const ChainCall& call, std::vector<Tensor>& kept, Tensor* statistics,
                std::vector<Tensor>* bars);
 

@@ -3,7 +3,7 @@
 // convolutions are float32 arithmetic on maps stored in bfloat16, as PyTorch's are.
 #pragma once
 
-#include "conv.h"
+#include "strided.h"
 
 namespace fastode::resident {
 
@@ -37,6 +37,16 @@ struct Narrow {
   // Of the first sample; the others follow at distances of `depth`.
   View<bfloat16> view(bfloat16* base) const { return {base + origin, row, pixel, lanes}; }
 
+  // Zeros around the pixels and behind them, or everywhere.
+  void clear(const Plane<float>& plane, bfloat16* base, bool everywhere) const {
+    if (everywhere) return void(std::fill_n(base, elements, bfloat16{}));
+    std::fill_n(base, origin, bfloat16{});
+    bfloat16* end = base + origin;  // of what is done
+    for (int64_t y = 0; y < plane.height; ++y, end += row)
+      std::fill_n(end + plane.width * pixel, plane.halo * pixel, bfloat16{});
+    std::fill(end, base + elements, bfloat16{});
+  }
+
   // How many samples of a group fill the rows of tiles; one where a tile row is two pixels.
   static int64_t samples_together(const Plane<float>& plane, int64_t fewest_channels, int64_t group) {
     constexpr int64_t wanted = 32;  // of a weight gradient's sum; two tiles of a convolution
@@ -64,5 +74,26 @@ void weight_gradient(const Plane<float>& plane, const ConvShape& shape, int64_t 
                      const GradientPair<bfloat16>* pairs, int64_t count, float* gradient, void* scratch);
 
 int64_t tile_scratch_size(const Plane<float>& plane, const ConvShape& shape, int64_t together, int64_t pairs);
+
+// The same of stride 2, as strided.h says. The inputs are four Narrow maps on the output's plane: the pixels of one
+// parity each, (0, 0) first, `phase` elements apart, and zero where there are none.
+int64_t strided_tile_weights_size(const ConvShape& shape, bool back);
+
+template <class T>
+void pack_strided_tile_weights(const ConvShape& shape, bool back, const T* weight, const int64_t* strides,
+                               float* packed);
+
+void convolve_strided(const Plane<float>& out, const ConvShape& shape, int64_t together, int64_t phase,
+                      const float* packed, const float* bias, const ConvJob<bfloat16>* jobs, int64_t count,
+                      Ahead* ahead);
+
+// The inputs are cotangents of the convolution's output, the outputs on the plane `in`.
+void convolve_strided_back(const Plane<float>& in, const Plane<float>& out, const ConvShape& shape, int64_t together,
+                           const float* packed, const ConvJob<bfloat16>* jobs, int64_t count, Ahead* ahead);
+
+void strided_weight_gradient(const Plane<float>& out, const ConvShape& shape, int64_t together, int64_t phase,
+                             const GradientPair<bfloat16>* pairs, int64_t count, float* gradient, void* scratch);
+
+int64_t strided_tile_scratch_size(const Plane<float>& out, const ConvShape& shape, int64_t together, int64_t pairs);
 
 }  // namespace fastode::resident

@@ -3,7 +3,7 @@
 
 #include <bit>
 
-#include "conv_bf16.h"
+#include "pack_bf16_impl.h"
 #if FASTODE_AMX
 #include "tile_products.h"
 #else
@@ -15,93 +15,80 @@ namespace {
 
 static_assert(kLanes<float> == kTileRows && Narrow::lanes == kTileRows);
 
-// The steps of a convolution's sum: 32 channels of one tap, or 16 channels of two neighbouring taps.
-struct Steps {
-  bool paired;
-  int64_t blocks, high, wide;
-  bool half;  // there is no second tap, or no second block of 16 channels, in the last step
-
-  explicit Steps(const ConvShape& shape)
-      : paired(shape.in_channels <= Narrow::lanes),
-        blocks(paired ? 1 : divide_up(shape.in_channels, kTileDepth)),
-        high(shape.kernel_h),
-        wide(paired ? divide_up(shape.kernel_w, 2) : shape.kernel_w),
-        half((paired ? shape.kernel_w : divide_up(shape.in_channels, Narrow::lanes)) % 2) {}
-
-  int64_t count() const { return blocks * high * wide; }
-  // Pairs of a step's weights that may be other than zero.
-  int64_t pairs(int64_t block, int64_t x) const {
-    return half && (paired ? x + 1 == wide : block + 1 == blocks) ? kTileRows / 2 : kTileRows;
-  }
-};
-
-// Pairs of two input channels' weights for some output channels, `stride` apart; `high` is null where it is zero.
-inline void pack_pairs(const bfloat16* low, const bfloat16* high, int64_t stride, int64_t lanes, bfloat16* to) {
-  for (int64_t lane = 0; lane < lanes; ++lane) {
-    to[2 * lane] = low[lane * stride];
-    if (high) to[2 * lane + 1] = high[lane * stride];
-  }
-}
-
-inline void pack_pairs(const float* low, const float* high, int64_t stride, int64_t lanes, bfloat16* to) {
-  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  const __m512i places = _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int32_t>(stride)));
-  const auto mask = static_cast<__mmask16>((1 << lanes) - 1);
-  typedef uint16_t Halves __attribute__((vector_size(32)));
-  typedef uint32_t Pairs __attribute__((vector_size(64)));
-  const auto rounded = [&](const float* from) {
-    const __m512 values = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, places, from, sizeof(float));
-    return __builtin_convertvector((Halves)_mm512_cvtneps_pbh(values), Pairs);
-  };
-  Pairs pairs = rounded(low);
-  if (high) pairs |= rounded(high) << 16;
-  std::memcpy(to, &pairs, sizeof(pairs));
-}
-
 constexpr int64_t kLinesAhead = 10;  // lines of the next maps that are asked for at a step
 
-inline int64_t group_of(int64_t tiles) { return tiles % 2 == 0 ? 2 : 1; }
+// One of the kernels whose products a convolution sums: of stride 2 there is one for each parity.
+struct TileKernel {
+  Steps steps;
+  int64_t at, up;               // elements from a position to the first tap; its rows above the position
+  int64_t first = 0, last = 0;  // its rows that meet the image
+
+  int64_t count() const { return steps.blocks * std::max<int64_t>(0, last - first) * steps.wide; }
+};
 
 struct TileRun {
-  Steps steps;
   int64_t row, step, position_bytes;  // elements from a kernel row or step to the next; from a tile's row to the next
-  int64_t first, last;                // the kernel's rows that meet the image
+  int64_t height;                     // of the image
   const bfloat16* weights;
+  std::vector<TileKernel> kernels;
+
+  // Of the kernels' rows those that meet the image from positions on its rows [top, bottom].
+  void meet(int64_t top, int64_t bottom) {
+    for (TileKernel& kernel : kernels) {
+      kernel.first = std::max<int64_t>(0, kernel.up - bottom);
+      kernel.last = std::min(kernel.steps.high, height + kernel.up - top);
+    }
+  }
+  // Steps of these, and of all.
+  int64_t count() const {
+    int64_t steps = 0;
+    for (const TileKernel& kernel : kernels) steps += kernel.count();
+    return steps;
+  }
+  int64_t all() const {
+    int64_t steps = 0;
+    for (const TileKernel& kernel : kernels) steps += kernel.steps.count();
+    return steps;
+  }
 };
 
 // sums [M][N] tiles: of M times 16 positions, from in[m], and N times 16 output channels. Calls beside() at every step.
 template <int M, int N, class F>
 void multiply(const TileRun& run, const bfloat16* const* in, float* sums, const F& beside) {
-  const Steps& steps = run.steps;
-  const int64_t kernel_row = steps.wide * N * kTileElements;
   multiply_steps<M, N>(
-      steps.blocks * std::max<int64_t>(0, run.last - run.first) * steps.wide,
+      run.count(),
       [&](const auto& step) {
-        for (int64_t block = 0; block < steps.blocks; ++block) {
-          const bfloat16* weights = run.weights + (block * steps.high + run.first) * kernel_row;
-          for (int64_t y = run.first; y < run.last; ++y) {
-            int64_t offset = block * kTileDepth + y * run.row;
-            for (int64_t x = 0; x < steps.wide; ++x, offset += run.step, weights += N * kTileElements)
-              step(weights, offset, steps.pairs(block, x));
+        const bfloat16* all = run.weights;
+        for (const TileKernel& kernel : run.kernels) {
+          const Steps& steps = kernel.steps;
+          const int64_t kernel_row = steps.wide * N * kTileElements;
+          for (int64_t block = 0; block < steps.blocks; ++block, all += steps.high * kernel_row) {
+            const bfloat16* weights = all + kernel.first * kernel_row;
+            for (int64_t y = kernel.first; y < kernel.last; ++y) {
+              int64_t offset = kernel.at + block * kTileDepth + y * run.row;
+              for (int64_t x = 0; x < steps.wide; ++x, offset += run.step, weights += N * kTileElements)
+                step(weights, offset, steps.pairs(block, x));
+            }
           }
         }
       },
       in, run.position_bytes, sums, beside);
 }
 
-// The positions of a Narrow map in tiles of 16: cut out of its rows if they divide them, else out of the rows and their
-// halos laid end to end, whose sums in the halo are dropped.
+// The positions of a Narrow map, its first `width` in each of `height` rows, in tiles of 16: cut out of the rows if
+// they divide them, else out of the rows and their halos laid end to end, whose sums in the halo are dropped.
 struct Tiling {
   int64_t together, width, row, per_row, height, count;
   int shift;  // of a division by `together`
 
-  Tiling(const Plane<float>& plane, int64_t together)
+  Tiling(const Plane<float>& plane, int64_t together) : Tiling(plane, together, plane.height, plane.width) {}
+  Tiling(const Plane<float>& plane, int64_t together, int64_t high, int64_t wide)
       : together(together),
-        width(plane.width * together),
+        width(wide * together),
         row((plane.width + plane.halo) * together),
         per_row(width % kTileRows == 0 ? width / kTileRows : 0),
-        height(plane.height),
-        count(per_row ? plane.height * per_row : divide_up(plane.height * row, kTileRows)),
+        height(high),
+        count(per_row ? high * per_row : divide_up(high * row, kTileRows)),
         shift(std::countr_zero(static_cast<uint64_t>(together))) {}
 };
 
@@ -188,7 +175,7 @@ class Products {
 
   // Of M tiles of a set of samples, from `in`, which are `sums` but for what differs among the tiles. Goes to the next.
   template <int M>
-  void add(TileRun& run, int64_t pad, const bfloat16* in, Sums& sums) {
+  void add(TileRun& run, const bfloat16* in, Sums& sums) {
     const bfloat16* from[M];
     Cursor tiles[M];
     int64_t bottom = 0;
@@ -197,9 +184,8 @@ class Products {
       bottom = sums.at.y, tiles[m] = sums.at, sums.at = sums.at.next(tiling_);
     }
     if (!tiling_.per_row) bottom = std::min(sums.at.y, tiling_.height - 1);
-    run.first = std::max<int64_t>(0, pad - bottom);
-    run.last = std::min(run.steps.high, tiling_.height + pad - tiles[0].y);
-    const int64_t steps = std::max<int64_t>(1, run.steps.blocks * (run.last - run.first) * run.steps.wide);
+    run.meet(tiles[0].y, bottom);
+    const int64_t steps = std::max<int64_t>(1, run.count());
     const int share = left_ <= steps ? 1 : left_;
     float* to = sums_[turn_];
     const char* soon = ahead_ ? ahead_->take(steps * kLinesAhead) : nullptr;
@@ -239,69 +225,89 @@ bool has_tiles() {
   return permitted;
 }
 
-int64_t tile_weights_size(const ConvShape& shape) {
-  return blocks_of<float>(shape.out_channels) * Steps(shape).count() * kTileElements / 2;
+namespace {
+
+// What a convolution of Narrow maps on `plane` sums, but for its kernels.
+TileRun run_of(const Plane<float>& plane, int64_t in_channels, int64_t together, const float* packed) {
+  const Narrow narrow(plane, in_channels, together);
+  return {narrow.row,
+          in_channels <= Narrow::lanes ? kTileDepth : narrow.pixel,
+          narrow.depth * 2,
+          plane.height,
+          reinterpret_cast<const bfloat16*>(packed),
+          {}};
 }
 
-// Order: [group of output tiles][step][output tile][pair of summed numbers][output channel][of the pair].
-template <class T>
-void pack_tile_weights(const ConvShape& shape, bool flip, const T* weight, const int64_t* strides, float* packed) {
-  const Steps steps(shape);
-  const int64_t tiles = blocks_of<float>(shape.out_channels), group = group_of(tiles);
-  const int64_t out_stride = strides[flip ? 1 : 0], in_stride = strides[flip ? 0 : 1];
-  const int64_t depth = shape.in_channels <= 16 ? 16 : 32;
-  bfloat16* to = reinterpret_cast<bfloat16*>(packed);
-  std::fill(to, to + tiles * steps.count() * kTileElements, bfloat16{0});
-  for (int64_t first = 0; first < tiles; first += group)
-    for (int64_t block = 0; block < steps.blocks; ++block)
-      for (int64_t ky = 0; ky < steps.high; ++ky)
-        for (int64_t step = 0; step < steps.wide; ++step)
-          for (int64_t tile = first; tile < first + group; ++tile, to += kTileElements)
-            for (int64_t k = 0; k < kTileDepth; k += 2) {
-              const int64_t in = block * depth + k % depth, kx = step * (kTileDepth / depth) + k / depth;
-              if (in >= shape.in_channels || kx >= shape.kernel_w) continue;
-              const int64_t y = flip ? shape.kernel_h - 1 - ky : ky, x = flip ? shape.kernel_w - 1 - kx : kx;
-              const int64_t out = tile * kLanes<float>,
-                            lanes = std::min<int64_t>(kLanes<float>, shape.out_channels - out);
-              const T* from = weight + out * out_stride + in * in_stride + y * strides[2] + x * strides[3];
-              const T* next = in + 1 < shape.in_channels ? from + in_stride : nullptr;
-              pack_pairs(from, next, out_stride, lanes, to + k / 2 * kTileDepth);
-            }
-}
-
-template void pack_tile_weights(const ConvShape&, bool, const float*, const int64_t*, float*);
-template void pack_tile_weights(const ConvShape&, bool, const bfloat16*, const int64_t*, float*);
-
-void convolve(const Plane<float>& plane, const ConvShape& shape, int64_t together, const float* packed,
-              const float* bias, const ConvJob<bfloat16>* jobs, int64_t count, Ahead* ahead) {
+// The rest of convolve(), for any kernels.
+void convolve_tiles(TileRun& run, const Tiling& tiling, int64_t out_channels, const float* bias,
+                    const ConvJob<bfloat16>* jobs, int64_t count, Ahead* ahead) {
   const TileScope scope;
-  const Narrow narrow(plane, shape.in_channels, together);
-  const Tiling tiling(plane, together);
-  const int64_t tiles = blocks_of<float>(shape.out_channels), pad = shape.kernel_h / 2;
-  const Steps steps(shape);
-  TileRun run{steps, narrow.row, steps.paired ? kTileDepth : narrow.pixel, narrow.depth * 2,
-              0,     0,          reinterpret_cast<const bfloat16*>(packed)};
-  const int64_t shift = -pad * narrow.row - shape.kernel_w / 2 * narrow.pixel;
+  const int64_t tiles = blocks_of<float>(out_channels), together = tiling.together, all = run.all();
   const auto walk = [&](auto many, auto group) {
     constexpr int M = many(), N = group();
     Products<N> products(tiling, finish_of(jobs->combine.count), ahead);
     for (int64_t first = 0; first < tiles; first += N) {
       for (int64_t begin = 0; begin < count; begin += together) {
-        const bfloat16* in = jobs[begin].in.at + shift;
+        const bfloat16* in = jobs[begin].in.at;
         Sums sums{nullptr,      {},
                   first,        bias ? bias + first * kLanes<float> : nullptr,
                   jobs + begin, std::min(together, count - begin)};
         int64_t tile = 0;
-        for (; tile + M <= tiling.count; tile += M) products.template add<M>(run, pad, in, sums);
-        for (; tile < tiling.count; ++tile) products.template add<1>(run, pad, in, sums);
+        for (; tile + M <= tiling.count; tile += M) products.template add<M>(run, in, sums);
+        for (; tile < tiling.count; ++tile) products.template add<1>(run, in, sums);
       }
-      run.weights += run.steps.count() * N * kTileElements;
+      run.weights += all * N * kTileElements;
     }
   };
   if (group_of(tiles) == 2)
     walk(std::integral_constant<int, 2>{}, std::integral_constant<int, 2>{});
   else
     walk(std::integral_constant<int, 4>{}, std::integral_constant<int, 1>{});
+}
+
+}  // namespace
+
+void convolve(const Plane<float>& plane, const ConvShape& shape, int64_t together, const float* packed,
+              const float* bias, const ConvJob<bfloat16>* jobs, int64_t count, Ahead* ahead) {
+  const Narrow narrow(plane, shape.in_channels, together);
+  TileRun run = run_of(plane, shape.in_channels, together, packed);
+  const int64_t up = shape.kernel_h / 2;
+  run.kernels.push_back({Steps(shape), -up * narrow.row - shape.kernel_w / 2 * narrow.pixel, up});
+  convolve_tiles(run, Tiling(plane, together), shape.out_channels, bias, jobs, count, ahead);
+}
+
+void convolve_strided(const Plane<float>& out, const ConvShape& shape, int64_t together, int64_t phase,
+                      const float* packed, const float* bias, const ConvJob<bfloat16>* jobs, int64_t count,
+                      Ahead* ahead) {
+  const Narrow narrow(out, shape.in_channels, together);
+  TileRun run = run_of(out, shape.in_channels, together, packed);
+  each_parity(shape, [&](int64_t py, int64_t px, const ParityTaps& rows, const ParityTaps& columns) {
+    run.kernels.push_back({Steps(forward_part(shape, rows, columns)),
+                           (2 * py + px) * phase - rows.above * narrow.row - columns.above * narrow.pixel, rows.above});
+  });
+  convolve_tiles(run, Tiling(out, together), shape.out_channels, bias, jobs, count, ahead);
+}
+
+void convolve_strided_back(const Plane<float>& in, const Plane<float>& out, const ConvShape& shape, int64_t together,
+                           const float* packed, const ConvJob<bfloat16>* jobs, int64_t count, Ahead* ahead) {
+  const Narrow narrow(out, shape.out_channels, together);
+  // A kernel of one row or column leaves inputs that no output has seen.
+  if (shape.kernel_h == 1 || shape.kernel_w == 1)
+    for (int64_t n = 0; n < count; ++n)
+      for (int64_t b = 0; b < blocks_of<float>(shape.in_channels); ++b)
+        for (int64_t y = 0; y < in.height; ++y)
+          for (int64_t x = 0; x < in.width; ++x) std::fill_n(jobs[n].out.pixel_at(b, y, x), Narrow::lanes, bfloat16{});
+  each_parity(shape, [&](int64_t py, int64_t px, const ParityTaps& rows, const ParityTaps& columns) {
+    const ConvShape part = backward_part(shape, rows, columns);
+    ConvJob<bfloat16> parts[kMostJobs];
+    for (int64_t n = 0; n < count; ++n) parts[n] = {jobs[n].in, parity(jobs[n].out, py, px)};
+    TileRun run = run_of(out, part.in_channels, together, packed);
+    run.kernels.push_back({Steps(part), -rows.before * narrow.row - columns.before * narrow.pixel, rows.before});
+    packed += tile_weights_size(part);
+    const int64_t height = (in.height - py + 1) / 2, width = (in.width - px + 1) / 2;
+    if (height > 0 && width > 0)
+      convolve_tiles(run, Tiling(out, together, height, width), part.out_channels, nullptr, parts, count, ahead);
+  });
 }
 
 }  // namespace fastode::resident

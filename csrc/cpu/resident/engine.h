@@ -40,6 +40,9 @@ constexpr ScalarType scalar_type() {
   return std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
 }
 
+// Whether convolutions of maps like x multiply in bfloat16, as PyTorch's do for such tensors.
+inline bool lowers(const Tensor& x) { return x.scalar_type() == ScalarType::BFloat16 && has_tiles(); }
+
 // What a program asks of the parameters: the weights of transposed convolutions, gradients, and the weights of a last
 // convolution that ends the branch.
 struct Wanted {
@@ -51,9 +54,9 @@ template <class A>
 class Packed {
  public:
   Packed(const BranchArguments& arguments, const Tensor& x, const Wanted& wanted)
-      : Packed(arguments, x, x.size(1), wanted) {}
-  // For maps of another number of channels than x.
-  Packed(const BranchArguments& arguments, const Tensor& x, int64_t channels, const Wanted& wanted);
+      : Packed(arguments, x.size(1), lowers(x) && x.size(2) * x.size(3) >= kTilePixels, wanted) {}
+  // For maps of so many channels, which are stored in bfloat16 or not.
+  Packed(const BranchArguments& arguments, int64_t channels, bool narrow, const Wanted& wanted);
 
   // The gradients of `parameters` (those of running statistics stay empty), each in its parameter's dtype.
   std::vector<Tensor> gradients(const A* accumulators, int64_t workers) const;
@@ -66,7 +69,7 @@ class Packed {
 
   BranchArguments arguments_;
   int64_t channels_;
-  bool lowers_;  // convolutions multiply in bfloat16, as PyTorch's do for such tensors
+  bool narrow_;
   CallMemory memory_;
 };
 

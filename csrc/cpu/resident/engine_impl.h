@@ -8,10 +8,8 @@
 namespace fastode::resident {
 
 template <class A>
-Packed<A>::Packed(const BranchArguments& arguments, const Tensor& x, int64_t channels, const Wanted& wanted)
-    : arguments_(arguments),
-      channels_(channels),
-      lowers_(x.scalar_type() == ScalarType::BFloat16 && x.size(2) * x.size(3) >= kTilePixels && has_tiles()) {
+Packed<A>::Packed(const BranchArguments& arguments, int64_t channels, bool narrow, const Wanted& wanted)
+    : arguments_(arguments), channels_(channels), narrow_(kOnTiles<A> && narrow) {
   Arena count(nullptr);
   read(count, wanted);
   Arena arena(memory_.take(count.used()));
@@ -25,7 +23,7 @@ void Packed<A>::read(Arena& arena, const Wanted& wanted) {
   constexpr int64_t lanes = kLanes<A>;
   const int64_t units = static_cast<int64_t>(arguments_.units.size()) / kUnitIntegers;
   spec = {};
-  spec.narrow = kOnTiles<A> && lowers_;
+  spec.narrow = narrow_;
   statistics = 0;
   int64_t channels = channels_;
   spec.blocks = blocks_of<A>(channels);
@@ -86,9 +84,12 @@ void Packed<A>::read(Arena& arena, const Wanted& wanted) {
       unit.shape = {channels, integers[3], integers[4], integers[5], stride};
       spec.halo = std::max({spec.halo, integers[4] / 2, integers[5] / 2});
       const auto size = [&](const ConvShape& shape, bool back) {
-        if (back && shape.stride > 1) return strided_back_size<A>(shape);
-        if constexpr (kOnTiles<A>)
-          if (spec.narrow) return tile_weights_size(back ? shape.transposed() : shape);
+        const bool strided = shape.stride > 1;
+        if constexpr (kOnTiles<A>) {
+          if (narrow_ && strided) return strided_tile_weights_size(shape, back);
+          if (narrow_) return tile_weights_size(back ? shape.transposed() : shape);
+        }
+        if (back && strided) return strided_back_size<A>(shape);
         return (back ? shape.transposed() : shape).template packed_size<A>();
       };
       const bool straight = wanted.straight && (wanted.last || j + 1 < units);
@@ -99,15 +100,17 @@ void Packed<A>::read(Arena& arena, const Wanted& wanted) {
         for (int d = 0; d < 4; ++d) strides[d] = weight.strides()[d];
         with_data<A>(weight, [&](auto* data) {
           using T = std::remove_pointer_t<decltype(data)>;
-          const auto pack = [&](const ConvShape& shape, bool flip, A* to) {
+          const auto pack = [&](bool back, A* to) {
+            const ConvShape shape = back ? unit.shape.transposed() : unit.shape;
             if constexpr (kOnTiles<A>) {
-              if (spec.narrow) return pack_tile_weights<T>(shape, flip, data, strides, to);
+              if (narrow_ && stride > 1) return pack_strided_tile_weights<T>(unit.shape, back, data, strides, to);
+              if (narrow_) return pack_tile_weights<T>(shape, back, data, strides, to);
             }
-            pack_weights<A, T>(shape, flip, data, strides, to);
+            if (back && stride > 1) return pack_strided_back<A, T>(unit.shape, data, strides, to);
+            pack_weights<A, T>(shape, back, data, strides, to);
           };
-          if (forward) pack(unit.shape, false, forward);
-          if (flipped && stride > 1) return pack_strided_back<A, T>(unit.shape, data, strides, flipped);
-          if (flipped) pack(unit.shape.transposed(), true, flipped);
+          if (forward) pack(false, forward);
+          if (flipped) pack(true, flipped);
         });
       }
       unit.forward = forward, unit.backward = flipped;

@@ -176,9 +176,16 @@ void pair_cotangent(const Positions& positions, const Narrow& narrow, const bflo
   }
 }
 
+// Which taps of a kernel a gradient is of: every `step`-th from these on.
+struct Taps {
+  const ConvShape& of;
+  int64_t row = 0, column = 0, step = 1;
+};
+
 struct GradientRun {
   const bfloat16 *in, *cotangent;  // of the first set
   int64_t sets, in_set, cotangent_set, in_bytes, gradient_bytes;
+  int64_t tap;          // elements of the gradient from a tap to the next
   int64_t first, last;  // chunks
 };
 
@@ -186,9 +193,8 @@ struct GradientRun {
 // cotangents lie `block` apart and whose gradients lie `out_stride` apart.
 template <int M, int N>
 void add_gradient(const GradientRun& run, int64_t copy, int64_t block, float* gradient, int64_t out_stride) {
-  constexpr int64_t lanes = kLanes<float>;
   const int64_t offset[3] = {0, copy, 2 * copy};
-  float* const to[3] = {gradient, gradient + lanes, gradient + 2 * lanes};
+  float* const to[3] = {gradient, gradient + run.tap, gradient + 2 * run.tap};
   add_chunks<M, N>(
       [&](const auto& chunk) {
         for (int64_t n = 0; n < run.sets; ++n) {
@@ -201,8 +207,8 @@ void add_gradient(const GradientRun& run, int64_t copy, int64_t block, float* gr
       offset, run.in_bytes, block, to, run.gradient_bytes, out_stride);
 }
 
-// Of some sets of samples, from rows of the image from `top` on.
-void add_portion(const Plane<float>& plane, const ConvShape& shape, int64_t together,
+// Of some sets of samples, from rows of the image from `top` on; `shape` has the taps alone.
+void add_portion(const Plane<float>& plane, const ConvShape& shape, const Taps& taps, int64_t together,
                  const GradientPair<bfloat16>* pairs, int64_t sets, int64_t top, int64_t height, float* gradient,
                  bfloat16* scratch) {
   constexpr int64_t lanes = kLanes<float>;
@@ -210,7 +216,7 @@ void add_portion(const Plane<float>& plane, const ConvShape& shape, int64_t toge
   const Narrow input(plane, shape.in_channels, together), cotangent(plane, shape.out_channels, together);
   const int64_t in_blocks = blocks_of<float>(shape.in_channels), out_blocks = blocks_of<float>(shape.out_channels);
   const int64_t in_set = positions.block(shape), cotangent_set = out_blocks * positions.cotangent();
-  const int64_t pad = positions.pad, taps = shape.kernel_h * shape.kernel_w;
+  const int64_t pad = positions.pad, wide = taps.of.kernel_w, all = taps.of.kernel_h * wide;
   bfloat16* cotangents = scratch + sets * in_set;
   for (int64_t n = 0; n < sets; ++n)
     for (int64_t ob = 0; ob < out_blocks; ++ob)
@@ -218,7 +224,8 @@ void add_portion(const Plane<float>& plane, const ConvShape& shape, int64_t toge
                      cotangents + n * cotangent_set + ob * positions.cotangent());
   // The rows of the image that the copies have.
   const int64_t first = std::max<int64_t>(0, top - pad), last = std::min(plane.height, top + height + pad);
-  GradientRun run{scratch, nullptr, sets, in_set, cotangent_set, positions.pitch * 2, shape.kernel_w * lanes * 4, 0, 0};
+  GradientRun run{scratch,          nullptr,           sets, in_set, cotangent_set, positions.pitch * 2,
+                  wide * lanes * 4, taps.step * lanes, 0,    0};
   for (int64_t ib = 0; ib < in_blocks; ++ib) {
     for (int64_t n = 0; n < sets; ++n) {
       const bfloat16* in = pairs[n * together].in.at + ib * lanes;
@@ -234,7 +241,7 @@ void add_portion(const Plane<float>& plane, const ConvShape& shape, int64_t toge
     }
     const auto add = [&](auto group, int64_t ob) {
       constexpr int N = group();
-      const int64_t block = positions.cotangent(), out_stride = in_blocks * taps * lanes * lanes;
+      const int64_t block = positions.cotangent(), out_stride = in_blocks * all * lanes * lanes;
       for (int64_t ky = 0; ky < shape.kernel_h; ++ky) {
         // Those with rows whose input row exists.
         const int64_t begin = std::max(top, pad - ky) - top,
@@ -242,8 +249,9 @@ void add_portion(const Plane<float>& plane, const ConvShape& shape, int64_t toge
         if (begin >= end) continue;
         run.first = begin * positions.span / kTileDepth, run.last = divide_up(end * positions.span, kTileDepth);
         run.cotangent = cotangents + ob * block;
-        float* to = gradient + ((ob * in_blocks + ib) * taps + ky * shape.kernel_w) * lanes * lanes;
-        for (int64_t kx = 0; kx < shape.kernel_w; kx += 3, to += 3 * lanes) {
+        float* to = gradient + ((ob * in_blocks + ib) * all + (taps.row + ky * taps.step) * wide) * lanes * lanes +
+                    taps.column * lanes;
+        for (int64_t kx = 0; kx < shape.kernel_w; kx += 3, to += 3 * run.tap) {
           run.in = scratch + kx * positions.copy() + ky * positions.span;
           if (kx + 3 <= shape.kernel_w)
             add_gradient<3, N>(run, positions.copy(), block, to, out_stride);
@@ -261,6 +269,17 @@ void add_portion(const Plane<float>& plane, const ConvShape& shape, int64_t toge
   }
 }
 
+void add_taps(const Plane<float>& plane, const ConvShape& shape, const Taps& taps, int64_t together,
+              const GradientPair<bfloat16>* pairs, int64_t count, float* gradient, void* scratch) {
+  const int64_t sets = divide_up(count, together);
+  const Portion portion(plane, shape, together, sets);
+  const TileScope scope;
+  for (int64_t set = 0; set < sets; set += portion.sets)
+    for (int64_t y = 0; y < plane.height; y += portion.rows)
+      add_portion(plane, shape, taps, together, pairs + set * together, std::min(portion.sets, sets - set), y,
+                  std::min(portion.rows, plane.height - y), gradient, static_cast<bfloat16*>(scratch));
+}
+
 }  // namespace
 
 int64_t tile_scratch_size(const Plane<float>& plane, const ConvShape& shape, int64_t together, int64_t pairs) {
@@ -270,15 +289,31 @@ int64_t tile_scratch_size(const Plane<float>& plane, const ConvShape& shape, int
   return portion.sets * set * static_cast<int64_t>(sizeof(bfloat16));
 }
 
+int64_t strided_tile_scratch_size(const Plane<float>& out, const ConvShape& shape, int64_t together, int64_t pairs) {
+  int64_t size = 0;
+  each_parity(shape, [&](int64_t, int64_t, const ParityTaps& rows, const ParityTaps& columns) {
+    size = std::max(size, tile_scratch_size(out, forward_part(shape, rows, columns), together, pairs));
+  });
+  return size;
+}
+
 void weight_gradient(const Plane<float>& plane, const ConvShape& shape, int64_t together,
                      const GradientPair<bfloat16>* pairs, int64_t count, float* gradient, void* scratch) {
-  const int64_t sets = divide_up(count, together);
-  const Portion portion(plane, shape, together, sets);
-  const TileScope scope;
-  for (int64_t set = 0; set < sets; set += portion.sets)
-    for (int64_t y = 0; y < plane.height; y += portion.rows)
-      add_portion(plane, shape, together, pairs + set * together, std::min(portion.sets, sets - set), y,
-                  std::min(portion.rows, plane.height - y), gradient, static_cast<bfloat16*>(scratch));
+  add_taps(plane, shape, {shape}, together, pairs, count, gradient, scratch);
+}
+
+// The taps of a parity are those of a kernel of one or two rows and columns, which end at the position.
+void strided_weight_gradient(const Plane<float>& out, const ConvShape& shape, int64_t together, int64_t phase,
+                             const GradientPair<bfloat16>* pairs, int64_t count, float* gradient, void* scratch) {
+  each_parity(shape, [&](int64_t py, int64_t px, const ParityTaps& rows, const ParityTaps& columns) {
+    GradientPair<bfloat16> moved[kMostJobs];
+    for (int64_t n = 0; n < count; ++n) {
+      moved[n] = pairs[n];
+      moved[n].in.at += (2 * py + px) * phase;
+    }
+    add_taps(out, forward_part(shape, rows, columns), {shape, rows.first, columns.first, 2}, together, moved, count,
+             gradient, scratch);
+  });
 }
 
 }  // namespace fastode::resident

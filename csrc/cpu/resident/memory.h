@@ -105,6 +105,7 @@ struct Map {
   bool halo = false;       // has a zero one around it
   int64_t together = 1;    // samples whose pixels take turns
   int64_t turn = 0;        // elements from one of these to the next
+  int64_t phase = 0;       // elements from the pixels of one parity to those of the next, where these lie apart
 
   explicit operator bool() const { return blocks > 0; }
   View<T> at(const Range& range, int64_t i) const {
@@ -259,13 +260,16 @@ class Memory {
 
   // Of each worker's current range, with a zero halo: what a convolution reads.
   Map<T> padded(int64_t blocks, int64_t together) { return padded(blocks, together, plane); }
-  Map<T> padded(int64_t blocks, int64_t together, const Plane<A>& on) {
+  // With `apart` the pixels of each parity lie on a plane `on` of their own.
+  Map<T> padded(int64_t blocks, int64_t together, const Plane<A>& on, bool apart = false) {
     if constexpr (std::is_same_v<T, bfloat16>) {
       const Narrow narrow(on, blocks * Narrow::lanes, together);
-      const int64_t stride = divide_up(narrow.elements, 32) * 32, sets = divide_up(schedule_.group, together);
+      const int64_t one = divide_up(narrow.elements, 32) * 32, stride = apart ? 4 * one : one;
+      const int64_t sets = divide_up(schedule_.group, together);
       T* base = scratch_.take<T>(stride * sets * schedule_.workers);
       std::fill_n(base, stride * sets * schedule_.workers, T{});
-      return {narrow.view(base), stride, blocks, Extent::kRange, sets * together, false, true, together, narrow.depth};
+      return {narrow.view(base), stride,       blocks,         Extent::kRange, sets * together, false, true,
+              together,          narrow.depth, apart ? one : 0};
     } else {
       const int64_t stride = blocks * on.size, count = schedule_.workers * schedule_.group;
       const View<T> view = on.padded(scratch_.take<T>(stride * count));

@@ -1,20 +1,10 @@
 // Packing and loops of strided.h around the micro-kernels. Included by one .cpp per arithmetic type.
 #pragma once
 
+#include "average_impl.h"
 #include "conv_impl.h"
-#include "strided.h"
 
 namespace fastode::resident {
-
-// f(py, px, rows' taps, columns' taps) for each parity that meets any tap.
-template <class F>
-void each_parity(const ConvShape& shape, const F& f) {
-  for (int64_t py = 0; py < 2; ++py)
-    for (int64_t px = 0; px < 2; ++px) {
-      const ParityTaps rows(shape.kernel_h, py), columns(shape.kernel_w, px);
-      if (rows.count * columns.count > 0) f(py, px, rows, columns);
-    }
-}
 
 template <class A, class T>
 void pack_strided_back(const ConvShape& shape, const T* weight, const int64_t* strides, A* packed) {
@@ -130,49 +120,6 @@ void strided_weight_gradient(const Plane<A>& out, const ConvShape& shape, const 
   sum_strided(out.height, out.width, shape, shape.kernel_h / 2, shape.kernel_w / 2, pairs, count, gradient);
 }
 
-template <class A>
-void average(const Plane<A>& out, const ConvShape& shape, const ConvJob<A>& job) {
-  using V = Vec<A>;
-  constexpr int64_t lanes = kLanes<A>;
-  const A share = A(1) / static_cast<A>(shape.kernel_h * shape.kernel_w);
-  for (int64_t b = 0; b < blocks_of<A>(shape.out_channels); ++b) {
-    // What lies behind the input's channels is zero, in the block that they end in, too.
-    const int64_t present = std::clamp<int64_t>(shape.in_channels - b * lanes, 0, lanes);
-    A shares[lanes];
-    for (int64_t lane = 0; lane < lanes; ++lane) shares[lane] = lane < present ? share : A(0);
-    const V scale = load<V>(shares);
-    for (int64_t y = 0; y < out.height; ++y)
-      for (int64_t x = 0; x < out.width; ++x) {
-        V sum = {};
-        for (int64_t ky = 0; present > 0 && ky < shape.kernel_h; ++ky)
-          for (int64_t kx = 0; kx < shape.kernel_w; ++kx)
-            sum += load<V>(job.in.pixel_at(b, y * shape.stride + ky, x * shape.stride + kx));
-        V value = sum * scale * job.combine.scale;
-        for (int t = 0; t < job.combine.count; ++t)
-          value += job.combine.coef[t] * load<V>(job.combine.term[t].pixel_at(b, y, x));
-        store<V>(job.out.pixel_at(b, y, x), value);
-      }
-  }
-}
-
-template <class A>
-void average_back(const Plane<A>& in, const Plane<A>& out, const ConvShape& shape, const ConvJob<A>& job) {
-  using V = Vec<A>;
-  const A share = A(1) / static_cast<A>(shape.kernel_h * shape.kernel_w);
-  const int64_t blocks = blocks_of<A>(shape.in_channels);
-  fill_zero(in, blocks, job.out);
-  for (int64_t b = 0; b < blocks; ++b)
-    for (int64_t y = 0; y < out.height; ++y)
-      for (int64_t x = 0; x < out.width; ++x) {
-        const V part = load<V>(job.in.pixel_at(b, y, x)) * share;
-        for (int64_t ky = 0; ky < shape.kernel_h; ++ky)
-          for (int64_t kx = 0; kx < shape.kernel_w; ++kx) {
-            A* to = job.out.pixel_at(b, y * shape.stride + ky, x * shape.stride + kx);
-            store<V>(to, load<V>(to) + part);
-          }
-      }
-}
-
 // What resident_strided_<type>.cpp instantiates: everything above in arithmetic of A, for weights of A or of T.
 #define FASTODE_STRIDED(keyword, A, T)                                                                              \
   keyword template void pack_strided_back(const ConvShape&, const A*, const int64_t*, A*);                          \
@@ -183,8 +130,7 @@ void average_back(const Plane<A>& in, const Plane<A>& out, const ConvShape& shap
                                               const ConvJob<A>*, int64_t, Ahead*);                                  \
   keyword template void strided_weight_gradient(const Plane<A>&, const ConvShape&, const GradientPair<A>*, int64_t, \
                                                 A*);                                                                \
-  keyword template void average(const Plane<A>&, const ConvShape&, const ConvJob<A>&);                              \
-  keyword template void average_back(const Plane<A>&, const Plane<A>&, const ConvShape&, const ConvJob<A>&);        \
+  FASTODE_AVERAGE(keyword, A);                                                                                      \
   keyword template void run_plan<A, 1, 2, 1>(const ConvPlan<A>&, const ConvJob<A>*, int64_t, Ahead*);               \
   keyword template void run_plan<A, 2, 2, 1>(const ConvPlan<A>&, const ConvJob<A>*, int64_t, Ahead*)
 

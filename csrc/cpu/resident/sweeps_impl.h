@@ -11,7 +11,14 @@ void Branch<T>::convolve_jobs(size_t j, bool back, const ConvJob<T>* jobs, const
   const ConvShape shape = back ? unit.shape.transposed() : unit.shape;
   const A *packed = back ? unit.backward : unit.forward, *bias = with_bias ? unit.conv_bias : nullptr;
   if constexpr (std::is_same_v<T, bfloat16>) {
-    convolve(plane_, shape, together_, packed, bias, jobs, range.count, range.ahead);
+    if (!apart(j))
+      convolve(planes_[j], shape, together_[j], packed, bias, jobs, range.count, range.ahead);
+    else if (back)
+      convolve_strided_back(planes_[j], planes_[j + 1], unit.shape, together_[j + 1], packed, jobs, range.count,
+                            range.ahead);
+    else
+      convolve_strided(planes_[j + 1], shape, together_[j + 1], active_[j].phase, packed, bias, jobs, range.count,
+                       range.ahead);
   } else if (unit.shape.stride == 1) {
     convolve<A>(planes_[j], shape, packed, bias, jobs, range.count, range.ahead);
   } else if (back) {
@@ -24,24 +31,23 @@ void Branch<T>::convolve_jobs(size_t j, bool back, const ConvJob<T>* jobs, const
 template <class T>
 void Branch<T>::convolve_input(const Passed<T>& at, const Range& range, const Map<T>& out, const Mix<T>& mix) const {
   const UnitSpec<A>& unit = spec_.units[at.unit];
-  const int64_t blocks = blocks_of<A>(unit.in_channels);
   const Plane<A>& plane = planes_[at.unit];
   const auto input = [&](int64_t i) { return at.input.at(range, i); };
   if (!unit.moves()) {
+    const int64_t blocks = blocks_of<A>(unit.in_channels);
     for (int64_t i = 0; i < range.count; ++i)
       apply(plane, blocks, rows_of(at, range, i), unit.act, input(i), out.at(range, i), mix.at(range, i));
     return;
   }
-  const Map<T> active = fit(active_[at.unit], unit.in_channels, range);
+  const Map<T> active = active_map(at.unit, range);
   ConvJob<T> jobs[kGroup];
   for (int64_t i = 0; i < range.count; ++i) {
     const bool direct = at.input.halo && goes_straight(at.unit);
     jobs[i] = {direct ? input(i) : active.at(range, i), out.at(range, i), mix.at(range, i)};
-    if (!direct) apply(plane, blocks, rows_of(at, range, i), unit.act, input(i), jobs[i].in, Combine<T>{});
-    if constexpr (std::is_same_v<T, A>) {
+    if (!direct) activate(at, range, i, active);
+    if constexpr (std::is_same_v<T, A>)
       if (unit.plane) jobs[i].combine.add(mix.scale * at.time, plane.compact(const_cast<A*>(unit.plane)));
-      if (unit.mean_of) average<A>(planes_[at.unit + 1], unit.shape, jobs[i]);
-    }
+    if (unit.mean_of) average(planes_[at.unit + 1], unit.shape, jobs[i]);
   }
   if (unit.has_conv) convolve_jobs(at.unit, false, jobs, range, true);
 }
@@ -58,7 +64,7 @@ void Branch<T>::convolve_tangent(const Passed<T>& at, const Range& range, const 
                     mix.at(range, i));
     return;
   }
-  const Map<T> active = fit(active_[at.unit], unit.in_channels, range);
+  const Map<T> active = active_map(at.unit, range);
   ConvJob<T> jobs[kGroup];
   for (int64_t i = 0; i < range.count; ++i) {
     jobs[i] = {active.at(range, i), out.at(range, i), mix.at(range, i)};
@@ -72,8 +78,7 @@ void Branch<T>::convolve_back(size_t j, const Range& range, const Map<T>& g, con
   ConvJob<T> jobs[kGroup];
   for (int64_t i = 0; i < range.count; ++i) {
     jobs[i] = {g.at(range, i), n.at(range, i)};
-    if constexpr (!std::is_same_v<T, bfloat16>)
-      if (spec_.units[j].mean_of) average_back<A>(planes_[j], planes_[j + 1], spec_.units[j].shape, jobs[i]);
+    if (spec_.units[j].mean_of) average_back(planes_[j], planes_[j + 1], spec_.units[j].shape, jobs[i]);
   }
   if (spec_.units[j].has_conv) convolve_jobs(j, true, jobs, range, false);
 }
@@ -85,6 +90,7 @@ void Branch<T>::add_gradients(const Passed<T>& at, const Range& range, const Map
   if (!unit.has_conv) return;
   const int64_t blocks = blocks_of<A>(unit.in_channels), out_blocks = blocks_of<A>(unit.out_channels);
   const Plane<A>&plane = planes_[at.unit], &out_plane = planes_[at.unit + 1];
+  const int64_t together = together_[at.unit + 1];
   A* gradients = gradients_of(range);
   GradientPair<T> pairs[2 * kGroup];
   int64_t count = 0;
@@ -93,26 +99,31 @@ void Branch<T>::add_gradients(const Passed<T>& at, const Range& range, const Map
       pairs[count] = {in.at(range, i), cotangent.at(range, i)};
       fill(i, pairs[count++]);
     }
-    for (int64_t i = range.count; i % together_; ++i) {  // what lies together is summed together
+    for (int64_t i = range.count; i % together; ++i) {  // what lies together is summed together
       pairs[count] = {in.at(range, i), cotangent.at(range, i)};
-      combine_maps(plane, blocks, pairs[count].in, Combine<T>{});
+      if (!in.phase) combine_maps(plane, blocks, pairs[count].in, Combine<T>{});  // else it is zero already
       combine_maps(out_plane, out_blocks, pairs[count++].cotangent, Combine<T>{});
     }
   };
-  add(fit(active_[at.unit], unit.in_channels, range), g, [&](int64_t i, const GradientPair<T>& pair) {
-    apply(plane, blocks, rows_of(at, range, i), unit.act, at.input.at(range, i), pair.in, Combine<T>{});
+  const Map<T> active = active_map(at.unit, range);
+  add(active, g, [&](int64_t i, const GradientPair<T>& pair) {
+    activate(at, range, i, active);
     if (unit.conv_bias_at >= 0)  // the tangent stream has no bias
       add_channel_sums(out_plane, out_blocks, pair.cotangent, gradients + unit.conv_bias_at);
   });
   if (t)
-    add(fit(tangent_active_, unit.in_channels, range), tangent_g, [&](int64_t i, const GradientPair<T>& pair) {
+    add(fit(tangent_active_, 0, unit.in_channels, range), tangent_g, [&](int64_t i, const GradientPair<T>& pair) {
       tangent_apply(plane_, blocks, rows_of(at, range, i), unit.act, at.input.at(range, i), t->at(range, i), pair.in,
                     Combine<T>{});
     });
-  if constexpr (std::is_same_v<T, bfloat16>)
-    weight_gradient(plane_, unit.shape, together_, pairs, count, gradients + unit.conv_at,
-                    tile_scratch_ + range.worker * tile_scratch_stride_);
-  else if (unit.shape.stride == 1)
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    char* scratch = tile_scratch_ + range.worker * tile_scratch_stride_;
+    if (apart(at.unit))
+      strided_weight_gradient(out_plane, unit.shape, together, active.phase, pairs, count, gradients + unit.conv_at,
+                              scratch);
+    else
+      weight_gradient(plane, unit.shape, together, pairs, count, gradients + unit.conv_at, scratch);
+  } else if (unit.shape.stride == 1)
     weight_gradient<A>(plane, unit.shape, pairs, count, gradients + unit.conv_at);
   else
     strided_weight_gradient<A>(out_plane, unit.shape, pairs, count, gradients + unit.conv_at);
@@ -134,7 +145,7 @@ Map<T> Branch<T>::input_map(size_t j, bool hold) {
   const int64_t blocks = blocks_of<A>(spec_.units[j].in_channels);
   if (hold || !goes_straight(j) || !one_plane_) return memory_.take(blocks, planes_[j]);
   Map<T>& map = bare_[j % 2];  // the other one is read meanwhile
-  if (!map) map = memory_.padded(spec_.blocks, together_), map.pinned = true;
+  if (!map) map = memory_.padded(spec_.blocks, together_[0]), map.pinned = true;
   Map<T> part = map;
   part.blocks = blocks;
   return part;
@@ -273,7 +284,7 @@ Map<T> Branch<T>::cotangent(const Evaluation<T>& e, const Mix<T>& image, const M
         j + 1 == units ? few_image.with({e.inputs[j], n}) : std::vector{e.inputs[j + 1], above, e.inputs[j]};
     each(maps, [=, this, &unit, at = e.at(j), next = e.at(std::min(j + 1, units - 1))](const Range& range) {
       const bool given = j + 1 == units && as_it_is;
-      const Map<T> g = given ? few_image.terms[0].second : fit(g_[j + 1], unit.out_channels, range);
+      const Map<T> g = given ? few_image.terms[0].second : fit(g_[j + 1], j + 1, unit.out_channels, range);
       for (int64_t i = 0; i < range.count && !given; ++i) {
         if (j + 1 == units)
           combine_maps(planes_[j + 1], out_blocks, g.at(range, i), few_image.at(range, i));
@@ -332,8 +343,8 @@ Map<T> Branch<T>::second(const Evaluation<T>& e, const Map<T>& v, const Map<T>& 
     const std::vector<Map<T>> maps = top ? std::vector{v, q} : std::vector{e.inputs[j + 1], above, n, m};
     each(Mix<T>{1, {{1, e.inputs[j]}, {1, t}, {1, n}, {1, m}}}.with(maps),
          [=, this, &unit, at = e.at(j), next = e.at(std::min(j + 1, units - 1))](const Range& range) {
-           const Map<T> g = fit(g_[j + 1], unit.out_channels, range),
-                        tangent_g = fit(tangent_g_, unit.out_channels, range);
+           const Map<T> g = fit(g_[j + 1], j + 1, unit.out_channels, range),
+                        tangent_g = fit(tangent_g_, 0, unit.out_channels, range);
            for (int64_t i = 0; i < range.count; ++i) {
              const View<T> to = g.at(range, i), tangent_to = tangent_g.at(range, i);
              if (top) {

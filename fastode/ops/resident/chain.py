@@ -1,6 +1,7 @@
 """A chain, and a block that may change the shape, on the resident engine: one operator forwards, one backwards.
 
-The mathematics is that of ops/schemes/chain, in C++.
+The mathematics is that of ops/schemes/chain, in C++. Under autocast to bfloat16 every map behind a convolution is
+bfloat16, so that the operators get x in that dtype where nothing but convolutions reads it.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from torch import Tensor
 
 from ...native import nodes
 from ..function import NodeFunction, gradients
-from ..maps import last_of
+from ..maps import cast, last_of, lowered
 from ..met import Met
-from ..plan import MaybeTensor, MaybeTensors, activation_codes
+from ..plan import MaybeTensor, MaybeTensors, Plan, activation_codes
 from ..rerun import Rerun
 from ..schemes.chain.chain import Chain
 from . import rule
@@ -31,8 +32,11 @@ Code = tuple[list[int], list[float], list[int], list[int], float, int, float, fl
 
 def refuses(chain: Chain, x: Tensor | None) -> str:
     """Why the engine cannot run a chain; empty if it can."""
-    if x is not None and x.dtype not in (torch.float32, torch.float64):
-        return f"it has chains, and blocks that change the shape, in float32 and float64, and not in {x.dtype}"
+    if x is not None and x.dtype == torch.float32 and chain.lower is not None:
+        # Behind a norm, or added to something, the maps of the reference are float32.
+        readers = chain.plans[:1] if chain.lead.units else chain.plans[1:]
+        if not all(map(_begins_with_convolution, readers)):
+            return "under autocast it takes float32 maps that convolutions alone read"
     for plan in chain.plans:
         for unit, tracks in zip(plan.units, plan.tracked, strict=True):
             conv, norm = unit.conv, unit.norm
@@ -50,6 +54,13 @@ def refuses(chain: Chain, x: Tensor | None) -> str:
             if conv.stride not in ((1, 1), (2, 2)) or (conv.stride != (1, 1) and not {*conv.kernel} <= {1, 3}):
                 return "it has convolutions of stride 1, and of stride 2 with sides of 1 and 3, only"
     return _refuses_means(chain)
+
+
+def _begins_with_convolution(plan: Plan) -> bool:
+    first = plan.units[0] if plan.units else None
+    if first is None or first.conv is None or first.conv.mean:
+        return False
+    return first.norm is None and first.activation is None
 
 
 def _refuses_means(chain: Chain) -> str:
@@ -70,11 +81,19 @@ def slower(x: Tensor, chain: Chain) -> str:
         if channels * pixels > entries:
             entries, width = channels * pixels, channels
         widest = max(widest, channels)
+    if x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and chain.lower is not None):
+        return rule.slower_lowered_chain(x, _fewest_read(chain, x), widest)
     # Every sample's maps are read at each batch norm, and those of few channels are kept as wide as a vector.
     if coupled and width < _FEWEST:
         return f"with batch norms of fewer than {_FEWEST} channels it was measured to be slower than plain PyTorch"
     # The bound on channels is of the widest map, that on memory of the largest.
     return rule.slower_than_eager(x, coupled, widest, -(-entries // widest))
+
+
+def _fewest_read(chain: Chain, x: Tensor) -> int:
+    """The channels of the narrowest map that a convolution reads."""
+    found = [unit.conv.in_channels for unit in chain.units if unit.conv is not None and not unit.conv.mean]
+    return min(found, default=x.shape[1])
 
 
 def maps_of(chain: Chain, x: Tensor) -> list[tuple[int, int]]:
@@ -150,6 +169,8 @@ class ResidentChainFunction(NodeFunction):
     def through_node(cls, chain: Chain, rerun: Rerun | None, given: MaybeTensors) -> Any:
         x, memo = given[0], chain.memo
         assert x is not None
+        if x.dtype == torch.float32 and chain.lower is not None:
+            return NotImplemented
         program = memo.get(_PROGRAM)
         if program is None:
             code = _encode(chain, given[1:], x.shape[1])[1]
@@ -183,9 +204,9 @@ class ResidentChainFunction(NodeFunction):
             if _reads_result(chain):  # which a node in C++ does not hand over
                 y = after[0] if after else _forward(chain, x, tensors, False)[0]
             x_bar, found = torch.ops.fastode.resident_chain_backward.default(
-                x, y, bar, take_kept(ctx), present, *code, wanted[0], any(wanted[1:])
+                lowered(chain.lower, x), y, bar, take_kept(ctx), present, *code, wanted[0], any(wanted[1:])
             )
-            return [x_bar if wanted[0] else None, *beside(tensors, found)]
+            return [cast(x_bar, x.dtype) if wanted[0] else None, *beside(tensors, found)]
 
         return gradients(ctx, given, [y_bar], pull)
 
@@ -198,6 +219,6 @@ def _reads_result(chain: Chain) -> bool:
 def _forward(chain: Chain, x: Tensor, tensors: MaybeTensors, keep: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
     present, code = _encode(chain, tensors, x.shape[1])
     made: tuple[Tensor, Tensor, list[Tensor]] = torch.ops.fastode.resident_chain_forward.default(
-        x, present, *code, _result(chain, x), keep, last_of(x, tensors)
+        lowered(chain.lower, x), present, *code, _result(chain, x), keep, last_of(x, tensors)
     )
     return made

@@ -45,8 +45,7 @@ class Resident(OperatorEngine):
         if isinstance(call.program, Chain):
             if call.x is not None and call.x.device.type == "cuda":
                 return "it has no programs of chains, or of blocks that change the shape, for CUDA"
-            reason = chain.refuses(call.program, call.x) or _refuses_autocast(call.lower)
-            return reason or _refuses_dtypes(None, call.tensors, call.x)
+            return chain.refuses(call.program, call.x) or _refuses_dtypes(call.lower, call.tensors, call.x)
         if call.x is not None and call.x.device.type == "cuda":
             if call.family == ODE_SOLUTION:
                 return NO_ODE_SOLUTION

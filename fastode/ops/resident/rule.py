@@ -152,6 +152,12 @@ ONE_EVALUATION = {"sample": Line(most_channels=64), "batch": Line(most_channels=
 # The pair alone: 1.1 to 2.3 with 16 to 64 channels on both sides, 0.83 to 1.4 with 3 on one, 0.85 to 1.1 past 64.
 LOWERED_PAIR = (16, Line(most_channels=64))
 
+# Chains on bfloat16 maps, multiplied by those dot products, on one thread of that CPU, in paired turns while other work
+# ran: 16 channels at least, or a vector is mostly empty (a stem of 3 channels: 0.7 to 0.9). Up to 64 channels 0.95 to
+# 1.9; at 128 with 16 samples and more 0.89 to 1.6 (median 1.2), with 4 forwards, which pack the weights, 0.8 to 1.1; at
+# 256 forwards 0.87 to 1.04.
+LOWERED_CHAIN = (16, Line(most_channels=128, least_batch_per_thread=8, few_from_channels=128))
+
 # Of a matrix W, in KB: a sample's products read all of it, where PyTorch's read it once for many samples. Solves by
 # error gain by what is between the products. Measured on one thread of an AMD EPYC, 2026-11-27.
 MOST_LINEAR_KB = {"linear_adaptive": 1024, "linear_solution": 48, "skew_linear": 24}
@@ -160,6 +166,7 @@ MOST_LINEAR_KB = {"linear_adaptive": 1024, "linear_solution": 48, "skew_linear":
 _rule = read()
 _has_wide_registers = "avx512f" in cpu_kind()
 _tiles = "amx_bf16" in kernel_features()
+_products = "avx512_bf16" in kernel_features()
 _threads = torch.get_num_threads()  # as read at the last untraced call: a tracer cannot ask
 
 
@@ -186,6 +193,8 @@ def in_words() -> list[str]:
         *[f"  {f'one evaluation {norms}, autocast':<32}{line.describe()}" for norms, line in ONE_EVALUATION.items()],
         f"  {'skew_pair, autocast':<32}{fewest} channels at least, on both sides, and {pair.describe()}",
     ]
+    least, chain = LOWERED_CHAIN
+    rows.append(f"  {'chain, bfloat16 maps':<32}{least} channels at least, and {chain.describe()}")
     return [f'where "auto" takes resident before staged on the CPU ({_rule.source})', *rows]
 
 
@@ -237,6 +246,25 @@ def slower_lowered(family: str, coupled: bool, x: torch.Tensor, channels: int, s
             return f"{why}it is expected to be slower than plain PyTorch"
     beyond = line.beyond(channels, x.shape[2] * x.shape[3], 4, x.shape[0], threads())
     return f"{why}{beyond} it was measured to be slower than plain PyTorch" if beyond else ""
+
+
+def slower_lowered_chain(x: torch.Tensor, fewest: int, widest: int) -> str:
+    """Why a chain is taken to be slower than plain PyTorch on bfloat16 maps; empty if not.
+
+    Args:
+        x: the input [N, C, H, W].
+        fewest: channels of the narrowest map that a convolution reads.
+        widest: channels of the widest map.
+    """
+    if _tiles or not _products:
+        return "on bfloat16 maps it was measured on CPUs with dot products of them alone, and not on this kind"
+    least, line = LOWERED_CHAIN
+    batch = None if torch.compiler.is_compiling() else x.shape[0]  # a traced call would hold for that size alone
+    few = f"with fewer than {least} channels" if fewest < least else ""
+    if batch is not None and batch < threads():
+        few = "with fewer samples than threads"
+    beyond = few or line.beyond(widest, 1, 4, batch, threads())
+    return f"on bfloat16 maps {beyond} it was measured to be slower than plain PyTorch" if beyond else ""
 
 
 def slower_lowered_pair(weight: torch.Tensor) -> str:
