@@ -106,7 +106,7 @@ sanitize: $(STAMP)
 	    $(BIN)/python -m pytest -q -p no:cacheprovider -n 2 --dist worksteal $(SANITIZE_TESTS)
 
 # CUDA C++ on the test machine of tests/simt: with poisoned gaps the sanitizer sees the bounds of each array of a block.
-SIMT_TESTS ?= $(wildcard tests/test_simt*.py tests/test_cuda_programs.py tests/test_cuda_skew.py)
+SIMT_TESTS ?= $(wildcard tests/test_simt*.py tests/test_cuda_programs.py tests/test_cuda_skew.py tests/test_cuda_solve.py)
 simt-asan: export CXX := g++
 simt-asan: export FASTODE_SIMT_CXXFLAGS := $(SANITIZER)
 simt-asan: export FASTODE_ONE_DESIGN := 1

@@ -71,7 +71,7 @@ TABLE = (
 
 
 PROGRAMS = tuple(
-    Row("a block in one launch, and its input's gradient", w.id, w.variant, w.shape, False, programs.MODES, True)
+    Row("a block in one launch, and its input's gradient", w.id, w.variant, w.shape, False, programs.modes(w), True)
     for w in programs.workloads()
 )
 

@@ -26,14 +26,16 @@ BLOCKS: dict[tuple[str, str], Callable[[int], nn.Module]] = {
     ("ie-bn", "k1"): lambda channels: bench_ie.block(channels, "batch", 1, False),
     ("soblock", "rk4"): lambda channels: bench_skew.block(channels, channels, 1, "rk4"),
     ("soblock", "stride2"): lambda channels: bench_skew.block(channels // 4, channels // 2, 2, "rk4"),
+    ("soblock", "dopri5"): lambda channels: bench_skew.block(channels, channels, 1, "dopri5"),
 }
 HALVING = ("stride2",)  # variants whose images have a fourth of a program's channels on twice its side
 MODES = ("forward", "input_grad", "train")
+FORWARDS = ("dopri5",)  # variants that have no program for gradients
 # A call launches one program forwards, one more for the gradient of the input, and two for those of the parameters.
 LAUNCHES = {"forward": 1, "input_grad": 2, "train": 4}
 TIMED = (("ssp3", "eval"), ("ie", "k1"), ("soblock", "rk4"))
 # Each program once, and once in part of its map.
-SANITIZED = (*TIMED, ("ssp3", ""), ("ie-bn", "k1"), ("soblock", "stride2"))
+SANITIZED = (*TIMED, ("ssp3", ""), ("ie-bn", "k1"), ("soblock", "stride2"), ("soblock", "dopri5"))
 PAPERS = ((16, 32), (64, 8), (32, 16))  # the sizes of the papers' networks
 # Of a judged input: more than a card of 132 multiprocessors has blocks of the larger programs, so that some take two.
 # Not many more, for the truth that they are judged by takes float64.
@@ -49,6 +51,11 @@ def workload(id: str, variant: str, channels: int, side: int) -> Workload:
     build = partial(BLOCKS[id, variant], channels)
     image = (channels // 4, 2 * side) if variant in HALVING else (channels, side)
     return Workload(id, variant, f"{channels}@{side}", build, maps(*image), statistics=statistics)
+
+
+def modes(workload: Workload) -> tuple[str, ...]:
+    """Those in which a family's block has programs."""
+    return MODES[:1] if workload.variant in FORWARDS else MODES
 
 
 def workloads() -> list[Workload]:

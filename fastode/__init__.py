@@ -20,7 +20,7 @@ from .fusion.graphs import graphed
 from .fusion.report import FusionReport
 from .fusion.swap import fuse, unfuse
 from .solver import SolveError, Solver
-from .steps import record_steps
+from .steps import check_solves, record_steps
 
 if TYPE_CHECKING:
     from . import attacks, recipes, released, robustness, stability, training
@@ -34,6 +34,7 @@ __all__ = [
     "adapt",
     "attacks",
     "branch",
+    "check_solves",
     "embedded",
     "functional",
     "fuse",

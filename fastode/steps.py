@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -14,6 +15,8 @@ from torch import Tensor
 from .solver import SolveError, Solver
 
 _logs: list[StepLog] = []
+# Logs of solves on a card that nobody has read, and what tells what they say: the latest ones.
+_unread: deque[tuple[Tensor, Callable[[Tensor], None]]] = deque(maxlen=1024)
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,37 @@ def unrecorded() -> Iterator[None]:
         yield
     finally:
         _logs[:] = logs
+
+
+def is_recording() -> bool:
+    """Whether solves are recorded by anybody."""
+    return bool(_logs)
+
+
+def read_later(log: Tensor, tell: Callable[[Tensor], None]) -> None:
+    """Let `check_solves` read a log that is still being written on a card, and tell what it says."""
+    _unread.append((log, tell))
+
+
+def check_solves() -> None:
+    """Raise why a solve on a card has left NaN, of those made since the last check, up to 1024.
+
+    A solve with steps by error that is one launch on a card does not wait for it: where it cannot go on, its result is
+    NaN, and the error that is raised on a CPU is raised here, or at once while `record_steps` records. This waits for
+    the card. Elsewhere, under `torch.compile`, and of replays of a CUDA graph there is nothing to read.
+
+    Raises:
+        SolveError: the first of them that did not reach t₁.
+
+    Source: torchdiffeq raises its assertions at once, which takes a synchronisation for each attempt.
+
+    Example:
+        >>> check_solves()
+    """
+    unread = list(_unread)
+    _unread.clear()
+    for log, tell in unread:
+        tell(log)
 
 
 def note_implicit(solve: ImplicitSolve) -> None:

@@ -65,12 +65,13 @@ def _on_the_test_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     load()
     for name in (
         "resident_rk_forward", "resident_rk_backward", "resident_ie_forward", "resident_ie_backward",
-        "resident_march_forward", "resident_march_backward",
+        "resident_march_forward", "resident_march_backward", "resident_solve_forward",
     ):  # fmt: skip
         monkeypatch.setattr(torch.ops.fastode, name, getattr(torch.ops.fastode_simt, name))
     monkeypatch.setattr(nodes, "module", None)  # which call the operators past Python
     monkeypatch.setitem(face.STORAGE, "cpu", face.STORAGE["cuda"])
     monkeypatch.setattr(cuda_library, "why_not", lambda index=None: "")
+    monkeypatch.setattr(card, "holds", lambda x: True)
     monkeypatch.setattr(Resident, "refuses", lambda self, call: card.refuses(call))
 
 

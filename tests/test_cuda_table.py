@@ -16,7 +16,7 @@ FOLDER = RESULTS / "offline"
 ARCHITECTURES = [f"sm_{each}" for each in nvcc.PREBUILT]
 DTYPES = ("BFloat16", "Float16")
 COUPLED = "Batch"  # how programs for batch norm in training begin, which take the first dtype alone
-PAIR = "March"  # how programs of the skew pair begin
+PAIR = ("March", "Solve")  # how programs of the skew pair begin
 MOST_SHARED = 232448  # bytes that a block can have on sm_90a and sm_100
 _SIZED = re.compile(r"kernel<(\w+)<Tile<(\w+), (\d+), (\d+), (\d+)> ?>, \w+>")
 

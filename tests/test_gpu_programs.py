@@ -34,13 +34,13 @@ def test_each_size_is_there_with_each_family_and_the_papers_sizes_come_first() -
     found = [(w.id, w.variant, w.shape) for w in programs.workloads()]
     kinds = (
         ("ssp3", "eval"), ("ie", "k1"), ("res", "eval"), ("ssp3", ""), ("ie-bn", "k1"), ("soblock", "rk4"),
-        ("soblock", "stride2"),
+        ("soblock", "stride2"), ("soblock", "dopri5"),
     )  # fmt: skip
     assert set(found) == {(*kind, f"{c}@{side}") for kind in kinds for c, side in TILES}
     assert len(found) == len(kinds) * len(TILES)
     assert [shape for *_, shape in found[:: len(kinds)]][:3] == ["16@32", "64@8", "32@16"]
     assert {(w.id, w.variant, w.shape) for w in programs.timed()} == {
-        (*kind, shape) for kind in (*kinds[:2], kinds[-2]) for shape in ("16@32", "64@8", "32@16")
+        (*kind, shape) for kind in (*kinds[:2], kinds[-3]) for shape in ("16@32", "64@8", "32@16")
     }
 
 
@@ -57,6 +57,7 @@ def test_the_sources_name_the_programs() -> None:
         "FinishGradients",
         "MarchForward",
         "MarchBackward",
+        "SolveForward",
     } <= programs.names()
 
 
@@ -84,7 +85,7 @@ def test_a_row_is_judged_and_is_as_many_launches_as_are_asked_for(row: gpu_rows.
             run()
         assert not programs.count_is_wrong({"any": counts["launch"]}, mode)
         ran += 1
-    assert ran == len(programs.MODES)
+    assert ran == len(row.modes) > 0
 
 
 def test_a_wrong_number_of_launches_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:

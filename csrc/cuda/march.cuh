@@ -29,6 +29,7 @@ struct March {
 
     FASTODE_DEVICE bool uses(int half) const { return (half == kY ? used.y : used.z) >> i & 1; }
     FASTODE_DEVICE char* own(int slot) const { return Pair::place(call.room, call.room.split + slot, n); }
+    FASTODE_DEVICE char* hat(int half) const { return own(kHat + half); }
     FASTODE_DEVICE char* slope(int half) const { return own(kSlopes + 2 * i + half); }
 
     // The number of a slope among those that are used, from the first step on.
@@ -93,6 +94,7 @@ struct MarchForward {
 
   static FASTODE_DEVICE void run(const cuda::MarchCall& call) {
     SkewPair<Tile> pair(call.pair, true, false);
+    block_barrier();
     FASTODE_ROLLED
     for (int n = block(); n < call.samples; n += blocks()) {
       const Stage first(call, n, 0, 0);
@@ -122,29 +124,8 @@ struct MarchForward {
 
  private:
   static FASTODE_DEVICE void stage(SkewPair<Tile>& pair, const Stage& at) {
-    const bool y = at.uses(kY), z = at.uses(kZ), damped = pair.gamma() != 0;
-    char* const hat_y = at.own(kHat + kY);
-    char* const hat_z = at.own(kHat + kZ);
-    State hat;
-    if (z || (y && damped)) {
-      March<Tile>::combine(hat, at, kY, at.i);
-      pair.normalise(kPreY, hat, at.trace(kY).before);
-      Tile::keep(hat, hat_y);
-    }
-    if (y || (z && damped)) {
-      March<Tile>::combine(hat, at, kZ, at.i);
-      pair.normalise(kPreZ, hat, at.trace(kZ).before);
-      if (z && damped) Tile::keep(hat, hat_z);
-    }
-    if (y) {
-      pair.slope_y(hat, hat_y, at.trace(kY));
-      Tile::keep(hat, at.slope(kY));
-    }
-    if (z) {
-      Tile::recall(hat, hat_y);
-      pair.slope_z(hat, hat_z, at.trace(kZ));
-      Tile::keep(hat, at.slope(kZ));
-    }
+    pair.evaluate(at, at.uses(kY), at.uses(kZ),
+                  [&](State& state, int half) { March<Tile>::combine(state, at, half, at.i); });
   }
 };
 
@@ -161,6 +142,7 @@ struct MarchBackward {
   static FASTODE_DEVICE void run(const cuda::MarchBackCall& back) {
     const cuda::MarchCall& call = back.march;
     SkewPair<Tile> pair(call.pair, false, back.sums != nullptr);
+    block_barrier();
     FASTODE_ROLLED
     for (int n = block(); n < call.samples; n += blocks()) {
       const Stage first(call, n, 0, 0);

@@ -7,7 +7,7 @@
 #include <tuple>
 
 #include "calls.h"
-#include "skew_operators.h"
+#include "solve_operators.h"
 
 namespace fastode::cuda {
 
@@ -329,6 +329,7 @@ void implement(Library& m) {
   m.impl("resident_ie_backward", TORCH_BOX(&ie_backward));
   m.impl("resident_march_forward", TORCH_BOX(&march_solution));
   m.impl("resident_march_backward", TORCH_BOX(&march_gradients));
+  m.impl("resident_solve_forward", TORCH_BOX(&solve_solution));
 }
 
 }  // namespace fastode::cuda

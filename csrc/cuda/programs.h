@@ -193,6 +193,27 @@ struct MarchBackCall {
   float* sums;  // of the norms, [block][norm][bias, weight][channels]; null: their gradients are not wanted
 };
 
+// A solution of a skew pair with steps by error: all samples share them, or each has its own.
+struct SolveCall {
+  int samples, stages;
+  bool ends_in_solution, alone;
+  Pair pair;
+  Map x, result;
+  Room room;
+  float table[kMostStages][kMostStages];  // the scheme's rows
+  double b[kMostStages], error[kMostStages], middle[kMostStages];
+  double rtol, atol, t1, first_step;  // 0: chosen by the field
+  int64_t order, most;                // attempts at most; negative: any number
+  // Of samples that share their steps, the sums that each leaves for all: [turn of two][sample][kSolveSums].
+  float* exchange;
+  // What each solve did, as csrc/cpu/resident/control.h has it, with `logged` attempts: the first ones and, where there
+  // is no room for all, the last one. Null: it is not told.
+  double* log;
+  int64_t logged;
+};
+
+inline constexpr int kSolveSums = 4;
+
 enum class Type { kBFloat16, kFloat16 };
 
 // What is compiled for a card: maps of these channels and sides.
@@ -219,6 +240,7 @@ const char* batch_descent_backward(Type type, Shape shape, const DescentCall& ca
 
 const char* march_forward(Type type, Shape shape, const MarchCall& call, const Queue& queue);
 const char* march_backward(Type type, Shape shape, const MarchBackCall& call, const Queue& queue);
+const char* solve_forward(Type type, Shape shape, const SolveCall& call, const Queue& queue);
 
 // How many blocks a launch of these programs will have.
 int scheme_backward_blocks(Type type, Shape shape, const BackwardCall& call, const Queue& queue);

@@ -30,7 +30,8 @@ class SkewPair : public Norms<Tile> {
   using typename Base::Sum;
   using typename Base::T;
 
-  // Reads all parameters. Forwards a norm that does not measure its statistics has them in the place of the sums.
+  // Reads all parameters, which are there after a barrier. Forwards a norm that does not measure its statistics has
+  // them in the place of the sums.
   FASTODE_DEVICE SkewPair(const cuda::Pair& pair, bool forward, bool sums)
       : Base(cuda::kPairNorms, 1), pair_(pair), sums_(sums) {
     Tile::clear_border(memory_.map);
@@ -54,7 +55,6 @@ class SkewPair : public Norms<Tile> {
         memory_.sums(which)[C + c] = own && forward ? rsqrt(Base::number(norm.variance, at, 1) + norm.eps) : 0;
       }
     }
-    block_barrier();
   }
 
   // (1) at the point whose ŷ lies at `hat_y`, and ẑ at `hat_z` and in `hat`: ẏ, in `hat`.
@@ -65,6 +65,33 @@ class SkewPair : public Norms<Tile> {
   // Likewise ż, from ŷ in `hat`.
   FASTODE_DEVICE void slope_z(State& hat, const char* hat_z, const Trace& left) {
     slope<true>(hat, hat_z, kPostZ, left);
+  }
+
+  // (1) at a point that point(state, half) makes: the slopes of the halves that are asked for. `at` says where they are
+  // kept, where ŷ and ẑ meanwhile, and what is left to a pull-back.
+  template <class At, class Point>
+  FASTODE_DEVICE void evaluate(const At& at, bool y, bool z, const Point& point) {
+    const bool damped = gamma() != 0;
+    State hat;
+    if (z || (y && damped)) {
+      point(hat, kY);
+      normalise(kPreY, hat, at.trace(kY).before);
+      Tile::keep(hat, at.hat(kY));
+    }
+    if (y || (z && damped)) {
+      point(hat, kZ);
+      normalise(kPreZ, hat, at.trace(kZ).before);
+      if (z && damped) Tile::keep(hat, at.hat(kZ));
+    }
+    if (y) {
+      slope_y(hat, at.hat(kY), at.trace(kY));
+      Tile::keep(hat, at.slope(kY));
+    }
+    if (z) {
+      Tile::recall(hat, at.hat(kY));
+      slope_z(hat, at.hat(kZ), at.trace(kZ));
+      Tile::keep(hat, at.slope(kZ));
+    }
   }
 
   // The slope again, from what its evaluation left.
@@ -172,6 +199,9 @@ class SkewPair : public Norms<Tile> {
 
   FASTODE_DEVICE float gamma() const { return pair_.gamma; }
 
+  // Channels of the map of a half, or of a norm.
+  FASTODE_DEVICE int channels(int which) const { return pair_.channels[which % 2] << bits(which); }
+
   // Whether y and z have all channels of the programs' maps.
   FASTODE_DEVICE bool whole() const { return pair_.stride == 1 && pair_.channels[kY] == C && pair_.channels[kZ] == C; }
 
@@ -211,9 +241,8 @@ class SkewPair : public Norms<Tile> {
 
   // How often y's side is half of z's: 0 or 1.
   FASTODE_DEVICE int halvings() const { return pair_.stride - 1; }
-  // Channels of a norm's map, and by how many bits more their number has than that of the tensor's channel.
+  // By how many bits more the number of a channel of a norm's map has than that of the tensor's channel.
   FASTODE_DEVICE int bits(int which) const { return which % 2 == kZ ? 2 * halvings() : 0; }
-  FASTODE_DEVICE int channels(int which) const { return pair_.channels[which % 2] << bits(which); }
 
   // As Tile::put_weight.
   FASTODE_DEVICE void put_part(char* place, const uint16_t* weight, const int64_t (&strides)[4]) const {

@@ -16,6 +16,13 @@ class Sums {
 
   FASTODE_DEVICE const Memory<Tile>& memory() const { return memory_; }
 
+  // The sum of the lanes' values, in every lane.
+  static FASTODE_DEVICE float sum_lanes(float value) {
+    FASTODE_UNROLLED
+    for (int mask = 1; mask < 32; mask *= 2) value += shuffle_xor(value, mask);
+    return value;
+  }
+
   // Leaves the sums of a warp's lanes, by channels: of the lane's own channels, four sums of each kind.
   template <int kinds>
   FASTODE_DEVICE void leave_partial(float (&sums)[kinds][4], bool add = true) const {
@@ -119,12 +126,6 @@ class Sums {
       total += f(at[0], at[Tile::kDown * C]);
     }
     return total;
-  }
-
-  static FASTODE_DEVICE float sum_lanes(float value) {
-    FASTODE_UNROLLED
-    for (int mask = 1; mask < 32; mask *= 2) value += shuffle_xor(value, mask);
-    return value;
   }
 
   Memory<Tile> memory_;

@@ -152,11 +152,13 @@ struct Tile {
     }
   }
 
-  static FASTODE_DEVICE void clear(State& state) {
+  static FASTODE_DEVICE void clear(State& state) { fill(state, 0); }
+
+  static FASTODE_DEVICE void fill(State& state, uint32_t word) {
     FASTODE_UNROLLED
     for (int tile = 0; tile < kTiles; ++tile) {
       FASTODE_UNROLLED
-      for (int i = 0; i < 4; ++i) state.word[tile][i / 2][i % 2] = 0;
+      for (int i = 0; i < 4; ++i) state.word[tile][i / 2][i % 2] = word;
     }
   }
 

@@ -113,8 +113,7 @@ class _FusedSolve(Opaque, reference.SOBlock):
         return f"by {solver.name} in {solver.steps} steps"
 
     def _stages(self) -> int:
-        solver = self.settings
-        return 0 if solver.is_adaptive else len(solver.tableau.b)
+        return len(self.settings.tableau.b)
 
     def _fault(self) -> str:
         """Why the block cannot be fused because of its field, which must be one of ours as it is; empty if it is."""

@@ -42,8 +42,7 @@ class Call:
             of the field of two matrix products (the weight, then the biases of y and z).
         inputs: what the block is called with; none where it is asked about on any input.
         fault: why no engine but plain PyTorch can run the block, in a sentence; empty if nothing is known.
-        stages: of an explicit scheme, or the steps of an IE-Skip; 0 where
-            steps are chosen by their error.
+        stages: of an explicit scheme, or the steps of an IE-Skip.
         learned: whether a scheme's coefficients are learned.
     """
 

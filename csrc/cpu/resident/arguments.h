@@ -21,17 +21,6 @@ auto with_arithmetic(const Tensor& x, const F& f) {
   return x.scalar_type() == ScalarType::Double ? f(double{}) : f(float{});
 }
 
-// `table` [stages + 3, stages]: the rows of a, then b, the error's and the middle's weights. `numbers`: rtol, atol, t1,
-// and the first step's size or 0. `integers`: the order, the most attempts or -1, whether the last stage is the
-// solution, and the number of steps of equal size or 0.
-inline Embedded embedded_of(const Numbers& table, const Numbers& numbers, const Integers& integers) {
-  int64_t stages = 1;
-  while ((stages + 3) * stages < static_cast<int64_t>(table.size())) ++stages;
-  const double* rows = table.data() + stages * stages;
-  return {stages,     integers[0], integers[2] != 0, table.data(), rows,        rows + stages, rows + 2 * stages,
-          numbers[0], numbers[1],  numbers[2],       numbers[3],   integers[1], integers[3]};
-}
-
 // What fastode.SolveError says, where no Python can.
 inline void throw_failure(const Numbers& log) {
   for (const double* at = log.data(); at < log.data() + log.size();) {

@@ -10,9 +10,9 @@ namespace fastode::resident {
 
 // How many numbers the norms of y and of z are means over.
 template <class Pair>
-std::array<double, 2> entries(const Pair& pair, int64_t samples) {
+Halves entries(const Pair& pair, int64_t samples) {
   const auto [y, z] = pair.entries();
-  return {static_cast<double>(samples * y), static_cast<double>(samples * z)};
+  return {{static_cast<double>(samples * y), static_cast<double>(samples * z)}};
 }
 
 // A step's size as a stage sees it: a tensor of the program's type but where it is given.
@@ -45,12 +45,12 @@ class Forward {
     StepMaps<A> spare, next;
     for (;; log.h *= scheme_.steps > 0 ? 1 : NextFactor(log.attempts.back().ratio, scheme_.order).value) {
       const auto tried = static_cast<int64_t>(log.attempts.size());
-      if (scheme_.most >= 0 && tried >= scheme_.most) return void(log.end = kMostAttempts);
-      if (scheme_.steps == 0 && (!std::isfinite(log.h) || !(log.t + log.h > log.t))) return void(log.end = kNoStep);
+      if (scheme_.steps == 0) log.end = hindrance(tried, scheme_.most, log.t, log.h);
+      if (log.end != kReached) return;
       const bool last = scheme_.steps > 0 ? tried + 1 == scheme_.steps : log.t + log.h >= scheme_.t1;
       if (next.y.empty()) next = new_step(pair_, scheme_.stages - 1, solve_.samples, call_.keep);
       if (!last) give_ends(pair_, next);
-      const std::array<double, 2> norms = attempt(each, next, last);
+      const Halves norms = attempt(each, next, last);
       const Larger larger(norms);
       const double ratio = larger.value;
       log.attempts.push_back({log.t, log.h, ratio, ratio <= 1, larger.half});
@@ -65,7 +65,7 @@ class Forward {
       spare = {};
       if (last) return;
       log.t += log.h;
-      if (!std::isfinite(norms[0]) || !std::isfinite(norms[1])) return void(log.end = kNotFinite);
+      if (!is_finite(norms[0]) || !is_finite(norms[1])) return void(log.end = kNotFinite);
     }
   }
 
@@ -84,17 +84,17 @@ class Forward {
     Sums sums = each([&](Worker& worker, int64_t n, Sums& sums) { worker.begin(n, solve_, chooses, sums.data()); });
     log.h = scheme_.first_step;
     if (!chooses) return;
-    log.first.state = {rms(sums[0], 0), rms(sums[1], 1)}, log.first.slope = {rms(sums[2], 0), rms(sums[3], 1)};
+    log.first.state = halves(sums[0], sums[1]), log.first.slope = halves(sums[2], sums[3]);
     const double size = log.first.trial();
     solve_.trial = new_step(pair_, 1, solve_.samples, true);
     sums = each([&](Worker& worker, int64_t n, Sums& sums) { worker.try_first(n, solve_, size, sums.data()); });
-    log.first.change = {rms(sums[0], 0), rms(sums[1], 1)};
+    log.first.change = halves(sums[0], sums[1]);
     log.h = log.first.size(scheme_.order);
     if (call_.through == kNoSize) solve_.trial = {};
   }
 
   template <class Each>
-  std::array<double, 2> attempt(const Each& each, const StepMaps<A>& to, bool last) {
+  Halves attempt(const Each& each, const StepMaps<A>& to, bool last) {
     const SolveLog& log = solve_.log;
     const double size = seen<A>(scheme_, log.h);
     const ScaledStep step(scheme_, size);
@@ -104,16 +104,17 @@ class Forward {
     const Attempted<A> tried{step, last ? weights.data() : nullptr, to};
     const Sums sums =
         each([&](Worker& worker, int64_t n, Sums& sums) { worker.attempt(n, solve_, tried, sums.data()); });
-    return {rms(sums[0], 0), rms(sums[1], 1)};
+    return halves(sums[0], sums[1]);
   }
 
-  double rms(double squares, int64_t half) const { return std::sqrt(squares / entries_[half]); }
+  // Root mean squares of both halves.
+  Halves halves(double y, double z) const { return {{std::sqrt(y / entries_[0]), std::sqrt(z / entries_[1])}}; }
 
   const Embedded& scheme_;
   const Pair& pair_;
   const SolveCall& call_;
   Solve<A>& solve_;
-  const std::array<double, 2> entries_;
+  const Halves entries_;
 };
 
 // The backward of samples that share their steps, likewise.
@@ -213,7 +214,7 @@ class Backward {
   }
 
   // Of the pull-back of a root mean square: its cotangent over the value and over how many numbers it is of.
-  double factor(double bar, const std::array<double, 2>& values, int64_t& half) const {
+  double factor(double bar, const Halves& values, int64_t& half) const {
     const Larger larger(values);
     half = larger.half;
     return bar == 0 ? 0 : bar / (larger.value * entries_[half]);
@@ -222,7 +223,7 @@ class Backward {
   const Embedded& scheme_;
   const Pair& pair_;
   const Solve<A>& solve_;
-  const std::array<double, 2> entries_;
+  const Halves entries_;
   WayBack<A> way_;
   double at_ = 0;  // the part of the last step at which t1 lies
 };

@@ -16,6 +16,11 @@ DTYPES = (torch.bfloat16, torch.float16)
 PAIR_NORMS = 4  # of a skew pair, each with the numbers of a branch's unit
 
 
+def holds(x: Tensor) -> bool:
+    """Whether its operators run there, which read nothing back."""
+    return x.device.type == "cuda"
+
+
 def refuses(call: Call) -> str:
     """Why no program can run a call on CUDA tensors; empty if one can."""
     x = call.inputs[0]
@@ -56,8 +61,10 @@ def _refuses_dtype(x: Tensor) -> str:
 
 def _refuses_pair(pair: Pair, call: Call) -> str:
     """Why there is no program for a call of a skew pair."""
-    if call.family != "skew_solution" or call.stages == 0:
-        return "its programs for CUDA are of a skew pair's solution by equal steps alone"
+    if call.family == "skew_pair":
+        return "its programs for CUDA are of a skew pair's solutions, and not of the pair alone"
+    if call.family == "skew_adaptive" and call.mode != "forward":
+        return "its programs for CUDA make no gradients of a skew pair's solution with steps by error"
     x, weight = call.inputs[-1], call.tensors[0]
     assert weight is not None
     reason = _refuses_dtype(x) or _refuses_pair_shape(pair, weight, x)

@@ -1,33 +1,37 @@
 """The skew pair's solution with steps by error on the resident engine: one operator forwards, one backwards; and how a
 solver and the log of what it did come to the operators and back.
 
-Derivation: README.md of ops/schemes/skew_pair, "Steps by error"; the control is in csrc/cpu/resident/control.h.
+Derivation: README.md of ops/schemes/skew_pair, "Steps by error"; the control is in csrc/step_control.h.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
 
 from ...solver import Solver
-from ...steps import Watch
+from ...steps import Watch, is_recording, read_later
 from ...tableau import Embedded
 from ..function import gradients
 from ..plan import MaybeTensor
 from ..rerun import Rerun
 from ..schemes.by_error import Steps
 from ..schemes.skew_pair.pair import Pair
+from . import card
 from .call import beside
 from .functions import keeps
-from .skew import encode, of_tensors, only
+from .skew import PairCode, encode, of_tensors, only
 
-# How a solve ended, and the numbers before its attempts and in each (csrc/cpu/resident/control.h).
+# How a solve ended, and the numbers before its attempts and in each (csrc/step_control.h).
 _REACHED, _MOST_ATTEMPTS, _NO_STEP, _NOT_FINITE = range(4)
 _HEAD, _EACH = 10, 5
+# Of how many attempts a card's log has room at first, where it is read.
+_ROOM = 64
 # csrc/cpu/resident/control.h
 _THROUGH = {"constant": 0, "solver": 1, "exact": 2}
 
@@ -49,8 +53,11 @@ class ResidentSolveFunction(torch.autograd.Function):
         *tensors: MaybeTensor,
     ) -> tuple[Tensor]:
         keep, traced = keeps(ctx), torch.compiler.is_compiling()
+        code = encode(pair, tensors)
+        if card.holds(x):
+            return (_solve_on_card(x, code, solver, watches, steps, traced),)
         end, log, kept = torch.ops.fastode.resident_solve_forward.default(
-            x, *encode(pair, tensors), *solver_code(solver), keep, through_code(solver) if keep else 0, traced
+            x, *code, *solver_code(solver), keep, through_code(solver) if keep else 0, traced
         )
         if not traced:
             tell(log.tolist(), solver, watches, steps, x)
@@ -74,6 +81,51 @@ class ResidentSolveFunction(torch.autograd.Function):
             return [x_bar, *only(beside(tensors, found), asked)]
 
         return gradients(ctx, given, [end_bar], pull)
+
+
+def _solve_on_card(
+    x: Tensor, code: PairCode, solver: Solver, watches: Sequence[Watch], steps: Sequence[Steps], traced: bool
+) -> Tensor:
+    """y(t₁), for which nothing is read back unless somebody records."""
+    table, numbers, limits, per_sample = solver_code(solver)
+    recording = is_recording() and not traced
+    room = _ROOM if recording else 1
+    while True:
+        end, log, _ = torch.ops.fastode.resident_solve_forward.default(
+            x, *code, table, numbers, [*limits, room], per_sample, False, 0, traced
+        )
+        if not recording:
+            break
+        rows = log.view(len(watches), -1).tolist()
+        most = max(int(row[0]) for row in rows)
+        if most <= room:
+            tell([value for row in rows for value in row[: _HEAD + _EACH * int(row[0])]], solver, watches, steps, x)
+            return cast(Tensor, end)
+        room = most  # the same steps again
+    if not traced:
+        read_later(log, partial(_tell_failure, watches))
+    return cast(Tensor, end)
+
+
+def _tell_failure(watches: Sequence[Watch], log: Tensor) -> None:
+    """Raise what the first solve that failed raises, by a log of each one's last attempt."""
+    for watch, row in zip(watches, log.view(len(watches), -1).tolist(), strict=True):
+        count, end, t, h = row[:4]
+        if count:
+            start, size, ratio, accepted, _ = row[_HEAD:]
+            watch.attempt(start, size, ())
+            watch.judged(ratio, accepted == 1)
+        if end != _REACHED:
+            _fail(watch, int(end), t, h, ())
+
+
+def _fail(watch: Watch, end: int, t: float, h: float, state: tuple[Tensor, ...]) -> NoReturn:
+    """Raise what a solve that ended so raises; `state` is where it stands, as far as that may say why."""
+    if end == _MOST_ATTEMPTS:
+        watch.fail_at_most()
+    # The state after an accepted step is finite where its error is.
+    watch.attempt(t, h, (torch.tensor(math.nan),) if end == _NOT_FINITE else state)
+    watch.fail_at_step()
 
 
 def solver_code(solver: Solver) -> SolverCode:
@@ -109,14 +161,9 @@ def tell(log: list[float], solver: Solver, watches: Sequence[Watch], steps: Sequ
             watch.attempt(start, size, ())
             watch.judged(ratio, accepted == 1)
         accepted_ones = [(start, size) for start, size, _, accepted, _ in attempts if accepted == 1]
-        if end == _MOST_ATTEMPTS:
-            watch.fail_at_most()
         if end != _REACHED:
-            # The state after an accepted step is finite where its error is.
             alone = x if len(watches) == 1 else x[sample : sample + 1]
-            state = (torch.tensor(math.nan),) if end == _NOT_FINITE else () if accepted_ones else (alone,)
-            watch.attempt(t, h, state)
-            watch.fail_at_step()
+            _fail(watch, end, t, h, () if accepted_ones else (alone,))
         watch.finish()
         start, size = accepted_ones[-1]
         taken.sizes, taken.at = [size for _, size in accepted_ones], (solver.t1 - start) / size
