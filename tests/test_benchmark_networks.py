@@ -147,6 +147,21 @@ def _scaled(module: nn.Module) -> nn.Module:
     return module
 
 
+def test_a_compiled_network_stays_what_it_is() -> None:
+    network = tiny()
+    pinned = contenders.Pinned(network, torch.compile(network, backend="eager"))
+    assert (
+        [name for name, _ in pinned.named_children()] == [name for name, _ in network.named_children()] == list("01234")
+    )
+    assert torch.equal(pinned(*TWO), tiny_again(network)(*TWO))
+
+
+def tiny_again(network: nn.Module) -> nn.Module:
+    found = tiny()
+    found.load_state_dict(network.state_dict())
+    return found
+
+
 def test_networks_of_others_are_read() -> None:
     make = lambda: foreign.PreActResNet((1, 1), 16)  # noqa: E731
     (fused,), _ = run.contenders_of(suites.Item(workload(make, read=True), "forward", "float32", ()), CPU, ["fused"])
