@@ -12,7 +12,7 @@ namespace fastode {
 namespace {
 
 constexpr const char *kProgram = "fastode program", *kSolver = "fastode solver", *kWatched = "fastode watched";
-constexpr const char *kChain = "fastode chain", *kRunning = "fastode running";
+constexpr const char *kChain = "fastode chain", *kStatistics = "fastode running";
 
 template <class Item, class F>
 IValue list_of(PyObject* sequence, const F& item) {
@@ -152,7 +152,7 @@ PyObject* chain(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-void free_running(PyObject* capsule) { delete static_cast<Running*>(PyCapsule_GetPointer(capsule, kRunning)); }
+void free_running(PyObject* capsule) { delete static_cast<Running*>(PyCapsule_GetPointer(capsule, kStatistics)); }
 
 // running([(mean, variance, count of batches, place, channels, factor, unbiased)])
 PyObject* running(PyObject*, PyObject* rows) {
@@ -170,7 +170,7 @@ PyObject* running(PyObject*, PyObject* rows) {
     made->add({THPVariable_Unpack(tensors[0]), THPVariable_Unpack(tensors[1]), THPVariable_Unpack(tensors[2]), place,
                channels, factor, unbiased});
   }
-  return PyCapsule_New(made.release(), kRunning, free_running);
+  return PyCapsule_New(made.release(), kStatistics, free_running);
   END_HANDLE_TH_ERRORS
 }
 
@@ -179,7 +179,7 @@ PyObject* move(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   expect(count, 2);
   TORCH_CHECK_TYPE(THPVariable_Check(arguments[1]), "expected a tensor, got ", Py_TYPE(arguments[1])->tp_name);
-  return PyBool_FromLong(held_in<Running>(arguments[0], kRunning).move(THPVariable_Unpack(arguments[1])));
+  return PyBool_FromLong(held_in<Running>(arguments[0], kStatistics).move(THPVariable_Unpack(arguments[1])));
   END_HANDLE_TH_ERRORS
 }
 

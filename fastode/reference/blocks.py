@@ -73,6 +73,7 @@ class ResBlock(_OneStep):
         Kim et al. 2020 (paper 004); the activation after the sum is that of He et al. 2016a.
 
     Example:
+        >>> import torch
         >>> ResBlock(nn.Tanh(), step_size=0.5)(torch.zeros(1, 2, 3, 3)).shape
         torch.Size([1, 2, 3, 3])
     """
