@@ -275,7 +275,7 @@ def recipe(root: Path, machine_flags: tuple[str, ...] = NATIVE) -> Recipe:
         "python": f"{platform.python_implementation()} {platform.python_version()} {platform.machine()}",
         "compiler": f"{shlex.join(command)}\n{version}",
         # Where torch and the sources lie is no part of the result: a moved checkout finds its build again.
-        "flags": shlex.join((*FLAGS, *machine_flags, *STABLE_ABI, *extra, *LEVEL_OF_UNIT.values())),
+        "flags": shlex.join((*FLAGS, *machine_flags, *STABLE_ABI, *extra, *map("=".join, LEVEL_OF_UNIT.items()))),
         "cpu": " ".join(cpu_features()),
     }
     common = root / "cpu" / COMMON
