@@ -38,12 +38,12 @@ LIBRARY = "libfastode.so"
 CUDA, AUTOGRAD = "cuda", "autograd"
 # -ffast-math is left out for good: it would break NaN, inf and the order of sums that the equality rule relies on.
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wno-unknown-pragmas")
-# By the ends of units' names, the first that fits; the rest is compiled at -O3. Doubles, for which speed is not asked:
-# solves were a quarter slower at -O1, steps of blocks a tenth. What only takes operators' arguments apart. Norms and
-# blocks' programs, which were as fast at -O2 (0.995 of -O3's time, over 18 cases on one thread of an AMD EPYC).
+# By the ends of units' names; the rest is compiled at -O3. What only takes operators' arguments apart; doubles, for
+# which speed is not asked (at -O1 gcc forms no fused multiply-add: a tenth to a quarter slower, and less exact). Norms
+# and blocks' programs, which were as fast at -O2 (0.995 of -O3's time, over 18 cases on one thread of an AMD EPYC).
 LEVEL_OF_UNIT = {
-    **dict.fromkeys(("norm_f64", "skew_f64", "linear_f64", "_double"), "-O2"),
-    **dict.fromkeys(("_f64", "ops"), "-O1"),
+    "ops": "-O1",
+    **dict.fromkeys(("_f64", "_double"), "-O2"),
     **dict.fromkeys(("branch_f32", "branch_bf16", "chain_f32", "programs_f32", "step", "norm_f32", "norm_bf16"), "-O2"),
 }
 # Half a gigabyte before gcc looks for memory to use again, which is a tenth of what it does over torch's headers.

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ...native.toolchain import kernel_features
+from ...tracing import is_exporting
 from ..engine import ODE_SOLUTION
 
 PATH = Path(__file__).resolve().parent / "rule.json"
@@ -216,7 +217,7 @@ def slower(
     solution = family == ODE_SOLUTION
     line = SOLUTION if solution else _rule.line(family, norms, dtype)
     itemsize = 8 if x.dtype == torch.float64 else 4  # bfloat16 is counted as float32
-    batch = None if torch.compiler.is_exporting() else x.shape[0]  # an exported call would hold for that size alone
+    batch = None if is_exporting() else x.shape[0]  # an exported call would hold for that size alone
     beyond = line.beyond(channels, x.shape[2] * x.shape[3] if pixels is None else pixels, itemsize, batch, threads())
     if not beyond:
         return ""
@@ -290,7 +291,7 @@ def slower_than_eager(x: torch.Tensor, coupled: bool, channels: int, pixels: int
         pixels: as `slower` has them.
         few: how many samples or pixels for each thread are enough; one sample at least is, as threads take samples.
     """
-    if not torch.compiler.is_exporting():  # an exported call would hold for these batches alone
+    if not is_exporting():  # an exported call would hold for these batches alone
         samples, places = x.shape[0], x.shape[0] * x.shape[2] * x.shape[3]
         if samples < threads():
             return "with fewer samples than threads it was measured to be slower than plain PyTorch"
