@@ -179,6 +179,16 @@ def threads() -> int:
     return _threads
 
 
+def samples(x: torch.Tensor) -> int | None:
+    """How many samples a rule may look at: None where a call is exported, which would then hold for that size alone."""
+    return None if is_exporting() else x.shape[0]
+
+
+def few_for_threads(batch: int | None) -> str:
+    """That threads are left without a sample, as the start of a sentence; empty where they are not."""
+    return "with fewer samples than threads" if batch is not None and batch < threads() else ""
+
+
 def in_words() -> list[str]:
     """The rule in force, a line for each kind of block."""
     lines = dict(_rule.lines)
@@ -217,8 +227,8 @@ def slower(
     solution = family == ODE_SOLUTION
     line = SOLUTION if solution else _rule.line(family, norms, dtype)
     itemsize = 8 if x.dtype == torch.float64 else 4  # bfloat16 is counted as float32
-    batch = None if is_exporting() else x.shape[0]  # an exported call would hold for that size alone
-    beyond = line.beyond(channels, x.shape[2] * x.shape[3] if pixels is None else pixels, itemsize, batch, threads())
+    area = x.shape[2] * x.shape[3] if pixels is None else pixels
+    beyond = line.beyond(channels, area, itemsize, samples(x), threads())
     if not beyond:
         return ""
     if solution:
@@ -260,11 +270,9 @@ def slower_lowered_chain(x: torch.Tensor, fewest: int, widest: int) -> str:
     if _tiles or not _products:
         return "on bfloat16 maps it was measured on CPUs with dot products of them alone, and not on this kind"
     least, line = LOWERED_CHAIN
-    batch = None if torch.compiler.is_compiling() else x.shape[0]  # a traced call would hold for that size alone
-    few = f"with fewer than {least} channels" if fewest < least else ""
-    if batch is not None and batch < threads():
-        few = "with fewer samples than threads"
-    beyond = few or line.beyond(widest, 1, 4, batch, threads())
+    batch = samples(x)
+    narrow = f"with fewer than {least} channels" if fewest < least else ""
+    beyond = few_for_threads(batch) or narrow or line.beyond(widest, 1, 4, batch, threads())
     return f"on bfloat16 maps {beyond} it was measured to be slower than plain PyTorch" if beyond else ""
 
 
@@ -291,13 +299,14 @@ def slower_than_eager(x: torch.Tensor, coupled: bool, channels: int, pixels: int
         pixels: as `slower` has them.
         few: how many samples or pixels for each thread are enough; one sample at least is, as threads take samples.
     """
-    if not is_exporting():  # an exported call would hold for these batches alone
-        samples, places = x.shape[0], x.shape[0] * x.shape[2] * x.shape[3]
-        if samples < threads():
-            return "with fewer samples than threads it was measured to be slower than plain PyTorch"
-        if samples < few[0] * threads() and places < few[1] * threads():
-            enough = f"fewer than {few[0]} samples and {few[1]} pixels for each thread"
-            return f"with {enough} it was measured to be slower than plain PyTorch"
+    batch = samples(x)
+    beyond = few_for_threads(batch)
+    if not beyond and batch is not None:
+        places = batch * x.shape[2] * x.shape[3]
+        if batch < few[0] * threads() and places < few[1] * threads():
+            beyond = f"with fewer than {few[0]} samples and {few[1]} pixels for each thread"
+    if beyond:
+        return f"{beyond} it was measured to be slower than plain PyTorch"
     return slower("chain", coupled, x, channels, pixels, " than plain PyTorch")
 
 
