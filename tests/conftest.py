@@ -62,3 +62,9 @@ def _same_start(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         del registry._twins[kind]
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def few_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let "auto" take small batches, as tests have them."""
+    monkeypatch.setattr(measured, "threads", lambda: 1)

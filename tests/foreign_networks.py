@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.foreign import conv3
+from fastode.dispatch.choice import recording
 
 
 class DropPath(nn.Module):
@@ -221,3 +222,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "its forward returns or adds tuple, and no single map.",
     ),
 }
+
+
+def engine_of(block: nn.Module, x: Tensor) -> str:
+    """The engine that a call of a fused block used."""
+    with recording() as used:
+        block(x)
+    return used[block]

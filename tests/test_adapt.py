@@ -10,17 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from foreign_networks import PreActBasic
+from foreign_networks import PreActBasic, engine_of
 from torch import Tensor, nn
 
 import fastode
 from benchmarks.foreign import BasicBlock, Bottleneck, ResNet
 from fastode import reference
 from fastode.dispatch import known
-from fastode.dispatch.choice import recording
 from fastode.dispatch.registry import _twins
 from fastode.ops.resident import rule
 from fastode.testing import assert_blocks_equal, sample_input
+
+pytestmark = pytest.mark.usefixtures("few_are_enough")
 
 OUR = "Ark, Chain, ExactIE, IESkip, Midpoint, PolyBlock, ResBlock, SSP2, SSP3, ShuOsher"
 
@@ -65,18 +66,6 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "preact": lambda: PreActBasic(4, 4),
     "preact, projecting": lambda: PreActBasic(4, 6, 2),
 }
-
-
-@pytest.fixture(autouse=True)
-def _few_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let "auto" take small batches, as tests have them."""
-    monkeypatch.setattr(rule, "threads", lambda: 1)
-
-
-def engine_of(block: nn.Module, x: Tensor) -> str:
-    with recording() as used:
-        block(x)
-    return used[block]
 
 
 @pytest.mark.parametrize("engine", ["resident", "staged"])

@@ -12,7 +12,7 @@ from typing import Any
 import foreign_networks as theirs
 import pytest
 import torch
-from foreign_networks import DropPath, PreActBasic, Stages
+from foreign_networks import DropPath, PreActBasic, Stages, engine_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,8 +23,9 @@ from fastode.dispatch.choice import recording
 from fastode.dispatch.registry import _twins
 from fastode.foreign import prove, twin
 from fastode.foreign.reading import read_forward
-from fastode.ops.resident import rule
 from fastode.testing import assert_blocks_equal, sample_input
+
+pytestmark = pytest.mark.usefixtures("few_are_enough")
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], list[type[nn.Module]]]] = {
     "resnet18": (lambda: ResNet(BasicBlock, (2, 2, 2, 2), 4), [reference.ResBlock] * 8),
@@ -42,18 +43,6 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], list[type[nn.Module]]]] = {
         [reference.ShuOsher] * len(theirs.SCHEMES),
     ),
 }
-
-
-@pytest.fixture(autouse=True)
-def _few_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let "auto" take small batches, as tests have them."""
-    monkeypatch.setattr(rule, "threads", lambda: 1)
-
-
-def engine_of(block: nn.Module, x: Tensor) -> str:
-    with recording() as used:
-        block(x)
-    return used[block]
 
 
 @pytest.mark.parametrize("name", NETWORKS)

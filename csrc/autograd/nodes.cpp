@@ -24,13 +24,24 @@ IValue list_of(PyObject* sequence, const F& item) {
   return list;
 }
 
-void free_program(PyObject* capsule) { delete static_cast<Program*>(PyCapsule_GetPointer(capsule, kProgram)); }
+// A capsule that owns what it holds, under a name that `held_in` asks for.
+template <class Held>
+PyObject* hold(std::unique_ptr<Held> made, const char* name) {
+  return PyCapsule_New(made.release(), name, [](PyObject* capsule) {
+    delete static_cast<Held*>(PyCapsule_GetPointer(capsule, PyCapsule_GetName(capsule)));
+  });
+}
 
 template <class Held>
 const Held& held_in(PyObject* capsule, const char* name) {
   const auto* found = static_cast<Held*>(PyCapsule_GetPointer(capsule, name));
   if (!found) throw_python_error();
   return *found;
+}
+
+const Tensor& tensor_in(PyObject* object) {
+  TORCH_CHECK_TYPE(THPVariable_Check(object), "expected a tensor, got ", Py_TYPE(object)->tp_name);
+  return THPVariable_Unpack(object);
 }
 
 void expect(Py_ssize_t found, Py_ssize_t wanted) {
@@ -49,7 +60,7 @@ PyObject* program(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     made->steps = integer(arguments[3]);
     made->used = list_of<int64_t>(arguments[4], integer);
   }
-  return PyCapsule_New(made.release(), kProgram, free_program);
+  return hold(std::move(made), kProgram);
   END_HANDLE_TH_ERRORS
 }
 
@@ -59,8 +70,7 @@ bool add(Given& given, PyObject* object) {
     given.present.push_back(false);
     return true;
   }
-  TORCH_CHECK_TYPE(THPVariable_Check(object), "expected a tensor, got ", Py_TYPE(object)->tp_name);
-  given.add(THPVariable_Unpack(object));
+  given.add(tensor_in(object));
   return is_plain(given.tensors.back());
 }
 
@@ -122,8 +132,6 @@ PyObject* scheme(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-void free_chain(PyObject* capsule) { delete static_cast<ChainProgram*>(PyCapsule_GetPointer(capsule, kChain)); }
-
 // chain_program(integers, numbers, strides, lengths, step, act, p, q, whether backward reads the result)
 PyObject* chain_program(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
@@ -136,7 +144,7 @@ PyObject* chain_program(PyObject*, PyObject* const* arguments, Py_ssize_t count)
   made->step = number(arguments[4]), made->act = integer(arguments[5]);
   made->p = number(arguments[6]), made->q = number(arguments[7]);
   made->reads_result = truth(arguments[8]);
-  return PyCapsule_New(made.release(), kChain, free_chain);
+  return hold(std::move(made), kChain);
   END_HANDLE_TH_ERRORS
 }
 
@@ -152,8 +160,6 @@ PyObject* chain(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-void free_running(PyObject* capsule) { delete static_cast<Running*>(PyCapsule_GetPointer(capsule, kStatistics)); }
-
 // running([(mean, variance, count of batches, place, channels, factor, unbiased)])
 PyObject* running(PyObject*, PyObject* rows) {
   HANDLE_TH_ERRORS
@@ -165,12 +171,9 @@ PyObject* running(PyObject*, PyObject* rows) {
     double factor, unbiased;
     if (!PyArg_ParseTuple(row, "OOOLLdd", &tensors[0], &tensors[1], &tensors[2], &place, &channels, &factor, &unbiased))
       throw_python_error();
-    for (PyObject* each : tensors)
-      TORCH_CHECK_TYPE(THPVariable_Check(each), "expected a tensor, got ", Py_TYPE(each)->tp_name);
-    made->add({THPVariable_Unpack(tensors[0]), THPVariable_Unpack(tensors[1]), THPVariable_Unpack(tensors[2]), place,
-               channels, factor, unbiased});
+    made->add({tensor_in(tensors[0]), tensor_in(tensors[1]), tensor_in(tensors[2]), place, channels, factor, unbiased});
   }
-  return PyCapsule_New(made.release(), kStatistics, free_running);
+  return hold(std::move(made), kStatistics);
   END_HANDLE_TH_ERRORS
 }
 
@@ -178,8 +181,7 @@ PyObject* running(PyObject*, PyObject* rows) {
 PyObject* move(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   expect(count, 2);
-  TORCH_CHECK_TYPE(THPVariable_Check(arguments[1]), "expected a tensor, got ", Py_TYPE(arguments[1])->tp_name);
-  return PyBool_FromLong(held_in<Running>(arguments[0], kStatistics).move(THPVariable_Unpack(arguments[1])));
+  return PyBool_FromLong(held_in<Running>(arguments[0], kStatistics).move(tensor_in(arguments[1])));
   END_HANDLE_TH_ERRORS
 }
 
@@ -218,8 +220,6 @@ PyObject* march(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-void free_solver(PyObject* capsule) { delete static_cast<SolverProgram*>(PyCapsule_GetPointer(capsule, kSolver)); }
-
 // solver(table, numbers, limits, per_sample, through, reads_slope_of_z)
 PyObject* solver(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
@@ -230,7 +230,7 @@ PyObject* solver(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   made->limits = list_of<int64_t>(arguments[2], integer);
   made->per_sample = truth(arguments[3]), made->through = integer(arguments[4]);
   made->reads_slope_of_z = truth(arguments[5]);
-  return PyCapsule_New(made.release(), kSolver, free_solver);
+  return hold(std::move(made), kSolver);
   END_HANDLE_TH_ERRORS
 }
 
@@ -249,15 +249,12 @@ PyObject* linear_solve(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
 // kept(result): the tensors that forward kept beside the saved ones and backward has not used yet
 PyObject* kept(PyObject*, PyObject* result) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(THPVariable_Check(result), "expected a tensor, got ", Py_TYPE(result)->tp_name);
-  const NodePointer node = THPVariable_Unpack(result).grad_fn();
+  const NodePointer node = tensor_in(result).grad_fn();
   const auto* block = dynamic_cast<const BlockNode*>(node.get());
   if (!block) return Py_NewRef(Py_None);
   return new_tuple(block->kept().size(), [&](size_t i) { return THPVariable_Wrap(block->kept()[i]); });
   END_HANDLE_TH_ERRORS
 }
-
-void free_watched(PyObject* capsule) { delete static_cast<Watched*>(PyCapsule_GetPointer(capsule, kWatched)); }
 
 // watched(hooks, rows, tensors): what a snapshot keeps, or None where only Python can compare it
 PyObject* watched(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
@@ -266,7 +263,7 @@ PyObject* watched(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   for (Py_ssize_t i = 0; i < 3; ++i) TORCH_CHECK_TYPE(PyList_Check(arguments[i]), "expected a list");
   auto made = std::make_unique<Watched>(arguments[0], arguments[1], arguments[2]);
   if (!made->usable()) return Py_NewRef(Py_None);
-  return PyCapsule_New(made.release(), kWatched, free_watched);
+  return hold(std::move(made), kWatched);
   END_HANDLE_TH_ERRORS
 }
 
