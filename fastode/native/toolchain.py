@@ -39,11 +39,12 @@ CUDA, AUTOGRAD = "cuda", "autograd"
 # -ffast-math is left out for good: it would break NaN, inf and the order of sums that the equality rule relies on.
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wno-unknown-pragmas")
 # By the ends of units' names; the rest is compiled at -O3. What only takes operators' arguments apart; doubles, for
-# which speed is not asked (at -O1 gcc forms no fused multiply-add: a tenth to a quarter slower, and less exact). Norms
-# and blocks' programs, which were as fast at -O2 (0.995 of -O3's time, over 18 cases on one thread of an AMD EPYC).
+# which speed is not asked, with the passes of -O2 that form fused multiply-adds (a twentieth slower than -O2; without
+# them a tenth to a quarter, and less exact). Norms and blocks' programs, which were as fast at -O2 (0.995 of -O3's
+# time, over 18 cases on one thread of an AMD EPYC).
 LEVEL_OF_UNIT = {
     "ops": "-O1",
-    **dict.fromkeys(("_f64", "_double"), "-O2"),
+    **dict.fromkeys(("_f64", "_double"), "-O1 -fexpensive-optimizations"),
     **dict.fromkeys(("branch_f32", "branch_bf16", "chain_f32", "programs_f32", "step", "norm_f32", "norm_bf16"), "-O2"),
 }
 # Half a gigabyte before gcc looks for memory to use again, which is a tenth of what it does over torch's headers.
@@ -118,7 +119,8 @@ class Recipe:
         if unit.suffix == ".cu":
             return [*self.device_compiler, "-c", str(unit), "-o", str(result)]
         level = next((level for end, level in LEVEL_OF_UNIT.items() if unit.stem.endswith(end)), "-O3")
-        flags = tuple(level if flag == "-O3" else flag for flag in self.compile_flags)
+        at = self.compile_flags.index("-O3")
+        flags = (*self.compile_flags[:at], *level.split(), *self.compile_flags[at + 1 :])
         return [*self.compiler, *flags, "-c", str(unit), "-o", str(result)]
 
     def precompile(self, header: Path) -> list[str]:
