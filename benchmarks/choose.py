@@ -2,9 +2,9 @@
 
 Of chains, which staged does not win, resident is measured against the reference. Both engines take turns on blocks of
 every family, over channels, sizes, batches and dtypes, each checked for equality first. The points and the rule drawn
-from them go to fastode/ops/resident/rule.json, which "auto" obeys on CPUs of this kind; a ratio above 1 means that
-resident is the faster one. A shape far beyond one where resident lost is left out, and so is what does not fit into the
-minutes given.
+from them go to a file of fastode/ops/resident/rules, which "auto" obeys on CPUs of this kind; a ratio above 1 means
+that resident is the faster one. A shape far beyond one where resident lost is left out, and so is what does not fit
+into the minutes given.
 """
 
 from __future__ import annotations
@@ -272,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=MINUTES, help="start nothing later")
     parser.add_argument("--groups", nargs="*", default=list(BLOCKS), choices=list(BLOCKS))
     parser.add_argument("--dtypes", nargs="*", default=list(DTYPES), choices=list(DTYPES))
-    parser.add_argument("--out", type=Path, default=rule.PATH)
+    parser.add_argument("--out", type=Path, default=rule.path_of(rule.cpu_kind()))
     arguments = parser.parse_args(argv)
     start, threads = time.monotonic(), torch.get_num_threads()
     points: Points = {}

@@ -17,6 +17,7 @@ from fastode.ops.resident.rule import Line
 
 THREADS = 2
 FULL = 128
+RULES = sorted(measured.FOLDER.glob("*.json"))
 
 
 def points(ratios: dict[tuple[int, int, int], float]) -> dict[str, choose.Point]:
@@ -111,11 +112,11 @@ def test_a_step_of_a_full_batch_stays_short(threads: int) -> None:
 
 
 def test_what_is_written_is_read_back_and_drawn_again(tmp_path: Path) -> None:
-    path = tmp_path / "rule.json"
+    path = measured.path_of(measured.cpu_kind(), tmp_path)
     found = {"ie sample float32": grid(lambda c, s: 2.0 if c <= 64 else 0.5), "skew_pair sample float64": {}}
     lines = choose.write(path, found, ["a shape: out of time"], THREADS)
     assert list(lines) == ["ie sample float32"] and "of 9 points faster" in lines["ie sample float32"].why
-    rule = measured.read(path, measured.cpu_kind())
+    rule = measured.read(tmp_path)
     assert rule.measured and rule.lines == lines
     content = json.loads(path.read_text())
     assert choose.rule_of(content["points"], THREADS) == lines
@@ -123,13 +124,17 @@ def test_what_is_written_is_read_back_and_drawn_again(tmp_path: Path) -> None:
     assert all(text.count("{") == text.count("}") for text in path.read_text().splitlines() if " batch " in text)
 
 
-def test_the_recorded_rule_is_the_one_its_points_give() -> None:
-    if not measured.PATH.exists():
-        assert measured.read().source == "reasoned, not measured: there is no rule.json"
-        return
-    content = json.loads(measured.PATH.read_text())
-    rule = measured.read(kind=content["measured_on"]["kind"])
-    assert rule.measured and rule.lines == choose.rule_of(content["points"], content["measured_on"]["threads"])
+def test_there_are_recorded_rules() -> None:
+    assert RULES
+
+
+@pytest.mark.parametrize("path", RULES, ids=lambda path: path.stem)
+def test_a_recorded_rule_is_the_one_its_points_give(path: Path) -> None:
+    content = json.loads(path.read_text())
+    kind = content["measured_on"]["kind"]
+    rule = measured.read(kind=kind)
+    assert path == measured.path_of(kind) and rule.measured
+    assert rule.lines == choose.rule_of(content["points"], content["measured_on"]["threads"])
 
 
 def test_the_command_writes_the_rule_and_tells_of_what_is_wrong(
@@ -141,10 +146,10 @@ def test_the_command_writes_the_rule_and_tells_of_what_is_wrong(
         return points({(channels, size, FULL): 3.0 if channels < 100 else 0.5}), ""
 
     monkeypatch.setattr(choose, "measure", measure)
-    path = tmp_path / "rule.json"
+    path = measured.path_of(measured.cpu_kind(), tmp_path)
     arguments = ["--dtypes", "float32", "--out", str(path), "--groups"]
     assert choose.main([*arguments, "ie sample"]) == 0
-    assert measured.read(path).line("ie", "sample", "float32").most_channels == 96
+    assert measured.read(tmp_path).line("ie", "sample", "float32").most_channels == 96
     assert any(line.endswith("beyond a loss") for line in json.loads(path.read_text())["left_out"])
     assert choose.main([*arguments, "ie batch", "ie sample"]) == 1
     assert "ie batch float32 16@32: NOT EQUAL: resident" in capsys.readouterr().out

@@ -127,7 +127,7 @@ PLANTED = [
     ('kind = "staged"', "ops/resident/engine.py"),
     ('kind = f"staged {x}"', "dispatch/choice.py"),
     ('table = {"fused_convolution": 1}', "fusion/swap.py"),
-    ('path = "ops/resident/rule.json"', "native/toolchain.py"),
+    ('path = "ops/resident/rules"', "native/toolchain.py"),
     ('if kind == "reference": pass', "dispatch/trial.py"),
     ('__all__ = ["staged"]', "__init__.py"),
     ('match kind:\n    case "staged": pass', "dispatch/trial.py"),

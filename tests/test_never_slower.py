@@ -94,10 +94,10 @@ def faults(content: Mapping[str, Any]) -> list[str]:
     ]
 
 
-@pytest.fixture
-def recorded() -> dict[str, Any]:
-    """The rule in the package; it is measured again and again, but it has to be there."""
-    found: dict[str, Any] = json.loads(measured.PATH.read_text())
+@pytest.fixture(params=sorted(measured.FOLDER.glob("*.json")), ids=lambda path: path.stem)
+def recorded(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """A rule in the package, of one kind of CPU."""
+    found: dict[str, Any] = json.loads(request.param.read_text())
     assert sum(map(len, found["points"].values())) > 100
     return found
 

@@ -24,10 +24,10 @@ BOUNDS = {"most_channels": 8, "most_kb": 2, "least_pixels": 4, "least_batch_per_
 
 
 def written(folder: Path, **changes: Any) -> Path:
-    path = folder / "rule.json"
     content = {"rule": {"ie sample float32": BOUNDS | {"why": "so it is"}}, "measured_on": MEASURED_ON} | changes
-    path.write_text(json.dumps(content))
-    return path
+    folder.mkdir(exist_ok=True)
+    measured.path_of("x86", folder).write_text(json.dumps(content))
+    return folder
 
 
 def test_a_measured_rule_is_read(tmp_path: Path) -> None:
@@ -42,13 +42,15 @@ def test_a_measured_rule_is_read(tmp_path: Path) -> None:
 
 
 def test_what_stands_in_says_why(tmp_path: Path) -> None:
-    missing = measured.read(tmp_path / "none.json", "x86")
-    other = measured.read(written(tmp_path), "aarch64 asimd")
-    broken = measured.read(written(tmp_path, measured_on={}), "x86")
-    assert missing.source == "reasoned, not measured: there is no rule.json"
-    assert other.source == "reasoned, not measured: the measured rule is for x86, and this is aarch64 asimd"
+    missing = measured.read(tmp_path / "none", "x86")
+    other = measured.read(written(tmp_path / "one"), "aarch64 asimd")
+    broken = measured.read(written(tmp_path / "broken", measured_on={}), "x86")
+    moved = measured.read(written(tmp_path / "moved", measured_on=MEASURED_ON | {"kind": "arm"}), "x86")
+    assert missing.source == "reasoned, not measured: there are rules for no CPU, and this is x86"
+    assert other.source == "reasoned, not measured: there are rules for x86, and this is aarch64 asimd"
     assert broken.source.startswith("reasoned, not measured: ") and "cannot be read (KeyError" in broken.source
-    for rule in (missing, other, broken):
+    assert "cannot be read (ValueError: it is for arm)" in moved.source
+    for rule in (missing, other, broken, moved):
         assert not rule.measured and rule.line("ie", "sample", "float32") == measured.stand_in("ie", "float32")
 
 

@@ -1,8 +1,8 @@
 """Where the resident engine is slower than the staged one on the CPU, so that "auto" leaves it: a measured rule.
 
 `python -m benchmarks.choose` measures both engines in turns over channels, sizes and batches, and writes the rule with
-the points that support it to ops/resident/rule.json. It holds for CPUs of the kind it was measured on; on another
-kind, or without the file, the bounds of `DEFAULT` stand in, which are reasoned and not measured.
+the points that support it to a file of ops/resident/rules, one for each kind of CPU. On a kind without a file the
+bounds of `DEFAULT` stand in, which are reasoned and not measured.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ...native.toolchain import kernel_features
 from ...tracing import is_exporting
 from ..engine import ODE_SOLUTION
 
-PATH = Path(__file__).resolve().parent / "rule.json"
+FOLDER = Path(__file__).resolve().parent / "rules"
 FAMILIES = ("ie", "shu_osher", "skew_pair", "skew_solution", "chain")
 NORMS = ("sample", "batch")
 DTYPES = ("float32", "float64", "bfloat16")
@@ -112,26 +112,37 @@ def cpu_kind() -> str:
     return " ".join([platform.machine(), *kernel_features(telling=True)])
 
 
-def read(path: Path = PATH, kind: str | None = None) -> Rule:
-    """The rule of a file that `benchmarks.choose` wrote, or the reasoned one with why that is taken.
+def path_of(kind: str, folder: Path = FOLDER) -> Path:
+    """The file that the rule for a kind of CPU is kept in.
+
+    Example:
+        >>> path_of("x86_64 avx2").name
+        'x86_64-avx2.json'
+    """
+    return folder / f"{kind.replace(' ', '-')}.json"
+
+
+def read(folder: Path = FOLDER, kind: str | None = None) -> Rule:
+    """The rule that `benchmarks.choose` wrote for a kind of CPU, or the reasoned one with why that is taken.
 
     Args:
-        path: the file.
-        kind: of this machine's CPU.
+        folder: of the files, one for each kind.
+        kind: this machine's if None.
     """
     kind = cpu_kind() if kind is None else kind
+    path = path_of(kind, folder)
     try:
         found = json.loads(path.read_text())
         lines = {name: Line(**bounds) for name, bounds in found["rule"].items()}
         measured_on = found["measured_on"]
         place = "{device}, {threads} threads, torch {torch}, {date}, commit {commit:.12}".format(**measured_on)
-        other = measured_on["kind"]
+        if measured_on["kind"] != kind:
+            raise ValueError(f"it is for {measured_on['kind']}")
     except FileNotFoundError:
-        return Rule({}, "reasoned, not measured: there is no rule.json", False)
+        kinds = ", ".join(sorted(file.stem.replace("-", " ") for file in folder.glob("*.json"))) or "no CPU"
+        return Rule({}, f"reasoned, not measured: there are rules for {kinds}, and this is {kind}", False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return Rule({}, f"reasoned, not measured: {path} cannot be read ({type(error).__name__}: {error})", False)
-    if other != kind:
-        return Rule({}, f"reasoned, not measured: the measured rule is for {other}, and this is {kind}", False)
     return Rule(lines, f"measured on {place}", True)
 
 
