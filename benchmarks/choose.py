@@ -173,8 +173,9 @@ def draw(points: Mapping[str, Point], threads: int, itemsize: int) -> Line:
 
     A point's regret is the log ratio that the wrong choice costs: of a point inside the line where resident is slower,
     of one outside where it is faster. The line with the least sum wins; among equals (to a hundredth) the one with
-    fewer bounds, then the wider one. A bound on the batch, for all channels or from some number on, is drawn last, from
-    the small batches within the other bounds. Where resident never lost, the largest shape measured is the bound.
+    fewer bounds, then the wider one. A bound on the batch, for all maps, from some number of channels or from some size
+    on, is drawn last, from the small batches within the other bounds. Where resident never lost, the largest shape
+    measured is the bound.
     """
     full = {text: p for text, p in points.items() if read_name(text)[2] > threads} or dict(points)
     channels = sorted({read_name(text)[0] for text in full})
@@ -194,7 +195,12 @@ def draw(points: Mapping[str, Point], threads: int, itemsize: int) -> Line:
     each = sorted({read_name(text)[2] / threads for text in small})
     least = [*each[1:], 2.0 * each[-1]] if small else []
     wide = [None, *sorted({read_name(text)[0] for text in small})[1:]]
-    tried = [line, *(replace(line, least_batch_per_thread=b, few_from_channels=c) for c in wide for b in least)]
+    large = sorted({_kb(text, itemsize) for text in small})[1:]
+    tried = [
+        line,
+        *(replace(line, least_batch_per_thread=b, few_from_channels=c) for c in wide for b in least),
+        *(replace(line, least_batch_per_thread=b, few_from_kb=kb) for kb in large for b in least),
+    ]
     line = min(tried, key=lambda t: round(_regret(small, t, threads, itemsize), 2))
     return replace(line, why=_why(points, line, threads, itemsize))
 

@@ -78,6 +78,16 @@ def test_small_batches_may_be_bounded_for_wide_channels_only() -> None:
     assert drawn.beyond(256, 64, 4, 1, THREADS).endswith("for each thread and 256 channels")
 
 
+def test_small_batches_may_be_bounded_for_large_maps_only() -> None:
+    small = points({(c, s, 1): 0.5 if c * s * s >= 16384 else 2.0 for c in (16, 64, 256) for s in (4, 8, 32)})
+    drawn = choose.draw(grid(lambda c, s: 2.0) | small, THREADS, 4)
+    assert (drawn.least_batch_per_thread, drawn.few_from_channels, drawn.few_from_kb) == (1.0, None, 64)
+    assert drawn.describe().endswith("at least 1 samples for each thread from 64 KB on")
+    assert not drawn.beyond(64, 64, 4, 1, THREADS) and not drawn.beyond(64, 1024, 4, 2, THREADS)
+    told = drawn.beyond(64, 1024, 4, 1, THREADS)
+    assert told == "with fewer than 1 samples for each thread and 256 KB for a feature map of one sample"
+
+
 def test_a_shape_beyond_a_clear_loss_is_not_measured() -> None:
     lost = points({(64, 8, FULL): 0.5, (16, 32, 1): 0.1})
     assert choose.beyond_a_loss(lost, 256, 8, THREADS)

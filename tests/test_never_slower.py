@@ -24,7 +24,6 @@ from fastode.ops.resident.rule import Line
 Points = Mapping[str, Mapping[str, list[float]]]
 CLEARLY = 0.95  # a ratio below it, or above its inverse, is told from 1 by the five rounds of a point
 ROUNDED = 0.01  # regrets are compared to hundredths
-BATCHES = ("least_batch_per_thread", "few_from_channels")
 
 
 class Group:
@@ -60,7 +59,12 @@ class Group:
             return
         each = {n / self.threads for _, _, n in shapes}
         for least, wide in itertools.product([None, *each, 2 * max(each)], [None, *{c for c, _, _ in shapes}]):
-            yield dataclasses.replace(self.line, least_batch_per_thread=least, few_from_channels=wide)
+            yield dataclasses.replace(self.line, least_batch_per_thread=least, few_from_channels=wide, few_from_kb=None)
+        sizes = {-(-c * s * s * self.itemsize // 1024) for c, s, _ in shapes}
+        for least, large in itertools.product(each, sizes):
+            yield dataclasses.replace(
+                self.line, least_batch_per_thread=least, few_from_channels=None, few_from_kb=large
+            )
 
     def wrong(self) -> Iterator[str]:
         """The points on the wrong side of the line that another value of a bound would put right at a lower cost."""

@@ -36,6 +36,7 @@ class Line:
     least_pixels: int | None = None  # of a map, H times W
     least_batch_per_thread: float | None = None
     few_from_channels: int | None = None  # the bound on the batch holds from this many channels on
+    few_from_kb: int | None = None  # or from so large a map of one sample on, in KB
     why: str = ""
 
     def beyond(self, channels: int, pixels: int, itemsize: int, batch: int | None, threads: int) -> str:
@@ -45,13 +46,16 @@ class Line:
         """
         if self.most_channels is not None and channels > self.most_channels:
             return f"with more than {self.most_channels} channels"
-        if self.most_kb is not None and channels * pixels * itemsize > self.most_kb * 1024:
+        size = channels * pixels * itemsize
+        if self.most_kb is not None and size > self.most_kb * 1024:
             return f"with a feature map of one sample of more than {self.most_kb} KB"
         if self.least_pixels is not None and pixels < self.least_pixels:
             return f"with fewer than {self.least_pixels} pixels"
-        least, wide = self.least_batch_per_thread, self.few_from_channels
-        if least is not None and batch is not None and batch < least * threads and channels >= (wide or 0):
-            return f"with fewer than {least:g} samples for each thread" + (f" and {channels} channels" if wide else "")
+        least, wide, large = self.least_batch_per_thread, self.few_from_channels, self.few_from_kb
+        few = least is not None and batch is not None and batch < least * threads
+        if few and channels >= (wide or 0) and size >= (large or 0) * 1024:
+            why = f"with fewer than {least:g} samples for each thread" + (f" and {channels} channels" if wide else "")
+            return why + (f" and {size // 1024} KB for a feature map of one sample" if large else "")
         return ""
 
     def describe(self) -> str:
@@ -63,7 +67,8 @@ class Line:
             "at least {:g} samples for each thread": self.least_batch_per_thread,
         }
         text = ", ".join(text.format(value) for text, value in bounds.items() if value is not None) or "always"
-        return text + (f" from {self.few_from_channels} channels on" if self.few_from_channels else "")
+        text += f" from {self.few_from_channels} channels on" if self.few_from_channels else ""
+        return text + (f" from {self.few_from_kb} KB on" if self.few_from_kb else "")
 
 
 NEVER = Line(most_channels=0)
