@@ -1,7 +1,7 @@
-"""`python -m benchmarks.choose`: where resident is slower than staged on this CPU, and the rule drawn from it.
+"""`python -m benchmarks.choose`: where resident is slower than the others on this CPU, and the rule drawn from it.
 
-Of chains, which staged does not win, resident is measured against the reference. Both engines take turns on blocks of
-every family, over channels, sizes, batches and dtypes, each checked for equality first. The points and the rule drawn
+Where "auto" would not take staged, resident is measured against the reference. Both take turns on blocks of every
+family, over channels, sizes, batches and dtypes, each checked for equality first. The points and the rule drawn
 from them go to a file of fastode/ops/resident/rules, which "auto" obeys on CPUs of this kind; a ratio above 1 means
 that resident is the faster one. A shape far beyond one where resident lost is left out, and so is what does not fit
 into the minutes given.
@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ JUDGED = 3  # samples
 FAULTS = ("NOT EQUAL", "failed")  # a reason that begins so is an error of this project
 LOST = 0.75  # below this ratio resident has lost clearly, and the group's larger shapes are not measured
 
-# Of each mode, the median ratio of staged's time to resident's with the 20th and 80th percentiles.
+# Of each mode, the median ratio of the other's time to resident's with the 20th and 80th percentiles.
 Point = dict[str, list[float]]
 Points = dict[str, dict[str, Point]]
 
@@ -75,9 +75,10 @@ def _halving(channels: int, between: list[nn.Module], behind: list[nn.Module], k
     return reference.ResBlock(branch, shortcut=nn.Sequential(shortcut, *behind), post_activation=nn.ReLU())
 
 
-def engines_of(group: str) -> tuple[str, str]:
-    """The engine that the rule is about, and the one that runs where it is left."""
-    return "resident", "reference" if group.startswith("chain") else "staged"
+def engines_of(block: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[str, str]:
+    """The engine that the rule is about, and the one that "auto" takes where it is left."""
+    twin, given = contenders.fused("auto").make(block, inputs)
+    return "resident", "reference" if cast(Any, twin).against("staged", *given) else "staged"
 
 
 def batches(channels: int, size: int, threads: int) -> list[int]:
@@ -126,7 +127,7 @@ def measure(group: str, dtype: str, channels: int, size: int, threads: int) -> t
         )
 
     reasons = contenders.engines(block, inputs(2))
-    ours, other = both = engines_of(group)
+    ours, other = both = engines_of(block, inputs(2))
     if any(reasons.get(engine) for engine in both):
         return {}, "; ".join(f"{engine}: {reasons[engine]}" for engine in both if reasons.get(engine))
     few = inputs(JUDGED)
@@ -246,8 +247,8 @@ def write(path: Path, points: Points, left_out: Sequence[str], threads: int) -> 
     cpu = torch.device("cpu")
     lines = rule_of(points, threads)
     content: dict[str, Any] = {
-        "about": "written by python -m benchmarks.choose; ratios are staged's time, with chains the reference's, to "
-        "resident's: median, p20, p80",
+        "about": "written by python -m benchmarks.choose; ratios are staged's time, or the reference's where auto does "
+        "not take staged, to resident's: median, p20, p80",
         "measured_on": {
             "kind": rule.cpu_kind(),
             "device": header.device_name(cpu),

@@ -14,6 +14,7 @@ import torch
 from benchmarks import choose
 from fastode.ops.resident import rule as measured
 from fastode.ops.resident.rule import Line
+from fastode.testing import sample_input
 
 THREADS = 2
 FULL = 128
@@ -185,8 +186,16 @@ def test_both_engines_are_measured_and_judged(monkeypatch: pytest.MonkeyPatch) -
     )
 
 
-def test_chains_are_measured_against_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [choose.engines_of(group)[1] for group in choose.BLOCKS] == ["staged"] * 6 + ["reference"] * 2
+@pytest.mark.parametrize(("dtype", "reference"), [("float32", "shu_osher skew_pair chain"), ("float64", "chain")])
+def test_resident_is_measured_against_what_runs_without_it(dtype: str, reference: str) -> None:
+    for group, make in choose.BLOCKS.items():
+        x = sample_input(2, 32, 4, 4, dtype=choose.DTYPES[dtype], layout="channels_last", seed=0)
+        inputs = (x, x.clone()) if group.startswith("skew_pair") else (x,)
+        other = "reference" if group.split()[0] in reference.split() else "staged"
+        assert choose.engines_of(make(32).to(x.dtype), inputs) == ("resident", other), group
+
+
+def test_chains_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choose, "ROUNDS", 1)
     monkeypatch.setattr(choose, "FULL", 4)
     for group in ("chain batch", "chain sample"):

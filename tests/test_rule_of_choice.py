@@ -81,13 +81,41 @@ def test_each_bound_has_its_sentence_and_its_number(
     for is_measured, verdict in ((True, "was measured to be slower"), (False, "is expected to be slower")):
         monkeypatch.setattr(measured, "_rule", Rule({"ie sample float32": Line(**BOUNDS)}, "a test", is_measured))
         x = torch.zeros(shape)
-        reason = f"{beyond} it {verdict} than staged" if beyond else ""
+        reason = f"{beyond} it {verdict} than the others" if beyond else ""
         assert block.against("resident", x) == reason and block.why_not("resident", x) == ""
         assert fastode.fuse(block, example=x).rows[0].reason == (f"resident: {reason}" if beyond else "")
         assert used(block, x) == ("staged" if beyond else "resident")
         block.engine = "resident"  # what is asked for by name runs, slower or not
         assert used(block, x) == "resident"
         block.engine = "auto"
+
+
+@pytest.mark.parametrize(
+    ("block", "shape", "reason"),
+    [
+        (reference.SSP3(reference.PreActBranch(16)), (2, 16, 4, 4), ""),
+        (reference.SSP3(reference.PreActBranch(17)), (2, 17, 4, 4), "for schemes with more than 16 channels"),
+        (reference.SSP3(reference.PreActBranch(17)).double(), (2, 17, 4, 4), ""),
+        (reference.IESkip(reference.PreActBranch(255)), (2, 255, 4, 4), ""),
+        (reference.IESkip(reference.PreActBranch(256)), (2, 256, 4, 4), "with 256 channels and more that are not chan"),
+        (reference.SkewPair(4, 4), (2, 4, 4, 4), "for float32 pairs"),
+        (reference.SkewPair(4, 4).double(), (2, 4, 4, 4), ""),
+        (reference.SOBlock(reference.SkewPair(4, 4), solver="rk4"), (2, 4, 4, 4), ""),
+    ],
+    ids=lambda value: "x".join(map(str, value)) if isinstance(value, tuple) else "",
+)
+def test_staged_is_left_to_plain_pytorch_where_that_was_faster(
+    block: nn.Module, shape: tuple[int, ...], reason: str
+) -> None:
+    fused: Any = copy.deepcopy(block)
+    fastode.fuse(fused)
+    x = torch.zeros(shape, dtype=next(fused.parameters()).dtype)
+    inputs = (x, x) if isinstance(block, reference.SkewPair) else (x,)
+    assert fused.why_not("staged", *inputs) == ""
+    told = fused.against("staged", *inputs)
+    assert told.startswith(reason) and bool(told) == bool(reason)
+    if isinstance(block, reference.IESkip):
+        assert fused.against("staged", x.contiguous(memory_format=torch.channels_last)) == ""
 
 
 def used(block: nn.Module, x: Tensor) -> str:

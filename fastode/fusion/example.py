@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from .times import Times, timed
 _OWN = "own"
 LAYOUT, PLAIN = "an example in channels_last", "no autocast"
 ROUNDS, ENOUGH = 3, 0.5  # forwards at most, and the seconds after which none is started
-# The names of engines, and why others are not among them.
+# The names of engines, and why none that comes before them is among them.
 Engines = tuple[tuple[str, ...], str]
 
 
@@ -44,7 +45,7 @@ class Measured(NamedTuple):
 
 
 def engines_of(block: nn.Module, x: Tensor | None) -> Engines:
-    """The engines that can run a fused block on x (or on some input), best first, and why the others cannot."""
+    """The engines that can run a fused block on x (or on any), best first, and why none comes before the first."""
     if not isinstance(block, choice.Asked):
         return (_OWN,), ""
     asked = getattr(block, "engine", AUTO)
@@ -55,9 +56,8 @@ def engines_of(block: nn.Module, x: Tensor | None) -> Engines:
     found = [(name, *ask(name, block, x)) for name in names]
     able = tuple(name for name, can, _ in found if can)
     unable: dict[str, list[str]] = {}
-    for name, can, why in found:
-        if not can:
-            unable.setdefault(why, []).append(name)
+    for name, _, why in itertools.takewhile(lambda each: not each[1], found):
+        unable.setdefault(why, []).append(name)
     return able, "; ".join(f"{', '.join(names)}: {why}" for why, names in unable.items())
 
 

@@ -19,7 +19,7 @@ class FusionRow:
         reference: the reference type it is, or derives from, or its own where an adapter or a reading says what it is.
         fused: the type it has been given, or None where it stays the reference.
         engines: the engine it really used, where an example was run; else those that could run it, best first.
-        reason: why it was not swapped, or why other engines cannot run it; empty if there is nothing to say.
+        reason: why it was not swapped, or why engines that come first cannot run it; empty if there is nothing to say.
         meaning: the type of which a block of another's class is, over its own modules; None for others.
         share: of the forward's time, that of the calls of this block, where an example was run; None where another
             block has run it, or nothing has.

@@ -226,9 +226,14 @@ def in_words() -> list[str]:
 
 
 def slower(
-    family: str, coupled: bool, x: torch.Tensor, channels: int, pixels: int | None = None, than: str = " than staged"
+    family: str,
+    coupled: bool,
+    x: torch.Tensor,
+    channels: int,
+    pixels: int | None = None,
+    than: str = " than the others",
 ) -> str:
-    """Why the resident engine is taken to be slower than the staged one; empty where it is not.
+    """Why the resident engine is taken to be slower than what runs in its place; empty where it is not.
 
     Args:
         family: of the block, one of `FAMILIES` or "ode_solution".
