@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fastode
 from fastode import reference
@@ -66,6 +66,41 @@ def test_a_sample_is_not_changed_by_what_lies_beside_it() -> None:
         found, alone = twin(x), torch.cat([twin(part) for part in x.split(1)])
     assert torch.equal(found.isnan(), alone.isnan())
     assert torch.equal(found.nan_to_num(), alone.nan_to_num())
+
+
+def laid_out(weight: Tensor, layout: str) -> Tensor:
+    """The same numbers with other strides: outputs as neighbours, or every second of a larger tensor in each way."""
+    if layout == "outputs":
+        return weight.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+    if layout == "sparse":
+        whole = torch.full([2 * side for side in weight.shape], torch.nan, dtype=weight.dtype)
+        whole[::2, ::2, ::2, ::2] = weight
+        return whole[::2, ::2, ::2, ::2]
+    return weight.contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("kernel, stride", [(1, 1), (3, 1), (3, 2), (7, 1), (9, 1)])
+@pytest.mark.parametrize("channels", [(12, 20), (35, 16), (64, 33)], ids=str)
+def test_same_bits_whatever_the_strides_of_the_weights(
+    channels: tuple[int, int], kernel: int, stride: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(7)
+    conv = nn.Conv2d(*channels, kernel, stride, kernel // 2)
+    block = reference.Chain(conv, nn.GroupNorm(1, channels[1]), nn.Tanh()).to(dtype)
+    x = sample_input(2, channels[0], 8, 8, dtype=torch.bfloat16)
+    found = []
+    for layout in ("contiguous", "channels_last", "outputs", "sparse"):
+        twin = fused(block)
+        if layout != "contiguous":
+            twin[0].weight = nn.Parameter(laid_out(conv.weight.detach(), layout))
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            y = twin(leaf)
+        y.float().square().sum().backward()
+        found.append([y, leaf.grad, *[parameter.grad for parameter in twin.parameters()]])
+    for other in found[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
 
 
 def test_same_bits_among_convolutions_of_pytorch() -> None:

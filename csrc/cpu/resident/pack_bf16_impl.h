@@ -1,12 +1,11 @@
 // Weights for products of bfloat16 matrices, packed in the order of their steps. Included by conv_bf16_impl.h.
 #pragma once
 
-#include <immintrin.h>
-
-#include <cstring>
+#include <vector>
 
 #include "conv_bf16.h"
 #include "packing.h"
+#include "pairs.h"
 #include "products.h"
 
 namespace fastode::resident {
@@ -16,7 +15,7 @@ namespace {
 struct Steps {
   bool paired;
   int64_t blocks, high, wide;
-  bool half;  // there is no second tap, or no second block of 16 channels, in the last step
+  bool half;                         // there is no second tap, or no second block of 16 channels, in the last step
 
   explicit Steps(const ConvShape& shape)
       : paired(shape.in_channels <= Narrow::lanes),
@@ -26,34 +25,13 @@ struct Steps {
         half((paired ? shape.kernel_w : divide_up(shape.in_channels, Narrow::lanes)) % 2) {}
 
   int64_t count() const { return blocks * high * wide; }
+  // Input channels of a block.
+  int64_t depth() const { return paired ? Narrow::lanes : kTileDepth; }
   // Pairs of a step's weights that may be other than zero.
   int64_t pairs(int64_t block, int64_t x) const {
     return half && (paired ? x + 1 == wide : block + 1 == blocks) ? kTileRows / 2 : kTileRows;
   }
 };
-
-// Pairs of two input channels' weights for some output channels, `stride` apart; `high` is null where it is zero.
-inline void pack_pairs(const bfloat16* low, const bfloat16* high, int64_t stride, int64_t lanes, bfloat16* to) {
-  for (int64_t lane = 0; lane < lanes; ++lane) {
-    to[2 * lane] = low[lane * stride];
-    if (high) to[2 * lane + 1] = high[lane * stride];
-  }
-}
-
-inline void pack_pairs(const float* low, const float* high, int64_t stride, int64_t lanes, bfloat16* to) {
-  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  const __m512i places = _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int32_t>(stride)));
-  const auto mask = static_cast<__mmask16>((1 << lanes) - 1);
-  typedef uint16_t Halves __attribute__((vector_size(32)));
-  typedef uint32_t Pairs __attribute__((vector_size(64)));
-  const auto rounded = [&](const float* from) {
-    const __m512 values = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, places, from, sizeof(float));
-    return __builtin_convertvector((Halves)_mm512_cvtneps_pbh(values), Pairs);
-  };
-  Pairs pairs = rounded(low);
-  if (high) pairs |= rounded(high) << 16;
-  std::memcpy(to, &pairs, sizeof(pairs));
-}
 
 inline int64_t group_of(int64_t tiles) { return tiles % 2 == 0 ? 2 : 1; }
 
@@ -65,34 +43,142 @@ int64_t tile_weights_size(const ConvShape& shape) {
 
 namespace {
 
-// One kernel's weights for a group of output tiles. Order: [step][output tile][pair of summed numbers][output
-// channel][of the pair]. Returns the end.
+// Whose weights a tile has: 16 output channels in one block of a kernel's steps.
 template <class T>
-bfloat16* pack_kernel(const ConvShape& shape, const WeightView<T>& weight, int64_t first, int64_t group, bfloat16* to) {
-  const Steps steps(shape);
-  const int64_t depth = shape.in_channels <= 16 ? 16 : 32;
-  std::fill_n(to, group * steps.count() * kTileElements, bfloat16{0});
-  for (int64_t block = 0; block < steps.blocks; ++block)
-    for (int64_t ky = 0; ky < steps.high; ++ky)
-      for (int64_t step = 0; step < steps.wide; ++step)
-        for (int64_t tile = first; tile < first + group; ++tile, to += kTileElements)
-          for (int64_t k = 0; k < kTileDepth; k += 2) {
-            const int64_t in = block * depth + k % depth, kx = step * (kTileDepth / depth) + k / depth;
-            if (in >= shape.in_channels || kx >= shape.kernel_w) continue;
-            const int64_t out = tile * kLanes<float>,
-                          lanes = std::min<int64_t>(kLanes<float>, shape.out_channels - out);
-            const T* from = weight.at + out * weight.out + in * weight.in + ky * weight.y + kx * weight.x;
-            const T* next = in + 1 < shape.in_channels ? from + weight.in : nullptr;
-            pack_pairs(from, next, weight.out, lanes, to + k / 2 * kTileDepth);
-          }
-  return to;
-}
+struct PackedTile {
+  const ConvShape& shape;
+  const Steps& steps;
+  const WeightView<T>& weight;
+  const T* from;  // of its first output and input
+  int64_t outputs, inputs;
+  int64_t pitch;  // elements from a step's to the next one's
+  bfloat16* to;   // the first step's
 
-// f(first, count) for the groups of a convolution's output tiles.
-template <class F>
-void each_group(int64_t out_channels, const F& f) {
-  const int64_t tiles = blocks_of<float>(out_channels), group = group_of(tiles);
-  for (int64_t first = 0; first < tiles; first += group) f(first, group);
+  static __mmask16 mask_of(int64_t count) {
+    return static_cast<__mmask16>((1 << std::clamp<int64_t>(count, 0, kTileRows)) - 1);
+  }
+  // Where the inputs `in` and in + 1 of a tap lie, for all outputs.
+  bfloat16* place(int64_t in, int64_t ky, int64_t kx) const {
+    const int64_t step = ky * steps.wide + (steps.paired ? kx / 2 : kx);
+    return to + step * pitch + (in / 2 + (steps.paired ? kx % 2 * kTileRows / 2 : 0)) * kTileDepth;
+  }
+  template <class F>
+  void each_tap(const F& f) const {
+    for (int64_t ky = 0; ky < shape.kernel_h; ++ky)
+      for (int64_t kx = 0; kx < shape.kernel_w; ++kx) f(ky, kx, ky * weight.y + kx * weight.x);
+  }
+
+  void pack() const {
+    if (weight.in == 1) return turn_inputs();
+    if (inputs < steps.depth() || (steps.paired && shape.kernel_w % 2))
+      for (int64_t step = 0; step < steps.high * steps.wide; ++step)
+        std::fill_n(to + step * pitch, kTileElements, bfloat16{0});
+    if (weight.out == 1) return copy_outputs();
+    const int64_t up = (shape.kernel_h - 1) * weight.y, along = (shape.kernel_w - 1) * weight.x;
+    const int64_t span = std::abs(up) + std::abs(along) + 1;
+    if (span <= kMostSpan) return turn_taps(std::min<int64_t>(0, up) + std::min<int64_t>(0, along), span);
+    each_tap([&](int64_t ky, int64_t kx, int64_t tap) { turn_tap(ky, kx, tap); });
+  }
+  void copy_outputs() const {
+    const __mmask16 mask = mask_of(outputs);
+    each_tap([&](int64_t ky, int64_t kx, int64_t tap) {
+      for (int64_t in = 0; in < inputs; in += 2) {
+        const T* at = from + in * weight.in + tap;
+        const Words pairs = paired(load_both(mask, at, in + 1 < inputs ? mask : 0, at + weight.in));
+        std::memcpy(place(in, ky, kx), &pairs, sizeof(pairs));
+      }
+    });
+  }
+  void turn_inputs() const {
+    const int64_t beside = steps.paired ? weight.x : kTileRows;
+    for (int64_t ky = 0; ky < steps.high; ++ky)
+      for (int64_t step = 0; step < steps.wide; ++step) {
+        const int64_t kx = steps.paired ? 2 * step : step;
+        const int64_t more = !steps.paired ? inputs - kTileRows : kx + 1 < shape.kernel_w ? inputs : 0;
+        const __mmask16 mask = mask_of(inputs), other = mask_of(more);
+        const T* at = from + ky * weight.y + kx * weight.x;
+        Words rows[16];
+        for (int64_t lane = 0; lane < kTileRows; ++lane, at += weight.out)
+          rows[lane] = lane < outputs ? reinterpret_cast<Words>(load_both(mask, at, other, at + beside)) : Words{};
+        transpose(rows);
+        std::memcpy(to + (ky * steps.wide + step) * pitch, rows, sizeof(rows));
+      }
+  }
+  // `count` neighbours of the inputs `in` and in + 1, from `at` on, for all outputs.
+  void turn(int64_t in, const T* at, int64_t count, Words* rows) const {
+    const __mmask16 mask = mask_of(count), other = in + 1 < inputs ? mask : 0;
+    for (int64_t lane = 0; lane < kTileRows; ++lane, at += weight.out)
+      rows[lane] = lane < outputs ? paired(load_both(mask, at, other, at + weight.in)) : Words{};
+    transpose(rows);
+  }
+  // All taps lie within `span` elements from the `lowest` on.
+  void turn_taps(int64_t lowest, int64_t span) const {
+    for (int64_t in = 0; in < inputs; in += 2)
+      for (int64_t first = 0; first < span; first += kTileRows) {
+        Words rows[16];
+        turn(in, from + in * weight.in + lowest + first, span - first, rows);
+        each_tap([&](int64_t ky, int64_t kx, int64_t tap) {
+          const int64_t column = tap - lowest - first;
+          if (column >= 0 && column < kTileRows) std::memcpy(place(in, ky, kx), rows + column, sizeof(Words));
+        });
+      }
+  }
+  void turn_tap(int64_t ky, int64_t kx, int64_t tap) const {
+    for (int64_t in = 0; in < inputs; in += 2) {
+      Words rows[16];
+      turn(in, from + in * weight.in + tap, 1, rows);
+      std::memcpy(place(in, ky, kx), rows, sizeof(Words));
+    }
+  }
+
+  static constexpr int64_t kMostSpan = 64;
+};
+
+// A kernel and its weights.
+template <class T>
+struct Part {
+  ConvShape shape;
+  WeightView<T> weight;
+};
+
+// Packs kernels of the same outputs, for each group of output tiles one after the other. The order of each is [step]
+// [output tile][pair of summed numbers][output channel][of the pair].
+template <class T>
+void pack_parts(const std::vector<Part<T>>& parts, float* packed) {
+  struct Cell {
+    const Part<T>* part;
+    int64_t tile, block, pitch;
+    bfloat16* to;
+  };
+  const int64_t tiles = blocks_of<float>(parts[0].shape.out_channels), group = group_of(tiles);
+  std::vector<Cell> cells;
+  bfloat16* to = reinterpret_cast<bfloat16*>(packed);
+  for (int64_t first = 0; first < tiles; first += group)
+    for (const Part<T>& part : parts) {
+      const Steps steps(part.shape);
+      for (int64_t block = 0; block < steps.blocks; ++block, to += steps.high * steps.wide * group * kTileElements)
+        for (int64_t tile = 0; tile < group; ++tile)
+          cells.push_back({&part, first + tile, block, group * kTileElements, to + tile * kTileElements});
+    }
+  in_parallel(static_cast<int64_t>(cells.size()), kCells, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      const Cell& cell = cells[n];
+      const ConvShape& shape = cell.part->shape;
+      const WeightView<T>& weight = cell.part->weight;
+      const Steps steps(shape);
+      const int64_t out = cell.tile * kTileRows, in = cell.block * steps.depth();
+      const T* from = weight.at + out * weight.out + in * weight.in;
+      PackedTile<T>{shape,
+                    steps,
+                    weight,
+                    from,
+                    std::min(kTileRows, shape.out_channels - out),
+                    std::min(steps.depth(), shape.in_channels - in),
+                    cell.pitch,
+                    cell.to}
+          .pack();
+    }
+  });
 }
 
 // The kernel of a parity, and that which pulls back to it.
@@ -103,15 +189,24 @@ ConvShape backward_part(const ConvShape& shape, const ParityTaps& rows, const Pa
   return {shape.out_channels, shape.in_channels, rows.count, columns.count};
 }
 
+// The kernels of a convolution of stride 2, one for each parity.
+template <class T>
+std::vector<Part<T>> strided_parts(const ConvShape& shape, bool back, const WeightView<T>& weight) {
+  std::vector<Part<T>> parts;
+  each_parity(shape, [&](int64_t, int64_t, const ParityTaps& rows, const ParityTaps& columns) {
+    WeightView<T> seen = back ? weight.back(rows.last, columns.last, 2) : weight;
+    if (!back) seen.at += rows.first * weight.y + columns.first * weight.x, seen.y *= 2, seen.x *= 2;
+    parts.push_back({(back ? backward_part : forward_part)(shape, rows, columns), seen});
+  });
+  return parts;
+}
+
 }  // namespace
 
 template <class T>
 void pack_tile_weights(const ConvShape& shape, bool flip, const T* weight, const int64_t* strides, float* packed) {
   const WeightView<T> view(flip ? shape.transposed() : shape, weight, strides);
-  const WeightView<T> seen = flip ? view.back(shape.kernel_h - 1, shape.kernel_w - 1, 1) : view;
-  bfloat16* to = reinterpret_cast<bfloat16*>(packed);
-  each_group(shape.out_channels,
-             [&](int64_t first, int64_t group) { to = pack_kernel(shape, seen, first, group, to); });
+  pack_parts<T>({{shape, flip ? view.back(shape.kernel_h - 1, shape.kernel_w - 1, 1) : view}}, packed);
 }
 
 int64_t strided_tile_weights_size(const ConvShape& shape, bool back) {
@@ -125,22 +220,12 @@ int64_t strided_tile_weights_size(const ConvShape& shape, bool back) {
 template <class T>
 void pack_strided_tile_weights(const ConvShape& shape, bool back, const T* weight, const int64_t* strides,
                                float* packed) {
-  const WeightView<T> view(shape, weight, strides);
-  bfloat16* to = reinterpret_cast<bfloat16*>(packed);
-  if (back)
-    return each_parity(shape, [&](int64_t, int64_t, const ParityTaps& rows, const ParityTaps& columns) {
-      const ConvShape part = backward_part(shape, rows, columns);
-      const WeightView<T> seen = view.back(rows.last, columns.last, 2);
-      each_group(part.out_channels,
-                 [&](int64_t first, int64_t group) { to = pack_kernel(part, seen, first, group, to); });
-    });
-  each_group(shape.out_channels, [&](int64_t first, int64_t group) {
-    each_parity(shape, [&](int64_t, int64_t, const ParityTaps& rows, const ParityTaps& columns) {
-      WeightView<T> seen = view;
-      seen.at += rows.first * view.y + columns.first * view.x, seen.y *= 2, seen.x *= 2;
-      to = pack_kernel(forward_part(shape, rows, columns), seen, first, group, to);
-    });
-  });
+  const auto parts = strided_parts(shape, back, WeightView<T>(shape, weight, strides));
+  if (!back) return pack_parts(parts, packed);
+  for (const auto& part : parts) {  // each with all its outputs
+    pack_parts<T>({part}, packed);
+    packed += tile_weights_size(part.shape);
+  }
 }
 
 template void pack_strided_tile_weights(const ConvShape&, bool, const float*, const int64_t*, float*);
