@@ -47,12 +47,14 @@ struct Narrow {
     std::fill(end, base + elements, bfloat16{});
   }
 
-  // How many samples of a group fill the rows of tiles; one where a tile row is two pixels.
+  // How many samples of a group fill the rows of tiles, or the rows that dot products multiply at once with one pixel
+  // of each, which lets them leave out the taps beside the image; one where a tile row is two pixels.
   static int64_t samples_together(const Plane<float>& plane, int64_t fewest_channels, int64_t group) {
     constexpr int64_t wanted = 32;  // of a weight gradient's sum; two tiles of a convolution
+    const int64_t most = plane.width == 8 && !FASTODE_AMX ? 2 * wanted : wanted;
     int64_t together = 1;
     if (fewest_channels <= lanes || plane.width > wanted / 2 || wanted % plane.width) return together;
-    while (2 * together <= group && 2 * together * plane.width <= wanted) together *= 2;
+    while (2 * together <= group && 2 * together * plane.width <= most) together *= 2;
     return together;
   }
 };

@@ -20,7 +20,7 @@ constexpr int64_t kLinesAhead = 10;  // lines of the next maps that are asked fo
 // One of the kernels whose products a convolution sums: of stride 2 there is one for each parity.
 struct TileKernel {
   Steps steps;
-  int64_t at, up;               // elements from a position to the first tap; its rows above the position
+  int64_t at, up, left;         // elements from a position to the first tap; its rows above and columns left of that
   int64_t first = 0, last = 0;  // its rows that meet the image
 
   int64_t count() const { return steps.blocks * std::max<int64_t>(0, last - first) * steps.wide; }
@@ -28,7 +28,7 @@ struct TileKernel {
 
 struct TileRun {
   int64_t row, step, position_bytes;  // elements from a kernel row or step to the next; from a tile's row to the next
-  int64_t height;                     // of the image
+  int64_t height, width;              // of the image
   const bfloat16* weights;
   std::vector<TileKernel> kernels;
 
@@ -51,29 +51,6 @@ struct TileRun {
     return steps;
   }
 };
-
-// sums [M][N] tiles: of M times 16 positions, from in[m], and N times 16 output channels. Calls beside() at every step.
-template <int M, int N, class F>
-void multiply(const TileRun& run, const bfloat16* const* in, float* sums, const F& beside) {
-  multiply_steps<M, N>(
-      run.count(),
-      [&](const auto& step) {
-        const bfloat16* all = run.weights;
-        for (const TileKernel& kernel : run.kernels) {
-          const Steps& steps = kernel.steps;
-          const int64_t kernel_row = steps.wide * N * kTileElements;
-          for (int64_t block = 0; block < steps.blocks; ++block, all += steps.high * kernel_row) {
-            const bfloat16* weights = all + kernel.first * kernel_row;
-            for (int64_t y = kernel.first; y < kernel.last; ++y) {
-              int64_t offset = kernel.at + block * kTileDepth + y * run.row;
-              for (int64_t x = 0; x < steps.wide; ++x, offset += run.step, weights += N * kTileElements)
-                step(weights, offset, steps.pairs(block, x));
-            }
-          }
-        }
-      },
-      in, run.position_bytes, sums, beside);
-}
 
 // The positions of a Narrow map, its first `width` in each of `height` rows, in tiles of 16: cut out of the rows if
 // they divide them, else out of the rows and their halos laid end to end, whose sums in the halo are dropped.
@@ -102,6 +79,46 @@ struct Cursor {
     return to;
   }
 };
+
+// The image's column that all these rows of a tile lie in; -1 if they lie in several.
+inline int64_t column_of(const Tiling& tiling, const Cursor& tile, const TileRows& rows) {
+  const bool one = tiling.per_row && rows.count && tiling.together % rows.count == 0;
+  return one ? (tile.x + rows.first) >> tiling.shift : -1;
+}
+
+// sums [M][N] tiles: of M times 16 positions, from in[m], and N times 16 output channels. Calls beside() at every step.
+template <int M, int N, class F>
+void multiply(const TileRun& run, const Tiling& tiling, const Cursor* tiles, const bfloat16* const* in, float* sums,
+              const F& beside) {
+  multiply_steps<M, N>(
+      run.count(),
+      [&](const TileRows& rows, const auto& step, const auto& three) {
+        const int64_t column = column_of(tiling, tiles[rows.tile], rows);
+        const bfloat16* all = run.weights;
+        for (const TileKernel& kernel : run.kernels) {
+          const Steps& steps = kernel.steps;
+          int64_t begin = 0, end = steps.wide;
+          if (column >= 0 && !steps.paired)  // leave out the taps that meet no column
+            begin = std::max(begin, kernel.left - column), end = std::min(end, run.width + kernel.left - column);
+          const int64_t kernel_row = steps.wide * N * kTileElements;
+          for (int64_t block = 0; block < steps.blocks; ++block, all += steps.high * kernel_row) {
+            for (int64_t y = kernel.first; y < kernel.last; ++y) {
+              const bfloat16* weights = all + y * kernel_row + begin * N * kTileElements;
+              int64_t offset = kernel.at + block * kTileDepth + y * run.row + begin * run.step;
+              if constexpr (kPairwise && N == 1)
+                if (steps.taps == 3 && tiling.together == 1) {
+                  const int64_t next = steps.paired ? kTileElements / 2 : kTileElements;
+                  three({weights, weights + next, weights + 2 * next}, offset, steps.pairs_of_tap(block));
+                  continue;
+                }
+              for (int64_t x = begin; x < end; ++x, offset += run.step, weights += N * kTileElements)
+                step(weights, offset, steps.pairs(block, x));
+            }
+          }
+        }
+      },
+      in, run.position_bytes, sums, beside);
+}
 
 // A tile of sums and what they belong to: positions from `at`, a block of outputs, some samples.
 struct Sums {
@@ -190,12 +207,12 @@ class Products {
     float* to = sums_[turn_];
     const char* soon = ahead_ ? ahead_->take(steps * kLinesAhead) : nullptr;
     if (soon)
-      multiply<M, N>(run, from, to, [&] {
+      multiply<M, N>(run, tiling_, tiles, from, to, [&] {
         FASTODE_UNROLL for (int i = 0; i < kLinesAhead; ++i, soon += Ahead::line) __builtin_prefetch(soon, 0, 2);
         settle(left_ - share);
       });
     else
-      multiply<M, N>(run, from, to, [&] { settle(left_ - share); });
+      multiply<M, N>(run, tiling_, tiles, from, to, [&] { settle(left_ - share); });
     settle(0);
     for (int m = 0; m < M; ++m)
       for (int n = 0; n < N; ++n, to += kSumElements)
@@ -234,6 +251,7 @@ TileRun run_of(const Plane<float>& plane, int64_t in_channels, int64_t together,
           in_channels <= Narrow::lanes ? kTileDepth : narrow.pixel,
           narrow.depth * 2,
           plane.height,
+          plane.width,
           reinterpret_cast<const bfloat16*>(packed),
           {}};
 }
@@ -271,8 +289,8 @@ void convolve(const Plane<float>& plane, const ConvShape& shape, int64_t togethe
               const float* bias, const ConvJob<bfloat16>* jobs, int64_t count, Ahead* ahead) {
   const Narrow narrow(plane, shape.in_channels, together);
   TileRun run = run_of(plane, shape.in_channels, together, packed);
-  const int64_t up = shape.kernel_h / 2;
-  run.kernels.push_back({Steps(shape), -up * narrow.row - shape.kernel_w / 2 * narrow.pixel, up});
+  const int64_t up = shape.kernel_h / 2, left = shape.kernel_w / 2;
+  run.kernels.push_back({Steps(shape), -up * narrow.row - left * narrow.pixel, up, left});
   convolve_tiles(run, Tiling(plane, together), shape.out_channels, bias, jobs, count, ahead);
 }
 
@@ -283,7 +301,8 @@ void convolve_strided(const Plane<float>& out, const ConvShape& shape, int64_t t
   TileRun run = run_of(out, shape.in_channels, together, packed);
   each_parity(shape, [&](int64_t py, int64_t px, const ParityTaps& rows, const ParityTaps& columns) {
     run.kernels.push_back({Steps(forward_part(shape, rows, columns)),
-                           (2 * py + px) * phase - rows.above * narrow.row - columns.above * narrow.pixel, rows.above});
+                           (2 * py + px) * phase - rows.above * narrow.row - columns.above * narrow.pixel, rows.above,
+                           columns.above});
   });
   convolve_tiles(run, Tiling(out, together), shape.out_channels, bias, jobs, count, ahead);
 }
@@ -302,7 +321,8 @@ void convolve_strided_back(const Plane<float>& in, const Plane<float>& out, cons
     ConvJob<bfloat16> parts[kMostJobs];
     for (int64_t n = 0; n < count; ++n) parts[n] = {jobs[n].in, parity(jobs[n].out, py, px)};
     TileRun run = run_of(out, part.in_channels, together, packed);
-    run.kernels.push_back({Steps(part), -rows.before * narrow.row - columns.before * narrow.pixel, rows.before});
+    run.kernels.push_back(
+        {Steps(part), -rows.before * narrow.row - columns.before * narrow.pixel, rows.before, columns.before});
     packed += tile_weights_size(part);
     const int64_t height = (in.height - py + 1) / 2, width = (in.width - px + 1) / 2;
     if (height > 0 && width > 0)

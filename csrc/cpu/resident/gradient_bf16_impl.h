@@ -7,13 +7,17 @@ namespace fastode::resident {
 
 // The weight gradient sums over positions: the pixels of an image and, in turn, of the samples that lie together. Its
 // left factor is the input as rows of channels along the positions, a copy for each of the kernel's columns, so that a
-// kernel's row is an offset by whole rows of the image: tiles that begin anywhere take six times as long to load. Its
-// right factor is the cotangent with neighbouring positions paired, 32 to a tile.
+// kernel's row is an offset by whole rows of the image: tiles that begin anywhere take six times as long to load. Where
+// sums begin at any pair of positions, and samples lie together, a kernel's column is an offset too. The right factor
+// is the cotangent with neighbouring positions paired, 32 to a tile; where each input is to meet the three cotangents
+// of a kernel's row, the cotangent's odd positions with their neighbours, too.
 namespace {
 
 struct Positions {
   int64_t span, pad, rows;  // span: positions of an image's row; rows: of a copy, with those that the kernel adds
   int64_t chunks, pitch;    // chunks: of 32 positions; pitch: of a channel of a copy
+  int64_t copies;
+  bool three;  // inputs meet three cotangents
 
   // Of `height` rows of an image.
   Positions(const Plane<float>& plane, const ConvShape& shape, int64_t together, int64_t height)
@@ -22,12 +26,19 @@ struct Positions {
         rows(height + 2 * pad),
         chunks(divide_up(height * span, kTileDepth)),
         // Odd, so that the channels lie in different sets of the cache.
-        pitch((divide_up(chunks * kTileDepth + 2 * pad * span, kTileDepth) | 1) * kTileDepth) {}
+        pitch((divide_up(chunks * kTileDepth + 2 * pad * span, kTileDepth) | 1) * kTileDepth),
+        copies(kPairwise && together % 2 == 0 && span % kTileDepth == 0 ? 1 : shape.kernel_w),
+        three(kPairwise && together == 1 && span == kTileDepth && shape.kernel_w == 3) {
+    if (three) copies = 1;
+  }
 
-  bool whole() const { return span == kTileDepth; }   // a chunk is a row
+  // Whether chunks are rows, or whole parts of them, of which one copy will do.
+  bool whole() const { return span == kTileDepth || (copies == 1 && span % kTileDepth == 0); }
   int64_t copy() const { return kTileRows * pitch; }  // of one block and column of the kernel
-  int64_t block(const ConvShape& shape) const { return shape.kernel_w * copy(); }  // of the input
-  int64_t cotangent() const { return chunks * kTileElements; }                     // of one block
+  int64_t block() const { return copies * copy(); }   // of the input
+  // Of one block: the pairs of even positions, then those of odd ones.
+  int64_t cotangent() const { return chunks * (kTileElements + (three ? odd_row() : 0)); }
+  int64_t odd_row() const { return (kTileRows + 1) * kTileDepth; }
 };
 
 // How much of the sum is worked on at a time: some sets of samples, or some rows of one, so that a block's copies stay
@@ -36,8 +47,9 @@ struct Portion {
   int64_t sets, rows;
 
   Portion(const Plane<float>& plane, const ConvShape& shape, int64_t together, int64_t all) : rows(plane.height) {
-    const int64_t room = shape.in_channels <= Narrow::lanes ? 1 << 14 : 9 << 12, second = 1 << 17;  // bytes
-    const auto bytes = [&] { return Positions(plane, shape, together, rows).block(shape) * 2; };
+    const bool little = shape.in_channels <= Narrow::lanes || Positions(plane, shape, together, rows).three;
+    const int64_t room = little ? 1 << 14 : 9 << 12, second = 1 << 17;  // bytes
+    const auto bytes = [&] { return Positions(plane, shape, together, rows).block() * 2; };
     sets = std::clamp<int64_t>(second / bytes(), 1, all);
     while (Positions(plane, shape, together, rows).whole() && rows > 4 && bytes() > room) rows = divide_up(rows, 2);
     if (rows < plane.height) sets = 1;
@@ -80,28 +92,34 @@ void transpose_input(const Positions& positions, Source from, bfloat16* to) {
   }
 }
 
-// Of all columns of the kernel, where a chunk is a row: what moves into it from beside the image is zero. `in` is the
-// first of `count` rows, the copies' row `at`.
+// Of all copies, where chunks are whole: what moves into a row from beside the image is zero. `in` is the first of
+// `count` rows, the copies' row `at`.
 void transpose_rows(const Positions& positions, const ConvShape& shape, const Narrow& narrow, const bfloat16* in,
                     int64_t at, int64_t count, bfloat16* to) {
   const int64_t depth = narrow.depth;
-  for (int64_t y = at; y < at + count; ++y, in += narrow.row) {
-    Words rows[16];
-    FASTODE_UNROLL for (int i = 0; i < 16; ++i) rows[i] = pair_of(in + 2 * i * depth, in + (2 * i + 1) * depth);
-    transpose(rows);
-    for (int64_t kx = 0; kx < shape.kernel_w; ++kx) {
-      bfloat16* row = to + kx * positions.copy() + y * kTileDepth;
-      const int64_t shift = (kx - shape.kernel_w / 2) * narrow.together;
-      const __m512i places =
-          _mm512_add_epi16(_mm512_loadu_si512(kPlaces), _mm512_set1_epi16(static_cast<int16_t>(shift)));
-      const __mmask32 inside = _mm512_cmplt_epu16_mask(places, _mm512_set1_epi16(kTileDepth));
-      FASTODE_UNROLL for (int i = 0; i < 16; ++i) _mm512_storeu_si512(
-          row + i * positions.pitch, _mm512_maskz_permutexvar_epi16(inside, places, (__m512i)rows[i]));
+  for (int64_t y = at; y < at + count; ++y, in += narrow.row)
+    for (int64_t p = 0; p < positions.span; p += kTileDepth) {
+      Words rows[16];
+      const bfloat16* from = in + p * depth;
+      FASTODE_UNROLL for (int i = 0; i < 16; ++i) rows[i] = pair_of(from + 2 * i * depth, from + (2 * i + 1) * depth);
+      transpose(rows);
+      bfloat16* row = to + y * positions.span + p;
+      if (positions.copies == 1) {
+        FASTODE_UNROLL for (int i = 0; i < 16; ++i) std::memcpy(row + i * positions.pitch, rows + i, sizeof(Words));
+        continue;
+      }
+      for (int64_t kx = 0; kx < shape.kernel_w; ++kx, row += positions.copy()) {
+        const int64_t shift = (kx - shape.kernel_w / 2) * narrow.together;
+        const __m512i places =
+            _mm512_add_epi16(_mm512_loadu_si512(kPlaces), _mm512_set1_epi16(static_cast<int16_t>(shift)));
+        const __mmask32 inside = _mm512_cmplt_epu16_mask(places, _mm512_set1_epi16(kTileDepth));
+        FASTODE_UNROLL for (int i = 0; i < 16; ++i) _mm512_storeu_si512(
+            row + i * positions.pitch, _mm512_maskz_permutexvar_epi16(inside, places, (__m512i)rows[i]));
+      }
     }
-  }
 }
 
-// to: [chunk] tiles, of one block; `in` is the first row's.
+// to: [chunk] tiles, of one block, and of each row the pairs that begin one position before; `in` is the first row's.
 void pair_cotangent(const Positions& positions, const Narrow& narrow, const bfloat16* in, int64_t height,
                     bfloat16* to) {
   const auto put = [&](const bfloat16* low, const bfloat16* high) {
@@ -111,9 +129,14 @@ void pair_cotangent(const Positions& positions, const Narrow& narrow, const bflo
   };
   if (positions.whole()) {
     const int64_t depth = narrow.depth;
-    for (int64_t y = 0; y < height; ++y, in += narrow.row) {
-      FASTODE_UNROLL for (int64_t i = 0; i < kTileDepth; i += 2) put(in + i * depth, in + (i + 1) * depth);
-    }
+    for (int64_t y = 0; y < height; ++y, in += narrow.row)
+      for (int64_t p = 0; p < positions.span; p += kTileDepth) {
+        const bfloat16* from = in + p * depth;
+        FASTODE_UNROLL for (int64_t i = 0; i < kTileDepth; i += 2) put(from + i * depth, from + (i + 1) * depth);
+      }
+    in -= height * narrow.row;
+    for (int64_t y = 0; positions.three && y < height; ++y, in += narrow.row)
+      for (int64_t i = -1; i < kTileDepth; i += 2) put(in + i * depth, in + (i + 1) * depth);
     return;
   }
   Source from(in, narrow, positions.span, height);
@@ -132,27 +155,59 @@ struct Taps {
 struct GradientRun {
   const bfloat16 *in, *cotangent;  // of the first set
   int64_t sets, in_set, cotangent_set, in_bytes, gradient_bytes;
-  int64_t tap;          // elements of the gradient from a tap to the next
-  int64_t first, last;  // chunks
+  int64_t tap;         // elements of the gradient from a tap to the next
+  int64_t span, next;  // positions of a row; elements of the input from a tap to the next
+  int64_t begin, end;  // rows
+  bool shifts;         // the first tap's input lies `shift` positions behind the cotangent, in the same copy
+  int64_t shift;
 };
 
-// Adds M x N tiles: of 16 input channels at neighbouring taps, `copy` apart, times N times 16 output channels, whose
-// cotangents lie `block` apart and whose gradients lie `out_stride` apart.
+// Calls chunk(in, cotangent, pairs) for what a tap of one set sums: rows that lie one after the other, in whole chunks,
+// or of each row what has an input, `shift` positions from it.
+template <class F>
+void each_chunk(const GradientRun& run, int64_t shift, const bfloat16* in, const bfloat16* cotangent, const F& chunk) {
+  int64_t from = run.begin * run.span / kTileDepth * kTileDepth;
+  int64_t length = divide_up(run.end * run.span, kTileDepth) * kTileDepth - from, step = length, count = 1;
+  if (shift != 0) from += std::max<int64_t>(0, -shift), length = run.span - std::abs(shift), step = run.span;
+  if (shift != 0) count = run.end - run.begin;
+  if constexpr (!kPairwise) count = length / kTileDepth, length = step = kTileDepth;
+  // Called at one place, or its sums would not stay in registers.
+  for (; count > 0; --count, from += step) chunk(in + from, cotangent + from / 2 * kTileDepth, length / 2);
+}
+
+// Adds M x N tiles: of 16 input channels at neighbouring taps times N times 16 output channels, whose cotangents lie
+// `block` apart and whose gradients lie `out_stride` apart.
 template <int M, int N>
-void add_gradient(const GradientRun& run, int64_t copy, int64_t block, float* gradient, int64_t out_stride) {
-  const int64_t offset[3] = {0, copy, 2 * copy};
+void add_gradient(const GradientRun& run, int64_t block, float* gradient, int64_t out_stride) {
+  const int64_t offset[3] = {0, run.next, 2 * run.next};
   float* const to[3] = {gradient, gradient + run.tap, gradient + 2 * run.tap};
   add_chunks<M, N>(
-      [&](const auto& chunk) {
-        for (int64_t n = 0; n < run.sets; ++n) {
-          const bfloat16* in = run.in + n * run.in_set + run.first * kTileDepth;
-          const bfloat16* cotangent = run.cotangent + n * run.cotangent_set + run.first * kTileElements;
-          for (int64_t k = run.first; k < run.last; ++k, in += kTileDepth, cotangent += kTileElements)
-            chunk(in, cotangent);
-        }
+      [&](int m, const auto& chunk) {
+        const int64_t shift = run.shifts ? run.shift + m * run.next : 0;
+        for (int64_t n = 0; n < run.sets; ++n)
+          each_chunk(run, shift, run.in + n * run.in_set, run.cotangent + n * run.cotangent_set, chunk);
       },
       offset, run.in_bytes, block, to, run.gradient_bytes, out_stride);
 }
+
+#if !FASTODE_AMX
+// Adds the tiles of a kernel's row: 16 input channels times 16 output channels at each of its taps.
+void add_three_taps(const GradientRun& run, const Positions& positions, float* gradient) {
+  add_three_chunks(
+      [&](const auto& chunk) {
+        for (int64_t n = 0; n < run.sets; ++n) {
+          const bfloat16 *in = run.in + n * run.in_set, *even = run.cotangent + n * run.cotangent_set;
+          const bfloat16* odd = even + positions.chunks * kTileElements;
+          for (int64_t y = run.begin; y < run.end; ++y) {
+            const bfloat16 *here = even + y * kTileElements, *before = odd + y * positions.odd_row();
+            // The first tap's input is that of the cotangent one position on.
+            chunk(in + y * kTileDepth, {before + kTileDepth, here, before}, kTileRows);
+          }
+        }
+      },
+      run.in_bytes, gradient, run.gradient_bytes);
+}
+#endif
 
 // Of some sets of samples, from rows of the image from `top` on; `shape` has the taps alone.
 void add_portion(const Plane<float>& plane, const ConvShape& shape, const Taps& taps, int64_t together,
@@ -162,7 +217,7 @@ void add_portion(const Plane<float>& plane, const ConvShape& shape, const Taps& 
   const Positions positions(plane, shape, together, height);
   const Narrow input(plane, shape.in_channels, together), cotangent(plane, shape.out_channels, together);
   const int64_t in_blocks = blocks_of<float>(shape.in_channels), out_blocks = blocks_of<float>(shape.out_channels);
-  const int64_t in_set = positions.block(shape), cotangent_set = out_blocks * positions.cotangent();
+  const int64_t in_set = positions.block(), cotangent_set = out_blocks * positions.cotangent();
   const int64_t pad = positions.pad, wide = taps.of.kernel_w, all = taps.of.kernel_h * wide;
   bfloat16* cotangents = scratch + sets * in_set;
   for (int64_t n = 0; n < sets; ++n)
@@ -171,8 +226,11 @@ void add_portion(const Plane<float>& plane, const ConvShape& shape, const Taps& 
                      cotangents + n * cotangent_set + ob * positions.cotangent());
   // The rows of the image that the copies have.
   const int64_t first = std::max<int64_t>(0, top - pad), last = std::min(plane.height, top + height + pad);
-  GradientRun run{scratch,          nullptr,           sets, in_set, cotangent_set, positions.pitch * 2,
-                  wide * lanes * 4, taps.step * lanes, 0,    0};
+  const bool shifts = positions.copies < shape.kernel_w;
+  const int64_t next = shifts ? together : positions.copy();
+  GradientRun run{
+      scratch,        nullptr, sets, in_set, cotangent_set, positions.pitch * 2, wide * lanes * 4, taps.step * lanes,
+      positions.span, next,    0,    0,      shifts};
   for (int64_t ib = 0; ib < in_blocks; ++ib) {
     for (int64_t n = 0; n < sets; ++n) {
       const bfloat16* in = pairs[n * together].in.at + ib * lanes;
@@ -190,27 +248,33 @@ void add_portion(const Plane<float>& plane, const ConvShape& shape, const Taps& 
       constexpr int N = group();
       const int64_t block = positions.cotangent(), out_stride = in_blocks * all * lanes * lanes;
       for (int64_t ky = 0; ky < shape.kernel_h; ++ky) {
-        // Those with rows whose input row exists.
-        const int64_t begin = std::max(top, pad - ky) - top,
-                      end = std::min(top + height, plane.height + pad - ky) - top;
-        if (begin >= end) continue;
-        run.first = begin * positions.span / kTileDepth, run.last = divide_up(end * positions.span, kTileDepth);
+        // Those whose input row exists.
+        run.begin = std::max(top, pad - ky) - top, run.end = std::min(top + height, plane.height + pad - ky) - top;
+        if (run.begin >= run.end) continue;
         run.cotangent = cotangents + ob * block;
         float* to = gradient + ((ob * in_blocks + ib) * all + (taps.row + ky * taps.step) * wide) * lanes * lanes +
                     taps.column * lanes;
+#if !FASTODE_AMX
+        if (positions.three) {
+          run.in = scratch + ky * positions.span;
+          add_three_taps(run, positions, to);
+          continue;
+        }
+#endif
         for (int64_t kx = 0; kx < shape.kernel_w; kx += 3, to += 3 * run.tap) {
-          run.in = scratch + kx * positions.copy() + ky * positions.span;
+          run.shift = (kx - shape.kernel_w / 2) * together;
+          run.in = scratch + ky * positions.span + (shifts ? run.shift : kx * next);
           if (kx + 3 <= shape.kernel_w)
-            add_gradient<3, N>(run, positions.copy(), block, to, out_stride);
+            add_gradient<3, N>(run, block, to, out_stride);
           else if (kx + 2 == shape.kernel_w)
-            add_gradient<2, N>(run, positions.copy(), block, to, out_stride);
+            add_gradient<2, N>(run, block, to, out_stride);
           else
-            add_gradient<1, N>(run, positions.copy(), block, to, out_stride);
+            add_gradient<1, N>(run, block, to, out_stride);
         }
       }
     };
     int64_t ob = 0;
-    for (; ob + kGradientBlocks <= out_blocks; ob += kGradientBlocks)
+    for (; ob + kGradientBlocks <= out_blocks && !positions.three; ob += kGradientBlocks)
       add(std::integral_constant<int, kGradientBlocks>{}, ob);
     for (; ob < out_blocks; ++ob) add(std::integral_constant<int, 1>{}, ob);
   }
@@ -232,7 +296,7 @@ void add_taps(const Plane<float>& plane, const ConvShape& shape, const Taps& tap
 int64_t tile_scratch_size(const Plane<float>& plane, const ConvShape& shape, int64_t together, int64_t pairs) {
   const Portion portion(plane, shape, together, divide_up(pairs, together));
   const Positions positions(plane, shape, together, portion.rows);
-  const int64_t set = positions.block(shape) + blocks_of<float>(shape.out_channels) * positions.cotangent();
+  const int64_t set = positions.block() + blocks_of<float>(shape.out_channels) * positions.cotangent();
   return portion.sets * set * static_cast<int64_t>(sizeof(bfloat16));
 }
 

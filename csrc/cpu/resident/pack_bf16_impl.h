@@ -14,7 +14,7 @@ namespace {
 // The steps of a convolution's sum: 32 channels of one tap, or 16 channels of two neighbouring taps.
 struct Steps {
   bool paired;
-  int64_t blocks, high, wide;
+  int64_t blocks, high, wide, taps;  // taps: of a kernel's row
   bool half;                         // there is no second tap, or no second block of 16 channels, in the last step
 
   explicit Steps(const ConvShape& shape)
@@ -22,6 +22,7 @@ struct Steps {
         blocks(paired ? 1 : divide_up(shape.in_channels, kTileDepth)),
         high(shape.kernel_h),
         wide(paired ? divide_up(shape.kernel_w, 2) : shape.kernel_w),
+        taps(shape.kernel_w),
         half((paired ? shape.kernel_w : divide_up(shape.in_channels, Narrow::lanes)) % 2) {}
 
   int64_t count() const { return blocks * high * wide; }
@@ -31,6 +32,7 @@ struct Steps {
   int64_t pairs(int64_t block, int64_t x) const {
     return half && (paired ? x + 1 == wide : block + 1 == blocks) ? kTileRows / 2 : kTileRows;
   }
+  int64_t pairs_of_tap(int64_t block) const { return paired ? kTileRows / 2 : pairs(block, 0); }
 };
 
 inline int64_t group_of(int64_t tiles) { return tiles % 2 == 0 ? 2 : 1; }

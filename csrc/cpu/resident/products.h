@@ -11,4 +11,9 @@ inline constexpr int64_t kTileRows = 16, kTileDepth = 32;              // of eve
 inline constexpr int64_t kTileElements = kTileRows * kTileDepth;       // of a bfloat16 tile
 inline constexpr int64_t kSumElements = kTileRows * (kTileDepth / 2);  // of a float32 tile
 
+// Which rows of M tiles a product is of: of tile m the `count` from `first` on; of all tiles if that is 0.
+struct TileRows {
+  int tile = 0, first = 0, count = 0;
+};
+
 }  // namespace fastode::resident

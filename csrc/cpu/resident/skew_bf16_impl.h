@@ -27,7 +27,7 @@ void multiply_rows(const RowRun& run, const bfloat16* const* in, float* sums) {
   if (!soon) soon = reinterpret_cast<const char*>(run.weights);
   multiply_steps<M, N>(
       count,
-      [&](const auto& step) {
+      [&](const TileRows&, const auto& step, const auto&) {
         const bfloat16* weights = run.weights;
         for (int64_t offset : run.rows)
           for (int64_t x = 0; x < wide; ++x, offset += run.step, weights += N * kTileElements)
@@ -133,9 +133,10 @@ struct TapRun {
 template <int M, int N>
 void add_taps(const TapRun& run, const int64_t* offset, float* const* gradient, int64_t out_stride) {
   add_chunks<M, N>(
-      [&](const auto& chunk) {
+      [&](int, const auto& chunk) {
         const bfloat16 *in = run.in, *cotangent = run.cotangent;
-        for (int64_t k = 0; k < run.chunks; ++k, in += kTileDepth, cotangent += kTileElements) chunk(in, cotangent);
+        for (int64_t k = 0; k < run.chunks; ++k, in += kTileDepth, cotangent += kTileElements)
+          chunk(in, cotangent, kTileRows);
       },
       offset, run.in_bytes, run.cotangent_block, gradient, run.gradient_bytes, out_stride);
 }

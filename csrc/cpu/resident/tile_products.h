@@ -8,6 +8,7 @@ namespace fastode::resident {
 namespace {
 
 constexpr int kGradientBlocks = 1;  // of output channels that add_chunks had best take together
+constexpr bool kPairwise = false;   // whether its sums may begin and end at any pair of positions
 
 template <int count>
 inline void zero_sums() {
@@ -51,23 +52,26 @@ inline void multiply_step(const bfloat16* weights, const bfloat16* const* in, in
 }
 
 // sums [M][N] tiles: of M times 16 positions, from in[m], and N times 16 output channels. `walk` calls what it is given
-// with the weights of every step, the offset of its inputs and how many of its pairs may be other than zero. beside()
-// is called once for each of the `count` steps, for what the core can do while the tiles multiply.
+// with the weights of every step that these rows need, the offset of its inputs and how many of its pairs may be other
+// than zero. beside() is called once for each of the `count` steps, for what the core can do while the tiles multiply.
 template <int M, int N, class Walk, class F>
 inline void multiply_steps(int64_t count, const Walk& walk, const bfloat16* const* in, int64_t position_bytes,
                            float* sums, const F& beside) {
   (void)count;
   zero_sums<M * N>();
-  walk([&](const bfloat16* weights, int64_t offset, int64_t) {
-    multiply_step<M, N>(weights, in, offset, position_bytes);
-    beside();
-  });
+  walk(
+      TileRows{},
+      [&](const bfloat16* weights, int64_t offset, int64_t) {
+        multiply_step<M, N>(weights, in, offset, position_bytes);
+        beside();
+      },
+      nullptr);
   store_sums<M * N>(sums);
 }
 
 // gradient[m], N tiles `out_stride` apart with rows of `gradient_bytes`, += 16 rows of the input at offset[m] times N
 // tiles of the cotangent, `block` apart. `walk` calls what it is given with the input and the cotangent of every chunk
-// of the sum.
+// of the sum, which is of 16 pairs; where these tiles are one after the other, with fewer for the m-th of them.
 template <int M, int N, class Walk>
 inline void add_chunks(const Walk& walk, const int64_t* offset, int64_t in_bytes, int64_t block, float* const* gradient,
                        int64_t gradient_bytes, int64_t out_stride) {
@@ -78,7 +82,7 @@ inline void add_chunks(const Walk& walk, const int64_t* offset, int64_t in_bytes
   if constexpr (M > 1) tile_load<N>(gradient[1], gradient_bytes);
   if constexpr (M > 1 && N == 2) tile_load<N + 1>(gradient[1] + out_stride, gradient_bytes);
   if constexpr (M > 2) tile_load<2>(gradient[2], gradient_bytes);
-  walk([&](const bfloat16* in, const bfloat16* cotangent) {
+  walk(0, [&](const bfloat16* in, const bfloat16* cotangent, int64_t) {
     tile_load<b>(cotangent, 64);
     if constexpr (N == 2) tile_load<b + 1>(cotangent + block, 64);
     tile_load<6>(in + offset[0], in_bytes);
