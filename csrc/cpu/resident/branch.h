@@ -215,6 +215,13 @@ class Branch {
     const UnitSpec<A>& unit = spec_.units[j];
     return unit.has_conv && unit.norm == kNoNorm && unit.act.kind == kIdentity && !spec_.narrow;
   }
+  // Whether a cotangent sweep ends in the first unit's convolution alone, which writes every pixel of the mix.
+  bool begins_straight(const Mix<T>& mix) const {
+    const UnitSpec<A>& unit = spec_.units[0];
+    const ConvShape& shape = unit.shape;
+    return unit.has_conv && unit.norm == kNoNorm && unit.act.kind == kIdentity &&
+           (mix.terms.empty() || shape.stride == 1 || std::min(shape.kernel_h, shape.kernel_w) > 1);
+  }
   // For the input of unit j, with a halo where that goes straight into a convolution and is not held.
   Map<T> input_map(size_t j, bool hold);
   // A padded map as one of so many channels, its halo zero; on the plane of unit j's input.
@@ -236,11 +243,11 @@ class Branch {
   void convolve_jobs(size_t j, bool back, const ConvJob<T>* jobs, const Range& range, bool bias) const;
 
   // On all samples of a range. out = combine(conv(act(norm(input j))) + bias), and of the tangent; n = transposed
-  // conv(g). Without a convolution there is the rest.
+  // mix(transposed conv(g)). Without a convolution there is the rest.
   void convolve_input(const Passed<T>& at, const Range& range, const Map<T>& out, const Mix<T>& mix) const;
   void convolve_tangent(const Passed<T>& at, const Range& range, const Map<T>& t, const Map<T>& out,
                         const Mix<T>& mix) const;
-  void convolve_back(size_t j, const Range& range, const Map<T>& g, const Map<T>& n) const;
+  void convolve_back(size_t j, const Range& range, const Map<T>& g, const Map<T>& n, const Mix<T>& mix = {}) const;
   // Accumulates the weight's and bias' gradients from g and unit j's input, and, with `t`, from those of the tangent.
   void add_gradients(const Passed<T>& at, const Range& range, const Map<T>& g, const Map<T>* t,
                      const Map<T>& tangent_g) const;

@@ -319,7 +319,8 @@ void convolve_strided_back(const Plane<float>& in, const Plane<float>& out, cons
   each_parity(shape, [&](int64_t py, int64_t px, const ParityTaps& rows, const ParityTaps& columns) {
     const ConvShape part = backward_part(shape, rows, columns);
     ConvJob<bfloat16> parts[kMostJobs];
-    for (int64_t n = 0; n < count; ++n) parts[n] = {jobs[n].in, parity(jobs[n].out, py, px)};
+    for (int64_t n = 0; n < count; ++n)
+      parts[n] = {jobs[n].in, parity(jobs[n].out, py, px), parity(jobs[n].combine, py, px)};
     TileRun run = run_of(out, part.in_channels, together, packed);
     run.kernels.push_back(
         {Steps(part), -rows.before * narrow.row - columns.before * narrow.pixel, rows.before, columns.before});

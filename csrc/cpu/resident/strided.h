@@ -14,6 +14,12 @@ View<A> parity(View<A> view, int64_t py, int64_t px) {
   return view;
 }
 
+template <class A>
+Combine<A> parity(Combine<A> combine, int64_t py, int64_t px) {
+  for (int i = 0; i < combine.count; ++i) combine.term[i] = parity(combine.term[i], py, px);
+  return combine;
+}
+
 // Pulled back, a convolution of stride 2 is one of stride 1 for each parity of its input's rows and columns. Along one
 // side, input 2 i + parity meets output j with tap parity + padding - 2 (j - i): these taps, the last one first.
 struct ParityTaps {
@@ -56,7 +62,8 @@ template <class A>
 void convolve_strided(const Plane<A>& in, const Plane<A>& out, const ConvShape& shape, const A* packed, const A* bias,
                       const ConvJob<A>* jobs, int64_t count, Ahead* ahead);
 
-// The jobs' inputs are cotangents of the convolution's output, with a zero halo.
+// The jobs' inputs are cotangents of the convolution's output, with a zero halo. What a kernel of one row or column
+// does not meet is zero, without any terms.
 template <class A>
 void convolve_strided_back(const Plane<A>& in, const Plane<A>& out, const ConvShape& shape, const A* packed,
                            const ConvJob<A>* jobs, int64_t count, Ahead* ahead);

@@ -66,7 +66,8 @@ void convolve_strided_back(const Plane<A>& in, const Plane<A>& out, const ConvSh
   each_parity(shape, [&](int64_t py, int64_t px, const ParityTaps& rows, const ParityTaps& columns) {
     const ConvShape part{shape.out_channels, shape.in_channels, rows.count, columns.count};
     ConvJob<A> parts[kMostJobs];
-    for (int64_t n = 0; n < count; ++n) parts[n] = {jobs[n].in, parity(jobs[n].out, py, px)};
+    for (int64_t n = 0; n < count; ++n)
+      parts[n] = {jobs[n].in, parity(jobs[n].out, py, px), parity(jobs[n].combine, py, px)};
     const int64_t height = (in.height - py + 1) / 2, width = (in.width - px + 1) / 2;
     const ConvPlan<A> plan =
         strided_plan<A>(part, height, width, rows.before, columns.before, packed, columns.count, nullptr, out.height);

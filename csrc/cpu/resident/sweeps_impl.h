@@ -74,10 +74,10 @@ void Branch<T>::convolve_tangent(const Passed<T>& at, const Range& range, const 
 }
 
 template <class T>
-void Branch<T>::convolve_back(size_t j, const Range& range, const Map<T>& g, const Map<T>& n) const {
+void Branch<T>::convolve_back(size_t j, const Range& range, const Map<T>& g, const Map<T>& n, const Mix<T>& mix) const {
   ConvJob<T> jobs[kGroup];
   for (int64_t i = 0; i < range.count; ++i) {
-    jobs[i] = {g.at(range, i), n.at(range, i)};
+    jobs[i] = {g.at(range, i), n.at(range, i), mix.at(range, i)};
     if (spec_.units[j].mean_of) average_back(planes_[j], planes_[j + 1], spec_.units[j].shape, jobs[i]);
   }
   if (spec_.units[j].has_conv) convolve_jobs(j, true, jobs, range, false);
@@ -273,6 +273,9 @@ Map<T> Branch<T>::cotangent(const Evaluation<T>& e, const Mix<T>& image, const M
   const bool as_it_is = !spec_.units.back().moves() && few_image.terms.size() == 1 && few_image.terms[0].first == 1;
   // Behind a norm alone the image is what the norm's derivative is applied to: it is not written once more.
   const bool bare = as_it_is && units > 1 && spec_.units.back().act.kind == kIdentity;
+  const bool straight = point && begins_straight(last_mix) && !(along.sum && units == 1);
+  Map<T> result = out ? *out : on(whole, 0);
+  result.blocks = blocks_of<A>(spec_.units[0].in_channels);
   schedule_.rewind();
   for (size_t j = units; j-- > 0;) {
     const UnitSpec<A>& unit = spec_.units[j];
@@ -280,8 +283,11 @@ Map<T> Branch<T>::cotangent(const Evaluation<T>& e, const Mix<T>& image, const M
     const Map<T> n = on(whole, j);
     const Map<T> above = bare && j + 2 == units ? few_image.terms[0].second : on(whole, std::min(j + 1, units - 1));
     const bool ends = j == 0 && !point && unit.weight_at < 0 && unit.bias_at < 0;
-    const std::vector<Map<T>> maps =
-        j + 1 == units ? few_image.with({e.inputs[j], n}) : std::vector{e.inputs[j + 1], above, e.inputs[j]};
+    const bool direct = straight && j == 0;
+    std::vector<Map<T>> maps = j + 1 == units ? few_image.with({}) : std::vector{e.inputs[j + 1], above};
+    if (!direct || parameters) maps.push_back(e.inputs[j]);
+    if (direct || j + 1 == units) maps.push_back(direct ? result : n);
+    if (direct) maps = last_mix.with(maps);
     each(maps, [=, this, &unit, at = e.at(j), next = e.at(std::min(j + 1, units - 1))](const Range& range) {
       const bool given = j + 1 == units && as_it_is;
       const Map<T> g = given ? few_image.terms[0].second : fit(g_[j + 1], j + 1, unit.out_channels, range);
@@ -298,6 +304,7 @@ Map<T> Branch<T>::cotangent(const Evaluation<T>& e, const Mix<T>& image, const M
           add_moments(planes_[j], out_blocks, unit.shape.kernel_h, unit.shape.kernel_w, g.at(range, i), width(),
                       at.moments + range.worker * at.moments_stride + unit.moments_at);
       if (ends) return;
+      if (direct) return convolve_back(j, range, g, result, last_mix);
       if (unit.moves()) convolve_back(j, range, g, n);
       for (int64_t i = 0; i < range.count; ++i) {
         A* sums = sums_.at(range, i);
@@ -316,9 +323,7 @@ Map<T> Branch<T>::cotangent(const Evaluation<T>& e, const Mix<T>& image, const M
     if (!ends) settle_batch(j, true, {mean_n_, mean_xn_});
   }
   const Map<T> n = on(whole, 0);
-  Map<T> result = out ? *out : n;
-  result.blocks = blocks_of<A>(spec_.units[0].in_channels);
-  if (point)
+  if (point && !straight)
     each(last_mix.with({e.inputs[0], n, result}), [=, this, at = e.at(0)](const Range& range) {
       for (int64_t i = 0; i < range.count; ++i)
         cotangent_last(plane_, blocks_of<A>(spec_.units[0].in_channels), rows_of(at, range, i), at.input.at(range, i),
