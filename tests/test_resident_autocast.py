@@ -180,8 +180,8 @@ def test_a_chain_of_float32_maps_has_the_references_dtypes_and_gradients(activat
 
 
 def test_which_chains_it_refuses_and_auto_leaves_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
-    def border(channels: int, widest: int) -> Any:
-        branch = reference.PreActBranch(channels, widest, norm="layer", stride=2)
+    def border(channels: int, widest: int, norm: str = "layer") -> Any:
+        branch = reference.PreActBranch(channels, widest, norm=norm, stride=2)
         return fastode.nn.ResBlock(branch, 1.0, nn.Conv2d(channels, widest, 1, 2))
 
     def maps(channels: int, samples: int = 8 * torch.get_num_threads(), dtype: torch.dtype = BF16) -> Tensor:
@@ -190,7 +190,7 @@ def test_which_chains_it_refuses_and_auto_leaves_under_autocast(monkeypatch: pyt
     monkeypatch.setattr(rule, "_tiles", False)
     monkeypatch.setattr(rule, "_products", True)
     slow = "it was measured to be slower than plain PyTorch"
-    few = "with fewer than 8 samples for each thread and 128 channels"
+    few = "with fewer than 4 samples for each thread and 128 channels"
     with torch.autocast("cpu", BF16):
         assert border(16, 32).why_not(ENGINE, maps(16, dtype=F32)) == (
             "under autocast it takes float32 maps that convolutions alone read"
@@ -199,10 +199,18 @@ def test_which_chains_it_refuses_and_auto_leaves_under_autocast(monkeypatch: pyt
         rows = {
             "with fewer than 16 channels": (8, 32, maps(8)),
             "with more than 128 channels": (64, 160, maps(64)),
-            few: (64, 128, maps(64, 8 * torch.get_num_threads() - 1)),
+            few: (64, 128, maps(64, 4 * torch.get_num_threads() - 1)),
         }
         for why, (channels, widest, x) in rows.items():
             assert border(channels, widest).against(ENGINE, x) == f"on bfloat16 maps {why} {slow}"
+        assert border(128, 256, "batch").against(ENGINE, maps(128)) == ""
+        coupled = {
+            "with more than 256 channels": (128, 272, maps(128)),
+            "with a feature map of one sample of more than 32 KB": (256, 256, maps(256)),
+            "with fewer than 8 samples for each thread": (128, 256, maps(128, 8 * torch.get_num_threads() - 1)),
+        }
+        for why, (channels, widest, x) in coupled.items():
+            assert border(channels, widest, "batch").against(ENGINE, x) == f"on bfloat16 maps {why} {slow}"
         monkeypatch.setattr(rule, "_tiles", True)
         assert border(16, 32).against(ENGINE, maps(16)) == (
             "on bfloat16 maps it was measured on CPUs with dot products of them alone, and not on this kind"
@@ -226,9 +234,9 @@ def test_what_it_refuses_and_what_auto_leaves(monkeypatch: pytest.MonkeyPatch) -
         why = "multiplying float32 maps in float32, where autocast has bfloat16, "
         assert scheme(32).against(ENGINE, maps(32, F32)) == f"{why}{beyond.format(16)} {slow}"
         assert scheme(160).against(ENGINE, maps(160, BF16)) == f"under autocast {beyond.format(128)} {slow}"
-        for norm, most in (("layer", 64), ("batch", 32)):
-            one = fastode.nn.ResBlock(reference.PreActBranch(96, norm=norm))
-            assert one.against(ENGINE, maps(96, BF16)) == f"under autocast {beyond.format(most)} {slow}"
+        for channels, reason in ((128, ""), (160, f"under autocast {beyond.format(128)} {slow}")):
+            one = fastode.nn.ResBlock(reference.PreActBranch(channels, norm="batch"))
+            assert one.against(ENGINE, maps(channels, BF16)) == reason
         assert scheme(16).against("staged", maps(16, BF16)) == f"under autocast {slow}"
         skip = fastode.nn.IESkip(reference.PreActBranch(160))
         assert skip.against("staged", maps(160, BF16)) == f"under autocast {beyond.format(128)} {slow}"

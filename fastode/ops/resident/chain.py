@@ -82,7 +82,7 @@ def slower(x: Tensor, chain: Chain) -> str:
             entries, width = channels * pixels, channels
         widest = max(widest, channels)
     if x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and chain.lower is not None):
-        return rule.slower_lowered_chain(x, _fewest_read(chain, x), widest)
+        return rule.slower_lowered_chain(x, coupled, _fewest_read(chain, x), widest, -(-entries // widest))
     # Every sample's maps are read at each batch norm, and those of few channels are kept as wide as a vector.
     if coupled and width < _FEWEST:
         return f"with batch norms of fewer than {_FEWEST} channels it was measured to be slower than plain PyTorch"

@@ -69,7 +69,7 @@ class Resident(OperatorEngine):
             coupled = any(unit.norm is not None and unit.norm.mode == "batch" for unit in program.units)
             widest = max([x.shape[1], *[unit.conv.out_channels for unit in program.units if unit.conv is not None]])
             if program.lower is not None and call.family in rule.LOWERED and x.dtype != torch.float64:
-                slower = rule.slower_lowered(call.family, coupled, x, widest, call.stages)
+                slower = rule.slower_lowered(call.family, x, widest)
                 if slower or x.dtype == torch.float32:
                     return slower
             if call.is_single and x.dtype != torch.bfloat16:
