@@ -97,6 +97,7 @@ struct Evaluation {
   std::vector<Rows<A>> groups;  // if kept: mean and rstd of each group of a group norm, [2, groups]
   A* statistics = nullptr;      // if set: mean and biased variance [2, C] of every batch norm, one after the other
   bool measured = false;        // its statistics are known
+  bool spent = false;           // the next sweep back is its last and may write over its inputs behind the first
   A time = 0;                   // at which it is
   A* moments = nullptr;         // if set: where a cotangent sweep adds those of the units that see the time
   int64_t moments_stride = 0;   // from a worker's to the next one's
@@ -233,12 +234,9 @@ class Branch {
     return fit(active_[j], apart(j) ? j + 1 : j, spec_.units[j].in_channels, range);
   }
   void activate(const Passed<T>& at, const Range& range, int64_t i, const Map<T>& active) const;
-  // A compact map as one on the plane of unit j's input.
-  Map<T> on(const Map<T>& map, size_t j) const {
-    Map<T> moved = map;
-    if (!one_plane_) moved.view = planes_[j].compact(map.view.at);
-    return moved;
-  }
+  // Where a cotangent sweep puts every unit's norm's cotangent: in `whole`, or over the next unit's input if that is
+  // not needed any more. The first is left out where the sweep ends straight, the last one where it is bare.
+  std::vector<Map<T>> cotangent_places(const Evaluation<T>& e, bool ends_straight, bool bare, Map<T>& whole);
   // Unit j's convolution, or what pulls it back.
   void convolve_jobs(size_t j, bool back, const ConvJob<T>* jobs, const Range& range, bool bias) const;
 

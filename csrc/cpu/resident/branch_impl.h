@@ -241,6 +241,22 @@ NormRows<Number<T>> Branch<T>::rows_of(const Passed<T>& at, const Range& range, 
 }
 
 template <class T>
+std::vector<Map<T>> Branch<T>::cotangent_places(const Evaluation<T>& e, bool ends_straight, bool bare, Map<T>& whole) {
+  const size_t units = spec_.units.size();
+  std::vector<Map<T>> places(units);
+  for (size_t j = ends_straight; j + bare < units; ++j) {
+    const int64_t blocks = blocks_of<A>(spec_.units[j].in_channels);
+    const bool over = e.spent && memory_.coupled && j > 0 && j + 1 < units && !e.inputs[j + 1].pinned &&
+                      e.inputs[j + 1].stride >= blocks * planes_[j].pixels() * kLanes<A>;
+    if (!over && !whole) whole = map();
+    places[j] = over ? e.inputs[j + 1] : whole;
+    if (over || !one_plane_) places[j].view = planes_[j].compact(places[j].view.at);
+    places[j].blocks = over ? blocks : whole.blocks;
+  }
+  return places;
+}
+
+template <class T>
 void Branch<T>::prepare(const Evaluation<T>& e, size_t j) {
   if (!spec_.units[j].measured() || e.measured) return;
   each({e.inputs[j]}, [this, at = e.at(j)](const Range& range) { measure(at, range); });

@@ -89,6 +89,7 @@ class ChainProgram {
   // From y's cotangent; `y` or the sum tells the activation's slope. The result is x's cotangent, if `call.point`.
   void backward(const Map<T>& bar, const Map<T>& y, const Map<T>* result) {
     const bool weights = call_.gradients;
+    for (Evaluation<T>& evaluation : evaluations_) evaluation.spent = true;
     if (!has_block()) {
       branches_[0]->cotangent(evaluations_[0], image(1, bar), result, {}, weights, {}, call_.point);
       return;

@@ -268,20 +268,21 @@ Map<T> Branch<T>::cotangent(const Evaluation<T>& e, const Mix<T>& image, const M
   std::vector<Map<T>> made, made_of_image;
   const Mix<T> last_mix = few(mix, made), few_image = few(image, made_of_image);
   give(made_of_image);
-  const Map<T> whole = map();
   // Behind a convolution the image needs a halo, which its own map has not.
   const bool as_it_is = !spec_.units.back().moves() && few_image.terms.size() == 1 && few_image.terms[0].first == 1;
   // Behind a norm alone the image is what the norm's derivative is applied to: it is not written once more.
   const bool bare = as_it_is && units > 1 && spec_.units.back().act.kind == kIdentity;
   const bool straight = point && begins_straight(last_mix) && !(along.sum && units == 1);
-  Map<T> result = out ? *out : on(whole, 0);
+  Map<T> whole;
+  const std::vector<Map<T>> places = cotangent_places(e, out && straight, bare, whole);
+  Map<T> result = out ? *out : places[0];
   result.blocks = blocks_of<A>(spec_.units[0].in_channels);
   schedule_.rewind();
   for (size_t j = units; j-- > 0;) {
     const UnitSpec<A>& unit = spec_.units[j];
     const int64_t blocks = blocks_of<A>(unit.in_channels), out_blocks = blocks_of<A>(unit.out_channels);
-    const Map<T> n = on(whole, j);
-    const Map<T> above = bare && j + 2 == units ? few_image.terms[0].second : on(whole, std::min(j + 1, units - 1));
+    const Map<T> n = places[j];
+    const Map<T> above = bare && j + 2 == units ? few_image.terms[0].second : places[std::min(j + 1, units - 1)];
     const bool ends = j == 0 && !point && unit.weight_at < 0 && unit.bias_at < 0;
     const bool direct = straight && j == 0;
     std::vector<Map<T>> maps = j + 1 == units ? few_image.with({}) : std::vector{e.inputs[j + 1], above};
@@ -322,14 +323,13 @@ Map<T> Branch<T>::cotangent(const Evaluation<T>& e, const Mix<T>& image, const M
     });
     if (!ends) settle_batch(j, true, {mean_n_, mean_xn_});
   }
-  const Map<T> n = on(whole, 0);
   if (point && !straight)
-    each(last_mix.with({e.inputs[0], n, result}), [=, this, at = e.at(0)](const Range& range) {
+    each(last_mix.with({e.inputs[0], places[0], result}), [=, this, at = e.at(0), n = places[0]](const Range& range) {
       for (int64_t i = 0; i < range.count; ++i)
         cotangent_last(plane_, blocks_of<A>(spec_.units[0].in_channels), rows_of(at, range, i), at.input.at(range, i),
                        n.at(range, i), result.at(range, i), last_mix.at(range, i));
     });
-  if (out || !point) memory_.give(n);
+  if (out || !point) memory_.give(whole);
   give(made);
   return result;
 }
