@@ -55,7 +55,7 @@ inline void each_value(const Area& area, int64_t blocks, const NormRows<Number<T
   with_activation(act.kind, [&](auto kind) {
     for (int64_t b = 0; b < blocks; ++b) {
       const V mean = at(rows.mean, b), scale = at(rows.rstd, b) * at(rows.weight, b), bias = at(rows.bias, b);
-      walk(area, [&](int64_t y, int64_t x) {
+      walk(area, [=](int64_t y, int64_t x) {
         place(b, y, x, activate<kind(), V>((at(h, b, y, x) - mean) * scale + bias, act.arguments));
       });
     }
@@ -73,7 +73,7 @@ inline void each_tangent(const Area& area, int64_t blocks, const NormRows<Number
       for (int64_t b = 0; b < blocks; ++b) {
         const V mean = at(rows.mean, b), rstd = at(rows.rstd, b), weight = at(rows.weight, b), bias = at(rows.bias, b);
         const V scale = rstd * weight, mean_t = at(rows.t, b), mean_xt = at(rows.xt, b);
-        walk(area, [&](int64_t y, int64_t x) {
+        walk(area, [=](int64_t y, int64_t x) {
           const V xhat = (at(h, b, y, x) - mean) * rstd;
           const V tangent = scale * centred<measured()>(at(t, b, y, x), mean_t, xhat, mean_xt);
           place(b, y, x, tangent * activate_first<kind(), V>(xhat * weight + bias, act.arguments));
@@ -127,14 +127,14 @@ void join(const Plane<Number<T>>& plane, int64_t blocks, const NormRows<Number<T
   const Area area = area_of(plane, h, skip, out);
   for (int64_t b = 0; b < blocks; ++b) {
     const Normed<T> normed(rows, h, b);
-    const auto end = [&](int64_t y, int64_t x, V other) {
+    const auto end = [=](int64_t y, int64_t x, V other) {
       put(out, b, y, x, activate<kRelu, V>(normed(y, x) * step + other, {}));
     };
     if (skip_rows) {
       const Normed<T> other(*skip_rows, skip, b);
-      walk(area, [&](int64_t y, int64_t x) { end(y, x, other(y, x)); });
+      walk(area, [=](int64_t y, int64_t x) { end(y, x, other(y, x)); });
     } else {
-      walk(area, [&](int64_t y, int64_t x) { end(y, x, at(skip, b, y, x)); });
+      walk(area, [=](int64_t y, int64_t x) { end(y, x, at(skip, b, y, x)); });
     }
   }
 }
@@ -146,7 +146,7 @@ void pull_activation(const Plane<Number<T>>& plane, int64_t blocks, const Unary<
   const Area area = area_of(plane, h, bar, out);
   with_activation(act.kind, [&](auto kind) {
     for (int64_t b = 0; b < blocks; ++b)
-      walk(area, [&](int64_t y, int64_t x) {
+      walk(area, [=](int64_t y, int64_t x) {
         const auto slope = activate_first<kind(), Vec<Number<T>>>(at(h, b, y, x), act.arguments);
         put(out, b, y, x, at(bar, b, y, x) * slope);
       });
@@ -164,7 +164,7 @@ void cotangent_first(const Plane<Number<T>>& plane, int64_t blocks, const NormRo
     for (int64_t b = 0; b < blocks; ++b) {
       const V mean = at(rows.mean, b), rstd = at(rows.rstd, b), weight = at(rows.weight, b), bias = at(rows.bias, b);
       V total[2];
-      walk_sums<2, Number<T>>(area, total, [&](int64_t y, int64_t x, V* sum) {
+      walk_sums<2, Number<T>>(area, total, [=](int64_t y, int64_t x, V* sum) {
         const V xhat = (at(h, b, y, x) - mean) * rstd;
         const V nbar = at(g, b, y, x) * activate_first<kind(), V>(xhat * weight + bias, act.arguments);
         put(n, b, y, x, nbar);
@@ -187,7 +187,7 @@ void cotangent_last(const Plane<Number<T>>& plane, int64_t blocks, const NormRow
       for (int64_t b = 0; b < blocks; ++b) {
         const V mean = at(rows.mean, b), rstd = at(rows.rstd, b), scale = rstd * at(rows.weight, b);
         const V constant = rstd * at(rows.n, b), slope = rstd * rstd * at(rows.xn, b);
-        walk(area, [&](int64_t y, int64_t x) {
+        walk(area, [=](int64_t y, int64_t x) {
           V value = scale * at(n, b, y, x);
           if constexpr (measured()) value = value - constant - slope * (at(h, b, y, x) - mean);
           put(out, b, y, x, combined(value, b, y, x));
@@ -206,7 +206,7 @@ void tangent_sums(const Plane<Number<T>>& plane, int64_t blocks, const NormRows<
   for (int64_t b = 0; b < blocks; ++b) {
     const V mean = at(rows.mean, b), rstd = at(rows.rstd, b);
     V total[2];
-    walk_sums<2, Number<T>>(area, total, [&](int64_t y, int64_t x, V* sum) {
+    walk_sums<2, Number<T>>(area, total, [=](int64_t y, int64_t x, V* sum) {
       const V tangent = at(t, b, y, x);
       sum[0] += tangent;
       sum[1] += tangent * (at(h, b, y, x) - mean);
@@ -237,7 +237,7 @@ void second_first(const Plane<Number<T>>& plane, int64_t blocks, const NormRows<
         const V mean = at(rows.mean, b), rstd = at(rows.rstd, b), weight = at(rows.weight, b), bias = at(rows.bias, b);
         const V mean_t = at(rows.t, b), mean_xt = at(rows.xt, b);
         V total[5];
-        walk_sums<5, Number<T>>(area, total, [&](int64_t y, int64_t x, V* sum) {
+        walk_sums<5, Number<T>>(area, total, [=](int64_t y, int64_t x, V* sum) {
           const V xhat = (at(h, b, y, x) - mean) * rstd, normed = xhat * weight + bias;
           const V tangent = rstd * centred<measured()>(at(t, b, y, x), mean_t, xhat, mean_xt);
           const V first = activate_first<kind(), V>(normed, act.arguments);
@@ -274,7 +274,7 @@ void second_last(const Plane<Number<T>>& plane, int64_t blocks, const NormRows<N
         const V mean = at(rows.mean, b), rstd = at(rows.rstd, b), weight = at(rows.weight, b);
         const V mean_t = at(rows.t, b), mean_xt = at(rows.xt, b), mean_n = at(rows.n, b), mean_xn = at(rows.xn, b);
         const V mean_c = at(rows.c, b), mean_xc = at(rows.xc, b);
-        const auto both = [&](int64_t y, int64_t x, V& cotangent) {
+        const auto both = [=](int64_t y, int64_t x, V& cotangent) {
           const V xhat = (at(h, b, y, x) - mean) * rstd;
           const V p = rstd * centred<measured()>(at(t, b, y, x), mean_t, xhat, mean_xt);
           const V tangent_cotangent = rstd * centred<measured()>(weight * at(m, b, y, x), mean_c, xhat, mean_xc);
@@ -284,14 +284,14 @@ void second_last(const Plane<Number<T>>& plane, int64_t blocks, const NormRows<N
           return tangent_cotangent;
         };
         if (tangent_out) {
-          walk(area, [&](int64_t y, int64_t x) {
+          walk(area, [=](int64_t y, int64_t x) {
             V cotangent;
             const V tangent_cotangent = both(y, x, cotangent);
             put(out, b, y, x, combined(cotangent, b, y, x));
             put(second_out, b, y, x, tangent_cotangent);
           });
         } else {
-          walk(area, [&](int64_t y, int64_t x) {
+          walk(area, [=](int64_t y, int64_t x) {
             V cotangent;
             both(y, x, cotangent);
             put(out, b, y, x, combined(cotangent, b, y, x));
@@ -308,7 +308,7 @@ void combine_maps(const Plane<Number<T>>& plane, int64_t blocks, const View<T>& 
   const Area area = area_of(plane, out, combine);
   with_count(combine, [&](const auto& combined) {
     for (int64_t b = 0; b < blocks; ++b)
-      walk(area, [&](int64_t y, int64_t x) { put(out, b, y, x, combined(Vec<Number<T>>{}, b, y, x)); });
+      walk(area, [=](int64_t y, int64_t x) { put(out, b, y, x, combined(Vec<Number<T>>{}, b, y, x)); });
   });
 }
 
@@ -319,7 +319,7 @@ void add_channel_sums(const Plane<Number<T>>& plane, int64_t blocks, const View<
   const Area area = area_of(plane, from);
   for (int64_t b = 0; b < blocks; ++b) {
     V total[1];
-    walk_sums<1, Number<T>>(area, total, [&](int64_t y, int64_t x, V* sum) { sum[0] += at(from, b, y, x); });
+    walk_sums<1, Number<T>>(area, total, [=](int64_t y, int64_t x, V* sum) { sum[0] += at(from, b, y, x); });
     store<V>(sums + b * kLanes<Number<T>>, at(sums, b) + total[0]);
   }
 }
@@ -333,7 +333,7 @@ double inner_product(const Plane<Number<T>>& plane, int64_t blocks, const View<T
   for (int64_t b = 0; b < blocks; ++b) {
     V total[1];
     walk_sums<1, Number<T>>(area, total,
-                            [&](int64_t y, int64_t x, V* sum) { sum[0] += at(a, b, y, x) * at(c, b, y, x); });
+                            [=](int64_t y, int64_t x, V* sum) { sum[0] += at(a, b, y, x) * at(c, b, y, x); });
     for (int lane = 0; lane < kLanes<Number<T>>; ++lane) result += static_cast<double>(total[0][lane]);
   }
   return result;

@@ -44,7 +44,8 @@ inline Area area_of(const Plane<A>& plane, const Maps&... maps) {
   return (is_flat(plane, maps) && ...) ? Area{1, plane.pixels()} : Area{plane.height, plane.width};
 }
 
-// Calls f(y, x) for every pixel.
+// Calls f(y, x) for every pixel. It is to hold what it reads by value: of maps behind references, which a store through
+// a byte pointer might change, every place would be computed anew from their strides.
 template <class F>
 inline void walk(const Area& area, const F& f) {
   for (int64_t y = 0; y < area.rows; ++y)
