@@ -145,20 +145,31 @@ void finish(const Tiling& tiling, const Sums& tile) {
       const ConvJob<bfloat16>& job = tile.jobs[sample];
       const Combine<bfloat16>& combine = job.combine;
       bfloat16* out = job.out.pixel_at(tile.block, at.y, x);
-      const bfloat16* term[terms > 0 ? terms : 1];
-      for (int t = 0; t < terms; ++t) term[t] = combine.term[t].pixel_at(tile.block, at.y, x);
-      const V bias = tile.bias ? load<V>(tile.bias) * combine.scale : V{};
+      // Of what lies behind references a store might change every number.
+      const int64_t out_step = job.out.pixel;
+      const float scale = combine.scale;
+      constexpr int known = terms > 0 ? terms : 1;
+      const bfloat16* term[known];
+      int64_t term_step[known];
+      float coef[known];
+      for (int t = 0; t < terms; ++t) {
+        term[t] = combine.term[t].pixel_at(tile.block, at.y, x);
+        term_step[t] = combine.term[t].pixel, coef[t] = combine.coef[t];
+      }
+      const V bias = tile.bias ? load<V>(tile.bias) * scale : V{};
       const float* from = sums + s * kLanes<float>;
-      for (int64_t i = 0, pixel = 0; i < end - s; i += together, ++pixel, from += step) {
-        V value = load<V>(from) * combine.scale + bias;
+      for (int64_t i = 0, pixel = 0; i < end - s; i += together, ++pixel, from += step, out += out_step) {
+        V value = load<V>(from) * scale + bias;
         if constexpr (terms >= 0) {
-          FASTODE_UNROLL for (int t = 0; t < terms; ++t) value +=
-              combine.coef[t] * load_stored(term[t] + pixel * combine.term[t].pixel);
+          FASTODE_UNROLL for (int t = 0; t < terms; ++t) {
+            value += coef[t] * load_stored(term[t]);
+            term[t] += term_step[t];
+          }
         } else {
           for (int t = 0; t < combine.count; ++t)
             value += combine.coef[t] * load_stored(combine.term[t].pixel_at(tile.block, at.y, x + pixel));
         }
-        store_stored(out + pixel * job.out.pixel, value);
+        store_stored(out, value);
       }
     }
     const int64_t passed = tiling.row - at.x;
