@@ -80,7 +80,7 @@ def laid_out(weight: Tensor, layout: str) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("kernel, stride", [(1, 1), (3, 1), (3, 2), (7, 1), (9, 1)])
+@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (3, 1), (3, 2), (7, 1), (9, 1)])
 @pytest.mark.parametrize("channels", [(12, 20), (35, 16), (64, 33)], ids=str)
 def test_same_bits_whatever_the_strides_of_the_weights(
     channels: tuple[int, int], kernel: int, stride: int, dtype: torch.dtype
