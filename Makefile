@@ -1,8 +1,8 @@
-# make test | bench [SUITE=cpu|all] [ARGS=...] | lint | docs | fuzz [SECONDS=60] | recipes | versions | gpu [PYTHON=python3] [STEP=smoke|check|bench|sanitize] [RESULTS=folder] | kernels | choose | sanitize | simt-asan | portable | format | setup | clean
+# make test | bench [SUITE=cpu|all] [ARGS=...] | lint | docs | fuzz [SECONDS=60] | recipes | versions | gpu [PYTHON=python3] [STEP=smoke|check|bench|sanitize] [RESULTS=folder] | kernels | choose | sanitize | simt-asan | portable | tiles | format | setup | clean
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: test versions bench lint docs format gpu kernels choose fuzz recipes sanitize simt-asan portable clean setup
+.PHONY: test versions bench lint docs format gpu kernels choose fuzz recipes sanitize simt-asan portable tiles clean setup
 
 PYTHON ?= python3
 SUITE ?= default
@@ -126,6 +126,14 @@ portable: $(STAMP)
 	    export FASTODE_CXXFLAGS="-march=$$level"; \
 	    $(BIN)/python -m fastode build && $(BIN)/python -m pytest -q -p no:cacheprovider -n 2 $(PORTABLE_TESTS) || exit 1; \
 	done
+
+# The products on AMX tiles, on a machine with AVX-512's dot products of bfloat16 alone.
+TILES_TESTS ?= tests/test_resident_bf16.py tests/test_resident_autocast.py
+tiles: export FASTODE_CXXFLAGS := -DFASTODE_EMULATED_TILES
+tiles: export OMP_NUM_THREADS := 1
+tiles: $(STAMP)
+	$(BIN)/python -m fastode build
+	$(BIN)/python -m pytest -q -p no:cacheprovider -n 2 $(TILES_TESTS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks docs/_build fastode/libfastode-*.so

@@ -339,7 +339,8 @@ def test_named_engine_refuses_with_the_reason(norm: str, dtype: torch.dtype, rea
 
 
 def test_function_of_another_geometry_is_staged() -> None:
-    y, z, weight = torch.randn(1, 3, 4, 4), torch.randn(1, 2, 6, 6), torch.randn(3, 2, 3, 3, requires_grad=True)
+    y, z = torch.randn(1, 3, 4, 4, dtype=torch.float64), torch.randn(1, 2, 6, 6, dtype=torch.float64)
+    weight = torch.randn(3, 2, 3, 3, dtype=torch.float64, requires_grad=True)
     found = functional.skew_pair(y, z, weight, padding=0, activation="tanh")
     assert type(found[0].grad_fn).__name__ == "SkewPairFunctionBackward"
     torch.testing.assert_close(found, skew_field(y, z, weight, 1, 0, 0.0, torch.tanh))

@@ -20,7 +20,7 @@
 #else
 #define FASTODE_TILES 0
 #endif
-#if FASTODE_TILES && defined(__AMX_BF16__) && defined(__AMX_TILE__)
+#if FASTODE_TILES && ((defined(__AMX_BF16__) && defined(__AMX_TILE__)) || defined(FASTODE_EMULATED_TILES))
 #define FASTODE_AMX 1
 #else
 #define FASTODE_AMX 0

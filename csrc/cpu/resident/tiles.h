@@ -7,8 +7,53 @@
 #include <unistd.h>
 
 #include <cstdint>
+#include <cstring>
 
 namespace fastode::resident {
+
+#ifdef FASTODE_EMULATED_TILES  // to test what is built on them where there are none: `make tiles`
+
+inline bool tiles_permitted() { return true; }
+
+typedef float TileRow __attribute__((vector_size(64)));
+inline thread_local TileRow tile_file[8][16];
+
+// As a real one, it leaves nothing behind.
+struct TileScope {
+  TileScope() { std::memset(tile_file, 0, sizeof(tile_file)); }
+  ~TileScope() { std::memset(tile_file, 0xff, sizeof(tile_file)); }  // NaN
+  TileScope(const TileScope&) = delete;
+  TileScope& operator=(const TileScope&) = delete;
+};
+
+template <int tile>
+inline void tile_zero() {
+  std::memset(tile_file[tile], 0, sizeof(tile_file[tile]));
+}
+
+template <int tile>
+inline void tile_load(const void* from, int64_t row_bytes) {
+  for (int m = 0; m < 16; ++m)
+    std::memcpy(&tile_file[tile][m], static_cast<const char*>(from) + m * row_bytes, sizeof(TileRow));
+}
+
+template <int tile>
+inline void tile_store(void* to, int64_t row_bytes) {
+  for (int m = 0; m < 16; ++m)
+    std::memcpy(static_cast<char*>(to) + m * row_bytes, &tile_file[tile][m], sizeof(TileRow));
+}
+
+template <int sums, int a, int b>
+inline void tile_multiply() {
+  for (int m = 0; m < 16; ++m)
+    for (int k = 0; k < 16; ++k) {
+      const __m512 pairs = _mm512_set1_ps(tile_file[a][m][k]);
+      tile_file[sums][m] =
+          (TileRow)_mm512_dpbf16_ps((__m512)tile_file[sums][m], (__m512bh)pairs, (__m512bh)(__m512)tile_file[b][k]);
+    }
+}
+
+#else
 
 // Linux grants a process the tile state on request, once.
 inline bool tiles_permitted() {
@@ -53,5 +98,7 @@ template <int sums, int a, int b>
 inline void tile_multiply() {
   asm volatile("tdpbf16ps %%tmm%c0, %%tmm%c1, %%tmm%c2" ::"i"(b), "i"(a), "i"(sums));
 }
+
+#endif
 
 }  // namespace fastode::resident
