@@ -71,7 +71,7 @@ TABLE = (
 
 
 PROGRAMS = tuple(
-    Row("a block in one launch, and its input's gradient", w.id, w.variant, w.shape, False, programs.modes(w), True)
+    Row("a block in one launch, and its input's gradient", w.id, w.variant, w.shape, False, programs.MODES, True)
     for w in programs.workloads()
 )
 
@@ -141,15 +141,15 @@ def _judge(row: Row, engine: str, mode: str, device: torch.device) -> Result:
             workloads.work(module, own, "forward").run()  # under no_grad other kernels are launched
     found = verdict | {"kernels": sorted({launch.name for launch in launches})}
     if row.program and verdict["ok"] and device.type == "cuda":
-        found |= counted(workloads.work(module, own, mode).run, mode)
+        found |= counted(workloads.work(module, own, mode).run, mode, row.variant)
     return found | {"seconds": round(time.monotonic() - start, 1)}
 
 
-def counted(run: Callable[[], object], mode: str) -> Result:
+def counted(run: Callable[[], object], mode: str, variant: str = "") -> Result:
     """The programs that a call launches; with an error where they are not as many as there should be."""
     run()  # what is made once is made
     found = programs.launched(run)
-    wrong = programs.count_is_wrong(found, mode)
+    wrong = programs.count_is_wrong(found, mode, variant)
     return {"programs": found} | ({"ok": False, "errors": wrong} if wrong else {})
 
 

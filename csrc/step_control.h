@@ -1,6 +1,7 @@
 // How a solve chooses its steps, as torchdiffeq does: the first size, which attempts are accepted, the next size, and
-// the weights of the interpolant. No mathematics of a field, and the same on the CPU and on a card. Formulas:
-// fastode/reference/adaptive.py, and README.md of fastode/ops/schemes/skew_pair, (6).
+// the weights of the interpolant; and the way back through the first size. No mathematics of a field, and the same on
+// the CPU and on a card. Formulas: fastode/reference/adaptive.py, and README.md of fastode/ops/schemes/skew_pair, (6)
+// and (9).
 #pragma once
 
 #include <cmath>
@@ -15,7 +16,8 @@
 
 namespace fastode::resident {
 
-enum SolveEnd : int64_t { kReached, kMostAttempts, kNoStep, kNotFinite };
+// How a solve ended. kNoRoom: it accepted more steps than it can leave to a backward.
+enum SolveEnd : int64_t { kReached, kMostAttempts, kNoStep, kNotFinite, kNoRoom };
 
 // The numbers of a log before its attempts, and of each of these; control.h has their order.
 inline constexpr int64_t kLogHead = 10, kLogEach = 5;
@@ -90,6 +92,37 @@ struct FirstStep {
   FASTODE_ANYWHERE double size(int64_t order) const {
     const double bound = 100 * trial(), by = by_order(order);
     return bound <= by ? bound : by < bound ? by : bound + by;  // NaN stays
+  }
+};
+
+// The cotangents of a FirstStep's six numbers and of the trial's size, of those that are not zero.
+struct FirstStepBar {
+  double trial = 0, state = 0, slope = 0, change = 0;
+
+  // For the cotangent of the size.
+  FASTODE_ANYWHERE FirstStepBar(const FirstStep& first, int64_t order, double size_bar) {
+    const double bound = 100 * first.trial(), by = first.by_order(order);
+    const double share = bound < by ? 0 : bound > by ? 1 : 0.5;  // of by_order's
+    trial = 100 * (1 - share) * size_bar;
+    const double by_bar = share * size_bar;
+    if (first.stands_still()) {
+      if (1e-3 * first.trial() >= 1e-6) trial += 1e-3 * by_bar;
+      return;
+    }
+    const double d1 = Larger(first.slope).value, d2 = first.curvature();
+    const double bar = -by_bar * by / (static_cast<double>(order) * (d2 > d1 ? d2 : d1));
+    if (d2 > d1)
+      change = bar / first.trial(), trial -= bar * d2 / first.trial();
+    else
+      slope = bar;
+  }
+
+  // Carries the trial's cotangent on, when all of it is there.
+  FASTODE_ANYWHERE void settle_trial(const FirstStep& first) {
+    if (first.tries_anyhow() || trial == 0) return;
+    const double d1 = Larger(first.slope).value;
+    state += 0.01 * trial / d1;
+    slope -= trial * first.trial() / d1;
   }
 };
 

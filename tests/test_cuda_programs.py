@@ -66,6 +66,7 @@ def _on_the_test_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (
         "resident_rk_forward", "resident_rk_backward", "resident_ie_forward", "resident_ie_backward",
         "resident_march_forward", "resident_march_backward", "resident_solve_forward",
+        "resident_solve_backward",
     ):  # fmt: skip
         monkeypatch.setattr(torch.ops.fastode, name, getattr(torch.ops.fastode_simt, name))
     monkeypatch.setattr(nodes, "module", None)  # which call the operators past Python

@@ -1,10 +1,12 @@
-"""The program of csrc/cuda for a skew pair's solution with steps by error, on the test machine."""
+"""The programs of csrc/cuda for a skew pair's solution with steps by error, on the test machine."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 from block_cases import name_of
 from pairwise import SEEDS, Case, covering
 from simulator import ORDERS, barriers, counting, fenced, order, without
-from test_cuda_barriers import source_line
+from test_cuda_barriers import same, source_line
 from test_cuda_programs import _on_the_test_machine as _on_the_test_machine
 from test_cuda_skew import _before_there_is_an_input as _before_there_is_an_input
 from test_cuda_skew import field_of
@@ -24,6 +26,8 @@ from fastode import SolveError, Solver, reference, steps
 from fastode.dispatch import choice, trial
 from fastode.embedded import EMBEDDED
 from fastode.ops.resident.engine import Resident
+from fastode.ops.schemes import by_error
+from fastode.ops.schemes.by_error import Steps
 from fastode.testing import assert_blocks_equal, sample_input
 
 # Tolerances, the first step and t₁: a chosen first step; one that is rejected; several steps; one that overshoots.
@@ -48,9 +52,17 @@ FACTORS = {
     "order": tuple(ORDERS),
 }  # fmt: skip
 WHOLE, PART = (16, 16, 1, 8), (4, 10, 2, 16)  # of a program's map
+# Of gradients: as above, with fewer schemes.
+BACKWARDS = FACTORS | {
+    "map": (WHOLE, (32, 32, 1, 8), (16, 16, 1, 16), PART),
+    "method": ("dopri5", "bosh3", "adaptive_heun"),
+    "gradient": ("solver", "constant"),
+    "mode": ("train", "input_grad"),
+}
 BASE: Case = {
     "map": WHOLE, "norm": "group", "activation": "tanh", "method": "bosh3", "options": "several", "gamma": 0.3,
     "dtype": torch.bfloat16, "layout": "channels_last", "batch": 3, "alone": False, "order": "forward",
+    "gradient": "solver", "mode": "forward",
 }  # fmt: skip
 
 
@@ -66,7 +78,7 @@ def blocks_of(case: Case, **changes: Any) -> tuple[nn.Module, nn.Module, Tensor]
     torch.manual_seed(3)
     channels, _, _, side = case["map"]
     options = OPTIONS[case["options"]] | changes
-    solver = Solver(case["method"], per_sample=case["alone"], **options)
+    solver = Solver(case["method"], per_sample=case["alone"], gradient=case.get("gradient", "solver"), **options)
     plain = reference.SOBlock(field_of(case), solver).to(case["dtype"]).eval()
     twin = copy.deepcopy(plain)
     fastode.fuse(twin, engine=Resident.name)
@@ -79,6 +91,13 @@ def test_solutions_equal_their_reference(case: Case) -> None:
     plain, fused, x = blocks_of(case)
     with order(case["order"]):
         assert_blocks_equal(plain, fused, x, mode="forward")
+
+
+@pytest.mark.parametrize("case", covering(BACKWARDS, seed=SEEDS[0]), ids=name_of)
+def test_gradients_equal_their_reference(case: Case) -> None:
+    plain, fused, x = blocks_of(case)
+    with order(case["order"]):
+        assert_blocks_equal(plain, fused, x, mode=case["mode"])
 
 
 def steps_of(block: nn.Module, x: Tensor) -> list[Any]:
@@ -106,47 +125,139 @@ def test_it_takes_the_same_steps(size: tuple[int, ...], options: str, alone: boo
         assert len(other.times) > 3 or options != "several" or size == PART
 
 
-def solved(case: Case, name: str, **changes: Any) -> Tensor:
+def solved(case: Case, name: str, **changes: Any) -> list[Tensor]:
+    """A solution, and what gradients the case's mode has."""
     _, fused, x = blocks_of(case, **changes)
-    with order(name), torch.no_grad():
-        return fused(x)
+    x.requires_grad_(case["mode"] != "forward")
+    fused.requires_grad_(case["mode"] == "train")
+    with order(name):
+        return differentiated(fused, x)
 
 
-def test_a_missing_barrier_is_seen() -> None:
+def differentiated(block: nn.Module, x: Tensor) -> list[Tensor]:
+    y = block(x)
+    wanted = (x, *(p for p in block.parameters() if p.requires_grad))
+    # As torch.autograd.grad does, in which no mode that counts reads is at work.
+    run = torch.autograd.Variable._execution_engine.run_backward
+    gradients = run((y,), (torch.ones_like(y),), False, False, wanted, True, False) if x.requires_grad else ()
+    return [y.detach(), *gradients]
+
+
+# Mode, norm, map, and whether each sample is alone. No sum of a norm waits where its statistics are given and no
+# parameter is trained.
+WAITING = {
+    "forward": (("forward", "group", WHOLE, False), ("forward", "none", PART, False), ("forward", "none", WHOLE, True)),
+    "backward": (
+        ("train", "group", WHOLE, False),
+        ("train", "none", PART, False),
+        ("input_grad", "fixed", WHOLE, True),
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAITING)
+def test_a_missing_barrier_is_seen(way: str) -> None:
     met, seen = set(), set()
-    for norm, size, alone in (("group", WHOLE, False), ("none", PART, False), ("none", WHOLE, True)):
-        case = BASE | {"norm": norm, "map": size, "alone": alone, "method": "adaptive_heun", "options": "overshot"}
+    for mode, norm, size, alone in WAITING[way]:
+        case = BASE | {"norm": norm, "map": size, "alone": alone, "method": "adaptive_heun", "mode": mode}
+        case |= {"options": "overshot" if way == "forward" else "chosen"}
         right = solved(case, "forward")
-        assert right.isfinite().all() and all(torch.equal(right, solved(case, name)) for name in ORDERS)
-        every = barriers(lambda case=case: solved(case, "forward"))
-        met |= set(every)
+        assert right[0].isfinite().all() and all(same(right, solved(case, name)) for name in ORDERS)
+        every = set(barriers(lambda case=case: solved(case, "forward")))
+        if way == "backward":
+            every -= set(barriers(lambda case=case: solved(case | {"mode": "forward"}, "forward")))
+        met |= every
         for barrier in every:
             with without(barrier):
-                if not all(torch.equal(right, found) for found in tried(case)):
+                if not all(same(right, found) for found in tried(case)):
                     seen.add(barrier)
     assert {barrier for barrier in met - seen if "// unseen:" not in source_line(barrier)} == set()
-    assert any("grid_barrier" in source_line(barrier) for barrier in seen)
+    assert any("grid_barrier" in source_line(barrier) for barrier in seen) == (way == "forward")
 
 
-def tried(case: Case) -> list[Tensor]:
+def tried(case: Case) -> list[list[Tensor]]:
     """A solution in every order; NaN where the machine found something wrong."""
     found = []
     for name in ORDERS:
         try:
             found.append(solved(case, name, max_steps=40))
         except RuntimeError:
-            found.append(torch.tensor(torch.nan))
+            found.append([torch.tensor(torch.nan)])
     return found
 
 
+@pytest.mark.parametrize("gradient", ["constant", "solver"])
 @pytest.mark.parametrize("alone", FACTORS["alone"])
-def test_a_solution_is_one_launch_and_reads_nothing_back(alone: bool) -> None:
-    _, fused, x = blocks_of(BASE | {"options": "rejected", "alone": alone})
-    assert len(steps_of(fused, x)[0].rejected) > 0
-    with counting() as counts, Reads(x, *fused.parameters()) as reads, torch.no_grad():
-        fused(x)
-    assert (counts["launch"], reads.count) == (1, 0)
+@pytest.mark.parametrize(("mode", "launches"), [("forward", 1), ("input_grad", 2), ("train", 3)])
+def test_a_solution_is_one_launch_each_way_and_reads_nothing_back(
+    mode: str, launches: int, alone: bool, gradient: str
+) -> None:
+    """Beside those two, a training step has one that adds up."""
+    _, fused, x = blocks_of(BASE | {"options": "chosen", "alone": alone, "gradient": gradient})
+    x.requires_grad_(mode != "forward")
+    fused.requires_grad_(mode == "train")
+    with counting() as counts, Reads(x, *fused.parameters()) as reads:
+        differentiated(fused, x)
+    assert (counts["launch"], reads.count) == (launches, 0)
     assert (counts["grid_barrier"] > 0) == (not alone)
+
+
+@pytest.mark.parametrize("alone", FACTORS["alone"])
+@pytest.mark.parametrize("method", ["bosh3", "adaptive_heun"])  # whose last stage is the step's end, and is not
+def test_where_only_some_beginnings_have_room_the_others_are_made_again(method: str, alone: bool) -> None:
+    case = BASE | {"method": method, "mode": "train", "alone": alone, "batch": 2, "dtype": torch.float16}
+    small: dict[str, Any] = {"first_step": 1e-6, "rtol": 5e-3, "atol": 2e-3}
+    plain, fused, x = blocks_of(case, **small)
+    least = {"bosh3": 8, "adaptive_heun": 16}[method]
+    assert all(len(solve.times) > least + 1 for solve in steps_of(fused, x))
+    with order("random 1"):
+        assert_blocks_equal(plain, fused, x, mode="train")
+
+
+def test_a_backward_that_finds_nothing_solves_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = BASE | {"mode": "train", "options": "chosen"}
+    kept = solved(case, "forward")
+    monkeypatch.setattr("fastode.ops.resident.solve.keeps", lambda ctx: False)  # as under torch.compile
+    with counting() as counts:
+        again = solved(case, "forward")
+    assert counts["launch"] == 4
+    assert same(kept, again)
+
+
+@pytest.mark.parametrize("trained", ["weight", "norms"])
+def test_only_the_gradients_that_are_asked_for_are_made(trained: str) -> None:
+    case = BASE | {"mode": "train"}
+    _, block, x = blocks_of(case)
+    every = dict(zip(["x", *(name for name, _ in block.named_parameters())], solved(case, "forward")[1:], strict=True))
+    block.requires_grad_(False)
+    chosen = [(name, p) for name, p in block.named_parameters() if ("norm" in name) == (trained == "norms")]
+    for _, p in chosen:
+        p.requires_grad_()
+    y = block(x.requires_grad_())
+    y.backward(torch.ones_like(y), retain_graph=True)
+    found = [p.grad.clone() for _, p in chosen]
+    y.backward(torch.ones_like(y))  # what is kept is still there
+    assert chosen and all(torch.equal(grad, every[name]) for grad, (name, _) in zip(found, chosen, strict=True))
+    assert all(torch.equal(p.grad, 2 * every[name]) for name, p in [("x", x), *chosen])
+
+
+@pytest.mark.parametrize("alone", FACTORS["alone"])
+def test_a_backward_that_is_differentiated_asks_for_the_steps(alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, fused, x = blocks_of(BASE | {"options": "rejected", "alone": alone})
+    taken: list[Steps] = []
+
+    def retaken(slope: Any, state: Any, solver: Solver, steps: Steps) -> Any:
+        taken.append(steps)
+        return by_error.retaken(slope, state, solver, steps)
+
+    monkeypatch.setattr("fastode.dispatch.skew.by_error", SimpleNamespace(retaken=retaken))
+    y = fused(x.requires_grad_())
+    (first,) = torch.autograd.grad(y, x, torch.ones_like(y), create_graph=True)
+    (second,) = torch.autograd.grad(first.float().square().sum(), x)
+    assert second.isfinite().all() and second.any()
+    for found, solve in zip(taken, steps_of(fused, x), strict=True):
+        ends = list(itertools.accumulate(found.sizes, initial=0.0))
+        assert ends == pytest.approx(solve.times) and not found.first_stayed
 
 
 def test_a_record_of_many_attempts_has_all() -> None:
@@ -169,12 +280,14 @@ def test_a_solve_that_fails_leaves_nan_and_says_why_when_it_is_asked(alone: bool
     ]
     for changes, factor, reason in cases:
         _, fused, x = blocks_of(BASE | {"alone": alone, "norm": "none"}, **changes)
-        right = solved(BASE | {"norm": "none", "alone": alone}, "forward")
+        (right,) = solved(BASE | {"norm": "none", "alone": alone}, "forward")
         assert not right.isnan().any()
         x[-1] *= factor
-        with torch.no_grad():
-            y = fused(x)
+        y, *gradients = differentiated(fused, x.requires_grad_())
         nothing = y.flatten(1).isnan().all(1)
+        assert torch.equal(gradients[0].flatten(1).isnan().all(1), nothing)
+        assert all(gradient.isnan().all() for gradient in gradients[1:])
+        x.requires_grad_(False)
         assert nothing.tolist() == ([False, False, True] if alone and factor != 1 else [True] * 3)
         assert not y[~nothing].isnan().any()
         with pytest.raises(SolveError) as caught:
@@ -186,6 +299,27 @@ def test_a_solve_that_fails_leaves_nan_and_says_why_when_it_is_asked(alone: bool
         assert str(again.value) == str(caught.value) or factor != 1  # a log alone does not see that x is NaN
 
 
+@pytest.mark.parametrize("alone", FACTORS["alone"])
+def test_more_steps_than_have_room_for_gradients_are_a_solve_that_fails(
+    alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, fused, x = blocks_of(BASE | {"alone": alone}, first_step=1e-3)
+    steps = min(len(solve.times) - 1 for solve in steps_of(fused, x))
+    assert steps > 2
+    for most, fails in ((steps, False), (steps - 1, True)):
+        monkeypatch.setattr("fastode.ops.resident.solve._MOST_TAKEN", most)
+        with torch.no_grad():
+            assert not fused(x).isnan().any()
+        found = differentiated(fused, x[:1].clone().requires_grad_())
+        assert all(each.isnan().any() == fails for each in found)
+        if fails:
+            reason = f"it took more steps than the {most} of which a card keeps the sizes for gradients"
+            with pytest.raises(SolveError, match=reason):
+                fastode.check_solves()
+        else:
+            fastode.check_solves()
+
+
 def test_maps_may_lie_anywhere() -> None:
     for size in (WHOLE, PART):
         _, fused, x = blocks_of(BASE | {"map": size})
@@ -194,13 +328,16 @@ def test_maps_may_lie_anywhere() -> None:
             wanted = fused(x)
             assert not wanted.isnan().any()
             assert torch.equal(fused(wide[..., 1::2].copy_(x)), wanted) and torch.equal(fused(fenced(x)), wanted)
+        images = (x, wide[..., 1::2], fenced(x))
+        every = [differentiated(fused, image.detach().requires_grad_()) for image in images]
+        assert all(same(every[0], other) for other in every[1:])
 
 
 def test_what_has_no_program_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "DEVICES", ("cpu",))  # where the choice depends on what will be differentiated
     monkeypatch.setattr(trial, "is_known", lambda call: True)
-    _, fused, x = blocks_of(BASE)
-    gradients = "its programs for CUDA make no gradients of a skew pair's solution with steps by error"
+    _, fused, x = blocks_of(BASE | {"gradient": "exact"})
+    gradients = "its programs for CUDA make no gradients through the size of every step by error"
     for _ in range(2):
         assert choice.can_use(Resident.name, fused, x) == (False, gradients)
         with torch.no_grad():

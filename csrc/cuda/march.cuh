@@ -2,7 +2,7 @@
 // fastode/ops/schemes/skew_pair.
 #pragma once
 
-#include "skew.cuh"
+#include "skew_pull.cuh"
 
 namespace fastode::device {
 
@@ -136,6 +136,7 @@ struct MarchBackward {
   using State = typename Tile::State;
   using Sum = typename Tile::Sum;
   using Stage = typename March<Tile>::Stage;
+  using Pull = PairPull<Tile>;
 
   static constexpr size_t bytes(int) { return Memory<Tile>::bytes(cuda::kPairNorms, 1); }
 
@@ -147,50 +148,59 @@ struct MarchBackward {
     for (int n = block(); n < call.samples; n += blocks()) {
       const Stage first(call, n, 0, 0);
       if (back.points) March<Tile>::begin(pair, first);
-      begin(pair, back, first);
+      Pull::begin(pair, back.cotangent, n, total(first, kY), total(first, kZ));
       FASTODE_ROLLED
       for (int step = call.steps - 1; step >= 0; --step) {
         FASTODE_ROLLED
         for (int i = 0; back.points && i + 1 < call.stages; ++i) slopes_again(pair, {call, n, step, i});
         FASTODE_ROLLED
-        for (int i = call.stages - 1; i >= 0; --i) stage(pair, back, {call, n, step, i});
+        for (int i = call.stages - 1; i >= 0; --i) Pull::stage(pair, BackStage(back, n, step, i));
         end_step({call, n, step, 0});
       }
-      end(pair, first);
+      Pull::end(pair, call.result, n, total(first, kY), total(first, kZ));
     }
     if (back.sums) pair.store_sums(back.sums, cuda::kPairNorms);
   }
 
  private:
+  struct BackStage : Stage {
+    const cuda::MarchBackCall& back;
+
+    FASTODE_DEVICE BackStage(const cuda::MarchBackCall& back, int n, int step, int i)
+        : Stage(back.march, n, step, i), back(back) {}
+
+    FASTODE_DEVICE void point(State& state, int half) const { March<Tile>::combine(state, *this, half, this->i); }
+
+    FASTODE_DEVICE void slope_bar(Sum& bar, int half) const {
+      const cuda::MarchCall& call = this->call;
+      const int i = this->i;
+      Tile::clear(bar);
+      if (call.table[call.stages][i] != 0) Tile::add_kept(bar, call.table[call.stages][i], total(*this, half));
+      FASTODE_ROLLED
+      for (int l = i + 1; l < call.stages; ++l)
+        if (call.table[l][i] != 0 && points(*this, half) >> l & 1)
+          Tile::add_kept(bar, call.table[l][i], this->own(kSlopes + 2 * l + half));
+    }
+
+    FASTODE_DEVICE bool products() const { return back.products >= 0; }
+
+    // (4): where the input or the cotangent of the product of a slope lies.
+    FASTODE_DEVICE char* factor(int half, bool cotangent) const {
+      const int slopes = this->call.room.split - 2 * (this->call.steps - 1);
+      const int slot = back.products + this->number(half) + (cotangent ? slopes : 0);
+      return SkewPair<Tile>::place(this->call.room, slot, this->n);
+    }
+
+    // Statistics that change nothing, for who multiplies.
+    FASTODE_DEVICE void note(int half) const {
+      FASTODE_ROLLED
+      for (int i = thread(); i < 2 * C; i += Tile::kThreads)
+        back.plain[(int64_t{this->number(half)} * this->call.samples + this->n) * 4 * C + i] = i < C ? 0 : 1;
+    }
+  };
+
   // Where the cotangent of the state lies.
   static FASTODE_DEVICE char* total(const Stage& at, int half) { return at.own(kSlopes + 2 * at.call.stages + half); }
-
-  // The cotangents of the last state.
-  static FASTODE_DEVICE void begin(const SkewPair<Tile>& pair, const cuda::MarchBackCall& back, const Stage& first) {
-    State state;
-    Tile::clear(state);
-    Tile::keep(state, total(first, kZ));
-    if (!pair.whole()) return pair.bring(total(first, kY), back.cotangent, first.n, As::kY);
-    Tile::load(state, back.cotangent, first.n);
-    Tile::keep(state, total(first, kY));
-  }
-
-  // The cotangent of x from those of the first state.
-  static FASTODE_DEVICE void end(const SkewPair<Tile>& pair, const Stage& first) {
-    State state;
-    if (pair.whole()) {
-      Sum sum;
-      Tile::clear(sum);
-      for (const int half : {kY, kZ}) Tile::add_kept(sum, 1, total(first, half));
-      Tile::round(state, sum);
-      Tile::keep(state, total(first, kZ));
-    } else {
-      Tile::recall(state, total(first, kY));
-      pair.put(state);
-      pair.add_start(total(first, kZ));
-    }
-    pair.take(total(first, kZ), first.call.result, first.n, As::kZ);
-  }
 
   static FASTODE_DEVICE void slopes_again(SkewPair<Tile>& pair, const Stage& at) {
     FASTODE_ROLLED
@@ -202,86 +212,10 @@ struct MarchBackward {
     }
   }
 
-  // (5) from the cotangents of a stage's slopes to those of its point.
-  static FASTODE_DEVICE void stage(SkewPair<Tile>& pair, const cuda::MarchBackCall& back, const Stage& at) {
-    FASTODE_ROLLED
-    for (int half = kY; half <= kZ; ++half) {
-      if (!at.uses(half)) continue;
-      State state;
-      pair.activate_again(state, at.trace(half).input);
-      Sum bar;
-      slope_bar(bar, at, half);
-      pair.pull(kPostY + half, state, bar, at.trace(anew(half)).after);
-      pair.pull_activation(bar, at.trace(anew(half)).input);
-      if (half == kZ) Tile::scale(bar, -1);
-      Tile::round(state, bar);
-      Tile::keep(state, pulled(back, at, anew(half)));
-    }
-    FASTODE_ROLLED
-    for (int half = kZ; half >= kY; --half) {
-      const bool through = at.uses(kZ - half), damped = pair.gamma() != 0 && at.uses(half);
-      if (through || damped) point_bar(pair, back, at, half, through, damped);
-    }
-  }
-
-  // (3) for half of a stage's point, to the slope's place. What the norm makes of the point goes to a product, too.
-  static FASTODE_DEVICE void point_bar(SkewPair<Tile>& pair, const cuda::MarchBackCall& back, const Stage& at, int half,
-                                       bool through, bool damped) {
-    const int which = kPreY + half;
-    State point;
-    if (through) {
-      Tile::recall(point, pulled(back, at, kZ - half));
-      pair.put(point);
-    }
-    const bool product = through && back.products >= 0;
-    if (product || pair.reads(which)) March<Tile>::combine(point, at, half, at.i);
-    Sum bar;
-    if (!through)
-      Tile::clear(bar);
-    else if (half == kZ)
-      pair.template convolve<true>(bar);
-    else
-      pair.template convolve<false>(bar);
-    if (damped) Tile::add_kept(bar, half == kZ ? pair.gamma() : -pair.gamma(), pulled(back, at, half));
-    const float* const found = at.trace(half).before;
-    pair.pull(which, point, bar, found);
-    if (product) {
-      pair.normalise_again(which, point, found);
-      Tile::keep(point, factor(back, at, kZ - half, half == kY));
-      FASTODE_ROLLED
-      for (int i = thread(); i < 2 * C; i += Tile::kThreads)
-        back.plain[(int64_t{at.number(kZ - half)} * at.call.samples + at.n) * 4 * C + i] = i < C ? 0 : 1;
-    }
-    Tile::round(point, bar);
-    Tile::keep(point, at.slope(half));
-  }
-
-  // Where the cotangent of the activation's input lies, for z with its sign turned.
-  static FASTODE_DEVICE char* pulled(const cuda::MarchBackCall& back, const Stage& at, int half) {
-    return back.products < 0 ? at.own(kHat + half) : factor(back, at, half, half == kY);
-  }
-
-  // (4): where the input or the cotangent of the product of a slope lies.
-  static FASTODE_DEVICE char* factor(const cuda::MarchBackCall& back, const Stage& at, int half, bool cotangent) {
-    const int slopes = at.call.room.split - 2 * (at.call.steps - 1);
-    return SkewPair<Tile>::place(at.call.room, back.products + at.number(half) + (cotangent ? slopes : 0), at.n);
-  }
-
   // Which stages' points have a cotangent in a half.
   static FASTODE_DEVICE uint32_t points(const Stage& at, int half) {
     const uint32_t own = half == kY ? at.used.y : at.used.z, through = half == kY ? at.used.z : at.used.y;
     return at.call.pair.gamma != 0 ? own | through : through;
-  }
-
-  // The cotangent of a slope.
-  static FASTODE_DEVICE void slope_bar(Sum& bar, const Stage& at, int half) {
-    const cuda::MarchCall& call = at.call;
-    Tile::clear(bar);
-    if (call.table[call.stages][at.i] != 0) Tile::add_kept(bar, call.table[call.stages][at.i], total(at, half));
-    FASTODE_ROLLED
-    for (int l = at.i + 1; l < call.stages; ++l)
-      if (call.table[l][at.i] != 0 && points(at, half) >> l & 1)
-        Tile::add_kept(bar, call.table[l][at.i], at.own(kSlopes + 2 * l + half));
   }
 
   // The cotangents of the state at the step's start.

@@ -330,6 +330,7 @@ void implement(Library& m) {
   m.impl("resident_march_forward", TORCH_BOX(&march_solution));
   m.impl("resident_march_backward", TORCH_BOX(&march_gradients));
   m.impl("resident_solve_forward", TORCH_BOX(&solve_solution));
+  m.impl("resident_solve_backward", TORCH_BOX(&solve_gradients));
 }
 
 }  // namespace fastode::cuda

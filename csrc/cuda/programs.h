@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../constants.h"
+#include "../step_control.h"
 
 namespace fastode::cuda {
 
@@ -193,7 +194,20 @@ struct MarchBackCall {
   float* sums;  // of the norms, [block][norm][bias, weight][channels]; null: their gradients are not wanted
 };
 
-// A solution of a skew pair with steps by error: all samples share them, or each has its own.
+// What a solve did, as far as its backward asks.
+struct SolveTaken {
+  int64_t steps, end;
+  bool stays;  // whether the first attempt was accepted
+  double at;   // the part of the last step at which t₁ lies
+  resident::FirstStep first;
+};
+
+// The steps of a solve whose beginnings are kept: the first one and every second, fourth … of the others, so that these
+// are enough.
+inline constexpr int kSolveSlots = 8;
+
+// A solution of a skew pair with steps by error: all samples share them, or each has its own. In the kept places lie,
+// where there are any, the state and the first slope at the beginning of each step that is kept.
 struct SolveCall {
   int samples, stages;
   bool ends_in_solution, alone;
@@ -210,6 +224,22 @@ struct SolveCall {
   // is no room for all, the last one. Null: it is not told.
   double* log;
   int64_t logged;
+  // For a backward, of each solve what it did and the sizes of its steps, of at most `most_taken`. Null: it is not
+  // kept.
+  SolveTaken* taken;
+  float* sizes;
+  int64_t most_taken;
+};
+
+struct SolveBackCall {
+  SolveCall solve;  // `result` is the cotangent of x, and the own places are those of cotangents
+  Map cotangent;
+  bool through;       // whether the derivative goes through the first step's size, where the field chose it
+  Room room;          // a block's own places
+  float* statistics;  // of the norms, [block][stage][norm][mean, rstd][channels]
+  bool weight;        // whether the gradient of W is wanted
+  float* partial;     // of W, as WeightsCall has it
+  float* sums;        // of the norms, [block][norm][bias, weight][channels]; null: their gradients are not wanted
 };
 
 inline constexpr int kSolveSums = 4;
@@ -241,6 +271,7 @@ const char* batch_descent_backward(Type type, Shape shape, const DescentCall& ca
 const char* march_forward(Type type, Shape shape, const MarchCall& call, const Queue& queue);
 const char* march_backward(Type type, Shape shape, const MarchBackCall& call, const Queue& queue);
 const char* solve_forward(Type type, Shape shape, const SolveCall& call, const Queue& queue);
+const char* solve_backward(Type type, Shape shape, const SolveBackCall& call, const Queue& queue);
 
 // How many blocks a launch of these programs will have.
 int scheme_backward_blocks(Type type, Shape shape, const BackwardCall& call, const Queue& queue);
@@ -248,6 +279,7 @@ int descent_backward_blocks(Type type, Shape shape, const DescentCall& call, con
 int batch_scheme_backward_blocks(Type type, Shape shape, const BackwardCall& call, const Queue& queue);
 int batch_descent_backward_blocks(Type type, Shape shape, const DescentCall& call, const Queue& queue);
 int march_backward_blocks(Type type, Shape shape, const MarchBackCall& call, const Queue& queue);
+int solve_backward_blocks(Type type, Shape shape, const SolveBackCall& call, const Queue& queue);
 int weight_gradients_blocks(Type type, Shape shape, const WeightsCall& call, const Queue& queue);
 
 }  // namespace fastode::cuda

@@ -31,9 +31,9 @@ class SkewPair : public Norms<Tile> {
   using typename Base::T;
 
   // Reads all parameters, which are there after a barrier. Forwards a norm that does not measure its statistics has
-  // them in the place of the sums.
-  FASTODE_DEVICE SkewPair(const cuda::Pair& pair, bool forward, bool sums)
-      : Base(cuda::kPairNorms, 1), pair_(pair), sums_(sums) {
+  // them in the place of the sums or, where both are needed, in `fixed`, [norm][mean, rstd][C].
+  FASTODE_DEVICE SkewPair(const cuda::Pair& pair, bool forward, bool sums, float* fixed = nullptr)
+      : Base(cuda::kPairNorms, 1), pair_(pair), sums_(sums), fixed_(fixed) {
     Tile::clear_border(memory_.map);
     const uint16_t* const weight = static_cast<const uint16_t*>(pair.weight);
     if (whole())
@@ -51,8 +51,10 @@ class SkewPair : public Norms<Tile> {
         const int at = c >> bits(which);
         memory_.norm_weight(which)[c] = own ? Base::number(norm.weight, at, 1) : 0;
         memory_.norm_bias(which)[c] = own ? Base::number(norm.bias, at, 0) : 0;
-        memory_.sums(which)[c] = own && forward ? Base::number(norm.mean, at, 0) : 0;
-        memory_.sums(which)[C + c] = own && forward ? rsqrt(Base::number(norm.variance, at, 1) + norm.eps) : 0;
+        memory_.sums(which)[c] = memory_.sums(which)[C + c] = 0;
+        if (!forward) continue;
+        fixed_statistics(which)[c] = own ? Base::number(norm.mean, at, 0) : 0;
+        fixed_statistics(which)[C + c] = own ? rsqrt(Base::number(norm.variance, at, 1) + norm.eps) : 0;
       }
     }
   }
@@ -106,7 +108,7 @@ class SkewPair : public Norms<Tile> {
     if (norm.mode == kNoNorm) return;
     const bool measured = norm.mode == kGroupNorm;
     if (measured) this->take_statistics(norm.groups, norm.eps, state, channels(which));
-    const float* const found = measured ? memory_.mean : memory_.sums(which);
+    const float* const found = measured ? memory_.mean : fixed_statistics(which);
     FASTODE_ROLLED
     for (int i = thread(); rows && i < 2 * C; i += Tile::kThreads) rows[i] = i % C < channels(which) ? found[i] : 0;
     normalise_again(which, state, found);
@@ -239,6 +241,10 @@ class SkewPair : public Norms<Tile> {
  private:
   using Base::memory_;
 
+  FASTODE_DEVICE float* fixed_statistics(int which) const {
+    return fixed_ ? fixed_ + which * 2 * C : memory_.sums(which);
+  }
+
   // How often y's side is half of z's: 0 or 1.
   FASTODE_DEVICE int halvings() const { return pair_.stride - 1; }
   // By how many bits more the number of a channel of a norm's map has than that of the tensor's channel.
@@ -327,6 +333,7 @@ class SkewPair : public Norms<Tile> {
 
   const cuda::Pair& pair_;
   const bool sums_;
+  float* const fixed_;
 };
 
 }  // namespace fastode::device

@@ -112,6 +112,20 @@ inline std::tuple<Tensor, Tensors> march_solution(const Tensor& x, const Tensors
   return {y, keep ? Tensors{kept.tensor} : Tensors{}};
 }
 
+// What adds up the shares of so many blocks, but for those of W.
+inline FinishCall finish_of(const Pair& pair, Shape shape, bool weight, bool norms, const float* sums, int64_t rows) {
+  return {weight,
+          norms ? kPairNorms : 0,
+          shape.channels,
+          pair.stride,
+          {pair.channels[0], pair.channels[1]},
+          nullptr,
+          sums,
+          0,
+          static_cast<int>(rows),
+          {}};
+}
+
 // The gradients of W and of the norms' parameters, as far as they are asked for, and the others empty. `finish` gets
 // where those of the norms go, and W's.
 inline Tensors new_pair_gradients(const Tensors& parameters, const Integers& integers, bool weight, bool norms,
@@ -159,17 +173,7 @@ inline Gradients march_gradients(const Tensor& x, const Tensor& cotangent, const
   call.sums = norms ? own.numbers(x, shape, slots) : nullptr;
   call.plain = own.numbers(x, shape, slots) + sums;
   launched(cuda::march_backward(type_of(x), shape, call, queue_of(x)));
-  const Pair& pair = march.pair;
-  FinishCall finish{weight,
-                    norms ? kPairNorms : 0,
-                    shape.channels,
-                    pair.stride,
-                    {pair.channels[0], pair.channels[1]},
-                    nullptr,
-                    call.sums,
-                    0,
-                    rows,
-                    {}};
+  FinishCall finish = finish_of(march.pair, shape, weight, norms, call.sums, rows);
   Tensors bars = new_pair_gradients(parameters, integers, weight, norms, finish);
   if (!weight && !norms) return {bar, bars};
   Tensor partial;

@@ -6,14 +6,14 @@
 // nobody.
 #pragma once
 
-#include "../step_control.h"
-#include "skew.cuh"
+#include "solving.cuh"
 
 namespace fastode::device {
 
 template <class Tile>
-struct SolveForward {
-  static constexpr int threads = Tile::kThreads, C = Tile::kChannels, W = Tile::kSide;
+struct SolveForward : Solving<Tile> {
+  using Base = Solving<Tile>;
+  using Base::threads, Base::C, Base::W;
   using T = typename Tile::Type;
   using State = typename Tile::State;
   using Sum = typename Tile::Sum;
@@ -30,6 +30,8 @@ struct SolveForward {
 
  private:
   using Halves = resident::Halves;
+  using Maps = StepMaps<Tile>;
+  using Base::call_, Base::pair_, Base::first_, Base::each, Base::tells;
 
   // What a solve does until its blocks meet again: evaluates the slopes at time 0, then after a trial step, which its
   // first size may need, then those of attempts.
@@ -40,53 +42,39 @@ struct SolveForward {
     double t, h, sums[cuda::kSolveSums];
     resident::FirstStep first;
     resident::SolveEnd end;
-    int64_t tried;
+    int64_t tried, taken;        // attempts, and accepted steps
     int phase, turned;           // turned: whether the states and the first and last slopes have changed places
+    int every, slot;             // which beginnings are kept; the slot of the one that is to be, or -1
     float size;                  // of the step, as a stage sees it
     bool last;                   // whether t₁ lies in the attempt
+    bool stays;                  // whether the first attempt was accepted
+    bool thins;                  // whether every second beginning gives way
     float weights[kMostStages];  // then those of y(t₁), times the size
   };
-  static constexpr int kParts = 64;  // of a sum over samples, and of a kind of sums
   static_assert(sizeof(Stand) <= (Memory<Tile>::kMeans - 2) * C * sizeof(float));
-  static_assert(kParts * sizeof(double) <= Memory<Tile>::kSums * Tile::kDown * C * sizeof(float));
-  static_assert(kParts <= threads && threads / 32 <= C);
-
-  // Places of a sample's maps: the state at the step's start and the one at its end, which change places; the results
-  // of the norms at a stage's point; the slopes, of which the last one of a step is the next one's first.
-  static constexpr int kStates = 0, kHat = 4, kSlopes = 6;
 
   // A stage of a sample.
   struct Stage {
-    const SolveForward& solve;
-    int n, i;
+    const Maps& maps;
+    int i;
 
-    FASTODE_DEVICE char* hat(int half) const { return solve.own(kHat + half, n); }
-    FASTODE_DEVICE char* slope(int half) const { return solve.slope(i, half, n); }
+    FASTODE_DEVICE char* hat(int half) const { return maps.hat(half); }
+    FASTODE_DEVICE char* slope(int half) const { return maps.slope(i, half); }
     FASTODE_DEVICE Trace trace(int) const { return {nullptr, nullptr, nullptr}; }
   };
 
   FASTODE_DEVICE SolveForward(const cuda::SolveCall& call, Pair& pair, int first)
-      : call_(call), pair_(pair), first_(first), stand_(*reinterpret_cast<Stand*>(pair.memory().means)) {}
+      : Base(call, pair, first, reinterpret_cast<Stand*>(pair.memory().means)->sums),
+        stand_(*reinterpret_cast<Stand*>(pair.memory().means)) {}
 
-  FASTODE_DEVICE char* own(int slot, int n) const { return Pair::place(call_.room, slot, n); }
-  FASTODE_DEVICE char* start(int half, int n) const { return own(kStates + 2 * stand_.turned + half, n); }
-  FASTODE_DEVICE char* end(int half, int n) const { return own(kStates + 2 - 2 * stand_.turned + half, n); }
-  FASTODE_DEVICE char* slope(int i, int half, int n) const {
-    const bool ends = i == 0 || i + 1 == call_.stages;
-    const int at = ends && stand_.turned ? call_.stages - 1 - i : i;
-    return own(kSlopes + 2 * at + half, n);
-  }
-
-  // Calls f(sample) for the block's samples of the solve.
-  template <class F>
-  FASTODE_DEVICE void each(const F& f) const {
-    FASTODE_ROLLED
-    for (int n = first_; n < call_.samples; n += call_.alone ? call_.samples : blocks()) f(n);
-  }
+  FASTODE_DEVICE Maps maps(int n) const { return {call_.room, call_.stages, n, stand_.turned}; }
 
   FASTODE_DEVICE void solve() {
     block_barrier();  // all have read the parameters, or how the block's solve before ended
-    if (thread() == 0) stand_.phase = kBegins, stand_.turned = 0, stand_.tried = 0, stand_.last = false;
+    if (thread() == 0) {
+      stand_.phase = kBegins, stand_.turned = 0, stand_.tried = stand_.taken = 0, stand_.last = stand_.stays = false;
+      stand_.every = 1, stand_.slot = -1, stand_.thins = false;
+    }
     block_barrier();
     each([&](int n) { begin(n); });
     int turn = 0;
@@ -94,104 +82,84 @@ struct SolveForward {
     while (stand_.phase != kEnds) {
       const int kinds = stand_.phase == kBegins ? (call_.first_step == 0 ? 4 : 0) : 2;
       each([&](int n) {
+        if (stand_.slot >= 0) keep(n);
         evaluate(n);
-        if (kinds > 0) leave_sums(n, kinds, turn);
+        FASTODE_ROLLED
+        for (int kind = 0; kind < kinds; ++kind) this->leave_part(kind, squares(n, kind % 2, kind / 2 == 1));
+        if (kinds > 0) this->leave_sums(n, kinds, turn);
         if (stand_.last) write(n);
       });
-      take_sums(kinds, turn);
+      this->take_sums(kinds, turn);
       turn = 1 - turn;
       if (thread() == 0) decide();
       block_barrier();
     }
     if (stand_.end != resident::kReached) each([&](int n) { write(n); });
-    if (thread() == 0 && call_.log && (call_.alone || block() == 0)) tell();
+    if (thread() == 0 && tells()) tell();
   }
 
   FASTODE_DEVICE void begin(int n) const {
+    const Maps at = maps(n);
     if (!pair_.whole()) {
-      pair_.bring(start(kY, n), call_.x, n, As::kStart);
-      pair_.bring(start(kZ, n), call_.x, n, As::kZ);
+      pair_.bring(at.start(kY), call_.x, n, As::kStart);
+      pair_.bring(at.start(kZ), call_.x, n, As::kZ);
       return;
     }
     State state;
     Tile::load(state, call_.x, n);
-    for (const int half : {kY, kZ}) Tile::keep(state, start(half, n));
+    for (const int half : {kY, kZ}) Tile::keep(state, at.start(half));
   }
+
+  // The beginning of the step at hand goes to its slot, after every second one that is there has given way.
+  FASTODE_DEVICE void keep(int n) const {
+    FASTODE_ROLLED
+    for (int to = stand_.thins ? 1 : stand_.slot; to <= stand_.slot; ++to) {
+      FASTODE_ROLLED
+      for (int which = 0; which < 4; ++which) {
+        State state;
+        Tile::recall(state, to == stand_.slot ? maps(n).beginning(which) : kept(2 * to, which, n));
+        Tile::keep(state, kept(to, which, n));
+      }
+    }
+  }
+
+  FASTODE_DEVICE char* kept(int slot, int which, int n) const { return Pair::place(call_.room, 4 * slot + which, n); }
 
   // The stages of the phase at hand.
   FASTODE_DEVICE void evaluate(int n) {
     const int phase = stand_.phase, from = phase == kBegins ? 0 : 1, to = phase == kAttempts ? call_.stages : from + 1;
+    const Maps at = maps(n);
     FASTODE_ROLLED
     for (int i = from; i < to; ++i) {
       const bool ends = phase == kAttempts && call_.ends_in_solution && i + 1 == to;
-      pair_.evaluate(Stage{*this, n, i}, true, true, [&](State& state, int half) {
-        combine(state, n, half, i, [&](int j) { return phase == kTries ? 1.0f : call_.table[i][j]; }, stand_.size);
-        if (ends) Tile::keep(state, end(half, n));
+      pair_.evaluate(Stage{at, i}, true, true, [&](State& state, int half) {
+        at.combine(state, half, i, [&](int j) { return phase == kTries ? 1.0f : call_.table[i][j]; }, stand_.size);
+        if (ends) Tile::keep(state, at.end(half));
       });
     }
     if (phase != kAttempts || call_.ends_in_solution) return;
     FASTODE_ROLLED
     for (int half = kY; half <= kZ; ++half) {
       State state;
-      combine(state, n, half, to, [&](int j) { return static_cast<float>(call_.b[j]); }, stand_.size);
-      Tile::keep(state, end(half, n));
+      at.combine(state, half, to, [&](int j) { return static_cast<float>(call_.b[j]); }, stand_.size);
+      Tile::keep(state, at.end(half));
     }
   }
 
-  // The start of the step and the sum of row(j) times slope j, times `factor`, for the first so many j. A slope that
-  // does not count is not there.
-  template <class Row>
-  FASTODE_DEVICE void combine(State& state, int n, int half, int count, const Row& row, float factor) const {
-    Sum sum;
-    Tile::clear(sum);
-    Tile::add_kept(sum, 1, start(half, n));
-    add_slopes(sum, n, half, count, row, factor);
-    Tile::round(state, sum);
-  }
-
-  template <class Row>
-  FASTODE_DEVICE void add_slopes(Sum& sum, int n, int half, int count, const Row& row, float factor) const {
-    FASTODE_ROLLED
-    for (int j = 0; j < count; ++j) {
-      const float weight = row(j);
-      if (weight != 0) Tile::add_kept(sum, weight * factor, slope(j, half, n));
-    }
-  }
-
-  // Leaves the sums of the squares of what the phase measures in units of the tolerance: of y's, then z's. At time 0 of
-  // the state and of the slopes, after a trial of the slopes' change, of an attempt of its error.
-  FASTODE_DEVICE void leave_sums(int n, int kinds, int turn) {
-    FASTODE_ROLLED
-    for (int kind = 0; kind < kinds; ++kind) {
-      const float total = Pair::sum_lanes(squares(n, kind % 2, kind / 2 == 1));
-      if (lane() == 0) pair_.memory().bias(kind)[thread() / 32] = total;  // W has none
-    }
-    block_barrier();
-    if (thread() >= kinds) return;
-    float total = 0;
-    FASTODE_ROLLED
-    for (int i = 0; i < threads / 32; ++i) total += pair_.memory().bias(thread())[i];
-    if (call_.alone)
-      stand_.sums[thread()] = total;
-    else
-      row(n, turn)[thread()] = total;
-  }
-
-  FASTODE_DEVICE float* row(int n, int turn) const {
-    return call_.exchange + (int64_t{turn} * call_.samples + n) * cuda::kSolveSums;
-  }
-
+  // The squares of what the phase measures in units of the tolerance, as far as this thread has them: at time 0 of the
+  // state and of the slopes, after a trial of the slopes' change, of an attempt of its error.
   FASTODE_DEVICE float squares(int n, int half, bool of_slope) const {
     const int phase = stand_.phase, count = phase == kBegins ? of_slope : phase == kTries ? 2 : call_.stages;
+    const Maps at = maps(n);
     Sum sum;
     Tile::clear(sum);
-    if (phase == kBegins && !of_slope) Tile::add_kept(sum, 1, start(half, n));
+    if (phase == kBegins && !of_slope) Tile::add_kept(sum, 1, at.start(half));
     const auto weight = [&](int j) {
       return phase == kAttempts ? static_cast<float>(call_.error[j]) : phase == kTries && j == 0 ? -1.0f : 1.0f;
     };
-    add_slopes(sum, n, half, count, weight, phase == kAttempts ? stand_.size : 1.0f);
-    const char* const from = start(half, n);
-    const char* const to = phase == kAttempts ? end(half, n) : from;
+    at.add_slopes(sum, half, count, weight, phase == kAttempts ? stand_.size : 1.0f);
+    const char* const from = at.start(half);
+    const char* const to = phase == kAttempts ? at.end(half) : from;
     const float rtol = static_cast<float>(call_.rtol), atol = static_cast<float>(call_.atol);
     float total = 0;
     FASTODE_UNROLLED
@@ -216,31 +184,10 @@ struct SolveForward {
 
   static FASTODE_DEVICE float magnitude(float x) { return x < 0 ? -x : x; }
 
-  // The sums of all samples of the solve, for the thread that decides.
-  FASTODE_DEVICE void take_sums(int kinds, int turn) const {
-    double* const parts = reinterpret_cast<double*>(pair_.memory().partial);
-    if (!call_.alone && kinds > 0) {
-      grid_barrier();
-      if (thread() < kParts) {
-        double total = 0;
-        FASTODE_ROLLED
-        for (int n = thread() / kinds; n < call_.samples; n += kParts / kinds) total += row(n, turn)[thread() % kinds];
-        parts[thread()] = total;
-      }
-      block_barrier();
-      if (thread() < kinds) {
-        double total = 0;
-        FASTODE_ROLLED
-        for (int i = thread(); i < kParts; i += kinds) total += parts[i];
-        stand_.sums[thread()] = total;
-      }
-    }
-    block_barrier();
-  }
-
   FASTODE_DEVICE void decide() {
     const int phase = stand_.phase;
     Halves* const norms = &stand_.first.state;
+    stand_.slot = phase == kBegins && call_.taken ? 0 : -1;
     if (phase == kBegins) {
       stand_.t = 0, stand_.h = call_.first_step;
       FASTODE_UNROLLED
@@ -264,10 +211,7 @@ struct SolveForward {
   FASTODE_DEVICE Halves root(int first) const {
     Halves found;
     FASTODE_UNROLLED
-    for (int half = 0; half < 2; ++half) {
-      const double entries = static_cast<double>(pair_.channels(half)) * (W * W) * (call_.alone ? 1 : call_.samples);
-      found.value[half] = ::sqrt(stand_.sums[first + half] / entries);
-    }
+    for (int half = 0; half < 2; ++half) found.value[half] = ::sqrt(stand_.sums[first + half] / this->entries(half));
     return found;
   }
 
@@ -281,15 +225,26 @@ struct SolveForward {
     ++stand_.tried;
     stand_.end = resident::kReached;
     if (accepted) {
+      stand_.stays |= stand_.tried == 1;
+      take_step();
       if (stand_.last) return true;
       stand_.t += stand_.h, stand_.turned = 1 - stand_.turned;
-      if (!resident::is_finite(norms[0]) || !resident::is_finite(norms[1])) {
-        stand_.end = resident::kNotFinite;
-        return true;
-      }
+      const bool finite = resident::is_finite(norms[0]) && resident::is_finite(norms[1]);
+      const bool full = call_.taken && stand_.taken == call_.most_taken;
+      stand_.end = !finite ? resident::kNotFinite : full ? resident::kNoRoom : resident::kReached;
+      if (stand_.end != resident::kReached) return true;
     }
     stand_.h *= resident::NextFactor(ratio, call_.order).value;
     return false;
+  }
+
+  // Notes the step that was accepted, and whether the next one's beginning is to be kept.
+  FASTODE_DEVICE void take_step() {
+    if (call_.taken && tells()) call_.sizes[this->number() * call_.most_taken + stand_.taken] = stand_.size;
+    ++stand_.taken;
+    stand_.thins = stand_.taken == int64_t{stand_.every} * cuda::kSolveSlots;
+    if (stand_.thins) stand_.every *= 2;
+    if (call_.taken && stand_.taken % stand_.every == 0) stand_.slot = static_cast<int>(stand_.taken / stand_.every);
   }
 
   // What the next attempt needs.
@@ -312,10 +267,10 @@ struct SolveForward {
     if (stand_.phase == kEnds)
       Tile::fill(state, 0x7fff7fffu);
     else
-      combine(state, n, kY, call_.stages, [&](int j) { return stand_.weights[j]; }, 1);
+      maps(n).combine(state, kY, call_.stages, [&](int j) { return stand_.weights[j]; }, 1);
     if (pair_.whole()) return Tile::store(state, call_.result, n);
-    Tile::keep(state, own(kHat, n));
-    pair_.take(own(kHat, n), call_.result, n, As::kY);
+    Tile::keep(state, maps(n).hat(kY));
+    pair_.take(maps(n).hat(kY), call_.result, n, As::kY);
   }
 
   // ---- the log, as SolveLog::write of control.h has it
@@ -326,11 +281,11 @@ struct SolveForward {
 
   FASTODE_DEVICE double* log() const {
     const int64_t each = resident::kLogHead + call_.logged * resident::kLogEach;
-    return call_.log + (call_.alone ? first_ : 0) * each;
+    return call_.log + this->number() * each;
   }
 
   FASTODE_DEVICE void log_attempt(const Five& attempt) const {
-    if (!call_.log || (!call_.alone && block() != 0)) return;
+    if (!call_.log || !tells()) return;
     const int64_t at = stand_.tried < call_.logged ? stand_.tried : call_.logged - 1;
     double* const to = log() + resident::kLogHead + at * resident::kLogEach;
     FASTODE_UNROLLED
@@ -338,6 +293,10 @@ struct SolveForward {
   }
 
   FASTODE_DEVICE void tell() const {
+    if (call_.taken)
+      call_.taken[this->number()] = {stand_.taken, stand_.end, stand_.stays, (call_.t1 - stand_.t) / stand_.h,
+                                     stand_.first};
+    if (!call_.log) return;
     double* const to = log();
     to[0] = static_cast<double>(stand_.tried), to[1] = static_cast<double>(stand_.end);
     to[2] = stand_.t, to[3] = stand_.h;
@@ -346,9 +305,6 @@ struct SolveForward {
     for (int kind = 0; kind < 6; ++kind) to[4 + kind] = norms[kind / 2].value[kind % 2];
   }
 
-  const cuda::SolveCall& call_;
-  Pair& pair_;
-  const int first_;
   Stand& stand_;
 };
 

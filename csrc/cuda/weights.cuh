@@ -7,9 +7,9 @@
 namespace fastode::device {
 
 // The product of a map's shifts with a cotangent: [tap][in][out], in tiles of 16 by 8 for each mma. A warp has one or
-// more squares of 16 × 16 channels at all taps; where there are fewer squares than warps, the warps share out the
-// pixels.
-template <class Tile>
+// more squares of 16 × 16 channels at all taps, or at so many from `first` on; where there are fewer squares than
+// warps, the warps share out the pixels.
+template <class Tile, int kTaps = 9>
 struct Products {
   using T = typename Tile::Type;
   static constexpr int C = Tile::kChannels, W = Tile::kSide, kWarps = Tile::kThreads / 32;
@@ -20,7 +20,8 @@ struct Products {
   static constexpr int kEntries = 9 * C * C;
   static_assert(kParts * kSquares == kWarps * kEach && kSide % kEach == 0 && kSteps * kParts * 16 == W * W);
 
-  float value[9][kEach][2][4];
+  float value[kTaps][kEach][2][4];
+  int first = 0;
 
   static FASTODE_DEVICE int part() { return Tile::warp() % kParts; }
   static FASTODE_DEVICE int first_in() { return Tile::warp() / kParts * kEach / kSide * 16; }
@@ -28,9 +29,22 @@ struct Products {
 
   FASTODE_DEVICE void clear() {
     FASTODE_UNROLLED
-    for (int tap = 0; tap < 9; ++tap) {
+    for (int tap = 0; tap < kTaps; ++tap) {
       FASTODE_UNROLLED
       for (int i = 0; i < kEach * 8; ++i) value[tap][i / 8][i / 4 % 2][i % 4] = 0;
+    }
+  }
+
+  // Puts two kept maps where `add` reads them.
+  static FASTODE_DEVICE void put(char* map, char* bare, const char* input, const char* cotangent) {
+    FASTODE_ROLLED
+    for (int tile = 0; tile < Tile::kTiles; ++tile) {
+      const Words in = Tile::kept_tile(input, tile), out = Tile::kept_tile(cotangent, tile);
+      FASTODE_UNROLLED
+      for (int i = 0; i < 4; ++i) {
+        *reinterpret_cast<uint32_t*>(Tile::word_in(map, tile, i / 2, i % 2)) = in.word[i];
+        *reinterpret_cast<uint32_t*>(Tile::bare_word_in(bare, tile, i / 2, i % 2)) = out.word[i];
+      }
     }
   }
 
@@ -51,10 +65,11 @@ struct Products {
         for (int i = 0; i < 4; ++i) right[each][i / 2][i % 2] = found[i];
       }
       const int half = matrix / 2 * (W == 8 ? W + 2 : 8);
-      const char* at =
-          map + ((first_in() / 8 + matrix % 2) * Tile::kPixels + row * (W + 2) + column + half + in_matrix) * 16;
+      const char* at = map + ((first_in() / 8 + matrix % 2) * Tile::kPixels + (row + first / 3) * (W + 2) + column +
+                              half + in_matrix) *
+                                 16;
       FASTODE_UNROLLED
-      for (int tap = 0; tap < 9; ++tap) {
+      for (int tap = 0; tap < kTaps; ++tap) {
         uint32_t left[4];
         ldmatrix_x4_transposed(left, at + (tap / 3 * (W + 2) + tap % 3) * 16);
         FASTODE_UNROLLED
@@ -66,17 +81,52 @@ struct Products {
   // The taps of a turn are put at, or added to, [tap][in][out].
   FASTODE_DEVICE void store(float* to, int turn = 0) const {
     FASTODE_UNROLLED
-    for (int tap = 0; tap < 9; ++tap) {
-      const bool mine = tap % kParts == (part() + turn) % kParts;
+    for (int tap = 0; tap < kTaps; ++tap) {
+      const bool mine = (first + tap) % kParts == (part() + turn) % kParts;
       FASTODE_UNROLLED
       for (int i = 0; i < kEach * 8; ++i) {
         const int in = first_in() + lane() / 4 + i / 2 % 2 * 8;
         const int out = first_out() + i / 8 * 16 + i / 4 % 2 * 8 + lane() % 4 * 2 + i % 2;
-        float& place = to[(tap * C + in) * C + out];
+        float& place = to[((first + tap) * C + in) * C + out];
         const float own = value[tap][i / 8][i / 4 % 2][i % 4];
         if (mine) place = turn > 0 ? place + own : own;  // not around all: as a choice of taps they would be in memory
       }
     }
+  }
+};
+
+// The sums of a block's products: at `to` or, where parts share the entries, in shared memory first.
+template <class Tile>
+struct ProductSums {
+  static constexpr bool kShares = Products<Tile>::kParts > 1;
+  static constexpr size_t kBytes = kShares ? Products<Tile>::kEntries * sizeof(float) : 0;
+
+  float *to, *shared;
+
+  FASTODE_DEVICE void begin() const {
+    FASTODE_ROLLED
+    for (int i = thread(); i < Products<Tile>::kEntries; i += Tile::kThreads) (kShares ? shared : to)[i] = 0;
+  }
+
+  // `more`: to what is there, with `begin` at first. In each turn a part adds other taps than its neighbours do, so
+  // that all of them work at once, and in an order that is always the same.
+  template <int kTaps>
+  FASTODE_DEVICE void add(const Products<Tile, kTaps>& products, bool more) const {
+    if constexpr (kShares) {
+      FASTODE_ROLLED
+      for (int turn = 0; turn < Products<Tile>::kParts; ++turn) {
+        products.store(shared, more ? turn + Products<Tile>::kParts : turn);
+        block_barrier();  // unseen: where all turns add, the test machine's threads do so one after the other
+      }
+    } else {
+      products.store(to, more);
+    }
+  }
+
+  // After the last products.
+  FASTODE_DEVICE void finish() const {
+    FASTODE_ROLLED
+    for (int i = thread(); kShares && i < Products<Tile>::kEntries; i += Tile::kThreads) to[i] = shared[i];
   }
 };
 
@@ -85,11 +135,10 @@ template <class Tile>
 struct WeightGradients {
   static constexpr int threads = Tile::kThreads;
   static constexpr int C = Tile::kChannels;
-  static constexpr bool kShares = Products<Tile>::kParts > 1;
 
   // Behind the branch's: the cotangent for the products, the two maps that are on their way, sums of warps.
   static constexpr size_t bytes(int units) {
-    return Memory<Tile>::bytes(units, 0) + 3 * Tile::kKeptBytes + kSums * sizeof(float);
+    return Memory<Tile>::bytes(units, 0) + 3 * Tile::kKeptBytes + ProductSums<Tile>::kBytes;
   }
   static int most_items(const cuda::WeightsCall& call) { return call.samples * call.count * call.branch.count; }
 
@@ -122,7 +171,9 @@ struct WeightGradients {
     block_barrier();
     FASTODE_ROLLED
     for (int c = thread(); c < C; c += Tile::kThreads) to[Products<Tile>::kEntries + c] = branch.sum_channel(0, c);
-    store(to, products, branch.memory());
+    const ProductSums<Tile> sums{to, reinterpret_cast<float*>(bare + 3 * Tile::kKeptBytes)};
+    sums.add(products, false);
+    sums.finish();
   }
 
  private:
@@ -163,22 +214,6 @@ struct WeightGradients {
         if (sums) bias[i / 2 * 2] += pair.low, bias[i / 2 * 2 + 1] += pair.high;
       }
     }
-  }
-
-  static constexpr int kSums = kShares ? Products<Tile>::kEntries : 0;
-
-  // In each turn a part adds other taps than its neighbours do, so that all of them work at once, and in an order that
-  // is always the same.
-  static FASTODE_DEVICE void store(float* to, const Products<Tile>& products, const Memory<Tile>& memory) {
-    if (!kShares) return products.store(to);
-    float* const sums = reinterpret_cast<float*>(memory.end + 3 * Tile::kKeptBytes);
-    FASTODE_ROLLED
-    for (int turn = 0; turn < Products<Tile>::kParts; ++turn) {
-      products.store(sums, turn);
-      block_barrier();
-    }
-    FASTODE_ROLLED
-    for (int i = thread(); i < Products<Tile>::kEntries; i += Tile::kThreads) to[i] = sums[i];
   }
 };
 

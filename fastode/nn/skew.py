@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -100,7 +101,11 @@ class _FusedSolve(Opaque, reference.SOBlock):
         reason = self._fault()
         if reason:
             return Call(self._family(), self._variant(), None, (), inputs, reason)
-        return _read(self.field).call(self._family(), self._variant(), inputs, self._stages())
+        return self._call(_read(self.field), inputs)
+
+    def _call(self, reading: Field | LinearField, inputs: tuple[Tensor, ...]) -> Call:
+        call = reading.call(self._family(), self._variant(), inputs, self._stages())
+        return replace(call, exact=self._is_exact())
 
     def _family(self) -> str:
         by_error = self.settings.is_adaptive
@@ -110,7 +115,11 @@ class _FusedSolve(Opaque, reference.SOBlock):
 
     def _variant(self) -> str:
         solver = self.settings
-        return f"by {solver.name} in {solver.steps} steps"
+        return f"by {solver.name} in {solver.steps} steps{' with the exact gradient' if self._is_exact() else ''}"
+
+    def _is_exact(self) -> bool:
+        """Whether the gradient goes through every step's size."""
+        return self.settings.is_adaptive and self.settings.gradient == "exact"
 
     def _stages(self) -> int:
         return len(self.settings.tableau.b)
@@ -142,7 +151,7 @@ class _FusedSolve(Opaque, reference.SOBlock):
             if found is None:
                 call = Call(self._family(), self._variant(), None, (), (x,), reason)
             else:
-                call = found.reading.call(self._family(), self._variant(), (x,), self._stages())
+                call = self._call(found.reading, (x,))
             chosen = choice.choose(self.engine, call, partial(_as_plain_solve, self))
             if chosen is not REFERENCE and found is not None:
                 found.reading.check_start(x)

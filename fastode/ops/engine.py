@@ -44,6 +44,7 @@ class Call:
         fault: why no engine but plain PyTorch can run the block, in a sentence; empty if nothing is known.
         stages: of an explicit scheme, or the steps of an IE-Skip.
         learned: whether a scheme's coefficients are learned.
+        exact: whether the gradient goes through the size of every step by error.
     """
 
     family: str
@@ -54,6 +55,7 @@ class Call:
     fault: str = ""
     stages: int = 1
     learned: bool = False
+    exact: bool = False
 
     @property
     def x(self) -> Tensor | None:

@@ -1,5 +1,5 @@
-// A solve's scheme, its log, and what the way back reads of the choice of steps, which step_control.h has. Formulas:
-// README.md of fastode/ops/schemes/skew_pair.
+// A solve's log, and what the way back reads of the choice of steps, which step_control.h has. Formulas: README.md of
+// fastode/ops/schemes/skew_pair.
 #pragma once
 
 #include <algorithm>
@@ -10,37 +10,6 @@
 #include "../../step_control.h"
 
 namespace fastode::resident {
-
-// The cotangents of a FirstStep's six numbers and of the trial's size, of those that are not zero.
-struct FirstStepBar {
-  double trial = 0, state = 0, slope = 0, change = 0;
-
-  // For the cotangent of the size.
-  FirstStepBar(const FirstStep& first, int64_t order, double size_bar) {
-    const double bound = 100 * first.trial(), by = first.by_order(order);
-    const double share = bound < by ? 0 : bound > by ? 1 : 0.5;  // of by_order's
-    trial = 100 * (1 - share) * size_bar;
-    const double by_bar = share * size_bar;
-    if (first.stands_still()) {
-      if (1e-3 * first.trial() >= 1e-6) trial += 1e-3 * by_bar;
-      return;
-    }
-    const double d1 = Larger(first.slope).value, d2 = first.curvature();
-    const double bar = -by_bar * by / (static_cast<double>(order) * std::max(d1, d2));
-    if (d2 > d1)
-      change = bar / first.trial(), trial -= bar * d2 / first.trial();
-    else
-      slope = bar;
-  }
-
-  // Carries the trial's cotangent on, when all of it is there.
-  void settle_trial(const FirstStep& first) {
-    if (first.tries_anyhow() || trial == 0) return;
-    const double d1 = Larger(first.slope).value;
-    state += 0.01 * trial / d1;
-    slope -= trial * first.trial() / d1;
-  }
-};
 
 // (6): the interpolant's weights at the part x of a step, or the derivatives of these in x.
 inline std::vector<double> interpolating(const Embedded& scheme, double x, bool rates) {

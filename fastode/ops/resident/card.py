@@ -63,8 +63,9 @@ def _refuses_pair(pair: Pair, call: Call) -> str:
     """Why there is no program for a call of a skew pair."""
     if call.family == "skew_pair":
         return "its programs for CUDA are of a skew pair's solutions, and not of the pair alone"
-    if call.family == "skew_adaptive" and call.mode != "forward":
-        return "its programs for CUDA make no gradients of a skew pair's solution with steps by error"
+    by_error = call.family == "skew_adaptive"
+    if by_error and call.exact and call.mode != "forward":
+        return "its programs for CUDA make no gradients through the size of every step by error"
     x, weight = call.inputs[-1], call.tensors[0]
     assert weight is not None
     reason = _refuses_dtype(x) or _refuses_pair_shape(pair, weight, x)
@@ -79,7 +80,9 @@ def _refuses_pair(pair: Pair, call: Call) -> str:
     side = x.shape[2] // pair.stride
     channels = min(c for c in _channels_at(side) if c >= _needed_channels(pair, weight))
     needed = pair_shared_bytes(channels, side)
-    if call.mode == "train":
+    if by_error and call.mode != "forward":
+        needed = solve_shared_bytes(channels, side)
+    elif call.mode == "train":
         needed = max(needed, weights_shared_bytes(channels, side, 1))
     return _refuses_bytes(needed, x)
 
@@ -193,6 +196,18 @@ def pair_shared_bytes(channels: int, side: int) -> int:
     return 9 * channels * channels * 2 + _bytes_beside_weights(channels, side, PAIR_NORMS)
 
 
+def solve_shared_bytes(channels: int, side: int) -> int:
+    """Those of the way back through steps by error: `SolveBackward<Tile>::bytes` of csrc/cuda/solve_backward.cuh.
+
+    Args:
+        channels: of a map that there is a program for, and that the pair lies in.
+        side: of the map, in pixels.
+    """
+    statistics, stand, shares = 8 * PAIR_NORMS * channels, 240, 640 * WARPS[channels, side]
+    maps = 2 * channels * side * side + _shared_products(channels, side)
+    return pair_shared_bytes(channels, side) + statistics + stand + shares + maps
+
+
 def weights_shared_bytes(channels: int, side: int, units: int) -> int:
     """Those of the program for the convolutions' gradients: `WeightGradients<Tile>::bytes` of csrc/cuda/weights.cuh.
 
@@ -201,12 +216,13 @@ def weights_shared_bytes(channels: int, side: int, units: int) -> int:
         side: of the map, in pixels.
         units: of the branch.
     """
-    shared_out = WARPS[channels, side] > (channels // 16) ** 2  # warps add up their products
-    return (
-        _bytes_beside_weights(channels, side, units)
-        + 3 * channels * side * side * 2
-        + shared_out * 9 * channels * channels * 4
-    )
+    maps = 3 * channels * side * side * 2
+    return _bytes_beside_weights(channels, side, units) + maps + _shared_products(channels, side)
+
+
+def _shared_products(channels: int, side: int) -> int:
+    """Where warps add up their products."""
+    return 9 * channels * channels * 4 if WARPS[channels, side] > (channels // 16) ** 2 else 0
 
 
 def _bytes_beside_weights(channels: int, side: int, units: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -28,10 +28,12 @@ from .functions import keeps
 from .skew import PairCode, encode, of_tensors, only
 
 # How a solve ended, and the numbers before its attempts and in each (csrc/step_control.h).
-_REACHED, _MOST_ATTEMPTS, _NO_STEP, _NOT_FINITE = range(4)
+_REACHED, _MOST_ATTEMPTS, _NO_STEP, _NOT_FINITE, _NO_ROOM = range(5)
 _HEAD, _EACH = 10, 5
 # Of how many attempts a card's log has room at first, where it is read.
 _ROOM = 64
+# Of how many steps a card keeps the sizes for gradients.
+_MOST_TAKEN = 16384
 # csrc/cpu/resident/control.h
 _THROUGH = {"constant": 0, "solver": 1, "exact": 2}
 
@@ -55,14 +57,15 @@ class ResidentSolveFunction(torch.autograd.Function):
         keep, traced = keeps(ctx), torch.compiler.is_compiling()
         code = encode(pair, tensors)
         if card.holds(x):
-            return (_solve_on_card(x, code, solver, watches, steps, traced),)
-        end, log, kept = torch.ops.fastode.resident_solve_forward.default(
-            x, *code, *solver_code(solver), keep, through_code(solver) if keep else 0, traced
-        )
-        if not traced:
-            tell(log.tolist(), solver, watches, steps, x)
+            end, log, kept = _solve_on_card(x, code, solver, watches, steps, keep, traced)
+        else:
+            end, log, kept = torch.ops.fastode.resident_solve_forward.default(
+                x, *code, *solver_code(solver), keep, through_code(solver) if keep else 0, traced
+            )
+            if not traced:
+                tell(log.tolist(), solver, watches, steps, x)
         ctx.save_for_backward(x, *tensors, log, *kept)
-        ctx.pair, ctx.solver, ctx.rerun, ctx.count = pair, solver, rerun, 1 + len(tensors)
+        ctx.pair, ctx.solver, ctx.steps, ctx.rerun, ctx.count = pair, solver, steps, rerun, 1 + len(tensors)
         ctx.set_materialize_grads(False)
         return (end,)
 
@@ -70,13 +73,16 @@ class ResidentSolveFunction(torch.autograd.Function):
     def backward(ctx: Any, end_bar: MaybeTensor) -> tuple[MaybeTensor, ...]:
         saved = ctx.saved_tensors
         given, log, kept = saved[: ctx.count], saved[ctx.count], saved[ctx.count + 1 :]
+        if card.holds(given[0]) and ctx.rerun is not None and ctx.rerun.needed([end_bar]):
+            _read_steps(given[0], encode(ctx.pair, given[1:]), ctx.solver, ctx.steps)
 
         def pull(bars: Sequence[MaybeTensor], wanted: Sequence[bool]) -> list[MaybeTensor]:
             x, *tensors = given
             asked = of_tensors([True] * 4, wanted[1:])
+            solver = _card_code(ctx.solver) if card.holds(x) else solver_code(ctx.solver)
             x_bar, found = torch.ops.fastode.resident_solve_backward.default(
-                x, bars[0], log, list(kept), *encode(ctx.pair, tensors), *solver_code(ctx.solver),
-                through_code(ctx.solver), asked[0], any(asked[1:]),
+                x, bars[0], log, list(kept), *encode(ctx.pair, tensors), *solver, through_code(ctx.solver), asked[0],
+                any(asked[1:]),
             )  # fmt: skip
             return [x_bar, *only(beside(tensors, found), asked)]
 
@@ -84,27 +90,64 @@ class ResidentSolveFunction(torch.autograd.Function):
 
 
 def _solve_on_card(
-    x: Tensor, code: PairCode, solver: Solver, watches: Sequence[Watch], steps: Sequence[Steps], traced: bool
-) -> Tensor:
-    """y(t₁), for which nothing is read back unless somebody records."""
+    x: Tensor,
+    code: PairCode,
+    solver: Solver,
+    watches: Sequence[Watch],
+    steps: Sequence[Steps],
+    keep: bool,
+    traced: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """y(t₁), its log, and what a backward reads; nothing is read back unless somebody records."""
+    if is_recording() and not traced:
+        found, log = _read_all(x, code, solver, len(watches), keep)
+        tell(log, solver, watches, steps, x)
+        return found
+    found = _launch(x, code, solver, 1, keep, traced)
+    if not traced:
+        read_later(found[1], partial(_tell_failure, watches))
+    return found
+
+
+def _launch(
+    x: Tensor, code: PairCode, solver: Solver, room: int, keep: bool, traced: bool
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """A solve on a card whose log has room for so many attempts."""
+    end, log, kept = torch.ops.fastode.resident_solve_forward.default(
+        x, *code, *_card_code(solver, room), keep, through_code(solver) if keep else 0, traced
+    )
+    return end, log, kept
+
+
+def _card_code(solver: Solver, room: int = 1) -> SolverCode:
+    """A solver as the operators of a card take it: with the room of the log and of what is kept (csrc/cuda)."""
     table, numbers, limits, per_sample = solver_code(solver)
-    recording = is_recording() and not traced
-    room = _ROOM if recording else 1
+    # One more than there can be, so that it is the attempts that end a solve.
+    most = _MOST_TAKEN if solver.max_steps is None else min(_MOST_TAKEN, solver.max_steps + 1)
+    return table, numbers, [*limits, room, most], per_sample
+
+
+def _read_all(
+    x: Tensor, code: PairCode, solver: Solver, solves: int, keep: bool
+) -> tuple[tuple[Tensor, Tensor, list[Tensor]], list[float]]:
+    """A solve on a card, and its log of all attempts as the CPU writes it: where there was no room, solved again."""
+    room = _ROOM
     while True:
-        end, log, _ = torch.ops.fastode.resident_solve_forward.default(
-            x, *code, table, numbers, [*limits, room], per_sample, False, 0, traced
-        )
-        if not recording:
-            break
-        rows = log.view(len(watches), -1).tolist()
+        found = _launch(x, code, solver, room, keep, False)
+        rows = found[1].view(solves, -1).tolist()
         most = max(int(row[0]) for row in rows)
         if most <= room:
-            tell([value for row in rows for value in row[: _HEAD + _EACH * int(row[0])]], solver, watches, steps, x)
-            return cast(Tensor, end)
+            return found, [value for row in rows for value in row[: _HEAD + _EACH * int(row[0])]]
         room = most  # the same steps again
-    if not traced:
-        read_later(log, partial(_tell_failure, watches))
-    return cast(Tensor, end)
+
+
+def _read_steps(x: Tensor, code: PairCode, solver: Solver, steps: Sequence[Steps]) -> None:
+    """Ask a card for the steps of a solve, which a backward that is differentiated takes again."""
+    with torch.no_grad():
+        _, log = _read_all(x, code, solver, len(steps), False)
+    for taken, (end, _, _, attempts) in zip(steps, _solves(log), strict=True):
+        if end == _REACHED:
+            _note(taken, solver, attempts)
 
 
 def _tell_failure(watches: Sequence[Watch], log: Tensor) -> None:
@@ -123,6 +166,11 @@ def _fail(watch: Watch, end: int, t: float, h: float, state: tuple[Tensor, ...])
     """Raise what a solve that ended so raises; `state` is where it stands, as far as that may say why."""
     if end == _MOST_ATTEMPTS:
         watch.fail_at_most()
+    if end == _NO_ROOM:
+        watch.fail(
+            f"it took more steps than the {_MOST_TAKEN} of which a card keeps the sizes for gradients",
+            "raise the tolerances, or ask for no gradients",
+        )
     # The state after an accepted step is finite where its error is.
     watch.attempt(t, h, (torch.tensor(math.nan),) if end == _NOT_FINITE else state)
     watch.fail_at_step()
@@ -160,14 +208,19 @@ def tell(log: list[float], solver: Solver, watches: Sequence[Watch], steps: Sequ
         for start, size, ratio, accepted, _ in attempts:
             watch.attempt(start, size, ())
             watch.judged(ratio, accepted == 1)
-        accepted_ones = [(start, size) for start, size, _, accepted, _ in attempts if accepted == 1]
         if end != _REACHED:
             alone = x if len(watches) == 1 else x[sample : sample + 1]
-            _fail(watch, end, t, h, () if accepted_ones else (alone,))
+            _fail(watch, end, t, h, () if any(each[3] == 1 for each in attempts) else (alone,))
         watch.finish()
-        start, size = accepted_ones[-1]
-        taken.sizes, taken.at = [size for _, size in accepted_ones], (solver.t1 - start) / size
-        taken.first_stayed = attempts[0][3] == 1
+        _note(taken, solver, attempts)
+
+
+def _note(taken: Steps, solver: Solver, attempts: Sequence[Sequence[float]]) -> None:
+    """Note the steps of a solve that reached t₁."""
+    accepted_ones = [(start, size) for start, size, _, accepted, _ in attempts if accepted == 1]
+    start, size = accepted_ones[-1]
+    taken.sizes, taken.at = [size for _, size in accepted_ones], (solver.t1 - start) / size
+    taken.first_stayed = attempts[0][3] == 1
 
 
 def _solves(log: list[float]) -> Iterator[tuple[int, float, float, list[list[float]]]]:

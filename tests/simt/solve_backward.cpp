@@ -1,0 +1,1 @@
+#include "solve_backward.cu"
