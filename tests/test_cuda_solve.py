@@ -100,6 +100,26 @@ def test_gradients_equal_their_reference(case: Case) -> None:
         assert_blocks_equal(plain, fused, x, mode=case["mode"])
 
 
+@pytest.mark.parametrize("alone", FACTORS["alone"])
+def test_what_goes_through_the_first_size_is_the_references(alone: bool) -> None:
+    """In digits that a whole gradient in float16 does not have: where steps are long, of the gradients' difference."""
+    found: dict[str, list[Tensor]] = {}
+    case = BASE | {"options": "chosen", "alone": alone, "dtype": torch.float16, "norm": "none"}
+    for gradient in BACKWARDS["gradient"]:
+        changes = {"method": "adaptive_heun", "gradient": gradient}
+        plain, fused, x = blocks_of(case | changes, rtol=3.0, atol=3.0, t1=10.0)
+        for block in (plain, fused):
+            block.field.weight.data *= 4
+        inputs = (2 * x.double()).requires_grad_(), (2 * x).requires_grad_()
+        for block, leaf in zip((plain.double(), fused), inputs, strict=True):
+            y = block(leaf)
+            bar = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
+            found.setdefault(gradient, []).append(torch.autograd.grad(y, leaf, bar)[0].double())
+    wanted, other = (one - two for one, two in zip(found["solver"], found["constant"], strict=True))
+    rounding = 2 * torch.finfo(torch.float16).eps * found["solver"][0].norm()
+    assert wanted.norm() > 2 * rounding and (other - wanted).norm() <= rounding
+
+
 def steps_of(block: nn.Module, x: Tensor) -> list[Any]:
     with fastode.record_steps() as log, torch.no_grad():
         block(x)
