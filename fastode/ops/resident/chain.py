@@ -86,6 +86,11 @@ def slower(x: Tensor, chain: Chain) -> str:
     # Every sample's maps are read at each batch norm, and those of few channels are kept as wide as a vector.
     if coupled and width < _FEWEST:
         return f"with batch norms of fewer than {_FEWEST} channels it was measured to be slower than plain PyTorch"
+    wide, even = rule.UNEVEN
+    uneven = any(channels >= wide and pixels > even and pixels % even for channels, pixels in maps_of(chain, x))
+    if x.dtype == torch.float32 and uneven:
+        beyond = f"with a map of {wide} channels and more whose pixels are more than {even} and no multiple of it"
+        return f"{beyond} it was measured to be slower than plain PyTorch"
     # The bound on channels is of the widest map, that on memory of the largest.
     return rule.slower_than_eager(x, coupled, widest, -(-entries // widest))
 
