@@ -87,8 +87,9 @@ SOLUTION = Line(most_channels=512, most_kb=640)
 # network, which finds them in no cache, with two threads, 64 channels were as fast with one sample for each thread,
 # wider ones with four.
 CHAIN = Line(most_channels=512, most_kb=256, least_batch_per_thread=4, few_from_channels=128)
-# From so many channels on, maps whose pixels are more than this and no multiple of it: with two threads, 8 and 32 samples, 128 to 512
-# channels at 7×7 took 1 to 1.5 times eager's time, 128 and 256 at 14×14 0.93 to 1.09; at 8×8 and 16×16 0.93 to 1.16.
+# From so many channels on, maps whose pixels are more than this and no multiple of it: with two threads, 8 and 32
+# samples, 128 to 512 channels at 7×7 took 1 to 1.5 times eager's time, 128 and 256 at 14×14 0.93 to 1.09; at 8×8 and
+# 16×16 0.86 to 1.16.
 UNEVEN = (128, 16)
 
 
