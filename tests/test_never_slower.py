@@ -48,10 +48,11 @@ class Group:
     def others(self, at: str) -> Iterator[Line]:
         """The line with another value of a bound that is drawn from points like this one."""
         shapes = [read_name(each) for each in (self.full if at in self.full else self.small)]
+        sizes = {-(-c * s * s * self.itemsize // 1024) for c, s, _ in shapes}
         if at in self.full:
             values: dict[str, set[Any]] = {
                 "most_channels": {0} | {c for c, _, _ in shapes},
-                "most_kb": {0} | {-(-c * s * s * self.itemsize // 1024) for c, s, _ in shapes},
+                "most_kb": {0} | sizes,
                 "least_pixels": {None} | {s * s for _, s, _ in shapes},
             }
             for name, found in values.items():
@@ -60,7 +61,6 @@ class Group:
         each = {n / self.threads for _, _, n in shapes}
         for least, wide in itertools.product([None, *each, 2 * max(each)], [None, *{c for c, _, _ in shapes}]):
             yield dataclasses.replace(self.line, least_batch_per_thread=least, few_from_channels=wide, few_from_kb=None)
-        sizes = {-(-c * s * s * self.itemsize // 1024) for c, s, _ in shapes}
         for least, large in itertools.product(each, sizes):
             yield dataclasses.replace(
                 self.line, least_batch_per_thread=least, few_from_channels=None, few_from_kb=large

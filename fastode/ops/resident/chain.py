@@ -76,18 +76,18 @@ def slower(x: Tensor, chain: Chain) -> str:
     if not any(unit.conv is not None and not unit.conv.mean for unit in chain.units):
         return "without a convolution it was measured to be slower than plain PyTorch"
     coupled = any(unit.norm is not None and unit.norm.mode == "batch" for unit in chain.units)
-    entries, width, widest = 0, 0, 0
+    entries, width, widest, uneven = 0, 0, 0, False
+    wide, even = rule.UNEVEN
     for channels, pixels in maps_of(chain, x):
         if channels * pixels > entries:
             entries, width = channels * pixels, channels
         widest = max(widest, channels)
+        uneven = uneven or (channels >= wide and pixels > even and pixels % even > 0)
     if x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and chain.lower is not None):
         return rule.slower_lowered_chain(x, coupled, _fewest_read(chain, x), widest, -(-entries // widest))
     # Every sample's maps are read at each batch norm, and those of few channels are kept as wide as a vector.
     if coupled and width < _FEWEST:
         return f"with batch norms of fewer than {_FEWEST} channels it was measured to be slower than plain PyTorch"
-    wide, even = rule.UNEVEN
-    uneven = any(channels >= wide and pixels > even and pixels % even for channels, pixels in maps_of(chain, x))
     if x.dtype == torch.float32 and uneven:
         beyond = f"with a map of {wide} channels and more whose pixels are more than {even} and no multiple of it"
         return f"{beyond} it was measured to be slower than plain PyTorch"

@@ -52,9 +52,9 @@ class Staged(OperatorEngine):
         # 0.45 to 1.01 of eager's speed at all of 17 shapes, on one thread of an AMD EPYC, 2026-11-27; not in bfloat16.
         if call.is_single and (call.lower is not None or call.inputs[0].dtype != torch.bfloat16):
             return "for steps of one evaluation it was measured to be slower than plain PyTorch"
-        single = call.lower is None and call.inputs[0].dtype == torch.float32
+        plain_float32 = call.lower is None and call.inputs[0].dtype == torch.float32
         if isinstance(call.program, Pair):
-            if single and call.family == "skew_pair":  # 0.47 to 1.05, but for 16 channels at 64×64
+            if plain_float32 and call.family == "skew_pair":  # 0.47 to 1.05, but for 16 channels at 64×64
                 return "for float32 pairs it was measured to be slower than plain PyTorch"
             return _slower_pair(call)
         if not isinstance(call.program, Plan):
@@ -65,7 +65,7 @@ class Staged(OperatorEngine):
         if call.lower is not None and (call.family == "shu_osher" or (call.family == "ie" and widest > _MOST_LOWERED)):
             beyond = "" if call.family == "shu_osher" else f" with more than {_MOST_LOWERED} channels"
             return f"under autocast{beyond} it was measured to be slower than plain PyTorch"
-        if single and (slower := _slower_float32(call, widest)):
+        if plain_float32 and (slower := _slower_float32(call, widest)):
             return slower
         # One thread of an AMD EPYC: 512 channels at 4×4 took 1.2 to 1.5 times eager's time, 256 at 8×8 0.8.
         if call.family == ODE_SOLUTION and widest > _MOST_CHANNELS:
