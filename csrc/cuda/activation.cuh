@@ -80,21 +80,51 @@ FASTODE_DEVICE_CALL float derive_twice_smooth(int kind, float x, float p, float 
   return z > q ? 0 : p * s * (1 - s);
 }
 
-FASTODE_DEVICE float activate(const ActivationArguments& a, float x) {
-  if (a.kind == kRelu) return x <= 0 ? 0 : x;  // NaN passes, as it does in PyTorch
-  if (a.kind == kLeakyRelu) return x > 0 ? x : x * a.p;
-  return a.kind == kIdentity ? x : activate_smooth(a.kind, x, a.p, a.q);
-}
+struct Smooth {
+  static constexpr bool kBends = true;
+  ActivationArguments a;
 
-FASTODE_DEVICE float derive(const ActivationArguments& a, float x) {
-  if (a.kind == kRelu) return x <= 0 ? 0 : 1;
-  if (a.kind == kLeakyRelu) return x > 0 ? 1 : a.p;
-  return a.kind == kIdentity ? 1 : derive_smooth(a.kind, x, a.p, a.q);
-}
+  FASTODE_DEVICE Pair activate(Pair x) const {
+    return {activate_smooth(a.kind, x.low, a.p, a.q), activate_smooth(a.kind, x.high, a.p, a.q)};
+  }
+  FASTODE_DEVICE Pair derive(Pair x) const {
+    return {derive_smooth(a.kind, x.low, a.p, a.q), derive_smooth(a.kind, x.high, a.p, a.q)};
+  }
+  FASTODE_DEVICE Pair derive_twice(Pair x) const {
+    return {derive_twice_smooth(a.kind, x.low, a.p, a.q), derive_twice_smooth(a.kind, x.high, a.p, a.q)};
+  }
+};
 
-// Whether there is a second derivative: 0 times what is infinite would be NaN.
-FASTODE_DEVICE bool bends(const ActivationArguments& a) {
-  return a.kind != kRelu && a.kind != kLeakyRelu && a.kind != kIdentity;
+// relu, leaky_relu and none: linear on either side of zero. NaN passes, as it does in PyTorch.
+class Linear {
+ public:
+  static constexpr bool kBends = false;
+
+  FASTODE_DEVICE explicit Linear(const ActivationArguments& a)
+      : relu_(a.kind == kRelu),
+        below_(relu_                 ? 0
+               : a.kind == kIdentity ? 1
+                                     : a.p),
+        of_nan_(relu_ ? 1 : below_) {}
+
+  FASTODE_DEVICE Pair activate(Pair x) const { return {activate(x.low), activate(x.high)}; }
+  FASTODE_DEVICE Pair derive(Pair x) const { return {derive(x.low), derive(x.high)}; }
+
+ private:
+  FASTODE_DEVICE float activate(float x) const { return x <= 0 ? (relu_ ? 0 : x * below_) : x; }
+  FASTODE_DEVICE float derive(float x) const { return x > 0 ? 1 : x <= 0 ? below_ : of_nan_; }
+
+  bool relu_;
+  float below_, of_nan_;
+};
+
+// Calls f(activation), once for a map: to ask for the kind at each entry would be most of a kernel.
+template <class F>
+FASTODE_DEVICE void with_activation(const ActivationArguments& a, const F& f) {
+  if (a.kind == kRelu || a.kind == kLeakyRelu || a.kind == kIdentity)
+    f(Linear(a));
+  else
+    f(Smooth{a});
 }
 
 }  // namespace fastode::device

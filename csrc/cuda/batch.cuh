@@ -7,6 +7,7 @@
 #pragma once
 
 #include "branch.cuh"
+#include "grid.cuh"
 
 namespace fastode::device {
 

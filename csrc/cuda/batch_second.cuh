@@ -91,7 +91,6 @@ class BatchSecond : public Batch<Tile, Second<Tile>> {
   using Base::kPulled;
   using Base::kTangent;
   using Places = typename Base::Places;
-  using Channel = typename Base::Channel;
 
   // Zeros in the second rows.
   FASTODE_DEVICE void keep_none(int u, int evaluation) const {
@@ -156,32 +155,36 @@ class BatchSecond : public Batch<Tile, Second<Tile>> {
   // From there through the activation, again, and the norm, whose means are in the first rows of Memory::means.
   FASTODE_DEVICE void sweep_unit(int u, Sum& bar, float factor, int64_t sample, int evaluation, int means,
                                  const Places& places, const char* waiting) {
-    const cuda::Unit& unit = this->branch_.unit[u];
     const bool coupled = this->is_batch(u);
     block_barrier();  // unseen: of the sample before it the numbers are the same
     recall_both(u, sample, evaluation, means);
     if (coupled) this->recall_rows(evaluation, u, sample, 1, this->memory_.means + kFound * C, factor);
     block_barrier();
-    const ActivationArguments act{unit.activation, unit.p, unit.q};
-    FASTODE_UNROLLED
-    for (int eight = 0; eight < 2; ++eight) {
-      const int c = Tile::channel(eight);
-      const Channel channels[2] = {this->channel_of(u, c), this->channel_of(u, c + 1)};
+    with_activation(this->activation(u), [&](const auto& act) {
       FASTODE_UNROLLED
-      for (int tile = 0; tile < Tile::kTiles; ++tile) {
-        const typename Base::Words words(places, tile, eight);
-        uint32_t found[2];
-        Tile::kept_words(found, waiting, tile, eight);
+      for (int eight = 0; eight < 2; ++eight) {
+        const typename Base::Channels channels = this->channels_of(u, eight);
+        const float* const mean = this->memory_.means + Tile::channel(eight);
         FASTODE_UNROLLED
-        for (int i = 0; i < 4; ++i) {
-          const Channel& k = channels[i % 2];
-          const typename Base::Entry e(words, k, act, factor, i);
-          const float n = Base::both(Base::part(found[i / 2], i % 2), e, k, act);
-          bar.value[tile][eight][i] =
-              coupled ? this->combined(n, e, k, this->memory_.means + c + i % 2) : k.rstd * k.weight * n;
+        for (int tile = 0; tile < Tile::kTiles; ++tile) {
+          const typename Base::Words words(places, tile, eight);
+          uint32_t found[2];
+          Tile::kept_words(found, waiting, tile, eight);
+          FASTODE_UNROLLED
+          for (int half = 0; half < 2; ++half) {
+            const typename Base::Entries e(words, channels, act, factor, half);
+            float* const v = &bar.value[tile][eight][2 * half];
+            FASTODE_UNROLLED
+            for (int odd = 0; odd < 2; ++odd) v[odd] = Base::part(found[half], odd);
+            Base::both(v, e, channels, act);
+            if (!coupled) continue;
+            FASTODE_UNROLLED
+            for (int odd = 0; odd < 2; ++odd) v[odd] = this->combined(v[odd], e, channels, odd, mean + odd);
+          }
         }
       }
-    }
+    });
+    if (!coupled) this->scale_channels(u, bar);
   }
 };
 

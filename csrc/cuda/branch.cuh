@@ -77,14 +77,18 @@ class Branch : public Norms<Tile> {
   FASTODE_DEVICE void revisit(int u, const char* slot) const {
     FASTODE_ROLLED
     for (int eight = 0; eight < 2; ++eight) {
-      const Layer made = layer(u, eight, memory_.mean);
+      const Normal normal = normal_of(u, eight, memory_.mean);
       FASTODE_ROLLED
       for (int tile = 0; tile < Tile::kTiles; ++tile) {
         uint32_t words[2];
         Tile::kept_words(words, slot, tile, eight);
-        FASTODE_UNROLLED
-        for (int half = 0; half < 2; ++half)
-          *reinterpret_cast<uint32_t*>(Tile::word_in(memory_.map, tile, eight, half)) = made(words[half]);
+        // Here, for what is kept for all tiles takes registers from the products.
+        with_activation(activation(u), [&](const auto& act) {
+          FASTODE_UNROLLED
+          for (int half = 0; half < 2; ++half)
+            *reinterpret_cast<uint32_t*>(Tile::word_in(memory_.map, tile, eight, half)) =
+                T::pack(act.activate(normal(words[half])));
+        });
       }
     }
   }
@@ -157,41 +161,43 @@ class Branch : public Norms<Tile> {
     return memory_.mean;
   }
 
-  // What a unit's norm and activation make of a word: of two channels of a pixel.
-  struct Layer {
-    ActivationArguments act;
+  // What a unit's norm makes of a word: of two channels of a pixel.
+  struct Normal {
     float mean[2], factor[2], shift[2];
 
-    FASTODE_DEVICE uint32_t operator()(uint32_t word) const {
+    FASTODE_DEVICE Pair operator()(uint32_t word) const {
       const Pair pair = T::unpack(word);
-      return T::pack(activate(act, (pair.low - mean[0]) * factor[0] + shift[0]),
-                     activate(act, (pair.high - mean[1]) * factor[1] + shift[1]));
+      return {(pair.low - mean[0]) * factor[0] + shift[0], (pair.high - mean[1]) * factor[1] + shift[1]};
     }
   };
 
   // `found`: mean, then rstd.
-  FASTODE_DEVICE Layer layer(int u, int eight, const float* found) const {
-    const cuda::Unit& unit = branch_.unit[u];
+  FASTODE_DEVICE Normal normal_of(int u, int eight, const float* found) const {
     const float *weight = memory_.norm_weight(u), *bias = memory_.norm_bias(u);
     const int c = Tile::channel(eight);
-    return {{unit.activation, unit.p, unit.q},
-            {found[c], found[c + 1]},
-            {found[C + c] * weight[c], found[C + c + 1] * weight[c + 1]},
-            {bias[c], bias[c + 1]}};
+    return {
+        {found[c], found[c + 1]}, {found[C + c] * weight[c], found[C + c + 1] * weight[c + 1]}, {bias[c], bias[c + 1]}};
+  }
+
+  FASTODE_DEVICE ActivationArguments activation(int u) const {
+    const cuda::Unit& unit = branch_.unit[u];
+    return {unit.activation, unit.p, unit.q};
   }
 
   FASTODE_DEVICE void put_normalised(int u, const float* found, const State& state) const {
-    FASTODE_UNROLLED
-    for (int eight = 0; eight < 2; ++eight) {
-      const Layer made = layer(u, eight, found);
+    with_activation(activation(u), [&](const auto& act) {
       FASTODE_UNROLLED
-      for (int tile = 0; tile < Tile::kTiles; ++tile) {
+      for (int eight = 0; eight < 2; ++eight) {
+        const Normal normal = normal_of(u, eight, found);
         FASTODE_UNROLLED
-        for (int half = 0; half < 2; ++half)
-          *reinterpret_cast<uint32_t*>(Tile::word_in(memory_.map, tile, eight, half)) =
-              made(state.word[tile][eight][half]);
+        for (int tile = 0; tile < Tile::kTiles; ++tile) {
+          FASTODE_UNROLLED
+          for (int half = 0; half < 2; ++half)
+            *reinterpret_cast<uint32_t*>(Tile::word_in(memory_.map, tile, eight, half)) =
+                T::pack(act.activate(normal(state.word[tile][eight][half])));
+        }
       }
-    }
+    });
   }
 
   static FASTODE_DEVICE void add_bias(Sum& sum, const float* bias) {
@@ -208,20 +214,21 @@ class Branch : public Norms<Tile> {
 
   // bar becomes σ′(n) bar, the cotangent of the norm's result.
   FASTODE_DEVICE void pull_activation(int u, const State& state, Sum& bar) const {
-    const cuda::Unit& unit = branch_.unit[u];
-    const ActivationArguments act{unit.activation, unit.p, unit.q};
-    const float *weight = memory_.norm_weight(u), *bias = memory_.norm_bias(u);
-    FASTODE_UNROLLED
-    for (int j = 0; j < 4; ++j) {
-      const int c = channel(j);
-      const float mean = memory_.mean[c], factor = memory_.rstd[c] * weight[c], b = bias[c];
+    with_activation(activation(u), [&](const auto& act) {
       FASTODE_UNROLLED
-      for (int tile = 0; tile < Tile::kTiles; ++tile) {
+      for (int eight = 0; eight < 2; ++eight) {
+        const Normal normal = normal_of(u, eight, memory_.mean);
         FASTODE_UNROLLED
-        for (int half = 0; half < 2; ++half)
-          bar.value[tile][j / 2][2 * half + j % 2] *= derive(act, (entry(state, tile, j, half) - mean) * factor + b);
+        for (int tile = 0; tile < Tile::kTiles; ++tile) {
+          FASTODE_UNROLLED
+          for (int half = 0; half < 2; ++half) {
+            const Pair slope = act.derive(normal(state.word[tile][eight][half]));
+            bar.value[tile][eight][2 * half] *= slope.low;
+            bar.value[tile][eight][2 * half + 1] *= slope.high;
+          }
+        }
       }
-    }
+    });
   }
 
   // Of an evaluation's norm four rows of C: mean and rstd, then the means of a pull-back or, of a tangent, its own.

@@ -3,7 +3,7 @@
 //
 //   identity     thread, threads, block, blocks, lane, shared_memory; blocks and grids have one dimension
 //   registers    anew(number): the number; what is reckoned from it waits in no register until it is needed again
-//   barriers     block_barrier, warp_barrier, cluster_barrier; grid_barrier, in a cooperative launch
+//   barriers     block_barrier, warp_barrier, cluster_barrier; grid.cuh has that of a grid
 //   clusters     cluster_rank, peer(own, rank): the same place in the shared memory of another block of the cluster
 //   warps        shuffle_xor(value, mask); every lane of the warp takes part in what a warp does
 //   fragments    mma_bf16, mma_f16 (m16n8k16), mma_tf32 (m16n8k8), ldmatrix_x2, _x4, and both _transposed, as PTX lays

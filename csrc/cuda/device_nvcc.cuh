@@ -3,9 +3,6 @@
 
 #include "device.cuh"
 
-#include <cooperative_groups.h>
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 namespace fastode::device {
@@ -31,9 +28,6 @@ FASTODE_DEVICE void gap(void*, size_t) {}
 FASTODE_DEVICE uint32_t load_word(const uint16_t* at) { return *reinterpret_cast<const uint32_t*>(at); }
 
 FASTODE_DEVICE void block_barrier() { __syncthreads(); }
-
-// The driver has its counter, so that launches at the same time, and replays of a graph, need none of their own.
-FASTODE_DEVICE void grid_barrier() { cooperative_groups::this_grid().sync(); }
 
 FASTODE_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
@@ -90,9 +84,11 @@ FASTODE_DEVICE void ldmatrix_x4_transposed(uint32_t (&r)[4], const void* row) {
                : "memory");
 }
 
+// In PTX, for CUDA's headers of these types take longer to read than a small program to compile.
 FASTODE_DEVICE uint32_t pack_bf16(float low, float high) {
-  const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&both);
+  uint32_t word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
 }
 
 FASTODE_DEVICE Pair unpack_bf16(uint32_t word) {
@@ -100,13 +96,17 @@ FASTODE_DEVICE Pair unpack_bf16(uint32_t word) {
 }
 
 FASTODE_DEVICE uint32_t pack_f16(float low, float high) {
-  const __half2 both = __floats2half2_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&both);
+  uint32_t word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
 }
 
 FASTODE_DEVICE Pair unpack_f16(uint32_t word) {
-  const float2 both = __half22float2(*reinterpret_cast<const __half2*>(&word));
-  return {both.x, both.y};
+  Pair both;
+  asm("{.reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high;}"
+      : "=f"(both.low), "=f"(both.high)
+      : "r"(word));
+  return both;
 }
 
 FASTODE_DEVICE float exp(float x) { return ::expf(x); }

@@ -54,13 +54,17 @@ class Second : public Branch<Tile> {
     for (int eight = 0; eight < 2; ++eight) {
       FASTODE_ROLLED
       for (int tile = 0; tile < Tile::kTiles; ++tile) {
-        const Pushed made = pushed(u, eight);  // here, for what is kept for all tiles takes registers from the products
-        uint32_t h[2], t[2];
-        Tile::kept_words(h, input, tile, eight);
-        Tile::kept_words(t, tangent, tile, eight);
-        FASTODE_UNROLLED
-        for (int half = 0; half < 2; ++half)
-          *reinterpret_cast<uint32_t*>(Tile::word_in(this->memory_.map, tile, eight, half)) = made(h[half], t[half]);
+        // Here, for what is kept for all tiles takes registers from the products.
+        with_activation(this->activation(u), [&](const auto& act) {
+          const Channels channels = channels_of(u, eight);
+          uint32_t h[2], t[2];
+          Tile::kept_words(h, input, tile, eight);
+          Tile::kept_words(t, tangent, tile, eight);
+          FASTODE_UNROLLED
+          for (int half = 0; half < 2; ++half)
+            *reinterpret_cast<uint32_t*>(Tile::word_in(this->memory_.map, tile, eight, half)) =
+                pushed(channels, act, h[half], t[half]);
+        });
       }
     }
   }
@@ -128,6 +132,16 @@ class Second : public Branch<Tile> {
             m.means[(kTangent + 1) * C + c]};
   }
 
+  // Of a word's two.
+  struct Channels {
+    Channel of[2];
+  };
+
+  FASTODE_DEVICE Channels channels_of(int u, int eight) const {
+    const int c = Tile::channel(eight);
+    return {{channel_of(u, c), channel_of(u, c + 1)}};
+  }
+
   static FASTODE_DEVICE float part(uint32_t word, int odd) {
     const Pair pair = T::unpack(word);
     return odd ? pair.high : pair.low;
@@ -144,30 +158,45 @@ class Second : public Branch<Tile> {
     uint32_t h[2], t[2], back[2];
   };
 
-  // One of their four entries: n̂, n, the tangent of n̂, σ′(n) and B.
-  struct Entry {
-    FASTODE_DEVICE Entry(const Words& words, const Channel& k, const ActivationArguments& act, float factor, int i)
-        : normal(k.normal(part(words.h[i / 2], i % 2))),
-          n(normal * k.weight + k.bias),
-          pushed(k.pushed(part(words.t[i / 2], i % 2), normal)),
-          first(derive(act, n)),
-          b(factor * part(words.back[i / 2], i % 2)) {}
+  // Those of one of their pixels, of two channels: n̂, n, the tangent of n̂, σ′(n) and B.
+  struct Entries {
+    template <class Activation>
+    FASTODE_DEVICE Entries(const Words& words, const Channels& k, const Activation& act, float factor, int half) {
+      FASTODE_UNROLLED
+      for (int odd = 0; odd < 2; ++odd) {
+        normal[odd] = k.of[odd].normal(part(words.h[half], odd));
+        n[odd] = normal[odd] * k.of[odd].weight + k.of[odd].bias;
+        pushed[odd] = k.of[odd].pushed(part(words.t[half], odd), normal[odd]);
+        b[odd] = factor * part(words.back[half], odd);
+      }
+      const Pair slope = act.derive({n[0], n[1]});
+      first[0] = slope.low, first[1] = slope.high;
+    }
 
-    float normal, n, pushed, first, b;
+    float normal[2], n[2], pushed[2], first[2], b[2];
   };
 
-  // N of an entry.
-  static FASTODE_DEVICE float both(float bar, const Entry& e, const Channel& k, const ActivationArguments& act) {
-    const float first = bar * e.first;
-    return bends(act) ? first + derive_twice_smooth(act.kind, e.n, act.p, act.q) * k.weight * e.pushed * e.b : first;
+  // The two entries of bar become N.
+  template <class Activation>
+  static FASTODE_DEVICE void both(float* bar, const Entries& e, const Channels& k, const Activation& act) {
+    FASTODE_UNROLLED
+    for (int odd = 0; odd < 2; ++odd) bar[odd] *= e.first[odd];
+    if constexpr (Activation::kBends) {  // else 0 times what is infinite would be NaN
+      const Pair bend = act.derive_twice({e.n[0], e.n[1]});
+      bar[0] += bend.low * k.of[0].weight * e.pushed[0] * e.b[0];
+      bar[1] += bend.high * k.of[1].weight * e.pushed[1] * e.b[1];
+    }
   }
 
   // From N to what `combine` gives; the channel's means lie C apart.
-  static FASTODE_DEVICE float combined(float n, const Entry& e, const Channel& k, const float* mean) {
+  static FASTODE_DEVICE float combined(float n, const Entries& e, const Channels& channels, int odd,
+                                       const float* mean) {
+    const Channel& k = channels.of[odd];
     // P(w M)
-    const float pulled = k.rstd * (k.weight * e.first * e.b - mean[kFound * C] - e.normal * mean[(kFound + 1) * C]);
-    return k.rstd * (k.weight * n - mean[0] - e.normal * mean[C]) -
-           k.rstd * (e.normal * mean[2 * C] + k.second * pulled + mean[(kFound + 1) * C] * e.pushed);
+    const float pulled =
+        k.rstd * (k.weight * e.first[odd] * e.b[odd] - mean[kFound * C] - e.normal[odd] * mean[(kFound + 1) * C]);
+    return k.rstd * (k.weight * n - mean[0] - e.normal[odd] * mean[C]) -
+           k.rstd * (e.normal[odd] * mean[2 * C] + k.second * pulled + mean[(kFound + 1) * C] * e.pushed[odd]);
   }
 
   // The sums of the tangent and of it times the normalised map.
@@ -198,71 +227,65 @@ class Second : public Branch<Tile> {
   }
 
   // σ′(n) times the tangent of n, of a word of a unit's input and one of its tangent.
-  struct Pushed {
-    ActivationArguments act;
-    Channel channels[2];
-
-    FASTODE_DEVICE uint32_t operator()(uint32_t h, uint32_t t) const {
-      float made[2];
-      FASTODE_UNROLLED
-      for (int odd = 0; odd < 2; ++odd) {
-        const Channel& k = channels[odd];
-        const float normal = k.normal(part(h, odd));
-        made[odd] = derive(act, normal * k.weight + k.bias) * k.weight * k.pushed(part(t, odd), normal);
-      }
-      return T::pack(made[0], made[1]);
+  template <class Activation>
+  static FASTODE_DEVICE uint32_t pushed(const Channels& k, const Activation& act, uint32_t h, uint32_t t) {
+    float normal[2], n[2];
+    FASTODE_UNROLLED
+    for (int odd = 0; odd < 2; ++odd) {
+      normal[odd] = k.of[odd].normal(part(h, odd));
+      n[odd] = normal[odd] * k.of[odd].weight + k.of[odd].bias;
     }
-  };
-
-  FASTODE_DEVICE Pushed pushed(int u, int eight) const {
-    const cuda::Unit& unit = this->branch_.unit[u];
-    const int c = Tile::channel(eight);
-    return {{unit.activation, unit.p, unit.q}, {channel_of(u, c), channel_of(u, c + 1)}};
+    const Pair slope = act.derive({n[0], n[1]});
+    return T::pack(slope.low * k.of[0].weight * k.of[0].pushed(part(t, 0), normal[0]),
+                   slope.high * k.of[1].weight * k.of[1].pushed(part(t, 1), normal[1]));
   }
 
   FASTODE_DEVICE void put_tangent(int u, const State& t, const char* h) const {
-    FASTODE_UNROLLED
-    for (int eight = 0; eight < 2; ++eight) {
-      const Pushed made = pushed(u, eight);
+    with_activation(this->activation(u), [&](const auto& act) {
       FASTODE_UNROLLED
-      for (int tile = 0; tile < Tile::kTiles; ++tile) {
-        uint32_t words[2];
-        Tile::kept_words(words, h, tile, eight);
+      for (int eight = 0; eight < 2; ++eight) {
+        const Channels channels = channels_of(u, eight);
         FASTODE_UNROLLED
-        for (int half = 0; half < 2; ++half)
-          *reinterpret_cast<uint32_t*>(Tile::word_in(this->memory_.map, tile, eight, half)) =
-              made(words[half], t.word[tile][eight][half]);
+        for (int tile = 0; tile < Tile::kTiles; ++tile) {
+          uint32_t words[2];
+          Tile::kept_words(words, h, tile, eight);
+          FASTODE_UNROLLED
+          for (int half = 0; half < 2; ++half)
+            *reinterpret_cast<uint32_t*>(Tile::word_in(this->memory_.map, tile, eight, half)) =
+                pushed(channels, act, words[half], t.word[tile][eight][half]);
+        }
       }
-    }
+    });
   }
 
   // bar becomes N = σ′(n) bar + σ″(n) ṅ B, the cotangent of n. Leaves the sums of N, N n̂ and M times the tangent of n̂,
   // where M = σ′(n) B is the cotangent of ṅ and B = factor · back.
   FASTODE_DEVICE void pull_both(int u, Sum& bar, float factor, const Places& places) {
-    const cuda::Unit& unit = this->branch_.unit[u];
-    const ActivationArguments act{unit.activation, unit.p, unit.q};
     float sums[3][4];
-    FASTODE_UNROLLED
-    for (int eight = 0; eight < 2; ++eight) {
-      const int c = Tile::channel(eight);
-      const Channel channels[2] = {channel_of(u, c), channel_of(u, c + 1)};
+    with_activation(this->activation(u), [&](const auto& act) {
       FASTODE_UNROLLED
-      for (int i = 0; i < 6; ++i) sums[i / 2][2 * eight + i % 2] = 0;
-      FASTODE_UNROLLED
-      for (int tile = 0; tile < Tile::kTiles; ++tile) {
-        const Words words(places, tile, eight);
+      for (int eight = 0; eight < 2; ++eight) {
+        const Channels channels = channels_of(u, eight);
         FASTODE_UNROLLED
-        for (int i = 0; i < 4; ++i) {
-          const int j = 2 * eight + i % 2;
-          const Channel& k = channels[i % 2];
-          const Entry e(words, k, act, factor, i);
-          float& v = bar.value[tile][eight][i];
-          v = both(v, e, k, act);
-          sums[0][j] += v, sums[1][j] += v * e.normal;
-          sums[2][j] += e.first * e.b * e.pushed;
+        for (int i = 0; i < 6; ++i) sums[i / 2][2 * eight + i % 2] = 0;
+        FASTODE_UNROLLED
+        for (int tile = 0; tile < Tile::kTiles; ++tile) {
+          const Words words(places, tile, eight);
+          FASTODE_UNROLLED
+          for (int half = 0; half < 2; ++half) {
+            const Entries e(words, channels, act, factor, half);
+            float* const v = &bar.value[tile][eight][2 * half];
+            both(v, e, channels, act);
+            FASTODE_UNROLLED
+            for (int odd = 0; odd < 2; ++odd) {
+              const int j = 2 * eight + odd;
+              sums[0][j] += v[odd], sums[1][j] += v[odd] * e.normal[odd];
+              sums[2][j] += e.first[odd] * e.b[odd] * e.pushed[odd];
+            }
+          }
         }
       }
-    }
+    });
     this->leave_partial(sums);
   }
 
@@ -275,31 +298,40 @@ class Second : public Branch<Tile> {
 
   // bar becomes the cotangent of the unit's input, of both streams: P(w N) and the derivative of ⟨w M, P(t)⟩.
   FASTODE_DEVICE void combine(int u, Sum& bar, float factor, const Places& places, bool coupled) {
-    const cuda::Unit& unit = this->branch_.unit[u];
-    const ActivationArguments act{unit.activation, unit.p, unit.q};
+    if (!coupled) return scale_channels(u, bar);
+    with_activation(this->activation(u), [&](const auto& act) {
+      FASTODE_UNROLLED
+      for (int eight = 0; eight < 2; ++eight) {
+        const Channels channels = channels_of(u, eight);
+        const float* const means = this->memory_.means + Tile::channel(eight);
+        FASTODE_UNROLLED
+        for (int tile = 0; tile < Tile::kTiles; ++tile) {
+          const Words words(places, tile, eight);
+          FASTODE_UNROLLED
+          for (int half = 0; half < 2; ++half) {
+            const Entries e(words, channels, act, factor, half);
+            FASTODE_UNROLLED
+            for (int odd = 0; odd < 2; ++odd) {
+              float& v = bar.value[tile][eight][2 * half + odd];
+              v = combined(v, e, channels, odd, means + odd);
+            }
+          }
+        }
+      }
+    });
+  }
+
+  // P(w N) of a norm whose statistics are given.
+  FASTODE_DEVICE void scale_channels(int u, Sum& bar) const {
     FASTODE_UNROLLED
     for (int eight = 0; eight < 2; ++eight) {
       const int c = Tile::channel(eight);
-      const Channel channels[2] = {channel_of(u, c), channel_of(u, c + 1)};
-      if (!coupled) {
-        FASTODE_UNROLLED
-        for (int tile = 0; tile < Tile::kTiles; ++tile) {
-          FASTODE_UNROLLED
-          for (int i = 0; i < 4; ++i) bar.value[tile][eight][i] *= channels[i % 2].rstd * channels[i % 2].weight;
-        }
-        continue;
-      }
-      const float* means = this->memory_.means;
+      const float *rstd = this->memory_.rstd + c, *weight = this->memory_.norm_weight(u) + c;
+      const float factor[2] = {rstd[0] * weight[0], rstd[1] * weight[1]};
       FASTODE_UNROLLED
       for (int tile = 0; tile < Tile::kTiles; ++tile) {
-        const Words words(places, tile, eight);
         FASTODE_UNROLLED
-        for (int i = 0; i < 4; ++i) {
-          const Channel& k = channels[i % 2];
-          const Entry e(words, k, act, factor, i);
-          float& v = bar.value[tile][eight][i];
-          v = combined(v, e, k, means + c + i % 2);
-        }
+        for (int i = 0; i < 4; ++i) bar.value[tile][eight][i] *= factor[i % 2];
       }
     }
   }

@@ -59,40 +59,29 @@ class SkewPair : public Norms<Tile> {
     }
   }
 
-  // (1) at the point whose ŷ lies at `hat_y`, and ẑ at `hat_z` and in `hat`: ẏ, in `hat`.
-  FASTODE_DEVICE void slope_y(State& hat, const char* hat_y, const Trace& left) {
-    slope<false>(hat, hat_y, kPostY, left);
-  }
-
-  // Likewise ż, from ŷ in `hat`.
-  FASTODE_DEVICE void slope_z(State& hat, const char* hat_z, const Trace& left) {
-    slope<true>(hat, hat_z, kPostZ, left);
-  }
-
   // (1) at a point that point(state, half) makes: the slopes of the halves that are asked for. `at` says where they are
   // kept, where ŷ and ẑ meanwhile, and what is left to a pull-back.
   template <class At, class Point>
   FASTODE_DEVICE void evaluate(const At& at, bool y, bool z, const Point& point) {
     const bool damped = gamma() != 0;
-    State hat;
-    if (z || (y && damped)) {
-      point(hat, kY);
-      normalise(kPreY, hat, at.trace(kY).before);
-      Tile::keep(hat, at.hat(kY));
-    }
-    if (y || (z && damped)) {
-      point(hat, kZ);
-      normalise(kPreZ, hat, at.trace(kZ).before);
-      if (z && damped) Tile::keep(hat, at.hat(kZ));
-    }
-    if (y) {
-      slope_y(hat, at.hat(kY), at.trace(kY));
-      Tile::keep(hat, at.slope(kY));
-    }
-    if (z) {
-      Tile::recall(hat, at.hat(kY));
-      slope_z(hat, at.hat(kZ), at.trace(kZ));
-      Tile::keep(hat, at.slope(kZ));
+    // ŷ, then ẑ and from it ẏ, then from ŷ again ż: in turns, so that the code of a norm or a slope is there once.
+    FASTODE_ROLLED
+    for (int turn = 0; turn < 3; ++turn) {
+      const int half = turn == 1 ? kZ : kY;  // whose map is at hand
+      const bool own = half == kY ? y : z, other = half == kY ? z : y;
+      State hat;
+      if (turn < 2) {
+        if (!other && !(own && damped)) continue;
+        point(hat, half);
+        normalise(kPreY + half, hat, at.trace(half).before);
+        if (half == kY || (own && damped)) Tile::keep(hat, at.hat(half));
+        if (half == kY) continue;
+      }
+      if (!other) continue;
+      if (turn == 2) Tile::recall(hat, at.hat(kY));
+      const int asked = kZ - half;
+      slope(hat, asked, at.hat(asked), at.trace(asked));
+      Tile::keep(hat, at.slope(asked));
     }
   }
 
@@ -153,36 +142,37 @@ class SkewPair : public Norms<Tile> {
 
   // What the activation made of its input, again.
   FASTODE_DEVICE void activate_again(State& state, const char* input) const {
-    const ActivationArguments act{pair_.activation, pair_.p, pair_.q};
     Tile::recall(state, input);
-    FASTODE_UNROLLED
-    for (int tile = 0; tile < Tile::kTiles; ++tile) {
+    with_activation(activation(), [&](const auto& act) {
       FASTODE_UNROLLED
-      for (int i = 0; i < 4; ++i) {
-        uint32_t& word = state.word[tile][i / 2][i % 2];
-        const Pair pair = T::unpack(word);
-        word = T::pack(activate(act, pair.low), activate(act, pair.high));
+      for (int tile = 0; tile < Tile::kTiles; ++tile) {
+        FASTODE_UNROLLED
+        for (int i = 0; i < 4; ++i) {
+          uint32_t& word = state.word[tile][i / 2][i % 2];
+          word = T::pack(act.activate(T::unpack(word)));
+        }
       }
-    }
+    });
   }
 
   // bar becomes the cotangent of the activation's input.
   FASTODE_DEVICE void pull_activation(Sum& bar, const char* input) const {
-    const ActivationArguments act{pair_.activation, pair_.p, pair_.q};
-    FASTODE_UNROLLED
-    for (int eight = 0; eight < 2; ++eight) {
+    with_activation(activation(), [&](const auto& act) {
       FASTODE_UNROLLED
       for (int tile = 0; tile < Tile::kTiles; ++tile) {
-        uint32_t words[2];
-        Tile::kept_words(words, input, tile, eight);
         FASTODE_UNROLLED
-        for (int half = 0; half < 2; ++half) {
-          const Pair pair = T::unpack(words[half]);
-          bar.value[tile][eight][2 * half] *= derive(act, pair.low);
-          bar.value[tile][eight][2 * half + 1] *= derive(act, pair.high);
+        for (int eight = 0; eight < 2; ++eight) {
+          uint32_t words[2];
+          Tile::kept_words(words, input, tile, eight);
+          FASTODE_UNROLLED
+          for (int half = 0; half < 2; ++half) {
+            const Pair factor = act.derive(T::unpack(words[half]));
+            bar.value[tile][eight][2 * half] *= factor.low;
+            bar.value[tile][eight][2 * half + 1] *= factor.high;
+          }
         }
       }
-    }
+    });
   }
 
   // Puts a map where a convolution reads it.
@@ -304,31 +294,39 @@ class SkewPair : public Norms<Tile> {
     return sum;
   }
 
+  FASTODE_DEVICE ActivationArguments activation() const { return {pair_.activation, pair_.p, pair_.q}; }
+
   FASTODE_DEVICE bool wanted(int which) const {
     const cuda::PairNorm& norm = pair_.norm[which];
     return sums_ && norm.mode != kNoNorm && (norm.weight.data || norm.bias.data);
   }
 
-  // norm(σ(W hat − γ other)), or with −Wᵀ in W's place.
-  template <bool kTransposed>
-  FASTODE_DEVICE void slope(State& hat, const char* other, int norm, const Trace& left) {
+  // The slope of y, norm(σ(W hat − γ other)), or that of z, with −Wᵀ in W's place.
+  FASTODE_DEVICE void slope(State& hat, int half, const char* other, const Trace& left) {
     Sum sum;
     put(hat);
-    convolve<kTransposed>(sum);
-    if (kTransposed) Tile::scale(sum, -1);
+    if (half == kY) {
+      convolve<false>(sum);
+    } else {
+      convolve<true>(sum);
+      Tile::scale(sum, -1);
+    }
     if (pair_.gamma != 0) Tile::add_kept(sum, -pair_.gamma, other);
     if (left.input) {
       Tile::round(hat, sum);
       Tile::keep(hat, left.input);
     }
-    const ActivationArguments act{pair_.activation, pair_.p, pair_.q};
-    FASTODE_UNROLLED
-    for (int tile = 0; tile < Tile::kTiles; ++tile) {
+    with_activation(activation(), [&](const auto& act) {
       FASTODE_UNROLLED
-      for (int i = 0; i < 8; ++i) sum.value[tile][i / 4][i % 4] = activate(act, sum.value[tile][i / 4][i % 4]);
-    }
-    Tile::round(hat, sum);
-    normalise(norm, hat, left.after);
+      for (int tile = 0; tile < Tile::kTiles; ++tile) {
+        FASTODE_UNROLLED
+        for (int i = 0; i < 4; ++i) {
+          const float* const pair = &sum.value[tile][i / 2][i % 2 * 2];
+          hat.word[tile][i / 2][i % 2] = T::pack(act.activate({pair[0], pair[1]}));
+        }
+      }
+    });
+    normalise(kPostY + half, hat, left.after);
   }
 
   const cuda::Pair& pair_;

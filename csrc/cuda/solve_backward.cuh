@@ -330,11 +330,9 @@ struct SolveBackward : Solving<Tile> {
     Tile::clear(state);
     for (const int half : {kY, kZ}) Tile::keep(state, maps_.end(half));
     const int half = stand_.change_half == kY ? kY : kZ;
+    Choice::pull_squares(call_, pair_.channels(half), maps_.start(half), stand_.change, maps_.slope(1, half),
+                         maps_.slope(0, half), maps_.end(half), total(half));
     Sum sum;
-    Tile::clear(sum);
-    maps_.add_slopes(sum, half, 2, [](int j) { return j == 0 ? -1.0f : 1.0f; }, 1);
-    Choice::pull_squares(call_, pair_.channels(half), maps_.start(half), stand_.change, sum, maps_.end(half),
-                         total(half));
     Tile::clear(sum);
     Tile::add_kept(sum, 1, carried(half));
     Tile::add_kept(sum, -1, maps_.end(half));
@@ -349,10 +347,8 @@ struct SolveBackward : Solving<Tile> {
       const int half = (of_slope ? stand_.slope_half : stand_.state_half) == kY ? kY : kZ;
       const float factor = of_slope ? stand_.slope : stand_.state;
       if (factor == 0) continue;
-      Sum sum;
-      Tile::clear(sum);
-      Tile::add_kept(sum, 1, of_slope ? maps_.slope(0, half) : maps_.start(half));
-      Choice::pull_squares(call_, pair_.channels(half), maps_.start(half), factor, sum,
+      Choice::pull_squares(call_, pair_.channels(half), maps_.start(half), factor,
+                           of_slope ? maps_.slope(0, half) : maps_.start(half), nullptr,
                            of_slope ? carried(half) : total(half), total(half));
     }
   }

@@ -76,21 +76,25 @@ struct ChoiceBack {
   }
 
   // Adds the pull-back of the squares of a map in units of the tolerance to the cotangents of the map and of the state.
+  // The map is a kept one or, with `minus`, a difference. It is done once for a solve: rolled, because unrolled code of
+  // it takes long to compile.
   static FASTODE_DEVICE void pull_squares(const cuda::SolveCall& call, int channels, const char* start, float factor,
-                                          const Sum& map, char* bar, char* state_bar) {
+                                          const char* map, const char* minus, char* bar, char* state_bar) {
     const float rtol = static_cast<float>(call.rtol), atol = static_cast<float>(call.atol);
-    FASTODE_UNROLLED
+    FASTODE_ROLLED
     for (int tile = 0; tile < Tile::kTiles; ++tile) {
-      FASTODE_UNROLLED
+      FASTODE_ROLLED
       for (int eight = 0; eight < 2; ++eight) {
-        uint32_t words[2];
+        uint32_t words[2], mapped[2], less[2] = {0, 0};
         Tile::kept_words(words, start, tile, eight);
+        Tile::kept_words(mapped, map, tile, eight);
+        if (minus) Tile::kept_words(less, minus, tile, eight);
         float pulled[4], of_state[4];
         FASTODE_UNROLLED
         for (int i = 0; i < 4; ++i) {
-          const auto both = T::unpack(words[i / 2]);
-          const float u = i % 2 ? both.high : both.low, sign = u > 0 ? 1.0f : u < 0 ? -1.0f : 0.0f;
-          const float unit = 1 / (atol + rtol * (u < 0 ? -u : u)), scaled = map.value[tile][eight][i] * unit;
+          const float u = part(words[i / 2], i % 2), sign = u > 0 ? 1.0f : u < 0 ? -1.0f : 0.0f;
+          const float value = part(mapped[i / 2], i % 2) - part(less[i / 2], i % 2);
+          const float unit = 1 / (atol + rtol * (u < 0 ? -u : u)), scaled = value * unit;
           const bool own = Tile::channel(eight) + i % 2 < channels;
           pulled[i] = own ? factor * scaled * unit : 0;
           of_state[i] = own ? -rtol * sign * scaled * pulled[i] : 0;
@@ -99,6 +103,11 @@ struct ChoiceBack {
         add_words(state_bar, tile, eight, of_state);
       }
     }
+  }
+
+  static FASTODE_DEVICE float part(uint32_t word, int odd) {
+    const auto both = T::unpack(word);
+    return odd ? both.high : both.low;
   }
 
   static FASTODE_DEVICE void add_words(char* place, int tile, int eight, const float (&values)[4]) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../step_control.h"
+#include "grid.cuh"
 #include "skew.cuh"
 
 namespace fastode::device {

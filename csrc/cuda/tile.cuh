@@ -13,12 +13,14 @@ namespace fastode::device {
 
 struct BFloat16 {
   static FASTODE_DEVICE uint32_t pack(float low, float high) { return pack_bf16(low, high); }
+  static FASTODE_DEVICE uint32_t pack(Pair both) { return pack_bf16(both.low, both.high); }
   static FASTODE_DEVICE Pair unpack(uint32_t word) { return unpack_bf16(word); }
   static FASTODE_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma_bf16(c, a, b); }
 };
 
 struct Float16 {
   static FASTODE_DEVICE uint32_t pack(float low, float high) { return pack_f16(low, high); }
+  static FASTODE_DEVICE uint32_t pack(Pair both) { return pack_f16(both.low, both.high); }
   static FASTODE_DEVICE Pair unpack(uint32_t word) { return unpack_f16(word); }
   static FASTODE_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma_f16(c, a, b); }
 };
@@ -79,18 +81,20 @@ struct Tile {
   }
   static FASTODE_DEVICE int channel_of(int own, int eight) { return own / 32 % kAcross * 16 + eight * 8 + own % 4 * 2; }
 
-  static FASTODE_DEVICE int64_t offset(const cuda::Map& map, int64_t sample, int tile, int eight, int half) {
-    return sample * map.sample + channel(eight) * map.channel + row(tile, half) * map.row +
-           column(tile, half) * map.column;
+  static FASTODE_DEVICE int64_t offset(const cuda::Map& map, int64_t sample, int own, int tile, int eight, int half) {
+    return sample * map.sample + channel_of(own, eight) * map.channel + row_of(own, tile, half) * map.row +
+           column_of(own, tile, half) * map.column;
   }
 
+  // Here and in `store` nothing of the places waits in a register from sample to sample.
   static FASTODE_DEVICE void load(State& state, const cuda::Map& map, int64_t sample) {
     const uint16_t* data = static_cast<const uint16_t*>(map.data);
+    const int own = anew(thread());
     FASTODE_UNROLLED
     for (int tile = 0; tile < kTiles; ++tile) {
       FASTODE_UNROLLED
       for (int i = 0; i < 4; ++i) {
-        const uint16_t* at = data + offset(map, sample, tile, i / 2, i % 2);
+        const uint16_t* at = data + offset(map, sample, own, tile, i / 2, i % 2);
         state.word[tile][i / 2][i % 2] =
             map.words ? load_word(at) : at[0] | static_cast<uint32_t>(at[map.channel]) << 16;
       }
@@ -99,11 +103,12 @@ struct Tile {
 
   static FASTODE_DEVICE void store(const State& state, const cuda::Map& map, int64_t sample) {
     uint16_t* data = static_cast<uint16_t*>(map.data);
+    const int own = anew(thread());
     FASTODE_UNROLLED
     for (int tile = 0; tile < kTiles; ++tile) {
       FASTODE_UNROLLED
       for (int i = 0; i < 4; ++i) {
-        uint16_t* at = data + offset(map, sample, tile, i / 2, i % 2);
+        uint16_t* at = data + offset(map, sample, own, tile, i / 2, i % 2);
         const uint32_t word = state.word[tile][i / 2][i % 2];
         if (map.words) {
           *reinterpret_cast<uint32_t*>(at) = word;

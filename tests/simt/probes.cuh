@@ -2,7 +2,7 @@
 // one.
 #pragma once
 
-#include "device.cuh"
+#include "grid.cuh"
 
 namespace fastode::device::probes {
 

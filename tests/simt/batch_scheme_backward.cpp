@@ -1,1 +1,0 @@
-#include "batch_scheme_backward.cu"
