@@ -211,10 +211,20 @@ def test_which_chains_it_refuses_and_auto_leaves_under_autocast(monkeypatch: pyt
         }
         for why, (channels, widest, x) in coupled.items():
             assert border(channels, widest, "batch").against(ENGINE, x) == f"on bfloat16 maps {why} {slow}"
-        monkeypatch.setattr(rule, "_tiles", True)
+        monkeypatch.setattr(rule, "_products", False)
         assert border(16, 32).against(ENGINE, maps(16)) == (
-            "on bfloat16 maps it was measured on CPUs with dot products of them alone, and not on this kind"
+            "on bfloat16 maps it was measured on CPUs that multiply them, and not on this kind"
         )
+        monkeypatch.setattr(rule, "_tiles", True)
+        for norm in ("layer", "batch"):
+            assert border(256, 512, norm).against(ENGINE, maps(256)) == ""
+            assert border(128, 128, norm).against(ENGINE, maps(128, torch.get_num_threads())) == ""
+            assert (
+                border(8, 32, norm).against(ENGINE, maps(8)) == f"on bfloat16 maps with fewer than 16 channels {slow}"
+            )
+            assert border(256, 256, norm).against(ENGINE, maps(256, 4)) == (
+                f"on bfloat16 maps with fewer than 8 samples for each thread and 256 channels {slow}"
+            )
 
 
 def test_what_it_refuses_and_what_auto_leaves(monkeypatch: pytest.MonkeyPatch) -> None:

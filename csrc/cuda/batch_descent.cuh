@@ -146,24 +146,27 @@ struct BatchDescentBackward {
     const Slots tangent = last ? Slots{call.zero} : own(call, call.tangent, k);
     const Slots back = last ? Slots{call.zero} : at(call, call.at_point.back, k);
     const Slots value = last ? Slots{call.at_x.cotangent} : own(call, call.value, k);
-    const int e_bar = value[branch.count() - 1];
+    // Again where it is used, so that no register waits with it.
+    const auto e_bar = [&] {
+      return (k == 0 ? Slots{call.at_x.cotangent} : own(call, call.value, anew(k)))[branch.count() - 1];
+    };
     branch.sweep(
         last ? 0 : -2 * call.step_size, k, last ? 0 : call.steps + k, call.room, input, tangent, back, value,
         call.waiting, last ? 1 : -call.theta, call.sums != nullptr,
         [&](int n, Sum& sum) {
           Tile::clear(sum);
-          Tile::add_kept(sum, 1, place(call, last ? call.bar : e_bar, n));
+          Tile::add_kept(sum, 1, place(call, last ? call.bar : e_bar(), n));
           if (last && call.steps > 0) Tile::add_kept(sum, call.theta - 1, place(call, call.e_bars, n));
         },
         [&](int n, Sum& sum) {
           State bar;
           if (!last) Tile::scale(sum, -call.theta);
           Tile::add_kept(sum, 1, place(call, call.bar, n));
-          if (!last || call.steps > 0) Tile::add_kept(sum, last ? -1 : 1, place(call, last ? call.e_bars : e_bar, n));
+          if (!last || call.steps > 0) Tile::add_kept(sum, last ? -1 : 1, place(call, last ? call.e_bars : e_bar(), n));
           Tile::round(bar, sum);
           if (last) return Tile::store(bar, call.result, n);
           Tile::keep(bar, place(call, call.bar, n));
-          add_e_bar(call, n, e_bar, k == call.steps);
+          add_e_bar(call, n, e_bar(), k == call.steps);
         });
   }
 

@@ -241,7 +241,7 @@ class Second : public Branch<Tile> {
   }
 
   FASTODE_DEVICE void put_tangent(int u, const State& t, const char* h) const {
-    with_activation(this->activation(u), [&](const auto& act) {
+    with_activation(this->activation(anew(u)), [&](const auto& act) {
       FASTODE_UNROLLED
       for (int eight = 0; eight < 2; ++eight) {
         const Channels channels = channels_of(u, eight);
@@ -262,7 +262,7 @@ class Second : public Branch<Tile> {
   // where M = σ′(n) B is the cotangent of ṅ and B = factor · back.
   FASTODE_DEVICE void pull_both(int u, Sum& bar, float factor, const Places& places) {
     float sums[3][4];
-    with_activation(this->activation(u), [&](const auto& act) {
+    with_activation(this->activation(anew(u)), [&](const auto& act) {
       FASTODE_UNROLLED
       for (int eight = 0; eight < 2; ++eight) {
         const Channels channels = channels_of(u, eight);
@@ -299,7 +299,7 @@ class Second : public Branch<Tile> {
   // bar becomes the cotangent of the unit's input, of both streams: P(w N) and the derivative of ⟨w M, P(t)⟩.
   FASTODE_DEVICE void combine(int u, Sum& bar, float factor, const Places& places, bool coupled) {
     if (!coupled) return scale_channels(u, bar);
-    with_activation(this->activation(u), [&](const auto& act) {
+    with_activation(this->activation(anew(u)), [&](const auto& act) {
       FASTODE_UNROLLED
       for (int eight = 0; eight < 2; ++eight) {
         const Channels channels = channels_of(u, eight);
