@@ -143,6 +143,12 @@ def record_of(name: str, folder: Path = experiments.RECORDS) -> Path:
     return experiments.record_of(f"recipe-{name}", folder)
 
 
+def quick_plan(recipe: Recipe) -> Plan:
+    """The plan of a recipe's quick size, for the colours of its images."""
+    plan = recipe.plan(False, False)
+    return recipe.plan(False, True) if plan.data == "photographs" else plan
+
+
 def report(pages: Path = experiments.PAGES, records: Path = experiments.RECORDS) -> None:
     """Write the page of all recipes and one for each paper, with the plots of what is recorded."""
     experiments.write_page("recipes", "\n".join([INDEX, *index(records), ""]), pages)
@@ -173,7 +179,7 @@ def index(records: Path) -> list[str]:
     """A line for each recipe: its tables, and in how many columns the paper's orders appear."""
     lines = []
     for name, recipe in RECIPES.items():
-        plan, record = recipe.plan(False, False), experiments.load(record_of(name, records))
+        plan, record = quick_plan(recipe), experiments.load(record_of(name, records))
         tables = ", ".join(table.name for table in plan.tables)
         page = f"[paper {name[:3]}](paper-{name[:3]}.md)"
         found = verdicts(plan, record["fused"]) if "fused" in record else []
@@ -187,7 +193,7 @@ def index(records: Path) -> list[str]:
 
 def section(recipe: Recipe, path: Path, pages: Path) -> list[str]:
     """What stands on a paper's page of one recipe, and its plots."""
-    plan, record = recipe.plan(False, False), experiments.load(path)
+    plan, record = quick_plan(recipe), experiments.load(path)
     lines = ["", f"## {recipe.name}: {recipe.title}", ""]
     if "fused" not in record:
         return [*lines, f"Not recorded yet. `python -m fastode.recipes run {recipe.name}` runs it."]
@@ -213,7 +219,7 @@ def section(recipe: Recipe, path: Path, pages: Path) -> list[str]:
 
 def pictures(recipe: Recipe, pages: Path) -> list[Path]:
     """The files of a recipe's plots."""
-    return [_picture(recipe, table, pages) for table in recipe.plan(False, False).tables if table.axis]
+    return [_picture(recipe, table, pages) for table in quick_plan(recipe).tables if table.axis]
 
 
 def _picture(recipe: Recipe, table: Table, pages: Path) -> Path:
