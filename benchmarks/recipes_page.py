@@ -86,6 +86,14 @@ REMARKS = {
         "other way; other seeds were not run. That the attack moves the steps is there: the inner times come earlier "
         "after PGD-20 than after PGD-1 in each network, as in the paper's Table 3."
     ),
+    "003-table4": (
+        "What the paper shows is not there: alone, C&W gets no more of its ten images wrong than PGD-20 does, so that "
+        "its yes says no more than that SONet and SOBlock fall to gradients where TRADES does not; and SPSA finds "
+        "nothing. Its ten steps of eight directions are too few for 3,072 pixels; with the paper's 20 of 32 (one run, "
+        "not recorded) SONet had 18 of the first 20 images right, SOBlock 19, and ResNet10-TRADES-6 19, as without an "
+        "attack. Among ten images C&W had seemed to find nothing at all: the three of SONet that it gets wrong alone "
+        "were right again there, for the steps are the batch's."
+    ),
     "004-table2": (
         "SSP-adap has learned (its loss ends at 0.07), but not for its running statistics: with those of the batch it "
         "has 94 % of the images right, with the running ones, as here, 10.5 %. In training it was attacked in eval "

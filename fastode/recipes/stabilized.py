@@ -186,7 +186,7 @@ def _table4(paper: bool, colour: bool) -> Plan:
         100,
         50,
         1,
-        "About eight minutes.",
+        "About six minutes.",
         claims,
         note,
     )
