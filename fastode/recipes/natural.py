@@ -40,8 +40,8 @@ def _table1(paper: bool, colour: bool) -> Plan:
     tables = (
         Table("Table 1", "FGSM and PGD by radius", measures, numbers),
         Table("Figure 3", "Boundary attack, right by Euclidean distance", (boundary,), axis="columns",
-              note="1,000 steps of the walk for each image alone, for those of a batch share the solver's steps, from a "
-              "start that takes more questions; the text has no numbers."),
+              note="1,000 steps of the walk for each image alone, for those of a batch share the solver's steps, from "
+              "a start that takes more questions; the text has no numbers."),
     )  # fmt: skip
     claims = (
         Claim("a Neural ODE is more robust than ResNet-50", "Table 1", columns[1:], ("ResNet50", "Neural ODE")),
