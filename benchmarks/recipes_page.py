@@ -80,11 +80,11 @@ REMARKS = {
         "image of a thousand under PGD-20, so that the order is not told; other seeds were not run."
     ),
     "002-table1": (
-        "The paper's order is not there: at the smaller radii and under Boundary the Neural ODE is the less robust, and "
-        "at the larger ones neither has more than 5 % right (the yes at FGSM 0.4 is one image of a hundred). It is "
-        "small and trained for 1,000 steps, and has 89 % right where ResNet-50 has 97 %. With the paper's group norm, "
-        "which at this width has one channel in a group, it had 61 % right in a run before, 8 % under FGSM at 0.4 and "
-        "0.5, and none under PGD. Other seeds were not run."
+        "The paper's order is not there: at the smaller radii and under Boundary the Neural ODE is the less robust, "
+        "and at the larger ones neither has more than 5 % right (the yes at FGSM 0.4 is one image of a hundred). It "
+        "is small and trained for 1,000 steps, and has 89 % right where ResNet-50 has 97 %. With the paper's group "
+        "norm, which at this width has one channel in a group, it had 61 % right in a run before, 8 % under FGSM at "
+        "0.4 and 0.5, and none under PGD. Other seeds were not run."
     ),
     "003-table2": (
         "The paper's gap is not there: equal steps leave 21 to 43 % right under PGD-100, where the paper has none, and "
