@@ -24,7 +24,7 @@ from fastode.recipes.plan import Recipe, TrainingLoss
 
 from . import experiments, header, timing
 from .recipes_cifar10 import CIFAR10
-from .recipes_page import BLOCKS, record_of, report
+from .recipes_page import BLOCKS, quick_plan, record_of, report
 
 ROUNDS = 7
 WORK = header.ROOT / "build" / "recipes"
@@ -64,7 +64,7 @@ def timed(recipe: Recipe, images: Images | None = None, rounds: int = ROUNDS) ->
         By the network's name, for a step of training and for the first attack on as many images, the median ratio and
         its 20th and 80th percentile.
     """
-    plan = recipe.plan(False, False)
+    plan = quick_plan(recipe)
     images = images or OFFLINE[plan.data]()
     x, y = (part[: plan.training.batch] for part in images.train)
     attack = next(each for table in plan.tables for each in table.measures if not isinstance(each, Clean))

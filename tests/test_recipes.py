@@ -348,6 +348,21 @@ def test_distances_count_what_needs_more_than_the_radius() -> None:
     assert found == {"ε = 0.15": 75.0, "ε = 0.35": 25.0, "ε = 9": 0.0}
 
 
+class Crowd(nn.Module):
+    """Has an image right where it is alone, as one that shares no steps might."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tensor([1.0, 0.0] if len(x) == 1 else [0.0, 1.0]).expand(len(x), 2)
+
+
+def test_alone_measures_each_image_as_a_batch() -> None:
+    images, labels = torch.zeros(4, 1, 2, 2), torch.zeros(4, dtype=torch.int64)
+    for measure, right in ((CLEAN, 0.0), (measures.Alone(CLEAN), 100.0)):
+        assert measure(Crowd(), images, labels, torch.Generator(), 2) == {"natural": right}
+        assert measure.columns == ("natural",)
+    assert described(measures.Alone(CLEAN)) != described(CLEAN)
+
+
 def test_growth_is_that_of_the_layer_behind_a_normalisation() -> None:
     images, labels = torch.rand(4, 1, 2, 2), torch.tensor([0, 1, 0, 1])
     body = nn.Sequential()

@@ -108,7 +108,8 @@ def cw_linf(
         steps: of Adam for each constant (Huang et al.: 100).
         step_size: Adam's learning rate, in the space of the hyperbolic tangent.
         confidence: κ ≥ 0, by which the wrong class has to lead.
-        constant: c at first; it doubles up to 20.
+        constant: c at first; it doubles up to 20. ART's derivative leaves it out, so that all c find the same but those
+            too small for the search to go on; from 10 on one is tried, in the least time.
         bounds: the least and the largest value of a pixel, two numbers.
         mode: the model's while it is attacked: "eval", "train", or "keep".
         generator: accepted as by every attack; this one draws nothing.
@@ -116,6 +117,7 @@ def cw_linf(
 
     Returns:
         Images [N, C, H, W]; those that are fooled already, or could not be, as they were. ART takes them one by one.
+        Where the images of a batch share a solver's steps, attack one at a time: they are judged in their batch.
 
     Raises:
         TypeError, ValueError: an argument is none of what it may be, or the model returns no logits.

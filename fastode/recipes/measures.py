@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from .. import attacks, stability
 from ..attacks.borrowed import art_attacks, foolbox_itself
 from ..steps import record_steps
+from .plan import Measure
 
-__all__ = ["Attacked", "Clean", "Distances", "Growth", "StepTimes"]
+__all__ = ["Alone", "Attacked", "Clean", "Distances", "Growth", "StepTimes"]
 
 NEEDS: Mapping[str, Callable[[], Any]] = {
     "cw_l2": art_attacks, "cw_linf": art_attacks, "apgd": art_attacks, "boundary": foolbox_itself
@@ -111,6 +112,32 @@ class Distances:
         found = _attacked(self, model, images, labels, generator, batch)
         holds = [found.correct & ~(found.success & (found.l2 <= radius)) for radius in self.radii]
         return {name: 100 * float(each.double().mean()) for name, each in zip(self.columns, holds, strict=True)}
+
+
+@dataclass(frozen=True)
+class Alone:
+    """A measure of each image as a batch of its own.
+
+    The images of a batch share an adaptive solver's steps, so that one that a library has moved just far enough alone
+    may be right again among others.
+
+    Attributes:
+        measure: `Attacked` or `Distances`.
+    """
+
+    measure: Measure
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return self.measure.columns
+
+    def ready(self) -> None:
+        self.measure.ready()
+
+    def __call__(
+        self, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator, batch: int
+    ) -> Values:
+        return self.measure(model, images, labels, generator, 1)
 
 
 @dataclass(frozen=True)
