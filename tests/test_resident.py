@@ -97,6 +97,14 @@ def test_equal_on_its_shapes(shape: tuple[int, int, int], norm: str, dtype: torc
         assert_blocks_equal(block, fused(block), x)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("width", [7, 14, 15, 22])
+def test_equal_where_seven_pixels_are_a_tile(width: int, dtype: torch.dtype) -> None:
+    x = sample_input(3, 32, 3, width, dtype=dtype)
+    block = reference.SSP3(preactivation(32, "batch")).to(dtype)
+    assert_blocks_equal(block, fused(block), x)
+
+
 @pytest.mark.parametrize("mode", ["train", "input_grad", "forward"])
 def test_equal_on_a_bottleneck_that_ends_in_a_norm(mode: str) -> None:
     x = sample_input(3, 48, 10, 6)

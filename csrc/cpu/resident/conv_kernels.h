@@ -103,12 +103,20 @@ void convolve_tile(const TileArguments<A>& k) {
   }
 }
 
+// Seven pixels are a tile by themselves, where that is worth its code: as 4, 2 and 1 of them most of the accumulators
+// lie idle in the last ones.
+template <int vectors, int taps, int step>
+inline constexpr bool kSevens = vectors == 2 && taps == 3 && step == 1 && kTile == 16;
+
 // Tiles of 2^p pixels with as many rows as fit, or one row where fewer are left.
 template <class A, int vectors, int taps, int step, bool whole, int power = 4>
 TileKernel<A> tile_kernel(int pixels, bool one_row) {
   if constexpr (power < 0) {
     return nullptr;
   } else {
+    if constexpr (power == 4 && kSevens<vectors, taps, step>) {
+      if (pixels == 7) return convolve_tile<A, vectors, 1, 7, taps, step, whole>;
+    }
     constexpr int here = 1 << power, area = kTile / vectors;
     if constexpr (here <= area) {
       constexpr int rows = area / here < 4 ? area / here : 4;
@@ -202,17 +210,18 @@ void run_plan(const ConvPlan<A>& plan, const ConvJob<A>* jobs, int64_t count, Ah
       }
     for (const ConvJob<A>* job = jobs + stacked; job < jobs + count; ++job) {
       tile.out = &job->out, tile.combine = &job->combine;
-      tile.x = 0;
-      for (int pixels = area; tile.x < plan.out_width; pixels /= 2) {
+      int pixels = area;
+      for (tile.x = 0; tile.x < plan.out_width; tile.x += pixels) {
+        const int64_t left = plan.out_width - tile.x;
+        if (kSevens<vectors, taps, step> && (left == 7 || left == 14)) pixels = 7;
+        while (pixels > left) pixels /= 2;
         const int64_t rows = std::min(4, area / pixels);
         const auto full = kernel(pixels, false), single = kernel(pixels, true);
-        for (; tile.x + pixels <= plan.out_width; tile.x += pixels) {
-          for (tile.y = 0; tile.y < plan.out_height;) {
-            const bool fits = tile.y + rows <= plan.out_height;
-            place(tile, plan, job->in, tile.y, fits ? rows : 1, step, ahead);
-            (fits ? full : single)(tile);
-            tile.y += fits ? rows : 1;
-          }
+        for (tile.y = 0; tile.y < plan.out_height;) {
+          const bool fits = tile.y + rows <= plan.out_height;
+          place(tile, plan, job->in, tile.y, fits ? rows : 1, step, ahead);
+          (fits ? full : single)(tile);
+          tile.y += fits ? rows : 1;
         }
       }
     }
