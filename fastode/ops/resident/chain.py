@@ -82,7 +82,8 @@ def slower(x: Tensor, chain: Chain) -> str:
         if channels * pixels > entries:
             entries, width = channels * pixels, channels
         widest = max(widest, channels)
-        uneven = uneven or (channels >= wide and pixels > even and pixels % even > 0)
+        sevens = pixels == rule.SEVENS[0] and channels <= rule.SEVENS[1]
+        uneven = uneven or (channels >= wide and pixels > even and pixels % even > 0 and not sevens)
     if x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and chain.lower is not None):
         return rule.slower_lowered_chain(x, coupled, _fewest_read(chain, x), widest, -(-entries // widest))
     # Every sample's maps are read at each batch norm, and those of few channels are kept as wide as a vector.

@@ -88,9 +88,11 @@ SOLUTION = Line(most_channels=512, most_kb=640)
 # wider ones with four.
 CHAIN = Line(most_channels=512, most_kb=256, least_batch_per_thread=4, few_from_channels=128)
 # From so many channels on, maps whose pixels are more than this and no multiple of it: with two threads, 8 and 32
-# samples, 128 to 512 channels at 7×7 took 1 to 1.5 times eager's time, 128 and 256 at 14×14 0.93 to 1.09; at 8×8 and
-# 16×16 0.86 to 1.16.
+# samples, 128 and 256 channels at 14×14 took 0.93 to 1.09 of eager's time; at 8×8 and 16×16 0.86 to 1.16. Maps of 7×7
+# have a tile of their own: with two threads of an Intel Xeon, 2026-11-27, 128 and 256 channels were 1.02 to 1.37 times as
+# fast as eager, 512 in steps 0.6 to 1.2.
 UNEVEN = (128, 16)
+SEVENS = (49, 256)  # pixels of such a map, and up to how many channels it is as fast as an even one
 
 
 @dataclass(frozen=True)
@@ -178,9 +180,9 @@ LOWERED_PAIR = (16, Line(most_channels=64))
 # one 0.94 to 1.06; at 512 0.6 to 1.3.
 LOWERED_CHAIN = (16, Line(most_channels=128, least_batch_per_thread=4, few_from_channels=128))
 LOWERED_COUPLED_CHAIN = Line(most_channels=256, most_kb=32, least_batch_per_thread=8)
-# On AMX tiles, on one thread of an Intel Xeon, 2026-11-27, of 25 blocks of benchmarks.choose from 16 to 512 channels, 4 to
-# 64 pixels a side and 2 to 64 samples: steps 1.15 to 2.1, attacks' steps 1.2 to 2.7, forwards 1.04 to 2.6 (one of 784 KB
-# 0.83); with 4 samples of 256 and 512 channels steps were 0.91 and 0.94, and 8 channels' forward 0.74.
+# On AMX tiles, on one thread of an Intel Xeon, 2026-11-27, of 25 blocks of benchmarks.choose from 16 to 512 channels,
+# 4 to 64 pixels a side and 2 to 64 samples: steps 1.15 to 2.1, attacks' steps 1.2 to 2.7, forwards 1.04 to 2.6 (one of
+# 784 KB 0.83); with 4 samples of 256 and 512 channels steps were 0.91 and 0.94, and 8 channels' forward 0.74.
 TILED_CHAIN = (16, Line(most_channels=512, most_kb=784, least_batch_per_thread=8, few_from_channels=256))
 
 # Of a matrix W, in KB: a sample's products read all of it, where PyTorch's read it once for many samples. Solves by
