@@ -89,8 +89,8 @@ SOLUTION = Line(most_channels=512, most_kb=640)
 CHAIN = Line(most_channels=512, most_kb=256, least_batch_per_thread=4, few_from_channels=128)
 # From so many channels on, maps whose pixels are more than this and no multiple of it: with two threads, 8 and 32
 # samples, 128 and 256 channels at 14×14 took 0.93 to 1.09 of eager's time; at 8×8 and 16×16 0.86 to 1.16. Maps of 7×7
-# have a tile of their own: with two threads of an Intel Xeon, 2026-11-27, 128 and 256 channels were 1.02 to 1.37 times as
-# fast as eager, 512 in steps 0.6 to 1.2.
+# have a tile of their own: with two threads of an Intel Xeon, 2026-11-27, 128 and 256 channels were 1.02 to 1.37 times
+# as fast as eager, 512 in steps 0.6 to 1.2.
 UNEVEN = (128, 16)
 SEVENS = (49, 256)  # pixels of such a map, and up to how many channels it is as fast as an even one
 
