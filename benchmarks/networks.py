@@ -12,11 +12,18 @@ from typing import Any
 from . import bench_nets
 from .header import RESULTS, short_commit, threads
 from .printing import markdown_table
-from .suites import MODES
 
 Row = dict[str, Any]
-MEASURED = ("train", "pgd_step")
-COLUMNS = ("paper", "blocks", "network", *(f"× eager, {MODES[mode]}" for mode in MEASURED))
+# By workload: a network as a user trains it, and as the suite "cpu" has it.
+MEASURED = {"networks": ("train", "attack_step"), "nets": ("train", "pgd_step")}
+# Of a column, whether it is of training steps, and its dtype.
+RATIOS = {
+    "× eager, training step": (True, "float32"),
+    "× eager, attack step": (False, "float32"),
+    "autocast to bfloat16: training step": (True, "autocast"),
+    "autocast to bfloat16: attack step": (False, "autocast"),
+}
+COLUMNS = ("paper", "blocks", "network", *RATIOS)
 
 
 @dataclass(frozen=True)
@@ -70,25 +77,36 @@ def name_of(make: Callable[..., Any]) -> str:
     return str(function.__name__)
 
 
+def network_of(row: Row) -> str:
+    """The function of fastode.nets that made a row's network; of others' networks the name of theirs."""
+    variant = row["variant"]
+    make = bench_nets.WHOLE[variant].make if row["workload"] == "networks" else bench_nets.NETWORKS[variant][0]
+    return name_of(make)
+
+
 def recorded(results: Path) -> list[tuple[Row, Row]]:
-    """The head and row of every training step and attack of a network that left the engine to the project."""
-    found = []
-    for path in sorted(results.glob("*/cpu-*.json")):
+    """The head and row of every training step and attack's step of a network that left the engine to the project.
+
+    Of a network that is measured as a user trains it there are these rows alone.
+    """
+    found, names = [], {network.name for network in NETWORKS}
+    for path in sorted([*results.glob("*/cpu-*.json"), *results.glob("*/networks-*.json")]):
         record = json.loads(path.read_text())
         for row in record["rows"]:
-            ours = (row["workload"], row["contender"], row["engine"]) == ("nets", "fused", "auto")
-            if ours and row["mode"] in MEASURED and not row["errors"]:
+            ours = (row["contender"], row["engine"]) == ("fused", "auto") and not row["errors"]
+            if ours and row["mode"] in MEASURED.get(row["workload"], ()) and network_of(row) in names:
                 found.append((record["header"], row))
-    return found
+    whole = {network_of(row) for _, row in found if row["workload"] == "networks"}
+    return [(head, row) for head, row in found if row["workload"] == "networks" or network_of(row) not in whole]
 
 
-def _cell(found: Sequence[tuple[Row, Row]], name: str, mode: str) -> str:
+def _cell(found: Sequence[tuple[Row, Row]], name: str, train: bool, dtype: str) -> str:
     """The ratios of a network's variants, with the machine where there are several."""
     several = len({_machine(head) for head, _ in found}) > 1
     words = [
         f"{row['ratio_to_better_eager']['median']:.2f} (`{row['variant']}`{f', {_machine(head)}' if several else ''})"
         for head, row in found
-        if row["mode"] == mode and name_of(bench_nets.NETWORKS[row["variant"]][0]) == name
+        if (row["mode"] == "train", row["dtype"], network_of(row)) == (train, dtype, name)
     ]
     return ", ".join(words) or "not measured"
 
@@ -117,7 +135,7 @@ def markdown(results: Path = RESULTS) -> str:
     found = recorded(results)
     lines = [
         [_paper(network.paper), network.blocks, f"`{network.name}`"]
-        + [_cell(found, network.name, mode) for mode in MEASURED]
+        + [_cell(found, network.name, *column) for column in RATIOS.values()]
         for network in NETWORKS
     ]
     table = markdown_table(COLUMNS, lines, left=3)

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from benchmarks import (
-    bench_nets,
     card,
     contenders,
     data,
@@ -47,20 +46,21 @@ def test_the_readme_has_a_row_for_every_network() -> None:
     assert sorted(network.name for network in networks.NETWORKS) == sorted(nets.__all__)
     assert {network.paper for network in networks.NETWORKS} == set(networks.PAPERS)
     # What a record calls a network is one that the benchmarks know, made by a function of fastode.nets.
-    found = {networks.name_of(bench_nets.NETWORKS[row["variant"]][0]) for _, row in networks.recorded(RESULTS)}
+    found = {networks.network_of(row) for _, row in networks.recorded(RESULTS)}
     assert found and found <= set(nets.__all__)
 
 
-def network_record(folder: Path, device: str, ratio: float) -> None:
+def network_record(folder: Path, device: str, ratio: float, **whole: str) -> None:
     head = {"device": device, "threads": 2, "date": "2026-01-02T03", "commit": "0123456789abcdef"}
     row = {
         "workload": "nets", "variant": "sspnet-3", "contender": "fused", "engine": "auto", "mode": "train",
         "dtype": "float32", "batch": 8, "errors": "", "ratio_to_better_eager": {"median": ratio},
-    }  # fmt: skip
+    } | whole  # fmt: skip
     others = [row | {"engine": "staged"}, row | {"mode": "forward"}, row | {"mode": "pgd_step", "errors": "not equal"}]
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     rows = [row, *others]
-    (folder / "cpu-sspnet.json").write_text(json.dumps({"header": head | {"versions": {"torch": "2"}}, "rows": rows}))
+    name = "networks-sspnet.json" if whole else "cpu-sspnet.json"
+    (folder / name).write_text(json.dumps({"header": head | {"versions": {"torch": "2"}}, "rows": rows}))
 
 
 def test_a_network_has_the_ratio_that_is_recorded(tmp_path: Path) -> None:
@@ -71,6 +71,15 @@ def test_a_network_has_the_ratio_that_is_recorded(tmp_path: Path) -> None:
     assert "Measured: float32, 8 images; chip, 2 threads, torch 2, 2026-01-02, commit 0123456789ab." in text
     network_record(tmp_path / "two", "other", 2.5)
     assert "1.88 (`sspnet-3`, chip, 2 threads), 2.50 (`sspnet-3`, other, 2 threads)" in networks.markdown(tmp_path)
+    # As a user trains it: its rows take the place of the others.
+    network_record(tmp_path / "two", "other", 3.25, workload="networks", mode="attack_step", dtype="autocast")
+    missing = " | ".join(["not measured"] * 3)
+    assert f"| `sspnet` | {missing} | 3.25 (`sspnet-3`) |" in networks.markdown(tmp_path)
+    # In its place a network that others wrote, which has no row here.
+    network_record(tmp_path / "two", "other", 1.5, workload="networks", variant="preact-resnet18")
+    assert "1.50" not in networks.markdown(tmp_path) and "| `sspnet` | 1.88 (`sspnet-3`, chip" in networks.markdown(
+        tmp_path
+    )
 
 
 def test_every_record_has_its_plot() -> None:
