@@ -17,7 +17,7 @@ MEASURES = (Clean(), Attacked("FGSM", "fgsm", {"eps": 0.04}))  # at the recipe's
 def shorter(plan: Plan) -> Plan:
     """One network of the quick size, on fewer images."""
     networks = tuple(network for network in plan.networks if network.name == "SSP-3")
-    training = replace(plan.training, epochs=3, batch=16, images=500)
+    training = replace(plan.training, epochs=4, batch=16, images=500)
     return replace(plan, networks=networks, training=training, tables=(Table("Table 1", "", MEASURES),), images=200)
 
 

@@ -26,7 +26,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-MOVES = 4  # runs of the reference on images that differ in their last digit
+MOVES = 12  # runs of the reference on images that differ in their last digit
 
 
 def losses(
