@@ -427,11 +427,9 @@ def is_close(fused: nn.Module, case: Case) -> bool:
 def judged(judge: Judge, fused: nn.Module, case: Case) -> str:
     """What is wrong with a fused block; empty if nothing is."""
     try:
-        comparison = judge.compare(fused)
-        if not comparison.ok:
-            by_error = case.family in BY_ERROR
-            again = rejudge.judge_again(case.plain, judge.inputs, case.mode, case.autocast, by_error=by_error)
-            comparison = rejudge.compare_again(again, fused)
+        comparison = rejudge.compare_by_either(
+            judge, case.plain, fused, case.mode, case.autocast, by_error=case.family in BY_ERROR
+        )
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "" if comparison.ok else "\n".join(row for row in comparison.describe().splitlines() if row[:4] == "FAIL")

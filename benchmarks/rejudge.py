@@ -25,6 +25,25 @@ MOST_NEAR = 64
 Place = tuple[int, tuple[int, ...]]  # which call of an activation with a kink, and which of its pre-activations
 
 
+def compare_by_either(
+    judge: Judge, plain: nn.Module, fused: nn.Module, mode: Any, autocast: torch.dtype | None, *, by_error: bool = False
+) -> Comparison:
+    """The comparison of a block by the one rule and, where that fails, by the second judgement.
+
+    Args:
+        judge: of the one rule.
+        plain: the reference.
+        fused: its twin.
+        mode: as the judge has it.
+        autocast: the dtype of autocast around it, or None.
+        by_error: as `judge_again` takes it.
+    """
+    comparison = judge.compare(fused)
+    if comparison.ok:
+        return comparison
+    return compare_again(judge_again(plain, judge.inputs, mode, autocast, by_error=by_error), fused)
+
+
 def judge_again(
     plain: nn.Module, inputs: Any, mode: Any, autocast: torch.dtype | None, *, by_error: bool = False
 ) -> Judge:

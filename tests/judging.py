@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from benchmarks import rejudge
-from fastode.testing import compare_blocks
+from fastode.testing import Judge
 
 
 def assert_equal_by_either(plain: nn.Module, fused: nn.Module, x: Tensor, mode: Any, *, by_error: bool = False) -> None:
@@ -20,7 +20,5 @@ def assert_equal_by_either(plain: nn.Module, fused: nn.Module, x: Tensor, mode: 
         mode: as `compare_blocks` takes it.
         by_error: whether steps follow their error.
     """
-    comparison = compare_blocks(plain, fused, x, mode=mode)
-    if not comparison.ok:
-        comparison = rejudge.compare_again(rejudge.judge_again(plain, x, mode, None, by_error=by_error), fused)
+    comparison = rejudge.compare_by_either(Judge(plain, x, mode=mode), plain, fused, mode, None, by_error=by_error)
     assert comparison.ok, comparison.describe()

@@ -77,9 +77,8 @@ def test_a_network_has_the_ratio_that_is_recorded(tmp_path: Path) -> None:
     assert f"| `sspnet` | {missing} | 3.25 (`sspnet-3`) |" in networks.markdown(tmp_path)
     # In its place a network that others wrote, which has no row here.
     network_record(tmp_path / "two", "other", 1.5, workload="networks", variant="preact-resnet18")
-    assert "1.50" not in networks.markdown(tmp_path) and "| `sspnet` | 1.88 (`sspnet-3`, chip" in networks.markdown(
-        tmp_path
-    )
+    text = networks.markdown(tmp_path)
+    assert "1.50" not in text and "| `sspnet` | 1.88 (`sspnet-3`, chip" in text
 
 
 def test_every_record_has_its_plot() -> None:

@@ -77,19 +77,18 @@ def slower(x: Tensor, chain: Chain) -> str:
         return "without a convolution it was measured to be slower than plain PyTorch"
     coupled = any(unit.norm is not None and unit.norm.mode == "batch" for unit in chain.units)
     entries, width, widest, uneven = 0, 0, 0, False
-    wide, even = rule.UNEVEN
     for channels, pixels in maps_of(chain, x):
         if channels * pixels > entries:
             entries, width = channels * pixels, channels
         widest = max(widest, channels)
-        sevens = pixels == rule.SEVENS[0] and channels <= rule.SEVENS[1]
-        uneven = uneven or (channels >= wide and pixels > even and pixels % even > 0 and not sevens)
+        uneven = uneven or rule.is_uneven(channels, pixels)
     if x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and chain.lower is not None):
         return rule.slower_lowered_chain(x, coupled, _fewest_read(chain, x), widest, -(-entries // widest))
     # Every sample's maps are read at each batch norm, and those of few channels are kept as wide as a vector.
     if coupled and width < _FEWEST:
         return f"with batch norms of fewer than {_FEWEST} channels it was measured to be slower than plain PyTorch"
     if x.dtype == torch.float32 and uneven:
+        wide, even = rule.UNEVEN
         beyond = f"with a map of {wide} channels and more whose pixels are more than {even} and no multiple of it"
         return f"{beyond} it was measured to be slower than plain PyTorch"
     # The bound on channels is of the widest map, that on memory of the largest.

@@ -270,6 +270,13 @@ def slower(
     return f"{beyond} it {verdict}{than}"
 
 
+def is_uneven(channels: int, pixels: int) -> bool:
+    """Whether a chain with such a float32 map was measured to be slower than plain PyTorch: see `UNEVEN`."""
+    wide, even = UNEVEN
+    sevens, widest = SEVENS
+    return channels >= wide and pixels > even and pixels % even > 0 and not (pixels == sevens and channels <= widest)
+
+
 def slower_lowered(family: str, x: torch.Tensor, channels: int) -> str:
     """Why the resident engine is taken to be slower than plain PyTorch under autocast; empty if not.
 
