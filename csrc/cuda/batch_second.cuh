@@ -175,7 +175,7 @@ class BatchSecond : public Batch<Tile, Second<Tile>> {
             const typename Base::Entries e(words, channels, act, factor, half);
             float* const v = &bar.value[tile][eight][2 * half];
             FASTODE_UNROLLED
-            for (int odd = 0; odd < 2; ++odd) v[odd] = Base::part(found[half], odd);
+            for (int odd = 0; odd < 2; ++odd) v[odd] = part<typename Tile::Type>(found[half], odd);
             Base::both(v, e, channels, act);
             if (!coupled) continue;
             FASTODE_UNROLLED

@@ -142,11 +142,6 @@ class Second : public Branch<Tile> {
     return {{channel_of(u, c), channel_of(u, c + 1)}};
   }
 
-  static FASTODE_DEVICE float part(uint32_t word, int odd) {
-    const Pair pair = T::unpack(word);
-    return odd ? pair.high : pair.low;
-  }
-
   // Eight channels of a tile of the three kept maps.
   struct Words {
     FASTODE_DEVICE Words(const Places& places, int tile, int eight) {
@@ -164,10 +159,10 @@ class Second : public Branch<Tile> {
     FASTODE_DEVICE Entries(const Words& words, const Channels& k, const Activation& act, float factor, int half) {
       FASTODE_UNROLLED
       for (int odd = 0; odd < 2; ++odd) {
-        normal[odd] = k.of[odd].normal(part(words.h[half], odd));
+        normal[odd] = k.of[odd].normal(part<T>(words.h[half], odd));
         n[odd] = normal[odd] * k.of[odd].weight + k.of[odd].bias;
-        pushed[odd] = k.of[odd].pushed(part(words.t[half], odd), normal[odd]);
-        b[odd] = factor * part(words.back[half], odd);
+        pushed[odd] = k.of[odd].pushed(part<T>(words.t[half], odd), normal[odd]);
+        b[odd] = factor * part<T>(words.back[half], odd);
       }
       const Pair slope = act.derive({n[0], n[1]});
       first[0] = slope.low, first[1] = slope.high;
@@ -216,9 +211,9 @@ class Second : public Branch<Tile> {
         FASTODE_UNROLLED
         for (int i = 0; i < 4; ++i) {
           const int half = i / 2, odd = i % 2;
-          const float v = part(t.word[tile][eight][half], odd);
+          const float v = part<T>(t.word[tile][eight][half], odd);
           sums[0][2 * eight + odd] += v;
-          sums[1][2 * eight + odd] += v * ((part(words[half], odd) - mean[odd]) * rstd[odd]);
+          sums[1][2 * eight + odd] += v * ((part<T>(words[half], odd) - mean[odd]) * rstd[odd]);
         }
       }
     }
@@ -232,12 +227,12 @@ class Second : public Branch<Tile> {
     float normal[2], n[2];
     FASTODE_UNROLLED
     for (int odd = 0; odd < 2; ++odd) {
-      normal[odd] = k.of[odd].normal(part(h, odd));
+      normal[odd] = k.of[odd].normal(part<T>(h, odd));
       n[odd] = normal[odd] * k.of[odd].weight + k.of[odd].bias;
     }
     const Pair slope = act.derive({n[0], n[1]});
-    return T::pack(slope.low * k.of[0].weight * k.of[0].pushed(part(t, 0), normal[0]),
-                   slope.high * k.of[1].weight * k.of[1].pushed(part(t, 1), normal[1]));
+    return T::pack(slope.low * k.of[0].weight * k.of[0].pushed(part<T>(t, 0), normal[0]),
+                   slope.high * k.of[1].weight * k.of[1].pushed(part<T>(t, 1), normal[1]));
   }
 
   FASTODE_DEVICE void put_tangent(int u, const State& t, const char* h) const {

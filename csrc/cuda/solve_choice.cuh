@@ -92,8 +92,8 @@ struct ChoiceBack {
         float pulled[4], of_state[4];
         FASTODE_UNROLLED
         for (int i = 0; i < 4; ++i) {
-          const float u = part(words[i / 2], i % 2), sign = u > 0 ? 1.0f : u < 0 ? -1.0f : 0.0f;
-          const float value = part(mapped[i / 2], i % 2) - part(less[i / 2], i % 2);
+          const float u = part<T>(words[i / 2], i % 2), sign = u > 0 ? 1.0f : u < 0 ? -1.0f : 0.0f;
+          const float value = part<T>(mapped[i / 2], i % 2) - part<T>(less[i / 2], i % 2);
           const float unit = 1 / (atol + rtol * (u < 0 ? -u : u)), scaled = value * unit;
           const bool own = Tile::channel(eight) + i % 2 < channels;
           pulled[i] = own ? factor * scaled * unit : 0;
@@ -103,11 +103,6 @@ struct ChoiceBack {
         add_words(state_bar, tile, eight, of_state);
       }
     }
-  }
-
-  static FASTODE_DEVICE float part(uint32_t word, int odd) {
-    const auto both = T::unpack(word);
-    return odd ? both.high : both.low;
   }
 
   static FASTODE_DEVICE void add_words(char* place, int tile, int eight, const float (&values)[4]) {

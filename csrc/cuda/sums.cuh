@@ -49,8 +49,7 @@ class Sums {
 
   // Of the entries of a thread: the one of channel j of four and of the lower or upper eight pixels.
   static FASTODE_DEVICE float entry(const State& state, int tile, int j, int half) {
-    const Pair pair = T::unpack(state.word[tile][j / 2][half]);
-    return j % 2 ? pair.high : pair.low;
+    return part<T>(state.word[tile][j / 2][half], j % 2);
   }
 
   // Means and squares about them: of a thread's entries of a channel, then of lanes merged by Chan's rule for parts of

@@ -25,6 +25,13 @@ struct Float16 {
   static FASTODE_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma_f16(c, a, b); }
 };
 
+// One of a word's two numbers.
+template <class T>
+FASTODE_DEVICE float part(uint32_t word, int odd) {
+  const Pair pair = T::unpack(word);
+  return odd ? pair.high : pair.low;
+}
+
 struct alignas(16) Words {
   uint32_t word[4];
 };
