@@ -19,7 +19,7 @@ from fastode.native import nodes
 from fastode.ops.engine import no_operators
 from fastode.ops.plan import Plan
 from fastode.ops.rerun import Rerun
-from fastode.ops.resident.functions import ResidentShuOsherFunction
+from fastode.ops.resident.functions import LESS_MEMORY, ResidentShuOsherFunction
 from fastode.ops.schemes.runge_kutta.stages import Scheme
 from fastode.tableau import Tableau
 from fastode.testing import Judge, assert_blocks_equal, sample_input
@@ -158,21 +158,28 @@ def test_python_threads_do_not_disturb_each_other(norm: str) -> None:
             assert all(torch.equal(a, b) for a, b in zip(run, expected, strict=True))
 
 
+def one_step(branch: nn.Module) -> nn.Module:
+    return reference.IESkip(branch, 1, 0.1)
+
+
+@pytest.mark.parametrize("less", [False, True], ids=["all", "less"])
 @pytest.mark.parametrize(
-    ("scheme", "norm", "frozen", "maps", "most"),
+    ("scheme", "norm", "frozen", "all_of_it", "less_of_it"),  # the maps that are kept, and that a backward needs
     [
-        pytest.param(lambda b: reference.IESkip(b, 1, 0.1), "layer", False, 4, 7, id="ie-layer"),
-        pytest.param(lambda b: reference.IESkip(b, 1, 0.1), "batch", False, 3, 7, id="ie-batch"),
-        pytest.param(lambda b: reference.IESkip(b, 1, 0.1), "batch", True, 4, 8, id="ie-batch-frozen"),
-        pytest.param(reference.SSP3, "layer", False, 3, 5, id="ssp3-layer"),
-        pytest.param(reference.SSP3, "batch", False, 3, 5, id="ssp3-batch"),
-        pytest.param(reference.SSP3, "layer", True, 5, 7, id="ssp3-layer-frozen"),
-        pytest.param(reference.SSP3, "batch", True, 5, 7, id="ssp3-batch-frozen"),
+        pytest.param(one_step, "layer", False, (6, 9), (4, 7), id="ie-layer"),
+        pytest.param(one_step, "batch", False, (6, 10), (3, 7), id="ie-batch"),
+        pytest.param(one_step, "batch", True, (6, 10), (6, 10), id="ie-batch-frozen"),
+        pytest.param(reference.SSP3, "layer", False, (5, 7), (3, 5), id="ssp3-layer"),
+        pytest.param(reference.SSP3, "batch", False, (5, 7), (3, 5), id="ssp3-batch"),
+        pytest.param(reference.SSP3, "batch", True, (5, 7), (5, 7), id="ssp3-batch-frozen"),
     ],
 )
 def test_what_forward_keeps_and_backward_needs(
-    scheme: Callable[..., nn.Module], norm: str, frozen: bool, maps: int, most: int
-) -> None:
+    scheme: Callable[..., nn.Module], norm: str, frozen: bool, all_of_it: tuple[int, int], less_of_it: tuple[int, int],
+    less: bool, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv(LESS_MEMORY, str(int(less)))
+    maps, most = less_of_it if less else all_of_it
     x = channels_last(sample_input(64, 16, 16, 16, dtype=torch.float32)).requires_grad_()
     twin = fused(scheme(preactivation(16, norm))).requires_grad_(not frozen)
     size, bar = x.numel() * x.element_size(), torch.ones_like(x)
@@ -184,6 +191,19 @@ def test_what_forward_keeps_and_backward_needs(
     assert not nodes.module.kept(y)
     x.grad = None  # the maps are the result and the input's gradient, in which the backward works, beside what is kept
     assert peak_bytes(lambda: twin(x).backward(bar)) < (most + 0.5) * size
+    with nodes.left_out():  # autograd Functions keep the same
+        y = twin(x)
+        assert sum(piece.numel() for piece in y.grad_fn.kept) * x.element_size() // size == maps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("norm", NORMS)
+def test_equal_with_less_memory(norm: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(LESS_MEMORY, "1")
+    x = sample_input(3, 24, 6, 5, dtype=dtype)
+    for block in blocks(preactivation(24, norm)):
+        block.to(dtype)
+        assert_blocks_equal(block, fused(block), x)
 
 
 @pytest.mark.parametrize("scheme", [lambda b: reference.IESkip(b, 1, 0.1), reference.SSP3], ids=["ie", "ssp3"])

@@ -91,7 +91,6 @@ class BlockNode : public Node {
     bool any = false, plain = !at::GradMode::is_enabled();
     for (const Tensor& bar : bars) any |= bar.defined(), plain &= is_plain_cotangent(bar);
     if (!any) return variable_list(num_outputs());
-    if (flag_) flag_->set(!any_from(wanted, inputs_));
     if (!plain) return in_python(bars, wanted);
     const at::AutoDispatchBelowADInplaceOrView below;
     variable_list found = pull(bars, saved(), wanted);
@@ -137,16 +136,14 @@ class BlockNode : public Node {
 
  protected:
   // rule: all that the block's operators are called with and that is no tensor, by which a compiled backward is known.
-  BlockNode(const char* name, const Given& given, size_t inputs, std::vector<Tensor> kept, bool kept_all,
-            PyObject* constants, PyObject* flag, std::vector<IValue> rule)
+  BlockNode(const char* name, const Given& given, std::vector<Tensor> kept, bool kept_all, PyObject* constants,
+            std::vector<IValue> rule)
       : name_(name),
         present_(given.present),
-        inputs_(inputs),
         kept_(std::move(kept)),
         kept_all_(kept_all),
         constants_(constants),
         rule_(std::move(rule)) {
-    if (flag) flag_.emplace(flag);
     torch::autograd::edge_list edges;
     edges.reserve(given.tensors.size());
     saved_.reserve(given.tensors.size());
@@ -233,14 +230,12 @@ class BlockNode : public Node {
 
   const char* name_;
   std::vector<bool> present_;
-  size_t inputs_;  // how many of the saved tensors are no parameters
   std::vector<SavedVariable> saved_;
   SavedVariable result_;
   bool saves_result_ = false;
   std::vector<Tensor> kept_;
   bool kept_all_;
   PythonObject constants_;  // the Function, and what it is called with before the tensors
-  std::optional<Flag> flag_;
   std::vector<IValue> rule_;
 };
 

@@ -1,5 +1,8 @@
 // The nodes of IE-Skip and of the explicit schemes: fastode/ops/resident/functions.py in C++.
 #pragma once
+#include <cstdlib>
+#include <cstring>
+
 #include "block_node.h"
 
 namespace fastode {
@@ -8,7 +11,6 @@ namespace fastode {
 struct BranchCall {
   const Program& program;
   PyObject* constants;
-  PyObject* flag;  // whether the last backward asked for the input's gradient alone; null where there is no graph
   Given given;
 };
 
@@ -23,12 +25,18 @@ struct BranchResult {
   Tensor y, statistics;
 };
 
+// Whether a training step's forward leaves its backward less, which is then computed again: as functions.py has it.
+inline bool less_memory() {
+  const char* const asked = std::getenv("FASTODE_LESS_MEMORY");
+  return asked && *asked && std::strcmp(asked, "0") != 0;
+}
+
 // Runs forward(keep, keep_all) and makes the node of its result, if it is to have one.
 template <class Family>
 BranchResult run_branch(const BranchCall& call, const typename Family::Rule& rule) {
   const Given& given = call.given;
   const bool graph = at::GradMode::is_enabled() && given.any_requires_grad(0);
-  const bool keep_all = (graph && Flag(call.flag).get()) || !(graph && given.any_requires_grad(1));
+  const bool keep_all = !less_memory() || !(graph && given.any_requires_grad(1));
   std::vector<IValue> found;
   BranchResult result;
   {
@@ -50,7 +58,7 @@ class DescentNode final : public BlockNode {
   };
 
   DescentNode(const BranchCall& call, const Rule& rule, std::vector<Tensor> kept, bool kept_all)
-      : BlockNode("ResidentIESkipFunctionBackward", call.given, 1, std::move(kept), kept_all, call.constants, call.flag,
+      : BlockNode("ResidentIESkipFunctionBackward", call.given, std::move(kept), kept_all, call.constants,
                   {call.program.integers, call.program.numbers, rule.steps, rule.step_size, rule.theta, rule.detach}) {}
 
   static std::vector<IValue> forward(const BranchCall& call, const Rule& rule, bool keep, bool keep_all) {
@@ -77,8 +85,8 @@ class SchemeNode final : public BlockNode {
   struct Rule {};  // the coefficients are a tensor, the second input
 
   SchemeNode(const BranchCall& call, const Rule&, std::vector<Tensor> kept, bool kept_all)
-      : BlockNode("ResidentShuOsherFunctionBackward", call.given, 2, std::move(kept), kept_all, call.constants,
-                  call.flag, {call.program.integers, call.program.numbers}) {}
+      : BlockNode("ResidentShuOsherFunctionBackward", call.given, std::move(kept), kept_all, call.constants,
+                  {call.program.integers, call.program.numbers}) {}
 
   static std::vector<IValue> forward(const BranchCall& call, const Rule&, bool keep, bool keep_all) {
     static const Operator forward("fastode::resident_rk_forward");

@@ -12,15 +12,15 @@ struct ChainProgram {
 
 struct ChainCall {
   const ChainProgram& program;
-  PyObject *constants, *flag;  // as a BranchCall has them
-  IValue shape;                // of the result, without the samples
+  PyObject* constants;  // as a BranchCall has them
+  IValue shape;         // of the result, without the samples
   Given given;
 };
 
 class ChainNode final : public BlockNode {
  public:
   ChainNode(const ChainCall& call, std::vector<Tensor> kept)
-      : BlockNode("ResidentChainFunctionBackward", call.given, 1, std::move(kept), false, call.constants, call.flag,
+      : BlockNode("ResidentChainFunctionBackward", call.given, std::move(kept), false, call.constants,
                   {call.program.integers, call.program.numbers, call.program.strides, call.program.lengths,
                    call.program.step, call.program.act, call.program.p, call.program.q}) {}
 

@@ -21,7 +21,7 @@ class LinearNode final : public BlockNode {
   using Result = PairNode::Result;
 
   explicit LinearNode(const PairCall& call)
-      : BlockNode("ResidentLinearFunctionBackward", call.given, kInputs, {}, false, call.constants, nullptr,
+      : BlockNode("ResidentLinearFunctionBackward", call.given, {}, false, call.constants,
                   {call.program.integers, call.program.numbers}),
         damped_(call.program.numbers.toDoubleList().get(0) != 0) {}
 
@@ -74,7 +74,7 @@ class LinearSolveNode final : public BlockNode {
   };
 
   LinearSolveNode(const PairCall& call, const SolverProgram& solver, std::vector<Tensor> kept)
-      : BlockNode("ResidentLinearSolveFunctionBackward", call.given, 1, std::move(kept), false, call.constants, nullptr,
+      : BlockNode("ResidentLinearSolveFunctionBackward", call.given, std::move(kept), false, call.constants,
                   {call.program.integers, call.program.numbers, solver.table, solver.solver, solver.limits,
                    solver.per_sample, solver.through}),
         reads_slope_of_z_(solver.reads_slope_of_z) {}

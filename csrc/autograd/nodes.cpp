@@ -84,20 +84,19 @@ bool add_all(Given& given, PyObject* sequence) {
   return true;
 }
 
-// The arguments of every call around a branch or of a chain: program, constants, flag, tensors. False from `read` where
-// they are not for the nodes.
+// The arguments of every call around a branch or of a chain: program, constants, tensors. The last constant is None
+// where there can be no graph. False from `read` where they are not for the nodes.
 struct BlockArguments {
-  PyObject *constants, *flag;
+  PyObject* constants;
   Given given;
 
-  explicit BlockArguments(PyObject* const* arguments) : constants(arguments[1]), flag(arguments[2]) {
-    TORCH_CHECK_TYPE(PyTuple_Check(constants), "expected a tuple of constants");
-    TORCH_CHECK_TYPE(flag == Py_None || PyByteArray_Check(flag), "expected a bytearray or None");
-    if (flag == Py_None) flag = nullptr;
+  explicit BlockArguments(PyObject* const* arguments) : constants(arguments[1]) {
+    TORCH_CHECK_TYPE(PyTuple_Check(constants) && PyTuple_GET_SIZE(constants) > 0, "expected a tuple of constants");
   }
   bool read(PyObject* tensors) {
     if (!add_all(given, tensors)) return false;
-    return flag || !at::GradMode::is_enabled() || !given.any_requires_grad(0);
+    const bool graph = PyTuple_GET_ITEM(constants, PyTuple_GET_SIZE(constants) - 1) != Py_None;
+    return graph || !at::GradMode::is_enabled() || !given.any_requires_grad(0);
   }
 };
 
@@ -110,24 +109,24 @@ PyObject* wrapped(BranchResult result) {
 template <class Family>
 PyObject* run(PyObject* const* arguments, const typename Family::Rule& rule) {
   BlockArguments found(arguments);
-  if (!found.read(arguments[3])) return Py_NewRef(Py_NotImplemented);
-  const BranchCall call{held_in<Program>(arguments[0], kProgram), found.constants, found.flag, std::move(found.given)};
+  if (!found.read(arguments[2])) return Py_NewRef(Py_NotImplemented);
+  const BranchCall call{held_in<Program>(arguments[0], kProgram), found.constants, std::move(found.given)};
   return wrapped(run_branch<Family>(call, rule));
 }
 
-// descent(program, constants, flag, tensors, steps, step_size, theta, detach)
+// descent(program, constants, tensors, steps, step_size, theta, detach)
 PyObject* descent(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  expect(count, 8);
+  expect(count, 7);
   return run<DescentNode>(arguments,
-                          {integer(arguments[4]), number(arguments[5]), number(arguments[6]), truth(arguments[7])});
+                          {integer(arguments[3]), number(arguments[4]), number(arguments[5]), truth(arguments[6])});
   END_HANDLE_TH_ERRORS
 }
 
-// scheme(program, constants, flag, tensors)
+// scheme(program, constants, tensors)
 PyObject* scheme(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  expect(count, 4);
+  expect(count, 3);
   return run<SchemeNode>(arguments, {});
   END_HANDLE_TH_ERRORS
 }
@@ -148,14 +147,14 @@ PyObject* chain_program(PyObject*, PyObject* const* arguments, Py_ssize_t count)
   END_HANDLE_TH_ERRORS
 }
 
-// chain(program, constants, flag, tensors, the result's shape without samples)
+// chain(program, constants, tensors, the result's shape without samples)
 PyObject* chain(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  expect(count, 5);
+  expect(count, 4);
   BlockArguments found(arguments);
-  if (!found.read(arguments[3])) return Py_NewRef(Py_NotImplemented);
-  const ChainCall call{held_in<ChainProgram>(arguments[0], kChain), found.constants, found.flag,
-                       list_of<int64_t>(arguments[4], integer), std::move(found.given)};
+  if (!found.read(arguments[2])) return Py_NewRef(Py_NotImplemented);
+  const ChainCall call{held_in<ChainProgram>(arguments[0], kChain), found.constants,
+                       list_of<int64_t>(arguments[3], integer), std::move(found.given)};
   return wrapped(ChainNode::run(call));
   END_HANDLE_TH_ERRORS
 }

@@ -3,7 +3,6 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/object_ptr.h>
 
-#include <atomic>
 #include <utility>
 #include <vector>
 
@@ -24,18 +23,6 @@ class PythonObject {
 
  private:
   PyObject* object_;
-};
-
-// The byte of a bytearray: a flag that Python reads, and that a backward sets without the interpreter's lock.
-class Flag {
- public:
-  explicit Flag(PyObject* bytes) : bytes_(bytes), at_(reinterpret_cast<unsigned char*>(PyByteArray_AS_STRING(bytes))) {}
-  bool get() const { return std::atomic_ref(*at_).load(std::memory_order_relaxed); }
-  void set(bool value) const { std::atomic_ref(*at_).store(value, std::memory_order_relaxed); }
-
- private:
-  PythonObject bytes_;
-  unsigned char* at_;
 };
 
 [[noreturn]] inline void throw_python_error() {

@@ -27,7 +27,7 @@ class PairNodeBase : public BlockNode {
 
   PairNodeBase(const char* name, const PairCall& call, size_t inputs, std::vector<Tensor> kept,
                std::vector<IValue> rule)
-      : BlockNode(name, call.given, inputs, std::move(kept), false, call.constants, nullptr, std::move(rule)),
+      : BlockNode(name, call.given, std::move(kept), false, call.constants, std::move(rule)),
         inputs_(inputs),
         damped_(call.program.numbers.toDoubleList().get(0) != 0) {}
 

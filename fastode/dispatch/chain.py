@@ -169,7 +169,7 @@ def run(
         choice.note(reading.inside, chosen)
     rerun = None
     if found is not None and found.snapshot is not None and torch.is_grad_enabled():
-        rerun = Rerun(partial(_as_it_was, found.snapshot.past, reading), 1, reading.tensors, found.habit)
+        rerun = Rerun(partial(_as_it_was, found.snapshot.past, reading), 1, reading.tensors)
     y, *statistics = function.call(chosen.chain, (chain, rerun), (x, *reading.tensors))
     if statistics:
         _update(reading, statistics, x)

@@ -17,7 +17,6 @@ from torch.autograd import forward_ad
 from ..branch.snapshot import KEY, Snapshot
 from ..ops.engine import Call, autocast_dtype, mode
 from ..ops.plan import MaybeTensors
-from ..ops.rerun import Habit
 from . import trial
 
 _MOST_ANSWERS = 64  # of one reading; a block that is called with ever new shapes must not fill the memory
@@ -37,12 +36,11 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 class Known(Generic[Reading]):
     """A reading, and what was decided for the calls that followed, by their kind."""
 
-    __slots__ = ("_answers", "habit", "reading", "snapshot")
+    __slots__ = ("_answers", "reading", "snapshot")
 
     def __init__(self, snapshot: Snapshot | None, reading: Reading) -> None:
         self.snapshot = snapshot
         self.reading = reading
-        self.habit = None if snapshot is None else Habit()  # a tracer makes no snapshot
         self._answers: dict[Hashable, Any] = {}
 
     def holds(self, root: nn.Module) -> bool:

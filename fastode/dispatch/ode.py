@@ -125,7 +125,7 @@ def _solve(
     rerun = None
     if found.snapshot is not None and torch.is_grad_enabled():
         make = partial(_Retaken, found.snapshot.past, solver, course.steps)
-        rerun = Rerun(make, 1, found.reading.tensors, found.habit)
+        rerun = Rerun(make, 1, found.reading.tensors)
     end, *statistics = function.call(engine.ode_solution, (plan, course, rerun), (x, *found.reading.tensors))
     if statistics:
         update_running(found.reading, statistics, x)

@@ -242,7 +242,7 @@ def run(
     rerun = None
     if found is not None and found.snapshot is not None and torch.is_grad_enabled():
         make = partial(_as_it_was, make_reference, module, found.snapshot.past)
-        rerun = Rerun(make, 1 if table is None else 2, reading.tensors, found.habit)
+        rerun = Rerun(make, 1 if table is None else 2, reading.tensors)
     y, *statistics = step.apply(chosen, plan, rerun, x, reading.tensors, table)
     if statistics:
         update_running(reading, statistics, x)

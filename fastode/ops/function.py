@@ -131,7 +131,6 @@ def gradients(ctx: Any, given: MaybeTensors, cotangents: Sequence[MaybeTensor], 
     else:
         wanted = ctx.owed if isinstance(ctx, HandedOver) else _owed(ctx, given, needs[constants:])
         rerun: Rerun = ctx.rerun
-        rerun.habit.input_only = not any(wanted[rerun.inputs :])
         if any(map(is_legacy_batchedtensor, bars)):
             found = _each(cotangents, lambda bars: _gradients(rerun, given, bars, wanted, pull))
         else:

@@ -23,28 +23,6 @@ def lowering() -> dict[str, torch.dtype]:
     return {device: torch.get_autocast_dtype(device) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)}
 
 
-class Habit:
-    """What the last backward of a block asked for, by which its next forward guesses what the next one will.
-
-    Attributes:
-        flag: one byte, `input_only`, which a node in C++ writes.
-    """
-
-    __slots__ = ("flag",)
-
-    def __init__(self) -> None:
-        self.flag = bytearray(1)
-
-    @property
-    def input_only(self) -> bool:
-        """The gradient of the input and no other, though parameters are trainable: what an attack asks for."""
-        return bool(self.flag[0])
-
-    @input_only.setter
-    def input_only(self, value: bool) -> None:
-        self.flag[0] = value
-
-
 class Rerun:
     """A reference block as a function of its input and of a flat list of tensors.
 
@@ -52,17 +30,13 @@ class Rerun:
         make: makes the reference block as it was at the call, around the tensors' stand-ins; called only when needed.
         inputs: how many tensors the block is called with.
         tensors: those of its modules; hooks on saved tensors may give a backward others in their place.
-        habit: of the block.
         lower: the dtype to which autocast lowered at the call, of each device type where it was on.
     """
 
-    __slots__ = ("habit", "inputs", "lower", "make", "tensors")
+    __slots__ = ("inputs", "lower", "make", "tensors")
 
-    def __init__(
-        self, make: Callable[[StandIn], nn.Module], inputs: int, tensors: MaybeTensors, habit: Habit | None = None
-    ) -> None:
+    def __init__(self, make: Callable[[StandIn], nn.Module], inputs: int, tensors: MaybeTensors) -> None:
         self.make, self.inputs, self.tensors = make, inputs, tensors
-        self.habit = Habit() if habit is None else habit
         self.lower = lowering() if torch._C._is_any_autocast_enabled() else {}
 
     def needed(self, cotangents: Sequence[MaybeTensor]) -> bool:

@@ -93,6 +93,7 @@ template <class T>
 struct Evaluation {
   using A = Number<T>;
   std::vector<Map<T>> inputs;  // empty ones are not held
+  std::vector<Map<T>> backs;   // if kept: what its pull-back brings through each unit's convolution; empty ones are not
   std::vector<Rows<A>> mean, rstd;
   std::vector<Rows<A>> groups;  // if kept: mean and rstd of each group of a group norm, [2, groups]
   A* statistics = nullptr;      // if set: mean and biased variance [2, C] of every batch norm, one after the other
@@ -139,9 +140,12 @@ class Branch {
   Evaluation<T> evaluation(bool keep);
   // Gives each input but the first a place where backward finds it again.
   void keep_inputs(Evaluation<T>& e);
-  // Bytes that an evaluation leaves to backward, with its inputs behind the first or without.
-  int64_t room(bool inputs) const;
-  // Gives all inputs but the first back, and forgets them.
+  // Where every unit has a convolution: gives what the pull-back brings through each of them such a place. One that the
+  // branch begins with goes straight into the result.
+  void keep_backs(Evaluation<T>& e);
+  // Bytes that an evaluation leaves to backward, with its inputs behind the first or without, and so its `backs`.
+  int64_t room(bool inputs, bool backs = false) const;
+  // Gives all inputs but the first, and its `backs`, back, and forgets them.
   void release(Evaluation<T>& e);
   Map<T> map() { return memory_.take(blocks_, planes_[0]); }
   int64_t input_blocks() const { return blocks_of<A>(spec_.units.front().in_channels); }
@@ -175,7 +179,7 @@ class Branch {
   // a(z) = a'(z) z: then <image, f>, less the bias' part, is <z's cotangent, z>, and the norm's sums hold that.
   bool finds_image() const;
   // mix(gradient of <v, f> + <q, J t>) for the t of the last tangent sweep, whose maps it gives back. It writes over q
-  // where the samples are coupled.
+  // where the samples are coupled, or, where the pull-back of q has left them, over the evaluation's `backs`.
   Map<T> second(const Evaluation<T>& e, const Map<T>& v, const Map<T>& q, const Mix<T>& mix, bool parameters);
 
   // Queues f, which goes over these maps.
@@ -207,6 +211,10 @@ class Branch {
   Means<A> means();
   // Whether a sweep writes over a map that it has read: one of the whole batch, to save as much memory.
   bool takes_over(const Map<T>& map) const { return memory_.coupled && !map.pinned && map.blocks == spec_.blocks; }
+  // Whether what is pulled back goes through a convolution at every unit.
+  bool convolves() const {
+    return std::all_of(spec_.units.begin(), spec_.units.end(), [](const UnitSpec<A>& unit) { return unit.has_conv; });
+  }
   // The mix with no more terms than a combination takes. `made` gets the maps that partial sums lie in.
   Mix<T> few(Mix<T> mix, std::vector<Map<T>>& made);
   void give(const std::vector<Map<T>>& maps);
@@ -216,11 +224,15 @@ class Branch {
     const UnitSpec<A>& unit = spec_.units[j];
     return unit.has_conv && unit.norm == kNoNorm && unit.act.kind == kIdentity && !spec_.narrow;
   }
+  // Whether the branch begins with a convolution.
+  bool starts_straight() const {
+    const UnitSpec<A>& unit = spec_.units[0];
+    return unit.has_conv && unit.norm == kNoNorm && unit.act.kind == kIdentity;
+  }
   // Whether a cotangent sweep ends in the first unit's convolution alone, which writes every pixel of the mix.
   bool begins_straight(const Mix<T>& mix) const {
-    const UnitSpec<A>& unit = spec_.units[0];
-    const ConvShape& shape = unit.shape;
-    return unit.has_conv && unit.norm == kNoNorm && unit.act.kind == kIdentity &&
+    const ConvShape& shape = spec_.units[0].shape;
+    return starts_straight() &&
            (mix.terms.empty() || shape.stride == 1 || std::min(shape.kernel_h, shape.kernel_w) > 1);
   }
   // For the input of unit j, with a halo where that goes straight into a convolution and is not held.

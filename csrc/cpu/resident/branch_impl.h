@@ -172,14 +172,23 @@ void Branch<T>::keep_inputs(Evaluation<T>& e) {
 }
 
 template <class T>
-int64_t Branch<T>::room(bool inputs) const {
+void Branch<T>::keep_backs(Evaluation<T>& e) {
+  if (!convolves()) return;
+  e.backs.resize(spec_.units.size());
+  for (size_t j = starts_straight(); j < e.backs.size(); ++j)
+    e.backs[j] = memory_.keep(blocks_of<A>(spec_.units[j].in_channels), planes_[j]);
+}
+
+template <class T>
+int64_t Branch<T>::room(bool inputs, bool backs) const {
   int64_t bytes = 0;
   for (const UnitSpec<A>& unit : spec_.units) {
     if (unit.norm == kGroupNorm) bytes += memory_.room_of_rows(2 * unit.groups);
     if (unit.norm == kBatchNorm) bytes += 2 * Kept::room<A>(width());
   }
-  for (size_t j = 1; inputs && j < spec_.units.size(); ++j)
-    bytes += memory_.room(blocks_of<A>(spec_.units[j].in_channels), planes_[j]);
+  for (size_t j = 0; j < spec_.units.size(); ++j)
+    bytes += ((inputs && j > 0) + (backs && convolves() && (j > 0 || !starts_straight()))) *
+             memory_.room(blocks_of<A>(spec_.units[j].in_channels), planes_[j]);
   return bytes;
 }
 
@@ -189,6 +198,8 @@ void Branch<T>::release(Evaluation<T>& e) {
     memory_.give(e.inputs[j]);
     e.inputs[j] = {};
   }
+  give(e.backs);
+  e.backs.clear();
 }
 
 template <class T>

@@ -10,7 +10,7 @@ struct Descent {
   int64_t steps;
   double gamma, theta;
   bool detach;     // the derivative takes the descent's direction as a constant
-  bool keeps_all;  // every unit's input is kept for backward, those of f(x) too
+  bool keeps_all;  // for backward: every unit's input, those of f(x) too, and what each pull-back brings through them
 
   // Whether the derivative is the residual block's. With theta = 0 the descent starts where it ends.
   bool plain() const { return detach || steps == 0 || theta == 0; }
@@ -31,7 +31,7 @@ class DescentPoints {
     Memory<A>& memory = branch.memory();
     if (keep_)
       memory.kept->reserve(branch.room(hold_first_) +
-                           descent.steps * (branch.room(true) + 2 * memory.room(input.blocks)));
+                           descent.steps * (branch.room(true, descent.keeps_all) + 2 * memory.room(input.blocks)));
     at_input = branch.evaluation(keep);
     if (keep_ && hold_first_) branch.keep_inputs(at_input);
     for (int64_t k = 0; k < descent.steps; ++k) {
@@ -40,6 +40,7 @@ class DescentPoints {
       points[k] = memory.keep(input.blocks);
       residuals[k] = memory.keep(input.blocks);
       branch.keep_inputs(at_point[k]);
+      if (descent.keeps_all) branch.keep_backs(at_point[k]);
     }
   }
 
@@ -70,6 +71,12 @@ class DescentPoints {
   Map<A> step(Branch<A>& branch, int64_t k, const Map<A>* to) {
     return branch.cotangent(at_point[k], {0, {{1, residuals[k]}}}, to,
                             {1, {{1, points[k]}, {-1 / theta_, residuals[k]}}}, false);
+  }
+
+  // Makes again what the pull-back of step k left behind its convolutions, to the same bits.
+  void pull_again(Branch<A>& branch, int64_t k) {
+    branch.keep_backs(at_point[k]);
+    branch.memory().give(branch.cotangent(at_point[k], {0, {{1, residuals[k]}}}, nullptr, {}, false));
   }
 
   void release(Branch<A>& branch, int64_t k) {
@@ -159,6 +166,7 @@ class DescentBackward {
       // With c the cotangent of the step's output and e the residual: pull = -theta (cotangent of e) = 2 gamma theta (c
       // - theta J c), and the two cotangents of the second-order sweep are pull and 2 gamma theta e.
       if (!found) at.evaluate(branch, k);
+      if (!found && descent.keeps_all) at.pull_again(branch, k);
       pull = memory.take(ends.input.blocks);
       branch.tangent(at.at_point[k], bar, pull, {-2 * gamma * theta * theta, {{2 * gamma * theta, bar}}});
       const Map<A> next =

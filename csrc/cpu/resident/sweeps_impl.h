@@ -281,13 +281,14 @@ Map<T> Branch<T>::cotangent(const Evaluation<T>& e, const Mix<T>& image, const M
   for (size_t j = units; j-- > 0;) {
     const UnitSpec<A>& unit = spec_.units[j];
     const int64_t blocks = blocks_of<A>(unit.in_channels), out_blocks = blocks_of<A>(unit.out_channels);
-    const Map<T> n = places[j];
+    const Map<T> n = places[j], back = e.backs.empty() || !e.backs[j] ? n : e.backs[j];
     const Map<T> above = bare && j + 2 == units ? few_image.terms[0].second : places[std::min(j + 1, units - 1)];
     const bool ends = j == 0 && !point && unit.weight_at < 0 && unit.bias_at < 0;
     const bool direct = straight && j == 0;
     std::vector<Map<T>> maps = j + 1 == units ? few_image.with({}) : std::vector{e.inputs[j + 1], above};
     if (!direct || parameters) maps.push_back(e.inputs[j]);
     if (direct || j + 1 == units) maps.push_back(direct ? result : n);
+    if (back.view.at != n.view.at) maps.push_back(back);
     if (direct) maps = last_mix.with(maps);
     each(maps, [=, this, &unit, at = e.at(j), next = e.at(std::min(j + 1, units - 1))](const Range& range) {
       const bool given = j + 1 == units && as_it_is;
@@ -306,7 +307,7 @@ Map<T> Branch<T>::cotangent(const Evaluation<T>& e, const Mix<T>& image, const M
                       at.moments + range.worker * at.moments_stride + unit.moments_at);
       if (ends) return;
       if (direct) return convolve_back(j, range, g, result, last_mix);
-      if (unit.moves()) convolve_back(j, range, g, n);
+      if (unit.moves()) convolve_back(j, range, g, back);
       for (int64_t i = 0; i < range.count; ++i) {
         A* sums = sums_.at(range, i);
         const bool tells = along.sum && j + 1 == units;
@@ -315,7 +316,7 @@ Map<T> Branch<T>::cotangent(const Evaluation<T>& e, const Mix<T>& image, const M
           tangent_sums(planes_[j], blocks, rows_of(at, range, i), at.input.at(range, i), g.at(range, i), sums);
         else
           cotangent_first(planes_[j], blocks, rows_of(at, range, i), unit.act, at.input.at(range, i),
-                          (unit.moves() ? n : g).at(range, i), n.at(range, i), sums);
+                          (unit.moves() ? back : g).at(range, i), n.at(range, i), sums);
         if (tells) add_product(unit, range, sums, along);
         if (parameters) add_norm_gradients(unit, range, sums);
         settle(j, range, i, true, {mean_n_, mean_xn_});
@@ -337,7 +338,16 @@ Map<T> Branch<T>::cotangent(const Evaluation<T>& e, const Mix<T>& image, const M
 template <class T>
 Map<T> Branch<T>::second(const Evaluation<T>& e, const Map<T>& v, const Map<T>& q, const Mix<T>& mix, bool parameters) {
   const size_t units = spec_.units.size();
-  const Map<T> n = map(), m = takes_over(q) ? q : map();
+  const Map<T> n = map();
+  // What the tangent's stream brings through each convolution: found where it was kept, or made in one map.
+  std::vector<Map<T>> ms = e.backs;
+  ms.resize(units);
+  Map<T> made;
+  for (Map<T>& m : ms) {
+    if (m) continue;
+    if (!made) made = takes_over(q) ? q : map();
+    m = made;
+  }
   schedule_.rewind();
   for (size_t j = units; j-- > 0;) {
     const UnitSpec<A>& unit = spec_.units[j];
@@ -345,25 +355,28 @@ Map<T> Branch<T>::second(const Evaluation<T>& e, const Map<T>& v, const Map<T>& 
     const int64_t lanes = blocks * kLanes<A>;
     const bool top = j + 1 == units;
     const Map<T> t = tangents_[j], above = tangents_[std::min(j + 1, units - 1)];
-    const std::vector<Map<T>> maps = top ? std::vector{v, q} : std::vector{e.inputs[j + 1], above, n, m};
+    const Map<T> m = ms[j], m_above = ms[std::min(j + 1, units - 1)];
+    const bool found = !e.backs.empty() && e.backs[j];
+    const std::vector<Map<T>> maps = top ? std::vector{v, q} : std::vector{e.inputs[j + 1], above, n, m_above};
     each(Mix<T>{1, {{1, e.inputs[j]}, {1, t}, {1, n}, {1, m}}}.with(maps),
          [=, this, &unit, at = e.at(j), next = e.at(std::min(j + 1, units - 1))](const Range& range) {
            const Map<T> g = fit(g_[j + 1], j + 1, unit.out_channels, range),
                         tangent_g = fit(tangent_g_, 0, unit.out_channels, range);
            for (int64_t i = 0; i < range.count; ++i) {
              const View<T> to = g.at(range, i), tangent_to = tangent_g.at(range, i);
+             const bool both = parameters || !found;
              if (top) {
                combine_maps(plane_, out_blocks, to, Combine<T>{}.add(1, v.at(range, i)));
-               combine_maps(plane_, out_blocks, tangent_to, Combine<T>{}.add(1, q.at(range, i)));
+               if (both) combine_maps(plane_, out_blocks, tangent_to, Combine<T>{}.add(1, q.at(range, i)));
              } else {
                second_last(plane_, out_blocks, rows_of(next, range, i), next.input.at(range, i), above.at(range, i),
-                           n.at(range, i), m.at(range, i), to, &tangent_to, Combine<T>{});
+                           n.at(range, i), m_above.at(range, i), to, both ? &tangent_to : nullptr, Combine<T>{});
              }
            }
            if (parameters) add_gradients(at, range, g, &t, tangent_g);
            if (unit.has_conv) {
              convolve_back(j, range, g, n);
-             convolve_back(j, range, tangent_g, m);
+             if (!found) convolve_back(j, range, tangent_g, m);
            }
            for (int64_t i = 0; i < range.count; ++i) {
              A* sums = sums_.at(range, i);
@@ -381,13 +394,14 @@ Map<T> Branch<T>::second(const Evaluation<T>& e, const Map<T>& v, const Map<T>& 
          });
     settle_batch(j, true, {mean_n_, mean_xn_, mean_c_, mean_xc_});
   }
-  each(mix.with({e.inputs[0], tangents_[0], n, m}), [=, this, at = e.at(0), t = tangents_[0]](const Range& range) {
-    for (int64_t i = 0; i < range.count; ++i)
-      second_last(plane_, blocks_of<A>(spec_.units[0].in_channels), rows_of(at, range, i), at.input.at(range, i),
-                  t.at(range, i), n.at(range, i), m.at(range, i), n.at(range, i), static_cast<const View<T>*>(nullptr),
-                  mix.at(range, i));
-  });
-  if (!takes_over(q)) memory_.give(m);
+  each(mix.with({e.inputs[0], tangents_[0], n, ms[0]}),
+       [=, this, at = e.at(0), t = tangents_[0], m = ms[0]](const Range& range) {
+         for (int64_t i = 0; i < range.count; ++i)
+           second_last(plane_, blocks_of<A>(spec_.units[0].in_channels), rows_of(at, range, i), at.input.at(range, i),
+                       t.at(range, i), n.at(range, i), m.at(range, i), n.at(range, i),
+                       static_cast<const View<T>*>(nullptr), mix.at(range, i));
+       });
+  if (!takes_over(q)) memory_.give(made);
   for (size_t j = 1; j < units; ++j) memory_.give(tangents_[j]);
   Map<T> result = n;
   result.blocks = blocks_of<A>(spec_.units[0].in_channels);

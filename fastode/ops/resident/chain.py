@@ -180,8 +180,7 @@ class ResidentChainFunction(NodeFunction):
         if program is None:
             code = _encode(chain, given[1:], x.shape[1])[1]
             program = memo[_PROGRAM] = nodes.module.chain_program(*code, _reads_result(chain))
-        flag = None if rerun is None else rerun.habit.flag
-        found = nodes.module.chain(program, (cls, chain, rerun), flag, given, _result(chain, x))
+        found = nodes.module.chain(program, (cls, chain, rerun), given, _result(chain, x))
         if type(found) is not tuple:
             return found if found is NotImplemented else (found,)
         return (found[0], *met_by(chain.plans, memo, found[1], x.shape[1], (True,)))

@@ -5,6 +5,7 @@ The mathematics is that of ops/schemes, in C++.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from ..schemes.implicit_euler.descent import Descent
 from ..schemes.runge_kutta.stages import Scheme
 from .call import beside, decode_statistics, encode, met_by
 
+LESS_MEMORY = "FASTODE_LESS_MEMORY"
 _PROGRAM = "resident node"  # in a plan's memo
 
 
@@ -33,14 +35,14 @@ def keeps_beside(ctx: Any) -> bool:
     return keeps(ctx) and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
 
-def keeps_all(ctx: Any, rerun: Rerun | None, tensors: MaybeTensors) -> bool:
-    """Whether forward keeps every unit's input: for the input's gradient alone recomputing would dominate.
+def keeps_all(ctx: Any, tensors: MaybeTensors) -> bool:
+    """Whether forward keeps all that spares its backward a convolution.
 
-    With trainable parameters that is known after the block's first backward.
+    Where less memory is asked for it does so with frozen parameters alone: to compute it again would be most of what
+    the input's gradient takes.
     """
-    if rerun is not None and rerun.habit.input_only:
-        return True
-    return True not in ctx.needs_input_grad[-len(tensors) :]
+    less = os.environ.get(LESS_MEMORY, "0") not in ("", "0")
+    return not less or True not in ctx.needs_input_grad[-len(tensors) :]
 
 
 def take_kept(ctx: Any) -> list[Tensor]:
@@ -54,11 +56,11 @@ def _arguments(
     cls: type[NodeFunction], constants: tuple[Plan, Any, Rerun | None], given: MaybeTensors, inputs: int
 ) -> tuple[Any, ...]:
     """What every call of csrc/autograd/nodes.cpp around a branch begins with; the first `inputs` are no parameters."""
-    plan, _, rerun = constants
+    plan = constants[0]
     program = plan.memo.get(_PROGRAM)
     if program is None:
         program = plan.memo[_PROGRAM] = nodes.module.program(*encode(plan, given[inputs:])[1:])
-    return program, (cls, *constants), None if rerun is None else rerun.habit.flag, given
+    return program, (cls, *constants), given
 
 
 def _results(found: Any, plan: Plan, given: MaybeTensors, inputs: int, rule: Descent | Scheme) -> Any:
@@ -91,7 +93,7 @@ class ResidentIESkipFunction(NodeFunction):
     @staticmethod
     def forward(ctx: Any, plan: Plan, descent: Descent, rerun: Rerun | None, x: Tensor, *tensors: MaybeTensor) -> Any:
         rule = (descent.steps, descent.step_size, descent.theta)
-        keep, everything = keeps_beside(ctx) and not descent.detach, keeps_all(ctx, rerun, tensors)
+        keep, everything = keeps_beside(ctx) and not descent.detach, keeps_all(ctx, tensors)
         y, flat, kept = torch.ops.fastode.resident_ie_forward.default(
             x, *encode(plan, tensors), *rule, keep, everything
         )
@@ -135,7 +137,7 @@ class ResidentShuOsherFunction(NodeFunction):
     def forward(
         ctx: Any, plan: Plan, scheme: Scheme, rerun: Rerun | None, x: Tensor, table: Tensor, *tensors: MaybeTensor
     ) -> Any:
-        everything = keeps_all(ctx, rerun, (table, *tensors))
+        everything = keeps_all(ctx, (table, *tensors))
         y, flat, kept = torch.ops.fastode.resident_rk_forward.default(
             x, *encode(plan, tensors), table.contiguous(), keeps_beside(ctx), everything
         )
