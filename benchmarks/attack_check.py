@@ -290,7 +290,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name in arguments.only:
             found = timed(name, arguments.steps, arguments.batch, arguments.threads, arguments.rounds)
             print(in_words(found), flush=True)
-            record.setdefault("speed", {})[name] = found | {"header": _header()}
+            head = _header()
+            record.setdefault("speed", {}).setdefault(head["device"], {})[name] = found | {"header": head}
         whole = (arguments.steps, arguments.batch, arguments.rounds) == (SPEED_STEPS, SPEED_BATCH, ROUNDS)
         if not whole:
             print("not recorded: fewer steps, images or rounds than the record has")
