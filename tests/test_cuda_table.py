@@ -34,17 +34,7 @@ def sized() -> list[tuple[str, str, int, int, cuda_kernels.Kernel]]:
 
 
 def test_what_is_a_threads_own_is_in_registers() -> None:
-    """But for a few words at two sizes, each of which is known by its bytes."""
-    known = {
-        ("BatchDescentBackward", "BFloat16", 64, 16, "sm_80"): 20,
-        ("BatchDescentBackward", "BFloat16", 16, 32, "sm_80"): 32,
-        ("DescentBackward", "BFloat16", 16, 32, "sm_80"): 16,
-        **{("SolveBackward", dtype, 16, 32, "sm_90a"): 28 for dtype in DTYPES},
-    }
-    spilled = {(*size, row.architecture): row.spills for *size, row in sized() if row.spills or row.stack}
-    assert all(spills <= known.get(at, 0) and at in known for at, spills in spilled.items())
-    assert all(row.registers for row in recorded())
-    assert all(not row.spills and not row.stack for row in recorded() if not _SIZED.fullmatch(row.kernel))
+    assert [row.kernel for row in recorded() if row.spills or row.stack or not row.registers] == []
 
 
 def test_the_table_is_that_of_the_records() -> None:

@@ -109,7 +109,7 @@ class Batch : public Base {
   FASTODE_DEVICE void over_samples(float (&totals)[kinds], const F& f) const {
     constexpr int kParts = Tile::kThreads / C;
     static_assert(kParts <= cuda::kMostSums * Tile::kDown);
-    const int c = thread() % C, part = thread() / C;
+    const int own = anew(thread()), c = own % C, part = own / C;
     for (float& total : totals) total = 0;
     FASTODE_UNROLLED_8
     for (int n = part; n < this->samples_; n += kParts) {
@@ -162,7 +162,7 @@ class Batch : public Base {
     float totals[kinds];
     over_samples(totals, [](const float* from, int kind) { return from[kind * C]; });
     turn_ = 1 - turn_;
-    const int c = thread();
+    const int c = anew(thread());
     if (c >= C) return;
     const float weight = weighted ? this->memory_.norm_weight(u)[c] : 1;
     FASTODE_UNROLLED

@@ -130,8 +130,8 @@ struct DescentBackward {
     Tile::add(sum, 1, bar);
     if (call.steps > 0) Tile::add_kept(sum, call.theta - 1, place(call, call.e_bars, n));
     branch.pull(sum, n, 0, call.room, {call.at_x.input}, {{call.at_x.cotangent}, {}, call.sums != nullptr});
-    Tile::add_kept(sum, 1, place(call, call.bar, n));
-    if (call.steps > 0) Tile::add_kept(sum, -1, place(call, call.e_bars, n));
+    Tile::add_kept(sum, 1, place(call, call.bar, anew(n)));
+    if (call.steps > 0) Tile::add_kept(sum, -1, place(call, call.e_bars, anew(n)));
     Tile::round(bar, sum);
   }
 };

@@ -127,12 +127,15 @@ struct Tile {
     }
   }
 
+  // Which of a kept map's words are the thread's. Without a sign, which would wait in a register.
+  static FASTODE_DEVICE unsigned own_words(int tile) { return static_cast<unsigned>(tile * kThreads + thread()); }
+
   // Maps that only these programs read lie in the order of threads: kKeptBytes of a sample at `place`.
   static FASTODE_DEVICE void keep(const State& state, char* place) {
     FASTODE_UNROLLED
     for (int tile = 0; tile < kTiles; ++tile) {
       const auto& w = state.word[tile];
-      reinterpret_cast<Words*>(place)[tile * kThreads + thread()] = {{w[0][0], w[0][1], w[1][0], w[1][1]}};
+      reinterpret_cast<Words*>(place)[own_words(tile)] = {{w[0][0], w[0][1], w[1][0], w[1][1]}};
     }
   }
 
@@ -140,18 +143,18 @@ struct Tile {
   static FASTODE_DEVICE void request(char* slot, const char* place) {
     FASTODE_ROLLED
     for (int tile = 0; tile < kTiles; ++tile) {
-      const int at = (tile * kThreads + thread()) * 16;
+      const unsigned at = own_words(tile) * 16;
       copy_later(slot + at, place + at);
     }
   }
 
   static FASTODE_DEVICE Words kept_tile(const char* place, int tile) {
-    return reinterpret_cast<const Words*>(place)[tile * kThreads + thread()];
+    return reinterpret_cast<const Words*>(place)[own_words(tile)];
   }
 
   // Of that, the words of eight channels: of the upper and of the lower eight pixels.
   static FASTODE_DEVICE void kept_words(uint32_t (&words)[2], const char* place, int tile, int eight) {
-    const Half found = reinterpret_cast<const Half*>(place)[(tile * kThreads + thread()) * 2 + eight];
+    const Half found = reinterpret_cast<const Half*>(place)[own_words(tile) * 2 + eight];
     words[0] = found.word[0], words[1] = found.word[1];
   }
 
