@@ -4,7 +4,7 @@ Where "auto" would not take staged, resident is measured against the reference. 
 family, over channels, sizes, batches and dtypes, each checked for equality first. The points and the rule drawn
 from them go to a file of fastode/ops/resident/rules, which "auto" obeys on CPUs of this kind; a ratio above 1 means
 that resident is the faster one. A shape far beyond one where resident lost is left out, and so is what does not fit
-into the minutes given.
+into the minutes given: points of it that the file already has stay.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from fastode import reference
-from fastode.testing import compare_blocks, sample_input
+from fastode.testing import Judge, sample_input
 
-from . import contenders, header, timing, workloads
+from . import contenders, header, rejudge, timing, workloads
 from .inside import Line, rule
 
 MINUTES = 7.0
@@ -133,7 +133,8 @@ def measure(group: str, dtype: str, channels: int, size: int, threads: int) -> t
     few = inputs(JUDGED)
     modules = {engine: contenders.fused(engine).make(block, few)[0] for engine in both}
     for engine, module in modules.items():
-        comparison = compare_blocks(block, module, few[0] if len(few) == 1 else few)
+        judge = Judge(block, few[0] if len(few) == 1 else few)
+        comparison = rejudge.compare_by_either(judge, block, module, "train", None)
         if not comparison.ok:
             worst = comparison.worst
             return {}, f"NOT EQUAL: {engine}: {worst.name} has {worst.ratio:.3g} of what is allowed"
@@ -242,9 +243,27 @@ def rule_of(points: Mapping[str, Mapping[str, Point]], threads: int) -> dict[str
     }
 
 
+def with_older(points: Points, before: Mapping[str, Any], threads: int) -> tuple[Points, int]:
+    """The points, with those of an earlier file of shapes that were not measured now; and how many these are.
+
+    What a run has no time for so stays known from the last one that had, if it had as many threads.
+    """
+    kept = before["points"] if before.get("measured_on", {}).get("threads") == threads else {}
+    joined: Points = {line: dict(found) for line, found in points.items()}
+    count = 0
+    for line, found in kept.items():
+        measured = {read_name(text)[:2] for text in points.get(line, {})}
+        older = {text: point for text, point in found.items() if read_name(text)[:2] not in measured}
+        joined.setdefault(line, {}).update(older)
+        count += len(older)
+    return joined, count
+
+
 def write(path: Path, points: Points, left_out: Sequence[str], threads: int) -> dict[str, Line]:
-    """Write the rule, what it was measured on and the points."""
+    """Write the rule, what it was measured on and the points, those of the file before it included."""
     cpu = torch.device("cpu")
+    before = json.loads(path.read_text()) if path.exists() else {}
+    points, older = with_older(points, before, threads)
     lines = rule_of(points, threads)
     content: dict[str, Any] = {
         "about": "written by python -m benchmarks.choose; ratios are staged's time, or the reference's where auto does "
@@ -256,6 +275,7 @@ def write(path: Path, points: Points, left_out: Sequence[str], threads: int) -> 
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
             "commit": header.commit(),
             **{key: value for key, value in header.versions().items() if key in ("python", "torch")},
+            **({"older_points": older, "of": before["measured_on"]["date"]} if older else {}),
         },
         "rule": rule.as_json(lines),
         "left_out": list(left_out),

@@ -135,6 +135,19 @@ def test_what_is_written_is_read_back_and_drawn_again(tmp_path: Path) -> None:
     assert all(text.count("{") == text.count("}") for text in path.read_text().splitlines() if " batch " in text)
 
 
+def test_points_of_shapes_that_were_not_measured_stay(tmp_path: Path) -> None:
+    path, line = measured.path_of(measured.cpu_kind(), tmp_path), "ie sample float32"
+    slow = {(16, 32, FULL): 0.5, (16, 32, 1): 0.5, (32, 16, FULL): 0.5}
+    choose.write(path, {line: points(slow)}, [], THREADS)
+    choose.write(path, {line: points({(16, 32, FULL): 2.0})}, [], THREADS)
+    content = json.loads(path.read_text())
+    assert content["points"][line] == points({(16, 32, FULL): 2.0, (32, 16, FULL): 0.5})
+    assert content["measured_on"]["older_points"] == 1
+    choose.write(path, {line: points({(16, 32, FULL): 2.0})}, [], THREADS + 1)
+    content = json.loads(path.read_text())
+    assert list(content["points"][line]) == [choose.name(16, 32, FULL)] and "older_points" not in content["measured_on"]
+
+
 def test_there_are_recorded_rules() -> None:
     assert RULES
 
@@ -179,7 +192,9 @@ def test_both_engines_are_measured_and_judged(monkeypatch: pytest.MonkeyPatch) -
     for point in found.values():
         assert set(point) == set(choose.MODES)
         assert all(0 < p20 <= median <= p80 and math.isfinite(p80) for median, p20, p80 in point.values())
-    monkeypatch.setattr(choose, "compare_blocks", lambda *_: type("Not", (), {"ok": False, "worst": Worst()}))
+    monkeypatch.setattr(
+        choose.rejudge, "compare_by_either", lambda *_: type("Not", (), {"ok": False, "worst": Worst()})
+    )
     assert choose.measure("shu_osher batch", "float32", 4, 4, threads) == (
         {},
         "NOT EQUAL: resident: output has 2 of what is allowed",
