@@ -33,10 +33,9 @@ STABLE_TORCH_LIBRARY(fastode, m) {
       ") -> (Tensor out, Tensor wbar, Tensor bbar)");
   m.def("dots(Tensor v, Tensor[] terms) -> Tensor");
 
-  // With `keep_all` forward keeps every unit's input, so that a backward for the input's gradient alone computes no
-  // convolution again; without, only what a training step needs most. Backward is told which by `kept_all`. It writes
-  // over what is kept; the schema does not say so, because tracers refuse lists of tensors that are written to, and
-  // under a tracer the list is empty.
+  // With `keep_all` forward keeps all that spares backward a convolution; without, only what a training step needs
+  // most. Backward is told which by `kept_all`. It writes over what is kept; the schema does not say so, because
+  // tracers refuse lists of tensors that are written to, and under a tracer the list is empty.
   m.def(
       "resident_ie_forward(Tensor x, " FASTODE_BRANCH
       ", int steps, float step_size, float theta, bool keep, bool keep_all) -> (Tensor y, Tensor statistics, Tensor[] "
