@@ -154,9 +154,15 @@ def test_optimizer_state_survives():
     )
 
 
+# Process groups that outlive their test. Where a wrapper's end is a group's, too, PyTorch joins the group's threads and
+# holds the interpreter's lock, which one of them may be waiting for: of 300 such ends in a row one hangs.
+GROUPS = []
+
+
 def test_a_distributed_wrapper_is_seen_through(tmp_path):
     module = nn.Sequential(block(norm="group"))
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    GROUPS.append(torch.distributed.group.WORLD)
     try:
         wrapped = nn.parallel.DistributedDataParallel(module)
         report = fastode.fuse(wrapped, example=torch.randn(2, 4, 4, 4))
