@@ -57,7 +57,7 @@ def left_out() -> Iterator[None]:
     try:
         yield
     finally:
-        module = before
+        module = module or before  # loaded meanwhile, where this was the first use of all
 
 
 def load(root: Path | None, announce: bool = True) -> str:
