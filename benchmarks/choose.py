@@ -132,8 +132,8 @@ def measure(group: str, dtype: str, channels: int, size: int, threads: int) -> t
         return {}, "; ".join(f"{engine}: {reasons[engine]}" for engine in both if reasons.get(engine))
     few = inputs(JUDGED)
     modules = {engine: contenders.fused(engine).make(block, few)[0] for engine in both}
+    judge = Judge(block, few[0] if len(few) == 1 else few)
     for engine, module in modules.items():
-        judge = Judge(block, few[0] if len(few) == 1 else few)
         comparison = rejudge.compare_by_either(judge, block, module, "train", None)
         if not comparison.ok:
             worst = comparison.worst
@@ -264,6 +264,8 @@ def write(path: Path, points: Points, left_out: Sequence[str], threads: int) -> 
     cpu = torch.device("cpu")
     before = json.loads(path.read_text()) if path.exists() else {}
     points, older = with_older(points, before, threads)
+    measured_on = before.get("measured_on", {})
+    since = measured_on.get("since", measured_on.get("date"))  # of the oldest, a file's older ones included
     lines = rule_of(points, threads)
     content: dict[str, Any] = {
         "about": "written by python -m benchmarks.choose; ratios are staged's time, or the reference's where auto does "
@@ -275,7 +277,7 @@ def write(path: Path, points: Points, left_out: Sequence[str], threads: int) -> 
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
             "commit": header.commit(),
             **{key: value for key, value in header.versions().items() if key in ("python", "torch")},
-            **({"older_points": older, "of": before["measured_on"]["date"]} if older else {}),
+            **({"older_points": older, "since": since} if older else {}),
         },
         "rule": rule.as_json(lines),
         "left_out": list(left_out),

@@ -171,6 +171,7 @@ def one_step(branch: nn.Module) -> nn.Module:
         pytest.param(one_step, "batch", True, (6, 10), (6, 10), id="ie-batch-frozen"),
         pytest.param(reference.SSP3, "layer", False, (5, 7), (3, 5), id="ssp3-layer"),
         pytest.param(reference.SSP3, "batch", False, (5, 7), (3, 5), id="ssp3-batch"),
+        pytest.param(reference.SSP3, "layer", True, (5, 7), (5, 7), id="ssp3-layer-frozen"),
         pytest.param(reference.SSP3, "batch", True, (5, 7), (5, 7), id="ssp3-batch-frozen"),
     ],
 )

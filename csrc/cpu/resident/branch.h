@@ -211,9 +211,10 @@ class Branch {
   Means<A> means();
   // Whether a sweep writes over a map that it has read: one of the whole batch, to save as much memory.
   bool takes_over(const Map<T>& map) const { return memory_.coupled && !map.pinned && map.blocks == spec_.blocks; }
-  // Whether what is pulled back goes through a convolution at every unit.
-  bool convolves() const {
-    return std::all_of(spec_.units.begin(), spec_.units.end(), [](const UnitSpec<A>& unit) { return unit.has_conv; });
+  // Whether `keep_backs` gives unit j a place.
+  bool keeps_back(size_t j) const {
+    return (j > 0 || !starts_straight()) &&
+           std::all_of(spec_.units.begin(), spec_.units.end(), [](const UnitSpec<A>& unit) { return unit.has_conv; });
   }
   // The mix with no more terms than a combination takes. `made` gets the maps that partial sums lie in.
   Mix<T> few(Mix<T> mix, std::vector<Map<T>>& made);

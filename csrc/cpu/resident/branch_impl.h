@@ -148,6 +148,7 @@ Evaluation<T> Branch<T>::evaluation(bool keep) {
   keep = keep && memory_.kept;
   e.measured = keep && memory_.kept->found;
   e.inputs.resize(spec_.units.size());
+  e.backs.resize(spec_.units.size());
   for (const UnitSpec<A>& unit : spec_.units) {
     e.groups.push_back({});
     if (unit.norm == kGroupNorm && keep) e.groups.back() = memory_.keep_rows(2 * unit.groups);
@@ -173,10 +174,8 @@ void Branch<T>::keep_inputs(Evaluation<T>& e) {
 
 template <class T>
 void Branch<T>::keep_backs(Evaluation<T>& e) {
-  if (!convolves()) return;
-  e.backs.resize(spec_.units.size());
-  for (size_t j = starts_straight(); j < e.backs.size(); ++j)
-    e.backs[j] = memory_.keep(blocks_of<A>(spec_.units[j].in_channels), planes_[j]);
+  for (size_t j = 0; j < spec_.units.size(); ++j)
+    if (keeps_back(j)) e.backs[j] = memory_.keep(blocks_of<A>(spec_.units[j].in_channels), planes_[j]);
 }
 
 template <class T>
@@ -187,7 +186,7 @@ int64_t Branch<T>::room(bool inputs, bool backs) const {
     if (unit.norm == kBatchNorm) bytes += 2 * Kept::room<A>(width());
   }
   for (size_t j = 0; j < spec_.units.size(); ++j)
-    bytes += ((inputs && j > 0) + (backs && convolves() && (j > 0 || !starts_straight()))) *
+    bytes += ((inputs && j > 0) + (backs && keeps_back(j))) *
              memory_.room(blocks_of<A>(spec_.units[j].in_channels), planes_[j]);
   return bytes;
 }
@@ -198,8 +197,7 @@ void Branch<T>::release(Evaluation<T>& e) {
     memory_.give(e.inputs[j]);
     e.inputs[j] = {};
   }
-  give(e.backs);
-  e.backs.clear();
+  give(std::exchange(e.backs, std::vector<Map<T>>(spec_.units.size())));
 }
 
 template <class T>

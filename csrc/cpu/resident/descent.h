@@ -165,8 +165,10 @@ class DescentBackward {
     for (int64_t k = steps; k-- > 0;) {
       // With c the cotangent of the step's output and e the residual: pull = -theta (cotangent of e) = 2 gamma theta (c
       // - theta J c), and the two cotangents of the second-order sweep are pull and 2 gamma theta e.
-      if (!found) at.evaluate(branch, k);
-      if (!found && descent.keeps_all) at.pull_again(branch, k);
+      if (!found) {
+        at.evaluate(branch, k);
+        if (descent.keeps_all) at.pull_again(branch, k);
+      }
       pull = memory.take(ends.input.blocks);
       branch.tangent(at.at_point[k], bar, pull, {-2 * gamma * theta * theta, {{2 * gamma * theta, bar}}});
       const Map<A> next =

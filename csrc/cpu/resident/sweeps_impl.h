@@ -281,7 +281,7 @@ Map<T> Branch<T>::cotangent(const Evaluation<T>& e, const Mix<T>& image, const M
   for (size_t j = units; j-- > 0;) {
     const UnitSpec<A>& unit = spec_.units[j];
     const int64_t blocks = blocks_of<A>(unit.in_channels), out_blocks = blocks_of<A>(unit.out_channels);
-    const Map<T> n = places[j], back = e.backs.empty() || !e.backs[j] ? n : e.backs[j];
+    const Map<T> n = places[j], back = e.backs[j] ? e.backs[j] : n;
     const Map<T> above = bare && j + 2 == units ? few_image.terms[0].second : places[std::min(j + 1, units - 1)];
     const bool ends = j == 0 && !point && unit.weight_at < 0 && unit.bias_at < 0;
     const bool direct = straight && j == 0;
@@ -341,7 +341,6 @@ Map<T> Branch<T>::second(const Evaluation<T>& e, const Map<T>& v, const Map<T>& 
   const Map<T> n = map();
   // What the tangent's stream brings through each convolution: found where it was kept, or made in one map.
   std::vector<Map<T>> ms = e.backs;
-  ms.resize(units);
   Map<T> made;
   for (Map<T>& m : ms) {
     if (m) continue;
@@ -356,7 +355,7 @@ Map<T> Branch<T>::second(const Evaluation<T>& e, const Map<T>& v, const Map<T>& 
     const bool top = j + 1 == units;
     const Map<T> t = tangents_[j], above = tangents_[std::min(j + 1, units - 1)];
     const Map<T> m = ms[j], m_above = ms[std::min(j + 1, units - 1)];
-    const bool found = !e.backs.empty() && e.backs[j];
+    const bool found(e.backs[j]), both = parameters || !found;
     const std::vector<Map<T>> maps = top ? std::vector{v, q} : std::vector{e.inputs[j + 1], above, n, m_above};
     each(Mix<T>{1, {{1, e.inputs[j]}, {1, t}, {1, n}, {1, m}}}.with(maps),
          [=, this, &unit, at = e.at(j), next = e.at(std::min(j + 1, units - 1))](const Range& range) {
@@ -364,7 +363,6 @@ Map<T> Branch<T>::second(const Evaluation<T>& e, const Map<T>& v, const Map<T>& 
                         tangent_g = fit(tangent_g_, 0, unit.out_channels, range);
            for (int64_t i = 0; i < range.count; ++i) {
              const View<T> to = g.at(range, i), tangent_to = tangent_g.at(range, i);
-             const bool both = parameters || !found;
              if (top) {
                combine_maps(plane_, out_blocks, to, Combine<T>{}.add(1, v.at(range, i)));
                if (both) combine_maps(plane_, out_blocks, tangent_to, Combine<T>{}.add(1, q.at(range, i)));
