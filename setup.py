@@ -51,7 +51,7 @@ def prebuild(package: Path) -> None:
     except toolchain.BuildError as error:  # without them the Functions in Python run
         print(f"fastode: built without the autograd nodes: {error}", file=sys.stderr)
     try:
-        print("fastode: built", nvcc.build_ahead(HERE / "csrc", package))
+        print("fastode: built", *nvcc.build_ahead(HERE / "csrc", package))
     except toolchain.BuildError as error:  # a machine without nvcc builds for the CPU
         print(f"fastode: built without the CUDA operators: {error}", file=sys.stderr)
 

@@ -100,11 +100,10 @@ def compile_one(source: Path, architecture: str, root: Path = CSRC) -> list[Kern
     Raises:
         RuntimeError: nvcc refuses it; the message is what it says.
     """
-    made = nvcc.recipe(root, [architecture])
     with tempfile.TemporaryDirectory() as work:
         cubin = Path(work) / f"{source.stem}.cubin"
         keep = ("-cubin", "-Xptxas=-v", "-keep", f"-keep-dir={work}")
-        command = [*made.device_compiler, *keep, str(source), "-o", str(cubin)]
+        command = [*nvcc.device_compiler(root, [architecture]), *keep, str(source), "-o", str(cubin)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{source.name} for sm_{architecture}: {(done.stdout + done.stderr).strip()}")
@@ -211,7 +210,7 @@ def dynamic_bytes(kernels: Iterable[str], root: Path = CSRC) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as work:
         source, built = Path(work) / "sizes.cu", Path(work) / "sizes"
         source.write_text(_SIZES.format(includes="\n".join(headers), lines="\n".join(lines)))
-        compiler = nvcc.recipe(root, [nvcc.PREBUILT[0]]).device_compiler
+        compiler = nvcc.device_compiler(root, [nvcc.PREBUILT[0]])
         for command in ([*compiler, f"-I{root / toolchain.CUDA}", str(source), "-o", str(built)], [str(built)]):
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
@@ -222,7 +221,7 @@ def dynamic_bytes(kernels: Iterable[str], root: Path = CSRC) -> dict[str, int]:
 
 def compile_all(architectures: Sequence[str] = nvcc.PREBUILT, root: Path = CSRC) -> list[Kernel]:
     """Every kernel under ``root``/cuda for some architectures, by name."""
-    wanted = list(itertools.product([unit for unit in nvcc.sources(root) if unit.suffix == ".cu"], architectures))
+    wanted = list(itertools.product(sorted(root.glob(f"{toolchain.CUDA}/*.cu")), architectures))
     with ThreadPoolExecutor(max_workers=toolchain.jobs()) as pool:
         found = pool.map(lambda each: compile_one(*each, root), wanted)
         rows = [row for rows in found for row in rows]

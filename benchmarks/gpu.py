@@ -74,7 +74,7 @@ def stages(step: str) -> list[Stage]:
     eager, compiled, rows = ", ".join(BASELINES), ", ".join(gpu_bench.COMPILED), len(gpu_rows.rows())
     return {
         "smoke": [
-            Stage("build", 0.5, "the C++ operators", gpu_smoke.build),
+            Stage("build", 0.5, "the C++ operators and the CUDA programs", gpu_smoke.build),
             Stage("launches", 0.25, f"{rows} blocks that launch every kernel, judged on every engine",
                   gpu_smoke.launches, gpu_rows.described),
             Stage("times", 0.25, f"the CUDA programs, then the five block families, against {eager}", times,

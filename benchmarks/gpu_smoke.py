@@ -28,10 +28,13 @@ _REFUSED = re.compile(r"Device not supported|unsupported|not supported on this",
 
 
 def build(report: Report, crew: Crew, deadline: float) -> bool:
-    """Build the C++ operators. Without a compiler there is still Triton, so that is told and no failure."""
+    """Build the operators and the CUDA programs. Without compilers there is still Triton, so that is no failure."""
     start = time.monotonic()
     reason = inside.build()
     report.say(f"operators: {reason or 'built and loaded'}, in {time.monotonic() - start:.0f} s")
+    start = time.monotonic()
+    reason = inside.build_programs(crew.device)
+    report.say(f"CUDA programs: {reason or 'built'}, in {time.monotonic() - start:.0f} s")
     return True
 
 

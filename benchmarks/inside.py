@@ -16,6 +16,7 @@ from fastode.dispatch import choice
 from fastode.dispatch import decisions as kept
 from fastode.dispatch.engines import ENGINES, REFERENCE
 from fastode.native import cuda_library, operators
+from fastode.native.toolchain import BuildError
 from fastode.ops.resident import rule
 from fastode.ops.resident.engine import Resident
 from fastode.reference import adaptive
@@ -33,6 +34,17 @@ DECISIONS, PACKAGE = kept.NAME, kept.PACKAGE
 def build() -> str:
     """Build and load the C++ operators; why they are missing, or "" where they are not."""
     return operators.load() or ""
+
+
+def build_programs(device: torch.device) -> str:
+    """Build all CUDA programs, as many at a time as there are cores; why they are missing, or "" where they are not."""
+    reason = no_programs(device)
+    if not reason:
+        try:
+            cuda_library.build_all()
+        except BuildError as error:
+            reason = str(error)
+    return reason
 
 
 def no_programs(device: torch.device) -> str:

@@ -104,7 +104,8 @@ def _build_now(*, load: bool) -> int:
     named = bool(os.environ.get("FASTODE_CUDA_ARCHITECTURES"))
     if named or cuda_library.wanted():
         try:
-            print(f"the CUDA operators are built: {cuda_library.find_or_build()}")
+            built = cuda_library.build_all()
+            print(f"the CUDA operators and their {len(built) - 1} libraries of programs are built: {built[0]}")
         except toolchain.BuildError as error:
             missing = str(error)
             print(f"the CUDA operators are not built: {missing}", file=sys.stderr)

@@ -19,6 +19,7 @@ from fastode import __main__ as command_line
 from fastode import reference
 from fastode.dispatch import choice
 from fastode.native import cuda_library, nvcc, toolchain
+from fastode.native.nvcc import Part
 from fastode.native.toolchain import BuildError
 from fastode.ops.resident import card
 from fastode.ops.resident.engine import Resident
@@ -26,6 +27,7 @@ from fastode.ops.resident.engine import Resident
 CHECKOUT = Path(__file__).resolve().parent.parent
 CSRC = CHECKOUT / "csrc"
 VERSION = "Cuda compilation tools, release 13.0, V13.0.88\n"
+PART = Part("a", "bfloat16")
 
 
 @pytest.fixture
@@ -50,7 +52,8 @@ def root(tmp_path: Path) -> Path:
     root = tmp_path / "package" / "csrc"
     for folder in ("cpu", "cuda"):
         (root / folder).mkdir(parents=True)
-    for name in ("constants.h", "ops.cpp", "cpu/fast.h", "cuda/a.cu", "cuda/a.cuh", "cuda/ops_cuda.cpp", "cuda/b.h"):
+    cuda = ("a.cu", "b.cu", "a.cuh", "b.h", "ops_cuda.cpp", "given.cpp")
+    for name in ("constants.h", "ops.cpp", "cpu/fast.h", *(f"cuda/{each}" for each in cuda)):
         (root / name).write_text("")
     return root
 
@@ -105,7 +108,7 @@ def test_without_any_nvcc_the_sentence_says_where_it_was_sought(monkeypatch: pyt
 def test_a_toolkit_without_the_static_runtime_is_refused(toolkit: Path, root: Path) -> None:
     (toolkit / "lib" / "libcudart_static.a").unlink()
     with pytest.raises(BuildError, match=r"^nvcc of CUDA 13\.0 .* has no libcudart_static\.a beside it \(looked in"):
-        nvcc.recipe(root, ["90a"])
+        nvcc.recipe(root, PART, ["90a"])
 
 
 # ---- architectures
@@ -188,27 +191,29 @@ CHANGES: dict[str, Callable[[Path, pytest.MonkeyPatch], object]] = {
 
 @pytest.mark.parametrize("part", CHANGES)
 def test_the_key_changes_with(part: str, root: Path, toolkit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nvcc, "_runtime", lambda found: (toolkit / "lib", ()))
-    before = nvcc.recipe(root, ["90a"]).key
-    assert nvcc.recipe(root, ["90a"]).key == before
+    monkeypatch.setattr(nvcc, "_runtime", lambda found: toolkit / "lib")
+    before = nvcc.recipe(root, PART, ["90a"]).key
+    assert nvcc.recipe(root, PART, ["90a"]).key == before
     CHANGES[part](root, monkeypatch)
-    assert nvcc.recipe(root, ["90a"]).key != before
+    assert nvcc.recipe(root, PART, ["90a"]).key != before
 
 
-def test_the_key_changes_with_the_architectures(root: Path, toolkit: Path) -> None:
-    assert len({nvcc.recipe(root, chosen).key for chosen in (["80"], ["90a"], ["80", "90a"])}) == 3
+def test_the_key_changes_with_the_architectures_and_the_part(root: Path, toolkit: Path) -> None:
+    assert len({nvcc.recipe(root, PART, chosen).key for chosen in (["80"], ["90a"], ["80", "90a"])}) == 3
+    parts = PART, Part("a", "float16"), Part("b", "bfloat16")
+    assert len({*(nvcc.recipe(root, part, ["90a"]).key for part in parts), nvcc.operators_recipe(root).key}) == 4
 
 
 def test_each_library_is_built_from_its_own_sources(root: Path, toolkit: Path) -> None:
     """An edit of a kernel must not compile the CPU's operators again, nor the other way round."""
-    before = toolchain.recipe(root).key, nvcc.recipe(root, ["90a"]).key
+    before = toolchain.recipe(root).key, nvcc.recipe(root, PART, ["90a"]).key
     for edited in ("cuda/a.cu", "cuda/a.cuh", "cuda/ops_cuda.cpp"):
         (root / edited).write_text(f"// {edited}\n")
     assert toolchain.recipe(root).key == before[0]
-    after = nvcc.recipe(root, ["90a"]).key
+    after = nvcc.recipe(root, PART, ["90a"]).key
     assert after != before[1]
     (root / "cpu" / "fast.h").write_text("// changed\n")
-    assert nvcc.recipe(root, ["90a"]).key == after
+    assert nvcc.recipe(root, PART, ["90a"]).key == after
     assert toolchain.recipe(root).key != before[0]
 
 
@@ -223,59 +228,16 @@ def test_neither_library_includes_the_others_sources() -> None:
 # ---- building
 
 
-@pytest.fixture(scope="module")
-def library() -> Path:
-    """This checkout's CUDA operators, compiled for Hopper, as a card of that kind would have them."""
-    return toolchain.build(nvcc.recipe(CSRC, ["90a"]), toolchain.cache_directory(), announce=False)
-
-
-@pytest.mark.nvcc
-def test_the_library_loads_in_this_torch(library: Path) -> None:
-    """In a process of its own, for it stays registered; in a torch for the CPU, its programs say what is missing."""
-    program = """
-import sys, torch
-from fastode.native import cuda_library, operators
-cuda_library.wanted = lambda: False  # the card's own would be registered twice
-assert operators.load() is None
-forward = torch.ops.fastode.resident_rk_forward.default
-has = lambda: torch._C._dispatch_has_kernel_for_dispatch_key(forward.name(), "CUDA")
-assert not has()
-cuda_library.open_library(sys.argv[1])
-assert has()
-x, weight = torch.zeros(1, 16, 8, 8, dtype=torch.bfloat16), torch.zeros(16, 16, 3, 3, dtype=torch.bfloat16)
-euler = torch.ones(2, 1, 1, dtype=torch.float64)
-unit = [[weight], [0, 1, 0, 1, 1, 1, 8], [0.0, 0.0, 0.0]]
-try:
-    forward.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), x, *unit, euler, False, False)
-except RuntimeError as error:
-    print(torch.version.cuda is None and str(error))
-"""
-    done = run_python(program, str(library))
-    assert done.returncode == 0, done.stderr
-    if torch.version.cuda is None:
-        assert "a program was not launched: torch is built without CUDA" in done.stdout
-    assert "Warning" not in done.stderr
-
-
-@pytest.mark.nvcc
-def test_the_library_finds_torchs_cuda_through_libtorch_and_brings_its_own_runtime(library: Path) -> None:
-    """So that one library serves every torch: what it names must be in each, and the runtime's version is its own."""
-    said = subprocess.run(["readelf", "-d", str(library)], capture_output=True, text=True, check=True).stdout
-    needed = set(re.findall(r"NEEDED.*\[([^\]]+)\]", said))
-    assert {"libtorch.so", "libtorch_cpu.so"} <= needed
-    assert not [name for name in needed if "cuda" in name]
-
-
 @pytest.mark.nvcc
 def test_an_architecture_that_nvcc_does_not_know_is_the_reason(root: Path, tmp_path: Path) -> None:
     with pytest.raises(BuildError, match=r"^the build failed: nvcc fatal +: Unsupported gpu architecture 'compute_20'"):
-        toolchain.build(nvcc.recipe(root, ["20"]), tmp_path / "cache", announce=False)
+        toolchain.build(nvcc.recipe(root, PART, ["20"]), tmp_path / "cache", announce=False)
 
 
 @pytest.mark.nvcc
-def test_a_broken_kernel_leaves_the_cpu_operators_and_one_warning(tmp_path: Path) -> None:
-    broken = Path(shutil.copytree(CSRC, tmp_path / "csrc", ignore=shutil.ignore_patterns("*.cu")))
-    (broken / "cuda" / "broken.cu").write_text("__global__ void broken() { undeclared(); }\n")
+def test_a_broken_program_leaves_the_cpu_operators_and_one_warning(tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(CSRC, tmp_path / "csrc", ignore=shutil.ignore_patterns("scheme*.cu")))
+    (broken / "cuda" / "scheme.cu").write_text("__global__ void broken() { undeclared(); }\n")
     program = f"""
 import pathlib, torch
 from fastode.native import cuda_library, nvcc, operators
@@ -286,15 +248,18 @@ assert operators.load() is None and operators.load() is None
 x = torch.ones(1, 2, 3, 3).contiguous(memory_format=torch.channels_last)
 out = torch.ops.fastode.combine([x, x], torch.tensor([1.0, 2.0], dtype=torch.float64), 0, 0.0, 0.0)
 assert torch.equal(out, 3 * x)
-print(cuda_library.why_not())
+assert cuda_library.why_not() == ""
+reason = cuda_library.no_programs("scheme", torch.bfloat16)
+assert cuda_library.no_programs("scheme", torch.bfloat16) == reason
+print(reason)
 """
     done = run_python(program, FASTODE_CUDA_ARCHITECTURES="90a")
     assert done.returncode == 0, done.stderr
     reason = done.stdout.strip()
-    assert re.fullmatch(r'the build failed: .*broken\.cu\(1\): error: .*"undeclared".* \(all of it: .*\.log\)', reason)
+    assert re.fullmatch(r'the build failed: .*scheme\.cu\(1\): error: .*"undeclared".* \(all of it: .*\.log\)', reason)
     assert done.stderr.count("RuntimeWarning") == 1
-    sentence = f"RuntimeWarning: fastode runs without its CUDA C++ operators, and Triton's take their place: {reason}"
-    assert sentence in done.stderr
+    of = "the CUDA programs scheme of bfloat16"
+    assert f"RuntimeWarning: fastode runs without {of}, and Triton's take their place: {reason}" in done.stderr
 
 
 def run_python(program: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -306,15 +271,18 @@ def run_python(program: str, *arguments: str, **environment: str) -> subprocess.
 def test_device_code_is_compiled_by_nvcc_for_every_architecture_and_the_rest_by_the_compiler(
     root: Path, toolkit: Path
 ) -> None:
-    (root / "cuda" / "big.cu").write_text("// more\n")
-    made = nvcc.recipe(root, ["80", "90a"])
+    (root / "cuda" / "a_big.cu").write_text("// more\n")
+    made = nvcc.recipe(root, PART, ["80", "90a"])
     commands = {unit.name: made.command(unit, Path("x.o")) for unit in made.sources}
-    assert list(commands) == ["big.cu", "a.cu", "ops_cuda.cpp"]
-    for name in ("a.cu", "big.cu"):
+    assert list(commands) == ["a_big.cu", "a.cu", "given.cpp"]
+    for name in ("a.cu", "a_big.cu"):
+        assert "-DFASTODE_TYPE=BFloat16" in commands[name]
         assert commands[name][0] == str(toolkit / "bin" / "nvcc")
         targets = [flag for flag in commands[name] if flag.startswith("-gencode")]
         assert targets == ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a"]
-    assert commands["ops_cuda.cpp"][0] == toolchain.compiler()[0][0]
+    assert commands["given.cpp"][0] == toolchain.compiler()[0][0]
+    (unit,) = nvcc.operators_recipe(root).sources
+    assert unit.name == "ops_cuda.cpp"
 
 
 # ---- ahead of time
@@ -324,21 +292,25 @@ def test_a_prebuilt_library_is_taken_for_these_sources_and_these_cards(
     root: Path, toolkit: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cuda_library, "PACKAGE", root.parent)
-    ahead = root.parent / nvcc.prebuilt_name(root, nvcc.PREBUILT)
-    assert re.fullmatch(r"libfastode-cuda-\w{16}-sm_80-sm_90a-sm_100\.so", ahead.name)
-    ahead.write_text("")
+    ahead, operators = root.parent / nvcc.prebuilt_name(root, PART, nvcc.PREBUILT), nvcc.prebuilt_name(root)
+    assert re.fullmatch(r"libfastode-cuda-\w{16}-a-bfloat16-sm_80-sm_90a-sm_100\.so", ahead.name)
+    assert re.fullmatch(r"libfastode-cuda-\w{16}-operators\.so", operators)
+    for name in (ahead.name, operators):
+        (root.parent / name).write_text("")
     for capability in ((8, 6), (9, 0), (10, 3)):
         cards(monkeypatch, capability)
-        assert cuda_library.find_or_build() == ahead
+        assert cuda_library.find_or_build(PART) == ahead and cuda_library.is_built(PART)
+    assert cuda_library.find_or_build() == root.parent / operators
+    assert nvcc.prebuilt(root, root.parent, Part("a", "float16")) is None
     cards(monkeypatch, (12, 0))
-    assert nvcc.prebuilt(root, root.parent) is None
+    assert nvcc.prebuilt(root, root.parent, PART) is None
     cards(monkeypatch, (9, 0))
     for name in ("FASTODE_CXXFLAGS", "NVCC_APPEND_FLAGS", "FASTODE_CUDA_ARCHITECTURES"):
         with monkeypatch.context() as patch:
             patch.setenv(name, "90a")
-            assert nvcc.prebuilt(root, root.parent) is None
+            assert nvcc.prebuilt(root, root.parent, PART) is None
     (root / "cuda" / "a.cu").write_text("// changed\n")
-    assert nvcc.prebuilt(root, root.parent) is None
+    assert nvcc.prebuilt(root, root.parent, PART) is None
 
 
 # ---- what the package says of it
@@ -358,7 +330,7 @@ def test_without_nvcc_nothing_warns_and_the_reason_is_said_where_it_is_asked_for
     monkeypatch.setattr(cuda_library, "_path", None)
     monkeypatch.setattr(cuda_library, "_reason", "")
     monkeypatch.setattr(cuda_library, "wanted", lambda: True)
-    monkeypatch.setattr(cuda_library, "_prebuilt", lambda: None)
+    monkeypatch.setattr(cuda_library, "_prebuilt", lambda part: None)
     monkeypatch.setenv("CUDA_HOME", "/nonexistent")
     cards(monkeypatch, (9, 0))
     with warnings.catch_warnings():
@@ -384,7 +356,7 @@ def test_a_card_or_driver_for_which_nothing_can_be_built_does_not_warn(
     monkeypatch.setattr(cuda_library, "_path", None)
     monkeypatch.setattr(cuda_library, "_reason", "")
     monkeypatch.setattr(cuda_library, "source_root", lambda: root)
-    monkeypatch.setattr(cuda_library, "_prebuilt", lambda: None)
+    monkeypatch.setattr(cuda_library, "_prebuilt", lambda part: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(cuda_library, "_driver_release", lambda: 12)
     cards(monkeypatch, (7, 5) if part == "an old card" else (9, 0))
@@ -398,7 +370,7 @@ def test_a_variable_that_names_no_architecture_warns(toolkit: Path, monkeypatch:
     monkeypatch.setattr(cuda_library, "_path", None)
     monkeypatch.setattr(cuda_library, "_reason", "")
     monkeypatch.setattr(cuda_library, "wanted", lambda: True)
-    monkeypatch.setattr(cuda_library, "_prebuilt", lambda: None)
+    monkeypatch.setattr(cuda_library, "_prebuilt", lambda part: None)
     cards(monkeypatch, (9, 0))
     monkeypatch.setenv("FASTODE_CUDA_ARCHITECTURES", "hopper")
     with pytest.warns(RuntimeWarning, match="Triton's take their place: FASTODE_CUDA_ARCHITECTURES must name"):
@@ -409,6 +381,7 @@ def test_a_card_too_old_for_the_library_is_told_apart(monkeypatch: pytest.Monkey
     monkeypatch.setattr(cuda_library, "_path", None)
     monkeypatch.setattr(cuda_library, "_too_old", {})
     monkeypatch.setattr(cuda_library, "wanted", lambda: True)
+    monkeypatch.setattr(cuda_library, "_check_nvcc", lambda: None)
     monkeypatch.setattr(cuda_library, "find_or_build", lambda announce: tmp_path)
     monkeypatch.setattr(cuda_library, "open_library", lambda path: path)
     cards(monkeypatch, (9, 0), (7, 5))
@@ -421,12 +394,12 @@ def test_a_driver_older_than_the_toolkit_is_refused_before_compiling(
     root: Path, toolkit: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cuda_library, "source_root", lambda: root)
-    monkeypatch.setattr(cuda_library, "_prebuilt", lambda: None)
+    monkeypatch.setattr(cuda_library, "_prebuilt", lambda part: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(cuda_library, "_driver_release", lambda: 12)
     cards(monkeypatch, (9, 0))
     with pytest.raises(BuildError) as refused:
-        cuda_library.find_or_build()
+        cuda_library.build_all()
     assert str(refused.value) == (
         f"nvcc of CUDA 13.0 ({toolkit}/bin/nvcc) needs a driver of CUDA 13, and this one is of CUDA 12"
     )

@@ -77,6 +77,7 @@ def test_the_shared_memory_of_each_card_is_read_when_the_library_is_loaded(monke
     monkeypatch.setattr(cuda_library, "_path", None)
     monkeypatch.setattr(cuda_library, "_reason", "")
     monkeypatch.setattr(cuda_library, "wanted", lambda: True)
+    monkeypatch.setattr(cuda_library, "_check_nvcc", lambda: None)
     monkeypatch.setattr(cuda_library, "find_or_build", lambda announce: None)
     monkeypatch.setattr(cuda_library, "open_library", lambda path: path)
     monkeypatch.setattr(cuda_library.nvcc, "capabilities", lambda: [(8, 0), (8, 0)])

@@ -133,7 +133,7 @@ inline Tensors parameter_gradients(const Tensor& x, WeightsCall& call, const Ten
   FinishCall finish{count, count, channels, 1, {channels, channels}, nullptr, sums, 0, sums_rows, {}};
   const Tensor partial = make_products(x, shape_of(x), call, finish);
   const Tensors bars = new_gradients(parameters, units, finish);
-  launched(finish_gradients(type_of(x), finish, queue_of(x)));
+  launched(finish_gradients(type_of(x), shape_of(x), finish, queue_of(x)));
   return bars;
 }
 

@@ -23,6 +23,26 @@ bool on_card(const Tensor& tensor) {
 
 void unset(void*, int64_t) {}
 
+namespace {
+
+Programs given[2];  // by type
+
+}  // namespace
+
+#define FASTODE_LAUNCHED(Result, name, Call)                                                  \
+  Result name(Type type, Shape shape, const Call& call, const Queue& queue) {                 \
+    const auto program = given[static_cast<int>(type)].name;                                  \
+    if (!program) throw std::runtime_error("the CUDA program " #name " has not been loaded"); \
+    return program(type, shape, call, queue);                                                 \
+  }
+FASTODE_CUDA_PROGRAMS(FASTODE_LAUNCHED)
+#undef FASTODE_LAUNCHED
+
 }  // namespace fastode::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(fastode, CUDA, m) { fastode::cuda::implement(m); }
+
+// Where a library of programs puts its launchers (given.cpp).
+extern "C" __attribute__((visibility("default"))) fastode::cuda::Programs* fastode_programs(int type) {
+  return &fastode::cuda::given[type];
+}

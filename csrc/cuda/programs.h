@@ -253,33 +253,53 @@ struct Shape {
 
 // The bytes of a sample's map in the order of threads; 0: there are no programs for such maps.
 inline constexpr int kMostMapChannels = 128;
-size_t kept_bytes(Shape shape);
+constexpr size_t kept_bytes(Shape shape) {
+#define FASTODE_SIZE(channels_, side_, warps, units) \
+  if (shape.channels == channels_ && shape.side == side_) return size_t{2} * channels_ * side_ * side_;
+  FASTODE_CUDA_TILES(FASTODE_SIZE)
+#undef FASTODE_SIZE
+  return 0;
+}
 
-// Null, or why the program was not launched.
-const char* scheme_forward(Type type, Shape shape, const SchemeCall& call, const Queue& queue);
-const char* scheme_backward(Type type, Shape shape, const BackwardCall& call, const Queue& queue);
-const char* weight_gradients(Type type, Shape shape, const WeightsCall& call, const Queue& queue);
-const char* finish_gradients(Type type, const FinishCall& call, const Queue& queue);
-const char* descent_forward(Type type, Shape shape, const DescentCall& call, const Queue& queue);
-const char* descent_backward(Type type, Shape shape, const DescentCall& call, const Queue& queue);
-// Those of branches with a batch norm in training, by a cooperative launch; of bfloat16, in which such networks train.
-const char* batch_scheme_forward(Type type, Shape shape, const SchemeCall& call, const Queue& queue);
-const char* batch_scheme_backward(Type type, Shape shape, const BackwardCall& call, const Queue& queue);
-const char* batch_descent_forward(Type type, Shape shape, const DescentCall& call, const Queue& queue);
-const char* batch_descent_backward(Type type, Shape shape, const DescentCall& call, const Queue& queue);
+// The launchers: null, or why the program was not launched; and of those that a backward asks for first, how many
+// blocks a launch will have. Those that begin with "batch" are of branches with a batch norm in training, by a
+// cooperative launch, and of bfloat16 alone, in which such networks train.
+using Reason = const char*;
+// clang-format off
+#define FASTODE_CUDA_PROGRAMS(each)                     \
+  each(Reason, scheme_forward, SchemeCall)              \
+  each(Reason, scheme_backward, BackwardCall)           \
+  each(Reason, weight_gradients, WeightsCall)           \
+  each(Reason, finish_gradients, FinishCall)            \
+  each(Reason, descent_forward, DescentCall)            \
+  each(Reason, descent_backward, DescentCall)           \
+  each(Reason, batch_scheme_forward, SchemeCall)        \
+  each(Reason, batch_scheme_backward, BackwardCall)     \
+  each(Reason, batch_descent_forward, DescentCall)      \
+  each(Reason, batch_descent_backward, DescentCall)     \
+  each(Reason, march_forward, MarchCall)                \
+  each(Reason, march_backward, MarchBackCall)           \
+  each(Reason, solve_forward, SolveCall)                \
+  each(Reason, solve_backward, SolveBackCall)           \
+  each(int, scheme_backward_blocks, BackwardCall)       \
+  each(int, descent_backward_blocks, DescentCall)       \
+  each(int, batch_scheme_backward_blocks, BackwardCall) \
+  each(int, batch_descent_backward_blocks, DescentCall) \
+  each(int, march_backward_blocks, MarchBackCall)       \
+  each(int, solve_backward_blocks, SolveBackCall)       \
+  each(int, weight_gradients_blocks, WeightsCall)
+// clang-format on
 
-const char* march_forward(Type type, Shape shape, const MarchCall& call, const Queue& queue);
-const char* march_backward(Type type, Shape shape, const MarchBackCall& call, const Queue& queue);
-const char* solve_forward(Type type, Shape shape, const SolveCall& call, const Queue& queue);
-const char* solve_backward(Type type, Shape shape, const SolveBackCall& call, const Queue& queue);
+#define FASTODE_DECLARED(Result, name, Call) Result name(Type, Shape, const Call&, const Queue&);
+FASTODE_CUDA_PROGRAMS(FASTODE_DECLARED)
+#undef FASTODE_DECLARED
 
-// How many blocks a launch of these programs will have.
-int scheme_backward_blocks(Type type, Shape shape, const BackwardCall& call, const Queue& queue);
-int descent_backward_blocks(Type type, Shape shape, const DescentCall& call, const Queue& queue);
-int batch_scheme_backward_blocks(Type type, Shape shape, const BackwardCall& call, const Queue& queue);
-int batch_descent_backward_blocks(Type type, Shape shape, const DescentCall& call, const Queue& queue);
-int march_backward_blocks(Type type, Shape shape, const MarchBackCall& call, const Queue& queue);
-int solve_backward_blocks(Type type, Shape shape, const SolveBackCall& call, const Queue& queue);
-int weight_gradients_blocks(Type type, Shape shape, const WeightsCall& call, const Queue& queue);
+// The launchers of one dtype that are there, and null for the others. The operators are a library, and each kind of
+// program is one for each dtype, which is built where the first call asks for it.
+struct Programs {
+#define FASTODE_SLOT(Result, name, Call) Result (*name)(Type, Shape, const Call&, const Queue&) = nullptr;
+  FASTODE_CUDA_PROGRAMS(FASTODE_SLOT)
+#undef FASTODE_SLOT
+};
 
 }  // namespace fastode::cuda

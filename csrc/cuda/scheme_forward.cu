@@ -7,10 +7,4 @@ const char* scheme_forward(Type type, Shape shape, const SchemeCall& call, const
   return device::launch_by_sample<device::SchemeForward>(type, shape, call, call.samples, call.branch.count, queue);
 }
 
-size_t kept_bytes(Shape shape) {
-  size_t bytes = 0;
-  device::with_tile<device::BFloat16>(shape, [&]<class Tile>() { bytes = Tile::kKeptBytes; });
-  return bytes;
-}
-
 }  // namespace fastode::cuda

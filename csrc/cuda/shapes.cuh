@@ -18,13 +18,24 @@ void with_tile(cuda::Shape shape, const F& f) {
 #undef FASTODE_TILE
 }
 
+// Calls f<T>() for a dtype: of a library of one dtype for that one.
+template <class F>
+void with_type(cuda::Type type, const F& f) {
+#ifdef FASTODE_TYPE
+  static_cast<void>(type);
+  f.template operator()<FASTODE_TYPE>();
+#else
+  if (type == cuda::Type::kBFloat16)
+    f.template operator()<BFloat16>();
+  else
+    f.template operator()<Float16>();
+#endif
+}
+
 // Calls f<Tile>() for a dtype and a shape.
 template <class F>
 void with_tile(cuda::Type type, cuda::Shape shape, const F& f) {
-  if (type == cuda::Type::kBFloat16)
-    with_tile<BFloat16>(shape, f);
-  else
-    with_tile<Float16>(shape, f);
+  with_type(type, [&]<class T>() { with_tile<T>(shape, f); });
 }
 
 inline constexpr const char* kNoProgram = "there is no program for such maps";

@@ -184,7 +184,7 @@ inline Gradients march_gradients(const Tensor& x, const Tensor& cotangent, const
     products.product[0] = {0, 0, {call.products}, {-1}, {call.products + slopes}, 1};
     partial = make_products(x, shape, products, finish);
   }
-  launched(finish_gradients(type_of(x), finish, queue_of(x)));
+  launched(finish_gradients(type_of(x), shape, finish, queue_of(x)));
   return {bar, bars};
 }
 

@@ -117,7 +117,7 @@ inline Gradients solve_gradients(const Tensor& x, const Tensor& cotangent, const
   FinishCall finish = finish_of(solve.pair, shape, weight, norms, call.sums, blocks);
   finish.partial = call.partial, finish.partial_rows = static_cast<int>(blocks);
   Tensors bars = new_pair_gradients(parameters, integers, weight, norms, finish);
-  if (weight || norms) launched(finish_gradients(type_of(x), finish, queue));
+  if (weight || norms) launched(finish_gradients(type_of(x), shape, finish, queue));
   return {bar, bars};
 }
 

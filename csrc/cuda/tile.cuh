@@ -51,7 +51,7 @@ struct Tile {
   static constexpr int kPixels = (W + 2) * (W + 2);
   static constexpr int kMapBytes = C / 8 * kPixels * 16;
   static constexpr int kWeightBytes = 9 * C * C * 2;
-  static constexpr int kKeptBytes = C * W * W * 2;  // of a map in the order of threads
+  static constexpr int kKeptBytes = cuda::kept_bytes({C, W});  // of a map in the order of threads
   static_assert(C % 16 == 0 && Warps % kAcross == 0 && kTiles >= 1 && kTiles * kDown * 16 == W * W);
   static constexpr int kHalves = W == 8 ? 1 : W / 16;               // tiles beside each other in a row
   static_assert((W == 8 || W % 16 == 0) && kTiles % kHalves == 0);  // a warp has whole rows

@@ -33,15 +33,16 @@ int weight_gradients_blocks(Type type, Shape shape, const WeightsCall& call, con
   return blocks;
 }
 
-const char* finish_gradients(Type type, const FinishCall& call, const Queue& queue) {
+const char* finish_gradients(Type type, Shape, const FinishCall& call, const Queue& queue) {
   const device::CurrentDevice here(queue.device);
-  const auto run = [&]<class Program>() {
+  const char* reason = nullptr;
+  device::with_type(type, [&]<class T>() {
+    using Program = device::FinishGradients<T>;
     const int blocks = (Program::entries(call) + Program::kAcross - 1) / Program::kAcross;
-    return device::launch<Program>({blocks, Program::threads, Program::bytes(), 1, false, queue.stream, queue.device},
-                                   call);
-  };
-  return type == Type::kBFloat16 ? run.template operator()<device::FinishGradients<device::BFloat16>>()
-                                 : run.template operator()<device::FinishGradients<device::Float16>>();
+    const device::Launch how{blocks, Program::threads, Program::bytes(), 1, false, queue.stream, queue.device};
+    reason = device::launch<Program>(how, call);
+  });
+  return reason;
 }
 
 }  // namespace fastode::cuda

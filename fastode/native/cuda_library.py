@@ -1,19 +1,25 @@
 """The CUDA C++ operators: loaded beside the CPU's library where there is a card, or the reason why not.
 
-Without them Triton's operators run. The order is as in operators.py: built ahead of time, built earlier, or now.
+Without them Triton's operators run. The programs that they launch are libraries of their own (nvcc.PARTS), loaded where
+a call first asks for them. The order is as in operators.py: built ahead of time, built earlier, or now.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import threading
 import warnings
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
+from ..tracing import constant
 from . import nvcc, toolchain
-from .toolchain import LIBRARY, BuildError, Recipe
+from .nvcc import PARTS, TYPES, Part
+from .toolchain import LIBRARY, BuildError
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -21,6 +27,8 @@ _path: Path | None = None  # of the library that is loaded
 _reason = "the CUDA operators were not loaded"  # why there is none
 _too_old: dict[int, str] = {}  # the cards that it has no code for, and why
 _shared: dict[int, int] = {}  # the bytes of shared memory that a block can have on each card
+_parts: dict[Part, str] = {}  # those that were asked for, and why each is missing, empty where it is loaded
+_lock = threading.RLock()
 
 
 def source_root() -> Path | None:
@@ -76,7 +84,8 @@ def load(announce: bool = True) -> str:
         leave_out("there is no CUDA device")
         return _reason
     try:
-        _path = open_library(find_or_build(announce))
+        _check_nvcc()
+        _path = open_library(find_or_build(announce=announce))
         _reason = ""
         for index in range(torch.cuda.device_count()):
             found = torch.cuda.get_device_properties(index)
@@ -95,20 +104,86 @@ def load(announce: bool = True) -> str:
     return _reason
 
 
-def find_or_build(announce: bool = True) -> Path:
-    """The library's path, built first if need be; nothing is loaded.
+def no_programs(kind: str, dtype: torch.dtype) -> str:
+    """Why there are no programs of a kind for maps of a dtype; empty if they are loaded, built first if need be.
+
+    A build that fails is told once, by a warning. Can be traced: then nothing is built.
+
+    Args:
+        kind: of nvcc.KINDS.
+        dtype: of the maps.
+    """
+    return _no_programs(kind, f"{dtype}".replace("torch.", ""), torch.compiler.is_compiling())
+
+
+@constant
+def _no_programs(kind: str, dtype: str, traced: bool) -> str:
+    part = Part(kind, dtype)
+    with _lock:
+        if part not in _parts:
+            try:
+                if traced and not is_built(part):
+                    return (
+                        f"the CUDA programs {part} were not built before tracing: call the block once, or run "
+                        "python -m fastode build"
+                    )
+                assert _path is not None
+                take_programs(_path, part, find_or_build(part))
+                _parts[part] = ""
+            except (BuildError, OSError) as error:
+                _parts[part] = str(error)
+                message = f"fastode runs without the CUDA programs {part}, and Triton's take their place: {error}"
+                warnings.warn(message, RuntimeWarning, stacklevel=4)
+        return _parts[part]
+
+
+def take_programs(operators: Path, part: Part, library: Path) -> None:
+    """Load a library of programs, and have it give them to that of the operators.
+
+    Raises:
+        BuildError: it cannot be opened.
+    """
+    try:
+        taker, giver = ctypes.CDLL(str(operators)), ctypes.CDLL(str(library))
+    except OSError as error:
+        raise BuildError(f"the library {library} cannot be loaded: {str(error).splitlines()[0]}") from error
+    taker.fastode_programs.restype = ctypes.c_void_p
+    giver.fastode_give(ctypes.c_void_p(taker.fastode_programs(list(TYPES).index(part.dtype))))
+
+
+def find_or_build(part: Part | None = None, announce: bool = True) -> Path:
+    """The path of a library of programs, or of the operators', built first if need be; nothing is loaded.
 
     Raises:
         BuildError: with the reason.
     """
-    ready = _prebuilt()
+    ready = _prebuilt(part)
     if ready is not None:
         return ready
-    return toolchain.build(_here(), toolchain.cache_directory(), announce=announce)
+    return toolchain.build(_recipe(part), toolchain.cache_directory(), announce=announce)
+
+
+def build_all() -> list[Path]:
+    """The paths of all libraries, built first if need be, as many at a time as there are cores.
+
+    Raises:
+        BuildError: with the first reason.
+    """
+    if not all(map(_prebuilt, PARTS)):
+        _check_nvcc(even_prebuilt=True)
+    with ThreadPoolExecutor(max_workers=toolchain.jobs()) as pool:
+        return list(pool.map(find_or_build, (None, *PARTS)))
+
+
+def is_built(part: Part | None) -> bool:
+    """Whether a library can be had without compiling it."""
+    if _prebuilt(part) is not None:
+        return True
+    return (toolchain.cache_directory() / _recipe(part).key / LIBRARY).exists()
 
 
 def open_library(library: Path) -> Path:
-    """Load a library, which registers its operators.
+    """Load the operators' library, which registers them.
 
     Raises:
         BuildError: it cannot be opened.
@@ -120,18 +195,31 @@ def open_library(library: Path) -> Path:
     return library
 
 
-def _prebuilt() -> Path | None:
+def _prebuilt(part: Part | None) -> Path | None:
     root = source_root()
-    return nvcc.prebuilt(root, PACKAGE) if root is not None else None
+    return nvcc.prebuilt(root, PACKAGE, part) if root is not None else None
 
 
-def _here() -> Recipe:
+def _recipe(part: Part | None) -> toolchain.Recipe:
     root = source_root()
     if root is None:
         raise BuildError(f"the C++ sources are missing beside {PACKAGE}")
-    made = nvcc.recipe(root)
-    _check_driver(nvcc.find())
-    return made
+    return nvcc.operators_recipe(root) if part is None else nvcc.recipe(root, part)
+
+
+def _check_nvcc(even_prebuilt: bool = False) -> None:
+    """Find out before anything is compiled that programs could not be: operators without them are of no use.
+
+    Args:
+        even_prebuilt: also where some were built ahead of time.
+
+    Raises:
+        BuildError: with the reason.
+    """
+    if even_prebuilt or not any(map(_prebuilt, PARTS)):
+        found = nvcc.find()
+        nvcc.architectures()
+        _check_driver(found)
 
 
 def _check_driver(found: nvcc.Nvcc) -> None:
@@ -155,19 +243,21 @@ def _driver_release() -> int | None:
 def available() -> tuple[bool, str]:
     """Whether `load` gives the operators without compiling anything, and where from, or why not."""
     if _path is not None:
-        return True, f"loaded from {_path}"
+        return True, f"loaded from {_path}, with the programs {_listed(_parts) or 'none yet'}"
     if not wanted():
         return False, "there is no CUDA device"
-    ahead = _prebuilt()
-    if ahead is not None:
-        return True, f"built ahead of time: {ahead}"
     try:
-        library = toolchain.cache_directory() / _here().key / LIBRARY
+        _check_nvcc()
+        ready = [part for part in PARTS if is_built(part)]
+        if is_built(None):
+            return True, f"built, with the programs {_listed(ready) or 'none yet'}; a call builds those that it needs"
     except BuildError as error:
         return False, str(error)
-    if library.exists():
-        return True, f"built earlier: {library}"
-    return False, "not built yet: fuse, or constructing a fused block, builds it on first use"
+    return False, "not built yet: fuse, or constructing a fused block, builds them on first use"
+
+
+def _listed(parts: Iterable[Part]) -> str:
+    return ", ".join(str(part) for part in parts if not _parts.get(part))
 
 
 def describe() -> str:

@@ -1,7 +1,9 @@
-"""The build of the CUDA C++ operators: which nvcc, which architectures, its recipe and its key.
+"""The build of the CUDA C++ operators and of their programs: which nvcc, which architectures, recipes and keys.
 
-A library of its own beside the CPU's, so that one that cannot be built leaves the others as they are. It is compiled,
-locked and kept by toolchain.py's functions, and like that file setup.py loads this one without the package.
+The operators are a library beside the CPU's, so that one that cannot be built leaves the others as they are. The
+programs that they launch are libraries, too, one for each kind and dtype, so that a call waits for its own only. All
+are compiled, locked and kept by toolchain.py's functions, and like that file setup.py loads this one without the
+package.
 
 Environment: ``CUDA_HOME`` names the toolkit, ``FASTODE_CUDA_ARCHITECTURES`` the architectures (``80;90a``) in place of
 those of the cards that are there, and nvcc itself reads ``NVCC_PREPEND_FLAGS`` and ``NVCC_APPEND_FLAGS``.
@@ -17,8 +19,10 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -31,13 +35,39 @@ PREBUILT = ("80", "90a", "100")
 OLDEST = (8, 0)  # the first capability with tensor cores for bfloat16
 FLAGS = ("-O3", "-std=c++20", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wno-unknown-pragmas")
 # torch's CUDA library is found through libtorch, where there is one: a torch for the CPU loads the result, too.
-LINK_FLAGS = ("-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-lcudart_static", "-ldl", "-lpthread", "-lrt")
+LINK_FLAGS = ("-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10")
+PROGRAM_LINK_FLAGS = ("-lcudart_static", "-ldl", "-lpthread", "-lrt")
+# Of csrc/cuda: the operators, and what hands them the programs of a library.
+OPERATORS, GIVEN = "ops_cuda.cpp", "given.cpp"
+KINDS = ("scheme", "descent", "batch_scheme", "batch_descent", "march", "solve", "weight_gradients")
+TYPES = {"bfloat16": "BFloat16", "float16": "Float16"}  # as csrc/cuda names them, by its numbers
 _NVCC_READS = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
 _ARCHITECTURE = re.compile(r"(?:sm_)?(\d{2,3}[af]?)")
 
 
 class NothingToBuildWith(BuildError):
     """There is no nvcc, or no card for which there is code: nothing has failed, and nothing was tried."""
+
+
+class Part(NamedTuple):
+    """A library of programs.
+
+    Args:
+        kind: how the names of its .cu files begin.
+        dtype: of the maps, as "bfloat16".
+    """
+
+    kind: str
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} of {self.dtype}"
+
+
+# Batch norms are trained in bfloat16 alone.
+PARTS = tuple(
+    Part(kind, dtype) for dtype in TYPES for kind in KINDS if dtype == "bfloat16" or not kind.startswith("batch_")
+)
 
 
 @dataclass(frozen=True)
@@ -168,13 +198,13 @@ def _say(cards: Sequence[tuple[int, int]]) -> str:
     return f"a card of capability {', '.join(f'{major}.{minor}' for major, minor in sorted(set(cards)))}"
 
 
-# ---- the recipe
+# ---- the recipes
 
 
-def sources(root: Path) -> tuple[Path, ...]:
-    """The translation units under ``root``/cuda; those for nvcc first, the largest first, because they take longest."""
-    device = sorted(root.glob(f"{toolchain.CUDA}/*.cu"), key=lambda path: (-path.stat().st_size, path.name))
-    return (*device, *sorted(root.glob(f"{toolchain.CUDA}/*.cpp")))
+def sources(root: Path, part: Part) -> tuple[Path, ...]:
+    """The translation units of a part: those for nvcc first, the largest first, because they take longest."""
+    device = root.glob(f"{toolchain.CUDA}/{part.kind}*.cu")
+    return (*sorted(device, key=lambda path: (-path.stat().st_size, path.name)), root / toolchain.CUDA / GIVEN)
 
 
 def device_flags(chosen: Sequence[str]) -> tuple[str, ...]:
@@ -184,32 +214,64 @@ def device_flags(chosen: Sequence[str]) -> tuple[str, ...]:
     return (*FLAGS, *targets, *debug)
 
 
-def recipe(root: Path, chosen: Sequence[str] | None = None) -> Recipe:
-    """Everything needed to build the sources under ``root``/cuda.
+def device_compiler(root: Path, chosen: Sequence[str]) -> tuple[str, ...]:
+    """The command line that compiles device code under ``root`` for some architectures.
+
+    Raises:
+        BuildError: there is no compiler.
+    """
+    command, _ = toolchain.compiler()
+    host = ("-ccbin", command[0]) if len(command) == 1 else ()  # nvcc takes a program, without arguments
+    return (find().path, *device_flags(chosen), *host, f"-I{root}")
+
+
+def operators_recipe(root: Path) -> Recipe:
+    """Everything needed to build the operators under ``root``/cuda, which need no nvcc.
+
+    Raises:
+        BuildError: there is no compiler, or there are no sources.
+    """
+    unit = root / toolchain.CUDA / OPERATORS
+    if not unit.exists():
+        raise BuildError(f"no CUDA C++ sources were found under {root}")
+    command, version = toolchain.compiler()
+    extra, (includes, libraries) = toolchain.extra_flags(), toolchain.torch_flags()
+    facts = _facts(root, command, version, (*toolchain.STABLE_ABI, *extra, *LINK_FLAGS))
+    return Recipe(
+        root,
+        (unit,),
+        command,
+        facts,
+        (*toolchain.FLAGS, *toolchain.STABLE_ABI, f"-I{root}", *includes, *extra),
+        ("-shared", *extra, libraries, *LINK_FLAGS),
+        name=NAME,
+    )
+
+
+def recipe(root: Path, part: Part, chosen: Sequence[str] | None = None) -> Recipe:
+    """Everything needed to build a library of programs under ``root``/cuda.
 
     Args:
         root: the directory that holds ``cuda/``.
+        part: which.
         chosen: the architectures, as "90a"; None takes those of `architectures`.
 
     Raises:
         BuildError: there is no compiler, there are no sources, or nothing to build them for.
     """
-    units = sources(root)
-    if not units:
-        raise BuildError(f"no CUDA C++ sources were found under {root}")
+    units = sources(root, part)
+    if len(units) == 1:
+        raise BuildError(f"no CUDA C++ sources of {part} were found under {root}")
     nvcc = find()
     command, version = toolchain.compiler()
     chosen = architectures() if chosen is None else tuple(chosen)
-    extra, (includes, libraries) = toolchain.extra_flags(), toolchain.torch_flags()
-    host = ("-ccbin", command[0]) if len(command) == 1 else ()  # nvcc takes a program, without arguments
+    extra = toolchain.extra_flags()
     threads = f"--threads={max(1, min(len(chosen), toolchain.jobs() // len(units)))}"  # architectures at a time
-    runtime, headers = _runtime(nvcc)
-    facts = {
-        "sources": toolchain.source_hash(root, "cpu", toolchain.AUTOGRAD),
-        "torch": torch.__version__,
-        "compiler": f"{shlex.join(command)}\n{version}",
+    own = f"-DFASTODE_TYPE={TYPES[part.dtype]}"
+    runtime = _runtime(nvcc)
+    facts = _facts(root, command, version, (*extra, *device_flags(chosen), own, *PROGRAM_LINK_FLAGS)) | {
+        "programs": str(part),
         "nvcc": nvcc.version,
-        "flags": shlex.join((*toolchain.FLAGS, *toolchain.STABLE_ABI, *extra, *device_flags(chosen), *LINK_FLAGS)),
         "nvcc reads": " ".join(f"{name}={os.environ.get(name, '')}" for name in _NVCC_READS),
     }
     return Recipe(
@@ -217,52 +279,74 @@ def recipe(root: Path, chosen: Sequence[str] | None = None) -> Recipe:
         units,
         command,
         facts,
-        (*toolchain.FLAGS, *toolchain.STABLE_ABI, f"-I{root}", *includes, *headers, *extra),
-        ("-shared", *extra, libraries, f"-L{runtime}", *LINK_FLAGS),
-        (nvcc.path, *device_flags(chosen), *host, threads, f"-I{root}"),
-        NAME,
+        (*toolchain.FLAGS, f"-I{root}", *extra),
+        ("-shared", *extra, f"-L{runtime}", *PROGRAM_LINK_FLAGS),
+        (*device_compiler(root, chosen), own, threads),
+        f"the CUDA programs {part}",
     )
 
 
-def _runtime(nvcc: Nvcc) -> tuple[Path, tuple[str, ...]]:
-    """Where CUDA's static runtime lies, and the flags by which its headers are found: nvcc itself knows."""
+def _facts(root: Path, command: tuple[str, ...], version: str, flags: Sequence[str]) -> dict[str, str]:
+    return {
+        "sources": toolchain.source_hash(root, "cpu", toolchain.AUTOGRAD),
+        "torch": torch.__version__,
+        "compiler": f"{shlex.join(command)}\n{version}",
+        "flags": shlex.join((*toolchain.FLAGS, *flags)),
+    }
+
+
+def _runtime(nvcc: Nvcc) -> Path:
+    """Where CUDA's static runtime lies: nvcc itself knows."""
     plan = _run([nvcc.path, "--dryrun", "-E", "-x", "cu", os.devnull])
     top = re.search(r"^#\$ TOP=(.*)$", plan, re.MULTILINE)
     listed = re.findall(r'"-L([^"]*)"', plan) + ([f"{top[1]}/lib64", f"{top[1]}/lib"] if top else [])
     library = next((Path(each) for each in listed if (Path(each) / "libcudart_static.a").exists()), None)
     if library is None:
         raise BuildError(f"{nvcc} has no libcudart_static.a beside it (looked in {', '.join(listed) or 'nothing'})")
-    folders = re.findall(r'"-I([^"]*)"', plan) or ([f"{top[1]}/include"] if top else [])
-    return library, tuple(flag for each in dict.fromkeys(folders) for flag in ("-isystem", each))
+    return library
 
 
 # ---- ahead of time
 
 
-def prebuilt_name(root: Path, chosen: Sequence[str]) -> str:
-    """The file name of a prebuilt library: it names its sources and its architectures."""
+def prebuilt_name(root: Path, part: Part | None = None, chosen: Sequence[str] = ()) -> str:
+    """The file name of a prebuilt library: it names its sources, the part, and its architectures.
+
+    Args:
+        root: the directory that holds ``cuda/``.
+        part: which; None is the operators, which have no architectures.
+        chosen: the architectures.
+    """
     hashed = toolchain.source_hash(root, "cpu", toolchain.AUTOGRAD)[:16]
-    return f"libfastode-{toolchain.CUDA}-{hashed}-{'-'.join(f'sm_{each}' for each in chosen)}.so"
+    which = "operators" if part is None else f"{part.kind}-{part.dtype}"
+    return "-".join((f"libfastode-{toolchain.CUDA}", hashed, which, *(f"sm_{each}" for each in chosen))) + ".so"
 
 
-def prebuilt(root: Path, package: Path) -> Path | None:
+def prebuilt(root: Path, package: Path, part: Part | None = None) -> Path | None:
     """A library in ``package`` that was built ahead of time from these very sources, for the cards that are there."""
     if toolchain.extra_flags() or any(os.environ.get(name) for name in (*_NVCC_READS, "FASTODE_CUDA_ARCHITECTURES")):
         return None
-    for path in sorted(package.glob(prebuilt_name(root, ["*"]))):
-        if covers(re.findall(r"sm_(\w+?)(?=-sm_|\.so)", path.name), capabilities()):
+    for path in sorted(package.glob(prebuilt_name(root, part, () if part is None else ("*",)))):
+        if part is None or covers(re.findall(r"sm_(\w+?)(?=-sm_|\.so)", path.name), capabilities()):
             return path
     return None
 
 
-def build_ahead(root: Path, package: Path, chosen: Sequence[str] = PREBUILT) -> Path:
+def build_ahead(root: Path, package: Path, chosen: Sequence[str] = PREBUILT) -> list[Path]:
     """Build the sources under ``root``/cuda for some architectures into the package directory ``package``.
 
     Raises:
         BuildError: with the reason.
     """
-    made = recipe(root, chosen)
-    with tempfile.TemporaryDirectory() as work:
-        log = package.parent / f"fastode-build-{toolchain.CUDA}.log"
-        library = toolchain.compile_into(made, Path(work), log, announce=True)
-        return Path(shutil.move(library, package / prebuilt_name(root, chosen)))
+    made = {prebuilt_name(root, part, chosen): recipe(root, part, chosen) for part in PARTS}
+    made[prebuilt_name(root)] = operators_recipe(root)
+
+    def build(name: str) -> Path:
+        with tempfile.TemporaryDirectory() as work:
+            log = package.parent / f"fastode-build-{name.removesuffix('.so')}.log"
+            library = toolchain.compile_into(made[name], Path(work), log)
+            return Path(shutil.move(library, package / name))
+
+    # As many at a time as there are cores: a part has few files.
+    with ThreadPoolExecutor(max_workers=toolchain.jobs()) as pool:
+        return list(pool.map(build, made))

@@ -43,6 +43,19 @@ def refuses(call: Call) -> str:
     )
 
 
+def lacks_programs(call: Call) -> str:
+    """Why the programs that a call needs are not there; empty if they are. It has them built where they are not yet."""
+    plan, x = call.program, call.inputs[-1]
+    if isinstance(plan, Pair):
+        kind = "solve" if call.family == "skew_adaptive" else "march"
+    else:
+        assert isinstance(plan, Plan)
+        coupled = any(unit.norm is not None and unit.norm.mode == "batch" for unit in plan.units)
+        kind = ("batch_" if coupled else "") + ("descent" if call.family == "ie" else "scheme")
+    kinds = (kind, "weight_gradients") if call.mode == "train" else (kind,)
+    return next((reason for each in kinds if (reason := cuda_library.no_programs(each, x.dtype))), "")
+
+
 def refuses_input(x: Tensor) -> str:
     """Why there is no program for maps of this kind."""
     reason = _refuses_dtype(x)

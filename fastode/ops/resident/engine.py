@@ -49,7 +49,12 @@ class Resident(OperatorEngine):
         if call.x is not None and call.x.device.type == "cuda":
             if call.family == ODE_SOLUTION:
                 return NO_ODE_SOLUTION
-            return card.refuses(call) or _refuses_autocast(call.lower) or _refuses_dtypes(None, call.tensors, call.x)
+            return (
+                card.refuses(call)
+                or _refuses_autocast(call.lower)
+                or _refuses_dtypes(None, call.tensors, call.x)
+                or card.lacks_programs(call)
+            )
         if isinstance(call.program, Plan):
             reason = _refuses_field(call.program, call.x) if call.family == ODE_SOLUTION else ""
             return reason or _refuses_branch(call.program, call.tensors, call.x)
