@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -288,6 +289,8 @@ def test_it_fails_as_the_reference_does(engine: str) -> None:
         ({"max_steps": 1, "first_step": 0.3}, 1.0),
         ({}, float("nan")),
         ({"first_step": 0.1}, float("inf")),
+        ({"first_step": 0.1}, float("nan")),
+        ({"max_steps": 1, "first_step": 0.1}, float("nan")),
     ]
     for (changes, factor), alone in itertools.product(options, (False, True)):
         block = reference.SOBlock(
@@ -295,12 +298,31 @@ def test_it_fails_as_the_reference_does(engine: str) -> None:
         )
         x = sample_input(2, 3, 6, 6, dtype=F64)
         x[-1] *= factor
-        found = []
-        for solve in (block, fused(block, engine)):
-            with pytest.raises(SolveError) as caught:
-                solve(x)
-            found.append(caught.value)
-        assert (found[0].block, found[0].reason, found[0].t) == (found[1].block, found[1].reason, found[1].t)
+        assert len(set(errors_of((block, fused(block, engine)), x))) == 1
+
+
+def errors_of(blocks: Iterable[nn.Module], x: Tensor) -> list[str]:
+    """What each block says of why it cannot be solved from x, and how many attempts it has rejected."""
+    found = []
+    for block in blocks:
+        with pytest.raises(SolveError) as caught, fastode.record_steps() as log:
+            block(x)
+        found.append(f"{caught.value}, {len(log[-1].rejected)} rejected")
+    return found
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_infinite_state_of_finite_slopes_fails_as_the_reference_does(engine: str) -> None:
+    # tanh of infinity is one, and in the last channel of an input that is not repeated infinity meets no other one.
+    for channels, first_step in ((3, 0.1), (2, None)):
+        field = reference.SkewPair(3, channels, activation="tanh", norm="none")
+        block = reference.SOBlock(field, Solver(first_step=first_step)).double()
+        x = sample_input(2, 3, 6, 6, dtype=F64)
+        x[1, 2, 0, 0] = float("inf")
+        assert all(slope.isfinite().all() for slope in field(*field.initial_state(x)))
+        found = errors_of((block, fused(block, engine)), x)
+        assert all("the state is not finite at t = 0 with h = " in error for error in found)
+        assert first_step is None or found[0] == found[1]
 
 
 @pytest.mark.parametrize("engine", ENGINES)

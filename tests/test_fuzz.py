@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from benchmarks import fuzz, rejudge
+from fastode import reference
 from fastode.dispatch import one_step
 from fastode.ops.schemes.implicit_euler import exact
-from fastode.testing import Comparison, Judge
+from fastode.testing import Comparison, Judge, sample_input
 from fastode.testing.rule import Row
 
 
@@ -71,6 +74,60 @@ def test_an_exact_step_is_compared_where_it_took_as_many_iterations(
     monkeypatch.setattr(exact, "find_root", lambda *given: real(*given[:4], 1e-9, *given[5:]))
     fuzz.main(["--seed", "2", "--index", str(index)])
     assert "left out, its solves took other numbers of iterations" in capsys.readouterr().out
+
+
+def differing(*names: str) -> Comparison:
+    """A comparison in which these differ."""
+    return Comparison((Row("buffer of another", 0.0, 1.0), *(Row(name, 2.0, 1.0) for name in names)))
+
+
+@pytest.mark.parametrize("bias", [-9.0, 0.0])
+def test_gradients_of_zero_behind_a_norm_of_constants_are_left_out(bias: float) -> None:
+    torch.manual_seed(0)
+    branch = nn.Sequential(nn.BatchNorm2d(1), nn.ReLU(), nn.Conv2d(1, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 1, 3))
+    branch[0].bias.data.fill_(bias)  # of -9 nothing is left behind the ReLU
+    block = fuzz.Asked(reference.ResBlock(nn.Sequential(nn.ZeroPad2d(1), *branch)), False)
+    x = sample_input(2, 1, 4, 4)
+    case, judge = fuzz.Case("", "resblock", block, (x,), "train", None), Judge(block, x)
+    zero = "gradient of block.branch.3.bias"  # a bias before a batch norm
+    assert fuzz.is_rounding(judge, differing(zero), case) == (bias < 0)
+    for other in ("output", "gradient of input", "gradient of block.branch.5.bias"):
+        assert not fuzz.is_rounding(judge, differing(zero, other), case)
+    assert not fuzz.is_rounding(judge, Comparison((Row(zero, 1.0, 1.0, None, "NaN"),)), case)
+
+
+@pytest.mark.parametrize(("norm", "of_constants"), [
+    (nn.BatchNorm2d(4), True), (nn.BatchNorm2d(4).eval(), False),
+    (nn.BatchNorm2d(4, track_running_stats=False).eval(), True),
+    (nn.InstanceNorm2d(4), True), (nn.GroupNorm(4, 4), True), (nn.GroupNorm(2, 4), False),
+])  # fmt: skip
+def test_what_a_norm_of_constants_is(norm: nn.Module, of_constants: bool) -> None:
+    x = sample_input(2, 4, 3, 3)
+    assert not fuzz.sees_constants(norm, x)
+    x[:, 1] = 0.3
+    assert fuzz.sees_constants(norm, x) == of_constants
+
+
+def test_maps_on_which_a_convolution_of_pytorch_is_wrong_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def block(dtype: torch.dtype) -> fuzz.Case:
+        field = reference.SkewPair(3, 4, 2, norm="none").to(dtype)
+        x = sample_input(1, 3, 4, 4, dtype=dtype)
+        return fuzz.Case("", "soblock", fuzz.Asked(reference.SOBlock(field, "euler"), False), (x,), "forward", None)
+
+    def excuse(dtype: torch.dtype) -> str:
+        case = block(dtype)
+        return fuzz.excused(Judge(case.plain, case.inputs[0], mode="forward"), case.plain, case)
+
+    low, high = torch.bfloat16, torch.float32
+    assert excuse(low) == excuse(high) == ""
+    real = F.conv2d
+
+    def faulty(x: Tensor, *rest: Any, **more: Any) -> Tensor:
+        y = real(x, *rest, **more)
+        return y * torch.nan if x.dtype is low else y
+
+    monkeypatch.setattr(F, "conv2d", faulty)
+    assert excuse(low) == "PyTorch's convolution is wrong on its maps" and excuse(high) == ""
 
 
 def test_nothing_run_is_no_success() -> None:

@@ -368,6 +368,8 @@ def test_it_fails_as_the_reference_does() -> None:
         ({"max_steps": 1, "first_step": 0.3}, 1.0),
         ({}, float("nan")),
         ({"first_step": 0.1}, float("inf")),
+        ({"first_step": 0.1}, float("nan")),
+        ({"max_steps": 1, "first_step": 0.1}, float("nan")),
     ]
     for (changes, factor), alone in itertools.product(options, (False, True)):
         block = reference.SOClassifier(6, 3, solver=Solver(rtol=1e-6, atol=1e-6, per_sample=alone, **changes)).double()
@@ -378,7 +380,12 @@ def test_it_fails_as_the_reference_does() -> None:
             with pytest.raises(SolveError) as caught:
                 solve(x)
             found.append(caught.value)
-        assert (found[0].block, found[0].reason, found[0].t) == (found[1].block, found[1].reason, found[1].t)
+        assert (found[0].block, found[0].reason, found[0].t, found[0].h) == (
+            found[1].block,
+            found[1].reason,
+            found[1].t,
+            pytest.approx(found[1].h, nan_ok=True),
+        )
     block = reference.SOClassifier(6, 3, solver="euler")
     assert torch.equal(
         fused(block)(torch.full((1, 6), torch.inf)).isnan(), block(torch.full((1, 6), torch.inf)).isnan()

@@ -205,12 +205,17 @@ def tell(log: list[float], solver: Solver, watches: Sequence[Watch], steps: Sequ
     tableau, chosen = solver.tableau, 1 if solver.first_step is not None else 2
     for sample, (watch, taken, (end, t, h, attempts)) in enumerate(zip(watches, steps, _solves(log), strict=True)):
         watch.evaluations = chosen + (tableau.stages - 1) * len(attempts)
+        state: tuple[Tensor, ...] = ()
+        if end != _REACHED and not any(each[3] == 1 for each in attempts):
+            state = (x if len(watches) == 1 else x[sample : sample + 1],)
+            if attempts and not bool(torch.isfinite(state[0]).all()):
+                # The reference makes no attempt from such a state, and its size is the first one.
+                end, h, attempts = _NO_STEP, attempts[0][1], []
         for start, size, ratio, accepted, _ in attempts:
             watch.attempt(start, size, ())
             watch.judged(ratio, accepted == 1)
         if end != _REACHED:
-            alone = x if len(watches) == 1 else x[sample : sample + 1]
-            _fail(watch, end, t, h, () if any(each[3] == 1 for each in attempts) else (alone,))
+            _fail(watch, end, t, h, state)
         watch.finish()
         _note(taken, solver, attempts)
 

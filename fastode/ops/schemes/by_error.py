@@ -86,6 +86,8 @@ def solve_by_error(
         step = rounded(size, state[0].dtype)
         tried = attempt(state, step, t, t + size)
         ratio = max(tried.norms)
+        if math.isnan(ratio) and not all(bool(torch.isfinite(u).all()) for u in state):
+            watch.fail_at_step()
         watch.judged(ratio, ratio <= 1)
         if ratio <= 1:
             if not steps.sizes:

@@ -139,7 +139,11 @@ class _Solve:
             tolerance = torch.maximum(state[half].abs(), end[half].abs()).mul_(self.solver.rtol).add_(self.solver.atol)
             scaled = error.div_(tolerance)
             norms.append(torch.linalg.vector_norm(scaled, dtype=accumulator(scaled.dtype)) / math.sqrt(scaled.numel()))
-        found: list[float] = torch.stack(norms).tolist()
+        both = torch.stack(norms)
+        if not self.slopes:
+            # Where an infinite state has finite slopes, nothing else tells of it: their error beside it is zero.
+            both = both + 0 * torch.linalg.vector_norm(state[1], math.inf)
+        found: list[float] = both.tolist()
         return found
 
     def _accept(self, made: _Made) -> None:
