@@ -28,7 +28,7 @@ from fastode import reference
 from fastode.testing import Judge, sample_input
 
 from . import contenders, header, rejudge, timing, workloads
-from .inside import Line, rule
+from .inside import Few, Line, rule
 
 MINUTES = 7.0
 MODES = ("train", "forward")
@@ -60,6 +60,9 @@ STEP_CONVOLUTIONS = 18  # of an IE-Skip; the others have as many or fewer
 JUDGED = 3  # samples
 FAULTS = ("NOT EQUAL", "failed")  # a reason that begins so is an error of this project
 LOST = 0.75  # below this ratio resident has lost clearly, and the group's larger shapes are not measured
+
+SLOWER = 8.0  # how much more it counts that a choice is slower than that another would be faster
+NOISE = -math.log(0.95)  # what five rounds do not tell from 1
 
 # Of each mode, the median ratio of the other's time to resident's with the 20th and 80th percentiles.
 Point = dict[str, list[float]]
@@ -161,6 +164,15 @@ def gain(point: Point) -> float:
     return sum(math.log(values[0]) for values in point.values()) / len(point)
 
 
+def loss(point: Point) -> float:
+    """What taking resident costs, in logarithms: the mean over the modes, where one does not make up for another.
+
+    What is slower by more than the rounds' noise counts SLOWER times: "auto" is to be never slower.
+    """
+    slower = [max(0.0, -math.log(values[0])) for values in point.values()]
+    return sum(each + (SLOWER - 1) * max(0.0, each - NOISE) for each in slower) / len(slower)
+
+
 def beyond_a_loss(points: Mapping[str, Point], channels: int, size: int, threads: int) -> bool:
     """Whether the group lost clearly, with full batches, at a narrower shape with no larger a map."""
     for text, point in points.items():
@@ -173,38 +185,48 @@ def beyond_a_loss(points: Mapping[str, Point], channels: int, size: int, threads
 def draw(points: Mapping[str, Point], threads: int, itemsize: int) -> Line:
     """The bounds with the least regret over the points of a group.
 
-    A point's regret is the log ratio that the wrong choice costs: of a point inside the line where resident is slower,
-    of one outside where it is faster. The line with the least sum wins; among equals (to a hundredth) the one with
-    fewer bounds, then the wider one. A bound on the batch, for all maps, from some number of channels or from some size
-    on, is drawn last, from the small batches within the other bounds. Where resident never lost, the largest shape
+    A point's regret is what the wrong choice costs: outside the line the gain given up, inside its `loss`. The line
+    with the least sum over the full batches wins; among equals (to a hundredth) the one with fewer bounds, then the
+    wider one. Smaller batches have bounds of their own, drawn likewise. Where resident never lost, the largest shape
     measured is the bound.
     """
     full = {text: p for text, p in points.items() if read_name(text)[2] > threads} or dict(points)
-    channels = sorted({read_name(text)[0] for text in full})
-    sizes = sorted({_kb(text, itemsize) for text in full})
-    pixels = sorted({read_name(text)[1] ** 2 for text in full})
     if not any(gain(p) > 0 for p in full.values()):
         return replace(rule.NEVER, why=_why(points, rule.NEVER, threads, itemsize))
-    best: tuple[float, int, float] | None = None
-    line = Line()
-    for c, kb, px in itertools.product(channels, sizes, [None, *pixels[1:]]):
-        tried = Line(c, kb, px)
+    channels, sizes = _channels_and_sizes(full, itemsize)
+    pixels = sorted({read_name(text)[1] ** 2 for text in full})
+
+    def key(line: Line) -> tuple[float, int, float]:
+        c, kb, px = line.most_channels or 0, line.most_kb or 0, line.least_pixels
         bounds = (c < channels[-1]) + (kb < sizes[-1]) + (px is not None)
-        key = (round(_regret(full, tried, threads, itemsize), 2), bounds, -math.log(c * kb) + math.log(px or 1))
-        if best is None or key < best:
-            best, line = key, tried
+        return round(_regret(full, line, threads, itemsize), 2), bounds, -math.log(c * kb) + math.log(px or 1)
+
+    line = min((Line(*each) for each in itertools.product(channels, sizes, [None, *pixels[1:]])), key=key)
+    line = replace(line, few=tuple(_draw_few(points, line, threads, itemsize)))
+    return replace(line, why=_why(points, line, threads, itemsize))
+
+
+def _draw_few(points: Mapping[str, Point], line: Line, threads: int, itemsize: int) -> Iterator[Few]:
+    """The bounds of batches of at most a sample for each thread, the smaller first; none where they are the line's."""
     small = {text: p for text, p in points.items() if read_name(text)[2] <= threads}
     each = sorted({read_name(text)[2] / threads for text in small})
-    least = [*each[1:], 2.0 * each[-1]] if small else []
-    wide = [None, *sorted({read_name(text)[0] for text in small})[1:]]
-    large = sorted({_kb(text, itemsize) for text in small})[1:]
-    tried = [
-        line,
-        *(replace(line, least_batch_per_thread=b, few_from_channels=c) for c in wide for b in least),
-        *(replace(line, least_batch_per_thread=b, few_from_kb=kb) for kb in large for b in least),
-    ]
-    line = min(tried, key=lambda t: round(_regret(small, t, threads, itemsize), 2))
-    return replace(line, why=_why(points, line, threads, itemsize))
+    for own, below in zip(each, [*each[1:], *(2.0 * last for last in each[-1:])], strict=True):
+        here = {text: p for text, p in small.items() if read_name(text)[2] / threads == own}
+        channels, sizes = _channels_and_sizes(here, itemsize)
+        tried = [Few(below, 0), *(Few(below, *most) for most in itertools.product(channels, sizes))]
+
+        def key(few: Few, here: Mapping[str, Point] = here) -> tuple[float, int]:
+            regret = _regret(here, replace(line, few=(few,)), threads, itemsize)
+            return round(regret, 2), -few.most_channels * (few.most_kb or 0)
+
+        found = min(tried, key=key)
+        if (found.most_channels, found.most_kb, None) != (line.most_channels, line.most_kb, line.least_pixels):
+            yield found
+
+
+def _channels_and_sizes(points: Mapping[str, Point], itemsize: int) -> tuple[list[int], list[int]]:
+    """The channels, and the sizes of a map in KB, that there are points of."""
+    return sorted({read_name(text)[0] for text in points}), sorted({_kb(text, itemsize) for text in points})
 
 
 def _kb(text: str, itemsize: int) -> int:
@@ -219,7 +241,7 @@ def _inside(text: str, line: Line, threads: int, itemsize: int) -> bool:
 
 def _regret(points: Mapping[str, Point], line: Line, threads: int, itemsize: int) -> float:
     return sum(
-        max(0.0, -gain(point) if _inside(text, line, threads, itemsize) else gain(point))
+        loss(point) if _inside(text, line, threads, itemsize) else max(0.0, gain(point))
         for text, point in points.items()
     )
 

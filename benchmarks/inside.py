@@ -21,8 +21,8 @@ from fastode.ops.resident import rule
 from fastode.ops.resident.engine import Resident
 from fastode.reference import adaptive
 
-# The measured rule by which "auto" chooses on a CPU, which benchmarks/choose.py writes, and a line of it.
-Line = rule.Line
+# The measured rule by which "auto" chooses on a CPU, which benchmarks/choose.py writes, and what a line of it is.
+Few, Line = rule.Few, rule.Line
 # The engines that fuse something, in the project's order of preference.
 FUSED_ENGINES: tuple[str, ...] = tuple(engine.name for engine in ENGINES if engine is not REFERENCE)
 # The engine whose calls launch the CUDA programs.

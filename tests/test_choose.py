@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import choose
 from fastode.ops.resident import rule as measured
-from fastode.ops.resident.rule import Line
+from fastode.ops.resident.rule import Few, Line
 from fastode.testing import sample_input
 
 THREADS = 2
@@ -48,7 +48,7 @@ def test_the_bounds_are_those_between_faster_and_slower(faster: Callable[[int, i
     for text, point in given.items():
         assert choose._inside(text, drawn, THREADS, 4) == (choose.gain(point) > 0), text
     assert (drawn.most_channels, drawn.least_pixels) == (line.most_channels, line.least_pixels)
-    assert drawn.least_batch_per_thread is None and drawn.most_kb in (line.most_kb, None)
+    assert drawn.few == () and drawn.most_kb in (line.most_kb, None)
 
 
 def test_a_point_that_is_slower_by_little_is_given_up_for_many_that_are_faster() -> None:
@@ -58,35 +58,60 @@ def test_a_point_that_is_slower_by_little_is_given_up_for_many_that_are_faster()
     assert not choose._inside("256@4 batch 128", drawn, THREADS, 4)
 
 
+def test_a_mode_that_is_slower_counts_more_than_one_that_is_faster() -> None:
+    shape = choose.name(256, 8, FULL)
+    given = grid(lambda c, s: 2.0 if c * s * s <= 256 * 64 else 0.2)
+    for forward, taken in ((1.0, True), (0.96, True), (0.5, False)):
+        point: choose.Point = {"train": [1.2, 1.2, 1.2], "forward": [forward, forward, forward]}
+        drawn = choose.draw(given | {shape: point}, THREADS, 4)
+        assert choose._inside(shape, drawn, THREADS, 4) == taken, forward
+    assert choose.loss({"train": [2.0] * 3, "forward": [1.0] * 3}) == 0
+    assert choose.loss({"train": [2.0] * 3, "forward": [0.97] * 3}) == pytest.approx(-math.log(0.97) / 2)
+    clear = -math.log(0.8)
+    expected = (clear + (choose.SLOWER - 1) * (clear - choose.NOISE)) / 2
+    assert choose.loss({"train": [2.0] * 3, "forward": [0.8] * 3}) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize(
-    ("small", "least"), [({1: 2.0, 2: 2.0}, None), ({1: 0.5, 2: 2.0}, 1.0), ({1: 0.5, 2: 0.5}, 2.0)]
+    ("small", "few"),
+    [
+        ({1: 2.0, 2: 2.0}, (Few(1.0, 16, 4), Few(2.0, 16, 4))),
+        ({1: 0.5, 2: 2.0}, (Few(1.0, 0), Few(2.0, 16, 4))),
+        ({1: 0.5, 2: 0.5}, (Few(1.0, 0), Few(2.0, 0))),
+    ],
 )
-def test_small_batches_have_a_bound_of_their_own(small: dict[int, float], least: float | None) -> None:
+def test_small_batches_have_bounds_of_their_own(small: dict[int, float], few: tuple[Few, ...]) -> None:
     given = grid(lambda c, s: 2.0) | points({(16, 8, batch): ratio for batch, ratio in small.items()})
     drawn = choose.draw(given, THREADS, 4)
-    assert drawn.least_batch_per_thread == least
-    assert drawn.most_channels == 256
+    assert drawn.few == few and drawn.most_channels == 256
     for batch, ratio in small.items():
         assert bool(drawn.beyond(16, 64, 4, batch, THREADS)) == (ratio < 1)
 
 
-def test_small_batches_may_be_bounded_for_wide_channels_only() -> None:
+def test_small_batches_whose_bounds_are_the_others_have_none_of_their_own() -> None:
+    drawn = choose.draw(grid(lambda c, s: 2.0, (1, 2, FULL)), THREADS, 4)
+    assert drawn.few == () and drawn.describe() == (
+        "at most 256 channels, at most 1024 KB for a feature map of one sample"
+    )
+
+
+def test_small_batches_may_be_bounded_by_channels() -> None:
     small = points({(c, 8, n): 0.5 if c >= 64 and n == 1 else 2.0 for c in (8, 16, 64, 256) for n in (1, 2)})
     drawn = choose.draw(grid(lambda c, s: 2.0) | small, THREADS, 4)
-    assert (drawn.least_batch_per_thread, drawn.few_from_channels) == (1.0, 64)
-    assert drawn.describe().endswith("at least 1 samples for each thread from 64 channels on")
+    assert drawn.few == (Few(1.0, 16, 64), Few(2.0, 256, 64))
+    assert "with fewer than 1 samples for each thread at most 16 channels and 64 KB" in drawn.describe()
     assert not drawn.beyond(16, 64, 4, 1, THREADS) and not drawn.beyond(64, 64, 4, 2, THREADS)
-    assert drawn.beyond(256, 64, 4, 1, THREADS).endswith("for each thread and 256 channels")
+    told = drawn.beyond(256, 64, 4, 1, THREADS)
+    assert told == "with fewer than 1 samples for each thread and more than 16 channels"
 
 
-def test_small_batches_may_be_bounded_for_large_maps_only() -> None:
+def test_small_batches_may_be_bounded_by_the_size_of_a_map() -> None:
     small = points({(c, s, 1): 0.5 if c * s * s >= 16384 else 2.0 for c in (16, 64, 256) for s in (4, 8, 32)})
     drawn = choose.draw(grid(lambda c, s: 2.0) | small, THREADS, 4)
-    assert (drawn.least_batch_per_thread, drawn.few_from_channels, drawn.few_from_kb) == (1.0, None, 64)
-    assert drawn.describe().endswith("at least 1 samples for each thread from 64 KB on")
+    assert drawn.few == (Few(1.0, 256, 16),)
     assert not drawn.beyond(64, 64, 4, 1, THREADS) and not drawn.beyond(64, 1024, 4, 2, THREADS)
     told = drawn.beyond(64, 1024, 4, 1, THREADS)
-    assert told == "with fewer than 1 samples for each thread and 256 KB for a feature map of one sample"
+    assert told == "with fewer than 1 samples for each thread and a feature map of one sample of more than 16 KB"
 
 
 def test_a_shape_beyond_a_clear_loss_is_not_measured() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ import fastode
 from fastode import reference
 from fastode.dispatch import choice, known
 from fastode.ops.resident import rule as measured
-from fastode.ops.resident.rule import Line, Rule
+from fastode.ops.resident.rule import Few, Line, Rule
 from fastode.testing import compare_tensors, sample_input
 
 MEASURED_ON = {"device": "a CPU", "threads": 2, "torch": "2.13.0", "date": "2026-01-02", "commit": "abc", "kind": "x86"}
-BOUNDS = {"most_channels": 8, "most_kb": 2, "least_pixels": 4, "least_batch_per_thread": 2.0}
+FEW = {"below": 2.0, "most_channels": 4, "most_kb": 1}
+BOUNDS = {"most_channels": 8, "most_kb": 2, "least_pixels": 4, "few": [FEW]}
+LINE = Line(8, 2, 4, (Few(2.0, 4, 1),))
 
 
 def written(folder: Path, **changes: Any) -> Path:
@@ -33,7 +36,7 @@ def written(folder: Path, **changes: Any) -> Path:
 def test_a_measured_rule_is_read(tmp_path: Path) -> None:
     rule = measured.read(written(tmp_path), "x86")
     assert rule.measured and rule.source == "measured on a CPU, 2 threads, torch 2.13.0, 2026-01-02, commit abc"
-    assert rule.line("ie", "sample", "float32") == Line(**BOUNDS, why="so it is")
+    assert rule.line("ie", "sample", "float32") == replace(LINE, why="so it is")
     assert rule.line("ie", "batch", "float32") == measured.stand_in("ie", "float32")
     skew = Rule({"skew_pair sample float32": measured.NEVER}, "a test", True)
     assert skew.line("skew_pair", "batch", "float32") == measured.NEVER
@@ -69,7 +72,9 @@ def test_what_stands_in_knows_the_family_the_dtype_and_the_registers(monkeypatch
         ((4, 9, 4, 4), "with more than 8 channels"),
         ((4, 8, 9, 8), "with a feature map of one sample of more than 2 KB"),
         ((4, 8, 3, 1), "with fewer than 4 pixels"),
-        ((3, 8, 8, 8), "with fewer than 2 samples for each thread"),
+        ((3, 8, 4, 4), "with fewer than 2 samples for each thread and more than 4 channels"),
+        ((3, 4, 9, 8), "with fewer than 2 samples for each thread and a feature map of one sample of more than 1 KB"),
+        ((3, 4, 3, 1), ""),
     ],
 )
 def test_each_bound_has_its_sentence_and_its_number(
@@ -79,7 +84,7 @@ def test_each_bound_has_its_sentence_and_its_number(
     block = reference.IESkip(reference.PreActBranch(shape[1], norm="layer"))
     fastode.fuse(block)
     for is_measured, verdict in ((True, "was measured to be slower"), (False, "is expected to be slower")):
-        monkeypatch.setattr(measured, "_rule", Rule({"ie sample float32": Line(**BOUNDS)}, "a test", is_measured))
+        monkeypatch.setattr(measured, "_rule", Rule({"ie sample float32": LINE}, "a test", is_measured))
         x = torch.zeros(shape)
         reason = f"{beyond} it {verdict} than the others" if beyond else ""
         assert block.against("resident", x) == reason and block.why_not("resident", x) == ""
@@ -173,7 +178,7 @@ def test_without_a_line_of_their_own_chains_have_the_bounds_found_by_hand(monkey
         ((16, 528, 4, 4), "with more than 512 channels"),
         ((4, 64, 40, 40), "with a feature map of one sample of more than 256 KB"),
         ((1, 127, 8, 8), ""),
-        ((3, 128, 8, 8), "with fewer than 4 samples for each thread and 128 channels"),
+        ((3, 128, 8, 8), "with fewer than 4 samples for each thread and more than 127 channels"),
     ):
         verdict = f"{beyond} it is expected to be slower than plain PyTorch" if beyond else ""
         block = fastode.nn.ResBlock(nn.Sequential(nn.Conv2d(shape[1], shape[1], 1)), shortcut=nn.ReLU())
@@ -236,7 +241,7 @@ def test_only_the_rule_keeps_resident_from_wide_blocks(
 
 
 def test_a_bound_on_the_batch_can_be_traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    line = Line(least_batch_per_thread=2.0)
+    line = Line(few=(Few(2.0, 0),))
     monkeypatch.setattr(measured, "_rule", Rule({"shu_osher sample float32": line}, "a test", True))
     torch.set_num_threads(2)
     block = fastode.nn.SSP2(reference.PreActBranch(4, norm="layer"))

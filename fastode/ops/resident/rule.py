@@ -28,15 +28,46 @@ DTYPES = ("float32", "float64", "bfloat16")
 
 
 @dataclass(frozen=True)
+class Few:
+    """The bounds of calls of few samples, in place of a line's own; inclusive.
+
+    Args:
+        below: there are fewer samples for each thread than this.
+        most_channels: of the branch's widest map; 0: none are taken.
+        most_kb: of that map of one sample, None where there is no bound.
+    """
+
+    below: float
+    most_channels: int
+    most_kb: int | None = None
+
+    def beyond(self, channels: int, size: int) -> str:
+        """`Line.beyond` of a call of few samples, with the map's size in bytes."""
+        few = f"with fewer than {self.below:g} samples for each thread"
+        if self.most_channels == 0:
+            return few
+        if channels > self.most_channels:
+            return f"{few} and more than {self.most_channels} channels"
+        if self.most_kb is not None and size > self.most_kb * 1024:
+            return f"{few} and a feature map of one sample of more than {self.most_kb} KB"
+        return ""
+
+    def describe(self) -> str:
+        """The bounds in words."""
+        if self.most_channels == 0:
+            return f"at least {self.below:g} samples for each thread"
+        size = "" if self.most_kb is None else f" and {self.most_kb} KB"
+        return f"with fewer than {self.below:g} samples for each thread at most {self.most_channels} channels{size}"
+
+
+@dataclass(frozen=True)
 class Line:
     """Where "auto" takes the resident engine: up to these bounds, each of them inclusive, None where there is none."""
 
     most_channels: int | None = None  # of the branch's widest map
     most_kb: int | None = None  # of that map of one sample, as the engine keeps it
     least_pixels: int | None = None  # of a map, H times W
-    least_batch_per_thread: float | None = None
-    few_from_channels: int | None = None  # the bound on the batch holds from this many channels on
-    few_from_kb: int | None = None  # or from so large a map of one sample on, in KB
+    few: tuple[Few, ...] = ()  # the fewest first: a call takes the first that it is of
     why: str = ""
 
     def beyond(self, channels: int, pixels: int, itemsize: int, batch: int | None, threads: int) -> str:
@@ -44,18 +75,17 @@ class Line:
 
         A batch of None is of a size that must not be looked at.
         """
+        size = channels * pixels * itemsize
+        if batch is not None:
+            for few in self.few:
+                if batch < few.below * threads:
+                    return few.beyond(channels, size)
         if self.most_channels is not None and channels > self.most_channels:
             return f"with more than {self.most_channels} channels"
-        size = channels * pixels * itemsize
         if self.most_kb is not None and size > self.most_kb * 1024:
             return f"with a feature map of one sample of more than {self.most_kb} KB"
         if self.least_pixels is not None and pixels < self.least_pixels:
             return f"with fewer than {self.least_pixels} pixels"
-        least, wide, large = self.least_batch_per_thread, self.few_from_channels, self.few_from_kb
-        few = least is not None and batch is not None and batch < least * threads
-        if few and channels >= (wide or 0) and size >= (large or 0) * 1024:
-            why = f"with fewer than {least:g} samples for each thread" + (f" and {channels} channels" if wide else "")
-            return why + (f" and {size // 1024} KB for a feature map of one sample" if large else "")
         return ""
 
     def describe(self) -> str:
@@ -64,11 +94,9 @@ class Line:
             "at most {} channels": self.most_channels,
             "at most {} KB for a feature map of one sample": self.most_kb,
             "at least {} pixels": self.least_pixels,
-            "at least {:g} samples for each thread": self.least_batch_per_thread,
         }
-        text = ", ".join(text.format(value) for text, value in bounds.items() if value is not None) or "always"
-        text += f" from {self.few_from_channels} channels on" if self.few_from_channels else ""
-        return text + (f" from {self.few_from_kb} KB on" if self.few_from_kb else "")
+        own = [text.format(value) for text, value in bounds.items() if value is not None]
+        return ", ".join([*own, *[few.describe() for few in self.few]]) or "always"
 
 
 NEVER = Line(most_channels=0)
@@ -86,7 +114,7 @@ SOLUTION = Line(most_channels=512, most_kb=640)
 # forward (0.97 to 2.4, median 1.3). A few samples of many channels are not worth the packing of the weights: in a
 # network, which finds them in no cache, with two threads, 64 channels were as fast with one sample for each thread,
 # wider ones with four.
-CHAIN = Line(most_channels=512, most_kb=256, least_batch_per_thread=4, few_from_channels=128)
+CHAIN = Line(most_channels=512, most_kb=256, few=(Few(4, 127, 256),))
 # From so many channels on, maps whose pixels are more than this and no multiple of it: with two threads, 8 and 32
 # samples, 128 and 256 channels at 14×14 took 0.93 to 1.09 of eager's time; at 8×8 and 16×16 0.86 to 1.16. Maps of 7×7
 # have a tile of their own: with two threads of an Intel Xeon, 2026-11-27, 128 and 256 channels were 1.02 to 1.37 times
@@ -144,7 +172,7 @@ def read(folder: Path = FOLDER, kind: str | None = None) -> Rule:
     path = path_of(kind, folder)
     try:
         found = json.loads(path.read_text())
-        lines = {name: Line(**bounds) for name, bounds in found["rule"].items()}
+        lines = from_json(found["rule"])
         measured_on = found["measured_on"]
         place = "{device}, {threads} threads, torch {torch}, {date}, commit {commit:.12}".format(**measured_on)
         if measured_on["kind"] != kind:
@@ -159,8 +187,17 @@ def read(folder: Path = FOLDER, kind: str | None = None) -> Rule:
 
 def as_json(lines: Mapping[str, Line]) -> dict[str, dict[str, Any]]:
     """Lines as a file holds them."""
+    found = {name: asdict(line) | {"few": [asdict(few) for few in line.few]} for name, line in lines.items()}
     return {
-        name: {key: value for key, value in asdict(line).items() if value is not None} for name, line in lines.items()
+        name: {key: value for key, value in line.items() if value not in (None, [])} for name, line in found.items()
+    }
+
+
+def from_json(lines: Mapping[str, Mapping[str, Any]]) -> dict[str, Line]:
+    """Lines from what a file holds."""
+    return {
+        name: Line(**(dict(line) | {"few": tuple(Few(**few) for few in line.get("few", ()))}))
+        for name, line in lines.items()
     }
 
 
@@ -178,12 +215,12 @@ LOWERED_PAIR = (16, Line(most_channels=64))
 # 2.1 (five of 81 forwards and attacks' steps 0.92 to 0.99); with fewer samples the weights, which a network finds in no
 # cache, are packed for little. At 256 a small map with batch norms 1.05 to 1.3 and with others 0.94 to 1.2, a larger
 # one 0.94 to 1.06; at 512 0.6 to 1.3.
-LOWERED_CHAIN = (16, Line(most_channels=128, least_batch_per_thread=4, few_from_channels=128))
-LOWERED_COUPLED_CHAIN = Line(most_channels=256, most_kb=32, least_batch_per_thread=8)
+LOWERED_CHAIN = (16, Line(most_channels=128, few=(Few(4, 127),)))
+LOWERED_COUPLED_CHAIN = Line(most_channels=256, most_kb=32, few=(Few(8, 0),))
 # On AMX tiles, on one thread of an Intel Xeon, 2026-11-27, of 25 blocks of benchmarks.choose from 16 to 512 channels,
 # 4 to 64 pixels a side and 2 to 64 samples: steps 1.15 to 2.1, attacks' steps 1.2 to 2.7, forwards 1.04 to 2.6 (one of
 # 784 KB 0.83); with 4 samples of 256 and 512 channels steps were 0.91 and 0.94, and 8 channels' forward 0.74.
-TILED_CHAIN = (16, Line(most_channels=512, most_kb=784, least_batch_per_thread=8, few_from_channels=256))
+TILED_CHAIN = (16, Line(most_channels=512, most_kb=784, few=(Few(8, 255, 784),)))
 
 # Of a matrix W, in KB: a sample's products read all of it, where PyTorch's read it once for many samples. Solves by
 # error gain by what is between the products. Measured on one thread of an AMD EPYC, 2026-11-27.
