@@ -249,8 +249,8 @@ x = torch.ones(1, 2, 3, 3).contiguous(memory_format=torch.channels_last)
 out = torch.ops.fastode.combine([x, x], torch.tensor([1.0, 2.0], dtype=torch.float64), 0, 0.0, 0.0)
 assert torch.equal(out, 3 * x)
 assert cuda_library.why_not() == ""
-reason = cuda_library.no_programs("scheme", torch.bfloat16)
-assert cuda_library.no_programs("scheme", torch.bfloat16) == reason
+reason = cuda_library.no_programs(("scheme",), torch.bfloat16)
+assert cuda_library.no_programs(("scheme",), torch.bfloat16) == reason
 print(reason)
 """
     done = run_python(program, FASTODE_CUDA_ARCHITECTURES="90a")

@@ -121,7 +121,9 @@ def test_the_operators_find_torchs_cuda_through_libtorch_and_programs_bring_thei
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, torch.dtype]]:
     """The programs that calls ask for, all of which are there."""
     found: list[tuple[str, torch.dtype]] = []
-    monkeypatch.setattr(cuda_library, "no_programs", lambda *each: found.append(each) or "")
+    monkeypatch.setattr(
+        cuda_library, "no_programs", lambda kinds, dtype: found.extend((kind, dtype) for kind in kinds) or ""
+    )
     monkeypatch.setattr(Resident, "refuses", lambda self, call: card.lacks_programs(call) if call.inputs else "")
     monkeypatch.setitem(face.STORAGE, "cpu", face.STORAGE["cuda"])
     return found
@@ -162,7 +164,7 @@ def test_a_skew_pair_asks_for_its_solutions(solver: str, kind: str, asked: list[
 
 
 def test_what_is_missing_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_library, "no_programs", lambda kind, dtype: f"there is no {kind}")
+    monkeypatch.setattr(cuda_library, "no_programs", lambda kinds, dtype: f"there is no {kinds[0]}")
     monkeypatch.setattr(Resident, "refuses", lambda self, call: card.lacks_programs(call))
     block = make_pair(case_of("ssp3", channels=16, dtype=torch.bfloat16, batch=2))[1]
     x = torch.zeros(2, 16, 8, 8, dtype=torch.bfloat16)
@@ -193,9 +195,18 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[Part | None]:
 def test_a_part_is_built_at_its_first_call_and_once(built: list[Part | None]) -> None:
     assert "none yet" in cuda_library.available()[1]
     for _ in range(2):
-        assert cuda_library.no_programs(SCHEME.kind, torch.bfloat16) == ""
+        assert cuda_library.no_programs((SCHEME.kind,), torch.bfloat16) == ""
     assert built == [SCHEME]
     assert cuda_library.available() == (True, "loaded from operators.so, with the programs scheme of bfloat16")
+
+
+def test_parts_of_one_call_are_built_together(built: list[Part | None]) -> None:
+    kinds = ("solve", "scheme", "weight_gradients")
+    cuda_library.no_programs(("scheme",), torch.float16)
+    assert cuda_library.no_programs(kinds, torch.float16) == ""
+    assert built[0] == Part("scheme", "float16") and sorted(map(str, built[1:])) == [
+        "solve of float16", "weight_gradients of float16",
+    ]  # fmt: skip
 
 
 def test_a_build_that_failed_is_told_once_and_not_tried_again(
@@ -207,8 +218,8 @@ def test_a_build_that_failed_is_told_once_and_not_tried_again(
 
     monkeypatch.setattr(cuda_library, "find_or_build", fails)
     with pytest.warns(RuntimeWarning, match="without the CUDA programs scheme of bfloat16.*: the build failed: a test"):
-        assert cuda_library.no_programs(SCHEME.kind, torch.bfloat16) == "the build failed: a test"
-    assert cuda_library.no_programs(SCHEME.kind, torch.bfloat16) == "the build failed: a test"
+        assert cuda_library.no_programs((SCHEME.kind,), torch.bfloat16) == "the build failed: a test"
+    assert cuda_library.no_programs((SCHEME.kind,), torch.bfloat16) == "the build failed: a test"
     assert built == [SCHEME]
 
 
@@ -216,7 +227,7 @@ def test_a_traced_call_builds_nothing_and_takes_what_is_built(built: list[Part |
     reasons: list[str] = []
 
     def ask(x: torch.Tensor) -> torch.Tensor:
-        reasons.append(cuda_library.no_programs(SCHEME.kind, x.dtype))
+        reasons.append(cuda_library.no_programs((SCHEME.kind,), x.dtype))
         return x + 1
 
     x: Any = torch.zeros(2, dtype=torch.bfloat16)

@@ -104,37 +104,47 @@ def load(announce: bool = True) -> str:
     return _reason
 
 
-def no_programs(kind: str, dtype: torch.dtype) -> str:
-    """Why there are no programs of a kind for maps of a dtype; empty if they are loaded, built first if need be.
+def no_programs(kinds: tuple[str, ...], dtype: torch.dtype) -> str:
+    """Why there are no programs of some kinds for maps of a dtype; empty if they are loaded, built first if need be.
 
     A build that fails is told once, by a warning. Can be traced: then nothing is built.
 
     Args:
-        kind: of nvcc.KINDS.
+        kinds: of nvcc.KINDS.
         dtype: of the maps.
     """
-    return _no_programs(kind, f"{dtype}".replace("torch.", ""), torch.compiler.is_compiling())
+    return _no_programs(kinds, f"{dtype}".replace("torch.", ""), torch.compiler.is_compiling())
 
 
 @constant
-def _no_programs(kind: str, dtype: str, traced: bool) -> str:
-    part = Part(kind, dtype)
+def _no_programs(kinds: tuple[str, ...], dtype: str, traced: bool) -> str:
+    parts = [Part(kind, dtype) for kind in kinds]
     with _lock:
-        if part not in _parts:
-            try:
-                if traced and not is_built(part):
-                    return (
-                        f"the CUDA programs {part} were not built before tracing: call the block once, or run "
-                        "python -m fastode build"
-                    )
-                assert _path is not None
-                take_programs(_path, part, find_or_build(part))
-                _parts[part] = ""
-            except (BuildError, OSError) as error:
-                _parts[part] = str(error)
-                message = f"fastode runs without the CUDA programs {part}, and Triton's take their place: {error}"
-                warnings.warn(message, RuntimeWarning, stacklevel=4)
-        return _parts[part]
+        missing = [part for part in parts if part not in _parts]
+        unbuilt = next((part for part in missing if traced and not is_built(part)), None)
+        if unbuilt is not None:
+            return (
+                f"the CUDA programs {unbuilt} were not built before tracing: call the block once, or run python -m "
+                "fastode build"
+            )
+        if missing:
+            with ThreadPoolExecutor(max_workers=len(missing)) as pool:
+                _parts.update(zip(missing, pool.map(_take, missing), strict=True))
+        for part in missing:
+            if _parts[part]:
+                message = f"fastode runs without the CUDA programs {part}, and Triton's take their place: "
+                warnings.warn(message + _parts[part], RuntimeWarning, stacklevel=4)
+        return next((_parts[part] for part in parts if _parts[part]), "")
+
+
+def _take(part: Part) -> str:
+    """Build and load a library of programs; why it cannot be had, empty if it is loaded."""
+    assert _path is not None
+    try:
+        take_programs(_path, part, find_or_build(part))
+    except (BuildError, OSError) as error:
+        return str(error)
+    return ""
 
 
 def take_programs(operators: Path, part: Part, library: Path) -> None:

@@ -53,7 +53,7 @@ def lacks_programs(call: Call) -> str:
         coupled = any(unit.norm is not None and unit.norm.mode == "batch" for unit in plan.units)
         kind = ("batch_" if coupled else "") + ("descent" if call.family == "ie" else "scheme")
     kinds = (kind, "weight_gradients") if call.mode == "train" else (kind,)
-    return next((reason for each in kinds if (reason := cuda_library.no_programs(each, x.dtype))), "")
+    return cuda_library.no_programs(kinds, x.dtype)
 
 
 def refuses_input(x: Tensor) -> str:
