@@ -197,11 +197,13 @@ def draw(points: Mapping[str, Point], threads: int, itemsize: int) -> Line:
     pixels = sorted({read_name(text)[1] ** 2 for text in full})
 
     def key(line: Line) -> tuple[float, int, float]:
-        c, kb, px = line.most_channels or 0, line.most_kb or 0, line.least_pixels
-        bounds = (c < channels[-1]) + (kb < sizes[-1]) + (px is not None)
-        return round(_regret(full, line, threads, itemsize), 2), bounds, -math.log(c * kb) + math.log(px or 1)
+        c, kb, px, least = line.most_channels or 0, line.most_kb or 0, line.least_pixels, line.least_channels
+        bounds = (c < channels[-1]) + (kb < sizes[-1]) + (px is not None) + (least is not None)
+        width = math.log(c * kb) - math.log(px or 1) - math.log(least or 1)
+        return round(_regret(full, line, threads, itemsize), 2), bounds, -width
 
-    line = min((Line(*each) for each in itertools.product(channels, sizes, [None, *pixels[1:]])), key=key)
+    tried = itertools.product(channels, sizes, [None, *pixels[1:]], [None, *channels[1:]])
+    line = min((Line(*each) for each in tried), key=key)
     line = replace(line, few=tuple(_draw_few(points, line, threads, itemsize)))
     return replace(line, why=_why(points, line, threads, itemsize))
 
@@ -220,7 +222,7 @@ def _draw_few(points: Mapping[str, Point], line: Line, threads: int, itemsize: i
             return round(regret, 2), -few.most_channels * (few.most_kb or 0)
 
         found = min(tried, key=key)
-        if (found.most_channels, found.most_kb, None) != (line.most_channels, line.most_kb, line.least_pixels):
+        if line != Line(found.most_channels, found.most_kb):
             yield found
 
 

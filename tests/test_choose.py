@@ -40,6 +40,7 @@ def grid(faster: Callable[[int, int], float], batches: tuple[int, ...] = (FULL,)
         (lambda c, s: 2.0 if c * s * s <= 16384 else 0.5, Line(256, 64)),
         (lambda c, s: 2.0 if s >= 8 else 0.5, Line(256, 1024, least_pixels=64)),
         (lambda c, s: 2.0 if c <= 16 and s >= 32 else 0.5, Line(16, 1024, least_pixels=1024)),
+        (lambda c, s: 2.0 if c >= 16 else 0.5, Line(256, 1024, least_channels=16)),
     ],
 )
 def test_the_bounds_are_those_between_faster_and_slower(faster: Callable[[int, int], float], line: Line) -> None:
@@ -48,6 +49,7 @@ def test_the_bounds_are_those_between_faster_and_slower(faster: Callable[[int, i
     for text, point in given.items():
         assert choose._inside(text, drawn, THREADS, 4) == (choose.gain(point) > 0), text
     assert (drawn.most_channels, drawn.least_pixels) == (line.most_channels, line.least_pixels)
+    assert drawn.least_channels == line.least_channels
     assert drawn.few == () and drawn.most_kb in (line.most_kb, None)
 
 

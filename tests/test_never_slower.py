@@ -24,7 +24,7 @@ from fastode.ops.resident.rule import Few, Line
 
 Points = Mapping[str, Mapping[str, list[float]]]
 CLEARLY = 0.95  # a ratio below it, or above its inverse, is told from 1 by the five rounds of a point
-LEAST = 0.92  # of any mode of a point within
+LEAST = 0.93  # of any mode of a point within
 SLOWER = 8  # times what is gained counts what is clearly lost
 ROUNDED = 0.01  # regrets are compared to hundredths
 
@@ -69,6 +69,7 @@ class Group:
                 "most_channels": {0} | channels,
                 "most_kb": {0} | sizes,
                 "least_pixels": {None} | {s * s for _, s, _ in shapes},
+                "least_channels": {None} | channels,
             }
             for name, found in values.items():
                 yield from (dataclasses.replace(self.line, **{name: value}) for value in found)

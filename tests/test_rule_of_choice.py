@@ -22,8 +22,8 @@ from fastode.testing import compare_tensors, sample_input
 
 MEASURED_ON = {"device": "a CPU", "threads": 2, "torch": "2.13.0", "date": "2026-01-02", "commit": "abc", "kind": "x86"}
 FEW = {"below": 2.0, "most_channels": 4, "most_kb": 1}
-BOUNDS = {"most_channels": 8, "most_kb": 2, "least_pixels": 4, "few": [FEW]}
-LINE = Line(8, 2, 4, (Few(2.0, 4, 1),))
+BOUNDS = {"most_channels": 8, "most_kb": 2, "least_pixels": 4, "least_channels": 2, "few": [FEW]}
+LINE = Line(8, 2, 4, 2, (Few(2.0, 4, 1),))
 
 
 def written(folder: Path, **changes: Any) -> Path:
@@ -72,6 +72,7 @@ def test_what_stands_in_knows_the_family_the_dtype_and_the_registers(monkeypatch
         ((4, 9, 4, 4), "with more than 8 channels"),
         ((4, 8, 9, 8), "with a feature map of one sample of more than 2 KB"),
         ((4, 8, 3, 1), "with fewer than 4 pixels"),
+        ((4, 1, 8, 8), "with fewer than 2 channels"),
         ((3, 8, 4, 4), "with fewer than 2 samples for each thread and more than 4 channels"),
         ((3, 4, 9, 8), "with fewer than 2 samples for each thread and a feature map of one sample of more than 1 KB"),
         ((3, 4, 3, 1), ""),

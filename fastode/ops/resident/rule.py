@@ -67,6 +67,7 @@ class Line:
     most_channels: int | None = None  # of the branch's widest map
     most_kb: int | None = None  # of that map of one sample, as the engine keeps it
     least_pixels: int | None = None  # of a map, H times W
+    least_channels: int | None = None  # of the branch's widest map
     few: tuple[Few, ...] = ()  # the fewest first: a call takes the first that it is of
     why: str = ""
 
@@ -86,6 +87,8 @@ class Line:
             return f"with a feature map of one sample of more than {self.most_kb} KB"
         if self.least_pixels is not None and pixels < self.least_pixels:
             return f"with fewer than {self.least_pixels} pixels"
+        if self.least_channels is not None and channels < self.least_channels:
+            return f"with fewer than {self.least_channels} channels"
         return ""
 
     def describe(self) -> str:
@@ -94,6 +97,7 @@ class Line:
             "at most {} channels": self.most_channels,
             "at most {} KB for a feature map of one sample": self.most_kb,
             "at least {} pixels": self.least_pixels,
+            "at least {} channels": self.least_channels,
         }
         own = [text.format(value) for text, value in bounds.items() if value is not None]
         return ", ".join([*own, *[few.describe() for few in self.few]]) or "always"
