@@ -137,6 +137,26 @@ def test_same_input_same_bits(norm: str) -> None:
 
 
 @pytest.mark.parametrize("norm", ["layer", "batch"])
+@pytest.mark.parametrize("channels", [16, 96])  # several parts for each thread, and one: there is room for no more sums
+def test_same_input_same_bits_whoever_takes_the_samples(channels: int, norm: str) -> None:
+    """More threads than cores, so that some are held up and others take what is theirs."""
+    x = sample_input(31, channels, 12, 12, dtype=torch.float32)
+    strided = reference.ResBlock(
+        nn.Sequential(nn.Conv2d(channels, channels, 3, 2, 1), nn.BatchNorm2d(channels)),
+        shortcut=nn.Conv2d(channels, channels, 1, 2),
+    )
+    for block in (*blocks(preactivation(channels, norm)), strided):
+        twin = fused(block)
+        torch.set_num_threads(1)
+        y, bar, *_ = gradients(twin, x)
+        torch.set_num_threads(3)
+        first = gradients(twin, x)
+        assert torch.equal(first[0], y) and torch.equal(first[1], bar)
+        for _ in range(4):
+            assert all(torch.equal(a, b) for a, b in zip(gradients(twin, x), first, strict=True))
+
+
+@pytest.mark.parametrize("norm", ["layer", "batch"])
 def test_python_threads_do_not_disturb_each_other(norm: str) -> None:
     inputs = [sample_input(3, 16, 8, 8, dtype=torch.float32, seed=seed) for seed in range(4)]
     twins = [fused(reference.SSP3(preactivation(16, norm))) for _ in inputs]

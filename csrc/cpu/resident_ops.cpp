@@ -16,6 +16,12 @@ int64_t group_for(int64_t samples, int64_t workers, int64_t pixels, int64_t stor
   return std::max<int64_t>(1, std::min({kGroup, wanted / pixels, divide_up(samples, workers)}));
 }
 
+int64_t parts_for(int64_t samples, int64_t workers, int64_t group, int64_t bytes) {
+  constexpr int64_t most = 4, room = 640 << 10;  // of one worker; bytes in all
+  const int64_t each = std::min({most, samples / workers / (2 * group), room / std::max<int64_t>(1, workers * bytes)});
+  return workers == 1 ? 1 : workers * std::max<int64_t>(1, each);
+}
+
 std::vector<ChainPart> parts_of(const ChainArguments& chain) {
   std::vector<ChainPart> parts(3);
   size_t unit = 0, tensor = 0;
@@ -69,19 +75,23 @@ Backward backward(const Tensor& x, const Tensor& cotangent, const BranchArgument
   return with_arithmetic(x, [&](auto zero) {
     using A = decltype(zero);
     const Packed<A> packed(branch, x, wanted);
-    const int64_t workers = workers_for(x.size(0));
+    const int64_t samples = x.size(0), workers = workers_for(samples), each = packed.spec.gradients;
+    const int64_t stored = x.scalar_type() == ScalarType::BFloat16 ? sizeof(bfloat16) : sizeof(A);
+    const int64_t group = group_for(samples, workers, x.size(2) * x.size(3), stored);
     Kept kept(kept_pieces);
     Call<A> call{packed, x, &cotangent, new_map_like(x), kept_pieces.empty() ? nullptr : &kept};
+    if (each > 0 || products > 0) call.parts = parts_for(samples, workers, group, each * sizeof(A));
     CallMemory sums;
-    const int64_t size = workers * packed.spec.gradients;
+    const int64_t size = call.parts * each;
     call.gradients = static_cast<A*>(sums.take(size * static_cast<int64_t>(sizeof(A))));
     std::fill_n(call.gradients, size, A(0));
-    std::vector<double> partial(workers * products, 0.0);
+    std::vector<double> partial(call.parts * products, 0.0);
     call.products = partial.data(), call.products_stride = products;
     run<Program>(call, rule);
     const Tensor total = new_vector(products, ScalarType::Double, true);
-    for (int64_t i = 0; i < workers * products; ++i) static_cast<double*>(total.data_ptr())[i % products] += partial[i];
-    return Backward(call.result, wanted.gradients ? packed.gradients(call.gradients, workers) : Tensors{}, total);
+    for (int64_t i = 0; i < call.parts * products; ++i)
+      static_cast<double*>(total.data_ptr())[i % products] += partial[i];
+    return Backward(call.result, wanted.gradients ? packed.gradients(call.gradients, call.parts) : Tensors{}, total);
   });
 }
 

@@ -27,7 +27,7 @@ void each_sample(const Tensor& x, const Tensor& map, const F& f) {
   const Plane<A> plane(x.size(2), x.size(3), 0);
   const Map<A> maps = batch_map<A>(plane, map, blocks_of<A>(x.size(1)));
   in_parallel(x.size(0), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) f(plane, n, maps.at({0, n, 1, nullptr}, 0));
+    for (int64_t n = begin; n < end; ++n) f(plane, n, maps.at({0, 0, n, 1, nullptr}, 0));
   });
 }
 

@@ -27,7 +27,7 @@ struct UnitSpec {
   const A *forward = nullptr, *backward = nullptr, *conv_bias = nullptr;
   const A* plane = nullptr;  // what its convolution adds, times the time: a compact map
   int64_t moments_at = -1;   // where `add_moments` of its image's cotangent begins in an evaluation's
-  // Where the gradients of norm weight, norm bias, convolution weight and bias begin in a worker's accumulators, or -1.
+  // Where the gradients of norm weight, norm bias, convolution weight and bias begin in a part's accumulators, or -1.
   int64_t weight_at = -1, bias_at = -1, conv_at = -1, conv_bias_at = -1;
 
   bool measured() const { return norm == kGroupNorm || norm == kBatchNorm; }
@@ -47,7 +47,7 @@ template <class A>
 struct BranchSpec {
   std::vector<UnitSpec<A>> units;
   int64_t halo = 0, blocks = 0;               // blocks: of the widest map
-  int64_t gradients = 0;                      // elements of one worker's accumulators
+  int64_t gradients = 0;                      // elements of one part's accumulators
   const A *zeros = nullptr, *ones = nullptr;  // rows
   bool couples_samples = false;
   bool narrow = false;  // maps are stored in bfloat16, and convolutions multiply on tiles
@@ -101,7 +101,7 @@ struct Evaluation {
   bool spent = false;           // the next sweep back is its last and may write over its inputs behind the first
   A time = 0;                   // at which it is
   A* moments = nullptr;         // if set: where a cotangent sweep adds those of the units that see the time
-  int64_t moments_stride = 0;   // from a worker's to the next one's
+  int64_t moments_stride = 0;   // from a part's to the next one's
 
   Passed<T> at(size_t unit) const {
     return {unit, inputs[unit], mean[unit], rstd[unit], groups[unit], time, moments, moments_stride};
@@ -116,7 +116,7 @@ struct Means {
   const Rows<A>& of(const UnitSpec<A>& unit) const { return unit.norm == kBatchNorm ? all : each; }
 };
 
-// Where a cotangent sweep adds scale * <image, f>, for each worker.
+// Where a cotangent sweep adds scale * <image, f>, for each part of the batch.
 template <class T>
 struct Along {
   double scale = 0;
@@ -171,7 +171,7 @@ class Branch {
   // out = mix(J t), at the inputs of `e`.
   void tangent(const Evaluation<T>& e, const Map<T>& t, const Map<T>& out, const Mix<T>& mix);
   // mix(J^T image), in `out` or, if that is null, in a map from the memory. With `parameters` their gradients are added
-  // to the worker's accumulators. The image is read before anything is written; the mix's terms are read, pixel by
+  // to the part's accumulators. The image is read before anything is written; the mix's terms are read, pixel by
   // pixel, as the result is written. Without `point` only the parameters' gradients are wanted.
   Map<T> cotangent(const Evaluation<T>& e, const Mix<T>& image, const Map<T>* out, const Mix<T>& mix, bool parameters,
                    const Along<T>& along = {}, bool point = true);
@@ -207,7 +207,7 @@ class Branch {
   static constexpr int64_t kSums = 5;
 
   int64_t width() const { return spec_.blocks * kLanes<A>; }
-  A* gradients_of(const Range& range) const { return gradients_ + range.worker * spec_.gradients; }
+  A* gradients_of(const Range& range) const { return gradients_ + range.part * spec_.gradients; }
   Means<A> means();
   // Whether a sweep writes over a map that it has read: one of the whole batch, to save as much memory.
   bool takes_over(const Map<T>& map) const { return memory_.coupled && !map.pinned && map.blocks == spec_.blocks; }

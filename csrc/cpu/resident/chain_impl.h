@@ -23,7 +23,7 @@ class ChainProgram {
       if (packed[k] && !packed[k]->spec.units.empty()) {
         const BranchSpec<A>& spec = packed[k]->spec;
         branches_[k].emplace(spec, schedule, memory, spec.gradients ? gradients : nullptr, need, plane);
-        gradients += schedule.workers * spec.gradients;
+        gradients += schedule.parts * spec.gradients;
         if (k == 0) plane = branches_[0]->result_plane();
       }
     }
@@ -197,13 +197,15 @@ void run_chain(const ChainArguments& chain, const ChainCall& call, std::vector<T
     pixels = std::min(pixels, end.pixels());
     if (k == 0) channels = spec.units.back().out_channels, plane = end;
   }
-  Schedule schedule(samples, workers, group_for(samples, workers, pixels, sizeof(T)));
+  const int64_t group = group_for(samples, workers, pixels, sizeof(T));
+  const int64_t shares = count > 0 ? parts_for(samples, workers, group, count * sizeof(A)) : 0;
+  Schedule schedule(samples, workers, group, shares);
   Kept kept(kept_pieces);
   const Plane<A> first(call.x.size(2), call.x.size(3), 0);
   Memory<T> memory(first, schedule, coupled, call.keep ? &kept : nullptr);
   CallMemory sums;
-  A* gradients = static_cast<A*>(sums.take(std::max<int64_t>(1, workers * count) * static_cast<int64_t>(sizeof(A))));
-  std::fill_n(gradients, workers * count, A(0));
+  A* gradients = static_cast<A*>(sums.take(std::max<int64_t>(1, shares * count) * static_cast<int64_t>(sizeof(A))));
+  std::fill_n(gradients, shares * count, A(0));
   if (statistics) *statistics = new_vector(met, scalar_type<A>());
 
   ChainProgram<T> program(chain, call, packed, schedule, memory, gradients);
@@ -252,8 +254,8 @@ void run_chain(const ChainArguments& chain, const ChainCall& call, std::vector<T
   if (!bars || !call.gradients) return;
   for (size_t k = 0; k < 3; ++k) {
     if (!packed[k]) continue;
-    for (Tensor& bar : packed[k]->gradients(gradients, workers)) bars->push_back(std::move(bar));
-    gradients += workers * packed[k]->spec.gradients;
+    for (Tensor& bar : packed[k]->gradients(gradients, shares)) bars->push_back(std::move(bar));
+    gradients += shares * packed[k]->spec.gradients;
   }
 }
 

@@ -108,7 +108,7 @@ template <class A>
 void weight_gradient(const Plane<A>& plane, const ConvShape& shape, const GradientPair<A>* pairs, int64_t count,
                      A* gradient);
 
-// Sums the workers' accumulators in order and writes [out, in, kh, kw] with these strides.
+// Sums the parts' accumulators in order and writes [out, in, kh, kw] with these strides.
 template <class A, class T>
 void unpack_gradient(const ConvShape& shape, const A* gradient, int64_t worker_stride, int64_t workers, T* weight,
                      const int64_t* strides);

@@ -59,7 +59,7 @@ class Packed {
   Packed(const BranchArguments& arguments, int64_t channels, bool narrow, const Wanted& wanted);
 
   // The gradients of `parameters` (those of running statistics stay empty), each in its parameter's dtype.
-  std::vector<Tensor> gradients(const A* accumulators, int64_t workers) const;
+  std::vector<Tensor> gradients(const A* accumulators, int64_t parts) const;
 
   BranchSpec<A> spec;
   int64_t statistics = 0;  // elements per evaluation: two rows for each batch norm
@@ -84,6 +84,10 @@ Feature<T> feature_of(const Tensor& x) {
 // and more of those that are `stored` in fewer bytes.
 int64_t group_for(int64_t samples, int64_t workers, int64_t pixels, int64_t stored);
 
+// In how many parts a batch is gone through, as many for each worker, where each part adds up so many bytes by itself:
+// more than workers, so that one that is held up leaves parts to the others, but few enough to be added up in the end.
+int64_t parts_for(int64_t samples, int64_t workers, int64_t group, int64_t bytes);
+
 template <class A>
 struct Call {
   const Packed<A>& packed;
@@ -92,8 +96,9 @@ struct Call {
   Tensor result;
   Kept* kept;                  // null: nothing is kept
   A* statistics = nullptr;     // null: none
-  A* gradients = nullptr;      // [workers, spec.gradients], zero
-  double* products = nullptr;  // [workers, products_stride], zero
+  int64_t parts = 0;           // of the batch, which add up their own; 0: nothing is added up
+  A* gradients = nullptr;      // [parts, spec.gradients], zero
+  double* products = nullptr;  // [parts, products_stride], zero
   int64_t products_stride = 0;
 };
 

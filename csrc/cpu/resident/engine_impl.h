@@ -129,7 +129,7 @@ void Packed<A>::read(Arena& arena, const Wanted& wanted) {
 }
 
 template <class A>
-std::vector<Tensor> Packed<A>::gradients(const A* base, int64_t workers) const {
+std::vector<Tensor> Packed<A>::gradients(const A* base, int64_t parts) const {
   const int64_t stride = spec.gradients;
   std::vector<Tensor> result;
   const auto next = [&]() -> Tensor& {
@@ -143,7 +143,7 @@ std::vector<Tensor> Packed<A>::gradients(const A* base, int64_t workers) const {
       using T = std::remove_pointer_t<decltype(data)>;
       for (int64_t c = 0; c < gradient.size(0); ++c) {
         A sum = base[at + c];
-        for (int64_t w = 1; w < workers; ++w) sum += base[w * stride + at + c];
+        for (int64_t part = 1; part < parts; ++part) sum += base[part * stride + at + c];
         data[c] = to_storage<T>(sum);
       }
     });
@@ -157,7 +157,7 @@ std::vector<Tensor> Packed<A>::gradients(const A* base, int64_t workers) const {
     if (unit.has_conv) {
       const Tensor& gradient = result.emplace_back(new_weight(arguments_.parameters[result.size()]));
       with_data<A>(gradient, [&](auto* data) {
-        unpack_gradient(unit.shape, base + unit.conv_at, stride, workers, data, gradient.strides().data());
+        unpack_gradient(unit.shape, base + unit.conv_at, stride, parts, data, gradient.strides().data());
       });
     }
     if (present & kConvBias) row(unit.conv_bias_at);
@@ -183,7 +183,7 @@ void run_recorded(const Call<A>& call, const Recording<S>& recording) {
   const int64_t samples = call.x.size(0), workers = workers_for(samples);
   const bool forward = call.cotangent == nullptr;
   const Plane<A> plane(call.x.size(2), call.x.size(3), spec.halo);
-  Schedule schedule(samples, workers, group_for(samples, workers, plane.pixels(), sizeof(S)));
+  Schedule schedule(samples, workers, group_for(samples, workers, plane.pixels(), sizeof(S)), call.parts);
   Memory<S> memory(plane, schedule, spec.couples_samples, call.kept);
   Branch<S> branch(spec, schedule, memory, spec.gradients ? call.gradients : nullptr, recording.need, plane);
 

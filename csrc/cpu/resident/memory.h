@@ -7,6 +7,7 @@
 // when the next begins.
 #pragma once
 
+#include <atomic>
 #include <functional>
 #include <list>
 #include <stdexcept>
@@ -21,9 +22,10 @@ namespace fastode::resident {
 
 inline constexpr int64_t kGroup = kMostJobs;  // samples in a range at most
 
-// The samples a segment works on now: [first, first + count) of the batch; and what the worker goes over after them.
+// The samples a segment works on now: [first, first + count) of the batch, in which of its parts; and what the worker
+// goes over after them.
 struct Range {
-  int64_t worker, first, count;
+  int64_t worker, part, first, count;
   Ahead* ahead;
 };
 
@@ -38,8 +40,12 @@ enum class Extent { kBatch, kRange };
 
 class Schedule {
  public:
-  // Worker w of W takes the samples [w N / W, (w + 1) N / W), `group` of them at a time.
-  Schedule(int64_t samples, int64_t workers, int64_t group) : samples(samples), workers(workers), group(group) {}
+  // Worker w of W takes the samples [w N / W, (w + 1) N / W), `group` of them at a time, and then what others have
+  // left, from the end that they would come to last. What segments add up they add for each of `parts`, as many of
+  // every worker: one that is begun is gone through by whoever has begun it, so that sums have the same order each
+  // time. With no parts nothing is added up, and every range is taken by itself.
+  Schedule(int64_t samples, int64_t workers, int64_t group, int64_t parts)
+      : samples(samples), workers(workers), group(group), parts(parts) {}
 
   // `touched`: the maps of the batch that f goes over.
   template <class F>
@@ -52,29 +58,20 @@ class Schedule {
   }
 
   // Whether some worker has another range after the first.
-  bool looks_ahead() const { return divide_up(samples, workers) > group; }
+  bool looks_ahead() const { return divide_up(samples, workers) > group || parts > workers; }
 
   // The next flush goes up, whatever ran before: what follows sums in the same order each time.
   void rewind() { down_ = false; }
 
   void flush() {
     if (queue_.empty()) return;
+    std::vector<Left> left(workers);
     const auto work = [&](int64_t begin, int64_t end) {
-      for (int64_t w = begin; w < end; ++w) {
-        const int64_t first = w * samples / workers, last = (w + 1) * samples / workers;
-        const int64_t ranges = divide_up(last - first, group);
-        for (int64_t r = 0; r < ranges; ++r) {
-          const auto begin_of = [&](int64_t k) { return first + (down_ ? ranges - 1 - k : k) * group; };
-          const auto count_from = [&](int64_t n) { return std::min(group, last - n); };
-          Ahead ahead;
-          for (const Touched& map : touched_)
-            if (const int64_t n = begin_of(r + 1); r + 1 < ranges)
-              ahead.add(map.at + n * map.stride, count_from(n) * map.stride);
-          const int64_t n = begin_of(r);
-          const Range range{w, n, count_from(n), &ahead};
-          for (const auto& segment : queue_) segment(range);
+      for (int64_t w = begin; w < end; ++w)
+        for (int64_t next = 0; next < workers; ++next) {
+          const int64_t owner = (w + next) % workers, pieces = pieces_of(owner);
+          for (int64_t k; (k = left[owner].take(pieces, next > 0)) >= 0;) run(w, owner, k, pieces);
         }
-      }
     };
     if (workers == 1)
       work(0, 1);
@@ -85,9 +82,71 @@ class Schedule {
     down_ = !down_;
   }
 
-  const int64_t samples, workers, group;
+  const int64_t samples, workers, group, parts;
 
  private:
+  // How many pieces of a worker's are taken already, from the front and from the back.
+  class alignas(64) Left {
+   public:
+    // The next one, or -1: there is none.
+    int64_t take(int64_t pieces, bool back) {
+      uint64_t now = gone_.load(std::memory_order_relaxed);
+      for (;;) {
+        const int64_t front = now & kFront, behind = now >> 32;
+        if (front + behind >= pieces) return -1;
+        if (gone_.compare_exchange_weak(now, now + (back ? kFront + 1 : 1), std::memory_order_relaxed))
+          return back ? pieces - 1 - behind : front;
+      }
+    }
+
+   private:
+    static constexpr uint64_t kFront = 0xffffffffu;
+    std::atomic<uint64_t> gone_{0};
+  };
+
+  // Samples, up to the last one's end.
+  struct Span {
+    int64_t first, last;
+  };
+
+  Span of_worker(int64_t w) const { return {w * samples / workers, (w + 1) * samples / workers}; }
+  // What is taken at once: parts, or ranges where there are none.
+  int64_t pieces_of(int64_t w) const {
+    const Span own = of_worker(w);
+    return parts > 0 ? parts / workers : divide_up(own.last - own.first, group);
+  }
+  // The k-th in the order in which they are taken.
+  int64_t turned(int64_t k, int64_t count) const { return down_ ? count - 1 - k : k; }
+  int64_t part_of(int64_t owner, int64_t k, int64_t pieces) const { return owner * pieces + turned(k, pieces); }
+  Span piece(int64_t owner, int64_t k, int64_t pieces) const {
+    if (parts > 0) {
+      const int64_t part = part_of(owner, k, pieces);
+      return {part * samples / parts, (part + 1) * samples / parts};
+    }
+    return range_of(of_worker(owner), k);
+  }
+  Span range_of(const Span& all, int64_t r) const {
+    const int64_t first = all.first + turned(r, divide_up(all.last - all.first, group)) * group;
+    return {first, std::min(first + group, all.last)};
+  }
+
+  // Has a worker take an owner's k-th piece through all that is queued.
+  void run(int64_t worker, int64_t owner, int64_t k, int64_t pieces) const {
+    const Span all = piece(owner, k, pieces);
+    const int64_t ranges = divide_up(all.last - all.first, group);
+    for (int64_t r = 0; r < ranges; ++r) {
+      const Span now = range_of(all, r);
+      Ahead ahead;
+      if (r + 1 < ranges || k + 1 < pieces) {
+        const Span next = range_of(r + 1 < ranges ? all : piece(owner, k + 1, pieces), r + 1 < ranges ? r + 1 : 0);
+        for (const Touched& map : touched_)
+          ahead.add(map.at + next.first * map.stride, (next.last - next.first) * map.stride);
+      }
+      const Range range{worker, parts > 0 ? part_of(owner, k, pieces) : 0, now.first, now.last - now.first, &ahead};
+      for (const auto& segment : queue_) segment(range);
+    }
+  }
+
   std::vector<std::function<void(const Range&)>> queue_;
   std::vector<Touched> touched_;
   bool down_ = false;

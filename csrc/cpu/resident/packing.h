@@ -190,7 +190,7 @@ void pack_view(const ConvShape& shape, int64_t taps, const WeightView<T>& weight
   });
 }
 
-// A block of outputs and one of inputs of a gradient, the workers' accumulators summed in order.
+// A block of outputs and one of inputs of a gradient, the parts' accumulators summed in order.
 template <class A, class T>
 struct GradientCell {
   const ConvShape& shape;

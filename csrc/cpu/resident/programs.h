@@ -9,8 +9,8 @@
 namespace fastode::resident {
 
 // What a program is asked for beside its result: gradients of the parameters; statistics of batch norms, evaluation by
-// evaluation; and per worker the inner products that make up the gradient of a scheme's coefficients [2, stages,
-// stages].
+// evaluation; and per part of the batch the inner products that make up the gradient of a scheme's coefficients [2,
+// stages, stages].
 template <class T>
 struct Wishes {
   using A = Number<T>;

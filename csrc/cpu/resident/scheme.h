@@ -155,7 +155,7 @@ class SchemeBackward {
  private:
   static void product(Branch<A>& branch, const Map<A>& bar, const Map<A>& other, int64_t at, const Wishes<A>& wishes) {
     branch.each({bar, other}, [=, &plane = branch.plane()](const Range& range) {
-      double* sum = wishes.products + range.worker * wishes.products_stride + at;
+      double* sum = wishes.products + range.part * wishes.products_stride + at;
       for (int64_t n = 0; n < range.count; ++n)
         *sum += inner_product(plane, bar.blocks, bar.at(range, n), other.at(range, n));
     });
@@ -174,7 +174,7 @@ class SchemeBackward {
       return {1 / scheme.b(s, k), sums + k * s, wishes.products_stride};
     const auto add = [=, &plane = branch.plane()](const Range& range, int64_t n, const View<A>& image) {
       for (int64_t i = k + 1; i <= s; ++i)
-        sums[range.worker * wishes.products_stride + (i - 1) * s] +=
+        sums[range.part * wishes.products_stride + (i - 1) * s] +=
             inner_product(plane, bars[i].blocks, bars[i].at(range, n), image);
     };
     branch.each_image(stages.evaluations[k], add);

@@ -26,7 +26,8 @@ struct StepProgram {
         workers(workers_for(samples)),
         blocks(blocks_of<A>(x.size(1))),
         plane(x.size(2), x.size(3), spec.halo),
-        schedule(samples, workers, group_for(samples, workers, plane.pixels(), sizeof(A))),
+        schedule(samples, workers, group_for(samples, workers, plane.pixels(), sizeof(A)),
+                 need == Need::kCotangent ? workers : 0),
         memory(plane, schedule, spec.couples_samples, kept),
         branch(with_planes(step), schedule, memory, spec.gradients ? gradients : nullptr, need, plane) {}
 
@@ -127,7 +128,7 @@ void pull_step(const Packed<A>& packed, const StepArguments& step, const Tensor&
       branch.combine(bar, image);
       branch.each({bar, slope}, [=, &plane = program.plane, sums = products.data()](const Range& range) {
         for (int64_t n = 0; n < range.count; ++n)
-          sums[range.worker] += inner_product(plane, blocks, bar.at(range, n), slope.at(range, n));
+          sums[range.part] += inner_product(plane, blocks, bar.at(range, n), slope.at(range, n));
       });
       program.memory.give(bar);
     }

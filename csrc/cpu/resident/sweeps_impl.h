@@ -166,7 +166,7 @@ void Branch<T>::add_bias_product(const UnitSpec<A>& unit, const Range& range, co
   add_channel_sums(plane_, blocks, g, sums.data());
   double total = 0;
   for (int64_t c = 0; c < unit.out_channels; ++c) total += static_cast<double>(sums[c]) * unit.conv_bias[c];
-  along.sum[range.worker * along.stride] += along.scale * total;
+  along.sum[range.part * along.stride] += along.scale * total;
 }
 
 template <class T>
@@ -175,7 +175,7 @@ void Branch<T>::add_product(const UnitSpec<A>& unit, const Range& range, const A
   double total = 0;
   for (int64_t c = 0; c < unit.in_channels; ++c)
     total += static_cast<double>(sums[c]) * unit.bias[c] + static_cast<double>(normalised[c]) * unit.weight[c];
-  along.sum[range.worker * along.stride] += along.scale * total;
+  along.sum[range.part * along.stride] += along.scale * total;
 }
 
 template <class T>
@@ -304,7 +304,7 @@ Map<T> Branch<T>::cotangent(const Evaluation<T>& e, const Mix<T>& image, const M
       if constexpr (std::is_same_v<T, A>)
         for (int64_t i = 0; i < range.count && at.moments && unit.moments_at >= 0; ++i)
           add_moments(planes_[j], out_blocks, unit.shape.kernel_h, unit.shape.kernel_w, g.at(range, i), width(),
-                      at.moments + range.worker * at.moments_stride + unit.moments_at);
+                      at.moments + range.part * at.moments_stride + unit.moments_at);
       if (ends) return;
       if (direct) return convolve_back(j, range, g, result, last_mix);
       if (unit.moves()) convolve_back(j, range, g, back);
