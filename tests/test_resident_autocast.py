@@ -190,7 +190,7 @@ def test_which_chains_it_refuses_and_auto_leaves_under_autocast(monkeypatch: pyt
     monkeypatch.setattr(rule, "_tiles", False)
     monkeypatch.setattr(rule, "_products", True)
     slow = "it was measured to be slower than plain PyTorch"
-    few = "with fewer than 4 samples for each thread and 128 channels"
+    few = "with fewer than 4 samples for each thread and more than 127 channels"
     with torch.autocast("cpu", BF16):
         assert border(16, 32).why_not(ENGINE, maps(16, dtype=F32)) == (
             "under autocast it takes float32 maps that convolutions alone read"
@@ -223,7 +223,7 @@ def test_which_chains_it_refuses_and_auto_leaves_under_autocast(monkeypatch: pyt
                 border(8, 32, norm).against(ENGINE, maps(8)) == f"on bfloat16 maps with fewer than 16 channels {slow}"
             )
             assert border(256, 256, norm).against(ENGINE, maps(256, 4)) == (
-                f"on bfloat16 maps with fewer than 8 samples for each thread and 256 channels {slow}"
+                f"on bfloat16 maps with fewer than 8 samples for each thread and more than 255 channels {slow}"
             )
 
 
