@@ -249,3 +249,9 @@ def test_all_are_built_by_the_command(built: list[Part | None]) -> None:
     assert [str(part) for part in PARTS if part.kind.startswith("batch")] == [
         "batch_scheme of bfloat16", "batch_descent of bfloat16",
     ]  # fmt: skip
+
+
+def test_without_a_compiler_nothing_is_built_and_that_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_HOME", "/nonexistent")
+    monkeypatch.setattr(cuda_library, "_prebuilt", lambda part: None)
+    assert not cuda_library.is_built(SCHEME)

@@ -189,7 +189,10 @@ def is_built(part: Part | None) -> bool:
     """Whether a library can be had without compiling it."""
     if _prebuilt(part) is not None:
         return True
-    return (toolchain.cache_directory() / _recipe(part).key / LIBRARY).exists()
+    try:
+        return (toolchain.cache_directory() / _recipe(part).key / LIBRARY).exists()
+    except BuildError:  # without a compiler nobody knows what it would have been built by
+        return False
 
 
 def open_library(library: Path) -> Path:
