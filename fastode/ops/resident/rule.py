@@ -27,6 +27,15 @@ NORMS = ("sample", "batch")
 DTYPES = ("float32", "float64", "bfloat16")
 
 
+def _over(channels: int, size: int, most_channels: int | None, most_kb: int | None) -> str:
+    """Which of two bounds a map of so many channels, and bytes of a sample, is over; empty where it is over none."""
+    if most_channels is not None and channels > most_channels:
+        return f"more than {most_channels} channels"
+    if most_kb is not None and size > most_kb * 1024:
+        return f"a feature map of one sample of more than {most_kb} KB"
+    return ""
+
+
 @dataclass(frozen=True)
 class Few:
     """The bounds of calls of few samples, in place of a line's own; inclusive.
@@ -46,11 +55,8 @@ class Few:
         few = f"with fewer than {self.below:g} samples for each thread"
         if self.most_channels == 0:
             return few
-        if channels > self.most_channels:
-            return f"{few} and more than {self.most_channels} channels"
-        if self.most_kb is not None and size > self.most_kb * 1024:
-            return f"{few} and a feature map of one sample of more than {self.most_kb} KB"
-        return ""
+        over = _over(channels, size, self.most_channels, self.most_kb)
+        return f"{few} and {over}" if over else ""
 
     def describe(self) -> str:
         """The bounds in words."""
@@ -81,10 +87,9 @@ class Line:
             for few in self.few:
                 if batch < few.below * threads:
                     return few.beyond(channels, size)
-        if self.most_channels is not None and channels > self.most_channels:
-            return f"with more than {self.most_channels} channels"
-        if self.most_kb is not None and size > self.most_kb * 1024:
-            return f"with a feature map of one sample of more than {self.most_kb} KB"
+        over = _over(channels, size, self.most_channels, self.most_kb)
+        if over:
+            return f"with {over}"
         if self.least_pixels is not None and pixels < self.least_pixels:
             return f"with fewer than {self.least_pixels} pixels"
         if self.least_channels is not None and channels < self.least_channels:
