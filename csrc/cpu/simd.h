@@ -6,7 +6,7 @@
 #include <cstring>
 #include <type_traits>
 
-#if defined(__AVX512BW__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 
@@ -91,6 +91,22 @@ inline V splat(ScalarOf<V> value) {
 template <class V>
 inline V absolute(V x) {
   return x < 0 ? -x : x;
+}
+
+// Whether no lane is infinite or NaN.
+template <class V>
+inline bool is_finite(V x) {
+  const V zero = x - x;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64 && Lane<V>::count == 16)
+    return _mm512_cmp_ps_mask((__m512)zero, (__m512)zero, _CMP_UNORD_Q) == 0;
+#elif defined(__AVX__)
+  if constexpr (sizeof(V) == 32 && Lane<V>::count == 8)
+    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)zero, (__m256)zero, _CMP_UNORD_Q)) == 0;
+#endif
+  bool finite = true;
+  for (int lane = 0; lane < Lane<V>::count; ++lane) finite = finite && zero[lane] == 0;
+  return finite;
 }
 
 namespace detail {

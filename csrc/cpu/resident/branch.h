@@ -10,6 +10,7 @@
 #include "memory.h"
 #include "norm.h"
 #include "strided.h"
+#include "winograd.h"
 
 namespace fastode::resident {
 
@@ -21,6 +22,7 @@ struct UnitSpec {
   bool has_conv = false;
   ConvShape shape = {};  // without a convolution its stride and kernel are those of a mean over windows
   bool mean_of = false;
+  bool winograd = false, winograd_gradient = false;  // how its convolution is done, and its weight gradient
   int64_t in_channels = 0, out_channels = 0;
   const A *weight = nullptr, *bias = nullptr;  // rows
   const A *mean = nullptr, *rstd = nullptr;    // rows, where the statistics are fixed or there is no norm
@@ -207,6 +209,10 @@ class Branch {
   static constexpr int64_t kSums = 5;
 
   int64_t width() const { return spec_.blocks * kLanes<A>; }
+  template <class U>
+  U* scratch_of(const Range& range) const {
+    return reinterpret_cast<U*>(scratch_ + range.worker * scratch_stride_);
+  }
   A* gradients_of(const Range& range) const { return gradients_ + range.part * spec_.gradients; }
   Means<A> means();
   // Whether a sweep writes over a map that it has read: one of the whole batch, to save as much memory.
@@ -219,7 +225,7 @@ class Branch {
   // The mix with no more terms than a combination takes. `made` gets the maps that partial sums lie in.
   Mix<T> few(Mix<T> mix, std::vector<Map<T>>& made);
   void give(const std::vector<Map<T>>& maps);
-  void take_tiles(Need need);
+  void take_scratch(Need need);
   // Whether unit j's convolution reads its input as it is.
   bool goes_straight(size_t j) const {
     const UnitSpec<A>& unit = spec_.units[j];
@@ -291,8 +297,8 @@ class Branch {
   // Padded, as wide as the widest. Those of each plane are one map.
   std::vector<Map<T>> active_, g_;
   Map<T> tangent_active_, tangent_g_, bare_[2];
-  char* tile_scratch_ = nullptr;
-  int64_t tile_scratch_stride_ = 0;
+  char* scratch_ = nullptr;  // each worker's, for its convolutions
+  int64_t scratch_stride_ = 0;
   std::vector<int64_t> together_;  // on each plane: how many samples' pixels take turns in what convolutions read
   bool uniform_ = true;            // all maps have as many channels
   double* totals_;

@@ -32,7 +32,7 @@ Branch<T>::Branch(const BranchSpec<A>& spec, Schedule& schedule, Memory<T>& memo
   for (const UnitSpec<A>& unit : spec.units)
     for (const int64_t channels : {unit.in_channels, unit.out_channels})
       uniform_ = uniform_ && channels == spec.units[0].in_channels;
-  take_tiles(need);
+  take_scratch(need);
   const int64_t pixels = plane_.pixels();
   for (const Plane<A>& plane : planes_) one_plane_ = one_plane_ && plane.pixels() == pixels;
   if (!one_plane_) {
@@ -74,9 +74,10 @@ Means<Number<T>> Branch<T>::means() {
   return means;
 }
 
-// For convolutions on tiles: how many samples lie together, and scratch of the weight gradients.
+// What convolutions need: on tiles the number of samples that lie together, and scratch for the weight gradients; else
+// scratch for those by Winograd's filtering.
 template <class T>
-void Branch<T>::take_tiles(Need need) {
+void Branch<T>::take_scratch(Need need) {
   if constexpr (std::is_same_v<T, bfloat16>) {
     for (size_t j = 0; j < planes_.size(); ++j) {
       int64_t fewest = spec_.blocks * kLanes<A>;  // of the maps that convolutions read on this plane
@@ -90,20 +91,24 @@ void Branch<T>::take_tiles(Need need) {
       }
       together_.push_back(Narrow::samples_together(planes_[j], fewest, schedule_.group));
     }
-    if (spec_.gradients == 0 || need == Need::kValue) return;
+    const bool weights = spec_.gradients > 0 && need != Need::kValue;
     for (size_t j = 0; j < spec_.units.size(); ++j) {
-      if (!spec_.units[j].has_conv) continue;
+      if (!weights || !spec_.units[j].has_conv) continue;
       const int64_t together = together_[j + 1];
       const int64_t pairs = (need == Need::kSecond ? 2 : 1) * divide_up(schedule_.group, together) * together;
       const auto size = apart(j) ? strided_tile_scratch_size : tile_scratch_size;
-      tile_scratch_stride_ =
-          std::max(tile_scratch_stride_, size(planes_[j + 1], spec_.units[j].shape, together, pairs));
+      scratch_stride_ = std::max(scratch_stride_, size(planes_[j + 1], spec_.units[j].shape, together, pairs));
     }
-    tile_scratch_stride_ = divide_up(tile_scratch_stride_, 64) * 64;
-    tile_scratch_ = memory_.template per_worker<char>(tile_scratch_stride_);
   } else {
     together_.assign(planes_.size(), 1);
+    if constexpr (kWinograd<T>)
+      for (const UnitSpec<A>& unit : spec_.units)
+        for (const ConvShape& shape : {unit.shape, unit.shape.transposed()})
+          if (unit.winograd)
+            scratch_stride_ = std::max<int64_t>(scratch_stride_, winograd_scratch_size<A>(shape) * sizeof(A));
   }
+  scratch_stride_ = divide_up(scratch_stride_, 64) * 64;
+  if (scratch_stride_) scratch_ = memory_.template per_worker<char>(scratch_stride_);
 }
 
 template <class T>

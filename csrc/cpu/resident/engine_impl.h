@@ -8,8 +8,9 @@
 namespace fastode::resident {
 
 template <class A>
-Packed<A>::Packed(const BranchArguments& arguments, int64_t channels, bool narrow, const Wanted& wanted)
-    : arguments_(arguments), channels_(channels), narrow_(kOnTiles<A> && narrow) {
+Packed<A>::Packed(const BranchArguments& arguments, int64_t channels, const Plane<A>& plane, bool narrow,
+                  const Wanted& wanted)
+    : arguments_(arguments), channels_(channels), plane_(plane), narrow_(kOnTiles<A> && narrow) {
   Arena count(nullptr);
   read(count, wanted);
   Arena arena(memory_.take(count.used()));
@@ -26,6 +27,7 @@ void Packed<A>::read(Arena& arena, const Wanted& wanted) {
   spec.narrow = narrow_;
   statistics = 0;
   int64_t channels = channels_;
+  Plane<A> plane = plane_;
   spec.blocks = blocks_of<A>(channels);
   for (int64_t j = 0; j < units; ++j)
     spec.blocks = std::max(spec.blocks, blocks_of<A>(arguments_.units[j * kUnitIntegers + 3]));
@@ -83,6 +85,8 @@ void Packed<A>::read(Arena& arena, const Wanted& wanted) {
       unit.has_conv = true;
       unit.shape = {channels, integers[3], integers[4], integers[5], stride};
       spec.halo = std::max({spec.halo, integers[4] / 2, integers[5] / 2});
+      unit.winograd = !narrow_ && suits_winograd(plane, unit.shape);
+      unit.winograd_gradient = unit.winograd && suits_winograd_gradient(plane, unit.shape);
       const auto size = [&](const ConvShape& shape, bool back) {
         const bool strided = shape.stride > 1;
         if constexpr (kOnTiles<A>) {
@@ -90,6 +94,7 @@ void Packed<A>::read(Arena& arena, const Wanted& wanted) {
           if (narrow_) return tile_weights_size(back ? shape.transposed() : shape);
         }
         if (back && strided) return strided_back_size<A>(shape);
+        if (unit.winograd) return winograd_size<A>(back ? shape.transposed() : shape);
         return (back ? shape.transposed() : shape).template packed_size<A>();
       };
       const bool straight = wanted.straight && (wanted.last || j + 1 < units);
@@ -107,6 +112,8 @@ void Packed<A>::read(Arena& arena, const Wanted& wanted) {
               if (narrow_) return pack_tile_weights<T>(shape, back, data, strides, to);
             }
             if (back && stride > 1) return pack_strided_back<A, T>(unit.shape, data, strides, to);
+            if constexpr (kWinograd<A>)
+              if (unit.winograd) return pack_winograd<A, T>(shape, back, data, strides, to);
             pack_weights<A, T>(shape, back, data, strides, to);
           };
           if (forward) pack(false, forward);
@@ -114,7 +121,8 @@ void Packed<A>::read(Arena& arena, const Wanted& wanted) {
         });
       }
       unit.forward = forward, unit.backward = flipped;
-      unit.conv_at = accumulate(unit.shape.template gradient_size<A>());
+      unit.conv_at = accumulate(unit.winograd_gradient ? winograd_gradient_size<A>(unit.shape)
+                                                       : unit.shape.template gradient_size<A>());
       channels = integers[3];
       if (present & kConvBias) unit.conv_bias = row_of(channels), unit.conv_bias_at = accumulate(width);
     }
@@ -124,6 +132,7 @@ void Packed<A>::read(Arena& arena, const Wanted& wanted) {
       channels = integers[3];
     }
     unit.out_channels = channels;
+    plane = unit.plane_after(plane);
     spec.units.push_back(unit);
   }
 }
@@ -157,7 +166,11 @@ std::vector<Tensor> Packed<A>::gradients(const A* base, int64_t parts) const {
     if (unit.has_conv) {
       const Tensor& gradient = result.emplace_back(new_weight(arguments_.parameters[result.size()]));
       with_data<A>(gradient, [&](auto* data) {
-        unpack_gradient(unit.shape, base + unit.conv_at, stride, parts, data, gradient.strides().data());
+        const A* from = base + unit.conv_at;
+        const int64_t* strides = gradient.strides().data();
+        if constexpr (kWinograd<A>)
+          if (unit.winograd_gradient) return unpack_winograd_gradient(unit.shape, from, stride, parts, data, strides);
+        unpack_gradient(unit.shape, from, stride, parts, data, strides);
       });
     }
     if (present & kConvBias) row(unit.conv_bias_at);

@@ -19,6 +19,9 @@ void Branch<T>::convolve_jobs(size_t j, bool back, const ConvJob<T>* jobs, const
     else
       convolve_strided(planes_[j + 1], shape, together_[j + 1], active_[j].phase, packed, bias, jobs, range.count,
                        range.ahead);
+  } else if (unit.winograd) {
+    if constexpr (kWinograd<A>)
+      convolve_winograd<A>(planes_[j], shape, packed, bias, jobs, range.count, scratch_of<A>(range), range.ahead);
   } else if (unit.shape.stride == 1) {
     convolve<A>(planes_[j], shape, packed, bias, jobs, range.count, range.ahead);
   } else if (back) {
@@ -117,12 +120,15 @@ void Branch<T>::add_gradients(const Passed<T>& at, const Range& range, const Map
                     Combine<T>{});
     });
   if constexpr (std::is_same_v<T, bfloat16>) {
-    char* scratch = tile_scratch_ + range.worker * tile_scratch_stride_;
+    char* scratch = scratch_of<char>(range);
     if (apart(at.unit))
       strided_weight_gradient(out_plane, unit.shape, together, active.phase, pairs, count, gradients + unit.conv_at,
                               scratch);
     else
       weight_gradient(plane, unit.shape, together, pairs, count, gradients + unit.conv_at, scratch);
+  } else if (unit.winograd_gradient) {
+    if constexpr (kWinograd<A>)
+      winograd_gradient<A>(plane, unit.shape, pairs, count, gradients + unit.conv_at, scratch_of<A>(range));
   } else if (unit.shape.stride == 1)
     weight_gradient<A>(plane, unit.shape, pairs, count, gradients + unit.conv_at);
   else

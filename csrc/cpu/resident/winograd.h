@@ -1,0 +1,68 @@
+// Convolutions of 3x3 and stride 1 by Winograd's minimal filtering F(2x2, 3x3): of a tile of two rows and two columns
+// of outputs sixteen products are summed for each pair of channels, where the direct sum has thirty-six.
+//
+//   value             Y = A' [sum over input channels of (G g G') * (B' d B)] A
+//   weight gradient   dg = G' [sum over tiles of (B' d B) * (A y A')] G
+//
+// d: the 4x4 inputs under a tile, g: a kernel, y: the 2x2 cotangents; * multiplies element by element.
+// Source: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015, Section 4.1, with its A, B and G.
+#pragma once
+
+#include "conv.h"
+
+namespace fastode::resident {
+
+// In float32 alone. bfloat16 has its tiles, and float64 is there for its exactness.
+template <class A>
+inline constexpr bool kWinograd = std::is_same_v<A, float>;
+
+// Whether a convolution is faster so: of few channels, tiles take as long to transform as to multiply.
+template <class A>
+bool suits_winograd(const Plane<A>& plane, const ConvShape& shape) {
+  const bool kernel = shape.kernel_h == 3 && shape.kernel_w == 3 && shape.stride == 1;
+  const bool sides = plane.height % 2 == 0 && plane.width % 2 == 0 && plane.pixels() > 4;
+  return kWinograd<A> && kernel && sides && std::min(shape.in_channels, shape.out_channels) >= 12;
+}
+
+// Whether its weight gradient is, too.
+template <class A>
+bool suits_winograd_gradient(const Plane<A>& plane, const ConvShape& shape) {
+  return suits_winograd(plane, shape) && blocks_of<A>(shape.in_channels) * blocks_of<A>(shape.out_channels) > 1;
+}
+
+inline constexpr int kProducts = 16;  // of a tile, for each pair of channels
+
+// Elements of packed weights, G g G', and of a weight gradient before it is G' (...) G.
+template <class A>
+int64_t winograd_size(const ConvShape& shape) {
+  return blocks_of<A>(shape.out_channels) * kLanes<A> * shape.in_channels * kProducts;
+}
+template <class A>
+int64_t winograd_gradient_size(const ConvShape& shape) {
+  return blocks_of<A>(shape.out_channels) * blocks_of<A>(shape.in_channels) * kLanes<A> * kLanes<A> * kProducts;
+}
+
+// Elements of scratch that a call needs.
+template <class A>
+int64_t winograd_scratch_size(const ConvShape& shape);
+
+// As pack_weights(), in winograd_size elements.
+template <class A, class T>
+void pack_winograd(const ConvShape& shape, bool flip, const T* weight, const int64_t* strides, A* packed);
+
+// As convolve(). Inputs that are not finite spoil no more outputs than there.
+template <class A>
+void convolve_winograd(const Plane<A>& plane, const ConvShape& shape, const A* packed, const A* bias,
+                       const ConvJob<A>* jobs, int64_t count, A* scratch, Ahead* ahead = nullptr);
+
+// As weight_gradient(), in winograd_gradient_size elements. The pairs' inputs have a zero halo.
+template <class A>
+void winograd_gradient(const Plane<A>& plane, const ConvShape& shape, const GradientPair<A>* pairs, int64_t count,
+                       A* gradient, A* scratch);
+
+// As unpack_gradient().
+template <class A, class T>
+void unpack_winograd_gradient(const ConvShape& shape, const A* gradient, int64_t part_stride, int64_t parts, T* weight,
+                              const int64_t* strides);
+
+}  // namespace fastode::resident

@@ -1,0 +1,428 @@
+// Included by one .cpp.
+#pragma once
+
+#include "conv_kernels.h"
+#include "packing.h"
+#include "winograd.h"
+
+namespace fastode::resident {
+
+inline constexpr int kAccumulators = kTile == 16 ? 16 : 12;    // accumulators of a product
+inline constexpr int64_t kChunk = kTile == 16 ? 32 : 36;  // tiles that are transformed together
+
+// From one product of the tiles to the next, and from one block of channels: [block][product][tile][channel], with a
+// line between the products, so that they do not meet in one set of the cache.
+template <class A>
+inline constexpr int64_t kOneProduct = (kChunk + 1) * kLanes<A>;
+template <class A>
+inline constexpr int64_t kAllProducts = kProducts * kOneProduct<A>;
+
+// Neighbouring tiles of one row: of which sample, the first one's row and column, how many, and the first one's place
+// in the chunk.
+struct TileRun {
+  int64_t sample, y, x, count, place;
+};
+
+// The tiles of all samples, a chunk at a time.
+class Chunks {
+ public:
+  template <class A>
+  Chunks(const Plane<A>& plane, int64_t samples)
+      : rows_(plane.height / 2), columns_(plane.width / 2), left_(rows_ * columns_ * samples) {}
+
+  // Whether there is another one.
+  bool next() {
+    count = tiles = 0;
+    while (tiles < kChunk && left_ > 0) {
+      const int64_t length = std::min(columns_ - x_, kChunk - tiles);
+      runs[count++] = {sample_, y_, x_, length, tiles};
+      tiles += length, left_ -= length, x_ += length;
+      if (x_ == columns_) x_ = 0, ++y_;
+      if (y_ == rows_) y_ = 0, ++sample_;
+    }
+    return tiles > 0;
+  }
+
+  TileRun runs[kChunk];
+  int64_t count = 0, tiles = 0;  // runs, and tiles in them
+
+ private:
+  int64_t rows_, columns_, left_, sample_ = 0, y_ = 0, x_ = 0;
+};
+
+// B' d, A' m and G' s of a column.
+template <class V>
+inline void spread(V d0, V d1, V d2, V d3, V (&to)[4]) {
+  to[0] = d0 - d2, to[1] = d1 + d2, to[2] = d2 - d1, to[3] = d1 - d3;
+}
+template <class V>
+inline void gather(V m0, V m1, V m2, V m3, V (&to)[2]) {
+  to[0] = (m0 + m1) + m2, to[1] = (m1 - m2) - m3;
+}
+template <class V>
+inline void gather_kernel(V s0, V s1, V s2, V s3, V (&to)[3]) {
+  const V half = (s1 + s2) * ScalarOf<V>(0.5);
+  to[0] = s0 + half, to[1] = (s1 - s2) * ScalarOf<V>(0.5), to[2] = half + s3;
+}
+
+// G g G' of 3x3 vectors.
+template <class V>
+inline void spread_kernel(const V (&g)[3][3], V (&to)[4][4]) {
+  const auto column = [](V g0, V g1, V g2, V(&u)[4]) {
+    const V ends = g0 + g2;
+    u[0] = g0, u[1] = (ends + g1) * ScalarOf<V>(0.5), u[2] = (ends - g1) * ScalarOf<V>(0.5), u[3] = g2;
+  };
+  V rows[3][4];
+  FASTODE_UNROLL for (int x = 0; x < 3; ++x) column(g[0][x], g[1][x], g[2][x], rows[x]);
+  FASTODE_UNROLL for (int y = 0; y < 4; ++y) column(rows[0][y], rows[1][y], rows[2][y], to[y]);
+}
+
+// Kernels that `spread_kernel` has spread.
+template <class V>
+inline void kernel_of(const V (&u)[4][4], V (&g)[3][3]) {
+  FASTODE_UNROLL for (int y = 0; y < 3; ++y) {
+    V row[4];
+    FASTODE_UNROLL for (int x = 0; x < 4; ++x) row[x] = y == 1 ? u[1][x] - u[2][x] : u[y == 0 ? 0 : 3][x];
+    g[y][0] = row[0], g[y][1] = row[1] - row[2], g[y][2] = row[3];
+  }
+}
+
+template <class A, class T>
+void pack_winograd(const ConvShape& shape, bool flip, const T* weight, const int64_t* strides, A* packed) {
+  using V = Vec<A>;
+  constexpr int64_t lanes = kLanes<A>;
+  const WeightView<T> straight(flip ? shape.transposed() : shape, weight, strides);
+  const WeightView<T> view = flip ? straight.back(2, 2, 1) : straight;
+  const int64_t vectors = vectors_of<A>(shape.out_channels), width = vectors * lanes;
+  const int64_t in_blocks = blocks_of<A>(shape.in_channels);
+  const auto pack_cell = [&](int64_t block, int64_t first) {
+    alignas(64) A cell[9 * lanes * lanes];
+    const int64_t inputs = std::min(lanes, shape.in_channels - first), out = block * lanes;
+    const int64_t outputs = std::min(lanes, shape.out_channels - out);
+    const T* from = view.at + out * view.out + first * view.in;
+    PackedCell<A, T>{shape, 1, outputs, inputs, lanes, view, from, cell}.pack();
+    A* to = packed + block / vectors * kProducts * shape.in_channels * width + first * width + block % vectors * lanes;
+    for (int64_t in = 0; in < inputs; ++in, to += width) {
+      V g[3][3], u[4][4];
+      FASTODE_UNROLL for (int k = 0; k < 9; ++k) g[k / 3][k % 3] = load<V>(cell + (k * inputs + in) * lanes);
+      spread_kernel(g, u);
+      FASTODE_UNROLL for (int p = 0; p < kProducts; ++p) store<V>(to + p * shape.in_channels * width, u[p / 4][p % 4]);
+    }
+  };
+  in_parallel(blocks_of<A>(shape.out_channels) * in_blocks, kCells, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) pack_cell(n / in_blocks, n % in_blocks * lanes);
+  });
+}
+
+// Forwards the transformed inputs and the products of one group of outputs; for a gradient the inputs and cotangents.
+template <class A>
+int64_t winograd_scratch_size(const ConvShape& shape) {
+  return (blocks_of<A>(shape.in_channels) + vectors_of<A>(shape.out_channels)) * kAllProducts<A>;
+}
+
+// B' d B of the tiles of a run.
+template <class A>
+inline void spread_inputs(const View<A>& in, int64_t b, const TileRun& run, A* to) {
+  using V = Vec<A>;
+  constexpr int lanes = kLanes<A>;
+  const A* at = in.pixel_at(b, 2 * run.y - 1, 2 * run.x - 1);
+  const int64_t row = in.row;
+  const auto column = [=](const A* from, V(&c)[4]) {
+    spread(load<V>(from), load<V>(from + row), load<V>(from + 2 * row), load<V>(from + 3 * row), c);
+  };
+  const auto tile = [](const V(&c0)[4], const V(&c1)[4], const V(&c2)[4], const V(&c3)[4], A* here) {
+    FASTODE_UNROLL for (int r = 0; r < 4; ++r) {
+      V v[4];
+      spread(c0[r], c1[r], c2[r], c3[r], v);
+      FASTODE_UNROLL for (int k = 0; k < 4; ++k) store<V>(here + (4 * r + k) * kOneProduct<A>, v[k]);
+    }
+  };
+  V c0[4], c1[4], c2[4], c3[4];  // two columns of a tile are the next one's first
+  column(at, c0), column(at + lanes, c1);
+  int64_t t = 0;
+  for (; t + 2 <= run.count; t += 2, to += 2 * lanes, at += 4 * lanes) {
+    column(at + 2 * lanes, c2), column(at + 3 * lanes, c3);
+    tile(c0, c1, c2, c3, to);
+    column(at + 4 * lanes, c0), column(at + 5 * lanes, c1);
+    tile(c2, c3, c0, c1, to + lanes);
+  }
+  if (t < run.count) {
+    column(at + 2 * lanes, c2), column(at + 3 * lanes, c3);
+    tile(c0, c1, c2, c3, to);
+  }
+}
+
+// One product of so many tiles: m[output vector][tile] = sum over input channels of v[tile] u.
+template <class A, int vectors, int tiles>
+inline void multiply_tiles(const A* v, const A* u, int64_t in_channels, A* m, const char* ahead, int64_t ahead_step) {
+  using V = Vec<A>;
+  constexpr int lanes = kLanes<A>;
+  V sums[tiles][vectors] = {};
+  for (int64_t remaining = in_channels; remaining > 0; remaining -= lanes, v += kAllProducts<A>) {
+    const A* end = v + (remaining < lanes ? remaining : lanes);
+    for (const A* at = v; at < end; ++at, u += vectors * lanes) {
+      __builtin_prefetch(ahead, 0, 2);
+      ahead += ahead_step;
+      V w[vectors];
+      FASTODE_UNROLL for (int o = 0; o < vectors; ++o) w[o] = load<V>(u + o * lanes);
+      FASTODE_UNROLL for (int t = 0; t < tiles; ++t) {
+        const V value = splat<V>(at[t * lanes]);
+        FASTODE_UNROLL for (int o = 0; o < vectors; ++o) sums[t][o] += value * w[o];
+      }
+    }
+  }
+  FASTODE_UNROLL for (int o = 0; o < vectors; ++o) {
+    FASTODE_UNROLL for (int t = 0; t < tiles; ++t) store<V>(m + o * kAllProducts<A> + t * lanes, sums[t][o]);
+  }
+}
+
+// Of any number of tiles; the last ones, fewer than fill the accumulators, in halves.
+template <class A, int vectors, int tiles = kAccumulators / vectors>
+inline void multiply(const A* v, const A* u, int64_t in_channels, A* m, int64_t count, Ahead* ahead) {
+  for (; count >= tiles; count -= tiles, v += tiles * kLanes<A>, m += tiles * kLanes<A>) {
+    const char* soon = ahead ? ahead->take(in_channels) : nullptr;
+    multiply_tiles<A, vectors, tiles>(v, u, in_channels, m, soon ? soon : reinterpret_cast<const char*>(v),
+                                      soon ? Ahead::line : 0);
+  }
+  if constexpr (tiles > 1)
+    if (count > 0) multiply<A, vectors, tiles / 2>(v, u, in_channels, m, count, ahead);
+}
+
+// The outputs of one tile as direct sums, for one vector of outputs: u [product][input channel][`width`].
+template <class A>
+void sum_directly(const View<A>& in, int64_t y, int64_t x, const A* u, int64_t in_channels, int64_t width,
+                  Vec<A> (&sums)[2][2]) {
+  using V = Vec<A>;
+  constexpr int64_t lanes = kLanes<A>;
+  for (auto& row : sums) row[0] = row[1] = V{};
+  for (int64_t c = 0; c < in_channels; ++c) {
+    V spread_out[4][4], g[3][3];
+    for (int p = 0; p < kProducts; ++p) spread_out[p / 4][p % 4] = load<V>(u + (p * in_channels + c) * width);
+    kernel_of(spread_out, g);
+    for (int i = 0; i < 2; ++i)
+      for (int j = 0; j < 2; ++j)
+        for (int k = 0; k < 9; ++k)
+          sums[i][j] += in.pixel_at(c / lanes, y + i + k / 3 - 1, x + j + k % 3 - 1)[c % lanes] * g[k / 3][k % 3];
+  }
+}
+
+// A' m A of the tiles of a run, combined. `direct(tile, sums)` makes what is not finite anew, because in the products
+// one such input meets all outputs of its tile.
+template <class A, class F>
+inline void gather_outputs(const TileRun& run, const A* m, const A* bias, const ConvJob<A>& job, int64_t b,
+                           const F& direct) {
+  using V = Vec<A>;
+  constexpr int lanes = kLanes<A>;
+  const View<A> out = job.out;
+  const Combine<A>& combine = job.combine;
+  const V offset = bias ? load<V>(bias) : V{};
+  const A scale = combine.scale;
+  const int terms = combine.count;
+  A* to = out.pixel_at(b, 2 * run.y, 2 * run.x);
+  for (int64_t t = 0; t < run.count; ++t, m += lanes, to += 2 * out.pixel) {
+    V columns[4][2], sums[2][2];
+    FASTODE_UNROLL for (int k = 0; k < 4; ++k)
+        gather(load<V>(m + k * kOneProduct<A>), load<V>(m + (4 + k) * kOneProduct<A>),
+               load<V>(m + (8 + k) * kOneProduct<A>), load<V>(m + (12 + k) * kOneProduct<A>), columns[k]);
+    FASTODE_UNROLL for (int i = 0; i < 2; ++i)
+        gather(columns[0][i], columns[1][i], columns[2][i], columns[3][i], sums[i]);
+    if (!is_finite((sums[0][0] + sums[0][1]) + (sums[1][0] + sums[1][1]))) [[unlikely]] {
+      V anew[2][2];  // `sums` stay in registers
+      direct(t, anew);
+      FASTODE_UNROLL for (int i = 0; i < 2; ++i) sums[i][0] = anew[i][0], sums[i][1] = anew[i][1];
+    }
+    FASTODE_UNROLL for (int i = 0; i < 2; ++i) {
+      FASTODE_UNROLL for (int j = 0; j < 2; ++j) sums[i][j] = (sums[i][j] + offset) * scale;
+    }
+    for (int n = 0; n < terms; ++n) {
+      const View<A>& term = combine.term[n];
+      const A* at = term.pixel_at(b, 2 * run.y, 2 * (run.x + t));
+      const A coef = combine.coef[n];
+      FASTODE_UNROLL for (int i = 0; i < 2; ++i) {
+        FASTODE_UNROLL for (int j = 0; j < 2; ++j) sums[i][j] += coef * load<V>(at + i * term.row + j * term.pixel);
+      }
+    }
+    FASTODE_UNROLL for (int i = 0; i < 2; ++i) {
+      FASTODE_UNROLL for (int j = 0; j < 2; ++j) store<V>(to + i * out.row + j * out.pixel, sums[i][j]);
+    }
+  }
+}
+
+// Asks for a part of the memory that a run's outputs go to, before its product p: written all together behind the last
+// one, they would wait for their lines.
+template <class A, int vectors>
+inline void ask_for(const View<A>& out, int64_t b, const TileRun& run, int p) {
+  const int64_t first = 2 * run.count * p / kProducts, last = 2 * run.count * (p + 1) / kProducts;
+  for (int64_t x = first; x < last; ++x)
+    FASTODE_UNROLL for (int o = 0; o < vectors; ++o) {
+      __builtin_prefetch(out.pixel_at(b + o, 2 * run.y, 2 * run.x + x), 1);
+      __builtin_prefetch(out.pixel_at(b + o, 2 * run.y + 1, 2 * run.x + x), 1);
+    }
+}
+
+template <class A, int vectors>
+void run_winograd(const Plane<A>& plane, const ConvShape& shape, const A* packed, const A* bias, const ConvJob<A>* jobs,
+                  int64_t count, A* scratch, Ahead* ahead) {
+  constexpr int lanes = kLanes<A>;
+  const int64_t blocks = blocks_of<A>(shape.in_channels), channels = shape.in_channels, width = vectors * lanes;
+  A *v = scratch, *m = scratch + blocks * kAllProducts<A>;
+  for (Chunks chunk(plane, count); chunk.next();) {
+    const auto each_run = [&](const auto& f) { std::for_each(chunk.runs, chunk.runs + chunk.count, f); };
+    for (int64_t b = 0; b < blocks; ++b)
+      each_run([&](const TileRun& run) {
+        spread_inputs(jobs[run.sample].in, b, run, v + b * kAllProducts<A> + run.place * lanes);
+      });
+    const A* u = packed;
+    for (int64_t ob = 0; ob < blocks_of<A>(shape.out_channels); ob += vectors, u += kProducts * channels * width) {
+      for (int p = 0; p < kProducts; ++p) {
+        each_run([&](const TileRun& run) { ask_for<A, vectors>(jobs[run.sample].out, ob, run, p); });
+        multiply<A, vectors>(v + p * kOneProduct<A>, u + p * channels * width, channels, m + p * kOneProduct<A>,
+                             chunk.tiles, ahead);
+      }
+      for (int o = 0; o < vectors; ++o)
+        each_run([&](const TileRun& run) {
+          const auto direct = [&](int64_t t, auto& sums) {
+            sum_directly(jobs[run.sample].in, 2 * run.y, 2 * (run.x + t), u + o * lanes, channels, width, sums);
+          };
+          gather_outputs(run, m + o * kAllProducts<A> + run.place * lanes, bias ? bias + (ob + o) * lanes : nullptr,
+                         jobs[run.sample], ob + o, direct);
+        });
+    }
+  }
+}
+
+template <class A>
+void convolve_winograd(const Plane<A>& plane, const ConvShape& shape, const A* packed, const A* bias,
+                       const ConvJob<A>* jobs, int64_t count, A* scratch, Ahead* ahead) {
+  vectors_of<A>(shape.out_channels) == 2 ? run_winograd<A, 2>(plane, shape, packed, bias, jobs, count, scratch, ahead)
+                                         : run_winograd<A, 1>(plane, shape, packed, bias, jobs, count, scratch, ahead);
+}
+
+// A y A' of the tiles of a run.
+template <class A>
+inline void spread_cotangents(const View<A>& cotangent, int64_t b, const TileRun& run, A* to) {
+  using V = Vec<A>;
+  constexpr int lanes = kLanes<A>;
+  const A* at = cotangent.pixel_at(b, 2 * run.y, 2 * run.x);
+  const int64_t row = cotangent.row;
+  for (int64_t t = 0; t < run.count; ++t, to += lanes, at += 2 * lanes) {
+    V c[2][4];
+    FASTODE_UNROLL for (int x = 0; x < 2; ++x) {
+      const V above = load<V>(at + x * lanes), below = load<V>(at + x * lanes + row);
+      c[x][0] = above, c[x][1] = above + below, c[x][2] = above - below, c[x][3] = -below;
+    }
+    FASTODE_UNROLL for (int r = 0; r < 4; ++r) {
+      A* here = to + 4 * r * kOneProduct<A>;
+      store<V>(here, c[0][r]), store<V>(here + kOneProduct<A>, c[0][r] + c[1][r]);
+      store<V>(here + 2 * kOneProduct<A>, c[0][r] - c[1][r]), store<V>(here + 3 * kOneProduct<A>, -c[1][r]);
+    }
+  }
+}
+
+// One product of all tiles, of so many input channels: sum[input][output vector] += sum over tiles of v q.
+template <class A, int vectors, int inputs>
+inline void add_products(const A* v, const A* q, int64_t tiles, A* sum) {
+  using V = Vec<A>;
+  constexpr int lanes = kLanes<A>;
+  V sums[inputs][vectors] = {};
+  for (int64_t t = 0; t < tiles; ++t, v += lanes, q += lanes) {
+    V g[vectors];
+    FASTODE_UNROLL for (int o = 0; o < vectors; ++o) g[o] = load<V>(q + o * kAllProducts<A>);
+    FASTODE_UNROLL for (int i = 0; i < inputs; ++i) {
+      const V value = splat<V>(v[i]);
+      FASTODE_UNROLL for (int o = 0; o < vectors; ++o) sums[i][o] += value * g[o];
+    }
+  }
+  FASTODE_UNROLL for (int i = 0; i < inputs; ++i) {
+    FASTODE_UNROLL for (int o = 0; o < vectors; ++o) {
+      A* to = sum + (i * vectors + o) * lanes;
+      store<V>(to, load<V>(to) + sums[i][o]);
+    }
+  }
+}
+
+// The accumulators lie as [output group][product][input channel][output channel], whole blocks of inputs.
+template <class A, int vectors>
+void run_gradient(const Plane<A>& plane, const ConvShape& shape, const GradientPair<A>* pairs, int64_t count,
+                  A* gradient, A* scratch) {
+  constexpr int lanes = kLanes<A>, most = (kTile == 16 ? 16 : 8) / vectors, inputs = most < lanes ? most : lanes;
+  const int64_t blocks = blocks_of<A>(shape.in_channels);
+  A *v = scratch, *q = scratch + blocks * kAllProducts<A>;
+  for (Chunks chunk(plane, count); chunk.next();) {
+    const auto each_run = [&](const auto& f) { std::for_each(chunk.runs, chunk.runs + chunk.count, f); };
+    for (int64_t b = 0; b < blocks; ++b)
+      each_run([&](const TileRun& run) {
+        spread_inputs(pairs[run.sample].in, b, run, v + b * kAllProducts<A> + run.place * lanes);
+      });
+    A* sum = gradient;
+    for (int64_t ob = 0; ob < blocks_of<A>(shape.out_channels); ob += vectors) {
+      for (int o = 0; o < vectors; ++o)
+        each_run([&](const TileRun& run) {
+          spread_cotangents(pairs[run.sample].cotangent, ob + o, run, q + o * kAllProducts<A> + run.place * lanes);
+        });
+      for (int p = 0; p < kProducts; ++p)
+        for (int64_t b = 0; b < blocks; ++b)
+          for (int i = 0; i < lanes; i += inputs, sum += inputs * vectors * lanes)
+            add_products<A, vectors, inputs>(v + b * kAllProducts<A> + p * kOneProduct<A> + i, q + p * kOneProduct<A>,
+                                             chunk.tiles, sum);
+    }
+  }
+}
+
+template <class A>
+void winograd_gradient(const Plane<A>& plane, const ConvShape& shape, const GradientPair<A>* pairs, int64_t count,
+                       A* gradient, A* scratch) {
+  vectors_of<A>(shape.out_channels) == 2 ? run_gradient<A, 2>(plane, shape, pairs, count, gradient, scratch)
+                                         : run_gradient<A, 1>(plane, shape, pairs, count, gradient, scratch);
+}
+
+template <class A, class T>
+void unpack_winograd_gradient(const ConvShape& shape, const A* gradient, int64_t part_stride, int64_t parts, T* weight,
+                              const int64_t* strides) {
+  using V = Vec<A>;
+  constexpr int64_t lanes = kLanes<A>;
+  const int64_t in_blocks = blocks_of<A>(shape.in_channels), vectors = vectors_of<A>(shape.out_channels);
+  const auto unpack_cell = [&](int64_t block, int64_t first) {
+    alignas(64) A cell[9 * lanes * lanes];
+    const int64_t width = vectors * lanes, product = in_blocks * lanes * width, out = block * lanes;
+    const int64_t outputs = std::min(lanes, shape.out_channels - out);
+    const int64_t inputs = std::min(lanes, shape.in_channels - first);
+    const GradientCell<A, T> direct{
+        shape, outputs, inputs, cell, 0, 1, weight + out * strides[0] + first * strides[1], strides};
+    const A* from = gradient + block / vectors * kProducts * product + first * width + block % vectors * lanes;
+    for (int64_t in = 0; in < inputs; ++in, from += width) {
+      V columns[4][3];
+      FASTODE_UNROLL for (int x = 0; x < 4; ++x) {
+        V s[4];
+        FASTODE_UNROLL for (int y = 0; y < 4; ++y) {
+          s[y] = load<V>(from + (4 * y + x) * product);
+          for (int64_t part = 1; part < parts; ++part)
+            s[y] += load<V>(from + (4 * y + x) * product + part * part_stride);
+        }
+        gather_kernel(s[0], s[1], s[2], s[3], columns[x]);
+      }
+      FASTODE_UNROLL for (int y = 0; y < 3; ++y) {
+        V row[3];
+        gather_kernel(columns[0][y], columns[1][y], columns[2][y], columns[3][y], row);
+        FASTODE_UNROLL for (int x = 0; x < 3; ++x) store<V>(cell + direct.row_at(in, y, x), row[x]);
+      }
+    }
+    direct.unpack();
+  };
+  in_parallel(blocks_of<A>(shape.out_channels) * in_blocks, kCells, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) unpack_cell(n / in_blocks, n % in_blocks * lanes);
+  });
+}
+
+// What resident_winograd_<type>.cpp instantiates: everything above in arithmetic of A, for weights of A or of T.
+#define FASTODE_WINOGRAD(keyword, A, T)                                                                              \
+  keyword template int64_t winograd_scratch_size<A>(const ConvShape&);                                               \
+  keyword template void pack_winograd(const ConvShape&, bool, const A*, const int64_t*, A*);                         \
+  keyword template void pack_winograd(const ConvShape&, bool, const T*, const int64_t*, A*);                         \
+  keyword template void convolve_winograd(const Plane<A>&, const ConvShape&, const A*, const A*, const ConvJob<A>*,  \
+                                          int64_t, A*, Ahead*);                                                      \
+  keyword template void winograd_gradient(const Plane<A>&, const ConvShape&, const GradientPair<A>*, int64_t, A*, A*); \
+  keyword template void unpack_winograd_gradient(const ConvShape&, const A*, int64_t, int64_t, A*, const int64_t*);  \
+  keyword template void unpack_winograd_gradient(const ConvShape&, const A*, int64_t, int64_t, T*, const int64_t*)
+
+}  // namespace fastode::resident
