@@ -21,7 +21,7 @@ template <class A>
 bool suits_winograd(const Plane<A>& plane, const ConvShape& shape) {
   const bool kernel = shape.kernel_h == 3 && shape.kernel_w == 3 && shape.stride == 1;
   const bool sides = plane.height % 2 == 0 && plane.width % 2 == 0 && plane.pixels() > 4;
-  return kWinograd<A> && kernel && sides && std::min(shape.in_channels, shape.out_channels) >= 12;
+  return kWinograd<A> && kernel && sides && std::min(shape.in_channels, shape.out_channels) >= 16;
 }
 
 // Whether its weight gradient is, too.

@@ -7,8 +7,8 @@
 
 namespace fastode::resident {
 
-inline constexpr int kAccumulators = kTile == 16 ? 16 : 12;    // accumulators of a product
-inline constexpr int64_t kChunk = kTile == 16 ? 32 : 36;  // tiles that are transformed together
+inline constexpr int kAccumulators = kTile == 16 ? 16 : 12;  // accumulators of a product
+inline constexpr int64_t kChunk = kTile == 16 ? 32 : 36;     // tiles that are transformed together
 
 // From one product of the tiles to the next, and from one block of channels: [block][product][tile][channel], with a
 // line between the products, so that they do not meet in one set of the cache.
@@ -253,8 +253,7 @@ inline void gather_outputs(const TileRun& run, const A* m, const A* bias, const 
 template <class A, int vectors>
 inline void ask_for(const View<A>& out, int64_t b, const TileRun& run, int p) {
   const int64_t first = 2 * run.count * p / kProducts, last = 2 * run.count * (p + 1) / kProducts;
-  for (int64_t x = first; x < last; ++x)
-    FASTODE_UNROLL for (int o = 0; o < vectors; ++o) {
+  for (int64_t x = first; x < last; ++x) FASTODE_UNROLL for (int o = 0; o < vectors; ++o) {
       __builtin_prefetch(out.pixel_at(b + o, 2 * run.y, 2 * run.x + x), 1);
       __builtin_prefetch(out.pixel_at(b + o, 2 * run.y + 1, 2 * run.x + x), 1);
     }
@@ -387,8 +386,8 @@ void unpack_winograd_gradient(const ConvShape& shape, const A* gradient, int64_t
     const int64_t width = vectors * lanes, product = in_blocks * lanes * width, out = block * lanes;
     const int64_t outputs = std::min(lanes, shape.out_channels - out);
     const int64_t inputs = std::min(lanes, shape.in_channels - first);
-    const GradientCell<A, T> direct{
-        shape, outputs, inputs, cell, 0, 1, weight + out * strides[0] + first * strides[1], strides};
+    const GradientCell<A, T> direct{shape,  outputs, inputs, cell, 0, 1, weight + out * strides[0] + first * strides[1],
+                                    strides};
     const A* from = gradient + block / vectors * kProducts * product + first * width + block % vectors * lanes;
     for (int64_t in = 0; in < inputs; ++in, from += width) {
       V columns[4][3];
@@ -415,14 +414,14 @@ void unpack_winograd_gradient(const ConvShape& shape, const A* gradient, int64_t
 }
 
 // What resident_winograd_<type>.cpp instantiates: everything above in arithmetic of A, for weights of A or of T.
-#define FASTODE_WINOGRAD(keyword, A, T)                                                                              \
-  keyword template int64_t winograd_scratch_size<A>(const ConvShape&);                                               \
-  keyword template void pack_winograd(const ConvShape&, bool, const A*, const int64_t*, A*);                         \
-  keyword template void pack_winograd(const ConvShape&, bool, const T*, const int64_t*, A*);                         \
-  keyword template void convolve_winograd(const Plane<A>&, const ConvShape&, const A*, const A*, const ConvJob<A>*,  \
-                                          int64_t, A*, Ahead*);                                                      \
+#define FASTODE_WINOGRAD(keyword, A, T)                                                                                \
+  keyword template int64_t winograd_scratch_size<A>(const ConvShape&);                                                 \
+  keyword template void pack_winograd(const ConvShape&, bool, const A*, const int64_t*, A*);                           \
+  keyword template void pack_winograd(const ConvShape&, bool, const T*, const int64_t*, A*);                           \
+  keyword template void convolve_winograd(const Plane<A>&, const ConvShape&, const A*, const A*, const ConvJob<A>*,    \
+                                          int64_t, A*, Ahead*);                                                        \
   keyword template void winograd_gradient(const Plane<A>&, const ConvShape&, const GradientPair<A>*, int64_t, A*, A*); \
-  keyword template void unpack_winograd_gradient(const ConvShape&, const A*, int64_t, int64_t, A*, const int64_t*);  \
+  keyword template void unpack_winograd_gradient(const ConvShape&, const A*, int64_t, int64_t, A*, const int64_t*);    \
   keyword template void unpack_winograd_gradient(const ConvShape&, const A*, int64_t, int64_t, T*, const int64_t*)
 
 }  // namespace fastode::resident
