@@ -187,7 +187,7 @@ void run_chain(const ChainArguments& chain, const ChainCall& call, std::vector<T
   Plane<A> plane(call.x.size(2), call.x.size(3), 0);
   for (size_t k = 0; k < 3; ++k) {
     if (parts[k].strides.empty()) continue;
-    packed_parts[k].emplace(parts[k].arguments(), channels, plane, lowers(call.x), wanted);
+    packed_parts[k].emplace(parts[k].arguments(), samples, channels, plane, lowers(call.x), wanted);
     packed[k] = &*packed_parts[k];
     const BranchSpec<A>& spec = packed[k]->spec;
     count += spec.gradients, met += packed[k]->statistics;

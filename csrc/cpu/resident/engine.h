@@ -54,10 +54,11 @@ template <class A>
 class Packed {
  public:
   Packed(const BranchArguments& arguments, const Tensor& x, const Wanted& wanted)
-      : Packed(arguments, x.size(1), Plane<A>(x.size(2), x.size(3), 0),
+      : Packed(arguments, x.size(0), x.size(1), Plane<A>(x.size(2), x.size(3), 0),
                lowers(x) && x.size(2) * x.size(3) >= kTilePixels, wanted) {}
-  // For maps of so many channels on such a plane, which are stored in bfloat16 or not.
-  Packed(const BranchArguments& arguments, int64_t channels, const Plane<A>& plane, bool narrow, const Wanted& wanted);
+  // For so many samples and channels on such a plane, whose maps are stored in bfloat16 or not.
+  Packed(const BranchArguments& arguments, int64_t samples, int64_t channels, const Plane<A>& plane, bool narrow,
+         const Wanted& wanted);
 
   // The gradients of `parameters` (those of running statistics stay empty), each in its parameter's dtype.
   std::vector<Tensor> gradients(const A* accumulators, int64_t parts) const;
@@ -69,7 +70,7 @@ class Packed {
   void read(Arena& arena, const Wanted& wanted);
 
   BranchArguments arguments_;
-  int64_t channels_;
+  int64_t samples_, channels_;
   Plane<A> plane_;
   bool narrow_;
   CallMemory memory_;

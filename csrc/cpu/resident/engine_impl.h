@@ -8,9 +8,9 @@
 namespace fastode::resident {
 
 template <class A>
-Packed<A>::Packed(const BranchArguments& arguments, int64_t channels, const Plane<A>& plane, bool narrow,
-                  const Wanted& wanted)
-    : arguments_(arguments), channels_(channels), plane_(plane), narrow_(kOnTiles<A> && narrow) {
+Packed<A>::Packed(const BranchArguments& arguments, int64_t samples, int64_t channels, const Plane<A>& plane,
+                  bool narrow, const Wanted& wanted)
+    : arguments_(arguments), samples_(samples), channels_(channels), plane_(plane), narrow_(kOnTiles<A> && narrow) {
   Arena count(nullptr);
   read(count, wanted);
   Arena arena(memory_.take(count.used()));
@@ -85,8 +85,8 @@ void Packed<A>::read(Arena& arena, const Wanted& wanted) {
       unit.has_conv = true;
       unit.shape = {channels, integers[3], integers[4], integers[5], stride};
       spec.halo = std::max({spec.halo, integers[4] / 2, integers[5] / 2});
-      unit.winograd = !narrow_ && suits_winograd(plane, unit.shape);
-      unit.winograd_gradient = unit.winograd && suits_winograd_gradient(plane, unit.shape);
+      unit.winograd = !narrow_ && suits_winograd(plane, unit.shape, samples_);
+      unit.winograd_gradient = unit.winograd && suits_winograd_gradient<A>(unit.shape);
       const auto size = [&](const ConvShape& shape, bool back) {
         const bool strided = shape.stride > 1;
         if constexpr (kOnTiles<A>) {
@@ -121,8 +121,8 @@ void Packed<A>::read(Arena& arena, const Wanted& wanted) {
         });
       }
       unit.forward = forward, unit.backward = flipped;
-      unit.conv_at = accumulate(unit.winograd_gradient ? winograd_gradient_size<A>(unit.shape)
-                                                       : unit.shape.template gradient_size<A>());
+      unit.conv_at =
+          accumulate(unit.winograd_gradient ? winograd_size<A>(unit.shape) : unit.shape.template gradient_size<A>());
       channels = integers[3];
       if (present & kConvBias) unit.conv_bias = row_of(channels), unit.conv_bias_at = accumulate(width);
     }

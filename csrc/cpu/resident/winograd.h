@@ -16,29 +16,31 @@ namespace fastode::resident {
 template <class A>
 inline constexpr bool kWinograd = std::is_same_v<A, float>;
 
-// Whether a convolution is faster so: of few channels, tiles take as long to transform as to multiply.
+// Whether a convolution of so many samples is faster so. Of few channels, tiles take as long to transform as to
+// multiply. Of many channels and few pixels, weights take longest to bring in, and here they are nearly twice as large:
+// the products that are saved for each pair of channels, of those that meet the image, are to make up for it.
 template <class A>
-bool suits_winograd(const Plane<A>& plane, const ConvShape& shape) {
+bool suits_winograd(const Plane<A>& plane, const ConvShape& shape, int64_t samples) {
+  const int64_t height = plane.height, width = plane.width;
   const bool kernel = shape.kernel_h == 3 && shape.kernel_w == 3 && shape.stride == 1;
-  const bool sides = plane.height % 2 == 0 && plane.width % 2 == 0 && plane.pixels() > 4;
-  return kWinograd<A> && kernel && sides && std::min(shape.in_channels, shape.out_channels) >= 16;
+  const bool sides = height % 2 == 0 && width % 2 == 0;
+  const bool channels = std::min(shape.in_channels, shape.out_channels) >= 16;
+  const int64_t saved = samples * ((3 * height - 2) * (3 * width - 2) - 4 * height * width);
+  return kWinograd<A> && kernel && sides && channels && saved >= 4 * (shape.in_channels + shape.out_channels);
 }
 
-// Whether its weight gradient is, too.
+// Whether the weight gradient of one that is so is, too.
 template <class A>
-bool suits_winograd_gradient(const Plane<A>& plane, const ConvShape& shape) {
-  return suits_winograd(plane, shape) && blocks_of<A>(shape.in_channels) * blocks_of<A>(shape.out_channels) > 1;
+bool suits_winograd_gradient(const ConvShape& shape) {
+  return blocks_of<A>(shape.in_channels) * blocks_of<A>(shape.out_channels) > 1;
 }
 
 inline constexpr int kProducts = 16;  // of a tile, for each pair of channels
 
-// Elements of packed weights, G g G', and of a weight gradient before it is G' (...) G.
+// Elements of packed weights, G g G', and of a weight gradient before it is G' (...) G, both in the order [output
+// group][input block][product][input channel][output channel].
 template <class A>
 int64_t winograd_size(const ConvShape& shape) {
-  return blocks_of<A>(shape.out_channels) * kLanes<A> * shape.in_channels * kProducts;
-}
-template <class A>
-int64_t winograd_gradient_size(const ConvShape& shape) {
   return blocks_of<A>(shape.out_channels) * blocks_of<A>(shape.in_channels) * kLanes<A> * kLanes<A> * kProducts;
 }
 
@@ -55,7 +57,7 @@ template <class A>
 void convolve_winograd(const Plane<A>& plane, const ConvShape& shape, const A* packed, const A* bias,
                        const ConvJob<A>* jobs, int64_t count, A* scratch, Ahead* ahead = nullptr);
 
-// As weight_gradient(), in winograd_gradient_size elements. The pairs' inputs have a zero halo.
+// As weight_gradient(), in winograd_size elements. The pairs' inputs have a zero halo.
 template <class A>
 void winograd_gradient(const Plane<A>& plane, const ConvShape& shape, const GradientPair<A>* pairs, int64_t count,
                        A* gradient, A* scratch);

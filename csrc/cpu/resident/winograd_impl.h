@@ -101,12 +101,13 @@ void pack_winograd(const ConvShape& shape, bool flip, const T* weight, const int
     const int64_t outputs = std::min(lanes, shape.out_channels - out);
     const T* from = view.at + out * view.out + first * view.in;
     PackedCell<A, T>{shape, 1, outputs, inputs, lanes, view, from, cell}.pack();
-    A* to = packed + block / vectors * kProducts * shape.in_channels * width + first * width + block % vectors * lanes;
+    const int64_t product = lanes * width;
+    A* to = packed + (block / vectors * in_blocks * lanes + first) * kProducts * width + block % vectors * lanes;
     for (int64_t in = 0; in < inputs; ++in, to += width) {
       V g[3][3], u[4][4];
       FASTODE_UNROLL for (int k = 0; k < 9; ++k) g[k / 3][k % 3] = load<V>(cell + (k * inputs + in) * lanes);
       spread_kernel(g, u);
-      FASTODE_UNROLL for (int p = 0; p < kProducts; ++p) store<V>(to + p * shape.in_channels * width, u[p / 4][p % 4]);
+      FASTODE_UNROLL for (int p = 0; p < kProducts; ++p) store<V>(to + p * product, u[p / 4][p % 4]);
     }
   };
   in_parallel(blocks_of<A>(shape.out_channels) * in_blocks, kCells, [&](int64_t begin, int64_t end) {
@@ -152,24 +153,26 @@ inline void spread_inputs(const View<A>& in, int64_t b, const TileRun& run, A* t
   }
 }
 
-// One product of so many tiles: m[output vector][tile] = sum over input channels of v[tile] u.
+// One product of so many tiles: m[output vector][tile] = sum over input channels of v[tile] u, both from one block of
+// these to the next.
 template <class A, int vectors, int tiles>
 inline void multiply_tiles(const A* v, const A* u, int64_t in_channels, A* m, const char* ahead, int64_t ahead_step) {
   using V = Vec<A>;
   constexpr int lanes = kLanes<A>;
   V sums[tiles][vectors] = {};
-  for (int64_t remaining = in_channels; remaining > 0; remaining -= lanes, v += kAllProducts<A>) {
-    const A* end = v + (remaining < lanes ? remaining : lanes);
-    for (const A* at = v; at < end; ++at, u += vectors * lanes) {
+  for (int64_t remaining = in_channels; remaining > 0; remaining -= lanes) {
+    const A *end = v + (remaining < lanes ? remaining : lanes), *weights = u;
+    for (const A* at = v; at < end; ++at, weights += vectors * lanes) {
       __builtin_prefetch(ahead, 0, 2);
       ahead += ahead_step;
       V w[vectors];
-      FASTODE_UNROLL for (int o = 0; o < vectors; ++o) w[o] = load<V>(u + o * lanes);
+      FASTODE_UNROLL for (int o = 0; o < vectors; ++o) w[o] = load<V>(weights + o * lanes);
       FASTODE_UNROLL for (int t = 0; t < tiles; ++t) {
         const V value = splat<V>(at[t * lanes]);
         FASTODE_UNROLL for (int o = 0; o < vectors; ++o) sums[t][o] += value * w[o];
       }
     }
+    v += kAllProducts<A>, u += kProducts * lanes * vectors * lanes;
   }
   FASTODE_UNROLL for (int o = 0; o < vectors; ++o) {
     FASTODE_UNROLL for (int t = 0; t < tiles; ++t) store<V>(m + o * kAllProducts<A> + t * lanes, sums[t][o]);
@@ -188,7 +191,7 @@ inline void multiply(const A* v, const A* u, int64_t in_channels, A* m, int64_t 
     if (count > 0) multiply<A, vectors, tiles / 2>(v, u, in_channels, m, count, ahead);
 }
 
-// The outputs of one tile as direct sums, for one vector of outputs: u [product][input channel][`width`].
+// The outputs of one tile as direct sums, for one vector of outputs: u [input block][product][input channel][`width`].
 template <class A>
 void sum_directly(const View<A>& in, int64_t y, int64_t x, const A* u, int64_t in_channels, int64_t width,
                   Vec<A> (&sums)[2][2]) {
@@ -197,7 +200,8 @@ void sum_directly(const View<A>& in, int64_t y, int64_t x, const A* u, int64_t i
   for (auto& row : sums) row[0] = row[1] = V{};
   for (int64_t c = 0; c < in_channels; ++c) {
     V spread_out[4][4], g[3][3];
-    for (int p = 0; p < kProducts; ++p) spread_out[p / 4][p % 4] = load<V>(u + (p * in_channels + c) * width);
+    for (int p = 0; p < kProducts; ++p)
+      spread_out[p / 4][p % 4] = load<V>(u + ((c / lanes * kProducts + p) * lanes + c % lanes) * width);
     kernel_of(spread_out, g);
     for (int i = 0; i < 2; ++i)
       for (int j = 0; j < 2; ++j)
@@ -272,10 +276,11 @@ void run_winograd(const Plane<A>& plane, const ConvShape& shape, const A* packed
         spread_inputs(jobs[run.sample].in, b, run, v + b * kAllProducts<A> + run.place * lanes);
       });
     const A* u = packed;
-    for (int64_t ob = 0; ob < blocks_of<A>(shape.out_channels); ob += vectors, u += kProducts * channels * width) {
+    for (int64_t ob = 0; ob < blocks_of<A>(shape.out_channels);
+         ob += vectors, u += blocks * kProducts * lanes * width) {
       for (int p = 0; p < kProducts; ++p) {
         each_run([&](const TileRun& run) { ask_for<A, vectors>(jobs[run.sample].out, ob, run, p); });
-        multiply<A, vectors>(v + p * kOneProduct<A>, u + p * channels * width, channels, m + p * kOneProduct<A>,
+        multiply<A, vectors>(v + p * kOneProduct<A>, u + p * lanes * width, channels, m + p * kOneProduct<A>,
                              chunk.tiles, ahead);
       }
       for (int o = 0; o < vectors; ++o)
@@ -340,11 +345,11 @@ inline void add_products(const A* v, const A* q, int64_t tiles, A* sum) {
   }
 }
 
-// The accumulators lie as [output group][product][input channel][output channel], whole blocks of inputs.
 template <class A, int vectors>
 void run_gradient(const Plane<A>& plane, const ConvShape& shape, const GradientPair<A>* pairs, int64_t count,
                   A* gradient, A* scratch) {
-  constexpr int lanes = kLanes<A>, most = (kTile == 16 ? 16 : 8) / vectors, inputs = most < lanes ? most : lanes;
+  constexpr int lanes = kLanes<A>, most = (kTile == 16 ? 16 : 8) / vectors, inputs = most < lanes ? most : lanes,
+                product = lanes * vectors * lanes;
   const int64_t blocks = blocks_of<A>(shape.in_channels);
   A *v = scratch, *q = scratch + blocks * kAllProducts<A>;
   for (Chunks chunk(plane, count); chunk.next();) {
@@ -353,17 +358,17 @@ void run_gradient(const Plane<A>& plane, const ConvShape& shape, const GradientP
       each_run([&](const TileRun& run) {
         spread_inputs(pairs[run.sample].in, b, run, v + b * kAllProducts<A> + run.place * lanes);
       });
-    A* sum = gradient;
-    for (int64_t ob = 0; ob < blocks_of<A>(shape.out_channels); ob += vectors) {
+    A* group = gradient;
+    for (int64_t ob = 0; ob < blocks_of<A>(shape.out_channels); ob += vectors, group += blocks * kProducts * product) {
       for (int o = 0; o < vectors; ++o)
         each_run([&](const TileRun& run) {
           spread_cotangents(pairs[run.sample].cotangent, ob + o, run, q + o * kAllProducts<A> + run.place * lanes);
         });
       for (int p = 0; p < kProducts; ++p)
         for (int64_t b = 0; b < blocks; ++b)
-          for (int i = 0; i < lanes; i += inputs, sum += inputs * vectors * lanes)
+          for (int i = 0; i < lanes; i += inputs)
             add_products<A, vectors, inputs>(v + b * kAllProducts<A> + p * kOneProduct<A> + i, q + p * kOneProduct<A>,
-                                             chunk.tiles, sum);
+                                             chunk.tiles, group + (b * kProducts + p) * product + i * vectors * lanes);
     }
   }
 }
@@ -383,12 +388,13 @@ void unpack_winograd_gradient(const ConvShape& shape, const A* gradient, int64_t
   const int64_t in_blocks = blocks_of<A>(shape.in_channels), vectors = vectors_of<A>(shape.out_channels);
   const auto unpack_cell = [&](int64_t block, int64_t first) {
     alignas(64) A cell[9 * lanes * lanes];
-    const int64_t width = vectors * lanes, product = in_blocks * lanes * width, out = block * lanes;
+    const int64_t width = vectors * lanes, product = lanes * width, out = block * lanes;
     const int64_t outputs = std::min(lanes, shape.out_channels - out);
     const int64_t inputs = std::min(lanes, shape.in_channels - first);
     const GradientCell<A, T> direct{shape,  outputs, inputs, cell, 0, 1, weight + out * strides[0] + first * strides[1],
                                     strides};
-    const A* from = gradient + block / vectors * kProducts * product + first * width + block % vectors * lanes;
+    const A* from =
+        gradient + (block / vectors * in_blocks * lanes + first) * kProducts * width + block % vectors * lanes;
     for (int64_t in = 0; in < inputs; ++in, from += width) {
       V columns[4][3];
       FASTODE_UNROLL for (int x = 0; x < 4; ++x) {
