@@ -90,7 +90,7 @@ def test_what_is_not_finite_stays_where_it_is(place: tuple[int, int], channels: 
 
 @pytest.mark.parametrize("side", [4, 16])
 def test_about_as_exact_as_direct_sums(side: int) -> None:
-    """Over many values the mean square of its errors, and of its gradients', is near that of PyTorch's own."""
+    """Over many values its errors' root mean square is at most what the rule allows a block: twice PyTorch's own."""
     torch.manual_seed(7)
     block = reference.ShuOsher(nn.Sequential(nn.Conv2d(64, 64, 3, padding=1, bias=False)), EULER)
     x, cotangent = torch.randn(8, 64, side, side), torch.randn(8, 64, side, side)
@@ -103,4 +103,4 @@ def test_about_as_exact_as_direct_sums(side: int) -> None:
     truth = results(copy.deepcopy(block).double(), torch.float64)
     pairs = zip(results(resident(block), torch.float32), results(block, torch.float32), truth, strict=True)
     for found, direct, true in pairs:
-        assert (found - true).square().mean().sqrt() <= 1.5 * (direct - true).square().mean().sqrt()
+        assert (found - true).square().mean().sqrt() <= 2 * (direct - true).square().mean().sqrt()
