@@ -173,7 +173,6 @@ struct BatchDescentBackward {
   }
 
   static FASTODE_DEVICE void add_e_bar(const cuda::DescentCall& call, int n, int e_bar, bool first) {
-    if (call.steps == 1) return;  // it is the sum, and has its place
     Sum sum;
     State total;
     Tile::clear(sum);

@@ -169,26 +169,29 @@ struct Read {
   int64_t bytes;
 };
 
-// Launches the convolutions' gradients. Their shares, which `finish` is to add up, take no memory but where the maps
-// have been that they are made of; where there is no room for one, there is a tensor for it, which is returned. Blocks
-// take at most two turns, and are fewer where that is not enough.
+// What the shares may take in any case: less than that is not worth fewer blocks.
+inline constexpr int64_t kFewBytes = 2 << 20;
+
+// Launches the convolutions' gradients. Their shares, which `finish` is to add up, lie where the maps have been that
+// they are made of. Where few have room there, a tensor that is returned has them. Blocks take two turns at most, and
+// are fewer where that is not enough.
 inline Tensor make_products(const Tensor& x, Shape shape, WeightsCall& call, FinishCall& finish, const Read& first,
                             const Read& second = {nullptr, 0}) {
   const Queue queue = queue_of(x);
   const int units = call.branch.count, channels = finish.channels;
   const int64_t entries = static_cast<int64_t>(units) * (9 * channels + 1) * channels;
   const int64_t bytes = entries * static_cast<int64_t>(sizeof(float));
-  const auto floats = [](char* at) { return reinterpret_cast<float*>(at); };
-  const int64_t split = first.bytes / bytes, room = split + second.bytes / bytes;
-  const int64_t most = weight_gradients_blocks(type_of(x), shape, call, queue) / units;
-  const int64_t each = std::min(most, 2 * std::max<int64_t>(room, 1)), turns = each > room ? 2 : 1;  // of a unit
-  Shares shares{floats(first.at), floats(second.at), static_cast<int>(split),
-                static_cast<int>((each + turns - 1) / turns)};
+  const int64_t most = weight_gradients_blocks(type_of(x), shape, call, queue) / units;  // of a unit
+  int64_t split = first.bytes / bytes, room = split + second.bytes / bytes;
+  float *at = reinterpret_cast<float*>(first.at), *behind = reinterpret_cast<float*>(second.at);
+  const int64_t least = std::min((most + 1) / 2, std::max<int64_t>(kFewBytes / bytes, 1));
   Tensor made;
-  if (room == 0) {
-    made = new_vector(x, entries, ScalarType::Float);
-    shares.first = floats(bytes_of(made)), shares.split = 1;
+  if (room < least) {
+    made = new_vector(x, least * entries, ScalarType::Float);
+    at = static_cast<float*>(made.data_ptr()), split = room = least;
   }
+  const int64_t each = std::min(most, 2 * room), turns = each > room ? 2 : 1;
+  const Shares shares{at, behind, static_cast<int>(split), static_cast<int>((each + turns - 1) / turns)};
   call.blocks = static_cast<int>(each) * units, call.shares = finish.shares = shares;
   launched(weight_gradients(type_of(x), shape, call, queue));
   return made;

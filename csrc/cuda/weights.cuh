@@ -175,7 +175,6 @@ struct WeightGradients {
       products.add(branch.memory().map, bare);
     }
     branch.leave_partial(bias);
-    block_barrier();
     constexpr int64_t entries = Products<Tile>::kEntries + C;
     const int rows = call.shares.rows, turns = (stride + rows - 1) / rows;
     float* const to = row_of(call.shares, first % rows, units * entries) + u * entries;
@@ -183,7 +182,7 @@ struct WeightGradients {
     if constexpr (ProductSums<Tile>::kShares) ProductSums<Tile>{to, shared}.add(products, false);
     FASTODE_ROLLED
     for (int turn = 0; turn < turns; ++turn) {
-      grid_barrier();  // shares lie where maps have been that blocks have read
+      grid_barrier();  // shares lie where maps have been that blocks read
       if (turn == first / rows) leave_share(branch, products, {to, shared}, turn > 0);
     }
   }
