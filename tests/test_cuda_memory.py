@@ -70,9 +70,7 @@ def test_the_maps_of_a_step(family: str, norm: str, less: bool, monkeypatch: pyt
 
 @pytest.mark.parametrize("less", [False, True], ids=["all", "less"])
 @pytest.mark.parametrize(("family", "norm"), STEPS)
-def test_what_a_step_takes_beside_its_maps(
-    family: str, norm: str, less: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_step_takes_beside_its_maps(family: str, norm: str, less: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The shares of blocks lie where maps have been: of any number of them no more is there than one, and sums."""
     monkeypatch.setenv(LESS_MEMORY, str(int(less)))
     case = step_of(family, norm, 64, 8, 8)
