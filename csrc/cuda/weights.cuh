@@ -168,22 +168,24 @@ struct WeightGradients {
       block_barrier();
       put_input(branch, call, product, u, item % call.samples, incoming);
       // A tangent has no bias.
-      put_cotangent(bare, product.factor[u], incoming.cotangent, product.tangent[u] < 0, bias[0]);
+      put_cotangent(bare, product, u, incoming.cotangent, bias[0]);
       block_barrier();
       // The next item's maps come while the products are made.
       if (item + stride < items) request(branch, call, u, item + stride, incoming);
       products.add(branch.memory().map, bare);
     }
     branch.leave_partial(bias);
-    constexpr int64_t entries = Products<Tile>::kEntries + C;
-    const int rows = call.shares.rows, turns = (stride + rows - 1) / rows;
-    float* const to = row_of(call.shares, first % rows, units * entries) + u * entries;
     float* const shared = reinterpret_cast<float*>(bare + 3 * Tile::kKeptBytes);
-    if constexpr (ProductSums<Tile>::kShares) ProductSums<Tile>{to, shared}.add(products, false);
+    if constexpr (ProductSums<Tile>::kShares) ProductSums<Tile>{nullptr, shared}.add(products, false);
+    // Anew, so that nothing of it waits in a register while products are made.
+    const int group = anew(block()) / call.branch.count, unit = anew(block()) % call.branch.count;
+    const int rows = call.shares.rows, turns = (blocks() / call.branch.count + rows - 1) / rows;
+    constexpr int64_t entries = Products<Tile>::kEntries + C;
+    float* const to = row_of(call.shares, group % rows, call.branch.count * entries) + unit * entries;
     FASTODE_ROLLED
     for (int turn = 0; turn < turns; ++turn) {
       grid_barrier();  // shares lie where maps have been that blocks read
-      if (turn == first / rows) leave_share(branch, products, {to, shared}, turn > 0);
+      if (turn == group / rows) leave_share(branch, products, {to, shared}, turn > 0);
     }
   }
 
@@ -226,10 +228,13 @@ struct WeightGradients {
   }
 
   // Its sums over the pixels are the bias's.
-  static FASTODE_DEVICE void put_cotangent(char* bare, float factor, const char* slot, bool sums, float (&bias)[4]) {
+  static FASTODE_DEVICE void put_cotangent(char* bare, const cuda::Product& product, int u, const char* slot,
+                                           float (&bias)[4]) {
     using T = typename Tile::Type;
     FASTODE_ROLLED
     for (int tile = 0; tile < Tile::kTiles; ++tile) {
+      const float factor = product.factor[anew(u)];  // here, for registers are scarce
+      const bool sums = product.tangent[anew(u)] < 0;
       const Words kept = Tile::kept_tile(slot, tile);
       FASTODE_UNROLLED
       for (int i = 0; i < 4; ++i) {
