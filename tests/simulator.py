@@ -112,6 +112,17 @@ def order(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def blocks(count: int) -> Iterator[None]:
+    """Let so many blocks of a program run at a time, and not two."""
+    load()
+    torch.ops.fastode_simt.set_blocks(count)
+    try:
+        yield
+    finally:
+        torch.ops.fastode_simt.set_blocks(2)
+
+
+@contextlib.contextmanager
 def without(barrier: str) -> Iterator[None]:
     """Let nobody wait at one of `barriers`: what needs it has to come out wrong in one of ORDERS."""
     load()

@@ -121,10 +121,13 @@ struct BatchDescentBackward {
   static FASTODE_DEVICE Slots own(const cuda::DescentCall& call, const int (&first)[kMostUnits], int k) {
     return {first, (k - 1) * call.stride_back};
   }
+  static FASTODE_DEVICE int e_bar_of(const cuda::DescentCall& call, int k) {
+    return call.e_bar + (k - 1) * call.stride_back;
+  }
 
   // ē of step k from the cotangent of y_k: equation (4).
   static FASTODE_DEVICE void push(BatchSecond<Tile>& branch, const cuda::DescentCall& call, int k) {
-    const int e_bar = own(call, call.value, k)[branch.count() - 1];
+    const int e_bar = e_bar_of(call, k);
     branch.push(
         k, call.steps + k, call.room, at(call, call.at_point.input, k), own(call, call.tangent, k),
         [&](int n, State& t) { Tile::recall(t, place(call, call.bar, n)); },
@@ -145,14 +148,13 @@ struct BatchDescentBackward {
     const Slots input = last ? Slots{call.at_x.input} : at(call, call.at_point.input, k);
     const Slots tangent = last ? Slots{call.zero} : own(call, call.tangent, k);
     const Slots back = last ? Slots{call.zero} : at(call, call.at_point.back, k);
-    const Slots value = last ? Slots{call.at_x.cotangent} : own(call, call.value, k);
+    const Slots value = last ? Slots{call.at_x.cotangent} : at(call, call.value, k);
     // Again where it is used, so that no register waits with it.
-    const auto e_bar = [&] {
-      return (k == 0 ? Slots{call.at_x.cotangent} : own(call, call.value, anew(k)))[branch.count() - 1];
-    };
+    const auto e_bar = [&] { return e_bar_of(call, anew(k)); };
     branch.sweep(
         last ? 0 : -2 * call.step_size, k, last ? 0 : call.steps + k, call.room, input, tangent, back, value,
-        call.waiting, last ? 1 : -call.theta, call.sums != nullptr,
+        last ? call.at_x.cotangent[branch.count() - 1] : e_bar(), call.waiting, last ? 1 : -call.theta,
+        call.sums != nullptr,
         [&](int n, Sum& sum) {
           Tile::clear(sum);
           Tile::add_kept(sum, 1, place(call, last ? call.bar : e_bar(), n));

@@ -51,7 +51,7 @@ class BatchSecond : public Batch<Tile, Second<Tile>> {
   // place for cotangents that wait for the other samples.
   template <class Enter, class Leave>
   FASTODE_DEVICE void sweep(float factor, int evaluation, int means, const cuda::Room& room, Slots input, Slots tangent,
-                            Slots back, Slots value, int waiting, float weight, bool sums, const Enter& enter,
+                            Slots back, Slots value, int top, int waiting, float weight, bool sums, const Enter& enter,
                             const Leave& leave) {
     const int count = this->branch_.count;
     FASTODE_ROLLED
@@ -66,7 +66,7 @@ class BatchSecond : public Batch<Tile, Second<Tile>> {
                      places(room, n, input[u + 1], tangent[u + 1], back[u + 1]), at);
         if (u < 0) return leave(n, bar);
         sweep_convolution(u, bar, factor, n, evaluation, means, room, places(room, n, input[u], tangent[u], back[u]),
-                          value[u], at);
+                          u + 1 < count ? value[u] : top, at);
         if (this->is_batch(u)) this->template leave_sums<3>(n);
         if (sums && this->affine(this->branch_.unit[u])) this->add_both(u, weight);
       });

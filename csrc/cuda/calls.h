@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -53,6 +54,8 @@ inline Tensor new_map(const Tensor& x, int64_t c, int64_t h, int64_t w, bool las
 inline Tensor new_map_like(const Tensor& x) {
   return new_map(x, x.size(1), x.size(2), x.size(3), x.strides()[1] == 1 && x.size(1) > 1);
 }
+
+inline char* bytes_of(const Tensor& x) { return static_cast<char*>(x.data_ptr()); }
 
 inline Map map_of(const Tensor& x) {
   const auto strides = x.strides();
@@ -107,18 +110,18 @@ class Store {
   }
   explicit Store(const Tensor& found) : tensor(found) {}
 
-  char* at() const { return static_cast<char*>(tensor.data_ptr()); }
+  char* at() const { return bytes_of(tensor); }
   float* numbers(const Tensor& x, int places) const { return numbers(x, shape_of(x), places); }
   float* numbers(const Tensor& x, Shape shape, int places) const {
     return reinterpret_cast<float*>(at() + maps(x, shape, places));
   }
 
-  Tensor tensor;
-
- private:
+  // The bytes of so many places.
   static int64_t maps(const Tensor& x, Shape shape, int places) {
     return places * x.size(0) * static_cast<int64_t>(kept_bytes(shape));
   }
+
+  Tensor tensor;
 };
 
 // The statistics of so many evaluations.
@@ -160,15 +163,38 @@ inline Tensor new_gradient(const Tensor& p) {
   return new_tensor(p, p.scalar_type(), sizes, strides);
 }
 
-// Launches the convolutions' gradients: what is returned has the shares that `finish` is to add up.
-inline Tensor make_products(const Tensor& x, Shape shape, WeightsCall& call, FinishCall& finish) {
+// Memory whose maps only the convolutions' gradients read: when these are made, it is free.
+struct Read {
+  char* at;
+  int64_t bytes;
+};
+
+// What the shares may take in any case: less than that is not worth fewer blocks.
+inline constexpr int64_t kFewBytes = 2 << 20;
+
+// Launches the convolutions' gradients. Their shares, which `finish` is to add up, lie where the maps have been that
+// they are made of. Where few have room there, a tensor that is returned has them. Blocks take two turns at most, and
+// are fewer where that is not enough.
+inline Tensor make_products(const Tensor& x, Shape shape, WeightsCall& call, FinishCall& finish, const Read& first,
+                            const Read& second = {nullptr, 0}) {
   const Queue queue = queue_of(x);
-  const int blocks = weight_gradients_blocks(type_of(x), shape, call, queue), channels = finish.channels;
-  const Tensor partial = new_vector(x, static_cast<int64_t>(blocks) * (9 * channels + 1) * channels, ScalarType::Float);
-  finish.partial = call.partial = static_cast<float*>(partial.data_ptr());
-  finish.partial_rows = blocks / call.branch.count;
+  const int units = call.branch.count, channels = finish.channels;
+  const int64_t entries = static_cast<int64_t>(units) * (9 * channels + 1) * channels;
+  const int64_t bytes = entries * static_cast<int64_t>(sizeof(float));
+  const int64_t most = weight_gradients_blocks(type_of(x), shape, call, queue) / units;  // of a unit
+  int64_t split = first.bytes / bytes, room = split + second.bytes / bytes;
+  float *at = reinterpret_cast<float*>(first.at), *behind = reinterpret_cast<float*>(second.at);
+  const int64_t least = std::min((most + 1) / 2, std::max<int64_t>(kFewBytes / bytes, 1));
+  Tensor made;
+  if (room < least) {
+    made = new_vector(x, least * entries, ScalarType::Float);
+    at = static_cast<float*>(made.data_ptr()), split = room = least;
+  }
+  const int64_t each = std::min(most, 2 * room), turns = each > room ? 2 : 1;
+  const Shares shares{at, behind, static_cast<int>(split), static_cast<int>((each + turns - 1) / turns)};
+  call.blocks = static_cast<int>(each) * units, call.shares = finish.shares = shares;
   launched(weight_gradients(type_of(x), shape, call, queue));
-  return partial;
+  return made;
 }
 
 }  // namespace fastode::cuda

@@ -97,16 +97,16 @@ struct DescentBackward {
                                   typename Tile::State& bar, typename Tile::Sum& sum) {
     const int by = (k - 1) * call.stride, back_by = (k - 1) * call.stride_back, means = call.steps + k;
     const Slots input{call.at_point.input, by}, back{call.at_point.back, by};
-    const Slots tangent{call.tangent, back_by}, value{call.value, back_by};
+    const Slots tangent{call.tangent, back_by};
     char* const pushed = place(call, tangent[0], n);
-    char* const e_bar = place(call, value[branch.count() - 1], n);
     branch.push(bar, sum, n, k, means, call.room, input, tangent);
     Tile::scale(sum, 2 * call.step_size * call.theta);
     Tile::add_kept(sum, -2 * call.step_size, pushed);
-    branch.sweep(sum, -2 * call.step_size, n, k, means, call.room, input, tangent, back, value, -call.theta,
-                 call.sums != nullptr);
+    branch.sweep(sum, -2 * call.step_size, n, k, means, call.room, input, tangent, back, call.e_bar + back_by,
+                 -call.theta, call.sums != nullptr);
     Tile::scale(sum, -call.theta);
     Tile::add_kept(sum, 1, pushed);
+    char* const e_bar = place(call, call.e_bar + back_by, anew(n));
     Tile::add_kept(sum, 1, e_bar);
     Tile::round(bar, sum);
     add_e_bar(call, n, e_bar, k == call.steps);

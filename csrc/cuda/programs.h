@@ -86,18 +86,27 @@ struct BackwardCall {
 struct Product {
   int evaluation, tangent_evaluation;
   int input[kMostUnits], tangent[kMostUnits], cotangent[kMostUnits];
-  float factor;
+  float factor[kMostUnits];  // of the cotangent
 };
 
 inline constexpr int kMostProducts = 16;
 static_assert(kMostProducts >= kMostStages && kMostProducts >= 2 * kMostSteps + 1);
 
-// The gradients of the convolutions' parameters.
+// Shares of the convolutions' gradients, each of some blocks for every unit: [row][unit][9 · channels² as (tap, in,
+// out), then channels of the bias]. The first `split` rows lie at `first`, the others at `second`.
+struct Shares {
+  float *first, *second;
+  int split, rows;
+};
+
+// The gradients of the convolutions' parameters. Of its blocks, as many for each unit, those that have a row in common
+// add to it in turns, in their order.
 struct WeightsCall {
   int samples, count;  // of products
+  int blocks;
   Branch branch;
   Room room;
-  float* partial;  // [block / units][unit][9 · channels² as (tap, in, out), then channels of the bias]
+  Shares shares;
   Product product[kMostProducts];
 };
 
@@ -114,9 +123,14 @@ struct UnitGradients {
 struct FinishCall {
   int units, norms, channels;  // the norms are those of as many units, or of a pair
   int stride, own[2];          // of a pair, as Pair has them; of units 1 and their channels
-  const float *partial, *sums;
-  int partial_rows, sums_rows;
+  Shares shares;
+  const float* sums;
+  int sums_rows;
   UnitGradients unit[kMostGradients];
+  // Where a batch is taken part by part, the float sums of the parts before, null at the first one, and where those
+  // with this one go, null at the last one. They may be the same.
+  const float* before;
+  float* after;
 };
 
 // What an evaluation of the branch and its pull-back keep, by place.
@@ -135,11 +149,13 @@ struct DescentCall {
   int skip;              // where f(x) lies
   Trace at_x, at_point;  // of the first step; those of the next lie `stride` places further each
   int stride;
-  // Backward: where ȳ₀, Σ ē, the tangents along ȳ and the cotangents of the value's stream lie, those of each step
-  // `stride_back` places further.
+  // Backward: where ȳ₀, Σ ē, and of the first step ē and the tangents along ȳ lie, those of the next ones `stride_back`
+  // places further; and the cotangents in the value's stream of all convolutions but the last, whose cotangent is ē:
+  // `stride` places further, for they take the places of `back`.
   int bar, e_bars;
-  int tangent[kMostUnits], value[kMostUnits];
+  int e_bar, tangent[kMostUnits];
   int stride_back;
+  int value[kMostUnits];
   // Batch norm in training: where cotangents of the activations wait for the other samples, and where a map of zeros
   // is, for each unit.
   int waiting, zero[kMostUnits];
@@ -238,7 +254,7 @@ struct SolveBackCall {
   Room room;          // a block's own places
   float* statistics;  // of the norms, [block][stage][norm][mean, rstd][channels]
   bool weight;        // whether the gradient of W is wanted
-  float* partial;     // of W, as WeightsCall has it
+  float* partial;     // of W, a row of Shares for each block
   float* sums;        // of the norms, [block][norm][bias, weight][channels]; null: their gradients are not wanted
 };
 

@@ -69,17 +69,18 @@ class Second : public Branch<Tile> {
     }
   }
 
-  // The gradient at a point of ⟨bar, f⟩ + factor ⟨e, J t⟩ in `bar`, where a pull-back of e has left `back`. `value`:
-  // where the cotangents of the convolutions in the value's stream go. The norms' sums count `weight` times.
+  // The gradient at a point of ⟨bar, f⟩ + factor ⟨e, J t⟩ in `bar`, where a pull-back of e has left `back`. The
+  // cotangents of the convolutions in the value's stream go to `top`, that of the last one, and where the next unit's
+  // `back` has been. The norms' sums count `weight` times.
   FASTODE_DEVICE void sweep(Sum& bar, float factor, int64_t sample, int evaluation, int means, const cuda::Room& room,
-                            Slots input, Slots tangent, Slots back, Slots value, float weight, bool sums) {
+                            Slots input, Slots tangent, Slots back, int top, float weight, bool sums) {
     FASTODE_ROLLED
     for (int u = this->branch_.count - 1; u >= 0; --u) {
       const cuda::Unit& unit = this->branch_.unit[u];
       {
         State state;
         Tile::round(state, bar);
-        Tile::keep(state, this->place(room, value[u], sample));
+        Tile::keep(state, this->place(room, u + 1 < this->branch_.count ? back[u + 1] : top, sample));
         block_barrier();
         Tile::put(this->memory_.map, state);
       }

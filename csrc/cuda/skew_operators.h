@@ -119,11 +119,12 @@ inline FinishCall finish_of(const Pair& pair, Shape shape, bool weight, bool nor
           shape.channels,
           pair.stride,
           {pair.channels[0], pair.channels[1]},
-          nullptr,
+          {},
           sums,
-          0,
           static_cast<int>(rows),
-          {}};
+          {},
+          nullptr,
+          nullptr};
 }
 
 // The gradients of W and of the norms' parameters, as far as they are asked for, and the others empty. `finish` gets
@@ -176,13 +177,13 @@ inline Gradients march_gradients(const Tensor& x, const Tensor& cotangent, const
   FinishCall finish = finish_of(march.pair, shape, weight, norms, call.sums, rows);
   Tensors bars = new_pair_gradients(parameters, integers, weight, norms, finish);
   if (!weight && !norms) return {bar, bars};
-  Tensor partial;
+  Tensor made;
   if (weight) {
     // Of a unit without a norm and an activation; the maps of all slopes lie behind each other, as those of samples do.
-    WeightsCall products{march.samples * slopes, 1, {}, march.room, nullptr, {}};
+    WeightsCall products{march.samples * slopes, 1, 0, {}, march.room, {}, {}};
     products.branch.count = 1, products.branch.unit[0].groups = 1, products.branch.statistics = call.plain;
-    products.product[0] = {0, 0, {call.products}, {-1}, {call.products + slopes}, 1};
-    partial = make_products(x, shape, products, finish);
+    products.product[0] = {0, 0, {call.products}, {-1}, {call.products + slopes}, {1}};
+    made = make_products(x, shape, products, finish, {own.at(), Store::maps(x, shape, slots)});
   }
   launched(finish_gradients(type_of(x), shape, finish, queue_of(x)));
   return {bar, bars};

@@ -115,7 +115,7 @@ inline Gradients solve_gradients(const Tensor& x, const Tensor& cotangent, const
   call.partial = call.statistics + blocks * (statistics + sums);
   launched(cuda::solve_backward(type_of(x), shape, call, queue));
   FinishCall finish = finish_of(solve.pair, shape, weight, norms, call.sums, blocks);
-  finish.partial = call.partial, finish.partial_rows = static_cast<int>(blocks);
+  finish.shares = {call.partial, nullptr, static_cast<int>(blocks), static_cast<int>(blocks)};
   Tensors bars = new_pair_gradients(parameters, integers, weight, norms, finish);
   if (weight || norms) launched(finish_gradients(type_of(x), shape, finish, queue));
   return {bar, bars};

@@ -12,6 +12,7 @@ device::Launch plan_of(const WeightsCall& call, const Queue& queue) {
   const int units = call.branch.count;
   device::Launch how = device::plan<Program, WeightsCall>(Program::most_items(call), Program::bytes(units), queue);
   how.blocks = std::max(1, how.blocks / units) * units;
+  how.cooperative = true;
   return how;
 }
 
@@ -21,7 +22,9 @@ const char* weight_gradients(Type type, Shape shape, const WeightsCall& call, co
   const device::CurrentDevice here(queue.device);
   const char* reason = device::kNoProgram;
   device::with_tile(type, shape, [&]<class Tile>() {
-    reason = device::launch<device::WeightGradients<Tile>>(plan_of<Tile>(call, queue), call);
+    device::Launch how = plan_of<Tile>(call, queue);
+    how.blocks = call.blocks;
+    reason = device::launch<device::WeightGradients<Tile>>(how, call);
   });
   return reason;
 }

@@ -2,6 +2,7 @@
 // on the tensor cores, a block's share of samples and stages at a time, and the sum of all blocks' shares.
 #pragma once
 
+#include "grid.cuh"
 #include "second.cuh"
 
 namespace fastode::device {
@@ -124,16 +125,23 @@ struct ProductSums {
   }
 
   // After the last products.
-  FASTODE_DEVICE void finish() const {
+  FASTODE_DEVICE void finish(bool more = false) const {
     FASTODE_ROLLED
-    for (int i = thread(); kShares && i < Products<Tile>::kEntries; i += Tile::kThreads) to[i] = shared[i];
+    for (int i = thread(); kShares && i < Products<Tile>::kEntries; i += Tile::kThreads)
+      to[i] = more ? to[i] + shared[i] : shared[i];
   }
 };
+
+// Where a row of shares begins, each so many entries long.
+FASTODE_DEVICE float* row_of(const cuda::Shares& shares, int row, int64_t entries) {
+  return row < shares.split ? shares.first + row * entries : shares.second + (row - shares.split) * entries;
+}
 
 // A block's share of the gradients of one unit's convolution.
 template <class Tile>
 struct WeightGradients {
   static constexpr int threads = Tile::kThreads;
+  static constexpr bool meets = true;
   static constexpr int C = Tile::kChannels;
 
   // Behind the branch's: the cotangent for the products, the two maps that are on their way, sums of warps.
@@ -160,23 +168,43 @@ struct WeightGradients {
       block_barrier();
       put_input(branch, call, product, u, item % call.samples, incoming);
       // A tangent has no bias.
-      put_cotangent(bare, product.factor, incoming.cotangent, product.tangent[u] < 0, bias[0]);
+      put_cotangent(bare, product, u, incoming.cotangent, bias[0]);
       block_barrier();
       // The next item's maps come while the products are made.
       if (item + stride < items) request(branch, call, u, item + stride, incoming);
       products.add(branch.memory().map, bare);
     }
-    float* const to = call.partial + block() * static_cast<int64_t>(Products<Tile>::kEntries + C);
     branch.leave_partial(bias);
-    block_barrier();
+    float* const shared = reinterpret_cast<float*>(bare + 3 * Tile::kKeptBytes);
+    if constexpr (ProductSums<Tile>::kShares) ProductSums<Tile>{nullptr, shared}.add(products, false);
+    // Anew, so that nothing of it waits in a register while products are made.
+    const int group = anew(block()) / call.branch.count, unit = anew(block()) % call.branch.count;
+    const int rows = call.shares.rows, turns = (blocks() / call.branch.count + rows - 1) / rows;
+    constexpr int64_t entries = Products<Tile>::kEntries + C;
+    float* const to = row_of(call.shares, group % rows, call.branch.count * entries) + unit * entries;
     FASTODE_ROLLED
-    for (int c = thread(); c < C; c += Tile::kThreads) to[Products<Tile>::kEntries + c] = branch.sum_channel(0, c);
-    const ProductSums<Tile> sums{to, reinterpret_cast<float*>(bare + 3 * Tile::kKeptBytes)};
-    sums.add(products, false);
-    sums.finish();
+    for (int turn = 0; turn < turns; ++turn) {
+      grid_barrier();  // shares lie where maps have been that blocks read
+      if (turn == group / rows) leave_share(branch, products, {to, shared}, turn > 0);
+    }
   }
 
  private:
+  // Puts a block's share to a row or, with `more`, adds it.
+  static FASTODE_DEVICE void leave_share(const Second<Tile>& branch, const Products<Tile>& products,
+                                         const ProductSums<Tile>& sums, bool more) {
+    FASTODE_ROLLED
+    for (int c = thread(); c < C; c += Tile::kThreads) {
+      float& place = sums.to[Products<Tile>::kEntries + c];
+      const float own = branch.sum_channel(0, c);
+      place = more ? place + own : own;
+    }
+    if constexpr (ProductSums<Tile>::kShares)
+      sums.finish(more);
+    else
+      sums.add(products, more);
+  }
+
   // Where a unit's input and the cotangent of its convolution come.
   struct Incoming {
     char *input, *cotangent;
@@ -200,10 +228,13 @@ struct WeightGradients {
   }
 
   // Its sums over the pixels are the bias's.
-  static FASTODE_DEVICE void put_cotangent(char* bare, float factor, const char* slot, bool sums, float (&bias)[4]) {
+  static FASTODE_DEVICE void put_cotangent(char* bare, const cuda::Product& product, int u, const char* slot,
+                                           float (&bias)[4]) {
     using T = typename Tile::Type;
     FASTODE_ROLLED
     for (int tile = 0; tile < Tile::kTiles; ++tile) {
+      const float factor = product.factor[anew(u)];  // here, for registers are scarce
+      const bool sums = product.tangent[anew(u)] < 0;
       const Words kept = Tile::kept_tile(slot, tile);
       FASTODE_UNROLLED
       for (int i = 0; i < 4; ++i) {
@@ -232,12 +263,14 @@ struct FinishGradients {
     float sum = 0;
     if (entry < total) {
       const bool norm = entry >= first;
-      const float* from = norm ? call.sums + entry - first : call.partial + entry;
       const int64_t width = norm ? norm_entries(call) : first;
-      const int rows = norm ? call.sums_rows : call.partial_rows;
+      const int rows = norm ? call.sums_rows : call.shares.rows;
       const int fold = norm ? fold_of(call, entry - first) : 1;
-      for (int row = thread() / kAcross; row < rows; row += kDown)
-        for (int i = 0; i < fold; ++i) sum += from[row * width + i];
+      for (int row = thread() / kAcross; row < rows; row += kDown) {
+        const float* const from =
+            norm ? call.sums + row * width + entry - first : row_of(call.shares, row, width) + entry;
+        for (int i = 0; i < fold; ++i) sum += from[i];
+      }
     }
     parts[thread()] = sum;
     block_barrier();
@@ -245,7 +278,11 @@ struct FinishGradients {
     sum = 0;
     FASTODE_UNROLLED
     for (int i = 0; i < kDown; ++i) sum += parts[i * kAcross + thread()];
-    put(call, entry, first, sum);
+    if (call.before) sum += call.before[entry];
+    if (call.after)
+      call.after[entry] = sum;
+    else
+      put(call, entry, first, sum);
   }
 
  private:

@@ -11,6 +11,11 @@ enum Order { kForward, kReverse, kRandom };
 // The order in which threads that can run do so, and that of a grid's blocks, from the next launch on.
 void set_order(Order order, uint64_t seed);
 
+// How many blocks of a program run at a time, from the next launch on; at first two, so that a block takes several
+// samples. It is the number of the card, too, for what is known of a card is kept by that.
+void set_blocks(int blocks);
+int blocks_at_a_time();
+
 // Since the library was loaded: the launches, the meetings of each kind (of mma the products), and ldmatrix's conflicts
 // of banks. kKinds + 2 numbers.
 const int64_t* counts();

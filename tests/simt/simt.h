@@ -279,10 +279,10 @@ struct CurrentDevice {
   explicit CurrentDevice(int) {}
 };
 
-// As of a card on which a program has two blocks at a time, so that a block takes several samples.
+// As of a card on which every program has as many blocks at a time as its number says.
 template <class Program, class Arguments>
-int most_blocks(const Launch&) {
-  return 2;
+int most_blocks(const Launch& how) {
+  return how.device;
 }
 
 template <class Program, class Arguments>
