@@ -16,7 +16,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 # Small tests leave a second thread idle, so there is one process per core with one thread each; a test that is about
 # threads sets their number itself.
 PYTEST_FLAGS ?= -n auto --dist worksteal
-SANITIZE_TESTS ?= $(wildcard tests/test_operators.py tests/test_equality.py tests/test_staged*.py tests/test_resident*.py)
+SANITIZE_TESTS ?= $(wildcard tests/test_operators.py tests/test_equality.py tests/test_staged*.py tests/test_resident*.py tests/test_winograd.py)
 CXX_SOURCES = $(shell find csrc tests/simt \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
 
 setup: $(STAMP)
@@ -118,7 +118,7 @@ simt-asan: $(STAMP)
 	    $(BIN)/python -m pytest -q -p no:cacheprovider -n 2 --dist worksteal $(SIMT_TESTS)
 
 # The same sources for machines without AVX-512 (vectors of 32 bytes), and without AVX (16 bytes, as NEON's are).
-PORTABLE_TESTS ?= tests/test_resident.py tests/test_resident_bf16.py tests/test_operators.py
+PORTABLE_TESTS ?= tests/test_resident.py tests/test_resident_bf16.py tests/test_winograd.py tests/test_operators.py
 portable: export FASTODE_ONE_DESIGN := 1
 portable: export OMP_NUM_THREADS := 1
 portable: $(STAMP)

@@ -115,7 +115,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "sigmoid": nn.Sigmoid,
     "mish": nn.Mish,  # which no engine reads: everything falls back to the reference
 }
-CHANNELS = (1, 2, 3, 4, 5, 8, 12, 16, 20)
+CHANNELS = (1, 2, 3, 4, 5, 8, 12, 16, 20, 32)
 INNER = CHANNELS[2:]  # fewer may all be dead behind a ReLU, and a norm of constants is rounding alone
 
 
@@ -125,7 +125,7 @@ def draw_case(seed: int, index: int) -> Case:
     torch.manual_seed(draw.getrandbits(32))
     family = draw.choice(list(FAMILIES))
     channels = draw.choice(CHANNELS)
-    batch, height, width = draw.choice((1, 1, 2, 3, 5)), draw.choice((1, 2, 4, 6, 7)), draw.choice((1, 3, 4, 8, 9))
+    batch, height, width = draw.choice((1, 1, 2, 3, 5, 9)), draw.choice((1, 2, 4, 6, 7)), draw.choice((1, 3, 4, 8, 9))
     dtype = draw.choice((torch.float32, torch.float64, torch.float64, torch.bfloat16))
     autocast = torch.bfloat16 if dtype is torch.float32 and draw.random() < 0.2 else None
     if family in BY_ERROR:  # in bfloat16 every rounding takes other steps

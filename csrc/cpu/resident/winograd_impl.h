@@ -257,10 +257,12 @@ inline void gather_outputs(const TileRun& run, const A* m, const A* bias, const 
 template <class A, int vectors>
 inline void ask_for(const View<A>& out, int64_t b, const TileRun& run, int p) {
   const int64_t first = 2 * run.count * p / kProducts, last = 2 * run.count * (p + 1) / kProducts;
-  for (int64_t x = first; x < last; ++x) FASTODE_UNROLL for (int o = 0; o < vectors; ++o) {
+  for (int64_t x = first; x < last; ++x) {
+    for (int o = 0; o < vectors; ++o) {
       __builtin_prefetch(out.pixel_at(b + o, 2 * run.y, 2 * run.x + x), 1);
       __builtin_prefetch(out.pixel_at(b + o, 2 * run.y + 1, 2 * run.x + x), 1);
     }
+  }
 }
 
 template <class A, int vectors>
