@@ -78,6 +78,7 @@ Means<Number<T>> Branch<T>::means() {
 // scratch for those by Winograd's filtering.
 template <class T>
 void Branch<T>::take_scratch(Need need) {
+  const bool weights = spec_.gradients > 0 && need != Need::kValue;
   if constexpr (std::is_same_v<T, bfloat16>) {
     for (size_t j = 0; j < planes_.size(); ++j) {
       int64_t fewest = spec_.blocks * kLanes<A>;  // of the maps that convolutions read on this plane
@@ -91,7 +92,6 @@ void Branch<T>::take_scratch(Need need) {
       }
       together_.push_back(Narrow::samples_together(planes_[j], fewest, schedule_.group));
     }
-    const bool weights = spec_.gradients > 0 && need != Need::kValue;
     for (size_t j = 0; j < spec_.units.size(); ++j) {
       if (!weights || !spec_.units[j].has_conv) continue;
       const int64_t together = together_[j + 1];
@@ -102,10 +102,13 @@ void Branch<T>::take_scratch(Need need) {
   } else {
     together_.assign(planes_.size(), 1);
     if constexpr (kWinograd<T>)
-      for (const UnitSpec<A>& unit : spec_.units)
-        for (const ConvShape& shape : {unit.shape, unit.shape.transposed()})
-          if (unit.winograd)
-            scratch_stride_ = std::max<int64_t>(scratch_stride_, winograd_scratch_size<A>(shape) * sizeof(A));
+      for (const UnitSpec<A>& unit : spec_.units) {
+        if (!unit.winograd) continue;
+        int64_t most = winograd_scratch_size<A>(unit.shape);
+        if (need != Need::kValue) most = std::max(most, winograd_scratch_size<A>(unit.shape.transposed()));
+        if (weights && unit.winograd_gradient) most = std::max(most, winograd_gradient_scratch_size<A>(unit.shape));
+        scratch_stride_ = std::max<int64_t>(scratch_stride_, most * sizeof(A));
+      }
   }
   scratch_stride_ = divide_up(scratch_stride_, 64) * 64;
   if (scratch_stride_) scratch_ = memory_.template per_worker<char>(scratch_stride_);

@@ -44,9 +44,11 @@ int64_t winograd_size(const ConvShape& shape) {
   return blocks_of<A>(shape.out_channels) * blocks_of<A>(shape.in_channels) * kLanes<A> * kLanes<A> * kProducts;
 }
 
-// Elements of scratch that a call needs.
+// Elements of scratch that a call of convolve_winograd needs, and one of winograd_gradient.
 template <class A>
 int64_t winograd_scratch_size(const ConvShape& shape);
+template <class A>
+int64_t winograd_gradient_scratch_size(const ConvShape& shape);
 
 // As pack_weights(), in winograd_size elements.
 template <class A, class T>

@@ -115,9 +115,21 @@ void pack_winograd(const ConvShape& shape, bool flip, const T* weight, const int
   });
 }
 
-// Forwards the transformed inputs and the products of one group of outputs; for a gradient the inputs and cotangents.
+// Whether one group has all outputs. Then its products go over the inputs that they are made of: no other group reads
+// these again.
+template <class A>
+bool is_one_group(const ConvShape& shape) {
+  return blocks_of<A>(shape.out_channels) == vectors_of<A>(shape.out_channels);
+}
+
 template <class A>
 int64_t winograd_scratch_size(const ConvShape& shape) {
+  const int64_t blocks = blocks_of<A>(shape.in_channels), vectors = vectors_of<A>(shape.out_channels);
+  return (is_one_group<A>(shape) ? std::max(blocks, vectors) : blocks + vectors) * kAllProducts<A>;
+}
+
+template <class A>
+int64_t winograd_gradient_scratch_size(const ConvShape& shape) {
   return (blocks_of<A>(shape.in_channels) + vectors_of<A>(shape.out_channels)) * kAllProducts<A>;
 }
 
@@ -154,7 +166,7 @@ inline void spread_inputs(const View<A>& in, int64_t b, const TileRun& run, A* t
 }
 
 // One product of so many tiles: m[output vector][tile] = sum over input channels of v[tile] u, both from one block of
-// these to the next.
+// these to the next. It may be written over v.
 template <class A, int vectors, int tiles>
 inline void multiply_tiles(const A* v, const A* u, int64_t in_channels, A* m, const char* ahead, int64_t ahead_step) {
   using V = Vec<A>;
@@ -270,7 +282,7 @@ void run_winograd(const Plane<A>& plane, const ConvShape& shape, const A* packed
                   int64_t count, A* scratch, Ahead* ahead) {
   constexpr int lanes = kLanes<A>;
   const int64_t blocks = blocks_of<A>(shape.in_channels), channels = shape.in_channels, width = vectors * lanes;
-  A *v = scratch, *m = scratch + blocks * kAllProducts<A>;
+  A *v = scratch, *m = is_one_group<A>(shape) ? v : v + blocks * kAllProducts<A>;
   for (Chunks chunk(plane, count); chunk.next();) {
     const auto each_run = [&](const auto& f) { std::for_each(chunk.runs, chunk.runs + chunk.count, f); };
     for (int64_t b = 0; b < blocks; ++b)
@@ -424,6 +436,7 @@ void unpack_winograd_gradient(const ConvShape& shape, const A* gradient, int64_t
 // What resident_winograd_<type>.cpp instantiates: everything above in arithmetic of A, for weights of A or of T.
 #define FASTODE_WINOGRAD(keyword, A, T)                                                                                \
   keyword template int64_t winograd_scratch_size<A>(const ConvShape&);                                                 \
+  keyword template int64_t winograd_gradient_scratch_size<A>(const ConvShape&);                                        \
   keyword template void pack_winograd(const ConvShape&, bool, const A*, const int64_t*, A*);                           \
   keyword template void pack_winograd(const ConvShape&, bool, const T*, const int64_t*, A*);                           \
   keyword template void convolve_winograd(const Plane<A>&, const ConvShape&, const A*, const A*, const ConvJob<A>*,    \
