@@ -101,36 +101,30 @@ def load() -> None:
 
 
 @contextlib.contextmanager
-def order(name: str) -> Iterator[None]:
+def _while_set(setting: str, value: tuple[object, ...], usual: tuple[object, ...]) -> Iterator[None]:
+    """Call one of the test machine's settings with a value, and in the end with the usual one."""
+    load()
+    call = getattr(torch.ops.fastode_simt, setting)
+    call(*value)
+    try:
+        yield
+    finally:
+        call(*usual)
+
+
+def order(name: str) -> contextlib.AbstractContextManager[None]:
     """Let threads and blocks take their turns in one of ORDERS."""
-    load()
-    torch.ops.fastode_simt.set_order(*ORDERS[name])
-    try:
-        yield
-    finally:
-        torch.ops.fastode_simt.set_order(*ORDERS["forward"])
+    return _while_set("set_order", ORDERS[name], ORDERS["forward"])
 
 
-@contextlib.contextmanager
-def blocks(count: int) -> Iterator[None]:
+def blocks(count: int) -> contextlib.AbstractContextManager[None]:
     """Let so many blocks of a program run at a time, and not two."""
-    load()
-    torch.ops.fastode_simt.set_blocks(count)
-    try:
-        yield
-    finally:
-        torch.ops.fastode_simt.set_blocks(2)
+    return _while_set("set_blocks", (count,), (2,))
 
 
-@contextlib.contextmanager
-def without(barrier: str) -> Iterator[None]:
+def without(barrier: str) -> contextlib.AbstractContextManager[None]:
     """Let nobody wait at one of `barriers`: what needs it has to come out wrong in one of ORDERS."""
-    load()
-    torch.ops.fastode_simt.leave_out(barrier)
-    try:
-        yield
-    finally:
-        torch.ops.fastode_simt.leave_out("")
+    return _while_set("leave_out", (barrier,), ("",))
 
 
 def barriers(run: Callable[[], object]) -> list[str]:

@@ -49,14 +49,15 @@ def results(block: nn.Module, x: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (1, 2), (5, 1)])
 @pytest.mark.parametrize("channels", [(3, 16), (32, 32), (20, 37), (16, 64)])
+@pytest.mark.parametrize("size", [(6, 7), (8, 8)], ids=["direct", "winograd"])
 def test_every_layout_gives_the_same_bits(
-    channels: tuple[int, int], kernel: int, stride: int, dtype: torch.dtype
+    size: tuple[int, int], channels: tuple[int, int], kernel: int, stride: int, dtype: torch.dtype
 ) -> None:
     plain = block_of(channels, kernel, stride, dtype)
     twin = copy.deepcopy(plain)
     fastode.fuse(twin)
     twin.engine = "resident"
-    x = sample_input(2, channels[0], 6, 7, dtype=dtype)
+    x = sample_input(2, channels[0], *size, dtype=dtype)
     assert_blocks_equal(plain, twin, x)
     expected = results(twin, x)
     for name, layout in LAYOUTS.items():

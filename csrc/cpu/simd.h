@@ -95,7 +95,7 @@ inline V absolute(V x) {
 
 // Whether no lane is infinite or NaN.
 template <class V>
-inline bool is_finite(V x) {
+inline bool all_finite(V x) {
   const V zero = x - x;
 #if defined(__AVX512F__)
   if constexpr (sizeof(V) == 64 && Lane<V>::count == 16)

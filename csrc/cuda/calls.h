@@ -55,8 +55,6 @@ inline Tensor new_map_like(const Tensor& x) {
   return new_map(x, x.size(1), x.size(2), x.size(3), x.strides()[1] == 1 && x.size(1) > 1);
 }
 
-inline char* bytes_of(const Tensor& x) { return static_cast<char*>(x.data_ptr()); }
-
 inline Map map_of(const Tensor& x) {
   const auto strides = x.strides();
   const bool even = strides[0] % 2 == 0 && strides[2] % 2 == 0 && strides[3] % 2 == 0;
@@ -110,7 +108,7 @@ class Store {
   }
   explicit Store(const Tensor& found) : tensor(found) {}
 
-  char* at() const { return bytes_of(tensor); }
+  char* at() const { return static_cast<char*>(tensor.data_ptr()); }
   float* numbers(const Tensor& x, int places) const { return numbers(x, shape_of(x), places); }
   float* numbers(const Tensor& x, Shape shape, int places) const {
     return reinterpret_cast<float*>(at() + maps(x, shape, places));

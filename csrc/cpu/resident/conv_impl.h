@@ -91,15 +91,11 @@ template <class A, class T>
 void unpack_gradient(const ConvShape& shape, const A* gradient, int64_t worker_stride, int64_t workers, T* weight,
                      const int64_t* strides) {
   constexpr int64_t lanes = kLanes<A>;
-  const int64_t in_blocks = blocks_of<A>(shape.in_channels);
-  const auto unpack_cell = [&](int64_t out, int64_t in) {
+  each_cell<A>(shape, [&](int64_t out, int64_t in) {
     const int64_t outputs = std::min(lanes, shape.out_channels - out), inputs = std::min(lanes, shape.in_channels - in);
     const A* from = gradient + gradient_index<A>(shape, out, in, 0, 0);
     T* to = weight + out * strides[0] + in * strides[1];
     GradientCell<A, T>{shape, outputs, inputs, from, worker_stride, workers, to, strides}.unpack();
-  };
-  in_parallel(blocks_of<A>(shape.out_channels) * in_blocks, kCells, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) unpack_cell(n / in_blocks * lanes, n % in_blocks * lanes);
   });
 }
 

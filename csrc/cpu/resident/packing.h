@@ -190,6 +190,16 @@ void pack_view(const ConvShape& shape, int64_t taps, const WeightView<T>& weight
   });
 }
 
+// f(first output, first input) for each block of outputs and one of inputs, shared out to the threads.
+template <class A, class F>
+void each_cell(const ConvShape& shape, const F& f) {
+  constexpr int64_t lanes = kLanes<A>;
+  const int64_t in_blocks = blocks_of<A>(shape.in_channels);
+  in_parallel(blocks_of<A>(shape.out_channels) * in_blocks, kCells, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) f(n / in_blocks * lanes, n % in_blocks * lanes);
+  });
+}
+
 // A block of outputs and one of inputs of a gradient, the parts' accumulators summed in order.
 template <class A, class T>
 struct GradientCell {

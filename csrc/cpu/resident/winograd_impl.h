@@ -32,10 +32,10 @@ class Chunks {
 
   // Whether there is another one.
   bool next() {
-    count = tiles = 0;
+    count_ = tiles = 0;
     while (tiles < kChunk && left_ > 0) {
       const int64_t length = std::min(columns_ - x_, kChunk - tiles);
-      runs[count++] = {sample_, y_, x_, length, tiles};
+      runs_[count_++] = {sample_, y_, x_, length, tiles};
       tiles += length, left_ -= length, x_ += length;
       if (x_ == columns_) x_ = 0, ++y_;
       if (y_ == rows_) y_ = 0, ++sample_;
@@ -43,10 +43,16 @@ class Chunks {
     return tiles > 0;
   }
 
-  TileRun runs[kChunk];
-  int64_t count = 0, tiles = 0;  // runs, and tiles in them
+  template <class F>
+  void each_run(const F& f) const {
+    std::for_each(runs_, runs_ + count_, f);
+  }
+
+  int64_t tiles = 0;
 
  private:
+  TileRun runs_[kChunk];
+  int64_t count_ = 0;
   int64_t rows_, columns_, left_, sample_ = 0, y_ = 0, x_ = 0;
 };
 
@@ -87,31 +93,36 @@ inline void kernel_of(const V (&u)[4][4], V (&g)[3][3]) {
   }
 }
 
+// Where the numbers of one vector of outputs and one block of inputs begin: those of one product, and the next one's
+// kLanes rows further.
+template <class A>
+int64_t cell_at(const ConvShape& shape, int64_t out, int64_t in) {
+  constexpr int64_t lanes = kLanes<A>;
+  const int64_t vectors = vectors_of<A>(shape.out_channels), block = out / lanes;
+  const int64_t before = block / vectors * blocks_of<A>(shape.in_channels) * lanes + in;
+  return before * kProducts * vectors * lanes + block % vectors * lanes;
+}
+
 template <class A, class T>
 void pack_winograd(const ConvShape& shape, bool flip, const T* weight, const int64_t* strides, A* packed) {
   using V = Vec<A>;
   constexpr int64_t lanes = kLanes<A>;
   const WeightView<T> straight(flip ? shape.transposed() : shape, weight, strides);
   const WeightView<T> view = flip ? straight.back(2, 2, 1) : straight;
-  const int64_t vectors = vectors_of<A>(shape.out_channels), width = vectors * lanes;
-  const int64_t in_blocks = blocks_of<A>(shape.in_channels);
-  const auto pack_cell = [&](int64_t block, int64_t first) {
+  const int64_t width = vectors_of<A>(shape.out_channels) * lanes, product = lanes * width;
+  each_cell<A>(shape, [&](int64_t out, int64_t first) {
     alignas(64) A cell[9 * lanes * lanes];
-    const int64_t inputs = std::min(lanes, shape.in_channels - first), out = block * lanes;
+    const int64_t inputs = std::min(lanes, shape.in_channels - first);
     const int64_t outputs = std::min(lanes, shape.out_channels - out);
     const T* from = view.at + out * view.out + first * view.in;
     PackedCell<A, T>{shape, 1, outputs, inputs, lanes, view, from, cell}.pack();
-    const int64_t product = lanes * width;
-    A* to = packed + (block / vectors * in_blocks * lanes + first) * kProducts * width + block % vectors * lanes;
+    A* to = packed + cell_at<A>(shape, out, first);
     for (int64_t in = 0; in < inputs; ++in, to += width) {
       V g[3][3], u[4][4];
       FASTODE_UNROLL for (int k = 0; k < 9; ++k) g[k / 3][k % 3] = load<V>(cell + (k * inputs + in) * lanes);
       spread_kernel(g, u);
       FASTODE_UNROLL for (int p = 0; p < kProducts; ++p) store<V>(to + p * product, u[p / 4][p % 4]);
     }
-  };
-  in_parallel(blocks_of<A>(shape.out_channels) * in_blocks, kCells, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) pack_cell(n / in_blocks, n % in_blocks * lanes);
   });
 }
 
@@ -163,6 +174,15 @@ inline void spread_inputs(const View<A>& in, int64_t b, const TileRun& run, A* t
     column(at + 2 * lanes, c2), column(at + 3 * lanes, c3);
     tile(c0, c1, c2, c3, to);
   }
+}
+
+// Of all tiles of a chunk and all blocks of channels; view(sample) is that of its input.
+template <class A, class F>
+inline void spread_chunk(const Chunks& chunk, int64_t blocks, A* v, const F& view) {
+  for (int64_t b = 0; b < blocks; ++b)
+    chunk.each_run([&](const TileRun& run) {
+      spread_inputs(view(run.sample), b, run, v + b * kAllProducts<A> + run.place * kLanes<A>);
+    });
 }
 
 // One product of so many tiles: m[output vector][tile] = sum over input channels of v[tile] u, both from one block of
@@ -242,7 +262,7 @@ inline void gather_outputs(const TileRun& run, const A* m, const A* bias, const 
                load<V>(m + (8 + k) * kOneProduct<A>), load<V>(m + (12 + k) * kOneProduct<A>), columns[k]);
     FASTODE_UNROLL for (int i = 0; i < 2; ++i)
         gather(columns[0][i], columns[1][i], columns[2][i], columns[3][i], sums[i]);
-    if (!is_finite((sums[0][0] + sums[0][1]) + (sums[1][0] + sums[1][1]))) [[unlikely]] {
+    if (!all_finite((sums[0][0] + sums[0][1]) + (sums[1][0] + sums[1][1]))) [[unlikely]] {
       V anew[2][2];  // `sums` stay in registers
       direct(t, anew);
       FASTODE_UNROLL for (int i = 0; i < 2; ++i) sums[i][0] = anew[i][0], sums[i][1] = anew[i][1];
@@ -284,21 +304,17 @@ void run_winograd(const Plane<A>& plane, const ConvShape& shape, const A* packed
   const int64_t blocks = blocks_of<A>(shape.in_channels), channels = shape.in_channels, width = vectors * lanes;
   A *v = scratch, *m = is_one_group<A>(shape) ? v : v + blocks * kAllProducts<A>;
   for (Chunks chunk(plane, count); chunk.next();) {
-    const auto each_run = [&](const auto& f) { std::for_each(chunk.runs, chunk.runs + chunk.count, f); };
-    for (int64_t b = 0; b < blocks; ++b)
-      each_run([&](const TileRun& run) {
-        spread_inputs(jobs[run.sample].in, b, run, v + b * kAllProducts<A> + run.place * lanes);
-      });
+    spread_chunk(chunk, blocks, v, [&](int64_t sample) { return jobs[sample].in; });
     const A* u = packed;
     for (int64_t ob = 0; ob < blocks_of<A>(shape.out_channels);
          ob += vectors, u += blocks * kProducts * lanes * width) {
       for (int p = 0; p < kProducts; ++p) {
-        each_run([&](const TileRun& run) { ask_for<A, vectors>(jobs[run.sample].out, ob, run, p); });
+        chunk.each_run([&](const TileRun& run) { ask_for<A, vectors>(jobs[run.sample].out, ob, run, p); });
         multiply<A, vectors>(v + p * kOneProduct<A>, u + p * lanes * width, channels, m + p * kOneProduct<A>,
                              chunk.tiles, ahead);
       }
       for (int o = 0; o < vectors; ++o)
-        each_run([&](const TileRun& run) {
+        chunk.each_run([&](const TileRun& run) {
           const auto direct = [&](int64_t t, auto& sums) {
             sum_directly(jobs[run.sample].in, 2 * run.y, 2 * (run.x + t), u + o * lanes, channels, width, sums);
           };
@@ -362,20 +378,16 @@ inline void add_products(const A* v, const A* q, int64_t tiles, A* sum) {
 template <class A, int vectors>
 void run_gradient(const Plane<A>& plane, const ConvShape& shape, const GradientPair<A>* pairs, int64_t count,
                   A* gradient, A* scratch) {
-  constexpr int lanes = kLanes<A>, most = (kTile == 16 ? 16 : 8) / vectors, inputs = most < lanes ? most : lanes,
+  constexpr int lanes = kLanes<A>, most = kTile / vectors, inputs = most < lanes ? most : lanes,
                 product = lanes * vectors * lanes;
   const int64_t blocks = blocks_of<A>(shape.in_channels);
   A *v = scratch, *q = scratch + blocks * kAllProducts<A>;
   for (Chunks chunk(plane, count); chunk.next();) {
-    const auto each_run = [&](const auto& f) { std::for_each(chunk.runs, chunk.runs + chunk.count, f); };
-    for (int64_t b = 0; b < blocks; ++b)
-      each_run([&](const TileRun& run) {
-        spread_inputs(pairs[run.sample].in, b, run, v + b * kAllProducts<A> + run.place * lanes);
-      });
+    spread_chunk(chunk, blocks, v, [&](int64_t sample) { return pairs[sample].in; });
     A* group = gradient;
     for (int64_t ob = 0; ob < blocks_of<A>(shape.out_channels); ob += vectors, group += blocks * kProducts * product) {
       for (int o = 0; o < vectors; ++o)
-        each_run([&](const TileRun& run) {
+        chunk.each_run([&](const TileRun& run) {
           spread_cotangents(pairs[run.sample].cotangent, ob + o, run, q + o * kAllProducts<A> + run.place * lanes);
         });
       for (int p = 0; p < kProducts; ++p)
@@ -399,16 +411,14 @@ void unpack_winograd_gradient(const ConvShape& shape, const A* gradient, int64_t
                               const int64_t* strides) {
   using V = Vec<A>;
   constexpr int64_t lanes = kLanes<A>;
-  const int64_t in_blocks = blocks_of<A>(shape.in_channels), vectors = vectors_of<A>(shape.out_channels);
-  const auto unpack_cell = [&](int64_t block, int64_t first) {
+  const int64_t width = vectors_of<A>(shape.out_channels) * lanes, product = lanes * width;
+  each_cell<A>(shape, [&](int64_t out, int64_t first) {
     alignas(64) A cell[9 * lanes * lanes];
-    const int64_t width = vectors * lanes, product = lanes * width, out = block * lanes;
     const int64_t outputs = std::min(lanes, shape.out_channels - out);
     const int64_t inputs = std::min(lanes, shape.in_channels - first);
     const GradientCell<A, T> direct{shape,  outputs, inputs, cell, 0, 1, weight + out * strides[0] + first * strides[1],
                                     strides};
-    const A* from =
-        gradient + (block / vectors * in_blocks * lanes + first) * kProducts * width + block % vectors * lanes;
+    const A* from = gradient + cell_at<A>(shape, out, first);
     for (int64_t in = 0; in < inputs; ++in, from += width) {
       V columns[4][3];
       FASTODE_UNROLL for (int x = 0; x < 4; ++x) {
@@ -427,9 +437,6 @@ void unpack_winograd_gradient(const ConvShape& shape, const A* gradient, int64_t
       }
     }
     direct.unpack();
-  };
-  in_parallel(blocks_of<A>(shape.out_channels) * in_blocks, kCells, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) unpack_cell(n / in_blocks, n % in_blocks * lanes);
   });
 }
 
