@@ -326,9 +326,8 @@ def single_map(by_error: bool) -> Callable[[Draw, int, tuple[int, int]], Made]:
     return made
 
 
-# Families whose steps are chosen by their error: where a step is accepted by less than CLOSE, rounding may reject it.
+# Families whose steps are chosen by their error: rounding may reject one that is accepted by less than rejudge.CLOSE.
 BY_ERROR = ("adaptive", "ode_error")
-CLOSE = 1e-4
 # The exact implicit Euler step, whose iterations end by a residual: rounding may decide after how many.
 EXACT = "exact_ie"
 
@@ -403,7 +402,7 @@ def run_case(seed: int, index: int) -> tuple[list[tuple[str, str]], list[Failure
 def excused(judge: Judge, fused: nn.Module, case: Case) -> str:
     """Why a fused block that is not equal cannot be compared; empty if it can."""
     if case.family in BY_ERROR and is_close(fused, case):
-        return f"a step was accepted or rejected by less than {CLOSE}"
+        return f"a step was accepted or rejected by less than {rejudge.CLOSE}"
     if case.family == EXACT and not took_the_same(judge, fused, case):
         return "its solves took other numbers of iterations, or did not converge"
     try:
@@ -433,7 +432,7 @@ def is_close(fused: nn.Module, case: Case) -> bool:
         for block in (copy.deepcopy(case.plain), fused):
             block(*case.inputs)
     ratios = [ratio for solve in log for ratio in (*solve.ratios, *(attempt[2] for attempt in solve.rejected))]
-    return any(abs(ratio - 1) < CLOSE for ratio in ratios)
+    return any(abs(ratio - 1) < rejudge.CLOSE for ratio in ratios)
 
 
 def is_misconvolved(case: Case) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import fuzz, rejudge, wide
-from fastode import reference
+from fastode import Solver, record_steps, reference
 from fastode.testing import Judge, sample_input
 from fastode.testing.compare import run
 from fastode.testing.record import Shifted
@@ -133,3 +134,38 @@ def test_a_kink_beyond_rounding_is_not_crossed() -> None:
 
 def test_a_fault_beside_a_crossed_kink_is_found() -> None:
     assert judged([(0, 0, 0, 1)], factor=1.0 + 1e-9) == (False, False)
+
+
+class Longer(reference.SOBlock):
+    """A solution whose first step is longer by `longer`, relative to it, and whose output is multiplied."""
+
+    longer = 0.0
+    factor = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad(), record_steps() as log:
+            super().forward(x)
+        with rejudge.moved_first_steps([self.longer * size for size in rejudge.first_steps(log)]):
+            return super().forward(x) * self.factor
+
+
+@pytest.mark.parametrize("gradient", ["solver", "constant"])  # torchdiffeq's solves, and the reference's own
+def test_a_first_step_may_be_longer_by_rounding(gradient: Any) -> None:
+    assert judged_longer(gradient) == (True, True)
+    assert judged_longer(gradient, longer=1e-5) == (False, True)
+    assert judged_longer(gradient, longer=1e-3) == (False, False)
+    assert judged_longer(gradient, longer=1e-5, factor=1.0 + 1e-5) == (False, False)
+
+
+def judged_longer(gradient: Any, **changes: float) -> tuple[bool, bool]:
+    """Whether a `Longer` block passes the first judgement, and either."""
+    torch.manual_seed(0)
+    # Errors far from the tolerance's ends, which a first step decides what is made of.
+    solver = Solver("bosh3", rtol=1e-2, atol=1e-2, t1=0.5, gradient=gradient)
+    block = Longer(reference.SkewPair(2, 2, activation=nn.Tanh), solver).double()
+    plain, x = copy.deepcopy(block), sample_input(2, 2, 4, 4, dtype=torch.float64)
+    for name, value in changes.items():
+        setattr(block, name, value)
+    judge = Judge(plain, x)
+    either = rejudge.compare_by_either(judge, plain, block, "train", None, by_error=True)
+    return judge.compare(block).ok, either.ok

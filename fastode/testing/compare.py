@@ -15,16 +15,16 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from .. import checks
 from .inputs import moved
-from .record import Recorder, Shifted, across_kinks, warm_up
+from .record import Recorder, across_kinks, warm_up
 from .rule import Comparison, Row, Rule, Tensors
 
 Mode = Literal["train", "input_grad", "forward"]
@@ -55,9 +55,12 @@ def run(
     cotangents: tuple[Tensor, ...] | None,
     mode: Mode,
     autocast: torch.dtype | None = None,
-    recorder: TorchFunctionMode | None = None,
+    around: AbstractContextManager[object] | None = None,
 ) -> Tensors:
-    """Everything one call of a copy of the block yields: outputs, gradients and buffers, by name."""
+    """Everything one call of a copy of the block yields: outputs, gradients and buffers, by name.
+
+    The forward, but not the backward, runs within `around`.
+    """
     block = copy.deepcopy(block)
     block.zero_grad(set_to_none=True)
     if mode == "input_grad":
@@ -65,8 +68,8 @@ def run(
     leaves = tuple(x.detach().requires_grad_(mode != "forward") for x in inputs)
     kept = [x.detach().clone() for x in inputs]
     with contextlib.ExitStack() as stack:
-        if recorder is not None:
-            stack.enter_context(recorder)
+        if around is not None:
+            stack.enter_context(around)
         if autocast is not None:
             stack.enter_context(torch.autocast(inputs[0].device.type, autocast))
         if mode == "forward":
@@ -199,8 +202,8 @@ class Judge:
             self.cotangents = _leaning_cotangents(exact_block, doubled) if mode == "train" else None
         wide = None if self.cotangents is None else tuple(g.double() for g in self.cotangents)
 
-        def exact(values: tuple[Tensor, ...], recorder: TorchFunctionMode | None) -> Tensors:
-            return run(exact_block, values, wide, mode, recorder=recorder)
+        def exact(values: tuple[Tensor, ...], around: AbstractContextManager[object] | None) -> Tensors:
+            return run(exact_block, values, wide, mode, around=around)
 
         truth_record = Recorder()
         in_double = exact(doubled, truth_record)
@@ -238,13 +241,13 @@ class Judge:
         """What a block yields, by name, to be judged by `verdict`."""
         return run(fused, self.inputs if x is None else _tuple(x), self.cotangents, self.mode, self.autocast)
 
-    def effect(self, steps: Sequence[Tensor]) -> dict[str, Tensor]:
-        """What the truth changes by where pre-activations are moved, by name.
+    def effect(self, change: AbstractContextManager[object]) -> dict[str, Tensor]:
+        """What the truth changes by, by name, where its forward runs within a context, as `Shifted` of pre-activations.
 
         Args:
-            steps: what is added to the pre-activations of each call of an activation with a kink, as in `across`.
+            change: entered once.
         """
-        there = self._exact(Shifted(steps))
+        there = self._exact(change)
         pairs = ((name, there[name], here) for name, here in self._in_double.items())
         return {name: t - here for name, t, here in pairs if t is not None and here is not None}
 
