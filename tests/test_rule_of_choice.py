@@ -184,11 +184,11 @@ def test_without_a_line_of_their_own_chains_have_the_bounds_found_by_hand(monkey
         verdict = f"{beyond} it is expected to be slower than plain PyTorch" if beyond else ""
         block = fastode.nn.ResBlock(nn.Sequential(nn.Conv2d(shape[1], shape[1], 1)), shortcut=nn.ReLU())
         assert block.against("resident", torch.zeros(shape)) == verdict
-    sizes = ((257, 7, True), (256, 7, False), (128, 14, True), (127, 14, False), (128, 28, False), (128, 2, False))
-    for channels, size, left in sizes:
+    left_out, taken = ((257, 7), (128, 9), (128, 6)), ((256, 7), (127, 9), (128, 14), (128, 28), (128, 2))
+    for (channels, size), left in [*((shape, True) for shape in left_out), *((shape, False) for shape in taken)]:
         block = fastode.nn.ResBlock(nn.Sequential(nn.Conv2d(channels, channels, 1)), shortcut=nn.ReLU())
         told = block.against("resident", torch.zeros(8, channels, size, size))
-        assert told.startswith("with a map of 128 channels and more whose pixels" if left else "")
+        assert told.startswith("with an uneven map of 128 channels and more whose pixels" if left else "")
         assert ("no multiple of it" in told) == left
 
 

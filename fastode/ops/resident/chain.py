@@ -76,20 +76,22 @@ def slower(x: Tensor, chain: Chain) -> str:
     if not any(unit.conv is not None and not unit.conv.mean for unit in chain.units):
         return "without a convolution it was measured to be slower than plain PyTorch"
     coupled = any(unit.norm is not None and unit.norm.mode == "batch" for unit in chain.units)
-    entries, width, widest, uneven = 0, 0, 0, False
-    for channels, pixels in maps_of(chain, x):
-        if channels * pixels > entries:
-            entries, width = channels * pixels, channels
+    entries, largest, widest, uneven = 0, 0, 0, False
+    for channels, height, width in maps_of(chain, x):
+        if channels * height * width > entries:
+            entries, largest = channels * height * width, channels
         widest = max(widest, channels)
-        uneven = uneven or rule.is_uneven(channels, pixels)
+        uneven = uneven or rule.is_uneven(channels, height, width)
     if x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and chain.lower is not None):
         return rule.slower_lowered_chain(x, coupled, _fewest_read(chain, x), widest, -(-entries // widest))
     # Every sample's maps are read at each batch norm, and those of few channels are kept as wide as a vector.
-    if coupled and width < _FEWEST:
+    if coupled and largest < _FEWEST:
         return f"with batch norms of fewer than {_FEWEST} channels it was measured to be slower than plain PyTorch"
     if x.dtype == torch.float32 and uneven:
         wide, even = rule.UNEVEN
-        beyond = f"with a map of {wide} channels and more whose pixels are more than {even} and no multiple of it"
+        beyond = (
+            f"with an uneven map of {wide} channels and more whose pixels are more than {even} and no multiple of it"
+        )
         return f"{beyond} it was measured to be slower than plain PyTorch"
     # The bound on channels is of the widest map, that on memory of the largest.
     return rule.slower_than_eager(x, coupled, widest, -(-entries // widest))
@@ -101,9 +103,9 @@ def _fewest_read(chain: Chain, x: Tensor) -> int:
     return min(found, default=x.shape[1])
 
 
-def maps_of(chain: Chain, x: Tensor) -> list[tuple[int, int]]:
-    """Channels and pixels of x and of every unit's output."""
-    found = [(x.shape[1], x.shape[2] * x.shape[3])]
+def maps_of(chain: Chain, x: Tensor) -> list[tuple[int, int, int]]:
+    """Channels, height and width of x and of every unit's output."""
+    found = [(x.shape[1], x.shape[2], x.shape[3])]
     start = (x.shape[1], x.shape[2], x.shape[3])
     for index, plan in enumerate(chain.plans):
         count, height, width = start
@@ -111,7 +113,7 @@ def maps_of(chain: Chain, x: Tensor) -> list[tuple[int, int]]:
             if unit.conv is not None:
                 count = unit.conv.channels_after(count) or 0
                 height, width = unit.conv.size_after(height, width)
-                found.append((count, height * width))
+                found.append((count, height, width))
         if index == 0:
             start = (count, height, width)
     return found

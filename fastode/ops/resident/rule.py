@@ -124,11 +124,14 @@ SOLUTION = Line(most_channels=512, most_kb=640)
 # network, which finds them in no cache, with two threads, 64 channels were as fast with one sample for each thread,
 # wider ones with four.
 CHAIN = Line(most_channels=512, most_kb=256, few=(Few(4, 127, 256),))
-# From so many channels on, maps whose pixels are more than this and no multiple of it: with two threads, 8 and 32
-# samples, 128 and 256 channels at 14×14 took 0.93 to 1.09 of eager's time; at 8×8 and 16×16 0.86 to 1.16. Maps of 7×7
-# have a tile of their own: with two threads of an Intel Xeon, 2026-11-27, 128 and 256 channels were 1.02 to 1.37 times
-# as fast as eager, 512 in steps 0.6 to 1.2.
+# From so many channels on, maps with an odd side, or of fewer pixels than FLAT, whose pixels are more than this and no
+# multiple of it. Convolutions of 3×3 over even sides have fewer products (csrc/cpu/resident/winograd.h): with two
+# threads of an Intel Xeon, 2026-11-28, steps, attacks' steps and forwards of post-activation blocks of 8 and 32 samples
+# were 1.27 to 1.72 times as fast as eager's with 128 and 256 channels at 10×10 and 14×14, 0.97 to 1.23 with 512 at
+# 14×14; of bottlenecks 1.12 to 1.7. Others: 256 at 6×6 0.88 to 1.38, 128 at 9×9 and 15×15 0.96 to 1.34. Maps of 7×7
+# have a tile of their own: 128 and 256 channels 0.97 to 1.37, 512 0.6 to 1.2.
 UNEVEN = (128, 16)
+FLAT = 64
 SEVENS = (49, 256)  # pixels of such a map, and up to how many channels it is as fast as an even one
 
 
@@ -316,11 +319,12 @@ def slower(
     return f"{beyond} it {verdict}{than}"
 
 
-def is_uneven(channels: int, pixels: int) -> bool:
+def is_uneven(channels: int, height: int, width: int) -> bool:
     """Whether a chain with such a float32 map was measured to be slower than plain PyTorch: see `UNEVEN`."""
-    wide, even = UNEVEN
-    sevens, widest = SEVENS
-    return channels >= wide and pixels > even and pixels % even > 0 and not (pixels == sevens and channels <= widest)
+    (wide, even), (sevens, widest), pixels = UNEVEN, SEVENS, height * width
+    if channels < wide or pixels <= even or pixels % even == 0 or (pixels == sevens and channels <= widest):
+        return False
+    return height % 2 > 0 or width % 2 > 0 or pixels < FLAT
 
 
 def slower_lowered(family: str, x: torch.Tensor, channels: int) -> str:
