@@ -44,6 +44,19 @@ def test_equal_at_every_size(shape: tuple[int, int, int, int], samples: int) -> 
         assert_blocks_equal(block, fused(block), x)
 
 
+@pytest.mark.parametrize("samples", [1, 24])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_skew_pairs_are_equal_at_every_size(shape: tuple[int, int, int, int], samples: int) -> None:
+    ins, outs, height, width = shape
+    torch.manual_seed(4)
+    y, z = sample_input(samples, outs, height, width), sample_input(samples, ins, height, width, seed=1)
+    for gamma, norm in ((0.0, "none"), (0.3, "layer")):
+        pair = reference.SkewPair(ins, outs, gamma=gamma, activation="softplus", norm=norm)
+        assert_blocks_equal(pair, fused(pair), (y, z))
+        block = reference.SOBlock(pair, solver="midpoint", t1=0.8)
+        assert_blocks_equal(block, fused(block), z)
+
+
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan"), 3e38])
 @pytest.mark.parametrize("channels", [16, 32, 40])
 @pytest.mark.parametrize("place", [(0, 0), (2, 3), (5, 7), (1, 4)])

@@ -102,7 +102,7 @@ class SkewPair {
       if (spec.tiles) take_tiles(arena, backward);
     width_ = kLanes<A> * std::max(y_blocks(), z_blocks());
     sums_ = arena.take<A>(2 * width_), means_ = arena.take<A>(2 * width_);
-    scratch_ = arena.take<A>(spec.shape.template up_scratch<A>());
+    scratch_ = arena.take<A>(spec.shape.template scratch_size<A>());
   }
 
   int64_t y_blocks() const { return blocks_of<A>(spec.shape.channels); }

@@ -4,12 +4,14 @@
 
 #include "norm.h"
 #include "strided.h"
+#include "winograd.h"
 
 namespace fastode::resident {
 
 struct SkewShape {
   int64_t channels, in_channels, kernel, stride;
   int64_t height, width;  // of y; z is `stride` times as large
+  bool winograd = false;  // how W and its transpose are done
 
   int64_t halo() const { return stride == 1 ? kernel / 2 : 1; }
   ConvShape down() const { return {in_channels, channels, kernel, kernel}; }
@@ -26,11 +28,21 @@ struct SkewShape {
   }
   template <class A>
   int64_t down_size() const {
-    return down().template packed_size<A>();
+    return winograd ? winograd_size<A>(down()) : down().template packed_size<A>();
   }
   template <class A>
   int64_t up_size() const {
+    if (winograd) return winograd_size<A>(up());
     return narrow<A>() ? channels * narrow_taps<A>() : stride * stride * up().template packed_size<A>();
+  }
+  template <class A>
+  bool winograd_gradient() const {
+    return winograd && suits_winograd_gradient<A>(down());
+  }
+  // Elements of a weight gradient.
+  template <class A>
+  int64_t gradient_size() const {
+    return winograd_gradient<A>() ? winograd_size<A>(down()) : down().template gradient_size<A>();
   }
   // Whether the weight gradient is that of skew_narrow.h, too.
   template <class A>
@@ -47,9 +59,9 @@ struct SkewShape {
   int64_t narrow_taps() const {
     return blocks_of<A>(in_channels * kernel * kernel) * kLanes<A>;
   }
-  // Elements of the scratch of skew_up and skew_weight_gradient.
+  // Elements of the scratch of skew_down, skew_up and skew_weight_gradient.
   template <class A>
-  int64_t up_scratch() const;
+  int64_t scratch_size() const;
 };
 
 // `weight` [channels, in_channels, kernel, kernel] with any strides.
@@ -58,7 +70,7 @@ void pack_skew(const SkewShape& shape, const T* weight, const int64_t* strides, 
 
 // out = combine(W in), from z's plane to y's; `in` has a zero halo.
 template <class A>
-void skew_down(const SkewShape& shape, const A* packed, const ConvJob<A>& job, Ahead* ahead);
+void skew_down(const SkewShape& shape, const A* packed, const ConvJob<A>& job, A* scratch, Ahead* ahead);
 
 // out = combine(W^T in), from y's plane to z's; `in` has a zero halo, except where the shape is narrow: there `norm`,
 // if there is one, is applied to it first.
@@ -67,8 +79,8 @@ void skew_up(const SkewShape& shape, const A* packed, const NormRows<A>* norm, c
              Ahead* ahead);
 
 // gradient += the sum over the pairs of W's gradient for an input in z's plane and a cotangent in y's, both with zero
-// halos; the layout is that of the shape down(). With a narrow gradient there are at most two, the cotangents need no
-// halo, and `norm`, if there is one, is applied to the last one first.
+// halos; the layout is that of the shape down(), or of its winograd_gradient(). With a narrow gradient there are at
+// most two, the cotangents need no halo, and `norm`, if there is one, is applied to the last one first.
 template <class A>
 void skew_weight_gradient(const SkewShape& shape, const GradientPair<A>* pairs, int64_t count, const NormRows<A>* norm,
                           A* gradient, A* scratch, Ahead* ahead);

@@ -11,12 +11,21 @@ inline constexpr int kDownTaps = kTile == 16 ? 4 : 2;
 inline constexpr int kUpTaps = 2;
 
 template <class A>
-int64_t SkewShape::up_scratch() const {
+int64_t SkewShape::scratch_size() const {
+  if constexpr (kWinograd<A>)
+    if (winograd)
+      return std::max({winograd_scratch_size<A>(down()), winograd_scratch_size<A>(up()),
+                       winograd_gradient<A>() ? winograd_gradient_scratch_size<A>(down()) : 0});
   return narrow<A>() ? NarrowRows<A>(*this).size() : 0;
 }
 
 template <class A, class T>
 void pack_skew(const SkewShape& shape, const T* weight, const int64_t* strides, A* down, A* up) {
+  if constexpr (kWinograd<A>)
+    if (shape.winograd) {
+      pack_winograd(shape.down(), false, weight, strides, down);
+      return pack_winograd(shape.up(), true, weight, strides, up);
+    }
   const bool narrow = shape.template narrow<A>();
   if (narrow) pack_narrow(shape, weight, strides, up);
   if (shape.stride == 1) {
@@ -52,9 +61,11 @@ void run_skew(const ConvShape& shape, const A* packed, const Plane<A>& out, int6
 }
 
 template <class A>
-void skew_down(const SkewShape& shape, const A* packed, const ConvJob<A>& job, Ahead* ahead) {
+void skew_down(const SkewShape& shape, const A* packed, const ConvJob<A>& job, A* scratch, Ahead* ahead) {
   const Plane<A> plane = shape.y_plane<A>();
   const ConvShape down = shape.down();
+  if constexpr (kWinograd<A>)
+    if (shape.winograd) return convolve_winograd<A>(plane, down, packed, nullptr, &job, 1, scratch, ahead);
   if (shape.stride == 2) return run_skew<A, kDownTaps, 2>(down, packed, plane, 1, 1, job, ahead);
   const int64_t pad = shape.halo();
   // Not convolve(), which takes what lies above and below the plane for halo: here it may be the next band.
@@ -67,6 +78,8 @@ void skew_up(const SkewShape& shape, const A* packed, const NormRows<A>* norm, c
              Ahead* ahead) {
   if (shape.narrow<A>()) return narrow_up(shape, packed, norm, job, scratch, ahead);
   const Plane<A> plane = shape.y_plane<A>();
+  if constexpr (kWinograd<A>)
+    if (shape.winograd) return convolve_winograd<A>(plane, shape.up(), packed, nullptr, &job, 1, scratch, ahead);
   if (shape.stride == 1) return convolve<A>(plane, shape.up(), packed, nullptr, &job, 1, ahead);
   for (int64_t py = 0; py < 2; ++py)
     for (int64_t px = 0; px < 2; ++px, packed += shape.up().template packed_size<A>()) {
@@ -82,6 +95,9 @@ void skew_weight_gradient(const SkewShape& shape, const GradientPair<A>* pairs, 
                           A* gradient, A* scratch, Ahead* ahead) {
   const ConvShape down = shape.down();
   if (shape.narrow_gradient<A>()) return narrow_weight_gradient(shape, pairs, count, norm, gradient, scratch, ahead);
+  if constexpr (kWinograd<A>)
+    if (shape.winograd_gradient<A>())
+      return winograd_gradient<A>(shape.y_plane<A>(), down, pairs, count, gradient, scratch);
   if (shape.stride == 1) return weight_gradient<A>(shape.y_plane<A>(), down, pairs, count, gradient);
   sum_strided(shape.height, shape.width, down, 1, 1, pairs, count, gradient);
 }

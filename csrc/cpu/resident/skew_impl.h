@@ -111,7 +111,7 @@ void SkewPair<A>::down(bool cotangent, const Plane<A>& band, int64_t at, const V
   SkewShape part = spec.shape;
   part.height = band.height;
   skew_down<A>(part, spec.down, {below(cotangent ? q_ : z_hat_, at * part.stride), below(out, at), below(combine, at)},
-               ahead);
+               scratch_, ahead);
 }
 
 template <class A>
@@ -143,8 +143,9 @@ template <class A>
 void SkewPair<A>::make_y(const Trace<A>& trace, bool measured) const {
   Combine<A> damping;
   damping.add(-spec.gamma, y_hat_);
+  if (spec.shape.winograd) down(false, y_plane, 0, trace.guide.y, damping);
   each_band(y_plane, [&](const Plane<A>& band, int64_t at) {
-    down(false, band, at, trace.guide.y, damping);
+    if (!spec.shape.winograd) down(false, band, at, trace.guide.y, damping);
     activate(true, trace, band, at);
     if (measured) add_moments(kPostY, band, at, below(trace.s.y, at));
   });

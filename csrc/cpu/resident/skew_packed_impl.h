@@ -75,6 +75,8 @@ void PackedPair<A>::read(Arena& arena, const Tensor& y, Asked asked) {
   if constexpr (kOnTiles<A>)
     if (y.scalar_type() == ScalarType::BFloat16 && height * width >= kTilePixels && has_tiles())
       spec.tiles = SkewTiles(spec.shape);
+  spec.shape.winograd = y.scalar_type() == scalar_type<A>() && spec.shape.stride == 1 &&
+                        suits_winograd(spec.shape.template y_plane<A>(), spec.shape.down(), y.size(0));
   int64_t down_size = spec.shape.template down_size<A>(), up_size = spec.shape.template up_size<A>();
   if constexpr (kOnTiles<A>)
     if (spec.tiles) down_size = spec.tiles.down_size(), up_size = spec.tiles.up_size();
@@ -89,7 +91,7 @@ void PackedPair<A>::read(Arena& arena, const Tensor& y, Asked asked) {
     });
   }
   spec.down = down, spec.up = up;
-  spec.weight_at = accumulate(spec.shape.down().template gradient_size<A>(), asked.weight);
+  spec.weight_at = accumulate(spec.shape.template gradient_size<A>(), asked.weight);
 }
 
 template <class A>
@@ -104,8 +106,13 @@ std::vector<Tensor> PackedPair<A>::gradients(const Tensor& accumulators, int64_t
   if (spec.weight_at >= 0) {
     result.push_back(new_weight(parameters[0]));
     with_data<A>(result[0], [&](auto* data) {
-      unpack_gradient(spec.shape.down(), base + spec.weight_at, spec.gradients, workers, data,
-                      result[0].strides().data());
+      const ConvShape shape = spec.shape.down();
+      const A* from = base + spec.weight_at;
+      const int64_t* strides = result[0].strides().data();
+      if constexpr (kWinograd<A>)
+        if (spec.shape.template winograd_gradient<A>())
+          return unpack_winograd_gradient(shape, from, spec.gradients, workers, data, strides);
+      unpack_gradient(shape, from, spec.gradients, workers, data, strides);
     });
   } else {
     next(0);
