@@ -63,6 +63,8 @@ LOST = 0.75  # below this ratio resident has lost clearly, and the group's large
 
 SLOWER = 8.0  # how much more it counts that a choice is slower than that another would be faster
 NOISE = -math.log(0.95)  # what five rounds do not tell from 1
+LEAST = 0.93  # of any mode's ratio within a line, unless the line would have no other point
+UNFIT = 10.0  # the loss of a point below it: more than a line gains
 
 # Of each mode, the median ratio of the other's time to resident's with the 20th and 80th percentiles.
 Point = dict[str, list[float]]
@@ -169,6 +171,8 @@ def loss(point: Point) -> float:
 
     What is slower by more than the rounds' noise counts SLOWER times: "auto" is to be never slower.
     """
+    if min(values[0] for values in point.values()) < LEAST:
+        return UNFIT
     slower = [max(0.0, -math.log(values[0])) for values in point.values()]
     return sum(each + (SLOWER - 1) * max(0.0, each - NOISE) for each in slower) / len(slower)
 

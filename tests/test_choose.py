@@ -69,9 +69,10 @@ def test_a_mode_that_is_slower_counts_more_than_one_that_is_faster() -> None:
         assert choose._inside(shape, drawn, THREADS, 4) == taken, forward
     assert choose.loss({"train": [2.0] * 3, "forward": [1.0] * 3}) == 0
     assert choose.loss({"train": [2.0] * 3, "forward": [0.97] * 3}) == pytest.approx(-math.log(0.97) / 2)
-    clear = -math.log(0.8)
+    clear = -math.log(0.94)
     expected = (clear + (choose.SLOWER - 1) * (clear - choose.NOISE)) / 2
-    assert choose.loss({"train": [2.0] * 3, "forward": [0.8] * 3}) == pytest.approx(expected)
+    assert choose.loss({"train": [2.0] * 3, "forward": [0.94] * 3}) == pytest.approx(expected)
+    assert choose.loss({"train": [9.0] * 3, "forward": [0.92] * 3}) == choose.UNFIT
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ Points = Mapping[str, Mapping[str, list[float]]]
 CLEARLY = 0.95  # a ratio below it, or above its inverse, is told from 1 by the five rounds of a point
 LEAST = 0.93  # of any mode of a point within
 SLOWER = 8  # times what is gained counts what is clearly lost
+UNFIT = 10.0  # what a point below LEAST costs
 ROUNDED = 0.01  # regrets are compared to hundredths
 
 
@@ -48,6 +49,8 @@ class Group:
     def cost(self, at: str, taken: bool) -> float:
         if not taken:
             return max(0.0, self.gains[at])
+        if min(self.ratios[at]) < LEAST:
+            return UNFIT
         lost = [max(0.0, -math.log(ratio)) for ratio in self.ratios[at]]
         return sum(each + (SLOWER - 1) * max(0.0, each + math.log(CLEARLY)) for each in lost) / len(lost)
 

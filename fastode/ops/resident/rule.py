@@ -231,7 +231,8 @@ LOWERED_CHAIN = (16, Line(most_channels=128, few=(Few(4, 127),)))
 LOWERED_COUPLED_CHAIN = Line(most_channels=256, most_kb=32, few=(Few(8, 0),))
 # On AMX tiles, on one thread of an Intel Xeon, 2026-11-27, of 25 blocks of benchmarks.choose from 16 to 512 channels,
 # 4 to 64 pixels a side and 2 to 64 samples: steps 1.15 to 2.1, attacks' steps 1.2 to 2.7, forwards 1.04 to 2.6 (one of
-# 784 KB 0.83); with 4 samples of 256 and 512 channels steps were 0.91 and 0.94, and 8 channels' forward 0.74.
+# 784 KB 0.83, in four other runs 0.99 to 1.3, with two threads 1.1 to 1.3); with 4 samples of 256 and 512 channels
+# steps were 0.91 and 0.94, and 8 channels' forward 0.74.
 TILED_CHAIN = (16, Line(most_channels=512, most_kb=784, few=(Few(8, 255, 784),)))
 
 # Of a matrix W, in KB: a sample's products read all of it, where PyTorch's read it once for many samples. Solves by
