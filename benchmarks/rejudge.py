@@ -43,14 +43,14 @@ def compare_by_either(
     """The comparison of a block by the one rule and, where that fails, by the second judgement.
 
     Args:
-        judge: of the one rule.
+        judge: of the one rule, in this mode or one that asks for more.
         plain: the reference.
         fused: its twin.
-        mode: as the judge has it.
+        mode: of the twin's run.
         autocast: the dtype of autocast around it, or None.
         by_error: as `judge_again` takes it.
     """
-    comparison = judge.compare(fused)
+    comparison = judge.compare(fused, mode=mode)
     if comparison.ok:
         return comparison
     again = judge_again(plain, judge.inputs, mode, autocast, by_error=by_error)

@@ -11,7 +11,7 @@ from block_cases import FAMILIES, case_of, make_input, make_pair
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastode.testing import assert_blocks_equal
+from fastode.testing import MODES, assert_blocks_equal
 
 NORMS = ["layer", "group", "batch", "batch_eval", "instance_input", "none"]
 
@@ -59,13 +59,12 @@ def test_intermediate_dtypes(family: str, norm: str) -> None:
         assert found.norms == expected.norms
 
 
-@pytest.mark.parametrize("mode", ["train", "input_grad", "forward"])
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_results(family: str, norm: str, mode: str) -> None:
+def test_results(family: str, norm: str) -> None:
     case = case_of(family, norm=norm, dtype=torch.float32, channels=8)
     plain, fused = make_pair(case)
-    assert_blocks_equal(plain, fused, make_input(case), mode=mode, autocast=torch.bfloat16)
+    assert_blocks_equal(plain, fused, make_input(case), mode=MODES, autocast=torch.bfloat16)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -22,7 +22,7 @@ from fastode.ops.rerun import Rerun
 from fastode.ops.resident.functions import LESS_MEMORY, ResidentShuOsherFunction
 from fastode.ops.schemes.runge_kutta.stages import Scheme
 from fastode.tableau import Tableau
-from fastode.testing import Judge, assert_blocks_equal, sample_input
+from fastode.testing import MODES, Judge, assert_blocks_equal, sample_input
 
 SHAPES = [(16, 32, 32), (32, 16, 16), (64, 8, 8), (128, 4, 4), (3, 5, 7), (24, 9, 3), (20, 2, 1)]
 NORMS: dict[str, Callable[[int], nn.Module]] = {
@@ -105,11 +105,10 @@ def test_equal_where_seven_pixels_are_a_tile(width: int, dtype: torch.dtype) -> 
     assert_blocks_equal(block, fused(block), x)
 
 
-@pytest.mark.parametrize("mode", ["train", "input_grad", "forward"])
-def test_equal_on_a_bottleneck_that_ends_in_a_norm(mode: str) -> None:
+def test_equal_on_a_bottleneck_that_ends_in_a_norm() -> None:
     x = sample_input(3, 48, 10, 6)
     for block in blocks(bottleneck(48)):
-        assert_blocks_equal(block, fused(block), x, mode=mode)
+        assert_blocks_equal(block, fused(block), x, mode=MODES)
 
 
 @pytest.mark.parametrize("norm", ["layer", "batch"])

@@ -278,6 +278,35 @@ def test_assert_raises_with_the_table() -> None:
         assert_blocks_equal(block, implicit(torch.float32, AllZero), make_input(torch.float32))
     with pytest.raises(ValueError, match=r"^mode must be one of train, input_grad, forward, got 'both'$"):
         compare_blocks(block, block, make_input(torch.float32), mode="both")
+    for modes in (("train", "both"), ()):
+        with pytest.raises(ValueError, match=r"^mode must be one of train, input_grad, forward, or several, got \("):
+            assert_blocks_equal(block, block, make_input(torch.float32), mode=modes)
+
+
+class WrongInOneMode(nn.Module):
+    """A block that is wrong in one mode: "forward" is under no_grad, in "train" parameters need gradients."""
+
+    def __init__(self, block: nn.Module, wrong: str) -> None:
+        super().__init__()
+        self.branch, self.wrong = block.branch, wrong
+        self.wrapped = [block]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.wrapped[0](x)
+        trains = any(p.requires_grad for p in self.parameters())
+        mode = "train" if trains else "input_grad"
+        return y * 2 if self.wrong == (mode if torch.is_grad_enabled() else "forward") else y
+
+
+@pytest.mark.parametrize("wrong", ["train", "input_grad", "forward", "never"])
+def test_several_modes_are_each_judged(wrong: str) -> None:
+    block = reference.SSP3(make_branch(torch.float32))
+    twin = WrongInOneMode(copy.deepcopy(block), wrong)
+    modes = ("forward", "input_grad", "train")
+    if wrong == "never":
+        return assert_blocks_equal(block, twin, make_input(torch.float32), mode=modes)
+    with pytest.raises(AssertionError, match=f"in mode {wrong}$"):
+        assert_blocks_equal(block, twin, make_input(torch.float32), mode=modes)
 
 
 def test_nothing_outlives_a_comparison() -> None:

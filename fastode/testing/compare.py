@@ -228,18 +228,20 @@ class Judge:
         self._rule = Rule(truths, runs, longest, dtype, self.smooth, again)
         self._exact, self._in_double = partial(exact, doubled), in_double
 
-    def compare(self, fused: nn.Module, x: Inputs | None = None) -> Comparison:
+    def compare(self, fused: nn.Module, x: Inputs | None = None, mode: Mode | None = None) -> Comparison:
         """The comparison of a block, one row per tensor.
 
         Args:
             fused: the block to judge; same parameter and buffer names.
             x: the same input in the layout that this block is to get; by default as the judge got it.
+            mode: of the block's run: the judge's, which is the default, or one that asks for less.
         """
-        return self.verdict(self.run(fused, x))
+        return self.verdict(self.run(fused, x, mode), mode=mode)
 
-    def run(self, fused: nn.Module, x: Inputs | None = None) -> Tensors:
-        """What a block yields, by name, to be judged by `verdict`."""
-        return run(fused, self.inputs if x is None else _tuple(x), self.cotangents, self.mode, self.autocast)
+    def run(self, fused: nn.Module, x: Inputs | None = None, mode: Mode | None = None) -> Tensors:
+        """What a block yields, by name, to be judged by `verdict`; the arguments are those of `compare`."""
+        inputs = self.inputs if x is None else _tuple(x)
+        return run(fused, inputs, self.cotangents, mode or self.mode, self.autocast)
 
     def effect(self, change: AbstractContextManager[object]) -> dict[str, Tensor]:
         """What the truth changes by, by name, where its forward runs within a context, as `Shifted` of pre-activations.
@@ -251,9 +253,12 @@ class Judge:
         pairs = ((name, there[name], here) for name, here in self._in_double.items())
         return {name: t - here for name, t, here in pairs if t is not None and here is not None}
 
-    def verdict(self, found: Tensors, effect: Mapping[str, Tensor] | None = None) -> Comparison:
-        """The comparison of what a block yields, less a change of the truth that it is to be excused for."""
-        truths, excused = self._rule.truths, effect or {}
+    def verdict(
+        self, found: Tensors, effect: Mapping[str, Tensor] | None = None, mode: Mode | None = None
+    ) -> Comparison:
+        """The comparison of what a block yields in a mode, less a change of the truth that it is to be excused for."""
+        truths = [name for name in self._rule.truths if _is_of(name, mode or self.mode)]
+        excused = effect or {}
         rows = [
             self._rule.row(name, found[name], excused.get(name))
             if name in found
@@ -262,6 +267,13 @@ class Judge:
         ]
         rows += [Row(name, math.inf, 0.0, None, "not in the reference") for name in found if name not in truths]
         return Comparison(tuple(rows))
+
+
+def _is_of(name: str, mode: Mode) -> bool:
+    """Whether a run in this mode yields the tensor of this name."""
+    if mode == "train" or not name.startswith("gradient"):
+        return True
+    return mode == "input_grad" and name.startswith("gradient of input")
 
 
 def compare_blocks(
@@ -314,7 +326,7 @@ def assert_blocks_equal(
     x: Inputs,
     *,
     cotangent: Inputs | None = None,
-    mode: Mode = "train",
+    mode: Mode | Sequence[Mode] = "train",
     autocast: torch.dtype | None = None,
 ) -> None:
     """Raise where compare_blocks finds a difference.
@@ -324,7 +336,7 @@ def assert_blocks_equal(
         fused: as in compare_blocks.
         x: as in compare_blocks.
         cotangent: as in compare_blocks.
-        mode: as in compare_blocks.
+        mode: as in compare_blocks, or several: the reference runs in the one with most gradients alone.
         autocast: as in compare_blocks.
 
     Raises:
@@ -334,9 +346,24 @@ def assert_blocks_equal(
         >>> from fastode.testing import sample_input
         >>> assert_blocks_equal(nn.Tanh(), nn.Tanh(), sample_input(1, 2, 3, 3))
     """
-    comparison = compare_blocks(reference, fused, x, cotangent=cotangent, mode=mode, autocast=autocast)
-    if not comparison.ok:
-        raise AssertionError(comparison.describe())
+    modes = (mode,) if isinstance(mode, str) else tuple(mode)
+    judge = Judge(reference, x, cotangent=cotangent, mode=most_of(modes), autocast=autocast)
+    for each in modes:
+        comparison = judge.compare(fused, mode=each)
+        if not comparison.ok:
+            raise AssertionError(f"{comparison.describe()}\nin mode {each}")
+
+
+def most_of(modes: Sequence[Mode]) -> Mode:
+    """The mode among these with most gradients, which can judge all of them.
+
+    Raises:
+        ValueError: one is none of the three, or there is none.
+    """
+    for mode in modes or ("",):
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, or several, got {modes!r}")
+    return min(modes, key=MODES.index)
 
 
 def compare_tensors(
