@@ -63,8 +63,8 @@ LOST = 0.75  # below this ratio resident has lost clearly, and the group's large
 
 SLOWER = 8.0  # how much more it counts that a choice is slower than that another would be faster
 NOISE = -math.log(0.95)  # what five rounds do not tell from 1
-LEAST = 0.93  # of any mode's ratio within a line, unless the line would have no other point
-UNFIT = 10.0  # the loss of a point below it: more than a line gains
+LEAST = 0.93  # a line leaves every point of which a mode's ratio is below it
+UNFIT = 10.0  # the loss of such a point: more than a line gains
 
 # Of each mode, the median ratio of the other's time to resident's with the 20th and 80th percentiles.
 Point = dict[str, list[float]]

@@ -2,9 +2,9 @@
 
 The rule and what it allows stay as they are. The reference runs more often. Where float64 is judged, the truth is
 computed in long double, and is not another run in float64. And a pre-activation within rounding of a kink may be on
-either side: a block equals the reference if it does with a few of these on the other side. So may the first step of
-steps by error be a little longer: its size divides a difference of two slopes by a small step, so that it is one number
-with many times their rounding, of which runs on moved inputs show a part.
+either side: a block equals the reference if it does with a few of these on the other side. And where steps follow their
+error, the first may have the block's own size: that divides a difference of two slopes by a small step, and so is one
+number with many times their rounding, of which runs on moved inputs show a part.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def steps(judge: Judge, places: list[Place]) -> list[Tensor]:
 def compare_with_its_first_steps(judge: Judge, fused: nn.Module) -> Comparison:
     """The comparison of a block whose steps follow their error with the truth that begins with steps of its sizes.
 
-    Where these are further from the truth's own than rounding may move them, or given, it is the plain comparison.
+    Where a size is further from the truth's own than rounding may move it, it is the plain comparison.
     """
     with fastode.record_steps() as log:
         found = judge.run(fused)
