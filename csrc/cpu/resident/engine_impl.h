@@ -94,8 +94,7 @@ void Packed<A>::read(Arena& arena, const Wanted& wanted) {
           if (narrow_) return tile_weights_size(back ? shape.transposed() : shape);
         }
         if (back && strided) return strided_back_size<A>(shape);
-        if (unit.winograd) return winograd_size<A>(back ? shape.transposed() : shape);
-        return (back ? shape.transposed() : shape).template packed_size<A>();
+        return weights_size<A>(back ? shape.transposed() : shape, unit.winograd);
       };
       const bool straight = wanted.straight && (wanted.last || j + 1 < units);
       A* forward = straight ? arena.take<A>(size(unit.shape, false)) : nullptr;
@@ -112,17 +111,14 @@ void Packed<A>::read(Arena& arena, const Wanted& wanted) {
               if (narrow_) return pack_tile_weights<T>(shape, back, data, strides, to);
             }
             if (back && stride > 1) return pack_strided_back<A, T>(unit.shape, data, strides, to);
-            if constexpr (kWinograd<A>)
-              if (unit.winograd) return pack_winograd<A, T>(shape, back, data, strides, to);
-            pack_weights<A, T>(shape, back, data, strides, to);
+            pack_either<A, T>(shape, unit.winograd, back, data, strides, to);
           };
           if (forward) pack(false, forward);
           if (flipped) pack(true, flipped);
         });
       }
       unit.forward = forward, unit.backward = flipped;
-      unit.conv_at =
-          accumulate(unit.winograd_gradient ? winograd_size<A>(unit.shape) : unit.shape.template gradient_size<A>());
+      unit.conv_at = accumulate(gradient_size<A>(unit.shape, unit.winograd_gradient));
       channels = integers[3];
       if (present & kConvBias) unit.conv_bias = row_of(channels), unit.conv_bias_at = accumulate(width);
     }
@@ -167,10 +163,7 @@ std::vector<Tensor> Packed<A>::gradients(const A* base, int64_t parts) const {
       const Tensor& gradient = result.emplace_back(new_weight(arguments_.parameters[result.size()]));
       with_data<A>(gradient, [&](auto* data) {
         const A* from = base + unit.conv_at;
-        const int64_t* strides = gradient.strides().data();
-        if constexpr (kWinograd<A>)
-          if (unit.winograd_gradient) return unpack_winograd_gradient(unit.shape, from, stride, parts, data, strides);
-        unpack_gradient(unit.shape, from, stride, parts, data, strides);
+        unpack_either(unit.shape, unit.winograd_gradient, from, stride, parts, data, gradient.strides().data());
       });
     }
     if (present & kConvBias) row(unit.conv_bias_at);

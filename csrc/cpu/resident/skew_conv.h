@@ -28,21 +28,15 @@ struct SkewShape {
   }
   template <class A>
   int64_t down_size() const {
-    return winograd ? winograd_size<A>(down()) : down().template packed_size<A>();
+    return weights_size<A>(down(), winograd);
   }
   template <class A>
   int64_t up_size() const {
-    if (winograd) return winograd_size<A>(up());
-    return narrow<A>() ? channels * narrow_taps<A>() : stride * stride * up().template packed_size<A>();
+    return narrow<A>() ? channels * narrow_taps<A>() : stride * stride * weights_size<A>(up(), winograd);
   }
   template <class A>
   bool winograd_gradient() const {
     return winograd && suits_winograd_gradient<A>(down());
-  }
-  // Elements of a weight gradient.
-  template <class A>
-  int64_t gradient_size() const {
-    return winograd_gradient<A>() ? winograd_size<A>(down()) : down().template gradient_size<A>();
   }
   // Whether the weight gradient is that of skew_narrow.h, too.
   template <class A>

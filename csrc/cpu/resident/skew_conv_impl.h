@@ -21,16 +21,11 @@ int64_t SkewShape::scratch_size() const {
 
 template <class A, class T>
 void pack_skew(const SkewShape& shape, const T* weight, const int64_t* strides, A* down, A* up) {
-  if constexpr (kWinograd<A>)
-    if (shape.winograd) {
-      pack_winograd(shape.down(), false, weight, strides, down);
-      return pack_winograd(shape.up(), true, weight, strides, up);
-    }
   const bool narrow = shape.template narrow<A>();
   if (narrow) pack_narrow(shape, weight, strides, up);
   if (shape.stride == 1) {
-    pack_weights(shape.down(), false, weight, strides, down);
-    if (!narrow) pack_weights(shape.up(), true, weight, strides, up);
+    pack_either(shape.down(), shape.winograd, false, weight, strides, down);
+    if (!narrow) pack_either(shape.up(), shape.winograd, true, weight, strides, up);
     return;
   }
   const WeightView<T> view(shape.down(), weight, strides);

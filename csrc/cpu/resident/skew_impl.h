@@ -143,9 +143,10 @@ template <class A>
 void SkewPair<A>::make_y(const Trace<A>& trace, bool measured) const {
   Combine<A> damping;
   damping.add(-spec.gamma, y_hat_);
-  if (spec.shape.winograd) down(false, y_plane, 0, trace.guide.y, damping);
+  const bool whole = spec.shape.winograd;  // its tiles are of two rows, and a band may be of one
+  if (whole) down(false, y_plane, 0, trace.guide.y, damping);
   each_band(y_plane, [&](const Plane<A>& band, int64_t at) {
-    if (!spec.shape.winograd) down(false, band, at, trace.guide.y, damping);
+    if (!whole) down(false, band, at, trace.guide.y, damping);
     activate(true, trace, band, at);
     if (measured) add_moments(kPostY, band, at, below(trace.s.y, at));
   });

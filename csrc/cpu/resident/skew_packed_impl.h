@@ -91,7 +91,8 @@ void PackedPair<A>::read(Arena& arena, const Tensor& y, Asked asked) {
     });
   }
   spec.down = down, spec.up = up;
-  spec.weight_at = accumulate(spec.shape.template gradient_size<A>(), asked.weight);
+  spec.weight_at =
+      accumulate(gradient_size<A>(spec.shape.down(), spec.shape.template winograd_gradient<A>()), asked.weight);
 }
 
 template <class A>
@@ -106,13 +107,8 @@ std::vector<Tensor> PackedPair<A>::gradients(const Tensor& accumulators, int64_t
   if (spec.weight_at >= 0) {
     result.push_back(new_weight(parameters[0]));
     with_data<A>(result[0], [&](auto* data) {
-      const ConvShape shape = spec.shape.down();
-      const A* from = base + spec.weight_at;
-      const int64_t* strides = result[0].strides().data();
-      if constexpr (kWinograd<A>)
-        if (spec.shape.template winograd_gradient<A>())
-          return unpack_winograd_gradient(shape, from, spec.gradients, workers, data, strides);
-      unpack_gradient(shape, from, spec.gradients, workers, data, strides);
+      unpack_either(spec.shape.down(), spec.shape.template winograd_gradient<A>(), base + spec.weight_at,
+                    spec.gradients, workers, data, result[0].strides().data());
     });
   } else {
     next(0);

@@ -69,4 +69,29 @@ template <class A, class T>
 void unpack_winograd_gradient(const ConvShape& shape, const A* gradient, int64_t part_stride, int64_t parts, T* weight,
                               const int64_t* strides);
 
+// Of a convolution that is done so, or else directly: elements of its packed weights and of their gradient.
+template <class A>
+int64_t weights_size(const ConvShape& shape, bool winograd) {
+  return winograd ? winograd_size<A>(shape) : shape.template packed_size<A>();
+}
+template <class A>
+int64_t gradient_size(const ConvShape& shape, bool winograd) {
+  return winograd ? winograd_size<A>(shape) : shape.template gradient_size<A>();
+}
+
+// As pack_weights() and unpack_gradient(), for either.
+template <class A, class T>
+void pack_either(const ConvShape& shape, bool winograd, bool flip, const T* weight, const int64_t* strides, A* packed) {
+  if constexpr (kWinograd<A>)
+    if (winograd) return pack_winograd(shape, flip, weight, strides, packed);
+  pack_weights(shape, flip, weight, strides, packed);
+}
+template <class A, class T>
+void unpack_either(const ConvShape& shape, bool winograd, const A* gradient, int64_t part_stride, int64_t parts,
+                   T* weight, const int64_t* strides) {
+  if constexpr (kWinograd<A>)
+    if (winograd) return unpack_winograd_gradient(shape, gradient, part_stride, parts, weight, strides);
+  unpack_gradient(shape, gradient, part_stride, parts, weight, strides);
+}
+
 }  // namespace fastode::resident
