@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import inside, others
+from . import inside, others, timing
 from .workloads import Inputs, Unavailable
 
 BASELINES = ("eager", "eager-cl")
@@ -95,7 +95,7 @@ def graph_break_reason() -> str:
     """The reasons of the graph breaks so far, in one line."""
     from torch._dynamo.utils import counters
 
-    return "; ".join(" ".join(str(reason).split()) for reason in counters["graph_break"])[:300]
+    return timing.one_line("; ".join(map(str, counters["graph_break"])), 300)
 
 
 def _compile(module: nn.Module, inputs: Inputs, **options: Any) -> nn.Module:

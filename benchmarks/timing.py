@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import signal
 import statistics
 import threading
@@ -12,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+
+from .header import ROOT
 
 Run = Callable[[], object]
 
@@ -64,10 +67,18 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(statistics.median(ordered), at(0.2), at(0.8))
 
 
+# Up to a package's folder, or this project's, a path is of the machine.
+_OF_THE_MACHINE = re.compile(rf"[^\s`'\"(]*/(?:site|dist)-packages/|{re.escape(str(ROOT))}/")
+
+
+def one_line(text: str, most: int) -> str:
+    """A text for a record: in one line, of so many characters at most, without the machine's paths."""
+    return _OF_THE_MACHINE.sub("", " ".join(text.split()))[:most]
+
+
 def message(error: BaseException) -> str:
     """An exception in one line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}"[:400]
+    return one_line(f"{type(error).__name__}: {error}", 400)
 
 
 class OutOfTime(BaseException):

@@ -370,6 +370,12 @@ def test_torchode_is_a_contender_where_samples_step_alone() -> None:
     assert others.within_tolerance(block, others.torchode_block(block), (data.feature_maps(2, 3, 8),))["ok"]
 
 
+def test_a_record_has_no_path_of_the_machine() -> None:
+    told = f"in `/usr/lib/python3/dist-packages/torch/compiler/__init__.py`\nand ({timing.ROOT}/fastode/nn.py)"
+    assert timing.one_line(told, 400) == "in `torch/compiler/__init__.py` and (fastode/nn.py)"
+    assert timing.message(OSError(told)) == "OSError: in `torch/compiler/__init__.py` and (fastode/nn.py)"
+
+
 def test_a_compiled_contender_with_a_graph_break_is_reported_as_failed() -> None:
     def breaking(module: nn.Module, inputs: workloads.Inputs) -> nn.Module:
         class Breaks(nn.Module):
