@@ -360,9 +360,8 @@ def most_of(modes: Sequence[Mode]) -> Mode:
     Raises:
         ValueError: one is none of the three, or there is none.
     """
-    for mode in modes or ("",):
-        if mode not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(MODES)}, or several, got {modes!r}")
+    if not modes or not set(modes) <= set(MODES):
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, or several, got {modes!r}")
     return min(modes, key=MODES.index)
 
 
