@@ -118,7 +118,7 @@ simt-asan: $(STAMP)
 	    $(BIN)/python -m pytest -q -p no:cacheprovider -n 2 --dist worksteal $(SIMT_TESTS)
 
 # The same sources for machines without AVX-512 (vectors of 32 bytes), and without AVX (16 bytes, as NEON's are).
-PORTABLE_TESTS ?= tests/test_resident.py tests/test_resident_bf16.py tests/test_winograd.py tests/test_operators.py
+PORTABLE_TESTS ?= tests/test_resident.py tests/test_resident_bf16.py tests/test_resident_skew.py tests/test_resident_linear.py tests/test_adaptive.py tests/test_winograd.py tests/test_operators.py
 portable: export FASTODE_ONE_DESIGN := 1
 portable: export OMP_NUM_THREADS := 1
 portable: $(STAMP)

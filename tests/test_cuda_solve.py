@@ -187,7 +187,7 @@ def test_a_missing_barrier_is_seen(way: str) -> None:
         if way == "backward":
             every -= set(barriers(lambda case=case: solved(case | {"mode": "forward"}, "forward")))
         met |= every
-        for barrier in every:
+        for barrier in every - seen:
             with without(barrier):
                 if not all(same(right, found) for found in tried(case)):
                     seen.add(barrier)
@@ -295,8 +295,8 @@ def test_a_record_of_many_attempts_has_all() -> None:
 def test_a_solve_that_fails_leaves_nan_and_says_why_when_it_is_asked(alone: bool) -> None:
     cases: list[tuple[dict[str, Any], float, str]] = [
         ({"max_steps": 1}, 1.0, "max_steps = 1 attempts did not reach t1 = 1.5"),
-        ({"first_step": None}, float("nan"), "the field gave a value that is not finite"),
-        ({"first_step": 0.1}, float("inf"), "the field gave a value that is not finite"),
+        ({"first_step": None}, float("nan"), "the state is not finite"),
+        ({"first_step": 0.1}, float("inf"), "the state is not finite"),
     ]
     for changes, factor, reason in cases:
         _, fused, x = blocks_of(BASE | {"alone": alone, "norm": "none"}, **changes)
@@ -316,7 +316,7 @@ def test_a_solve_that_fails_leaves_nan_and_says_why_when_it_is_asked(alone: bool
         fastode.check_solves()  # it was told
         with pytest.raises(SolveError) as again:
             steps_of(fused, x)
-        assert str(again.value) == str(caught.value) or factor != 1  # a log alone does not see that x is NaN
+        assert str(again.value) == str(caught.value)
 
 
 @pytest.mark.parametrize("alone", FACTORS["alone"])

@@ -80,7 +80,7 @@ struct SolveForward : Solving<Tile> {
     int turn = 0;
     FASTODE_ROLLED
     while (stand_.phase != kEnds) {
-      const int kinds = stand_.phase == kBegins ? (call_.first_step == 0 ? 4 : 0) : 2;
+      const int kinds = stand_.phase == kBegins && call_.first_step == 0 ? 4 : 2;
       each([&](int n) {
         if (stand_.slot >= 0) keep(n);
         evaluate(n);
@@ -175,7 +175,9 @@ struct SolveForward : Solving<Tile> {
           const float a = magnitude(i % 2 ? one.high : one.low), b = magnitude(i % 2 ? other.high : other.low);
           // As torch.max takes it: NaN stays.
           const float scaled = sum.value[tile][eight][i] / (atol + rtol * (a < b || b != b ? b : a));
-          if (Tile::channel(eight) + i % 2 < pair_.channels(half)) total += scaled * scaled;
+          if (Tile::channel(eight) + i % 2 >= pair_.channels(half)) continue;
+          total += scaled * scaled;
+          if (phase == kBegins && !of_slope) total += a - a;  // NaN where the state is not finite
         }
       }
     }
@@ -192,8 +194,9 @@ struct SolveForward : Solving<Tile> {
       stand_.t = 0, stand_.h = call_.first_step;
       FASTODE_UNROLLED
       for (int kind = 0; kind < 6; ++kind) norms[kind / 2].value[kind % 2] = 0;
+      norms[0] = root(0);
       if (call_.first_step == 0) {
-        norms[0] = root(0), norms[1] = root(2);
+        norms[1] = root(2);
         stand_.size = static_cast<float>(stand_.first.trial());
         stand_.phase = kTries;
         return;
@@ -249,7 +252,9 @@ struct SolveForward : Solving<Tile> {
 
   // What the next attempt needs.
   FASTODE_DEVICE void aim() {
-    stand_.end = resident::hindrance(stand_.tried, call_.most, stand_.t, stand_.h);
+    // The errors of steps from an infinite state may be finite; z is x there.
+    const double z = stand_.first.state[kZ];
+    stand_.end = z == z ? resident::hindrance(stand_.tried, call_.most, stand_.t, stand_.h) : resident::kNotFinite;
     stand_.phase = stand_.end == resident::kReached ? kAttempts : kEnds;
     stand_.size = static_cast<float>(stand_.h);
     stand_.last = stand_.t + stand_.h >= call_.t1;

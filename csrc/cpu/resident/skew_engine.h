@@ -86,6 +86,8 @@ class Port {
   }
 
  private:
+  static constexpr int kFew = std::min(3, kLanes<A>);  // channels of one vector, those of an image
+
   bool has_vectors() const { return feature_.channel == 1 && feature_.channels % kLanes<A> == 0; }
   // Calls f(the channels of a pixel of sample n, those of its copy) for every pixel.
   template <class T, class F>
@@ -103,7 +105,7 @@ class Port {
         for (int c = 0; c < channels(); ++c) target[c] = to_accumulator<A>(source[c * from.channel]);
       });
     };
-    if (with_few<3>(from.channels, load_few)) return;
+    if (with_few<kFew>(from.channels, load_few)) return;
     load_sample<A, T>(
         plane_, {from.data, from.channels, from.height, from.width, from.sample, from.channel, from.row, from.pixel}, n,
         copy_);
@@ -116,7 +118,7 @@ class Port {
         for (int c = 0; c < channels(); ++c) target[c * to.channel] = to_storage<T>(source[c]);
       });
     };
-    if (!with_few<3>(to.channels, store_few)) store_sample(plane_, copy_, to, n);
+    if (!with_few<kFew>(to.channels, store_few)) store_sample(plane_, copy_, to, n);
   }
 
   Feature<A> feature_;

@@ -55,6 +55,21 @@ double scaled_squares(const Plane<A>& plane, int64_t blocks, const View<A>& base
 }
 
 template <class A>
+double zero_of(const Plane<A>& plane, int64_t blocks, const View<A>& map) {
+  using V = Vec<A>;
+  V zero = {};
+  for (int64_t b = 0; b < blocks; ++b)
+    for (int64_t y = 0; y < plane.height; ++y)
+      for (int64_t x = 0; x < plane.width; ++x) {
+        const V value = load<V>(map.pixel_at(b, y, x));
+        zero += value - value;
+      }
+  double sum = 0;
+  for (int lane = 0; lane < kLanes<A>; ++lane) sum += static_cast<double>(zero[lane]);
+  return sum;
+}
+
+template <class A>
 void pull_error(const Plane<A>& plane, int64_t blocks, A factor, const View<A>& base, const Slope<A>* slopes,
                 int64_t count, const Tolerance<A>& tolerance, const ErrorBars<A>& bars) {
   using V = Vec<A>;

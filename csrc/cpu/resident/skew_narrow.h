@@ -84,7 +84,7 @@ struct NarrowRows {
 
   // Row `at` of z: every product that falls on a pixel of it.
   void gather(A* scratch, int64_t at, const ConvJob<A>& job) const {
-    using Four = typename VectorOf<A, 4 * sizeof(A)>::type;
+    using Four = typename VectorOf<A, std::min(4 * static_cast<int>(sizeof(A)), kVectorBytes)>::type;
     const bool few = shape.in_channels <= 4;
     if (shape.stride == 1)
       few ? gather_as<Four, 1>(scratch, at, job) : gather_as<Vec<A>, 1>(scratch, at, job);

@@ -131,6 +131,10 @@ template <class A>
 double scaled_squares(const Plane<A>& plane, int64_t blocks, const View<A>& base, const Slope<A>* slopes, int64_t count,
                       const Tolerance<A>& tolerance);
 
+// Zero, or NaN where a value of the map is not finite.
+template <class A>
+double zero_of(const Plane<A>& plane, int64_t blocks, const View<A>& map);
+
 // Writes the cotangents of the error, which is base + the sum of the slopes, of the start and of the end that are
 // factor / 2 times the gradient of the sum of the squares of error / tolerance. An output may lie where an input does.
 template <class A>

@@ -43,6 +43,8 @@ class Forward {
     choose_first(each);
     SolveLog& log = solve_.log;
     StepMaps<A> spare, next;
+    // The errors of steps from an infinite state may be finite.
+    if (scheme_.steps == 0 && !starts_finite_) return void(log.end = kNotFinite);
     for (;; log.h *= scheme_.steps > 0 ? 1 : NextFactor(log.attempts.back().ratio, scheme_.order).value) {
       const auto tried = static_cast<int64_t>(log.attempts.size());
       if (scheme_.steps == 0) log.end = hindrance(tried, scheme_.most, log.t, log.h);
@@ -82,6 +84,7 @@ class Forward {
     const bool chooses = scheme_.chooses();
     solve_.start = new_step(pair_, 1, solve_.samples, true);
     Sums sums = each([&](Worker& worker, int64_t n, Sums& sums) { worker.begin(n, solve_, chooses, sums.data()); });
+    starts_finite_ = is_finite(sums[4]);
     log.h = scheme_.first_step;
     if (!chooses) return;
     log.first.state = halves(sums[0], sums[1]), log.first.slope = halves(sums[2], sums[3]);
@@ -115,6 +118,7 @@ class Forward {
   const SolveCall& call_;
   Solve<A>& solve_;
   const Halves entries_;
+  bool starts_finite_ = true;
 };
 
 // The backward of samples that share their steps, likewise.

@@ -9,7 +9,7 @@
 namespace fastode::resident {
 
 // Y's and z's sums, or what a phase adds up else.
-using Sums = std::array<double, 4>;
+using Sums = std::array<double, 5>;
 
 // The workers of a call, which stay for all of its phases: a batch whose samples share their steps is gone over once
 // for each attempt. The batch is in `parts` whose sums and gradients are added up in their order, whoever has them.

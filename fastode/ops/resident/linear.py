@@ -115,7 +115,7 @@ class ResidentLinearSolveFunction(NodeFunction):
         end, log = found
         if solver.is_adaptive:
             assert x is not None
-            tell(log.tolist(), solver, watches, steps, x)
+            tell(log.tolist(), solver, watches, steps)
         return (end,)
 
     @staticmethod
@@ -139,7 +139,7 @@ class ResidentLinearSolveFunction(NodeFunction):
             traced,
         )
         if solver.is_adaptive and not traced:
-            tell(log.tolist(), solver, watches, steps, x)
+            tell(log.tolist(), solver, watches, steps)
         ctx.save_for_backward(x, *tensors, log, *kept)
         ctx.linear, ctx.solver, ctx.rerun, ctx.count = linear, solver, rerun, 1 + len(tensors)
         ctx.set_materialize_grads(False)

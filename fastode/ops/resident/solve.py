@@ -28,7 +28,7 @@ from .functions import keeps
 from .skew import PairCode, encode, of_tensors, only
 
 # How a solve ended, and the numbers before its attempts and in each (csrc/step_control.h).
-_REACHED, _MOST_ATTEMPTS, _NO_STEP, _NOT_FINITE, _NO_ROOM = range(5)
+_REACHED, _MOST_ATTEMPTS, _, _NOT_FINITE, _NO_ROOM = range(5)
 _HEAD, _EACH = 10, 5
 # Of how many attempts a card's log has room at first, where it is read.
 _ROOM = 64
@@ -63,7 +63,7 @@ class ResidentSolveFunction(torch.autograd.Function):
                 x, *code, *solver_code(solver), keep, through_code(solver) if keep else 0, traced
             )
             if not traced:
-                tell(log.tolist(), solver, watches, steps, x)
+                tell(log.tolist(), solver, watches, steps)
         ctx.save_for_backward(x, *tensors, log, *kept)
         ctx.pair, ctx.solver, ctx.steps, ctx.rerun, ctx.count = pair, solver, steps, rerun, 1 + len(tensors)
         ctx.set_materialize_grads(False)
@@ -101,7 +101,7 @@ def _solve_on_card(
     """y(t₁), its log, and what a backward reads; nothing is read back unless somebody records."""
     if is_recording() and not traced:
         found, log = _read_all(x, code, solver, len(watches), keep)
-        tell(log, solver, watches, steps, x)
+        tell(log, solver, watches, steps)
         return found
     found = _launch(x, code, solver, 1, keep, traced)
     if not traced:
@@ -159,11 +159,11 @@ def _tell_failure(watches: Sequence[Watch], log: Tensor) -> None:
             watch.attempt(start, size, ())
             watch.judged(ratio, accepted == 1)
         if end != _REACHED:
-            _fail(watch, int(end), t, h, ())
+            _fail(watch, int(end), t, h)
 
 
-def _fail(watch: Watch, end: int, t: float, h: float, state: tuple[Tensor, ...]) -> NoReturn:
-    """Raise what a solve that ended so raises; `state` is where it stands, as far as that may say why."""
+def _fail(watch: Watch, end: int, t: float, h: float) -> NoReturn:
+    """Raise what a solve that ended so raises."""
     if end == _MOST_ATTEMPTS:
         watch.fail_at_most()
     if end == _NO_ROOM:
@@ -171,8 +171,7 @@ def _fail(watch: Watch, end: int, t: float, h: float, state: tuple[Tensor, ...])
             f"it took more steps than the {_MOST_TAKEN} of which a card keeps the sizes for gradients",
             "raise the tolerances, or ask for no gradients",
         )
-    # The state after an accepted step is finite where its error is.
-    watch.attempt(t, h, (torch.tensor(math.nan),) if end == _NOT_FINITE else state)
+    watch.attempt(t, h, (torch.tensor(math.nan),) if end == _NOT_FINITE else ())
     watch.fail_at_step()
 
 
@@ -200,22 +199,16 @@ def _rows(a: Sequence[tuple[float, ...]], *weights: tuple[float, ...]) -> list[f
     return [value for row in (*a, *weights) for value in (*row, *(0.0,) * (stages - len(row)))]
 
 
-def tell(log: list[float], solver: Solver, watches: Sequence[Watch], steps: Sequence[Steps], x: Tensor) -> None:
+def tell(log: list[float], solver: Solver, watches: Sequence[Watch], steps: Sequence[Steps]) -> None:
     """Tell each solve's watch and `Steps` what the log has of it; raises what the first one that failed raises."""
     tableau, chosen = solver.tableau, 1 if solver.first_step is not None else 2
-    for sample, (watch, taken, (end, t, h, attempts)) in enumerate(zip(watches, steps, _solves(log), strict=True)):
+    for watch, taken, (end, t, h, attempts) in zip(watches, steps, _solves(log), strict=True):
         watch.evaluations = chosen + (tableau.stages - 1) * len(attempts)
-        state: tuple[Tensor, ...] = ()
-        if end != _REACHED and not any(each[3] == 1 for each in attempts):
-            state = (x if len(watches) == 1 else x[sample : sample + 1],)
-            if attempts and not bool(torch.isfinite(state[0]).all()):
-                # The reference makes no attempt from such a state, and its size is the first one.
-                end, h, attempts = _NO_STEP, attempts[0][1], []
         for start, size, ratio, accepted, _ in attempts:
             watch.attempt(start, size, ())
             watch.judged(ratio, accepted == 1)
         if end != _REACHED:
-            _fail(watch, end, t, h, state)
+            _fail(watch, end, t, h)
         watch.finish()
         _note(taken, solver, attempts)
 
