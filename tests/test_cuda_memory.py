@@ -61,8 +61,9 @@ def test_the_maps_of_a_step(family: str, norm: str, less: bool, monkeypatch: pyt
     """A sample more takes so many maps more, and less than half of one for its statistics."""
     monkeypatch.setenv(LESS_MEMORY, str(int(less)))
     maps, part = STEPS[family, norm][less]
-    few, many = (peaks(step_of(family, norm, 16, 32, batch)) for batch in (4, 8))
-    each = [(more - fewer) / 4 for fewer, more in zip(few, many, strict=True)]
+    batches = (4, 8) if less else (2, 4)  # with less memory there are four parts
+    few, many = (peaks(step_of(family, norm, 16, 32, batch)) for batch in batches)
+    each = [(more - fewer) / (batches[1] - batches[0]) for fewer, more in zip(few, many, strict=True)]
     size = 16 * 32 * 32 * 2
     assert maps <= each[1] / size < maps + 0.5
     assert each[1] <= part * each[0]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
 import pytest
 import torch
 from block_cases import ACTIVATIONS, case_of, make_input, make_pair, name_of
 from pairwise import SEEDS, Case, covering, design_factors
-from simulator import ORDERS, counting, fenced, load, order
+from simulator import ORDERS, counting, fenced, load, order, quick_float16
 from torch import Tensor, nn
 
 import fastode
@@ -59,7 +59,7 @@ CASES = [
 
 
 @pytest.fixture(autouse=True)
-def _on_the_test_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def _on_the_test_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tensors of the CPU are a card's: its programs run, and what the engine says of a card holds for them."""
     assert operators.load() is None
     load()
@@ -74,6 +74,8 @@ def _on_the_test_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_library, "why_not", lambda index=None: "")
     monkeypatch.setattr(card, "holds", lambda x: True)
     monkeypatch.setattr(Resident, "refuses", lambda self, call: card.refuses(call))
+    with quick_float16():
+        yield
 
 
 def judge(case: Case) -> None:

@@ -117,7 +117,7 @@ def test_a_missing_barrier_is_seen(mode: str) -> None:
         assert right[0].isfinite().all() and all(same(right, solved(case, name)) for name in ORDERS)
         every = barriers(lambda case=case: solved(case, "forward"))
         met |= set(every)
-        for barrier in every:
+        for barrier in set(every) - seen:
             with without(barrier):
                 if not all(same(right, solved(case, name)) for name in ORDERS):
                     seen.add(barrier)
