@@ -9,7 +9,7 @@ import os
 import platform
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,14 @@ def blocks(count: int) -> contextlib.AbstractContextManager[None]:
 def without(barrier: str) -> contextlib.AbstractContextManager[None]:
     """Let nobody wait at one of `barriers`: what needs it has to come out wrong in one of ORDERS."""
     return _while_set("leave_out", (barrier,), ("",))
+
+
+def look_for_needed(places: Iterable[str], seen: set[str], is_right: Callable[[], bool]) -> None:
+    """Add to `seen` those of some `barriers` without which something is not right; what it has already is not tried."""
+    for barrier in set(places) - seen:
+        with without(barrier):
+            if not is_right():
+                seen.add(barrier)
 
 
 def barriers(run: Callable[[], object]) -> list[str]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from block_cases import case_of, make_input, make_pair
 from pairwise import Case
-from simulator import DEVICE, ORDERS, barriers, order, without
+from simulator import DEVICE, ORDERS, barriers, look_for_needed, order
 from test_cuda_programs import _on_the_test_machine as _on_the_test_machine
 from torch import Tensor
 
@@ -64,10 +64,7 @@ def look_at(case: Case, seen: set[str]) -> set[str]:
     assert all(tensor.isfinite().all() for tensor in right)
     assert all(same(right, run(case, name)) for name in ORDERS)
     every = set(barriers(lambda: run(case, "forward")))
-    for barrier in every - seen:
-        with without(barrier):
-            if not all(same(right, run(case, name)) for name in ORDERS):
-                seen.add(barrier)
+    look_for_needed(every, seen, lambda: all(same(right, run(case, name)) for name in ORDERS))
     return every
 
 

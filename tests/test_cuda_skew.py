@@ -10,7 +10,7 @@ import torch
 from block_cases import name_of
 from judging import assert_equal_by_either
 from pairwise import SEEDS, Case, covering
-from simulator import ORDERS, barriers, counting, fenced, order, without
+from simulator import ORDERS, barriers, counting, fenced, look_for_needed, order
 from test_cuda_barriers import same, source_line
 from test_cuda_programs import _on_the_test_machine as _on_the_test_machine
 from torch import Tensor, nn
@@ -117,10 +117,9 @@ def test_a_missing_barrier_is_seen(mode: str) -> None:
         assert right[0].isfinite().all() and all(same(right, solved(case, name)) for name in ORDERS)
         every = barriers(lambda case=case: solved(case, "forward"))
         met |= set(every)
-        for barrier in set(every) - seen:
-            with without(barrier):
-                if not all(same(right, solved(case, name)) for name in ORDERS):
-                    seen.add(barrier)
+        look_for_needed(
+            every, seen, lambda case=case, right=right: all(same(right, solved(case, name)) for name in ORDERS)
+        )
     assert met
     # W has no bias, whose sums need a barrier: test_cuda_barriers sees those of the program for all convolutions.
     silent = {barrier for barrier in met - seen if not barrier.startswith("weights.cuh:")}

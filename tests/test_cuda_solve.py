@@ -13,7 +13,7 @@ import pytest
 import torch
 from block_cases import name_of
 from pairwise import SEEDS, Case, covering
-from simulator import ORDERS, barriers, counting, fenced, order, without
+from simulator import ORDERS, barriers, counting, fenced, look_for_needed, order
 from test_cuda_barriers import same, source_line
 from test_cuda_programs import _on_the_test_machine as _on_the_test_machine
 from test_cuda_skew import _before_there_is_an_input as _before_there_is_an_input
@@ -187,10 +187,7 @@ def test_a_missing_barrier_is_seen(way: str) -> None:
         if way == "backward":
             every -= set(barriers(lambda case=case: solved(case | {"mode": "forward"}, "forward")))
         met |= every
-        for barrier in every - seen:
-            with without(barrier):
-                if not all(same(right, found) for found in tried(case)):
-                    seen.add(barrier)
+        look_for_needed(every, seen, lambda case=case, right=right: all(same(right, found) for found in tried(case)))
     assert {barrier for barrier in met - seen if "// unseen:" not in source_line(barrier)} == set()
     assert any("grid_barrier" in source_line(barrier) for barrier in seen) == (way == "forward")
 

@@ -41,10 +41,11 @@ class SkewSolve {
 
   // ---- forwards. Each adds sums of squares to `sums`, y's before z's.
 
-  // The slopes at time 0; of the state and of the slopes, if asked for, and behind them zero_of(z), which x is.
+  // The slopes at time 0; of the state and of the slopes, if asked for. Behind them zero_of(z), which x is, where
+  // errors are measured.
   void begin(int64_t n, const Solve<A>& solve, bool chooses, double* sums) {
     const Both<A> state = start(n);
-    sums[4] += zero_of<A>(stages_.plane(false), stages_.blocks(false), state.z);
+    if (scheme_.steps == 0) sums[4] += zero_of<A>(stages_.plane(false), stages_.blocks(false), state.z);
     put(0, solve.start, 0, n);
     stages_.made[0].made.z = scheme_.steps != 1 || scheme_.ends_by_z(0);
     stages_.evaluate(table_of_one(), 0, state, stages_.pair.workspace());

@@ -44,7 +44,7 @@ class Forward {
     SolveLog& log = solve_.log;
     StepMaps<A> spare, next;
     // The errors of steps from an infinite state may be finite.
-    if (scheme_.steps == 0 && !starts_finite_) return void(log.end = kNotFinite);
+    if (!starts_finite_) return void(log.end = kNotFinite);
     for (;; log.h *= scheme_.steps > 0 ? 1 : NextFactor(log.attempts.back().ratio, scheme_.order).value) {
       const auto tried = static_cast<int64_t>(log.attempts.size());
       if (scheme_.steps == 0) log.end = hindrance(tried, scheme_.most, log.t, log.h);
