@@ -26,6 +26,14 @@ enum Activation : int64_t {
   kActivationCount = 9,
 };
 
+// What a forward operator leaves to backward: nothing, tensors as many and as large as they come, or one tensor that
+// stands for them, of which a tracer knows the shape (cpu/resident/ticket.h).
+enum Keep : int64_t {
+  kKeepNothing = 0,
+  kKeepPieces = 1,
+  kKeepTicket = 2,
+};
+
 // The terms of one combination, at most.
 inline constexpr int64_t kMostTerms = 16;
 

@@ -32,19 +32,25 @@ STABLE_TORCH_LIBRARY(fastode, m) {
       "Tensor[] addends, Tensor coefs, bool param_grads, bool tangent, " FASTODE_NORM
       ") -> (Tensor out, Tensor wbar, Tensor bbar)");
   m.def("dots(Tensor v, Tensor[] terms) -> Tensor");
-
-  // With `keep_all` forward keeps all that spares backward a convolution; without, only what a training step needs
-  // most. Backward is told which by `kept_all`. It writes over what is kept; the schema does not say so, because
-  // tracers refuse lists of tensors that are written to, and under a tracer the list is empty.
+  // Running statistics of norms, each by its factor towards what it has met in every evaluation, one after the other:
+  // met [2, C], the mean and the biased variance, of all norms in one evaluation, then in the next. Counts go up by
+  // one for each. On the CPU alone, and for tracers, which make dozens of operators of it otherwise.
   m.def(
-      "resident_ie_forward(Tensor x, " FASTODE_BRANCH
-      ", int steps, float step_size, float theta, bool keep, bool keep_all) -> (Tensor y, Tensor statistics, Tensor[] "
-      "kept)");
+      "move_running(Tensor(a!)[] means, Tensor(b!)[] variances, Tensor(c!)[] counts, Tensor[] met, float[] factors, "
+      "float[] unbiased) -> ()");
+
+  // `keep` is one of constants.h, of which devices other than the CPU have no ticket. With `keep_all` forward keeps all
+  // that spares backward a convolution; without, only what a training step needs most. Backward is told which by
+  // `kept_all`. It writes over what is kept; the schema does not say so, because tracers refuse lists of tensors that
+  // are written to, and what they know is a ticket, which no one writes to.
+  m.def("resident_ie_forward(Tensor x, " FASTODE_BRANCH
+        ", int steps, float step_size, float theta, int keep, bool keep_all) -> (Tensor y, Tensor statistics, Tensor[] "
+        "kept)");
   m.def("resident_ie_backward(Tensor x, Tensor cotangent, Tensor[] kept, " FASTODE_BRANCH
         ", int steps, float step_size, float theta, bool detach, bool gradients, bool kept_all) -> "
         "(Tensor x_bar, Tensor[] bars)");
   m.def("resident_rk_forward(Tensor x, " FASTODE_BRANCH
-        ", Tensor table, bool keep, bool keep_all) -> (Tensor y, Tensor statistics, Tensor[] kept)");
+        ", Tensor table, int keep, bool keep_all) -> (Tensor y, Tensor statistics, Tensor[] kept)");
   m.def("resident_rk_backward(Tensor x, Tensor cotangent, Tensor[] kept, " FASTODE_BRANCH
         ", Tensor table, bool gradients, bool table_gradient, bool kept_all) -> (Tensor x_bar, Tensor[] bars, Tensor "
         "table_bar)");
@@ -52,26 +58,25 @@ STABLE_TORCH_LIBRARY(fastode, m) {
   // the three parts; `shape` of the result. Backward reads y where the activation is ReLU; without what is kept it
   // evaluates the chain again.
   m.def("resident_chain_forward(Tensor x, " FASTODE_BRANCH ", " FASTODE_CHAIN
-        ", int[] shape, bool keep, bool last) -> (Tensor y, Tensor statistics, Tensor[] kept)");
+        ", int[] shape, int keep, bool last) -> (Tensor y, Tensor statistics, Tensor[] kept)");
   m.def("resident_chain_backward(Tensor x, Tensor y, Tensor cotangent, Tensor[] kept, " FASTODE_BRANCH
         ", " FASTODE_CHAIN ", bool point, bool gradients) -> (Tensor x_bar, Tensor[] bars)");
   // Where signs are kept, backward asks for the slopes, too, as `ends`.
-  m.def(
-      "resident_skew_forward(Tensor y, Tensor z, " FASTODE_PAIR
-      ", bool keep, bool results, bool y_last, bool z_last) -> (Tensor dy, Tensor dz, Tensor[] kept, Tensor[] signs)");
+  m.def("resident_skew_forward(Tensor y, Tensor z, " FASTODE_PAIR
+        ", int keep, bool results, bool y_last, bool z_last) -> (Tensor dy, Tensor dz, Tensor[] kept, Tensor[] signs)");
   m.def(
       "resident_skew_backward(Tensor y, Tensor z, Tensor? y_bar, Tensor? z_bar, Tensor[] kept, Tensor[] "
       "signs, Tensor[] ends, " FASTODE_PAIR
       ", bool need_y, bool need_z, bool weight, bool norms) -> (Tensor y_bar, Tensor z_bar, Tensor[] bars)");
   m.def("resident_march_forward(Tensor x, " FASTODE_PAIR ", " FASTODE_MARCH
-        ", bool keep, bool last) -> (Tensor y, Tensor[] kept)");
+        ", int keep, bool last) -> (Tensor y, Tensor[] kept)");
   m.def("resident_march_backward(Tensor x, Tensor cotangent, Tensor[] kept, " FASTODE_PAIR ", " FASTODE_MARCH
         ", bool weight, bool norms) -> (Tensor x_bar, Tensor[] bars)");
   // The log, float64, has what control.h writes of each solve; with `raises` it stays empty, and a solve that cannot go
   // on raises here. `through`: the derivative goes through no step's size (0), the first one's (1) or all (2). Backward
   // without what is kept takes the steps again.
   m.def("resident_solve_forward(Tensor x, " FASTODE_PAIR ", " FASTODE_SOLVER
-        ", bool keep, int through, bool raises) -> (Tensor y, Tensor log, Tensor[] kept)");
+        ", int keep, int through, bool raises) -> (Tensor y, Tensor log, Tensor[] kept)");
   m.def("resident_solve_backward(Tensor x, Tensor cotangent, Tensor log, Tensor[] kept, " FASTODE_PAIR
         ", " FASTODE_SOLVER ", int through, bool weight, bool norms) -> (Tensor x_bar, Tensor[] bars)");
   // One step of u' = f(t, u). Its maps lie as `resident_enter` makes one of x; `resident_leave` makes a map like x of
@@ -97,7 +102,7 @@ STABLE_TORCH_LIBRARY(fastode, m) {
   m.def("resident_linear_backward(Tensor y, Tensor z, Tensor? y_bar, Tensor? z_bar, " FASTODE_PAIR
         ", bool need_y, bool need_z, bool gradients) -> (Tensor y_bar, Tensor z_bar, Tensor[] bars)");
   m.def("resident_linear_solve_forward(Tensor x, " FASTODE_PAIR ", " FASTODE_SOLVER
-        ", bool keep, int through, bool raises) -> (Tensor y, Tensor log, Tensor[] kept)");
+        ", int keep, int through, bool raises) -> (Tensor y, Tensor log, Tensor[] kept)");
   m.def("resident_linear_solve_backward(Tensor x, Tensor cotangent, Tensor log, Tensor[] kept, " FASTODE_PAIR
         ", " FASTODE_SOLVER ", int through, bool gradients) -> (Tensor x_bar, Tensor[] bars)");
 }

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import fastode
 from fastode import reference
 from fastode.dispatch import choice
-from fastode.native.constants import TILES
+from fastode.native.constants import KEEP_NOTHING, TILES
 from fastode.ops.resident import card, skew
 from fastode.ops.resident.engine import Resident
 from fastode.testing import sample_input
@@ -136,7 +136,7 @@ def test_a_solution_is_one_launch_each_way(mode: str, launches: int) -> None:
 
 def test_a_backward_that_finds_nothing_solves_again(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = solved(BASE, "forward")
-    monkeypatch.setattr(skew, "keeps", lambda ctx: False)  # as under torch.compile
+    monkeypatch.setattr(skew, "keeps", lambda ctx, x: KEEP_NOTHING)  # as under torch.compile
     with counting() as counts:
         again = solved(BASE, "forward")
     assert counts["launch"] == 5

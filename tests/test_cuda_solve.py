@@ -25,6 +25,7 @@ import fastode
 from fastode import SolveError, Solver, reference, steps
 from fastode.dispatch import choice, trial
 from fastode.embedded import EMBEDDED
+from fastode.native.constants import KEEP_NOTHING
 from fastode.ops.resident.engine import Resident
 from fastode.ops.schemes import by_error
 from fastode.ops.schemes.by_error import Steps
@@ -234,7 +235,7 @@ def test_where_only_some_beginnings_have_room_the_others_are_made_again(method: 
 def test_a_backward_that_finds_nothing_solves_again(monkeypatch: pytest.MonkeyPatch) -> None:
     case = BASE | {"mode": "train", "options": "chosen"}
     kept = solved(case, "forward")
-    monkeypatch.setattr("fastode.ops.resident.solve.keeps", lambda ctx: False)  # as under torch.compile
+    monkeypatch.setattr("fastode.ops.resident.solve.keeps", lambda ctx, x: KEEP_NOTHING)  # as under torch.compile
     with counting() as counts:
         again = solved(case, "forward")
     assert counts["launch"] == 4

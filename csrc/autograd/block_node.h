@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "../constants.h"
 #include "python.h"
 
 namespace fastode {
@@ -43,6 +44,9 @@ class Operator {
  private:
   c10::OperatorHandle handle_;
 };
+
+// What an operator leaves to backward, as its schema takes it: pieces where there will be one.
+inline int64_t pieces_if(bool graph) { return graph ? kKeepPieces : kKeepNothing; }
 
 // What describes a branch or a pair to an operator, made once; of a pair's solution by equal steps also the last three.
 struct Program {

@@ -64,7 +64,7 @@ class DescentNode final : public BlockNode {
   static std::vector<IValue> forward(const BranchCall& call, const Rule& rule, bool keep, bool keep_all) {
     static const Operator forward("fastode::resident_ie_forward");
     return forward(call.given.tensors[0], call.given.from(1), call.program.integers, call.program.numbers, rule.steps,
-                   rule.step_size, rule.theta, keep && !rule.detach, keep_all);
+                   rule.step_size, rule.theta, pieces_if(keep && !rule.detach), keep_all);
   }
 
  protected:
@@ -91,7 +91,7 @@ class SchemeNode final : public BlockNode {
   static std::vector<IValue> forward(const BranchCall& call, const Rule&, bool keep, bool keep_all) {
     static const Operator forward("fastode::resident_rk_forward");
     return forward(call.given.tensors[0], call.given.from(2), call.program.integers, call.program.numbers,
-                   call.given.tensors[1].contiguous(), keep, keep_all);
+                   call.given.tensors[1].contiguous(), pieces_if(keep), keep_all);
   }
 
  protected:

@@ -37,7 +37,7 @@ class ChainNode final : public BlockNode {
       const pybind11::gil_scoped_release unlocked;
       const at::AutoDispatchBelowADInplaceOrView below;
       found = forward(given[0], call.given.from(1), chain.integers, chain.numbers, chain.strides, chain.lengths,
-                      chain.step, chain.act, chain.p, chain.q, call.shape, graph, last);
+                      chain.step, chain.act, chain.p, chain.q, call.shape, pieces_if(graph), last);
     }
     BranchResult result{found[0].toTensor(), found[1].toTensor()};
     if (!graph) return result;

@@ -85,9 +85,9 @@ class LinearSolveNode final : public BlockNode {
     {
       const pybind11::gil_scoped_release unlocked;
       const at::AutoDispatchBelowADInplaceOrView below;
-      found =
-          forward(call.given.tensors[0], call.given.from(1), call.program.integers, call.program.numbers, solver.table,
-                  solver.solver, solver.limits, solver.per_sample, graph, graph ? solver.through : IValue(0), false);
+      found = forward(call.given.tensors[0], call.given.from(1), call.program.integers, call.program.numbers,
+                      solver.table, solver.solver, solver.limits, solver.per_sample, pieces_if(graph),
+                      graph ? solver.through : IValue(0), false);
     }
     const Result result{found[0].toTensor(), found[1].toTensor()};
     if (!graph) return result;

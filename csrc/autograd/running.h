@@ -1,7 +1,6 @@
-// Running statistics of batch norms, moved as fastode/dispatch/one_step.py does it with PyTorch's operators.
+// Running statistics of batch norms, moved as fastode/dispatch/running.py does it with PyTorch's operators.
 #pragma once
-#include <cmath>
-
+#include "../running.h"
 #include "block_node.h"
 
 namespace fastode {
@@ -54,16 +53,9 @@ class Running {
     }
   }
 
-  // As torch.lerp rounds it.
   template <class A>
   static void lerp(const Row& row, const Tensor& running, const A* now, A scale) {
-    const A factor = static_cast<A>(row.factor), rest = factor - A(1);
-    const bool near = std::abs(factor) < A(0.5);
-    A* to = running.mutable_data_ptr<A>();
-    for (int64_t c = 0; c < row.channels; ++c) {
-      const A end = now[c] * scale, way = end - to[c];
-      to[c] = near ? std::fma(factor, way, to[c]) : std::fma(rest, way, end);
-    }
+    move_running(running.mutable_data_ptr<A>(), now, scale, row.factor, row.channels);
     running.unsafeGetTensorImpl()->bump_version();
   }
 

@@ -83,8 +83,9 @@ class PairNode final : public PairNodeBase {
       const at::AutoDispatchBelowADInplaceOrView below;
       const bool weight_last = is_channels_last(given[2]);
       // The memory formats that PyTorch's convolution and its transpose give the slopes.
-      found = forward(given[0], given[1], call.given.from(2), call.program.integers, call.program.numbers, graph, graph,
-                      weight_last || is_channels_last(given[1]), weight_last || is_channels_last(given[0]));
+      found =
+          forward(given[0], given[1], call.given.from(2), call.program.integers, call.program.numbers, pieces_if(graph),
+                  graph, weight_last || is_channels_last(given[1]), weight_last || is_channels_last(given[0]));
     }
     const Result result{found[0].toTensor(), found[1].toTensor()};
     if (!graph) return result;
@@ -143,7 +144,7 @@ class MarchNode final : public PairNodeBase {
       const pybind11::gil_scoped_release unlocked;
       const at::AutoDispatchBelowADInplaceOrView below;
       found = forward(x, call.given.from(1), program.integers, program.numbers, program.table, program.steps,
-                      program.used, graph, is_channels_last(x));
+                      program.used, pieces_if(graph), is_channels_last(x));
     }
     const Tensor end = found[0].toTensor();
     if (graph) set_history(end, make_node<MarchNode>(call, found[1].toTensorVector()));

@@ -58,16 +58,20 @@ std::tuple<Tensor, Tensor, Tensors> linear_backward(const Tensor& y, const Tenso
 std::tuple<Tensor, Tensor, Tensors> linear_solve_forward(const Tensor& x, const Tensors& parameters,
                                                          const Integers& integers, const Numbers& numbers,
                                                          const Numbers& table, const Numbers& solver,
-                                                         const Integers& limits, bool per_sample, bool keep,
+                                                         const Integers& limits, bool per_sample, int64_t keep,
                                                          int64_t through, bool raises) {
   const Embedded scheme = embedded_of(table, solver, limits);
-  const SolveCall call{x,          nullptr, new_matrix(x, parameters[0].size(0)),
-                       per_sample, keep,    static_cast<Through>(through)};
+  const SolveCall call{x,
+                       nullptr,
+                       new_matrix(x, parameters[0].size(0)),
+                       per_sample,
+                       keep != kKeepNothing,
+                       static_cast<Through>(through)};
   Tensors kept;
   Numbers log;
   with_field({parameters, integers, numbers}, x, false,
              [&](const auto& packed, const Tensor& none) { run_linear_solve(packed, scheme, call, log, kept, none); });
-  return {call.out, written(log, raises), kept};
+  return {call.out, written(log, raises), left_of_solve(std::move(kept), log, keep)};
 }
 
 std::tuple<Tensor, Tensors> linear_solve_backward(const Tensor& x, const Tensor& cotangent, const Tensor& log_of,
@@ -78,6 +82,7 @@ std::tuple<Tensor, Tensors> linear_solve_backward(const Tensor& x, const Tensor&
   const Embedded scheme = embedded_of(table, solver, limits);
   const SolveCall call{x, &cotangent, new_matrix(x, x.size(1)), per_sample, true, static_cast<Through>(through)};
   Numbers log = numbers_of(log_of);
+  kept = found_of_solve(kept, log);
   const Tensors bars =
       with_field({parameters, integers, numbers}, x, gradients, [&](const auto& packed, const Tensor& accumulators) {
         run_linear_solve(packed, scheme, call, log, kept, accumulators);

@@ -57,7 +57,7 @@ using Backward = std::tuple<Tensor, Tensors, Tensor>;
 
 template <template <class> class Program, class Rule>
 Forward forward(const Tensor& x, const BranchArguments& branch, const Rule& rule, int64_t evaluations,
-                bool backward_weights, bool keep) {
+                bool backward_weights, int64_t keep) {
   return with_arithmetic(x, [&](auto zero) {
     using A = decltype(zero);
     const Packed<A> packed(branch, x, {.transposed = backward_weights});
@@ -65,7 +65,7 @@ Forward forward(const Tensor& x, const BranchArguments& branch, const Rule& rule
     const Tensor statistics = new_vector(packed.statistics * evaluations, scalar_type<A>());
     Call<A> call{packed, x, nullptr, new_map_like(x), keep ? &kept : nullptr, static_cast<A*>(statistics.data_ptr())};
     run<Program>(call, rule);
-    return Forward(call.result, statistics, kept.pieces());
+    return Forward(call.result, statistics, left_behind(kept.pieces(), keep));
   });
 }
 
@@ -96,7 +96,7 @@ Backward backward(const Tensor& x, const Tensor& cotangent, const BranchArgument
 }
 
 Forward ie_forward(const Tensor& x, const Tensors& parameters, const Integers& units, const Numbers& numbers,
-                   int64_t steps, double gamma, double theta, bool keep, bool keep_all) {
+                   int64_t steps, double gamma, double theta, int64_t keep, bool keep_all) {
   return forward<DescentForward>(x, {parameters, units, numbers}, Descent{steps, gamma, theta, !keep, keep_all},
                                  steps + 1, steps > 0, keep);
 }
@@ -106,8 +106,8 @@ std::tuple<Tensor, Tensors> ie_backward(const Tensor& x, const Tensor& cotangent
                                         int64_t steps, double gamma, double theta, bool detach, bool gradients,
                                         bool kept_all) {
   const Descent descent{steps, gamma, theta, detach, kept_all};
-  auto [bar, bars, none] =
-      backward<DescentBackward>(x, cotangent, {parameters, units, numbers}, descent, kept, {.gradients = gradients}, 0);
+  auto [bar, bars, none] = backward<DescentBackward>(x, cotangent, {parameters, units, numbers}, descent,
+                                                     found_again(kept), {.gradients = gradients}, 0);
   return {bar, bars};
 }
 
@@ -118,14 +118,15 @@ Scheme scheme_of(const Tensor& x, const Tensor& table, bool keeps_all) {
 }
 
 Forward rk_forward(const Tensor& x, const Tensors& parameters, const Integers& units, const Numbers& numbers,
-                   const Tensor& table, bool keep, bool keep_all) {
+                   const Tensor& table, int64_t keep, bool keep_all) {
   const Scheme scheme = scheme_of(x, table, keep_all);
   return forward<SchemeForward>(x, {parameters, units, numbers}, scheme, scheme.stages, false, keep);
 }
 
-Backward rk_backward(const Tensor& x, const Tensor& cotangent, const Tensors& kept, const Tensors& parameters,
+Backward rk_backward(const Tensor& x, const Tensor& cotangent, const Tensors& kept_or_ticket, const Tensors& parameters,
                      const Integers& units, const Numbers& numbers, const Tensor& table, bool gradients,
                      bool table_gradient, bool kept_all) {
+  const Tensors kept = found_again(kept_or_ticket);
   // Where the stages are kept, no evaluation is computed again to its end but for the coefficients' gradients.
   const Wanted wanted{.gradients = gradients, .last = kept.empty() || table_gradient};
   const Scheme scheme = scheme_of(x, table, kept_all);
@@ -148,19 +149,21 @@ void with_maps(const Tensor& x, const F& f) {
 std::tuple<Tensor, Tensor, Tensors> chain_forward(const Tensor& x, const Tensors& parameters, const Integers& units,
                                                   const Numbers& numbers, const Integers& strides,
                                                   const Integers& lengths, double step, int64_t act, double p, double q,
-                                                  const Integers& shape, bool keep, bool last) {
+                                                  const Integers& shape, int64_t keep, bool last) {
   const ChainArguments chain{parameters, units, strides, lengths, numbers, step, act, p, q};
-  const ChainCall call{x, nullptr, nullptr, new_map(x, shape[0], shape[1], shape[2], last), keep, false, false};
+  const ChainCall call{x,     nullptr, nullptr, new_map(x, shape[0], shape[1], shape[2], last), keep != kKeepNothing,
+                       false, false};
   Tensors kept;
   Tensor statistics;
   with_maps(x, [&](auto zero) { run_chain<decltype(zero)>(chain, call, kept, &statistics, nullptr); });
-  return {call.result, statistics, kept};
+  return {call.result, statistics, left_behind(std::move(kept), keep)};
 }
 
 std::tuple<Tensor, Tensors> chain_backward(const Tensor& x, const Tensor& y, const Tensor& cotangent, Tensors kept,
                                            const Tensors& parameters, const Integers& units, const Numbers& numbers,
                                            const Integers& strides, const Integers& lengths, double step, int64_t act,
                                            double p, double q, bool point, bool gradients) {
+  kept = found_again(kept);
   const ChainArguments chain{parameters, units, strides, lengths, numbers, step, act, p, q};
   const ChainCall call{x,     &cotangent, &y, point ? new_map_like(x) : new_vector(0, x.scalar_type()), !kept.empty(),
                        point, gradients};
@@ -182,9 +185,17 @@ Tensors with_gradients(const PairArguments& pair, const Tensor& y, Asked asked, 
 }
 
 std::tuple<Tensor, Tensor, Tensors, Tensors> pair_forward(const Tensor& y, const Tensor& z, const Tensors& parameters,
-                                                          const Integers& integers, const Numbers& numbers, bool keep,
-                                                          bool results, bool y_last, bool z_last) {
-  PairCall call{y, z, nullptr, nullptr, false, new_map(y, y_last), new_map(z, z_last), {true, true}, results};
+                                                          const Integers& integers, const Numbers& numbers,
+                                                          int64_t keep, bool results, bool y_last, bool z_last) {
+  PairCall call{y,
+                z,
+                nullptr,
+                nullptr,
+                false,
+                new_map(y, y_last),
+                new_map(z, z_last),
+                {true, true},
+                results && keep == kKeepPieces};
   PairKept kept;
   with_arithmetic(y, [&](auto zero) {
     with_gradients<decltype(zero)>({parameters, integers, numbers}, y, {},
@@ -192,7 +203,7 @@ std::tuple<Tensor, Tensor, Tensors, Tensors> pair_forward(const Tensor& y, const
                                      run_pair(packed, call, keep ? &kept : nullptr, accumulators);
                                    });
   });
-  return {call.y_out, call.z_out, kept.traces, kept.signs};
+  return {call.y_out, call.z_out, left_behind(std::move(kept.traces), keep), kept.signs};
 }
 
 std::tuple<Tensor, Tensor, Tensors> pair_backward(const Tensor& y, const Tensor& z, const MaybeTensor& y_bar,
@@ -209,6 +220,7 @@ std::tuple<Tensor, Tensor, Tensors> pair_backward(const Tensor& y, const Tensor&
                 need_y ? new_map_like(y) : none,
                 need_z ? new_map_like(z) : none,
                 {need_y, need_z}};
+  traces = found_again(traces);
   PairKept kept{traces, signs};
   if (!ends.empty()) call.y_end = &ends[0], call.z_end = &ends[1];
   const Tensors bars = with_arithmetic(y, [&](auto zero) {
@@ -228,7 +240,7 @@ March march_of(const Numbers& table, int64_t steps, const Integers& used) {
 
 std::tuple<Tensor, Tensors> march_forward(const Tensor& x, const Tensors& parameters, const Integers& integers,
                                           const Numbers& numbers, const Numbers& table, int64_t steps,
-                                          const Integers& used, bool keep, bool last) {
+                                          const Integers& used, int64_t keep, bool last) {
   const int64_t stride = integers[0];
   MarchCall call{x, nullptr, new_map(x, parameters[0].size(0), x.size(2) / stride, x.size(3) / stride, last)};
   Tensors kept;
@@ -238,13 +250,14 @@ std::tuple<Tensor, Tensors> march_forward(const Tensor& x, const Tensors& parame
           run_march(packed, march_of(table, steps, used), call, keep ? &kept : nullptr, accumulators);
         });
   });
-  return {call.out, kept};
+  return {call.out, left_behind(std::move(kept), keep)};
 }
 
 std::tuple<Tensor, Tensors> march_backward(const Tensor& x, const Tensor& cotangent, Tensors kept,
                                            const Tensors& parameters, const Integers& integers, const Numbers& numbers,
                                            const Numbers& table, int64_t steps, const Integers& used, bool weight,
                                            bool norms) {
+  kept = found_again(kept);
   MarchCall call{x, &cotangent, new_map_like(x)};
   const Tensors bars = with_arithmetic(x, [&](auto zero) {
     return with_gradients<decltype(zero)>({parameters, integers, numbers}, cotangent, {weight, norms},
@@ -258,13 +271,16 @@ std::tuple<Tensor, Tensors> march_backward(const Tensor& x, const Tensor& cotang
 
 std::tuple<Tensor, Tensor, Tensors> solve_forward(const Tensor& x, const Tensors& parameters, const Integers& integers,
                                                   const Numbers& numbers, const Numbers& table, const Numbers& solver,
-                                                  const Integers& limits, bool per_sample, bool keep, int64_t through,
-                                                  bool raises) {
+                                                  const Integers& limits, bool per_sample, int64_t keep,
+                                                  int64_t through, bool raises) {
   const int64_t stride = integers[0];
   const Embedded scheme = embedded_of(table, solver, limits);
-  const SolveCall call{
-      x,          nullptr, new_map(x, parameters[0].size(0), x.size(2) / stride, x.size(3) / stride, false),
-      per_sample, keep,    static_cast<Through>(through)};
+  const SolveCall call{x,
+                       nullptr,
+                       new_map(x, parameters[0].size(0), x.size(2) / stride, x.size(3) / stride, false),
+                       per_sample,
+                       keep != kKeepNothing,
+                       static_cast<Through>(through)};
   Tensors kept;
   Numbers log;
   with_arithmetic(x, [&](auto zero) {
@@ -273,7 +289,7 @@ std::tuple<Tensor, Tensor, Tensors> solve_forward(const Tensor& x, const Tensors
                                      run_solve(packed, scheme, call, log, kept, accumulators);
                                    });
   });
-  return {call.out, written(log, raises), kept};
+  return {call.out, written(log, raises), left_of_solve(std::move(kept), log, keep)};
 }
 
 std::tuple<Tensor, Tensors> solve_backward(const Tensor& x, const Tensor& cotangent, const Tensor& log_of, Tensors kept,
@@ -283,6 +299,7 @@ std::tuple<Tensor, Tensors> solve_backward(const Tensor& x, const Tensor& cotang
   const Embedded scheme = embedded_of(table, solver, limits);
   const SolveCall call{x, &cotangent, new_map_like(x), per_sample, true, static_cast<Through>(through)};
   Numbers log = numbers_of(log_of);
+  kept = found_of_solve(kept, log);
   const Tensors bars = with_arithmetic(x, [&](auto zero) {
     return with_gradients<decltype(zero)>({parameters, integers, numbers}, cotangent, {weight, norms},
                                           [&](const auto& packed, const Tensor& accumulators) {

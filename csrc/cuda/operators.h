@@ -373,9 +373,9 @@ inline Gradients descent_backward(const Tensor& x, const Tensor& cotangent, cons
 // ---- the operators. With less memory forward keeps nothing, and backward runs it again, part by part.
 
 inline Forward rk_forward(const Tensor& x, const Tensors& parameters, const Integers& units, const Numbers& numbers,
-                          const Tensor& table, bool keep, bool everything) {
-  keep = keep && !takes_parts(parameters, units, numbers, everything);
-  return scheme_forward(x, parameters, units, numbers, table, keep);
+                          const Tensor& table, int64_t keep, bool everything) {
+  const bool kept = keep && !takes_parts(parameters, units, numbers, everything);
+  return scheme_forward(x, parameters, units, numbers, table, kept);
 }
 
 inline Backward rk_backward(const Tensor& x, const Tensor& cotangent, const Tensors& kept, const Tensors& parameters,
@@ -391,9 +391,9 @@ inline Backward rk_backward(const Tensor& x, const Tensor& cotangent, const Tens
 }
 
 inline Forward ie_forward(const Tensor& x, const Tensors& parameters, const Integers& units, const Numbers& numbers,
-                          int64_t steps, double step_size, double theta, bool keep, bool everything) {
-  keep = keep && !takes_parts(parameters, units, numbers, everything);
-  return descent_forward(x, parameters, units, numbers, steps, step_size, theta, keep);
+                          int64_t steps, double step_size, double theta, int64_t keep, bool everything) {
+  const bool kept = keep && !takes_parts(parameters, units, numbers, everything);
+  return descent_forward(x, parameters, units, numbers, steps, step_size, theta, kept);
 }
 
 inline Gradients ie_backward(const Tensor& x, const Tensor& cotangent, const Tensors& kept, const Tensors& parameters,

@@ -97,7 +97,7 @@ inline MarchCall march_call(const Tensor& x, const Tensor& result, const Tensors
 
 inline std::tuple<Tensor, Tensors> march_solution(const Tensor& x, const Tensors& parameters, const Integers& integers,
                                                   const Numbers& numbers, const Numbers& table, int64_t steps,
-                                                  const Integers& used, bool keep, bool last) {
+                                                  const Integers& used, int64_t keep, bool last) {
   const int64_t stride = integers[0];
   const Tensor y = new_map(x, parameters[0].size(0), x.size(2) / stride, x.size(3) / stride, last);
   MarchCall call = march_call(x, y, parameters, integers, numbers, table, steps, used, keep);

@@ -54,7 +54,7 @@ inline void refuse_exact(int64_t through) {
 inline std::tuple<Tensor, Tensor, Tensors> solve_solution(const Tensor& x, const Tensors& parameters,
                                                           const Integers& integers, const Numbers& numbers,
                                                           const Numbers& table, const Numbers& solver,
-                                                          const Integers& limits, bool per_sample, bool keep,
+                                                          const Integers& limits, bool per_sample, int64_t keep,
                                                           int64_t through, bool raises) {
   refuse_exact(through);
   const int64_t stride = integers[0], samples = x.size(0), solves = per_sample ? samples : 1;

@@ -2,15 +2,19 @@
 
 What is traced are the block's tensors and a key. The key stands for a copy of the block on the meta device, of which
 everything but the tensors was read while it was traced, and so is guarded by the compiler. The operator calls that copy
-with the tensors. Its backward calls it again, with a graph: what a solve keeps depends on how many steps it takes, and
-no compiler has room for that. An operator with a gradient may not write into what it is given, so that buffers which
-the block moves come back as new ones, and are copied into the block's own in what is traced.
+with the tensors. What a solve keeps depends on how many steps it takes, and no compiler has room for that: on the CPU
+the operator returns a ticket, which stands for the call's own graph, and its backward goes through that. Where there is
+no ticket, or a second backward comes, it calls the copy again. An operator with a gradient may not write into what it
+is given, so that buffers which the block moves come back as new ones, and are copied into the block's own in what is
+traced.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -23,6 +27,22 @@ from . import known
 
 _NAME = "fastode_blocks::solution"
 _copies: list[nn.Module] = []
+# The graphs of calls by the numbers of their tickets: the leaves, and the result.
+_graphs: dict[int, tuple[list[Tensor], Tensor]] = {}
+_numbers = itertools.count()
+
+
+class _Ticket(bytearray):
+    """The memory of a tensor that stands for a graph: its number, which has a graph until this memory is freed."""
+
+    def __del__(self) -> None:
+        _graphs.pop(int.from_bytes(self, sys.byteorder), None)
+
+
+def _ticket_for(leaves: list[Tensor], y: Tensor) -> Tensor:
+    number = next(_numbers)
+    _graphs[number] = leaves, y
+    return torch.frombuffer(_Ticket(number.to_bytes(8, sys.byteorder)), dtype=torch.int64)
 
 
 def key_of(block: nn.Module) -> int:
@@ -62,62 +82,105 @@ def run(block: nn.Module, key: int, x: Tensor, shape: Sequence[int], moves: bool
     tensors, buffers = tensors_of(block), list(block.buffers()) if moves else []
     if moves:  # copies, because a backward reads them after the block's own have moved
         tensors[-len(buffers) :] = [buffer.clone() for buffer in buffers]
-    y, *moved = _solution(x, tensors, key, shape, autocast_dtype(x), len(buffers))
+    # Without a gradient, and on a card, where it was not measured, there is no ticket.
+    keep = torch.is_grad_enabled() and x.device.type == "cpu"
+    wanted = [keep and tensor.requires_grad for tensor in (x, *tensors)]
+    y, *moved = _solution(x, tensors, key, shape, autocast_dtype(x), len(buffers), wanted)
     with torch.no_grad():
-        for buffer, new in zip(buffers, moved, strict=True):
+        for buffer, new in zip(buffers, moved[: len(buffers)], strict=True):
             buffer.copy_(new.detach())
     return y
 
 
 @torch.library.custom_op(_NAME, mutates_args=())
 def _solution(
-    x: Tensor, tensors: list[Tensor], key: int, shape: Sequence[int], lower: torch.dtype | None, moving: int
+    x: Tensor,
+    tensors: list[Tensor],
+    key: int,
+    shape: Sequence[int],
+    lower: torch.dtype | None,
+    moving: int,
+    wanted: list[bool],
 ) -> list[Tensor]:
-    """The solution, and the last `moving` of the tensors as they are after it."""
-    given = _with_own(tensors, moving)
-    with torch.no_grad():
-        return [_call(x, given, key, lower), *given[len(given) - moving :]]
+    """The solution, the last `moving` of the tensors as they are after it, and a ticket if any gradient is wanted."""
+    given = [x, *_with_own(tensors, moving)]
+    moved = given[len(given) - moving :]
+    if not any(wanted):
+        with torch.no_grad():
+            return [_call(given, key, lower), *moved]
+    with _autograd():
+        leaves = _leaves(given, wanted)
+        y = _call(leaves, key, lower)
+    # A copy, because what is traced may write over an operator's result, and the graph may hold it.
+    return [y.detach().clone(), *[leaf.detach() for leaf in leaves[len(leaves) - moving :]], _ticket_for(leaves, y)]
 
 
 @_solution.register_fake
 def _(
-    x: Tensor, tensors: list[Tensor], key: int, shape: Sequence[int], lower: torch.dtype | None, moving: int
+    x: Tensor,
+    tensors: list[Tensor],
+    key: int,
+    shape: Sequence[int],
+    lower: torch.dtype | None,
+    moving: int,
+    wanted: list[bool],
 ) -> list[Tensor]:
-    return [x.new_empty(shape), *(t.new_empty(t.shape) for t in tensors[len(tensors) - moving :])]
+    ticket = [torch.empty(1, dtype=torch.int64)] if any(wanted) else []
+    return [x.new_empty(shape), *(t.new_empty(t.shape) for t in tensors[len(tensors) - moving :]), *ticket]
 
 
 @torch.library.custom_op(f"{_NAME}_backward", mutates_args=())
 def _backward(
-    x: Tensor, tensors: list[Tensor], bar: Tensor, wanted: list[bool], key: int, lower: torch.dtype | None, moving: int
+    x: Tensor,
+    tensors: list[Tensor],
+    bar: Tensor,
+    tickets: list[Tensor],
+    wanted: list[bool],
+    key: int,
+    lower: torch.dtype | None,
+    moving: int,
 ) -> list[Tensor]:
-    given = (x, *_with_own(tensors, moving))
+    graph = _graphs.pop(int(tickets[0]), None) if tickets else None
     with _autograd():
-        leaves = [t.detach().requires_grad_(want) for t, want in zip(given, wanted, strict=True)]
+        if graph is None:
+            leaves = _leaves([x, *_with_own(tensors, moving)], wanted)
+            with unrecorded():
+                y = _call(leaves, key, lower)
+        else:
+            leaves, y = graph
         asked = [leaf for leaf in leaves if leaf.requires_grad]
-        with unrecorded():
-            y = _call(leaves[0], leaves[1:], key, lower)
         found = torch.autograd.grad(y, asked, bar, allow_unused=True)
     return [leaf.new_zeros(leaf.shape) if g is None else g.contiguous() for g, leaf in zip(found, asked, strict=True)]
 
 
 @_backward.register_fake
 def _(
-    x: Tensor, tensors: list[Tensor], bar: Tensor, wanted: list[bool], key: int, lower: torch.dtype | None, moving: int
+    x: Tensor,
+    tensors: list[Tensor],
+    bar: Tensor,
+    tickets: list[Tensor],
+    wanted: list[bool],
+    key: int,
+    lower: torch.dtype | None,
+    moving: int,
 ) -> list[Tensor]:
     return [t.new_empty(t.shape) for t, want in zip((x, *tensors), wanted, strict=True) if want]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, tensors, ctx.key, _, ctx.lower, ctx.moving = inputs
-    ctx.save_for_backward(x, *tensors)
+    x, tensors, ctx.key, _, ctx.lower, ctx.moving, _ = inputs
+    ctx.count = 1 + len(tensors)
+    ctx.save_for_backward(x, *tensors, *output[1 + ctx.moving :])
     ctx.wanted = [t.requires_grad for t in (x, *tensors)]
 
 
 def _pull(ctx: Any, given: list[Tensor]) -> tuple[Any, ...]:
-    x, *tensors = ctx.saved_tensors
-    found = iter(_backward(x, tensors, given[0], ctx.wanted, ctx.key, ctx.lower, ctx.moving))
+    saved = ctx.saved_tensors
+    x, *tensors = saved[: ctx.count]
+    tickets = list(saved[ctx.count :])
+    found = iter(_backward(x, tensors, given[0], tickets, ctx.wanted, ctx.key, ctx.lower, ctx.moving))
     bars = [next(found) if want else None for want in ctx.wanted]
-    return bars[0], bars[1:], None, None, None, None
+    return bars[0], bars[1:], None, None, None, None, None
 
 
 _solution.register_autograd(_pull, setup_context=_setup)
@@ -129,7 +192,13 @@ def _with_own(tensors: list[Tensor], moving: int) -> list[Tensor]:
     return [*tensors[:fixed], *(t.clone() for t in tensors[fixed:])]
 
 
-def _call(x: Tensor, tensors: list[Tensor], key: int, lower: torch.dtype | None) -> Tensor:
+def _leaves(tensors: list[Tensor], wanted: list[bool]) -> list[Tensor]:
+    """The tensors, out of any graph, and at the beginning of one where a gradient is wanted."""
+    return [tensor.detach().requires_grad_(want) for tensor, want in zip(tensors, wanted, strict=True)]
+
+
+def _call(given: list[Tensor], key: int, lower: torch.dtype | None) -> Tensor:
+    x, *tensors = given
     twin = _copies[key]
     names = [name for name, _ in twin.named_parameters()] + [name for name, _ in twin.named_buffers()]
     autocast = torch.autocast(x.device.type, lower) if lower is not None else contextlib.nullcontext()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..branch.read import Reading
 from ..native import nodes
 from ..ops.met import Met
+from ..tracing import is_exporting
 
 Statistics = Sequence[Tensor | Met]
 
@@ -70,12 +71,42 @@ def _move_all(norms: Sequence[Any], statistics: Iterable[Tensor], sizes: Sequenc
     evaluations = list(zip(*[iter(statistics)] * len(norms), strict=True))
     factor = norms[0].momentum
     with torch.no_grad():
+        if torch.compiler.is_compiling() and _are_moved_by_one(norms, evaluations):
+            _move_by_one(norms, evaluations, sizes)
+            return
         if isinstance(factor, float) and all(norm.momentum == factor for norm in norms):
             _move_together(norms, evaluations, factor, sizes)
             return
         for met in evaluations:
             for norm, stats, size in zip(norms, met, sizes, strict=True):
                 _move(norm, *_met(norm, stats, size))
+
+
+def _are_moved_by_one(norms: Sequence[Any], evaluations: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether `_move_by_one` takes these: batch norms on the CPU with a factor, in the dtype of what they met."""
+    if is_exporting():
+        return False
+    for norm, stats in zip(norms, evaluations[0], strict=True):
+        if isinstance(norm, nn.InstanceNorm2d) or not isinstance(norm.momentum, float) or stats.device.type != "cpu":
+            return False
+        for running in (norm.running_mean, norm.running_var):
+            if running.dtype != stats.dtype or not running.is_contiguous():
+                return False
+    return True
+
+
+def _move_by_one(
+    norms: Sequence[Any], evaluations: Sequence[Sequence[Tensor]], sizes: Sequence[tuple[int, int]]
+) -> None:
+    """`_move` of all norms by one operator, which a tracer need not look into."""
+    torch.ops.fastode.move_running.default(
+        [norm.running_mean for norm in norms],
+        [norm.running_var for norm in norms],
+        [norm.num_batches_tracked for norm in norms],
+        [stats for met in evaluations for stats in met],
+        [norm.momentum for norm in norms],
+        [count / max(count - 1, 1) for count in [samples * pixels for samples, pixels in sizes]],
+    )
 
 
 def _met(norm: Any, stats: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, float]:

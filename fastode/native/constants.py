@@ -26,6 +26,9 @@ ACTIVATION_CODE = {
     if name not in {"kIdentity", "kActivationCount"}
 }
 
+# What a forward operator leaves to backward.
+KEEP_NOTHING, KEEP_PIECES, KEEP_TICKET = (_FOUND[f"kKeep{what}"] for what in ("Nothing", "Pieces", "Ticket"))
+
 MOST_TERMS = _FOUND["kMostTerms"]
 MOST_PAIR_CHANNELS = _FOUND["kMostChannels"]
 

@@ -1,6 +1,6 @@
 """What the operators return, in shapes and types only: for torch.compile, torch.export and FakeTensor.
 
-The resident operators keep nothing for backward under a tracer: what they keep otherwise depends on the machine.
+What the resident operators keep for backward depends on the machine: under a tracer a ticket stands for it, or nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .constants import BIAS, CONV_BIAS, CONV_WEIGHT, NORM_CODE, RUNNING, UNIT_INTEGERS, WEIGHT
+from .constants import BIAS, CONV_BIAS, CONV_WEIGHT, KEEP_TICKET, NORM_CODE, RUNNING, UNIT_INTEGERS, WEIGHT
 
 MaybeTensor = Tensor | None
 
@@ -89,12 +89,24 @@ def _dots(v: Tensor, terms: Sequence[Tensor]) -> Tensor:
     return _vector(v, len(terms))
 
 
+def _move_running(
+    means: Sequence[Tensor], variances: Sequence[Tensor], counts: Sequence[Tensor], met: Sequence[Tensor],
+    factors: Sequence[float], unbiased: Sequence[float],
+) -> None:  # fmt: skip
+    pass
+
+
 # ---- resident: blocks
 
 
 def _alike(x: Tensor) -> Tensor:
     """A result that lies as x does."""
     return _map(x, x.shape, x.stride(1) == 1 and x.shape[1] > 1)
+
+
+def _left(keep: int) -> list[Tensor]:
+    """What is left to backward, where its shape is known."""
+    return [torch.empty(1, dtype=torch.int64)] if keep == KEEP_TICKET else []
 
 
 def _met(x: Tensor, units: Sequence[int], evaluations: int) -> Tensor:
@@ -125,9 +137,9 @@ def _gradient(p: Tensor) -> Tensor:
 
 def _ie_forward(
     x: Tensor, parameters: Sequence[Tensor], units: Sequence[int], numbers: Sequence[float], steps: int,
-    step_size: float, theta: float, keep: bool, keep_all: bool,
+    step_size: float, theta: float, keep: int, keep_all: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
-    return _alike(x), _met(x, units, steps + 1), []
+    return _alike(x), _met(x, units, steps + 1), _left(keep)
 
 
 def _ie_backward(
@@ -139,10 +151,10 @@ def _ie_backward(
 
 
 def _rk_forward(
-    x: Tensor, parameters: Sequence[Tensor], units: Sequence[int], numbers: Sequence[float], table: Tensor, keep: bool,
+    x: Tensor, parameters: Sequence[Tensor], units: Sequence[int], numbers: Sequence[float], table: Tensor, keep: int,
     keep_all: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
-    return _alike(x), _met(x, units, table.shape[1]), []
+    return _alike(x), _met(x, units, table.shape[1]), _left(keep)
 
 
 def _rk_backward(
@@ -158,7 +170,7 @@ def _rk_backward(
 
 def _chain_forward(
     x: Tensor, parameters: Sequence[Tensor], units: Sequence[int], numbers: Sequence[float], strides: Sequence[int],
-    lengths: Sequence[int], step: float, act: int, p: float, q: float, shape: Sequence[int], keep: bool, last: bool,
+    lengths: Sequence[int], step: float, act: int, p: float, q: float, shape: Sequence[int], keep: int, last: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
     size, start = 0, x.shape[1]
     at = 0
@@ -170,7 +182,7 @@ def _chain_forward(
             channels = out_channels or channels
             at += UNIT_INTEGERS
         start = channels if part == 0 else start
-    return _map(x, (x.shape[0], *shape), last), x.new_empty(size, dtype=_accumulator(x)), []
+    return _map(x, (x.shape[0], *shape), last), x.new_empty(size, dtype=_accumulator(x)), _left(keep)
 
 
 def _chain_backward(
@@ -195,10 +207,10 @@ def _bars(parameters: Sequence[Tensor], integers: Sequence[int], weight: bool, n
 
 
 def _skew_forward(
-    y: Tensor, z: Tensor, parameters: Sequence[Tensor], integers: Sequence[int], numbers: Sequence[float], keep: bool,
+    y: Tensor, z: Tensor, parameters: Sequence[Tensor], integers: Sequence[int], numbers: Sequence[float], keep: int,
     results: bool, y_last: bool, z_last: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
-    return _map(y, y.shape, y_last), _map(z, z.shape, z_last), [], []
+    return _map(y, y.shape, y_last), _map(z, z.shape, z_last), _left(keep), []
 
 
 def _skew_backward(
@@ -215,10 +227,10 @@ def _skew_backward(
 
 def _march_forward(
     x: Tensor, parameters: Sequence[Tensor], integers: Sequence[int], numbers: Sequence[float], table: Sequence[float],
-    steps: int, used: Sequence[int], keep: bool, last: bool,
+    steps: int, used: Sequence[int], keep: int, last: bool,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     stride = integers[0]
-    return _map(x, (x.shape[0], parameters[0].shape[0], x.shape[2] // stride, x.shape[3] // stride), last), []
+    return _map(x, (x.shape[0], parameters[0].shape[0], x.shape[2] // stride, x.shape[3] // stride), last), _left(keep)
 
 
 def _march_backward(
@@ -230,11 +242,11 @@ def _march_backward(
 
 def _solve_forward(
     x: Tensor, parameters: Sequence[Tensor], integers: Sequence[int], numbers: Sequence[float], table: Sequence[float],
-    solver: Sequence[float], limits: Sequence[int], per_sample: bool, keep: bool, through: int, raises: bool,
+    solver: Sequence[float], limits: Sequence[int], per_sample: bool, keep: int, through: int, raises: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
     stride = integers[0]
     end = _map(x, (x.shape[0], parameters[0].shape[0], x.shape[2] // stride, x.shape[3] // stride), False)
-    return end, _log(x, raises), []
+    return end, _log(x, raises), _left(keep)
 
 
 def _log(x: Tensor, raises: bool) -> Tensor:
@@ -280,9 +292,9 @@ def _linear_backward(
 
 def _linear_solve_forward(
     x: Tensor, parameters: Sequence[Tensor], integers: Sequence[int], numbers: Sequence[float], table: Sequence[float],
-    solver: Sequence[float], limits: Sequence[int], per_sample: bool, keep: bool, through: int, raises: bool,
+    solver: Sequence[float], limits: Sequence[int], per_sample: bool, keep: int, through: int, raises: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
-    return _matrix(x, parameters[0].shape[0]), _log(x, raises), []
+    return _matrix(x, parameters[0].shape[0]), _log(x, raises), _left(keep)
 
 
 def _linear_solve_backward(
@@ -301,6 +313,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "norm_act_dual": _norm_act_dual,
     "norm_act_second": _norm_act_second,
     "dots": _dots,
+    "move_running": _move_running,
     "resident_ie_forward": _ie_forward,
     "resident_ie_backward": _ie_backward,
     "resident_rk_forward": _rk_forward,

@@ -51,8 +51,8 @@ LEVEL_OF_UNIT = {
 GCC_HEAP = ("--param=ggc-min-expand=400", "--param=ggc-min-heapsize=524288")
 # Every unit of the CPU's operators begins with it, compiled once: most of them would read torch's headers again.
 COMMON = "precompiled.h"
-# The stable ABI of torch 2.10: one binary serves every later torch.
-STABLE_ABI = ("-DTORCH_TARGET_VERSION=0x020a000000000000",)
+# The stable ABI of torch 2.11: one binary serves every later torch.
+STABLE_ABI = ("-DTORCH_TARGET_VERSION=0x020b000000000000",)
 NATIVE = ("-march=native",)
 BUILD_TIMEOUT = 600.0  # seconds; only a hung compiler takes longer
 LOCK_TIMEOUT = 300.0

@@ -93,7 +93,11 @@ class NodeFunction(torch.autograd.Function):
 
 def call(function: type[torch.autograd.Function], constants: Sequence[Any], tensors: MaybeTensors) -> Any:
     """function.apply(*constants, *tensors), without the cost of a node where no gradient can be asked for."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    traced = torch.compiler.is_compiling()
+    if traced or torch._C._are_functorch_transforms_active():
+        # A tracer's context says what needs a gradient without a look at the mode.
+        if traced and not torch.is_grad_enabled():
+            return function.forward(_NO_GRAPH, *constants, *tensors)
         return function.apply(*constants, *tensors)
     if issubclass(function, NodeFunction) and nodes.usable():
         found = function.through_node(*constants, tensors)

@@ -7,6 +7,7 @@
 
 #include "control.h"
 #include "engine.h"
+#include "ticket.h"
 
 namespace fastode::resident {
 
@@ -41,11 +42,31 @@ inline Numbers numbers_of(const Tensor& tensor) {
   return Numbers(from, from + tensor.numel());
 }
 
+inline Tensor tensor_of(const Numbers& numbers) {
+  const Tensor made = new_vector(static_cast<int64_t>(numbers.size()), ScalarType::Double);
+  std::copy(numbers.begin(), numbers.end(), static_cast<double*>(made.data_ptr()));
+  return made;
+}
+
 // A log as a tensor; with `raises` an empty one, and a solve that cannot go on raises here.
-inline Tensor written(Numbers log, bool raises) {
-  if (raises) throw_failure(log), log.clear();
-  const Tensor found = new_vector(static_cast<int64_t>(log.size()), ScalarType::Double);
-  std::copy(log.begin(), log.end(), static_cast<double*>(found.data_ptr()));
+inline Tensor written(const Numbers& log, bool raises) {
+  if (!raises) return tensor_of(log);
+  throw_failure(log);
+  return tensor_of({});
+}
+
+// What a solve leaves to backward: a ticket stands for its log, too.
+inline Tensors left_of_solve(Tensors kept, const Numbers& log, int64_t keep) {
+  if (keep == kKeepTicket) kept.push_back(tensor_of(log));
+  return left_behind(std::move(kept), keep);
+}
+
+// What it has left, and its log where that lies with it.
+inline Tensors found_of_solve(const Tensors& kept, Numbers& log) {
+  Tensors found = found_again(kept);
+  if (!is_ticket(kept) || found.empty()) return found;
+  log = numbers_of(found.back());
+  found.pop_back();
   return found;
 }
 

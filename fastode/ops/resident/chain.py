@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...native import nodes
+from ...native.constants import KEEP_NOTHING
 from ..function import NodeFunction, gradients
 from ..maps import cast, last_of, lowered
 from ..met import Met
@@ -21,7 +22,7 @@ from ..rerun import Rerun
 from ..schemes.chain.chain import Chain
 from . import rule
 from .call import beside, encode_units, met_by, places_of
-from .functions import keeps_beside, take_kept
+from .functions import keeps_beside, save, take_kept
 
 # In a chain's memo.
 _CODE, _RESULT, _PROGRAM = "resident chain", "resident chain's result", "resident chain's node"
@@ -189,10 +190,10 @@ class ResidentChainFunction(NodeFunction):
 
     @staticmethod
     def forward(ctx: Any, chain: Chain, rerun: Rerun | None, x: Tensor, *tensors: MaybeTensor) -> Any:
-        y, flat, kept = _forward(chain, x, tensors, keeps_beside(ctx))
+        y, flat, kept = _forward(chain, x, tensors, keeps_beside(ctx, x))
         statistics = Met(flat, places_of(chain.plans, x.shape[1])).apart()
-        ctx.save_for_backward(x, *tensors, *([y] if _reads_result(chain) else []))
-        ctx.chain, ctx.rerun, ctx.kept, ctx.count = chain, rerun, kept, 1 + len(tensors)
+        save(ctx, (x, *tensors), kept, [y] if _reads_result(chain) else [])
+        ctx.chain, ctx.rerun = chain, rerun
         ctx.set_materialize_grads(False)
         if statistics:
             ctx.mark_non_differentiable(*statistics)
@@ -208,7 +209,7 @@ class ResidentChainFunction(NodeFunction):
             present, code = _encode(chain, tensors, x.shape[1])
             y = x
             if _reads_result(chain):  # which a node in C++ does not hand over
-                y = after[0] if after else _forward(chain, x, tensors, False)[0]
+                y = after[0] if after else _forward(chain, x, tensors, KEEP_NOTHING)[0]
             x_bar, found = torch.ops.fastode.resident_chain_backward.default(
                 lowered(chain.lower, x), y, bar, take_kept(ctx), present, *code, wanted[0], any(wanted[1:])
             )
@@ -222,7 +223,7 @@ def _reads_result(chain: Chain) -> bool:
     return chain.activation is not None and chain.activation.kind == "relu"
 
 
-def _forward(chain: Chain, x: Tensor, tensors: MaybeTensors, keep: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+def _forward(chain: Chain, x: Tensor, tensors: MaybeTensors, keep: int) -> tuple[Tensor, Tensor, list[Tensor]]:
     present, code = _encode(chain, tensors, x.shape[1])
     made: tuple[Tensor, Tensor, list[Tensor]] = torch.ops.fastode.resident_chain_forward.default(
         lowered(chain.lower, x), present, *code, _result(chain, x), keep, last_of(x, tensors)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from ...native import nodes
+from ...native.constants import KEEP_NOTHING, KEEP_PIECES, KEEP_TICKET
+from ...tracing import is_exporting
 from ..function import NodeFunction, gradients
 from ..maps import like_reference
 from ..plan import MaybeTensor, MaybeTensors, Plan
@@ -25,14 +27,23 @@ LESS_MEMORY = "FASTODE_LESS_MEMORY"
 _PROGRAM = "resident node"  # in a plan's memo
 
 
-def keeps(ctx: Any) -> bool:
-    """Whether forward keeps what it evaluated: a backward will come, and no tracer needs fixed shapes."""
-    return True in ctx.needs_input_grad and not torch.compiler.is_compiling()
+def keeps(ctx: Any, x: Tensor) -> int:
+    """What forward keeps of what it evaluated for a call on x (csrc/constants.h): nothing where no backward will come.
+
+    A tracer needs fixed shapes: a ticket stands for what is kept (csrc/cpu/resident/ticket.h).
+    """
+    if True not in ctx.needs_input_grad:
+        return KEEP_NOTHING
+    if not torch.compiler.is_compiling():
+        return KEEP_PIECES
+    return KEEP_TICKET if x.device.type == "cpu" and not is_exporting() else KEEP_NOTHING
 
 
-def keeps_beside(ctx: Any) -> bool:
+def keeps_beside(ctx: Any, x: Tensor) -> int:
     """`keeps`, for maps that are no saved tensors: not where hooks save tensors, or checkpoints could not free them."""
-    return keeps(ctx) and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    if torch.compiler.is_compiling() or torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        return keeps(ctx, x)
+    return KEEP_NOTHING
 
 
 def keeps_all(ctx: Any, tensors: MaybeTensors) -> bool:
@@ -45,8 +56,18 @@ def keeps_all(ctx: Any, tensors: MaybeTensors) -> bool:
     return not less or True not in ctx.needs_input_grad[-len(tensors) :]
 
 
+def save(ctx: Any, tensors: MaybeTensors, kept: list[Tensor], results: Sequence[Tensor] = ()) -> None:
+    """Save what forward was called with, results of its own, and what it has kept: a ticket is a saved tensor, too."""
+    saved, traced = (*tensors, *results), torch.compiler.is_compiling()
+    ctx.count, ctx.kept_from = len(tensors), len(saved)
+    ctx.save_for_backward(*saved, *(kept if traced else ()))
+    ctx.kept = [] if traced else kept
+
+
 def take_kept(ctx: Any) -> list[Tensor]:
     """Hand over what forward kept, once: backward overwrites it, and a second backward computes everything again."""
+    if torch.compiler.is_compiling():
+        return list(ctx.saved_tensors[ctx.kept_from :])
     kept: list[Tensor] = ctx.kept
     ctx.kept = []
     return kept
@@ -93,13 +114,13 @@ class ResidentIESkipFunction(NodeFunction):
     @staticmethod
     def forward(ctx: Any, plan: Plan, descent: Descent, rerun: Rerun | None, x: Tensor, *tensors: MaybeTensor) -> Any:
         rule = (descent.steps, descent.step_size, descent.theta)
-        keep, everything = keeps_beside(ctx) and not descent.detach, keeps_all(ctx, tensors)
+        keep, everything = KEEP_NOTHING if descent.detach else keeps_beside(ctx, x), keeps_all(ctx, tensors)
         y, flat, kept = torch.ops.fastode.resident_ie_forward.default(
             x, *encode(plan, tensors), *rule, keep, everything
         )
         statistics = decode_statistics(plan, tensors, flat, x.shape[1], _used(descent))
-        ctx.save_for_backward(x, *tensors)
-        ctx.plan, ctx.descent, ctx.rerun, ctx.kept, ctx.kept_all = plan, descent, rerun, kept, everything
+        save(ctx, (x, *tensors), kept)
+        ctx.plan, ctx.descent, ctx.rerun, ctx.kept_all = plan, descent, rerun, everything
         ctx.set_materialize_grads(False)
         if statistics:
             ctx.mark_non_differentiable(*statistics)
@@ -107,7 +128,7 @@ class ResidentIESkipFunction(NodeFunction):
 
     @staticmethod
     def backward(ctx: Any, y_bar: MaybeTensor, *_: None) -> tuple[MaybeTensor, ...]:
-        given, descent = ctx.saved_tensors, ctx.descent
+        given, descent = ctx.saved_tensors[: ctx.count], ctx.descent
         rule = (descent.steps, descent.step_size, descent.theta, descent.detach)
 
         def pull(bars: Sequence[MaybeTensor], wanted: Sequence[bool]) -> list[MaybeTensor]:
@@ -139,11 +160,11 @@ class ResidentShuOsherFunction(NodeFunction):
     ) -> Any:
         everything = keeps_all(ctx, (table, *tensors))
         y, flat, kept = torch.ops.fastode.resident_rk_forward.default(
-            x, *encode(plan, tensors), table.contiguous(), keeps_beside(ctx), everything
+            x, *encode(plan, tensors), table.contiguous(), keeps_beside(ctx, x), everything
         )
         statistics = decode_statistics(plan, tensors, flat, x.shape[1], _used(scheme))
-        ctx.save_for_backward(x, table, *tensors)
-        ctx.plan, ctx.rerun, ctx.kept, ctx.kept_all = plan, rerun, kept, everything
+        save(ctx, (x, table, *tensors), kept)
+        ctx.plan, ctx.rerun, ctx.kept_all = plan, rerun, everything
         ctx.set_materialize_grads(False)
         if statistics:
             ctx.mark_non_differentiable(*statistics)
@@ -151,7 +172,7 @@ class ResidentShuOsherFunction(NodeFunction):
 
     @staticmethod
     def backward(ctx: Any, y_bar: MaybeTensor, *_: None) -> tuple[MaybeTensor, ...]:
-        given = ctx.saved_tensors
+        given = ctx.saved_tensors[: ctx.count]
 
         def pull(bars: Sequence[MaybeTensor], wanted: Sequence[bool]) -> list[MaybeTensor]:
             x, table, *tensors = given

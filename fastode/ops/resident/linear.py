@@ -129,7 +129,7 @@ class ResidentLinearSolveFunction(NodeFunction):
         x: Tensor,
         *tensors: MaybeTensor,
     ) -> tuple[Tensor]:
-        keep, traced = keeps(ctx), torch.compiler.is_compiling()
+        keep, traced = keeps(ctx, x), torch.compiler.is_compiling()
         end, log, kept = torch.ops.fastode.resident_linear_solve_forward.default(
             x,
             *encode(linear, tensors),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...native import nodes
-from ...native.constants import BIAS, RUNNING, WEIGHT
+from ...native.constants import BIAS, KEEP_PIECES, RUNNING, WEIGHT
 from ..function import NodeFunction, gradients
 from ..maps import is_channels_last
 from ..plan import TENSORS_PER_NORM, MaybeTensor, MaybeTensors, activation_codes, norm_codes
@@ -65,6 +65,8 @@ def only(bars: Sequence[MaybeTensor], wanted: Sequence[bool]) -> list[MaybeTenso
 def _slopes_of(ctx: Any) -> list[Tensor]:
     """The slopes kept beside the saved tensors, dropped when the graph drops those."""
     slopes: list[Tensor] = ctx.slopes
+    if not slopes:
+        return []
     if not torch._C._autograd._get_current_graph_task_keep_graph():
         ctx.slopes = []
     return slopes
@@ -96,7 +98,7 @@ class ResidentSkewFunction(NodeFunction):
         # The memory formats that PyTorch's convolution and its transpose give the slopes.
         last = [is_channels_last(x) or is_channels_last(weight) for x in (z, y)]
         dy, dz, kept, signs = torch.ops.fastode.resident_skew_forward.default(
-            y, z, *encode(pair, tensors), keeps(ctx), keeps_beside(ctx), last[0], last[1]
+            y, z, *encode(pair, tensors), keeps(ctx, y), keeps_beside(ctx, y) == KEEP_PIECES, last[0], last[1]
         )
         # Signs are read beside the slopes. These are the user's, who may write to them, and so no saved tensors.
         ctx.slopes = [dy.detach(), dz.detach()] if signs else []
@@ -150,7 +152,7 @@ class ResidentMarchFunction(NodeFunction):
         ctx: Any, pair: Pair, march: March, rerun: Rerun | None, x: Tensor, *tensors: MaybeTensor
     ) -> tuple[Tensor]:
         end, kept = torch.ops.fastode.resident_march_forward.default(
-            x, *encode(pair, tensors), *_march_code(march, pair), keeps(ctx), is_channels_last(x)
+            x, *encode(pair, tensors), *_march_code(march, pair), keeps(ctx, x), is_channels_last(x)
         )
         ctx.save_for_backward(x, *tensors, *kept)
         ctx.pair, ctx.march, ctx.rerun, ctx.count = pair, march, rerun, 1 + len(tensors)

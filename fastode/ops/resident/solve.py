@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from ...native.constants import KEEP_NOTHING
 from ...solver import Solver
 from ...steps import Watch, is_recording, read_later
 from ...tableau import Embedded
@@ -54,7 +55,7 @@ class ResidentSolveFunction(torch.autograd.Function):
         x: Tensor,
         *tensors: MaybeTensor,
     ) -> tuple[Tensor]:
-        keep, traced = keeps(ctx), torch.compiler.is_compiling()
+        keep, traced = keeps(ctx, x), torch.compiler.is_compiling()
         code = encode(pair, tensors)
         if card.holds(x):
             end, log, kept = _solve_on_card(x, code, solver, watches, steps, keep, traced)
@@ -95,7 +96,7 @@ def _solve_on_card(
     solver: Solver,
     watches: Sequence[Watch],
     steps: Sequence[Steps],
-    keep: bool,
+    keep: int,
     traced: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """y(t₁), its log, and what a backward reads; nothing is read back unless somebody records."""
@@ -110,7 +111,7 @@ def _solve_on_card(
 
 
 def _launch(
-    x: Tensor, code: PairCode, solver: Solver, room: int, keep: bool, traced: bool
+    x: Tensor, code: PairCode, solver: Solver, room: int, keep: int, traced: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """A solve on a card whose log has room for so many attempts."""
     end, log, kept = torch.ops.fastode.resident_solve_forward.default(
@@ -128,7 +129,7 @@ def _card_code(solver: Solver, room: int = 1) -> SolverCode:
 
 
 def _read_all(
-    x: Tensor, code: PairCode, solver: Solver, solves: int, keep: bool
+    x: Tensor, code: PairCode, solver: Solver, solves: int, keep: int
 ) -> tuple[tuple[Tensor, Tensor, list[Tensor]], list[float]]:
     """A solve on a card, and its log of all attempts as the CPU writes it: where there was no room, solved again."""
     room = _ROOM
@@ -144,7 +145,7 @@ def _read_all(
 def _read_steps(x: Tensor, code: PairCode, solver: Solver, steps: Sequence[Steps]) -> None:
     """Ask a card for the steps of a solve, which a backward that is differentiated takes again."""
     with torch.no_grad():
-        _, log = _read_all(x, code, solver, len(steps), False)
+        _, log = _read_all(x, code, solver, len(steps), KEEP_NOTHING)
     for taken, (end, _, _, attempts) in zip(steps, _solves(log), strict=True):
         if end == _REACHED:
             _note(taken, solver, attempts)

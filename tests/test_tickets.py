@@ -1,0 +1,298 @@
+"""What forward leaves to backward under a tracer: a ticket, which stands for it once and frees it with itself."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import resource
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils.checkpoint import checkpoint
+
+import fastode
+from fastode import reference
+from fastode.dispatch import opaque
+from fastode.native.constants import KEEP_NOTHING, KEEP_TICKET
+from fastode.testing import sample_input
+
+UTILITIES = ("test_schema", "test_faketensor")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def branch(norm: str = "layer") -> nn.Sequential:
+    return reference.PreActBranch(8, norm=norm, activation="tanh")
+
+
+def strided() -> nn.Module:
+    layers = nn.Sequential(nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 12, 3, stride=2, padding=1))
+    return reference.ResBlock(layers, shortcut=nn.Conv2d(8, 12, 1, stride=2), post_activation=nn.ReLU())
+
+
+def pair(channels: int = 8) -> nn.Module:
+    return reference.SkewPair(channels, 8, gamma=0.1, activation="tanh")
+
+
+class PairOfOne(nn.Module):
+    """ẏ + ż of a pair at (x, 2x)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.field = pair()
+
+    def forward(self, x: Tensor) -> Tensor:
+        dy, dz = self.field(x, 2 * x)
+        return dy + dz
+
+
+class Classifier(nn.Module):
+    """The field of two matrix products, solved from the means of x's channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.solution = reference.SOClassifier(8, 3, 0.1, "tanh", solver="rk4", steps=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.solution(x.mean((2, 3)))
+
+
+BLOCKS: dict[str, Callable[[], nn.Module]] = {
+    "ie": lambda: reference.IESkip(branch(), steps=2),
+    "ie, batch norm": lambda: reference.IESkip(branch("batch")),
+    "ssp3, batch norm": lambda: reference.SSP3(branch("batch")),
+    "ark": lambda: reference.Ark(branch("group"), learn_a21=True),
+    "a block that halves": strided,
+    "a pair": PairOfOne,
+    "equal steps": lambda: reference.SOBlock(pair(), solver="rk4", steps=2),
+    "a classifier": Classifier,
+    "steps by error": lambda: reference.SOBlock(pair(), rtol=1e-3, atol=1e-3),
+}
+
+
+def fused(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    block = BLOCKS[name]()
+    fastode.fuse(block, engine="resident")
+    return block
+
+
+def compiled(block: nn.Module, **options: Any) -> Callable[[Tensor], Tensor]:
+    return torch.compile(block, fullgraph=True, backend="aot_eager", **options)
+
+
+def pulled(block: nn.Module, y: Tensor, x: Tensor, retain: bool = False) -> list[Tensor]:
+    return list(torch.autograd.grad(y, [x, *block.parameters()], torch.ones_like(y), retain_graph=retain))
+
+
+def gradients(block: nn.Module, call: Callable[[Tensor], Tensor], moved: float = 0.0) -> list[Tensor]:
+    """Of x and of the parameters; `moved` is added to what x holds before the backward, unseen by autograd."""
+    x = sample_input(3, 8, 6, 6).requires_grad_()
+    y = call(x)
+    x.data.add_(moved)
+    return pulled(block, y, x)
+
+
+def same(found: list[Tensor], expected: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_compiled_backward_uses_what_forward_has_kept(name: str) -> None:
+    block = fused(name)
+    twin = copy.deepcopy(block)
+    assert same(gradients(twin, compiled(twin)), gradients(block, block))
+    # A backward that computes everything again does so from another x.
+    kept = gradients(block, block, 0.5)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        again = gradients(block, block, 0.5)
+    if name not in ("a pair", "equal steps", "a classifier", "steps by error"):  # of those the hooks save it, too
+        assert not same(again, kept)
+    assert same(gradients(twin, compiled(twin), 0.5), kept)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_second_backward_computes_everything_again(name: str) -> None:
+    block = fused(name)
+    call, x = compiled(block), sample_input(3, 8, 6, 6).requires_grad_()
+    y = call(x)
+    first = pulled(block, y, x, retain=True)
+    assert same(pulled(block, y, x), first)
+
+
+@pytest.mark.parametrize("name", ["ie", "ssp3, batch norm", "a block that halves", "steps by error"])
+def test_a_copy_of_a_ticket_is_as_good(name: str) -> None:
+    block = fused(name)
+    expected = gradients(block, block)
+    held: list[Tensor] = []
+    # As an offload to other memory does it: what autograd has is a copy, and what was saved is gone, or is not.
+    for keep in (held.append, lambda tensor: None):
+
+        def pack(tensor: Tensor, keep: Callable[[Tensor], None] = keep) -> Tensor:
+            keep(tensor)
+            return tensor.clone()
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            assert same(gradients(block, compiled(block)), expected)
+        torch.compiler.reset()
+    assert any(tensor.dtype == torch.int64 and tensor.numel() == 1 for tensor in held)
+
+
+def test_under_checkpoint() -> None:
+    block = fused("ie, batch norm")
+    twin = copy.deepcopy(block)
+    call = torch.compile(lambda x: checkpoint(twin, x, use_reentrant=False), fullgraph=True, backend="aot_eager")
+    assert same(gradients(twin, call), gradients(block, block))
+
+
+@pytest.mark.parametrize("name", ["ie", "ark", "a block that halves", "a pair", "equal steps", "a classifier"])
+def test_nothing_is_kept_where_no_backward_can_come(name: str) -> None:
+    block, x = fused(name), sample_input(3, 8, 6, 6)
+    kept: list[int] = []
+
+    def see(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        for node in graph.graph.nodes:
+            if node.op == "call_function" and "_forward" in str(node.target) and "fastode" in str(node.target):
+                where = [argument.name for argument in node.target._schema.arguments].index("keep")
+                kept.append(node.args[where])
+        return graph.forward
+
+    def traced(x: Tensor) -> list[int]:
+        kept.clear()
+        torch.compiler.reset()
+        torch.compile(block, fullgraph=True, backend=aot_autograd(fw_compiler=see))(x)
+        return kept
+
+    assert traced(x) == [KEEP_TICKET]
+    with torch.no_grad():
+        assert traced(x) == [KEEP_NOTHING]
+    block.requires_grad_(False)
+    assert traced(x) == [KEEP_NOTHING]
+    assert traced(x.requires_grad_()) == [KEEP_TICKET]
+
+
+def test_a_solve_by_error_has_no_graph_where_no_backward_can_come() -> None:
+    block, x = fused("steps by error"), sample_input(3, 8, 6, 6)
+    call = compiled(block)
+    with torch.no_grad():
+        call(x)
+    assert not opaque._graphs
+    y = call(x)
+    assert len(opaque._graphs) == 1
+    del y
+    assert not opaque._graphs
+
+
+def test_an_exported_program_keeps_nothing() -> None:
+    block = fused("ie")
+    program = torch.export.export(block, (sample_input(3, 8, 6, 6),))
+    calls = [node for node in program.graph.nodes if "resident_ie_forward" in str(node.target)]
+    assert [node.args[-2] for node in calls] == [KEEP_NOTHING]
+
+
+def test_what_no_backward_asks_for_is_freed() -> None:
+    torch.manual_seed(0)
+    block = reference.SSP3(reference.PreActBranch(16, norm="layer"))
+    fastode.fuse(block, engine="resident")
+    x = sample_input(16, 16, 32, 32).requires_grad_()  # its five maps are 5 MB
+    call = compiled(block)
+
+    def calls(count: int) -> None:
+        for _ in range(count):
+            call(x)
+        gc.collect()
+
+    calls(20)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    calls(60)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10  # of 300 MB, in KB
+
+
+def test_a_tracer_is_told_of_tickets() -> None:
+    """The fakes of every operator with a ticket; those without are in the tests of each family."""
+    seen: set[str] = set()
+
+    class Record(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = str(func)
+            if name.startswith("fastode.") and "_forward" in name and name not in seen:
+                arguments, where = list(args), [argument.name for argument in func._schema.arguments].index("keep")
+                arguments[where] = KEEP_TICKET
+                calls.append((func, arguments))
+                seen.add(name)
+            return func(*args, **(kwargs or {}))
+
+    calls: list[tuple[Any, list[Any]]] = []
+    with torch.no_grad(), Record():
+        for name in BLOCKS:
+            fused(name)(sample_input(3, 8, 6, 6))
+    assert len(calls) == 7
+    for function, arguments in calls:
+        if "raises" in [argument.name for argument in function._schema.arguments]:
+            arguments[-1] = True  # a log's length depends on the data
+        torch.library.opcheck(function, tuple(arguments), test_utils=UTILITIES)
+
+
+MOVED = {
+    "two momenta": lambda: [nn.BatchNorm2d(8, momentum=0.3), nn.BatchNorm2d(8)],
+    "a momentum below and one above a half": lambda: [nn.BatchNorm2d(8, momentum=0.9), nn.BatchNorm2d(8)],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("norms", MOVED)
+def test_running_statistics_move_in_one_operator(norms: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    first, second = MOVED[norms]()
+    layers = [first, nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), second, nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)]
+    block = reference.SSP3(nn.Sequential(*layers)).to(dtype)
+    fastode.fuse(block, engine="resident")
+    twin, codes = copy.deepcopy(block), []
+
+    def see(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        codes.append(graph.code)
+        return graph.forward
+
+    call = torch.compile(twin, fullgraph=True, backend=see)
+    compiled_whole = torch.compile(copy.deepcopy(block), fullgraph=True, backend="aot_eager")
+    whole = compiled_whole._orig_mod
+    x = sample_input(3, 8, 6, 6, dtype=dtype)
+    for _ in range(3):
+        block(x), call(x), compiled_whole(x)
+    assert [code.count("fastode.move_running") for code in codes] == [1]
+    for name, buffer in block.named_buffers():
+        assert torch.equal(twin.get_buffer(name), buffer) and torch.equal(whole.get_buffer(name), buffer), name
+    assert first.num_batches_tracked == 9
+
+
+@pytest.mark.parametrize("norm", ["batch_cumulative", "instance_running"])
+def test_other_running_statistics_are_left_to_pytorch(norm: str) -> None:
+    torch.manual_seed(0)
+    kind = nn.BatchNorm2d(8, momentum=None) if norm == "batch_cumulative" else None
+    first = kind or nn.InstanceNorm2d(8, affine=True, track_running_stats=True)
+    block = reference.SSP2(nn.Sequential(first, nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)))
+    fastode.fuse(block)
+    twin, x = copy.deepcopy(block), sample_input(3, 8, 6, 6)
+    call = compiled(twin)
+    for _ in range(2):
+        block(x), call(x)
+    for name, buffer in block.named_buffers():
+        torch.testing.assert_close(twin.get_buffer(name), buffer, msg=name)
+
+
+def test_an_operator_that_moves_says_what_it_writes() -> None:
+    move = torch.ops.fastode.move_running.default
+    mean, variance, count = torch.zeros(4), torch.ones(4), torch.tensor(0)
+    given = ([mean], [variance], [count], [torch.rand(2, 4), torch.rand(2, 4)], [0.1], [1.5])
+    torch.library.opcheck(move, given, test_utils=UTILITIES)
+    with pytest.raises(RuntimeError, match="other channels than its own"):
+        move([mean], [variance], [count], [torch.rand(2, 3)], [0.1], [1.5])
