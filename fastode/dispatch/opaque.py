@@ -103,16 +103,16 @@ def _solution(
     wanted: list[bool],
 ) -> list[Tensor]:
     """The solution, the last `moving` of the tensors as they are after it, and a ticket if any gradient is wanted."""
-    given = [x, *_with_own(tensors, moving)]
-    moved = given[len(given) - moving :]
+    fixed = len(tensors) - moving
     if not any(wanted):
+        given = _with_own(tensors, moving)
         with torch.no_grad():
-            return [_call(given, key, lower), *moved]
+            return [_call([x, *given], key, lower), *given[fixed:]]
+    # The graph has copies, because a compiler writes other maps into memory that its own graph has done with.
     with _autograd():
-        leaves = _leaves(given, wanted)
+        leaves = _leaves([tensor.clone() for tensor in (x, *tensors)], wanted)
         y = _call(leaves, key, lower)
-    # A copy, because what is traced may write over an operator's result, and the graph may hold it.
-    return [y.detach().clone(), *[leaf.detach() for leaf in leaves[len(leaves) - moving :]], _ticket_for(leaves, y)]
+    return [y.detach().clone(), *[leaf.detach() for leaf in leaves[1 + fixed :]], _ticket_for(leaves, y)]
 
 
 @_solution.register_fake
