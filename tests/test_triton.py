@@ -84,7 +84,7 @@ def test_schemas_are_those_of_the_library() -> None:
     assert operators.load(announce=False) is None
     found = {str(torch._C.parse_schema(f"fastode::{schema}")) for schema in cuda.schemas(SOURCE)}
     names = {schema.split("(")[0] for schema in found if "::resident_" not in schema}
-    assert names == {f"fastode::{f.__name__}" for f in passes.OPERATORS}
+    assert names == {f"fastode::{f.__name__}" for f in passes.OPERATORS} | {"fastode::move_running"}  # of CPUs alone
     assert found == {str(schema) for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("fastode::")}
 
 
