@@ -149,6 +149,16 @@ def test_a_copy_of_a_ticket_is_as_good(name: str) -> None:
     assert any(tensor.dtype == torch.int64 and tensor.numel() == 1 for tensor in held)
 
 
+@pytest.mark.parametrize("name", ["ie", "equal steps", "a pair"])
+def test_what_hooks_make_of_a_ticket_is_no_ticket(name: str) -> None:
+    """A cast of all saved tensors, which loses the number: everything is computed again, from what is left of them."""
+    block = fused(name)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.half(), lambda t: t.float()):
+        found = gradients(block, compiled(block))
+    for gradient, expected in zip(found, gradients(block, block), strict=True):
+        assert gradient.isfinite().all() and torch.linalg.vector_norm(gradient - expected) < 0.05 * expected.norm() + 1
+
+
 class Between(nn.Module):
     """A solution between maps of whose memory a compiler makes use again."""
 
@@ -298,6 +308,20 @@ def test_running_statistics_move_in_one_operator(norms: str, dtype: torch.dtype)
     for name, buffer in block.named_buffers():
         assert torch.equal(twin.get_buffer(name), buffer) and torch.equal(whole.get_buffer(name), buffer), name
     assert first.num_batches_tracked == 9
+
+
+def test_batches_may_be_counted_in_floats() -> None:
+    block = reference.SSP2(nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)))
+    fastode.fuse(block)
+    block.branch[0].num_batches_tracked = block.branch[0].num_batches_tracked.float()
+    call = compiled(block)
+    for _ in range(3):
+        call(sample_input(3, 8, 6, 6))
+    assert block.branch[0].num_batches_tracked == 6.0
+    mean, given = torch.zeros(4), ([torch.ones(4)], [torch.tensor(0.0)], [torch.rand(2, 4)], [0.1], [1.0])
+    with pytest.raises(RuntimeError, match="another type"):
+        torch.ops.fastode.move_running.default([mean], *given)
+    assert not mean.any()
 
 
 @pytest.mark.parametrize("norm", ["batch_cumulative", "instance_running"])

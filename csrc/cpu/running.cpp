@@ -32,6 +32,8 @@ void move_all(const Tensors& means, const Tensors& variances, const Tensors& met
 void move(const Tensors& means, const Tensors& variances, const Tensors& counts, const Tensors& met,
           const std::vector<double>& factors, const std::vector<double>& unbiased) {
   if (met.empty()) return;
+  for (const Tensor& count : counts)
+    if (count.scalar_type() != ScalarType::Long) throw std::logic_error("batches are counted in another type");
   met[0].scalar_type() == ScalarType::Double ? move_all<double>(means, variances, met, factors, unbiased)
                                              : move_all<float>(means, variances, met, factors, unbiased);
   const auto evaluations = static_cast<int64_t>(met.size() / means.size());

@@ -15,6 +15,7 @@ import contextlib
 import copy
 import itertools
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ from . import known
 
 _NAME = "fastode_blocks::solution"
 _copies: list[nn.Module] = []
+_locks: list[threading.Lock] = []  # of each copy, which has the tensors of one call at a time
 # The graphs of calls by the numbers of their tickets: the leaves, and the result.
 _graphs: dict[int, tuple[list[Tensor], Tensor]] = {}
 _numbers = itertools.count()
@@ -50,6 +52,7 @@ def key_of(block: nn.Module) -> int:
     with torch.no_grad():
         twin = copy.deepcopy(block).to("meta")
     known.clear(twin)
+    _locks.append(threading.Lock())
     _copies.append(twin)
     return len(_copies) - 1
 
@@ -112,7 +115,7 @@ def _solution(
     with _autograd():
         leaves = _leaves([tensor.clone() for tensor in (x, *tensors)], wanted)
         y = _call(leaves, key, lower)
-    return [y.detach().clone(), *[leaf.detach() for leaf in leaves[1 + fixed :]], _ticket_for(leaves, y)]
+    return [y.detach().clone(), *[leaf.detach().clone() for leaf in leaves[1 + fixed :]], _ticket_for(leaves, y)]
 
 
 @_solution.register_fake
@@ -140,7 +143,9 @@ def _backward(
     lower: torch.dtype | None,
     moving: int,
 ) -> list[Tensor]:
-    graph = _graphs.pop(int(tickets[0]), None) if tickets else None
+    # Hooks on saved tensors may have made another number of it.
+    whole = bool(tickets) and tickets[0].dtype == torch.int64
+    graph = _graphs.pop(int(tickets[0]), None) if whole else None
     with _autograd():
         if graph is None:
             leaves = _leaves([x, *_with_own(tensors, moving)], wanted)
@@ -202,11 +207,12 @@ def _call(given: list[Tensor], key: int, lower: torch.dtype | None) -> Tensor:
     twin = _copies[key]
     names = [name for name, _ in twin.named_parameters()] + [name for name, _ in twin.named_buffers()]
     autocast = torch.autocast(x.device.type, lower) if lower is not None else contextlib.nullcontext()
-    try:
-        with autocast:
-            y: Tensor = torch.func.functional_call(twin, dict(zip(names, tensors, strict=True)), (x,))
-    finally:
-        known.clear(twin)  # what was kept of it holds the tensors
+    with _locks[key]:
+        try:
+            with autocast:
+                y: Tensor = torch.func.functional_call(twin, dict(zip(names, tensors, strict=True)), (x,))
+        finally:
+            known.clear(twin)  # what was kept of it holds the tensors
     return y.contiguous()
 
 

@@ -89,6 +89,8 @@ def _are_moved_by_one(norms: Sequence[Any], evaluations: Sequence[Sequence[Tenso
     for norm, stats in zip(norms, evaluations[0], strict=True):
         if isinstance(norm, nn.InstanceNorm2d) or not isinstance(norm.momentum, float) or stats.device.type != "cpu":
             return False
+        if norm.num_batches_tracked.dtype != torch.int64:
+            return False
         for running in (norm.running_mean, norm.running_var):
             if running.dtype != stats.dtype or not running.is_contiguous():
                 return False
