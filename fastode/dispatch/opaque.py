@@ -128,7 +128,7 @@ def _(
     moving: int,
     wanted: list[bool],
 ) -> list[Tensor]:
-    ticket = [torch.empty(1, dtype=torch.int64)] if any(wanted) else []
+    ticket = [torch.empty(1, dtype=torch.int64, device="cpu")] if any(wanted) else []
     return [x.new_empty(shape), *(t.new_empty(t.shape) for t in tensors[len(tensors) - moving :]), *ticket]
 
 

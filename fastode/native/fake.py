@@ -106,7 +106,7 @@ def _alike(x: Tensor) -> Tensor:
 
 def _left(keep: int) -> list[Tensor]:
     """What is left to backward, where its shape is known."""
-    return [torch.empty(1, dtype=torch.int64)] if keep == KEEP_TICKET else []
+    return [torch.empty(1, dtype=torch.int64, device="cpu")] if keep == KEEP_TICKET else []
 
 
 def _met(x: Tensor, units: Sequence[int], evaluations: int) -> Tensor:
