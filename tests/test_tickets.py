@@ -39,8 +39,8 @@ def strided() -> nn.Module:
     return reference.ResBlock(layers, shortcut=nn.Conv2d(8, 12, 1, stride=2), post_activation=nn.ReLU())
 
 
-def pair(channels: int = 8) -> nn.Module:
-    return reference.SkewPair(channels, 8, gamma=0.1, activation="tanh")
+def pair() -> nn.Module:
+    return reference.SkewPair(8, 8, gamma=0.1, activation="tanh")
 
 
 class PairOfOne(nn.Module):
@@ -86,8 +86,8 @@ def fused(name: str) -> nn.Module:
     return block
 
 
-def compiled(block: nn.Module, **options: Any) -> Callable[[Tensor], Tensor]:
-    return torch.compile(block, fullgraph=True, backend="aot_eager", **options)
+def compiled(block: nn.Module) -> Callable[[Tensor], Tensor]:
+    return torch.compile(block, fullgraph=True, backend="aot_eager")
 
 
 def pulled(block: nn.Module, y: Tensor, x: Tensor, retain: bool = False) -> list[Tensor]:
@@ -152,11 +152,12 @@ def test_a_copy_of_a_ticket_is_as_good(name: str) -> None:
 @pytest.mark.parametrize("name", ["ie", "equal steps", "a pair"])
 def test_what_hooks_make_of_a_ticket_is_no_ticket(name: str) -> None:
     """A cast of all saved tensors, which loses the number: everything is computed again, from what is left of them."""
-    block = fused(name)
+    block, x = fused(name), sample_input(3, 8, 6, 6).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t.half(), lambda t: t.float()):
-        found = gradients(block, compiled(block))
-    for gradient, expected in zip(found, gradients(block, block), strict=True):
-        assert gradient.isfinite().all() and torch.linalg.vector_norm(gradient - expected) < 0.05 * expected.norm() + 1
+        y = compiled(block)(x)
+    found = pulled(block, y, x)
+    rounded, x = copy.deepcopy(block).half().float(), x.detach().half().float().requires_grad_()
+    assert same(found, pulled(rounded, rounded(x), x))
 
 
 class Between(nn.Module):
@@ -324,12 +325,12 @@ def test_batches_may_be_counted_in_floats() -> None:
     assert not mean.any()
 
 
-@pytest.mark.parametrize("norm", ["batch_cumulative", "instance_running"])
-def test_other_running_statistics_are_left_to_pytorch(norm: str) -> None:
+@pytest.mark.parametrize(
+    "norm", [nn.BatchNorm2d(8, momentum=None), nn.InstanceNorm2d(8, affine=True, track_running_stats=True)], ids=type
+)
+def test_other_running_statistics_are_left_to_pytorch(norm: nn.Module) -> None:
     torch.manual_seed(0)
-    kind = nn.BatchNorm2d(8, momentum=None) if norm == "batch_cumulative" else None
-    first = kind or nn.InstanceNorm2d(8, affine=True, track_running_stats=True)
-    block = reference.SSP2(nn.Sequential(first, nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)))
+    block = reference.SSP2(nn.Sequential(copy.deepcopy(norm), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)))
     fastode.fuse(block)
     twin, x = copy.deepcopy(block), sample_input(3, 8, 6, 6)
     call = compiled(twin)

@@ -119,15 +119,8 @@ def _solution(
 
 
 @_solution.register_fake
-def _(
-    x: Tensor,
-    tensors: list[Tensor],
-    key: int,
-    shape: Sequence[int],
-    lower: torch.dtype | None,
-    moving: int,
-    wanted: list[bool],
-) -> list[Tensor]:
+def _(x: Tensor, tensors: list[Tensor], key: int, shape: Sequence[int], *others: Any) -> list[Tensor]:
+    moving, wanted = others[-2:]
     ticket = [torch.empty(1, dtype=torch.int64, device="cpu")] if any(wanted) else []
     return [x.new_empty(shape), *(t.new_empty(t.shape) for t in tensors[len(tensors) - moving :]), *ticket]
 
@@ -160,14 +153,7 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    x: Tensor,
-    tensors: list[Tensor],
-    bar: Tensor,
-    tickets: list[Tensor],
-    wanted: list[bool],
-    key: int,
-    lower: torch.dtype | None,
-    moving: int,
+    x: Tensor, tensors: list[Tensor], bar: Tensor, tickets: list[Tensor], wanted: list[bool], *_: Any
 ) -> list[Tensor]:
     return [t.new_empty(t.shape) for t, want in zip((x, *tensors), wanted, strict=True) if want]
 

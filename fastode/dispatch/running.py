@@ -57,10 +57,9 @@ def _keep_movers(norms: Sequence[Any], met: Met, sizes: Sequence[tuple[int, int]
     for index, (place, channels) in enumerate(met.places):
         norm, (samples, count) = norms[index % len(norms)], sizes[index % len(norms)]
         kept = norm.running_mean, norm.running_var, norm.num_batches_tracked
-        if isinstance(norm, nn.InstanceNorm2d) or not isinstance(norm.momentum, float):
+        if not _moves_by_a_number(norm):
             return False
-        count *= samples
-        rows.append((*kept, place, channels, norm.momentum, count / max(count - 1, 1)))
+        rows.append((*kept, place, channels, norm.momentum, _unbiased(samples * count)))
     if any(type(tensor) is not Tensor for row in rows for tensor in row[:3]):
         return False
     met.places.movers = (x.shape, nodes.module.running(rows))
@@ -87,9 +86,7 @@ def _are_moved_by_one(norms: Sequence[Any], evaluations: Sequence[Sequence[Tenso
     if is_exporting():
         return False
     for norm, stats in zip(norms, evaluations[0], strict=True):
-        if isinstance(norm, nn.InstanceNorm2d) or not isinstance(norm.momentum, float) or stats.device.type != "cpu":
-            return False
-        if norm.num_batches_tracked.dtype != torch.int64:
+        if not _moves_by_a_number(norm) or stats.device.type != "cpu" or norm.num_batches_tracked.dtype != torch.int64:
             return False
         for running in (norm.running_mean, norm.running_var):
             if running.dtype != stats.dtype or not running.is_contiguous():
@@ -107,7 +104,7 @@ def _move_by_one(
         [norm.num_batches_tracked for norm in norms],
         [stats for met in evaluations for stats in met],
         [norm.momentum for norm in norms],
-        [count / max(count - 1, 1) for count in [samples * pixels for samples, pixels in sizes]],
+        [_unbiased(samples * pixels) for samples, pixels in sizes],
     )
 
 
@@ -119,7 +116,17 @@ def _met(norm: Any, stats: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tenso
     else:
         count *= samples
     mean, variance = stats.unbind()
-    return mean, variance, count / max(count - 1, 1)
+    return mean, variance, _unbiased(count)
+
+
+def _moves_by_a_number(norm: Any) -> bool:
+    """Whether it is a batch norm whose factor is the same at every call."""
+    return not isinstance(norm, nn.InstanceNorm2d) and isinstance(norm.momentum, float)
+
+
+def _unbiased(count: int) -> float:
+    """By what the biased variance of so many values is to be multiplied."""
+    return count / max(count - 1, 1)
 
 
 def _move(norm: Any, mean: Tensor, variance: Tensor, unbiased: float) -> None:
