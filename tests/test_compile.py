@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from block_cases import case_of, make_input, make_pair
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import fastode
 from fastode import nets, reference
@@ -125,6 +127,80 @@ def test_a_block_that_runs_as_the_reference_does_not_break_the_rest() -> None:
     found = torch.compile(model, backend="aot_eager")(x)
     comparison = compare_tensors({"output": found.detach()}, {"output": model(x).detach()}, [], 8 * 9)
     assert comparison.ok, comparison.describe()
+
+
+def grad(f: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) -> Tensor:
+    return torch.func.grad(lambda x: (v * f(x)).sum())(x)
+
+
+def jvp(f: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) -> Tensor:
+    return torch.func.jvp(f, (x,), (v,))[1]
+
+
+def hvp(f: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) -> Tensor:
+    return jvp(torch.func.grad(lambda x: f(x).square().sum()), x, v)
+
+
+def vmap(f: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) -> Tensor:
+    return torch.func.vmap(torch.func.grad(lambda x: f(x[None]).square().sum()))(x)
+
+
+def dual(f: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(f(forward_ad.make_dual(x, v))).tangent
+
+
+def stem(block: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), block).double()
+    fastode.fuse(model)
+    return model
+
+
+TRANSFORMED: dict[str, Callable[[], nn.Module]] = {
+    "residual block": lambda: reference.ResBlock(reference.PreActBranch(3, norm="none", activation="tanh")),
+    "IE-Skip": lambda: reference.IESkip(reference.PreActBranch(3, norm="none", activation="tanh")),
+    "equal steps": lambda: reference.ODEBlock(nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.Tanh()), solver="rk4"),
+}
+
+
+@pytest.mark.parametrize("transform", [grad, jvp, hvp, vmap, dual])
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_a_compiled_transform_is_that_of_the_reference(name: str, transform: Callable[..., Tensor]) -> None:
+    model = stem(TRANSFORMED[name]())
+    x = sample_input(2, 3, 6, 6, dtype=torch.float64)
+    v = x.flip(0)
+    compiled = torch.compile(partial(transform, model), backend="aot_eager")
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            wanted, found = transform(model, x, v), compiled(x, v)
+        assert wanted.abs().max() > 0.01
+        comparison = compare_tensors({"result": found.detach()}, {"result": wanted.detach()}, [], 8 * 9 * 25)
+        assert comparison.ok, comparison.describe()
+
+
+def test_a_compiled_block_is_traced_again_where_forward_mode_begins() -> None:
+    model = stem(TRANSFORMED["IE-Skip"]())
+    x = sample_input(2, 3, 6, 6, dtype=torch.float64)
+    compiled = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
+        torch.testing.assert_close(dual(compiled, x, x), dual(model, x, x))
+
+
+@pytest.mark.parametrize("name", ["a solve", "an exact step"])
+def test_a_compiled_transform_of_what_has_none_fails_as_uncompiled(name: str) -> None:
+    blocks = {
+        "a solve": lambda: reference.SOBlock(reference.SkewPair(3, 8, activation="tanh")),
+        "an exact step": lambda: reference.ExactIE(reference.PreActBranch(3, norm="layer")),
+    }
+    model, x = stem(blocks[name]()), sample_input(2, 3, 6, 6, dtype=torch.float64)
+    for transform in (grad, jvp):
+        with pytest.raises(RuntimeError) as wanted:
+            transform(model, x, 1.0)
+        with pytest.raises(RuntimeError) as found:
+            torch.compile(partial(transform, model), backend="aot_eager")(x, 1.0)
+        assert str(wanted.value).splitlines()[0] in str(found.value)
 
 
 ADAPTIVE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

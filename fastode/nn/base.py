@@ -12,8 +12,8 @@ from .. import checks
 from ..dispatch import choice, opaque
 from ..dispatch.engines import AUTO, BY_NAME
 from ..native import operators
-from ..ops.engine import Call, Engine
-from ..tracing import constant
+from ..ops.engine import Call, Engine, is_transformed
+from ..tracing import constant, is_exporting
 
 
 class Fused:
@@ -44,6 +44,10 @@ class Fused:
 
 class Opaque(Fused):
     """A twin that a tracer may take as one operator (dispatch/opaque.py). All of it must have been read by then."""
+
+    def _takes_operators(self) -> bool:
+        """Whether a tracer takes such operators: not for an export, nor while a transform of torch.func is at work."""
+        return torch.compiler.is_compiling() and not is_exporting() and not is_transformed(())
 
     def _as_operator(self, x: Tensor, shape: Sequence[int], moves: bool) -> Tensor:
         block = cast(nn.Module, self)

@@ -6,7 +6,6 @@ import copy
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .. import reference
@@ -14,7 +13,6 @@ from ..dispatch.engines import AUTO, is_reference
 from ..dispatch.ode import describe_call, read_field, run
 from ..dispatch.registry import register
 from ..ops.engine import Call
-from ..tracing import is_exporting
 from .base import Opaque
 
 __all__ = ["ODEBlock"]
@@ -28,7 +26,7 @@ class ODEBlock(Opaque, reference.ODEBlock):
         return describe_call(read_field(self.field), self.settings, inputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() and self._is_opaque(x):
+        if self._takes_operators() and self._is_opaque(x):
             moves = any(norm is not None for norm in read_field(self.field).norms)
             return self._as_operator(x, x.shape, moves)
         plain = super().forward
@@ -42,7 +40,7 @@ class ODEBlock(Opaque, reference.ODEBlock):
         that the compiler sees it change.
         """
         named = self.engine != AUTO and not is_reference(self.engine)
-        if not (named or self.settings.is_adaptive) or is_exporting() or x.dim() != 4 or not x.shape[0]:
+        if not (named or self.settings.is_adaptive) or x.dim() != 4 or not x.shape[0]:
             return False
         return read_field(self.field).units is not None
 

@@ -32,7 +32,6 @@ from ..reference.solvers import solve as solve_plain
 from ..reference.solvers import solve_fixed, without_time
 from ..solver import PARTS, Solver
 from ..tableau import Butcher
-from ..tracing import is_exporting
 from .base import Fused, Opaque, note
 
 __all__ = ["SOBlock", "SOClassifier", "SkewLinear", "SkewPair"]
@@ -161,7 +160,7 @@ class _FusedSolve(Opaque, reference.SOBlock):
                 found.keep(kind, answer, call)
         chosen, program, tensors, solver, march = answer
         note(self, chosen)
-        if torch.compiler.is_compiling() and self._is_opaque(program) and x.shape[0]:
+        if self._takes_operators() and self._is_opaque(program) and x.shape[0]:
             # As it begins, which refuses a wrong x, and has the shape in which it ends.
             y, _ = cast(Any, self.field).initial_state(x)
             return self._as_operator(x, y.shape, isinstance(program, Pair) and any(program.tracked))
@@ -183,7 +182,7 @@ class _FusedSolve(Opaque, reference.SOBlock):
         Its steps must be chosen by the data, and all that it depends on must have been read, so that the compiler sees
         it change.
         """
-        if not self.settings.is_adaptive or is_exporting():
+        if not self.settings.is_adaptive:
             return False
         if program is not None:
             return True

@@ -292,11 +292,12 @@ def cannot_take(call: Call) -> str:
 
 def is_transformed(tensors: Sequence[Tensor]) -> bool:
     """Whether a torch.func transform, or forward-mode differentiation of one of the tensors, is at work."""
-    if torch.compiler.is_compiling():
-        return False
     if torch._C._are_functorch_transforms_active():
         return True
-    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+    if forward_ad._current_level < 0:
+        return False
+    # A tracer cannot look at tangents.
+    return torch.compiler.is_compiling() or any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
