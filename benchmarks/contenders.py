@@ -18,6 +18,7 @@ from .workloads import Inputs, Unavailable
 BASELINES = ("eager", "eager-cl")
 OTHER_LIBRARIES = tuple(others.BUILDERS)
 RECOMPILE_LIMIT = 64
+THEN_COMPILED = "-compiled"  # at the end of an engine's name: the fused module, compiled
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Contender:
 
     Args:
         name: as in the table; the project's own is "fused".
-        engine: which engine, for "fused".
+        engine: which engine, for "fused"; with THEN_COMPILED at its end the fused module is compiled.
         channels_last: the memory format of its input and parameters.
         compiled: whether dynamo's counters have to be looked at.
         build: the contender's module from a private copy of the reference, in its layout, and the inputs.
@@ -187,9 +188,15 @@ def _other_library(name: str, module: nn.Module, inputs: Inputs) -> nn.Module:
     return others.BUILDERS[name](module)
 
 
+def _fused_and_compiled(engine: str, module: nn.Module, inputs: Inputs, read: bool = False) -> nn.Module:
+    return _compile(_fused(engine, module, inputs, read), inputs)
+
+
 def fused(engine: str, read: bool = False) -> Contender:
     """This project's contender on a named engine ("auto" lets the dispatcher choose); `read` is as in fastode.fuse."""
-    return Contender("fused", engine, True, False, partial(_fused, engine, read=read))
+    plain = engine.removesuffix(THEN_COMPILED)
+    build = _fused if plain == engine else _fused_and_compiled
+    return Contender("fused", engine, True, plain != engine, partial(build, plain, read=read))
 
 
 class Autocast(nn.Module):

@@ -18,7 +18,7 @@ from fastode.testing import Judge
 
 from . import contenders as contenders_module
 from . import inside, memory, others, timing
-from .contenders import BASELINES, COMPILED, OTHER_LIBRARIES, Contender
+from .contenders import BASELINES, COMPILED, OTHER_LIBRARIES, THEN_COMPILED, Contender
 from .workloads import TRAINABLE, Inputs, Unavailable, Work, Workload, make, work
 
 Row = dict[str, Any]
@@ -257,9 +257,11 @@ def _ratios(rows: Sequence[Row], taking_part: Sequence[Contender], times: timing
     eager = fastest([label for label in timed if label in BASELINES])
     for label, row in timed.items():
         others = [other for other in timed if other != label and timed[other]["contender"] != "fused"]
+        plain = label.removesuffix(THEN_COMPILED)
         against = {
             "eager": "eager" if "eager" in timed else None,
             "better_eager": eager,
+            "uncompiled": plain if plain != label and plain in timed else None,
             "best_other": fastest(others),
             "best_compiled": fastest([other for other in others if other in COMPILED]),
             "vjp_compile": "vjp-compile" if "vjp-compile" in others else None,

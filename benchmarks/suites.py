@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from . import families
+from .contenders import THEN_COMPILED
 from .workloads import BLOCK_MODES, Workload
 
 SUITES = ("default", "cpu", "networks", "all")
@@ -74,7 +75,7 @@ class Part:
     rounds: tuple[int, int] = (7, 40)
 
 
-COMPILED = ("compile", "compile-cl")
+COMPILED = ("compile", "compile-cl", f"fused:auto{THEN_COMPILED}")
 NETWORK_MODES, WHOLE_MODES, ADVERSARIAL_MODES = (
     ("train", "pgd_step"),
     ("train", "attack_step", "forward"),

@@ -67,7 +67,7 @@ def test_the_suite_is_as_documented() -> None:
     assert {item.own for items in parts.values() for item in items} == {"fused:auto"}
     assert {item.rivals for items in parts.values() for item in items} == {()}
     ((_, items),) = suites.parts("networks", ("float32",), ("resnet18",), suites.COMPILED)
-    assert items[0].rivals == ("compile", "compile-cl") and items[0].workload.read
+    assert items[0].rivals == ("compile", "compile-cl", "fused:auto-compiled") and items[0].workload.read
     batches = {name: (whole.batch, whole.size) for name, whole in bench_nets.WHOLE.items()}
     assert batches.pop("resnet18-224") == (8, 224) and set(batches.values()) == {(64, 32)}
     (images,) = next(w for w in bench_nets.workloads() if w.variant == "resnet18-224").inputs("cpu")
@@ -154,6 +154,20 @@ def test_a_compiled_network_stays_what_it_is() -> None:
         [name for name, _ in pinned.named_children()] == [name for name, _ in network.named_children()] == list("01234")
     )
     assert torch.equal(pinned(*TWO), tiny_again(network)(*TWO))
+
+
+def test_a_fused_network_takes_part_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.ones(8, 8)
+    monkeypatch.setattr(timing, "machine", lambda *_: timing.Machine(lambda: x @ x, lambda: x.clone(), 1.0, 1.0))
+    rivals = [name for name in suites.COMPILED if name.startswith("fused")]
+    item = suites.Item(workload(blocks), "train", "float32", ())
+    taking_part, _ = run.contenders_of(item, CPU, ["eager-cl", "fused:auto", *rivals])
+    rows = measure.measure(item.workload, "train", "float32", CPU, taking_part, seconds=0.0, rounds=(1, 1))
+    assert [row["errors"] for row in rows] == [""] * 3 and rows[2]["engine"] == "auto-compiled"
+    assert [row["ratio_to_uncompiled"] is None for row in rows] == [True, True, False]
+    assert rows[2]["ratio_to_uncompiled"]["than"] == "fused:auto" and rows[2]["equality"]["ok"]
+    assert rows[0]["ratio_to_best_compiled"] is None  # the project's own is no rival of its own
+    assert len(targets.lines(rows)) == 1
 
 
 def tiny_again(network: nn.Module) -> nn.Module:
