@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import fastode
 from fastode import reference
 from fastode.dispatch import opaque
+from fastode.native import nodes
 from fastode.native.constants import KEEP_NOTHING, KEEP_TICKET
 from fastode.testing import sample_input
 
@@ -215,6 +216,97 @@ def test_nothing_is_kept_where_no_backward_can_come(name: str) -> None:
     block.requires_grad_(False)
     assert traced(x) == [KEEP_NOTHING]
     assert traced(x.requires_grad_()) == [KEEP_TICKET]
+
+
+class Seen(torch.fx.Interpreter):
+    """A graph that is run node by node, and what the backward operators of blocks return in it."""
+
+    def __init__(self, graph: torch.fx.GraphModule, found: list[Tensor]) -> None:
+        super().__init__(graph)
+        self.found = found
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        result = super().call_function(target, args, kwargs)
+        if "_backward" in str(target):
+            self.found += [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, Tensor)]
+        return result
+
+
+def watched(block: nn.Module, found: list[Tensor]) -> Callable[[Tensor], Tensor]:
+    """The block compiled; each backward leaves in `found` what its operator has returned."""
+
+    def see(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        return lambda *given: found.clear() or Seen(graph, found).run(*given)
+
+    def as_it_is(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        return graph.forward
+
+    return torch.compile(block, fullgraph=True, backend=aot_autograd(fw_compiler=as_it_is, bw_compiler=see))
+
+
+def computed(found: list[Tensor]) -> int:
+    """How many gradients an operator has made that are not zero."""
+    return sum(bool(t.any()) for t in found)
+
+
+# A learned table is computed in the graph, and so no leaf; a classifier's two matrices are cheap.
+@pytest.mark.parametrize("name", [name for name in BLOCKS if name not in ("ark", "a classifier")])
+def test_a_compiled_attack_pays_for_no_gradient_of_parameters(name: str) -> None:
+    block, found = fused(name), list[Tensor]()
+    call, x = watched(block, found), sample_input(3, 8, 6, 6).requires_grad_()
+    parameters = [p for p in block.parameters() if p.requires_grad]
+    whole = pulled(block, block(x), x)
+    (alone,) = torch.autograd.grad(block(x).sum(), x)
+
+    assert same(torch.autograd.grad(call(x).sum(), x), [alone])
+    attack = computed(found)
+    call(x).sum().backward(inputs=[x])
+    assert torch.equal(x.grad, alone) and computed(found) == attack
+    x.grad = None
+    # Whoever asks for any parameter's gradient, or for all by not saying which, has it.
+    for index, parameter in enumerate(parameters):
+        assert same(torch.autograd.grad(call(x).sum(), [parameter]), [whole[1 + index]])
+    assert same(pulled(block, call(x), x), whole)
+    call(x).sum().backward()
+    assert same([x.grad, *(p.grad for p in parameters)], whole) and computed(found) > attack
+
+
+class OfComputed(nn.Module):
+    """A block whose convolution's weight is computed in the graph, beside leaves."""
+
+    def __init__(self, block: nn.Module, name: str) -> None:
+        super().__init__()
+        self.block, self.name = block, name
+        self.raw = nn.Parameter(0.5 * block.get_parameter(name).detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.func.functional_call(self.block, {self.name: 2 * self.raw}, (x,))
+
+
+@pytest.mark.parametrize("name", ["ie", "ssp3, batch norm", "equal steps"])
+def test_a_weight_that_the_graph_computes_has_its_gradient(name: str) -> None:
+    block = fused(name)
+    weight = next(name for name, p in block.named_parameters() if p.dim() == 4)
+    model, found = OfComputed(block, weight), list[Tensor]()
+    x = sample_input(3, 8, 6, 6).requires_grad_()
+    (expected,) = torch.autograd.grad(block(x).sum(), block.get_parameter(weight))
+    call = watched(model, found)
+    assert same(torch.autograd.grad(call(x).sum(), [model.raw]), [2 * expected])
+    assert computed(found) > 1
+
+
+def test_leaves_that_hooks_replace_have_their_gradients() -> None:
+    block = fused("ie")
+    expected = gradients(block, block)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
+        found = gradients(block, compiled(block))
+    assert same(found, expected)
+
+
+def test_without_nodes_in_cpp_an_attack_computes_all() -> None:
+    assert nodes.will_use(torch.ones(1, requires_grad=True))  # no backward is at work
+    with nodes.left_out():
+        assert nodes.will_use(torch.ones(1, requires_grad=True))
 
 
 def test_a_solve_by_error_has_no_graph_where_no_backward_can_come() -> None:

@@ -4,6 +4,7 @@
 // where it cannot be built the Functions in Python take its place. Every call returns NotImplemented for tensors that
 // the Functions have to treat.
 #include "chain_node.h"
+#include "engine.h"
 #include "linear_nodes.h"
 #include "running.h"
 #include "snapshot.h"
@@ -274,6 +275,16 @@ PyObject* unchanged(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+// will_use(tensor): whether the engine will use its gradient
+PyObject* will_use(PyObject*, PyObject* tensor) {
+  HANDLE_TH_ERRORS
+  return PyBool_FromLong(fastode::will_use(tensor_in(tensor)));
+  END_HANDLE_TH_ERRORS
+}
+
+// question(): where the operators find will_use
+PyObject* question(PyObject*, PyObject*) { return PyLong_FromVoidPtr(reinterpret_cast<void*>(&will_use_handle)); }
+
 template <class F>
 PyCFunction method(F* function) {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
@@ -294,6 +305,8 @@ PyMethodDef methods[] = {{"program", method(program), METH_FASTCALL, nullptr},
                          {"kept", kept, METH_O, nullptr},
                          {"watched", method(watched), METH_FASTCALL, nullptr},
                          {"unchanged", method(unchanged), METH_FASTCALL, nullptr},
+                         {"will_use", will_use, METH_O, nullptr},
+                         {"question", question, METH_NOARGS, nullptr},
                          {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef definition = {

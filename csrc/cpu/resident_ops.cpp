@@ -95,6 +95,15 @@ Backward backward(const Tensor& x, const Tensor& cotangent, const BranchArgument
   });
 }
 
+// Of each of a branch's tensors whether it is a parameter, and no running statistics.
+std::vector<bool> are_parameters(const Integers& units) {
+  std::vector<bool> found;
+  for (size_t unit = 0; unit < units.size(); unit += kUnitIntegers)
+    for (const int64_t bit : {kWeight, kBias, kRunning, kRunning, kConvWeight, kConvBias})
+      if (units[unit + kUnitIntegers - 1] & bit) found.push_back(bit != kRunning);
+  return found;
+}
+
 Forward ie_forward(const Tensor& x, const Tensors& parameters, const Integers& units, const Numbers& numbers,
                    int64_t steps, double gamma, double theta, int64_t keep, bool keep_all) {
   return forward<DescentForward>(x, {parameters, units, numbers}, Descent{steps, gamma, theta, !keep, keep_all},
@@ -106,9 +115,10 @@ std::tuple<Tensor, Tensors> ie_backward(const Tensor& x, const Tensor& cotangent
                                         int64_t steps, double gamma, double theta, bool detach, bool gradients,
                                         bool kept_all) {
   const Descent descent{steps, gamma, theta, detach, kept_all};
+  const bool unused = gradients && goes_unused(kept);
   auto [bar, bars, none] = backward<DescentBackward>(x, cotangent, {parameters, units, numbers}, descent,
-                                                     found_again(kept), {.gradients = gradients}, 0);
-  return {bar, bars};
+                                                     found_again(kept), {.gradients = gradients && !unused}, 0);
+  return {bar, unused ? unused_gradients(parameters, are_parameters(units)) : bars};
 }
 
 // `table` [2, stages, stages], float64, contiguous: alpha and beta.
@@ -128,11 +138,13 @@ Backward rk_backward(const Tensor& x, const Tensor& cotangent, const Tensors& ke
                      bool table_gradient, bool kept_all) {
   const Tensors kept = found_again(kept_or_ticket);
   // Where the stages are kept, no evaluation is computed again to its end but for the coefficients' gradients.
-  const Wanted wanted{.gradients = gradients, .last = kept.empty() || table_gradient};
+  const bool unused = gradients && !table_gradient && goes_unused(kept_or_ticket);
+  const Wanted wanted{.gradients = gradients && !unused, .last = kept.empty() || table_gradient};
   const Scheme scheme = scheme_of(x, table, kept_all);
-  const Backward result = backward<SchemeBackward>(x, cotangent, {parameters, units, numbers}, scheme, kept, wanted,
-                                                   table_gradient ? table.numel() : 0);
+  Backward result = backward<SchemeBackward>(x, cotangent, {parameters, units, numbers}, scheme, kept, wanted,
+                                             table_gradient ? table.numel() : 0);
   if (table_gradient) scheme.complete(static_cast<double*>(std::get<2>(result).data_ptr()));
+  if (unused) std::get<1>(result) = unused_gradients(parameters, are_parameters(units));
   return result;
 }
 
@@ -163,13 +175,16 @@ std::tuple<Tensor, Tensors> chain_backward(const Tensor& x, const Tensor& y, con
                                            const Tensors& parameters, const Integers& units, const Numbers& numbers,
                                            const Integers& strides, const Integers& lengths, double step, int64_t act,
                                            double p, double q, bool point, bool gradients) {
+  const bool unused = gradients && goes_unused(kept);
   kept = found_again(kept);
   const ChainArguments chain{parameters, units, strides, lengths, numbers, step, act, p, q};
-  const ChainCall call{x,     &cotangent, &y, point ? new_map_like(x) : new_vector(0, x.scalar_type()), !kept.empty(),
-                       point, gradients};
+  const ChainCall call{
+      x,     &cotangent,          &y, point ? new_map_like(x) : new_vector(0, x.scalar_type()), !kept.empty(),
+      point, gradients && !unused};
   Tensors bars;
-  with_maps(x, [&](auto zero) { run_chain<decltype(zero)>(chain, call, kept, nullptr, &bars); });
-  return {call.result, bars};
+  if (point || call.gradients)
+    with_maps(x, [&](auto zero) { run_chain<decltype(zero)>(chain, call, kept, nullptr, &bars); });
+  return {call.result, unused ? unused_gradients(parameters, are_parameters(units)) : bars};
 }
 
 // ---- the skew pair
@@ -182,6 +197,15 @@ Tensors with_gradients(const PairArguments& pair, const Tensor& y, Asked asked, 
   const Tensor accumulators = new_vector(workers * packed.spec.gradients, scalar_type<A>(), true);
   f(packed, accumulators);
   return asked.weight || asked.norms ? packed.gradients(accumulators, workers) : Tensors{};
+}
+
+// As `are_parameters`, of those that a pair's weight and norms are asked for.
+std::vector<bool> are_asked(const Integers& integers, Asked asked) {
+  std::vector<bool> found{asked.weight};
+  for (size_t norm = 4; norm < integers.size(); norm += 3)
+    for (const int64_t bit : {kWeight, kBias, kRunning, kRunning})
+      if (integers[norm] & bit) found.push_back(asked.norms && bit != kRunning);
+  return found;
 }
 
 std::tuple<Tensor, Tensor, Tensors, Tensors> pair_forward(const Tensor& y, const Tensor& z, const Tensors& parameters,
@@ -220,16 +244,18 @@ std::tuple<Tensor, Tensor, Tensors> pair_backward(const Tensor& y, const Tensor&
                 need_y ? new_map_like(y) : none,
                 need_z ? new_map_like(z) : none,
                 {need_y, need_z}};
+  const Asked asked{weight, norms};
+  const bool unused = (weight || norms) && goes_unused(traces);
   traces = found_again(traces);
   PairKept kept{traces, signs};
   if (!ends.empty()) call.y_end = &ends[0], call.z_end = &ends[1];
   const Tensors bars = with_arithmetic(y, [&](auto zero) {
-    return with_gradients<decltype(zero)>({parameters, integers, numbers}, y, {weight, norms},
+    return with_gradients<decltype(zero)>({parameters, integers, numbers}, y, unused ? Asked{} : asked,
                                           [&](const auto& packed, const Tensor& accumulators) {
                                             run_pair(packed, call, traces.empty() ? nullptr : &kept, accumulators);
                                           });
   });
-  return {call.y_out, call.z_out, bars};
+  return {call.y_out, call.z_out, unused ? unused_gradients(parameters, are_asked(integers, asked)) : bars};
 }
 
 // `table` [stages + 1, stages]: the rows of a, then b, all times the step.
@@ -257,16 +283,18 @@ std::tuple<Tensor, Tensors> march_backward(const Tensor& x, const Tensor& cotang
                                            const Tensors& parameters, const Integers& integers, const Numbers& numbers,
                                            const Numbers& table, int64_t steps, const Integers& used, bool weight,
                                            bool norms) {
+  const Asked asked{weight, norms};
+  const bool unused = (weight || norms) && goes_unused(kept);
   kept = found_again(kept);
   MarchCall call{x, &cotangent, new_map_like(x)};
   const Tensors bars = with_arithmetic(x, [&](auto zero) {
-    return with_gradients<decltype(zero)>({parameters, integers, numbers}, cotangent, {weight, norms},
+    return with_gradients<decltype(zero)>({parameters, integers, numbers}, cotangent, unused ? Asked{} : asked,
                                           [&](const auto& packed, const Tensor& accumulators) {
                                             run_march(packed, march_of(table, steps, used), call,
                                                       kept.empty() ? nullptr : &kept, accumulators);
                                           });
   });
-  return {call.out, bars};
+  return {call.out, unused ? unused_gradients(parameters, are_asked(integers, asked)) : bars};
 }
 
 std::tuple<Tensor, Tensor, Tensors> solve_forward(const Tensor& x, const Tensors& parameters, const Integers& integers,

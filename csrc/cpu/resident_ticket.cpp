@@ -3,9 +3,13 @@
 #include <torch/csrc/stable/device.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <unordered_map>
+
+#include "resident/new_tensors.h"
 
 namespace fastode::resident {
 
@@ -58,6 +62,8 @@ Tensor ticket_for(Tensors pieces) {
   return ticket;
 }
 
+std::atomic<bool (*)(AtenTensorHandle)> engine_will_use{nullptr};
+
 }  // namespace
 
 Tensors left_behind(Tensors pieces, int64_t keep) {
@@ -65,15 +71,37 @@ Tensors left_behind(Tensors pieces, int64_t keep) {
   return {ticket_for(std::move(pieces))};
 }
 
-bool is_ticket(const Tensors& kept) { return kept.size() == 1 && kept[0].scalar_type() == ScalarType::Long; }
+bool is_ticket(const Tensors& kept) { return !kept.empty() && kept[0].scalar_type() == ScalarType::Long; }
 
 Tensors found_again(const Tensors& kept) {
   if (!is_ticket(kept)) {
     // What hooks on saved tensors have made another number of: no pieces are as small.
-    const bool was_ticket = kept.size() == 1 && kept[0].numel() == 1;
+    const bool was_ticket = !kept.empty() && kept[0].numel() == 1;
     return was_ticket ? Tensors{} : kept;
   }
   return cloakroom().take(*static_cast<const int64_t*>(kept[0].data_ptr()));
 }
 
+bool goes_unused(const Tensors& kept) {
+  const auto will_use = engine_will_use.load();
+  if (!will_use || kept.size() < 2 || !is_ticket(kept)) return false;
+  return std::none_of(kept.begin() + 1, kept.end(), [&](const Tensor& tensor) { return will_use(tensor.get()); });
+}
+
+Tensors unused_gradients(const Tensors& parameters, const std::vector<bool>& full) {
+  Tensors zeros;
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    const Tensor& like = parameters[i];
+    if (!full[i])
+      zeros.push_back(new_vector(0, like.scalar_type()));
+    else
+      zeros.push_back(like.dim() == 4 ? new_weight(like) : new_contiguous(like.scalar_type(), like.sizes()));
+    const Tensor& made = zeros.back();
+    std::memset(made.data_ptr(), 0, made.numel() * static_cast<int64_t>(made.element_size()));
+  }
+  return zeros;
+}
+
 }  // namespace fastode::resident
+
+void fastode_ask_engine(bool (*will_use)(AtenTensorHandle)) { fastode::resident::engine_will_use = will_use; }

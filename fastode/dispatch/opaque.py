@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..native import nodes
 from ..ops.engine import autocast_dtype
 from ..steps import unrecorded
 from . import known
@@ -139,6 +140,8 @@ def _backward(
     # Hooks on saved tensors may have made another number of it.
     whole = bool(tickets) and tickets[0].dtype == torch.int64
     graph = _graphs.pop(int(tickets[0]), None) if whole else None
+    # The graph was traced for all of `wanted`, where an attack asks for the image's gradient alone.
+    used = [want and nodes.will_use(tensor) for tensor, want in zip((x, *tensors), wanted, strict=True)]
     with _autograd():
         if graph is None:
             leaves = _leaves([x, *_with_own(tensors, moving)], wanted)
@@ -146,9 +149,11 @@ def _backward(
                 y = _call(leaves, key, lower)
         else:
             leaves, y = graph
-        asked = [leaf for leaf in leaves if leaf.requires_grad]
-        found = torch.autograd.grad(y, asked, bar, allow_unused=True)
-    return [leaf.new_zeros(leaf.shape) if g is None else g.contiguous() for g, leaf in zip(found, asked, strict=True)]
+        asked = [leaf for leaf, use in zip(leaves, used, strict=True) if use]
+        found = iter(torch.autograd.grad(y, asked, bar, allow_unused=True) if asked else ())
+    bars = [next(found) if use else None for use in used]
+    each = zip(bars, leaves, wanted, strict=True)
+    return [leaf.new_zeros(leaf.shape) if g is None else g.contiguous() for g, leaf, want in each if want]
 
 
 @_backward.register_fake

@@ -8,6 +8,7 @@ Python do the same, slower. It is loaded beside the operators, never by a backwa
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.machinery
 import importlib.util
 import logging
@@ -83,6 +84,21 @@ def load(root: Path | None, announce: bool = True) -> str:
         _reason = str(error)
         logging.getLogger(__name__).debug("without autograd nodes in C++: %s", _reason)
     return _reason
+
+
+def connect(library: Path) -> None:
+    """Let the operators ask autograd's engine which gradients it will use, if the nodes are loaded.
+
+    Args:
+        library: of the operators, loaded.
+    """
+    if module is not None:
+        ctypes.CDLL(str(library)).fastode_ask_engine(ctypes.c_void_p(module.question()))
+
+
+def will_use(tensor: torch.Tensor) -> bool:
+    """Whether autograd's engine will use a gradient of a leaf in the backward at work; True where it is not known."""
+    return module is None or bool(module.will_use(tensor))
 
 
 def find_or_build(root: Path | None, announce: bool = True, again: bool = False) -> Path:

@@ -211,7 +211,7 @@ class ResidentChainFunction(NodeFunction):
             if _reads_result(chain):  # which a node in C++ does not hand over
                 y = after[0] if after else _forward(chain, x, tensors, KEEP_NOTHING)[0]
             x_bar, found = torch.ops.fastode.resident_chain_backward.default(
-                lowered(chain.lower, x), y, bar, take_kept(ctx), present, *code, wanted[0], any(wanted[1:])
+                lowered(chain.lower, x), y, bar, take_kept(ctx, wanted), present, *code, wanted[0], any(wanted[1:])
             )
             return [cast(x_bar, x.dtype) if wanted[0] else None, *beside(tensors, found)]
 

@@ -64,10 +64,30 @@ def save(ctx: Any, tensors: MaybeTensors, kept: list[Tensor], results: Sequence[
     ctx.kept = [] if traced else kept
 
 
-def take_kept(ctx: Any) -> list[Tensor]:
-    """Hand over what forward kept, once: backward overwrites it, and a second backward computes everything again."""
+def with_leaves(kept: Sequence[Tensor], tensors: MaybeTensors, wanted: Sequence[bool]) -> list[Tensor]:
+    """What a backward is given of what forward kept: of a traced one, behind the ticket also what it is traced for.
+
+    A graph is traced for all gradients that may be asked for; by these tensors an operator asks which ones will be.
+
+    Args:
+        kept: the tensors that forward kept.
+        tensors: the block's parameters.
+        wanted: which of them a gradient is wanted of.
+    """
+    if not kept or not torch.compiler.is_compiling():
+        return list(kept)
+    return [*kept, *(t for t, want in zip(tensors, wanted, strict=True) if want and t is not None)]
+
+
+def take_kept(ctx: Any, wanted: Sequence[bool]) -> list[Tensor]:
+    """Hand over what forward kept, once: backward overwrites it, and a second backward computes everything again.
+
+    Args:
+        ctx: the Function's context.
+        wanted: which gradients are asked for, of the tensors that forward was called with.
+    """
     if torch.compiler.is_compiling():
-        return list(ctx.saved_tensors[ctx.kept_from :])
+        return with_leaves(ctx.saved_tensors[ctx.kept_from :], ctx.saved_tensors[1 : ctx.count], wanted[1:])
     kept: list[Tensor] = ctx.kept
     ctx.kept = []
     return kept
@@ -134,7 +154,7 @@ class ResidentIESkipFunction(NodeFunction):
         def pull(bars: Sequence[MaybeTensor], wanted: Sequence[bool]) -> list[MaybeTensor]:
             x, *tensors = given
             x_bar, found = torch.ops.fastode.resident_ie_backward.default(
-                x, bars[0], take_kept(ctx), *encode(ctx.plan, tensors), *rule, any(wanted[1:]), ctx.kept_all
+                x, bars[0], take_kept(ctx, wanted), *encode(ctx.plan, tensors), *rule, any(wanted[1:]), ctx.kept_all
             )
             return [x_bar, *beside(tensors, found)]
 
@@ -177,8 +197,8 @@ class ResidentShuOsherFunction(NodeFunction):
         def pull(bars: Sequence[MaybeTensor], wanted: Sequence[bool]) -> list[MaybeTensor]:
             x, table, *tensors = given
             x_bar, found, table_bar = torch.ops.fastode.resident_rk_backward.default(
-                x, bars[0], take_kept(ctx), *encode(ctx.plan, tensors), table.contiguous(), any(wanted[2:]), wanted[1],
-                ctx.kept_all,
+                x, bars[0], take_kept(ctx, wanted), *encode(ctx.plan, tensors), table.contiguous(), any(wanted[2:]),
+                wanted[1], ctx.kept_all,
             )  # fmt: skip
             table_bar = table_bar.view(table.shape).to(table.dtype) if wanted[1] else None
             return [x_bar, table_bar, *beside(tensors, found)]

@@ -21,7 +21,7 @@ from ..rerun import Rerun
 from ..schemes.skew_pair.march import March
 from ..schemes.skew_pair.pair import Pair
 from .call import beside
-from .functions import keeps, keeps_beside
+from .functions import keeps, keeps_beside, with_leaves
 
 # The bit of each of a norm's tensors; running mean and variance come together.
 _PRESENT = (WEIGHT, BIAS, RUNNING, 0)
@@ -124,7 +124,7 @@ class ResidentSkewFunction(NodeFunction):
                 y,
                 z,
                 *bars,
-                list(kept),
+                with_leaves(kept, tensors, asked),
                 list(signs),
                 slopes,
                 *encode(ctx.pair, tensors),
@@ -170,8 +170,8 @@ class ResidentMarchFunction(NodeFunction):
             used = _norms_used(ctx.pair, any(y for y, _ in slopes), any(z for _, z in slopes))
             asked = of_tensors(used, wanted[1:])
             x_bar, found = torch.ops.fastode.resident_march_backward.default(
-                x, bars[0], list(kept), *encode(ctx.pair, tensors), *_march_code(ctx.march, ctx.pair), asked[0],
-                any(asked[1:]),
+                x, bars[0], with_leaves(kept, tensors, asked), *encode(ctx.pair, tensors),
+                *_march_code(ctx.march, ctx.pair), asked[0], any(asked[1:]),
             )  # fmt: skip
             return [x_bar, *only(beside(tensors, found), asked)]
 
