@@ -26,3 +26,11 @@ def is_exporting() -> bool:
 def is_exporting_to_onnx() -> bool:
     """Whether torch.onnx.export traces."""
     return torch.onnx.is_in_onnx_export()
+
+
+@constant
+def traces_autograd() -> bool:
+    """Whether torch.compile traces calls of torch.autograd.grad, too, as torch 2.13 can."""
+    from torch._dynamo import config
+
+    return bool(getattr(config, "trace_autograd_ops", False))

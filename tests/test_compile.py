@@ -398,7 +398,7 @@ def test_the_operator_of_a_solve_is_one_by_pytorchs_own_checks() -> None:
     (_, block, _) = adaptive_model("solver")
     tensors = [tensor.detach().requires_grad_() for tensor in opaque.tensors_of(block)]
     x = sample_input(2, 3, 6, 6).requires_grad_()
-    given = (x, tensors, opaque.key_of(block), (2, 8, 6, 6), None, 0)
+    given = (x, tensors, opaque.key_of(block), (2, 8, 6, 6), None, 0, False)
     torch.library.opcheck(opaque._solution, (*given, [False] * (1 + len(tensors))))
     # The number of a ticket is another one in each call, so that nothing may compare results.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")

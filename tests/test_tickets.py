@@ -295,6 +295,40 @@ def test_a_weight_that_the_graph_computes_has_its_gradient(name: str) -> None:
     assert computed(found) > 1
 
 
+class StraightThrough(torch.autograd.Function):
+    """`hard`, whose gradient `soft` gets."""
+
+    @staticmethod
+    def forward(ctx: Any, hard: Tensor, soft: Tensor) -> Tensor:
+        return hard.view_as(hard)
+
+    @staticmethod
+    def backward(ctx: Any, bar: Tensor) -> tuple[None, Tensor]:
+        return None, bar
+
+
+class OfEstimated(OfComputed):
+    """A block whose weight is one parameter, and its gradient another one's."""
+
+    def __init__(self, block: nn.Module, name: str) -> None:
+        super().__init__(block, name)
+        self.soft = nn.Parameter(torch.zeros_like(self.raw))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = StraightThrough.apply(self.raw, self.soft)
+        return torch.func.functional_call(self.block, {self.name: weight}, (x,))
+
+
+@pytest.mark.parametrize("name", [name for name in BLOCKS if name not in ("ark", "a classifier")])
+def test_a_parameter_under_another_name_is_no_leaf(name: str) -> None:
+    block = fused(name)
+    weight = next(name for name, p in block.named_parameters() if p.dim() == 4)
+    model, x = OfEstimated(block, weight), sample_input(3, 8, 6, 6)
+    expected = torch.autograd.grad(model(x).sum(), [model.soft])
+    assert bool(expected[0].any())
+    assert same(torch.autograd.grad(compiled(model)(x).sum(), [model.soft]), expected)
+
+
 def test_leaves_that_hooks_replace_have_their_gradients() -> None:
     block = fused("ie")
     expected = gradients(block, block)
@@ -303,10 +337,63 @@ def test_leaves_that_hooks_replace_have_their_gradients() -> None:
     assert same(found, expected)
 
 
-def test_without_nodes_in_cpp_an_attack_computes_all() -> None:
-    assert nodes.will_use(torch.ones(1, requires_grad=True))  # no backward is at work
+def test_without_a_backward_at_work_nothing_goes_unused() -> None:
+    leaf = nn.Parameter(torch.ones(1))
+    assert not nodes.go_unused([leaf])
     with nodes.left_out():
-        assert nodes.will_use(torch.ones(1, requires_grad=True))
+        assert not nodes.go_unused([leaf])
+
+
+class OfMaster(nn.Module):
+    """A block whose parameters are written from others' before each call."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block, self.master = block, copy.deepcopy(block)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            for parameter, other in zip(self.block.parameters(), self.master.parameters(), strict=True):
+                parameter.copy_(other)
+        return self.block(x)
+
+
+@pytest.mark.parametrize("name", ["ie", "a block that halves", "equal steps", "steps by error"])
+def test_parameters_that_a_graph_writes_have_their_gradients(name: str) -> None:
+    """Inductor reads what was copied from, so that the operator is given another leaf than its gradients' own."""
+    model, x = OfMaster(fused(name)), sample_input(3, 8, 6, 6).requires_grad_()
+    parameters = list(model.block.parameters())
+    expected = torch.autograd.grad(model(x).sum(), parameters)
+    call = torch.compile(model, fullgraph=True)
+    assert all(bool(found.any()) for found in torch.autograd.grad(call(x).sum(), parameters))
+    torch.testing.assert_close(torch.autograd.grad(call(x).sum(), parameters), expected)
+    torch.testing.assert_close(torch.autograd.grad(call(x).sum(), x), torch.autograd.grad(model(x).sum(), x))
+
+
+@pytest.mark.parametrize("name", ["ie", "steps by error"])
+@pytest.mark.skipif(
+    not hasattr(torch._dynamo.config, "trace_autograd_ops"), reason="this torch traces no autograd.grad"
+)
+@torch._dynamo.config.patch(trace_autograd_ops=True)
+def test_a_traced_backward_inside_of_another_one_is_whole(name: str) -> None:
+    block, x = fused(name), sample_input(3, 8, 6, 6)
+    parameters = list(block.parameters())
+    alive = block(x)  # whose graph holds the parameters' accumulators
+
+    def inner(x: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad(block(x).square().sum(), parameters))
+
+    expected, found = inner(x), list[Tensor]()
+    call, leaf = torch.compile(inner, fullgraph=True, backend="aot_eager"), x.clone().requires_grad_()
+    y = 2 * leaf
+
+    def hook(bar: Tensor) -> None:
+        with torch.enable_grad():
+            found.extend(call(x))
+
+    y.register_hook(hook)
+    torch.autograd.grad(y.sum(), leaf)
+    assert same(found, expected) and alive.requires_grad
 
 
 def test_a_solve_by_error_has_no_graph_where_no_backward_can_come() -> None:

@@ -275,15 +275,18 @@ PyObject* unchanged(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// will_use(tensor): whether the engine will use its gradient
-PyObject* will_use(PyObject*, PyObject* tensor) {
+// go_unused(list of tensors): whether the engine will use none of the gradients that a graph was traced for
+PyObject* unused(PyObject*, PyObject* tensors) {
   HANDLE_TH_ERRORS
-  return PyBool_FromLong(fastode::will_use(tensor_in(tensor)));
+  TORCH_CHECK_TYPE(PyList_Check(tensors), "expected a list");
+  std::vector<const Tensor*> leaves;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors); ++i) leaves.push_back(&tensor_in(PyList_GET_ITEM(tensors, i)));
+  return PyBool_FromLong(go_unused(leaves));
   END_HANDLE_TH_ERRORS
 }
 
-// question(): where the operators find will_use
-PyObject* question(PyObject*, PyObject*) { return PyLong_FromVoidPtr(reinterpret_cast<void*>(&will_use_handle)); }
+// question(): where the operators find the same
+PyObject* question(PyObject*, PyObject*) { return PyLong_FromVoidPtr(reinterpret_cast<void*>(&handles_go_unused)); }
 
 template <class F>
 PyCFunction method(F* function) {
@@ -305,7 +308,7 @@ PyMethodDef methods[] = {{"program", method(program), METH_FASTCALL, nullptr},
                          {"kept", kept, METH_O, nullptr},
                          {"watched", method(watched), METH_FASTCALL, nullptr},
                          {"unchanged", method(unchanged), METH_FASTCALL, nullptr},
-                         {"will_use", will_use, METH_O, nullptr},
+                         {"go_unused", unused, METH_O, nullptr},
                          {"question", question, METH_NOARGS, nullptr},
                          {nullptr, nullptr, 0, nullptr}};
 

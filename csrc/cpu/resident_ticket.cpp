@@ -3,7 +3,6 @@
 #include <torch/csrc/stable/device.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
 #include <atomic>
 #include <memory>
 #include <mutex>
@@ -62,7 +61,7 @@ Tensor ticket_for(Tensors pieces) {
   return ticket;
 }
 
-std::atomic<bool (*)(AtenTensorHandle)> engine_will_use{nullptr};
+std::atomic<bool (*)(AtenTensorHandle const*, int64_t)> engine_leaves_unused{nullptr};
 
 }  // namespace
 
@@ -83,9 +82,11 @@ Tensors found_again(const Tensors& kept) {
 }
 
 bool goes_unused(const Tensors& kept) {
-  const auto will_use = engine_will_use.load();
-  if (!will_use || kept.size() < 2 || !is_ticket(kept)) return false;
-  return std::none_of(kept.begin() + 1, kept.end(), [&](const Tensor& tensor) { return will_use(tensor.get()); });
+  const auto go_unused = engine_leaves_unused.load();
+  if (!go_unused || kept.size() < 2 || !is_ticket(kept)) return false;
+  std::vector<AtenTensorHandle> leaves;
+  for (auto leaf = kept.begin() + 1; leaf != kept.end(); ++leaf) leaves.push_back(leaf->get());
+  return go_unused(leaves.data(), static_cast<int64_t>(leaves.size()));
 }
 
 Tensors unused_gradients(const Tensors& parameters, const std::vector<bool>& full) {
@@ -104,4 +105,6 @@ Tensors unused_gradients(const Tensors& parameters, const std::vector<bool>& ful
 
 }  // namespace fastode::resident
 
-void fastode_ask_engine(bool (*will_use)(AtenTensorHandle)) { fastode::resident::engine_will_use = will_use; }
+void fastode_ask_engine(bool (*go_unused)(AtenTensorHandle const*, int64_t)) {
+  fastode::resident::engine_leaves_unused = go_unused;
+}

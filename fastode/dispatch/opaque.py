@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..native import nodes
 from ..ops.engine import autocast_dtype
+from ..ops.resident.functions import are_leaves
 from ..steps import unrecorded
 from . import known
 
@@ -89,7 +90,8 @@ def run(block: nn.Module, key: int, x: Tensor, shape: Sequence[int], moves: bool
     # Without a gradient, and on a card, where it was not measured, there is no ticket.
     keep = torch.is_grad_enabled() and x.device.type == "cpu"
     wanted = [keep and tensor.requires_grad for tensor in (x, *tensors)]
-    y, *moved = _solution(x, tensors, key, shape, autocast_dtype(x), len(buffers), wanted)
+    leaves = are_leaves([tensor for tensor in tensors if tensor.requires_grad])
+    y, *moved = _solution(x, tensors, key, shape, autocast_dtype(x), len(buffers), leaves, wanted)
     with torch.no_grad():
         for buffer, new in zip(buffers, moved[: len(buffers)], strict=True):
             buffer.copy_(new.detach())
@@ -104,9 +106,13 @@ def _solution(
     shape: Sequence[int],
     lower: torch.dtype | None,
     moving: int,
+    leaves: bool,
     wanted: list[bool],
 ) -> list[Tensor]:
-    """The solution, the last `moving` of the tensors as they are after it, and a ticket if any gradient is wanted."""
+    """The solution, the last `moving` of the tensors as they are after it, and a ticket if any gradient is wanted.
+
+    `leaves` says that the tensors with a gradient are parameters, so that autograd's engine knows which ones it uses.
+    """
     fixed = len(tensors) - moving
     if not any(wanted):
         given = _with_own(tensors, moving)
@@ -114,14 +120,14 @@ def _solution(
             return [_call([x, *given], key, lower), *given[fixed:]]
     # The graph has copies, because a compiler writes other maps into memory that its own graph has done with.
     with _autograd():
-        leaves = _leaves([tensor.clone() for tensor in (x, *tensors)], wanted)
-        y = _call(leaves, key, lower)
-    return [y.detach().clone(), *[leaf.detach().clone() for leaf in leaves[1 + fixed :]], _ticket_for(leaves, y)]
+        own = _leaves([tensor.clone() for tensor in (x, *tensors)], wanted)
+        y = _call(own, key, lower)
+    return [y.detach().clone(), *[leaf.detach().clone() for leaf in own[1 + fixed :]], _ticket_for(own, y)]
 
 
 @_solution.register_fake
 def _(x: Tensor, tensors: list[Tensor], key: int, shape: Sequence[int], *others: Any) -> list[Tensor]:
-    moving, wanted = others[-2:]
+    moving, _, wanted = others[-3:]
     ticket = [torch.empty(1, dtype=torch.int64, device="cpu")] if any(wanted) else []
     return [x.new_empty(shape), *(t.new_empty(t.shape) for t in tensors[len(tensors) - moving :]), *ticket]
 
@@ -136,24 +142,27 @@ def _backward(
     key: int,
     lower: torch.dtype | None,
     moving: int,
+    leaves: bool,
 ) -> list[Tensor]:
     # Hooks on saved tensors may have made another number of it.
     whole = bool(tickets) and tickets[0].dtype == torch.int64
     graph = _graphs.pop(int(tickets[0]), None) if whole else None
     # The graph was traced for all of `wanted`, where an attack asks for the image's gradient alone.
-    used = [want and nodes.will_use(tensor) for tensor, want in zip((x, *tensors), wanted, strict=True)]
+    used = list(wanted)
+    if leaves and nodes.go_unused([tensor for tensor, want in zip(tensors, wanted[1:], strict=True) if want]):
+        used[1:] = [False] * len(tensors)
     with _autograd():
         if graph is None:
-            leaves = _leaves([x, *_with_own(tensors, moving)], wanted)
+            own = _leaves([x, *_with_own(tensors, moving)], wanted)
             with unrecorded():
-                y = _call(leaves, key, lower)
+                y = _call(own, key, lower)
         else:
-            leaves, y = graph
-        asked = [leaf for leaf, use in zip(leaves, used, strict=True) if use]
+            own, y = graph
+        asked = [tensor for tensor, use in zip(own, used, strict=True) if use]
         found = iter(torch.autograd.grad(y, asked, bar, allow_unused=True) if asked else ())
     bars = [next(found) if use else None for use in used]
-    each = zip(bars, leaves, wanted, strict=True)
-    return [leaf.new_zeros(leaf.shape) if g is None else g.contiguous() for g, leaf, want in each if want]
+    each = zip(bars, own, wanted, strict=True)
+    return [tensor.new_zeros(tensor.shape) if g is None else g.contiguous() for g, tensor, want in each if want]
 
 
 @_backward.register_fake
@@ -164,7 +173,7 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, tensors, ctx.key, _, ctx.lower, ctx.moving, _ = inputs
+    x, tensors, ctx.key, _, ctx.lower, ctx.moving, ctx.leaves, _ = inputs
     ctx.count = 1 + len(tensors)
     ctx.save_for_backward(x, *tensors, *output[1 + ctx.moving :])
     ctx.wanted = [t.requires_grad for t in (x, *tensors)]
@@ -174,9 +183,9 @@ def _pull(ctx: Any, given: list[Tensor]) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
     x, *tensors = saved[: ctx.count]
     tickets = list(saved[ctx.count :])
-    found = iter(_backward(x, tensors, given[0], tickets, ctx.wanted, ctx.key, ctx.lower, ctx.moving))
+    found = iter(_backward(x, tensors, given[0], tickets, ctx.wanted, ctx.key, ctx.lower, ctx.moving, ctx.leaves))
     bars = [next(found) if want else None for want in ctx.wanted]
-    return bars[0], bars[1:], None, None, None, None, None
+    return bars[0], bars[1:], None, None, None, None, None, None
 
 
 _solution.register_autograd(_pull, setup_context=_setup)

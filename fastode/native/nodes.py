@@ -87,7 +87,7 @@ def load(root: Path | None, announce: bool = True) -> str:
 
 
 def connect(library: Path) -> None:
-    """Let the operators ask autograd's engine which gradients it will use, if the nodes are loaded.
+    """Let the operators ask autograd's engine whether it will use gradients, if the nodes are loaded.
 
     Args:
         library: of the operators, loaded.
@@ -96,9 +96,13 @@ def connect(library: Path) -> None:
         ctypes.CDLL(str(library)).fastode_ask_engine(ctypes.c_void_p(module.question()))
 
 
-def will_use(tensor: torch.Tensor) -> bool:
-    """Whether autograd's engine will use a gradient of a leaf in the backward at work; True where it is not known."""
-    return module is None or bool(module.will_use(tensor))
+def go_unused(leaves: list[torch.Tensor]) -> bool:
+    """Whether autograd's engine will use none of these parameters' gradients in the backward of a compiled graph.
+
+    Args:
+        leaves: the parameters whose gradients an operator in it was traced for.
+    """
+    return module is not None and bool(module.go_unused(leaves))
 
 
 def find_or_build(root: Path | None, announce: bool = True, again: bool = False) -> Path:

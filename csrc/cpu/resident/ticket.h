@@ -29,6 +29,6 @@ std::vector<torch::stable::Tensor> unused_gradients(const std::vector<torch::sta
 
 }  // namespace fastode::resident
 
-// Sets how the engine is asked whether it will use a tensor's gradient (csrc/autograd/engine.h); until then it uses
-// all.
-extern "C" __attribute__((visibility("default"))) void fastode_ask_engine(bool (*will_use)(AtenTensorHandle));
+// Sets how the engine is asked about leaves (csrc/autograd/engine.h); until then it uses all.
+extern "C" __attribute__((visibility("default"))) void fastode_ask_engine(bool (*go_unused)(AtenTensorHandle const*,
+                                                                                            int64_t));

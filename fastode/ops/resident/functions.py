@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...native import nodes
 from ...native.constants import KEEP_NOTHING, KEEP_PIECES, KEEP_TICKET
-from ...tracing import is_exporting
+from ...tracing import is_exporting, traces_autograd
 from ..function import NodeFunction, gradients
 from ..maps import like_reference
 from ..plan import MaybeTensor, MaybeTensors, Plan
@@ -68,7 +68,6 @@ def with_leaves(kept: Sequence[Tensor], tensors: MaybeTensors, wanted: Sequence[
     """What a backward is given of what forward kept: of a traced one, behind the ticket also what it is traced for.
 
     A graph is traced for all gradients that may be asked for; by these tensors an operator asks which ones will be.
-
     Args:
         kept: the tensors that forward kept.
         tensors: the block's parameters.
@@ -76,7 +75,17 @@ def with_leaves(kept: Sequence[Tensor], tensors: MaybeTensors, wanted: Sequence[
     """
     if not kept or not torch.compiler.is_compiling():
         return list(kept)
-    return [*kept, *(t for t, want in zip(tensors, wanted, strict=True) if want and t is not None)]
+    leaves = [t for t, want in zip(tensors, wanted, strict=True) if want and t is not None]
+    return [*kept, *leaves] if are_leaves(leaves) else list(kept)
+
+
+def are_leaves(tensors: Sequence[Tensor]) -> bool:
+    """Whether a tracer's tensors are parameters of whose gradients autograd's engine knows whether it will use them.
+
+    What a Function in the graph returns may be a parameter under another name, while its backward gives the gradient to
+    something else (a straight-through estimator). Nor is a backward known that is traced into a forward.
+    """
+    return all(isinstance(tensor, nn.Parameter) for tensor in tensors) and not traces_autograd()
 
 
 def take_kept(ctx: Any, wanted: Sequence[bool]) -> list[Tensor]:
