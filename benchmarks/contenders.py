@@ -189,7 +189,18 @@ def _other_library(name: str, module: nn.Module, inputs: Inputs) -> nn.Module:
 
 
 def _fused_and_compiled(engine: str, module: nn.Module, inputs: Inputs, read: bool = False) -> nn.Module:
-    return _compile(_fused(engine, module, inputs, read), inputs)
+    """The fused module compiled, without the tracing of autograd.grad that only the references need."""
+    import torch._dynamo.config as config
+
+    configure_dynamo()
+    fused_module = _fused(engine, module, inputs, read)
+    compiled = torch.compile(fused_module, dynamic=False)
+
+    def call(*given: Tensor) -> Any:
+        with config.patch(trace_autograd_ops=False):
+            return compiled(*given)
+
+    return Pinned(fused_module, call)
 
 
 def fused(engine: str, read: bool = False) -> Contender:
