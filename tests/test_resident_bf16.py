@@ -57,6 +57,17 @@ def test_equal_where_a_norm_couples_the_samples(shape: tuple[int, int, int], lay
         assert_blocks_equal(block, fused(block), x)
 
 
+@pytest.mark.parametrize("batch", [3, 6, 7, 9, 11, 13, 22, 25])  # of which groups that lie together leave places empty
+@pytest.mark.parametrize("size", [4, 8])
+def test_equal_for_any_number_of_samples(size: int, batch: int) -> None:
+    x = sample_input(batch, 32, size, size, dtype=torch.bfloat16)
+    halves = nn.Sequential(nn.Conv2d(32, 32, 3, 2, 1), nn.GroupNorm(1, 32), nn.Softplus(), nn.Conv2d(32, 32, 3, 1, 1))
+    torch.manual_seed(5)
+    strided = reference.ResBlock(halves, shortcut=nn.Conv2d(32, 32, 1, 2)).to(torch.bfloat16)
+    for block in (reference.IESkip(branch(32, (3, 3), 32), 1, 0.1), strided):
+        assert_blocks_equal(block, fused(block), x)
+
+
 def test_a_sample_is_not_changed_by_what_lies_beside_it() -> None:
     block = reference.IESkip(branch(32, (3, 3), 48), 1, 0.1)
     x = sample_input(9, 32, 4, 4, dtype=torch.bfloat16)

@@ -13,7 +13,9 @@ void run(const Call<A>& call, const Rule& rule);
 
 int64_t group_for(int64_t samples, int64_t workers, int64_t pixels, int64_t stored) {
   const int64_t wanted = stored == sizeof(bfloat16) ? 512 : 128;  // pixels that should share one reading of the weights
-  return std::max<int64_t>(1, std::min({kGroup, wanted / pixels, divide_up(samples, workers)}));
+  const int64_t share = std::max<int64_t>(1, divide_up(samples, workers));
+  const int64_t most = std::max<int64_t>(1, std::min({kGroup, wanted / pixels, share}));
+  return stored == sizeof(bfloat16) ? divide_up(share, divide_up(share, most)) : most;  // of like size
 }
 
 int64_t parts_for(int64_t samples, int64_t workers, int64_t group, int64_t bytes) {

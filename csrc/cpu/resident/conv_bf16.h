@@ -48,14 +48,21 @@ struct Narrow {
   }
 
   // How many samples of a group fill the rows of tiles, or the rows that dot products multiply at once with one pixel
-  // of each, which lets them leave out the taps beside the image; one where a tile row is two pixels.
+  // of each, which lets them leave out the taps beside the image; one where a tile row is two pixels. Of a group that
+  // they do not divide the last places are empty, but multiplied.
   static int64_t samples_together(const Plane<float>& plane, int64_t fewest_channels, int64_t group) {
     constexpr int64_t wanted = 32;  // of a weight gradient's sum; two tiles of a convolution
     const int64_t most = plane.width == 8 && !FASTODE_AMX ? 2 * wanted : wanted;
-    int64_t together = 1;
-    if (fewest_channels <= lanes || plane.width > wanted / 2 || wanted % plane.width) return together;
-    while (2 * together <= group && 2 * together * plane.width <= most) together *= 2;
-    return together;
+    constexpr int64_t at_once = FASTODE_AMX ? 16 : 8;  // rows
+    if (fewest_channels <= lanes || plane.width > wanted / 2 || wanted % plane.width) return 1;
+    int64_t best = 1, least = INT64_MAX;
+    for (int64_t count = 1; count < 2 * group && count * plane.width <= most; count *= 2) {
+      const int64_t places = divide_up(group, count) * count;
+      const int64_t row = plane.width + (count * plane.width % kTilePixels ? plane.halo : 0);
+      const int64_t taps = 3 * plane.width - (count % at_once ? 0 : 2);  // of a row of a 3x3 kernel
+      if (places * row * taps <= least) best = count, least = places * row * taps;
+    }
+    return best;
   }
 };
 
