@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor, nn
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -28,9 +29,18 @@ def is_exporting_to_onnx() -> bool:
     return torch.onnx.is_in_onnx_export()
 
 
+def are_leaves(tensors: Sequence[Tensor]) -> bool:
+    """Whether a tracer's tensors are parameters of whose gradients autograd's engine knows whether it will use them.
+
+    What a Function in the graph returns may be a parameter under another name, while its backward gives the gradient to
+    something else (a straight-through estimator). Nor is a backward known that is traced into a forward.
+    """
+    return all(isinstance(tensor, nn.Parameter) for tensor in tensors) and not _traces_autograd()
+
+
 @constant
-def traces_autograd() -> bool:
-    """Whether torch.compile traces calls of torch.autograd.grad, too, as torch 2.13 can."""
+def _traces_autograd() -> bool:
+    """Whether torch.compile traces calls of torch.autograd.grad, too."""
     from torch._dynamo import config
 
     return bool(getattr(config, "trace_autograd_ops", False))

@@ -156,8 +156,8 @@ def test_frozen_blocks_on_plain_inputs_leave_no_graph(name):
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_the_compiler_traces_a_training_step_without_a_graph_break(name, monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "trace_autograd_ops", True, raising=False)
+@torch._dynamo.config.patch(trace_autograd_ops=True)
+def test_the_compiler_traces_a_training_step_without_a_graph_break(name):
     torch._dynamo.reset()
     block, x = make_block(name), make_input().requires_grad_()
     compiled = torch.compile(block, backend="eager", fullgraph=True, dynamic=False)

@@ -371,9 +371,6 @@ def test_parameters_that_a_graph_writes_have_their_gradients(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["ie", "steps by error"])
-@pytest.mark.skipif(
-    not hasattr(torch._dynamo.config, "trace_autograd_ops"), reason="this torch traces no autograd.grad"
-)
 @torch._dynamo.config.patch(trace_autograd_ops=True)
 def test_a_traced_backward_inside_of_another_one_is_whole(name: str) -> None:
     block, x = fused(name), sample_input(3, 8, 6, 6)

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from ..native import nodes
 from ..ops.engine import autocast_dtype
-from ..ops.resident.functions import are_leaves
 from ..steps import unrecorded
+from ..tracing import are_leaves
 from . import known
 
 _NAME = "fastode_blocks::solution"

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...native import nodes
 from ...native.constants import KEEP_NOTHING, KEEP_PIECES, KEEP_TICKET
-from ...tracing import is_exporting, traces_autograd
+from ...tracing import are_leaves, is_exporting
 from ..function import NodeFunction, gradients
 from ..maps import like_reference
 from ..plan import MaybeTensor, MaybeTensors, Plan
@@ -77,15 +77,6 @@ def with_leaves(kept: Sequence[Tensor], tensors: MaybeTensors, wanted: Sequence[
         return list(kept)
     leaves = [t for t, want in zip(tensors, wanted, strict=True) if want and t is not None]
     return [*kept, *leaves] if are_leaves(leaves) else list(kept)
-
-
-def are_leaves(tensors: Sequence[Tensor]) -> bool:
-    """Whether a tracer's tensors are parameters of whose gradients autograd's engine knows whether it will use them.
-
-    What a Function in the graph returns may be a parameter under another name, while its backward gives the gradient to
-    something else (a straight-through estimator). Nor is a backward known that is traced into a forward.
-    """
-    return all(isinstance(tensor, nn.Parameter) for tensor in tensors) and not traces_autograd()
 
 
 def take_kept(ctx: Any, wanted: Sequence[bool]) -> list[Tensor]:
