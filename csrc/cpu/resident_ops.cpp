@@ -24,6 +24,9 @@ int64_t parts_for(int64_t samples, int64_t workers, int64_t group, int64_t bytes
   return workers == 1 ? 1 : workers * std::max<int64_t>(1, each);
 }
 
+// The bit of each of a unit's tensors, in their order; running mean and variance come together.
+constexpr int64_t kTensorsOfUnit[] = {kWeight, kBias, kRunning, kRunning, kConvWeight, kConvBias};
+
 std::vector<ChainPart> parts_of(const ChainArguments& chain) {
   std::vector<ChainPart> parts(3);
   size_t unit = 0, tensor = 0;
@@ -34,7 +37,7 @@ std::vector<ChainPart> parts_of(const ChainArguments& chain) {
       parts[k].units.insert(parts[k].units.end(), units, units + kUnitIntegers);
       parts[k].numbers.insert(parts[k].numbers.end(), numbers, numbers + kUnitNumbers);
       parts[k].strides.push_back(chain.strides[unit]);
-      for (const int64_t bit : {kWeight, kBias, kRunning, kRunning, kConvWeight, kConvBias})
+      for (const int64_t bit : kTensorsOfUnit)
         if (units[kUnitIntegers - 1] & bit) parts[k].parameters.push_back(chain.parameters[tensor++]);
     }
   return parts;
@@ -101,7 +104,7 @@ Backward backward(const Tensor& x, const Tensor& cotangent, const BranchArgument
 std::vector<bool> are_parameters(const Integers& units) {
   std::vector<bool> found;
   for (size_t unit = 0; unit < units.size(); unit += kUnitIntegers)
-    for (const int64_t bit : {kWeight, kBias, kRunning, kRunning, kConvWeight, kConvBias})
+    for (const int64_t bit : kTensorsOfUnit)
       if (units[unit + kUnitIntegers - 1] & bit) found.push_back(bit != kRunning);
   return found;
 }
@@ -139,8 +142,8 @@ Backward rk_backward(const Tensor& x, const Tensor& cotangent, const Tensors& ke
                      const Integers& units, const Numbers& numbers, const Tensor& table, bool gradients,
                      bool table_gradient, bool kept_all) {
   const Tensors kept = found_again(kept_or_ticket);
-  // Where the stages are kept, no evaluation is computed again to its end but for the coefficients' gradients.
   const bool unused = gradients && !table_gradient && goes_unused(kept_or_ticket);
+  // Where the stages are kept, no evaluation is computed again to its end but for the coefficients' gradients.
   const Wanted wanted{.gradients = gradients && !unused, .last = kept.empty() || table_gradient};
   const Scheme scheme = scheme_of(x, table, kept_all);
   Backward result = backward<SchemeBackward>(x, cotangent, {parameters, units, numbers}, scheme, kept, wanted,

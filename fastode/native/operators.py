@@ -85,8 +85,6 @@ def load(announce: bool = True) -> str | None:
                 _state.path = _open(find_or_build(announce))
             if nodes_loaded is None:
                 nodes.load(source_root(), announce)
-            else:
-                nodes_loaded.result()
             nodes.connect(_state.path)
             cuda.register()
             cuda_library.load(announce)

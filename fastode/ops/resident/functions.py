@@ -68,6 +68,7 @@ def with_leaves(kept: Sequence[Tensor], tensors: MaybeTensors, wanted: Sequence[
     """What a backward is given of what forward kept: of a traced one, behind the ticket also what it is traced for.
 
     A graph is traced for all gradients that may be asked for; by these tensors an operator asks which ones will be.
+
     Args:
         kept: the tensors that forward kept.
         tensors: the block's parameters.
