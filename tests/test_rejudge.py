@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import fuzz, rejudge, wide
+from benchmarks import drawn, fuzz, rejudge, wide
 from fastode import Solver, record_steps, reference
 from fastode.testing import Judge, sample_input
 from fastode.testing.compare import run
@@ -20,13 +20,13 @@ pytestmark = pytest.mark.skipif(not wide.WIDER, reason="long double is float64 h
 
 
 # Those that have a wide truth.
-FAMILIES = [family for family in fuzz.FAMILIES if family not in (*fuzz.BY_ERROR, fuzz.EXACT)]
+FAMILIES = [family for family in drawn.FAMILIES if family not in (*drawn.BY_ERROR, drawn.EXACT)]
 
 
-def float64_cases(count: int) -> list[fuzz.Case]:
-    drawn = (fuzz.draw_case(2, index) for index in range(1000))
-    fitting = (case for case in drawn if case.inputs[0].dtype is torch.float64 and "mish" not in case.text)
-    by_family: dict[str, list[fuzz.Case]] = {family: [] for family in FAMILIES}
+def float64_cases(count: int) -> list[drawn.Case]:
+    found = (drawn.draw_case(2, index) for index in range(1000))
+    fitting = (case for case in found if case.inputs[0].dtype is torch.float64 and "mish" not in case.text)
+    by_family: dict[str, list[drawn.Case]] = {family: [] for family in FAMILIES}
     for case in fitting:
         if case.family in by_family and len(by_family[case.family]) < count:
             by_family[case.family].append(case)
@@ -37,7 +37,7 @@ CASES = float64_cases(3)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.text[:60])
-def test_the_wide_truth_is_the_float64_one_with_more_digits(case: fuzz.Case) -> None:
+def test_the_wide_truth_is_the_float64_one_with_more_digits(case: drawn.Case) -> None:
     inputs = tuple(x.contiguous() for x in case.inputs)
     judge = Judge(case.plain, inputs, mode=case.mode)
     truths = wide.truth(case.plain, inputs, judge.cotangents, case.mode)
@@ -46,7 +46,7 @@ def test_the_wide_truth_is_the_float64_one_with_more_digits(case: fuzz.Case) -> 
     assert comparison.worst.ratio < 10, comparison.describe()
 
 
-def second_differences(case: fuzz.Case, make: Any) -> float:
+def second_differences(case: drawn.Case, make: Any) -> float:
     """Over a step so small that only rounding is left, relative to the values: the worst of outputs and gradients."""
     found = []
     for step in (-1, 0, 1):
