@@ -161,16 +161,19 @@ def test_gradients_of_gradients_and_transforms() -> None:
 def contiguous_norms() -> list[tuple[str, Tensor, Tensor]]:
     """The output and gradients of F.group_norm where PyTorch crashes, beside those of a contiguous input."""
     rows = []
-    for layout in ("channels_last", "contiguous"):
-        x = LAYOUTS[layout](sample_input(2, C, 5, 4, dtype=torch.float64))
+    pixel = torch.empty_strided((2, C, 1, 1), (C, 1, C, C), dtype=torch.float64)  # in channels_last, by its strides
+    inputs = {layout: LAYOUTS[layout](sample_input(2, C, 5, 4, dtype=torch.float64)) for layout in LAYOUTS}
+    inputs["pixel"] = pixel.copy_(sample_input(2, C, 1, 1, dtype=torch.float64))
+    for layout in ("channels_last", "contiguous", "pixel"):
+        x = inputs[layout]
         weight, bias = (torch.randn(C, dtype=torch.float64).requires_grad_() for _ in range(2))
         with faults.repaired_norms():
             y = F.group_norm(x, 2, weight, bias)
-        assert y.is_contiguous(memory_format=torch.channels_last) == (layout == "channels_last")
+        assert y.is_contiguous(memory_format=torch.channels_last) == (layout != "contiguous")
         bars = torch.autograd.grad(y, [weight, bias], x)
         with torch.enable_grad():
-            leaf = x.detach().contiguous().requires_grad_()
-            z = F.group_norm(leaf, 2, weight, bias)
+            leaf = x.detach().contiguous().flatten(2).requires_grad_()
+            z = F.group_norm(leaf, 2, weight, bias).view(x.shape)
             rows += [
                 ("y", y, z),
                 *zip(("weight", "bias"), bars, torch.autograd.grad(z, [weight, bias], x), strict=True),
