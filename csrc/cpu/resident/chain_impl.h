@@ -205,7 +205,7 @@ void run_chain(const ChainArguments& chain, const ChainCall& call, std::vector<T
   Memory<T> memory(first, schedule, coupled, call.keep ? &kept : nullptr);
   CallMemory sums;
   A* gradients = static_cast<A*>(sums.take(std::max<int64_t>(1, shares * count) * static_cast<int64_t>(sizeof(A))));
-  std::fill_n(gradients, shares * count, A(0));
+  fill_zeros(gradients, shares * count);
   if (statistics) *statistics = new_vector(met, scalar_type<A>());
 
   ChainProgram<T> program(chain, call, packed, schedule, memory, gradients);

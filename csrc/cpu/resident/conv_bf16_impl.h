@@ -3,12 +3,12 @@
 
 #include <bit>
 
-#include "pack_bf16_impl.h"
 #if FASTODE_AMX
 #include "tile_products.h"
 #else
 #include "dot_products.h"
 #endif
+#include "pack_bf16_impl.h"
 
 namespace fastode::resident {
 namespace {
@@ -80,10 +80,53 @@ struct Cursor {
   }
 };
 
-// The image's column that all these rows of a tile lie in; -1 if they lie in several.
+// Whether `count` rows of a tile that are multiplied at once lie in one column of the image, and which one that is, or
+// -1.
+inline bool in_one_column(const Tiling& tiling, int count) {
+  return tiling.per_row && count && tiling.together % count == 0;
+}
 inline int64_t column_of(const Tiling& tiling, const Cursor& tile, const TileRows& rows) {
-  const bool one = tiling.per_row && rows.count && tiling.together % rows.count == 0;
-  return one ? (tile.x + rows.first) >> tiling.shift : -1;
+  return in_one_column(tiling, rows.count) ? (tile.x + rows.first) >> tiling.shift : -1;
+}
+
+// Calls step() for what a kernel's taps [begin, end) of every row that meets the image sum, one block of input channels
+// after the other; returns the end of the kernel's weights.
+template <int N, class Step>
+inline const bfloat16* multiply_blocks_of(const TileRun& run, const TileKernel& kernel, const bfloat16* all,
+                                          int64_t begin, int64_t end, const Step& step) {
+  const Steps& steps = kernel.steps;
+  const int64_t kernel_row = steps.wide * N * kTileElements;
+  for (int64_t block = 0; block < steps.blocks; ++block, all += steps.high * kernel_row)
+    for (int64_t y = kernel.first; y < kernel.last; ++y) {
+      const bfloat16* weights = all + y * kernel_row + begin * N * kTileElements;
+      int64_t offset = kernel.at + block * kTileDepth + y * run.row + begin * run.step;
+      for (int64_t x = begin; x < end; ++x, offset += run.step, weights += N * kTileElements)
+        step(weights, offset, steps.pairs(block, x));
+    }
+  return all;
+}
+
+// The same of all blocks of a tap, or of a row's taps where these lie one after the other, at once.
+template <int N, class Step, class Three>
+inline const bfloat16* multiply_rows_of(const TileRun& run, const TileKernel& kernel, const bfloat16* all,
+                                        int64_t begin, int64_t end, bool alone, const Step& step, const Three& three) {
+  const Steps& steps = kernel.steps;
+  const int64_t next = steps.blocks * N * kTileElements;
+  for (int64_t y = kernel.first; y < kernel.last; ++y) {
+    const bfloat16* weights = all + (y * steps.wide + begin) * next;
+    int64_t offset = kernel.at + y * run.row + begin * run.step;
+    if constexpr (N == 1)
+      if (steps.taps == 3 && alone) {
+        const int64_t tap = steps.paired ? kTileElements / 2 : next;
+        three(weights, tap, offset, steps.paired ? kTileRows / 2 : steps.pairs_of_step());
+        continue;
+      }
+    const bool whole = alone && (steps.paired || !steps.half);
+    if (whole) end = begin + 1;
+    for (int64_t x = begin; x < end; ++x, offset += run.step, weights += next)
+      step(weights, offset, whole ? steps.pairs_of_row() : steps.pairs_of_step());
+  }
+  return all + steps.high * steps.wide * next;
 }
 
 // sums [M][N] tiles: of M times 16 positions, from in[m], and N times 16 output channels. Calls beside() at every step.
@@ -91,7 +134,7 @@ template <int M, int N, class F>
 void multiply(const TileRun& run, const Tiling& tiling, const Cursor* tiles, const bfloat16* const* in, float* sums,
               const F& beside) {
   multiply_steps<M, N>(
-      run.count(),
+      run.count(), !in_one_column(tiling, kRowsAtOnce<N>),
       [&](const TileRows& rows, const auto& step, const auto& three) {
         const int64_t column = column_of(tiling, tiles[rows.tile], rows);
         const bfloat16* all = run.weights;
@@ -100,21 +143,10 @@ void multiply(const TileRun& run, const Tiling& tiling, const Cursor* tiles, con
           int64_t begin = 0, end = steps.wide;
           if (column >= 0 && !steps.paired)  // leave out the taps that meet no column
             begin = std::max(begin, kernel.left - column), end = std::min(end, run.width + kernel.left - column);
-          const int64_t kernel_row = steps.wide * N * kTileElements;
-          for (int64_t block = 0; block < steps.blocks; ++block, all += steps.high * kernel_row) {
-            for (int64_t y = kernel.first; y < kernel.last; ++y) {
-              const bfloat16* weights = all + y * kernel_row + begin * N * kTileElements;
-              int64_t offset = kernel.at + block * kTileDepth + y * run.row + begin * run.step;
-              if constexpr (kPairwise && N == 1)
-                if (steps.taps == 3 && tiling.together == 1) {
-                  const int64_t next = steps.paired ? kTileElements / 2 : kTileElements;
-                  three({weights, weights + next, weights + 2 * next}, offset, steps.pairs_of_tap(block));
-                  continue;
-                }
-              for (int64_t x = begin; x < end; ++x, offset += run.step, weights += N * kTileElements)
-                step(weights, offset, steps.pairs(block, x));
-            }
-          }
+          if constexpr (kPairwise)
+            all = multiply_rows_of<N>(run, kernel, all, begin, end, tiling.together == 1, step, three);
+          else
+            all = multiply_blocks_of<N>(run, kernel, all, begin, end, step);
         }
       },
       in, run.position_bytes, sums, beside);

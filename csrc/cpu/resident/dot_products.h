@@ -32,77 +32,185 @@ inline __m512bh pair_in_all(const char* from) {
   return (__m512bh)_mm512_set1_epi32(both);
 }
 
-// total += R rows of the left factor, pairs of numbers, times N tiles of the right one, `tile` elements apart.
+constexpr int64_t kMostRuns = 32;  // that are added at once
+
+// What a sum adds: `pairs` pairs of numbers of the left factor's rows from `left` on, times those of the right one.
+struct Run {
+  const char* left;
+  const bfloat16* right;
+  int64_t pairs;
+};
+
+// Where sums are kept: R rows of N tiles.
+struct Place {
+  float* at;
+  int64_t row, tile;  // elements from one to the next
+};
+
+// Where the right factor's numbers are: a tile, and a pair of its, to the next.
+struct Right {
+  int64_t tile, pair;
+};
+
+// The next three are functions of their own: among what calls them there would not be registers enough for their loops.
+
+// sums = or += R rows of the left factor, `row_bytes` apart and the first one `from` bytes behind a run's begin, times
+// N tiles of the right one, over all runs.
 template <int R, int N>
-inline void add_products(const char* rows, int64_t row_bytes, const bfloat16* right, int64_t tile, int64_t pairs,
-                         __m512 (&total)[R][N]) {
-  for (int64_t pair = 0; pair < pairs; ++pair, rows += 4, right += kTileDepth) {
-    __m512bh factors[N];
-    FASTODE_UNROLL for (int n = 0; n < N; ++n) factors[n] = (__m512bh)_mm512_loadu_si512(right + n * tile);
-    FASTODE_UNROLL for (int r = 0; r < R; ++r) {
-      const __m512bh left = pair_in_all(rows + r * row_bytes);
-      FASTODE_UNROLL for (int n = 0; n < N; ++n) total[r][n] = _mm512_dpbf16_ps(total[r][n], left, factors[n]);
+[[gnu::noinline]] void add_products(const Run* runs, int64_t count, int64_t from, int64_t row_bytes, Right right,
+                                    Place sums, bool fresh) {
+  __m512 total[R][N];
+  FASTODE_UNROLL for (int r = 0; r < R; ++r) for (int n = 0; n < N; ++n) total[r][n] =
+      fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(sums.at + r * sums.row + n * sums.tile);
+  for (const Run* end = runs + count; runs < end; ++runs) {
+    const char* rows = runs->left + from;
+    const bfloat16* weights = runs->right;
+    for (int64_t pair = runs->pairs; pair > 0; --pair, rows += 4, weights += right.pair) {
+      __m512bh factors[N];
+      FASTODE_UNROLL for (int n = 0; n < N; ++n) factors[n] = (__m512bh)_mm512_loadu_si512(weights + n * right.tile);
+      FASTODE_UNROLL for (int r = 0; r < R; ++r) {
+        const __m512bh left = pair_in_all(rows + r * row_bytes);
+        FASTODE_UNROLL for (int n = 0; n < N; ++n) total[r][n] = _mm512_dpbf16_ps(total[r][n], left, factors[n]);
+      }
     }
   }
+  FASTODE_UNROLL for (int r = 0; r < R; ++r) for (int n = 0; n < N; ++n)
+      _mm512_storeu_ps(sums.at + r * sums.row + n * sums.tile, total[r][n]);
 }
 
-// total[r] += the rows r, r + 1 and r + 2 of the left factor, each times its own right one: a row is read once for the
-// three sums that it is part of.
+// sums[r] = or += the rows r, r + 1 and r + 2 of the left factor, each times its own right one, `tap` elements apart: a
+// row is read once for the three sums that it is part of.
 template <int R>
-inline void add_three(const char* rows, int64_t row_bytes, const bfloat16* const (&right)[3], int64_t pairs,
-                      __m512 (&total)[R][1]) {
-  for (int64_t pair = 0; pair < pairs; ++pair, rows += 4) {
-    __m512bh factors[3];
-    FASTODE_UNROLL for (int t = 0; t < 3; ++t) factors[t] = (__m512bh)_mm512_loadu_si512(right[t] + pair * kTileDepth);
-    FASTODE_UNROLL for (int i = 0; i < R + 2; ++i) {
-      const __m512bh left = pair_in_all(rows + i * row_bytes);
-      FASTODE_UNROLL for (int t = 0; t < 3; ++t) if (i >= t && i - t < R) total[i - t][0] =
-          _mm512_dpbf16_ps(total[i - t][0], left, factors[t]);
+[[gnu::noinline]] void add_three(const Run* runs, int64_t count, int64_t from, int64_t row_bytes, int64_t tap,
+                                 float* sums, bool fresh) {
+  __m512 total[R];
+  FASTODE_UNROLL for (int r = 0; r < R; ++r) total[r] =
+      fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + r * kTileRows);
+  for (const Run* end = runs + count; runs < end; ++runs) {
+    const char* rows = runs->left + from;
+    const bfloat16* weights = runs->right;
+    for (int64_t pair = runs->pairs; pair > 0; --pair, rows += 4, weights += kTileDepth) {
+      __m512bh factors[3];
+      FASTODE_UNROLL for (int t = 0; t < 3; ++t) factors[t] = (__m512bh)_mm512_loadu_si512(weights + t * tap);
+      FASTODE_UNROLL for (int i = 0; i < R + 2; ++i) {
+        const __m512bh left = pair_in_all(rows + i * row_bytes);
+        FASTODE_UNROLL for (int t = 0; t < 3; ++t) if (i >= t && i - t < R) total[i - t] =
+            _mm512_dpbf16_ps(total[i - t], left, factors[t]);
+      }
     }
   }
+  FASTODE_UNROLL for (int r = 0; r < R; ++r) _mm512_storeu_ps(sums + r * kTileRows, total[r]);
 }
+
+// Collects runs, and calls add(runs, how many, whether they are the first) where there are as many as it keeps, and at
+// its end.
+template <class F>
+class Runs {
+ public:
+  explicit Runs(const F& add) : add_(add) {}
+  ~Runs() {
+    if (count_ > 0 || first_) add_(runs_, count_, first_);
+  }
+  Runs(const Runs&) = delete;
+  Runs& operator=(const Runs&) = delete;
+
+  void push(const char* left, const bfloat16* right, int64_t pairs) {
+    if (count_ == kMostRuns) add_(runs_, count_, first_), count_ = 0, first_ = false;
+    runs_[count_++] = {left, right, pairs};
+  }
+
+ private:
+  const F& add_;
+  int64_t count_ = 0;
+  bool first_ = true;
+  Run runs_[kMostRuns];
+};
 
 template <int M, int N, class Walk, class F>
-inline void multiply_steps(int64_t count, const Walk& walk, const bfloat16* const* in, int64_t position_bytes,
-                           float* sums, const F& beside) {
-  constexpr int R = kRowsAtOnce<N>;
+inline void multiply_steps(int64_t count, bool alike, const Walk& walk, const bfloat16* const* in,
+                           int64_t position_bytes, float* sums, const F& beside) {
+  constexpr int R = kRowsAtOnce<N>, parts = kTileRows / R;
   int64_t left = count;  // calls of beside()
-  for (int m = 0; m < M; ++m)
-    for (int first = 0; first < kTileRows; first += R) {
-      // Between the sums, which a call among them would drive out of the registers.
-      for (const int64_t last = left - divide_up(count * R, M * kTileRows); left > std::max<int64_t>(last, 0); --left)
-        beside();
-      const char* rows = reinterpret_cast<const char*>(in[m]) + first * position_bytes;
-      __m512 total[R][N];
-      FASTODE_UNROLL for (auto& row : total) for (__m512& each : row) each = _mm512_setzero_ps();
-      walk(
-          TileRows{m, first, R},
-          [&](const bfloat16* weights, int64_t offset, int64_t pairs) {
-            add_products<R, N>(rows + 2 * offset, position_bytes, weights, kTileElements, pairs, total);
-          },
-          [&](const bfloat16* const(&weights)[3], int64_t offset, int64_t pairs) {
-            if constexpr (N == 1) add_three<R>(rows + 2 * offset, position_bytes, weights, pairs, total);
-          });
-      FASTODE_UNROLL for (int r = 0; r < R; ++r) for (int n = 0; n < N; ++n)
-          _mm512_storeu_ps(sums + (m * N + n) * kSumElements + (first + r) * kTileRows, total[r][n]);
-    }
+  int64_t tap = 0;       // of runs of three taps
+  const char* const base = reinterpret_cast<const char*>(in[0]);
+  // Of the rows of one part of a tile.
+  const auto add = [&](int part, const Run* runs, int64_t many, bool fresh) {
+    for (const int64_t last = left - divide_up(count, M * parts); fresh && left > std::max<int64_t>(last, 0); --left)
+      beside();
+    const int m = part / parts, first = part % parts * R;
+    const int64_t from = reinterpret_cast<const char*>(in[m]) - base + first * position_bytes;
+    float* const to = sums + m * N * kSumElements + first * kTileRows;
+    if constexpr (N == 1)
+      if (tap) return add_three<R>(runs, many, from, position_bytes, tap, to, fresh);
+    add_products<R, N>(runs, many, from, position_bytes, {kTileDepth, N * kTileDepth}, {to, kTileRows, kSumElements},
+                       fresh);
+  };
+  const auto collect = [&](const TileRows& rows, auto&& put) {
+    Runs runs(put);
+    walk(
+        rows,
+        [&](const bfloat16* weights, int64_t offset, int64_t pairs) { runs.push(base + 2 * offset, weights, pairs); },
+        [&](const bfloat16* weights, int64_t next, int64_t offset, int64_t pairs) {
+          tap = next;
+          runs.push(base + 2 * offset, weights, pairs);
+        });
+  };
+  if (alike)
+    return collect(TileRows{}, [&](const Run* runs, int64_t many, bool fresh) {
+      for (int part = 0; part < M * parts; ++part) add(part, runs, many, fresh);
+    });
+  for (int part = 0; part < M * parts; ++part)
+    collect(TileRows{part / parts, part % parts * R, R},
+            [&](const Run* runs, int64_t many, bool fresh) { add(part, runs, many, fresh); });
 }
 
 template <int M, int N, class Walk>
 inline void add_chunks(const Walk& walk, const int64_t* offset, int64_t in_bytes, int64_t block, float* const* gradient,
                        int64_t gradient_bytes, int64_t out_stride) {
   constexpr int R = kRowsAtOnce<N>;
-  for (int m = 0; m < M; ++m)
-    for (int first = 0; first < kTileRows; first += R) {
-      const auto at = [&](int r, int n) { return gradient[m] + n * out_stride + (first + r) * gradient_bytes / 4; };
-      const int64_t shift = 2 * offset[m] + first * in_bytes;
-      __m512 total[R][N];
-      FASTODE_UNROLL for (int r = 0; r < R; ++r) for (int n = 0; n < N; ++n) total[r][n] = _mm512_loadu_ps(at(r, n));
-      walk(m, [&](const bfloat16* in, const bfloat16* cotangent, int64_t pairs) {
-        add_products<R, N>(reinterpret_cast<const char*>(in) + shift, in_bytes, cotangent, block, pairs, total);
-      });
-      FASTODE_UNROLL for (int r = 0; r < R; ++r) for (int n = 0; n < N; ++n) _mm512_storeu_ps(at(r, n), total[r][n]);
+  const int64_t row = gradient_bytes / 4;
+  for (int m = 0; m < M; ++m) {
+    const auto add = [&](const Run* runs, int64_t count, bool) {
+      for (int first = 0; first < kTileRows; first += R)
+        add_products<R, N>(runs, count, first * in_bytes, in_bytes, {block, kTileDepth},
+                           {gradient[m] + first * row, row, out_stride}, false);
+    };
+    Runs runs(add);
+    walk(m, [&](const bfloat16* in, const bfloat16* cotangent, int64_t pairs) {
+      runs.push(reinterpret_cast<const char*>(in + offset[m]), cotangent, pairs);
+    });
+  }
+}
+
+struct RunOfThree {
+  const char* left;
+  const bfloat16* right[3];
+  int64_t pairs;
+};
+
+// sums += R rows of the left factor times the three right ones of each run.
+
+template <int R>
+[[gnu::noinline]] void add_three_taps_of(const RunOfThree* runs, int64_t count, int64_t from, int64_t row_bytes,
+                                         float* sums, int64_t sum_row) {
+  __m512 total[R][3];
+  FASTODE_UNROLL for (int r = 0; r < R; ++r) for (int t = 0; t < 3; ++t) total[r][t] =
+      _mm512_loadu_ps(sums + r * sum_row + t * kLanes<float>);
+  for (const RunOfThree* end = runs + count; runs < end; ++runs) {
+    const char* rows = runs->left + from;
+    const bfloat16 *one = runs->right[0], *two = runs->right[1], *three = runs->right[2];
+    for (int64_t pair = 0; pair < runs->pairs; ++pair, rows += 4) {
+      const int64_t at = pair * kTileDepth;
+      const __m512bh factors[3] = {(__m512bh)_mm512_loadu_si512(one + at), (__m512bh)_mm512_loadu_si512(two + at),
+                                   (__m512bh)_mm512_loadu_si512(three + at)};
+      FASTODE_UNROLL for (int r = 0; r < R; ++r) {
+        const __m512bh left = pair_in_all(rows + r * row_bytes);
+        FASTODE_UNROLL for (int t = 0; t < 3; ++t) total[r][t] = _mm512_dpbf16_ps(total[r][t], left, factors[t]);
+      }
     }
+  }
+  FASTODE_UNROLL for (int r = 0; r < R; ++r) for (int t = 0; t < 3; ++t)
+      _mm512_storeu_ps(sums + r * sum_row + t * kLanes<float>, total[r][t]);
 }
 
 // As add_chunks, of three taps at a time: 16 rows of the input, each times the three cotangents that it meets. `walk`
@@ -110,24 +218,19 @@ inline void add_chunks(const Walk& walk, const int64_t* offset, int64_t in_bytes
 template <class Walk>
 inline void add_three_chunks(const Walk& walk, int64_t in_bytes, float* gradient, int64_t gradient_bytes) {
   constexpr int R = 8;
-  for (int first = 0; first < kTileRows; first += R) {
-    const auto at = [&](int r, int t) { return gradient + (first + r) * gradient_bytes / 4 + t * kLanes<float>; };
-    __m512 total[R][3];
-    FASTODE_UNROLL for (int r = 0; r < R; ++r) for (int t = 0; t < 3; ++t) total[r][t] = _mm512_loadu_ps(at(r, t));
-    walk([&](const bfloat16* in, const bfloat16* const(&cotangents)[3], int64_t pairs) {
-      const char* rows = reinterpret_cast<const char*>(in) + first * in_bytes;
-      for (int64_t pair = 0; pair < pairs; ++pair, rows += 4) {
-        __m512bh factors[3];
-        FASTODE_UNROLL for (int t = 0; t < 3; ++t) factors[t] =
-            (__m512bh)_mm512_loadu_si512(cotangents[t] + pair * kTileDepth);
-        FASTODE_UNROLL for (int r = 0; r < R; ++r) {
-          const __m512bh left = pair_in_all(rows + r * in_bytes);
-          FASTODE_UNROLL for (int t = 0; t < 3; ++t) total[r][t] = _mm512_dpbf16_ps(total[r][t], left, factors[t]);
-        }
-      }
-    });
-    FASTODE_UNROLL for (int r = 0; r < R; ++r) for (int t = 0; t < 3; ++t) _mm512_storeu_ps(at(r, t), total[r][t]);
-  }
+  RunOfThree runs[kMostRuns];
+  int64_t count = 0;
+  const auto add = [&] {
+    for (int first = 0; first < kTileRows; first += R)
+      add_three_taps_of<R>(runs, count, first * in_bytes, in_bytes, gradient + first * gradient_bytes / 4,
+                           gradient_bytes / 4);
+    count = 0;
+  };
+  walk([&](const bfloat16* in, const bfloat16* const(&cotangents)[3], int64_t pairs) {
+    if (count == kMostRuns) add();
+    runs[count++] = {reinterpret_cast<const char*>(in), {cotangents[0], cotangents[1], cotangents[2]}, pairs};
+  });
+  if (count > 0) add();
 }
 
 }  // namespace

@@ -22,6 +22,15 @@ namespace fastode::resident {
 
 inline constexpr int64_t kGroup = kMostJobs;  // samples in a range at most
 
+// Zeros, by all threads where they are many: fresh pages are cleared as they are touched.
+template <class T>
+void fill_zeros(T* to, int64_t count) {
+  constexpr int64_t stretch = 1 << 16;  // bytes
+  if (count * static_cast<int64_t>(sizeof(T)) <= 2 * stretch) return void(std::fill_n(to, count, T{}));
+  in_parallel(count, stretch / static_cast<int64_t>(sizeof(T)),
+              [=](int64_t begin, int64_t end) { std::fill(to + begin, to + end, T{}); });
+}
+
 // The samples a segment works on now: [first, first + count) of the batch, in which of its parts; and what the worker
 // goes over after them.
 struct Range {
@@ -326,7 +335,7 @@ class Memory {
       const int64_t one = divide_up(narrow.elements, 32) * 32, stride = apart ? 4 * one : one;
       const int64_t sets = divide_up(schedule_.group, together);
       T* base = scratch_.take<T>(stride * sets * schedule_.workers);
-      std::fill_n(base, stride * sets * schedule_.workers, T{});
+      fill_zeros(base, stride * sets * schedule_.workers);
       return {narrow.view(base), stride,       blocks,         Extent::kRange, sets * together, false, true,
               together,          narrow.depth, apart ? one : 0};
     } else {

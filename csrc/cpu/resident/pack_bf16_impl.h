@@ -33,6 +33,22 @@ struct Steps {
     return half && (paired ? x + 1 == wide : block + 1 == blocks) ? kTileRows / 2 : kTileRows;
   }
   int64_t pairs_of_tap(int64_t block) const { return paired ? kTileRows / 2 : pairs(block, 0); }
+  // Of all blocks of a step, and of a kernel's row, where these lie one after the other: `kPairwise`.
+  int64_t pairs_of_step() const { return blocks * kTileRows - half * kTileRows / 2; }
+  int64_t pairs_of_row() const { return wide * blocks * kTileRows - half * kTileRows / 2; }
+};
+
+// From one to the next in packed weights of groups of `group` output tiles: a tile, and a pair of its, a block of input
+// channels and a kernel's step. Sums of pairs go over all blocks of a row's steps at once, those of tiles over all taps
+// of a block, whose inputs stay in the first cache.
+struct PackedOrder {
+  int64_t tile, pair, block, step;
+
+  PackedOrder(const Steps& steps, int64_t group)
+      : tile(kPairwise ? kTileDepth : kTileElements),
+        pair(kPairwise ? group * kTileDepth : kTileDepth),
+        block((kPairwise ? 1 : steps.high * steps.wide) * group * kTileElements),
+        step((kPairwise ? steps.blocks : 1) * group * kTileElements) {}
 };
 
 inline int64_t group_of(int64_t tiles) { return tiles % 2 == 0 ? 2 : 1; }
@@ -53,8 +69,8 @@ struct PackedTile {
   const WeightView<T>& weight;
   const T* from;  // of its first output and input
   int64_t outputs, inputs;
-  int64_t pitch;  // elements from a step's to the next one's
-  bfloat16* to;   // the first step's
+  PackedOrder order;
+  bfloat16* to;  // the first step's
 
   static __mmask16 mask_of(int64_t count) {
     return static_cast<__mmask16>((1 << std::clamp<int64_t>(count, 0, kTileRows)) - 1);
@@ -62,7 +78,14 @@ struct PackedTile {
   // Where the inputs `in` and in + 1 of a tap lie, for all outputs.
   bfloat16* place(int64_t in, int64_t ky, int64_t kx) const {
     const int64_t step = ky * steps.wide + (steps.paired ? kx / 2 : kx);
-    return to + step * pitch + (in / 2 + (steps.paired ? kx % 2 * kTileRows / 2 : 0)) * kTileDepth;
+    return to + step * order.step + (in / 2 + (steps.paired ? kx % 2 * kTileRows / 2 : 0)) * order.pair;
+  }
+  struct Tile {
+    Words rows[kTileRows];
+  };
+  void put(int64_t step, const Tile& tile) const {
+    bfloat16* at = to + step * order.step;
+    for (const Words& row : tile.rows) std::memcpy(at, &row, sizeof(row)), at += order.pair;
   }
   template <class F>
   void each_tap(const F& f) const {
@@ -73,8 +96,7 @@ struct PackedTile {
   void pack() const {
     if (weight.in == 1) return turn_inputs();
     if (inputs < steps.depth() || (steps.paired && shape.kernel_w % 2))
-      for (int64_t step = 0; step < steps.high * steps.wide; ++step)
-        std::fill_n(to + step * pitch, kTileElements, bfloat16{0});
+      for (int64_t step = 0; step < steps.high * steps.wide; ++step) put(step, Tile{});
     if (weight.out == 1) return copy_outputs();
     const int64_t up = (shape.kernel_h - 1) * weight.y, along = (shape.kernel_w - 1) * weight.x;
     const int64_t span = std::abs(up) + std::abs(along) + 1;
@@ -99,11 +121,11 @@ struct PackedTile {
         const int64_t more = !steps.paired ? inputs - kTileRows : kx + 1 < shape.kernel_w ? inputs : 0;
         const __mmask16 mask = mask_of(inputs), other = mask_of(more);
         const T* at = from + ky * weight.y + kx * weight.x;
-        Words rows[16];
+        Tile tile;
         for (int64_t lane = 0; lane < kTileRows; ++lane, at += weight.out)
-          rows[lane] = lane < outputs ? reinterpret_cast<Words>(load_both(mask, at, other, at + beside)) : Words{};
-        transpose(rows);
-        std::memcpy(to + (ky * steps.wide + step) * pitch, rows, sizeof(rows));
+          tile.rows[lane] = lane < outputs ? reinterpret_cast<Words>(load_both(mask, at, other, at + beside)) : Words{};
+        transpose(tile.rows);
+        put(ky * steps.wide + step, tile);
       }
   }
   // `count` neighbours of the inputs `in` and in + 1, from `at` on, for all outputs.
@@ -143,13 +165,13 @@ struct Part {
   WeightView<T> weight;
 };
 
-// Packs kernels of the same outputs, for each group of output tiles one after the other. The order of each is [step]
-// [output tile][pair of summed numbers][output channel][of the pair].
+// Packs kernels of the same outputs, for each group of output tiles one after the other, each in its `PackedOrder`; a
+// pair of summed numbers is [output channel][of the pair].
 template <class T>
 void pack_parts(const std::vector<Part<T>>& parts, float* packed) {
   struct Cell {
     const Part<T>* part;
-    int64_t tile, block, pitch;
+    int64_t tile, block;
     bfloat16* to;
   };
   const int64_t tiles = blocks_of<float>(parts[0].shape.out_channels), group = group_of(tiles);
@@ -158,9 +180,11 @@ void pack_parts(const std::vector<Part<T>>& parts, float* packed) {
   for (int64_t first = 0; first < tiles; first += group)
     for (const Part<T>& part : parts) {
       const Steps steps(part.shape);
-      for (int64_t block = 0; block < steps.blocks; ++block, to += steps.high * steps.wide * group * kTileElements)
+      const PackedOrder order(steps, group);
+      for (int64_t block = 0; block < steps.blocks; ++block)
         for (int64_t tile = 0; tile < group; ++tile)
-          cells.push_back({&part, first + tile, block, group * kTileElements, to + tile * kTileElements});
+          cells.push_back({&part, first + tile, block, to + block * order.block + tile * order.tile});
+      to += steps.count() * group * kTileElements;
     }
   in_parallel(static_cast<int64_t>(cells.size()), kCells, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
@@ -176,7 +200,7 @@ void pack_parts(const std::vector<Part<T>>& parts, float* packed) {
                     from,
                     std::min(kTileRows, shape.out_channels - out),
                     std::min(steps.depth(), shape.in_channels - in),
-                    cell.pitch,
+                    PackedOrder(steps, group),
                     cell.to}
           .pack();
     }

@@ -26,12 +26,18 @@ void multiply_rows(const RowRun& run, const bfloat16* const* in, float* sums) {
   const int64_t soon_step = soon ? Ahead::line : 0;
   if (!soon) soon = reinterpret_cast<const char*>(run.weights);
   multiply_steps<M, N>(
-      count,
+      count, true,
       [&](const TileRows&, const auto& step, const auto&) {
         const bfloat16* weights = run.weights;
-        for (int64_t offset : run.rows)
+        for (int64_t offset : run.rows) {
+          if constexpr (kPairwise) {
+            step(weights, offset, run.steps.pairs_of_row());
+            weights += run.steps.blocks * wide * N * kTileElements;
+            continue;
+          }
           for (int64_t x = 0; x < wide; ++x, offset += run.step, weights += N * kTileElements)
             step(weights, offset, run.steps.paired ? run.steps.pairs(0, x) : kTileRows);
+        }
       },
       in, run.pixel_bytes, sums,
       [&] { FASTODE_UNROLL for (int i = 0; i < kSoon; ++i, soon += soon_step) __builtin_prefetch(soon, 0, 2); });
@@ -103,7 +109,8 @@ void convolve_rows(RowRun run, const Plane<float>& plane, int64_t out_channels, 
       int64_t tile = 0;
       for (; tile + many() <= tiling.count; tile += many()) tiles(many, tile, block);
       for (; tile < tiling.count; ++tile) tiles(std::integral_constant<int, 1>{}, tile, block);
-      run.weights += static_cast<int64_t>(run.rows.size()) * run.steps.wide * N * kTileElements;
+      const int64_t of_row = kPairwise ? run.steps.blocks : 1;
+      run.weights += static_cast<int64_t>(run.rows.size()) * of_row * run.steps.wide * N * kTileElements;
     }
   };
   if (group_of(blocks) == 2)
@@ -150,7 +157,7 @@ SkewTiles::SkewTiles(const SkewShape& shape)
       z_(shape.y_plane<float>(), shape.in_channels) {
   const auto rows_of = [](const ConvShape& conv, const TileMap& map, int64_t shift, std::vector<int64_t>& rows) {
     const Steps steps(conv);
-    for (int64_t block = 0; block < steps.blocks; ++block)
+    for (int64_t block = 0; block < (kPairwise ? 1 : steps.blocks); ++block)
       for (int64_t y = 0; y < steps.high; ++y) rows.push_back(shift + block * kTileDepth + y * map.row * map.depth);
   };
   const ConvShape back = part().transposed();

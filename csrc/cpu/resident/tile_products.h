@@ -10,6 +10,9 @@ namespace {
 constexpr int kGradientBlocks = 1;  // of output channels that add_chunks had best take together
 constexpr bool kPairwise = false;   // whether its sums may begin and end at any pair of positions
 
+template <int N>
+inline constexpr int kRowsAtOnce = 0;  // all rows of all tiles
+
 template <int count>
 inline void zero_sums() {
   tile_zero<0>();
@@ -53,11 +56,12 @@ inline void multiply_step(const bfloat16* weights, const bfloat16* const* in, in
 
 // sums [M][N] tiles: of M times 16 positions, from in[m], and N times 16 output channels. `walk` calls what it is given
 // with the weights of every step that these rows need, the offset of its inputs and how many of its pairs may be other
-// than zero. beside() is called once for each of the `count` steps, for what the core can do while the tiles multiply.
+// than zero; `alike`: all rows need the same ones. beside() is called once for each of the `count` steps, for what the
+// core can do while the tiles multiply.
 template <int M, int N, class Walk, class F>
-inline void multiply_steps(int64_t count, const Walk& walk, const bfloat16* const* in, int64_t position_bytes,
-                           float* sums, const F& beside) {
-  (void)count;
+inline void multiply_steps(int64_t count, bool alike, const Walk& walk, const bfloat16* const* in,
+                           int64_t position_bytes, float* sums, const F& beside) {
+  (void)count, (void)alike;
   zero_sums<M * N>();
   walk(
       TileRows{},

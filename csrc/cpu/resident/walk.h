@@ -26,7 +26,7 @@ inline void put(const View<T>& map, int64_t b, int64_t y, int64_t x, Vec<Number<
 
 // The pixels of a block: in one row, where every map at hand has them all equally far apart.
 struct Area {
-  int64_t rows, width;
+  int64_t rows, width, top = 0, left = 0;
 };
 
 template <class A, class T>
@@ -48,8 +48,22 @@ inline Area area_of(const Plane<A>& plane, const Maps&... maps) {
 // a byte pointer might change, every place would be computed anew from their strides.
 template <class F>
 inline void walk(const Area& area, const F& f) {
-  for (int64_t y = 0; y < area.rows; ++y)
-    for (int64_t x = 0; x < area.width; ++x) f(y, x);
+  for (int64_t y = area.top; y < area.top + area.rows; ++y)
+    for (int64_t x = area.left; x < area.left + area.width; ++x) f(y, x);
+}
+
+// Calls f(block, area) for parts of every block that make up the whole. Of a pixel with all its channels a block of
+// bfloat16 numbers is half a line of the cache: a few pixels' are gone over together, while they are in the first one.
+template <class T, class F>
+inline void each_block(const Area& area, int64_t blocks, const F& f) {
+  constexpr int64_t stretch = 32;
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    for (int64_t y = 0; y < area.rows; ++y)
+      for (int64_t x = 0; x < area.width; x += stretch)
+        for (int64_t b = 0; b < blocks; ++b) f(b, Area{1, std::min(stretch, area.width - x), y, x});
+  } else {
+    for (int64_t b = 0; b < blocks; ++b) f(b, area);
+  }
 }
 
 // Calls f(y, x, sums) for every pixel; returns the sums in total[0, count).
