@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.choose import read_name
 from benchmarks.header import RESULTS
@@ -136,6 +137,24 @@ def test_auto_leaves_the_resident_engine_where_it_was_slower(recorded: dict[str,
     assert {at: ratios for at, ratios in taken.items() if min(ratios) < LEAST} == {}
     assert sum(min(ratios) < CLEARLY for ratios in taken.values()) <= 0.01 * len(taken)
     assert len(taken) > 0.75 * sum(map(len, recorded["points"].values()))
+
+
+def test_bounds_of_bfloat16_chains_hold_over_the_points_of_dot_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are no lines of the rule, because they know of autocast; its points hold them all the same."""
+    content = json.loads(measured.path_of("x86_64 avx2 avx512f avx512_bf16").read_text())
+    threads = content["measured_on"]["threads"]
+    for name, value in (("_tiles", False), ("_products", True), ("threads", lambda: threads)):
+        monkeypatch.setattr(measured, name, value)
+    taken, left = [], []
+    for norms in measured.NORMS:
+        for at, point in content["points"][f"chain {norms} bfloat16"].items():
+            channels, size, batch = read_name(at)
+            x = torch.empty(batch, channels, size, size, dtype=torch.bfloat16, device="meta")
+            reason = measured.slower_lowered_chain(x, norms == "batch", channels, channels, size * size)
+            (left if reason else taken).append(min(mode[0] for mode in point.values()))
+    assert len(taken) > 30 and min(taken) >= LEAST and max(taken) > 1.5
+    assert sum(ratio < CLEARLY for ratio in taken) <= 0.03 * len(taken)
+    assert sum(ratio < CLEARLY for ratio in left) > 0.6 * len(left)
 
 
 def _bounded(line: dict[str, Any]) -> dict[str, Any]:

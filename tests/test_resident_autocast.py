@@ -197,19 +197,31 @@ def test_which_chains_it_refuses_and_auto_leaves_under_autocast(monkeypatch: pyt
         assert border(16, 128).why_not(ENGINE, maps(16)) == "" == border(16, 128).against(ENGINE, maps(16))
         rows = {
             "with fewer than 16 channels": (8, 32, maps(8)),
-            "with more than 128 channels": (64, 160, maps(64)),
+            "with more than 256 channels": (64, 272, maps(64, 16 * torch.get_num_threads())),
+            "with fewer than 16 samples for each thread": (64, 176, maps(64)),
             few: (64, 128, maps(64, 4 * torch.get_num_threads() - 1)),
         }
         for why, (channels, widest, x) in rows.items():
             assert border(channels, widest).against(ENGINE, x) == f"on bfloat16 maps {why} {slow}"
-        assert border(128, 256, "batch").against(ENGINE, maps(128)) == ""
-        coupled = {
-            "with more than 256 channels": (128, 272, maps(128)),
-            "with a feature map of one sample of more than 32 KB": (256, 256, maps(256)),
-            "with fewer than 8 samples for each thread": (128, 256, maps(128, 8 * torch.get_num_threads() - 1)),
-        }
-        for why, (channels, widest, x) in coupled.items():
-            assert border(channels, widest, "batch").against(ENGINE, x) == f"on bfloat16 maps {why} {slow}"
+        many = 16 * torch.get_num_threads()
+        for norm, x in (("batch", maps(128)), ("layer", maps(128, many)), ("batch", maps(128, many))):
+            assert border(128, 256, norm).against(ENGINE, x) == ""
+        large = torch.zeros(many, 256, 12, 12, dtype=BF16)
+        assert border(256, 256).against(ENGINE, large) == (
+            f"on bfloat16 maps with a feature map of one sample of more than 128 KB {slow}"
+        )
+    coupled = {
+        "with more than 256 channels": (128, 272, maps(128)),
+        "with a feature map of one sample of more than 32 KB": (256, 256, maps(256)),
+        "with fewer than 8 samples for each thread": (128, 256, maps(128, 8 * torch.get_num_threads() - 1)),
+    }
+    for why, (channels, widest, x) in coupled.items():  # whose weights PyTorch has no need to cast
+        block = border(channels, widest, "batch").to(BF16)
+        assert block.against(ENGINE, x) == f"on bfloat16 maps {why} {slow}"
+    assert border(128, 256, "batch").to(BF16).against(ENGINE, maps(128)) == ""
+    wide = border(64, 176).to(BF16).against(ENGINE, maps(64))
+    assert wide == f"on bfloat16 maps with more than 160 channels {slow}"
+    with torch.autocast("cpu", BF16):
         monkeypatch.setattr(rule, "_products", False)
         assert border(16, 32).against(ENGINE, maps(16)) == (
             "on bfloat16 maps it was measured on CPUs that multiply them, and not on this kind"

@@ -84,7 +84,8 @@ def slower(x: Tensor, chain: Chain) -> str:
         widest = max(widest, channels)
         uneven = uneven or rule.is_uneven(channels, height, width)
     if x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and chain.lower is not None):
-        return rule.slower_lowered_chain(x, coupled, _fewest_read(chain, x), widest, -(-entries // widest))
+        fewest, pixels = _fewest_read(chain, x), -(-entries // widest)
+        return rule.slower_lowered_chain(x, coupled, fewest, widest, pixels, casts=chain.lower is not None)
     # Every sample's maps are read at each batch norm, and those of few channels are kept as wide as a vector.
     if coupled and largest < _FEWEST:
         return f"with batch norms of fewer than {_FEWEST} channels it was measured to be slower than plain PyTorch"

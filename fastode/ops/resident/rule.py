@@ -222,13 +222,17 @@ LOWERED_MAPS = Line(most_channels=128)
 # The pair alone: 1.1 to 2.3 with 16 to 64 channels on both sides, 0.83 to 1.4 with 3 on one, 0.85 to 1.1 past 64.
 LOWERED_PAIR = (16, Line(most_channels=64))
 
-# Chains on bfloat16 maps, multiplied by those dot products, on one thread of that CPU, in paired turns while other work
-# ran: 16 channels at least, or a vector is mostly empty (a stem of 3 channels: 0.7 to 0.9). Up to 128 channels 1.01 to
-# 2.1 (five of 81 forwards and attacks' steps 0.92 to 0.99); with fewer samples the weights, which a network finds in no
-# cache, are packed for little. At 256 a small map with batch norms 1.05 to 1.3 and with others 0.94 to 1.2, a larger
-# one 0.94 to 1.06; at 512 0.6 to 1.3.
-LOWERED_CHAIN = (16, Line(most_channels=128, few=(Few(4, 127),)))
+# Chains on bfloat16 maps, multiplied by those dot products: 16 channels at least, or a vector is mostly empty (a stem
+# of 3 channels: 0.7 to 0.9). Steps and forwards of benchmarks.choose's blocks up to 160 channels, with four samples for
+# each of two threads of an AMD EPYC and more, 2026-11-28: 0.94 to 2.4, median 1.17. With fewer the weights, which a
+# network finds in no cache, are packed for little. Wider ones with batch norms and small maps, one thread, 2026-11-27:
+# 1.05 to 1.3 at 256.
+LOWERED_CHAIN = (16, Line(most_channels=160, few=(Few(4, 127),)))
 LOWERED_COUPLED_CHAIN = Line(most_channels=256, most_kb=32, few=(Few(8, 0),))
+# Wider ones whose float32 weights autocast has PyTorch cast: blocks of 256 channels at 8x8 with 32 and 64 samples, two
+# threads, 2026-11-28: steps 1.01 to 1.25, forwards 0.98 to 1.12; of ResNet10, from 16x16, 1.04 to 1.11. At 16x16 0.95
+# to 1.05, and 512 channels' steps 0.8 to 1.03.
+LOWERED_CAST_CHAIN = Line(most_channels=256, most_kb=128, few=(Few(16, 0),))
 # On AMX tiles, on one thread of an Intel Xeon, 2026-11-27, of 25 blocks of benchmarks.choose from 16 to 512 channels,
 # 4 to 64 pixels a side and 2 to 64 samples: steps 1.15 to 2.1, attacks' steps 1.2 to 2.7, forwards 1.04 to 2.6 (one of
 # 784 KB 0.83, in four other runs 0.99 to 1.3, with two threads 1.1 to 1.3); with 4 samples of 256 and 512 channels
@@ -283,6 +287,7 @@ def in_words() -> list[str]:
     rows.append(f"  {'chain, bfloat16 maps':<32}{least} channels at least, and {chain.describe()}")
     if not _tiles:
         rows.append(f"  {'the same, with batch norms, wider':<32}{LOWERED_COUPLED_CHAIN.describe()}")
+        rows.append(f"  {'the same, under autocast, wider':<32}{LOWERED_CAST_CHAIN.describe()}")
     return [f'where "auto" takes resident before staged on the CPU ({_rule.source})', *rows]
 
 
@@ -345,7 +350,9 @@ def slower_lowered(family: str, x: torch.Tensor, channels: int) -> str:
     return f"{why}{beyond} it was measured to be slower than plain PyTorch" if beyond else ""
 
 
-def slower_lowered_chain(x: torch.Tensor, coupled: bool, fewest: int, widest: int, pixels: int) -> str:
+def slower_lowered_chain(
+    x: torch.Tensor, coupled: bool, fewest: int, widest: int, pixels: int, *, casts: bool = False
+) -> str:
     """Why a chain is taken to be slower than plain PyTorch on bfloat16 maps; empty if not.
 
     Args:
@@ -354,15 +361,19 @@ def slower_lowered_chain(x: torch.Tensor, coupled: bool, fewest: int, widest: in
         fewest: channels of the narrowest map that a convolution reads.
         widest: channels of the widest map.
         pixels: of a map of so many channels that is as large as the largest.
+        casts: whether plain PyTorch casts the weights at every call, as under autocast.
     """
     if not _tiles and not _products:
         return "on bfloat16 maps it was measured on CPUs that multiply them, and not on this kind"
     least, line = TILED_CHAIN if _tiles else LOWERED_CHAIN
     batch = samples(x)
     narrow = f"with fewer than {least} channels" if fewest < least else ""
-    if coupled and not _tiles and widest > (line.most_channels or 0):
-        line = LOWERED_COUPLED_CHAIN
-    beyond = few_for_threads(batch) or narrow or line.beyond(widest, pixels, 4, batch, threads())
+    lines = [line]
+    if not _tiles and widest > (line.most_channels or 0):
+        wider = ((coupled, LOWERED_COUPLED_CHAIN), (casts, LOWERED_CAST_CHAIN))
+        lines = [each for holds, each in wider if holds] or lines
+    over = [each.beyond(widest, pixels, 4, batch, threads()) for each in lines]
+    beyond = few_for_threads(batch) or narrow or ("" if "" in over else over[-1])
     return f"on bfloat16 maps {beyond} it was measured to be slower than plain PyTorch" if beyond else ""
 
 
