@@ -47,6 +47,17 @@ def test_equal(shape: tuple[int, int, int], kernel: tuple[int, int]) -> None:
         assert_blocks_equal(block, fused(block), x)
 
 
+@pytest.mark.parametrize("side", [5, 7, 9])
+@pytest.mark.parametrize("shape", [(16, 48, 8), (16, 64, 8), (9, 32, 16)], ids=str)
+def test_equal_of_more_taps_than_are_summed_at_once(shape: tuple[int, int, int], side: int) -> None:
+    samples, channels, size = shape
+    x = sample_input(samples, channels, size, size, dtype=torch.bfloat16)
+    torch.manual_seed(6)
+    conv = nn.Conv2d(channels, channels, side, padding=side // 2)
+    block = reference.Chain(conv, nn.Softplus()).to(torch.bfloat16)
+    assert_blocks_equal(block, fused(block), x)
+
+
 @pytest.mark.parametrize("batch", [2, 5])  # samples lie together in the tiles' rows, and are too few for that
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("shape", [(16, 5, 32), (32, 5, 16), (64, 8, 8), (96, 4, 4), (40, 5, 7)], ids=str)

@@ -52,54 +52,54 @@ struct Right {
   int64_t tile, pair;
 };
 
-// The next three are functions of their own: among what calls them there would not be registers enough for their loops.
+// total += R rows of the left factor, `row_bytes` apart, times N tiles of the right one.
+template <int R, int N>
+inline void add_run(const Run& run, int64_t from, int64_t row_bytes, Right right, __m512 (&total)[R][N]) {
+  const char* rows = run.left + from;
+  const bfloat16* weights = run.right;
+  for (int64_t pair = run.pairs; pair > 0; --pair, rows += 4, weights += right.pair) {
+    __m512bh factors[N];
+    FASTODE_UNROLL for (int n = 0; n < N; ++n) factors[n] = (__m512bh)_mm512_loadu_si512(weights + n * right.tile);
+    FASTODE_UNROLL for (int r = 0; r < R; ++r) {
+      const __m512bh left = pair_in_all(rows + r * row_bytes);
+      FASTODE_UNROLL for (int n = 0; n < N; ++n) total[r][n] = _mm512_dpbf16_ps(total[r][n], left, factors[n]);
+    }
+  }
+}
 
-// sums = or += R rows of the left factor, `row_bytes` apart and the first one `from` bytes behind a run's begin, times
-// N tiles of the right one, over all runs.
+// total[r] += the rows r, r + 1 and r + 2 of the left factor, each times its own right one, `tap` elements apart: a row
+// is read once for the three sums that it is part of.
+template <int R>
+inline void add_three(const Run& run, int64_t row_bytes, int64_t tap, __m512 (&total)[R][1]) {
+  const char* rows = run.left;
+  const bfloat16* weights = run.right;
+  for (int64_t pair = run.pairs; pair > 0; --pair, rows += 4, weights += kTileDepth) {
+    __m512bh factors[3];
+    FASTODE_UNROLL for (int t = 0; t < 3; ++t) factors[t] = (__m512bh)_mm512_loadu_si512(weights + t * tap);
+    FASTODE_UNROLL for (int i = 0; i < R + 2; ++i) {
+      const __m512bh left = pair_in_all(rows + i * row_bytes);
+      FASTODE_UNROLL for (int t = 0; t < 3; ++t) if (i >= t && i - t < R) total[i - t][0] =
+          _mm512_dpbf16_ps(total[i - t][0], left, factors[t]);
+    }
+  }
+}
+
+template <int R, int N>
+inline void put_sums_at(const __m512 (&total)[R][N], Place sums) {
+  FASTODE_UNROLL for (int r = 0; r < R; ++r) for (int n = 0; n < N; ++n)
+      _mm512_storeu_ps(sums.at + r * sums.row + n * sums.tile, total[r][n]);
+}
+
+// sums = or += the products of all runs, whose first row is `from` bytes behind their begin. A function of its own:
+// among what calls it there would not be registers enough.
 template <int R, int N>
 [[gnu::noinline]] void add_products(const Run* runs, int64_t count, int64_t from, int64_t row_bytes, Right right,
                                     Place sums, bool fresh) {
   __m512 total[R][N];
   FASTODE_UNROLL for (int r = 0; r < R; ++r) for (int n = 0; n < N; ++n) total[r][n] =
       fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(sums.at + r * sums.row + n * sums.tile);
-  for (const Run* end = runs + count; runs < end; ++runs) {
-    const char* rows = runs->left + from;
-    const bfloat16* weights = runs->right;
-    for (int64_t pair = runs->pairs; pair > 0; --pair, rows += 4, weights += right.pair) {
-      __m512bh factors[N];
-      FASTODE_UNROLL for (int n = 0; n < N; ++n) factors[n] = (__m512bh)_mm512_loadu_si512(weights + n * right.tile);
-      FASTODE_UNROLL for (int r = 0; r < R; ++r) {
-        const __m512bh left = pair_in_all(rows + r * row_bytes);
-        FASTODE_UNROLL for (int n = 0; n < N; ++n) total[r][n] = _mm512_dpbf16_ps(total[r][n], left, factors[n]);
-      }
-    }
-  }
-  FASTODE_UNROLL for (int r = 0; r < R; ++r) for (int n = 0; n < N; ++n)
-      _mm512_storeu_ps(sums.at + r * sums.row + n * sums.tile, total[r][n]);
-}
-
-// sums[r] = or += the rows r, r + 1 and r + 2 of the left factor, each times its own right one, `tap` elements apart: a
-// row is read once for the three sums that it is part of.
-template <int R>
-[[gnu::noinline]] void add_three(const Run* runs, int64_t count, int64_t from, int64_t row_bytes, int64_t tap,
-                                 float* sums, bool fresh) {
-  __m512 total[R];
-  FASTODE_UNROLL for (int r = 0; r < R; ++r) total[r] =
-      fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + r * kTileRows);
-  for (const Run* end = runs + count; runs < end; ++runs) {
-    const char* rows = runs->left + from;
-    const bfloat16* weights = runs->right;
-    for (int64_t pair = runs->pairs; pair > 0; --pair, rows += 4, weights += kTileDepth) {
-      __m512bh factors[3];
-      FASTODE_UNROLL for (int t = 0; t < 3; ++t) factors[t] = (__m512bh)_mm512_loadu_si512(weights + t * tap);
-      FASTODE_UNROLL for (int i = 0; i < R + 2; ++i) {
-        const __m512bh left = pair_in_all(rows + i * row_bytes);
-        FASTODE_UNROLL for (int t = 0; t < 3; ++t) if (i >= t && i - t < R) total[i - t] =
-            _mm512_dpbf16_ps(total[i - t], left, factors[t]);
-      }
-    }
-  }
-  FASTODE_UNROLL for (int r = 0; r < R; ++r) _mm512_storeu_ps(sums + r * kTileRows, total[r]);
+  for (const Run* end = runs + count; runs < end; ++runs) add_run<R, N>(*runs, from, row_bytes, right, total);
+  put_sums_at(total, sums);
 }
 
 // Collects runs, and calls add(runs, how many, whether they are the first) where there are as many as it keeps, and at
@@ -126,42 +126,63 @@ class Runs {
   Run runs_[kMostRuns];
 };
 
+// Of one tile of the right factor, whose runs are short: they are added as they come.
+template <int M, class Walk, class F>
+inline void multiply_one(const Walk& walk, const bfloat16* const* in, int64_t position_bytes, float* sums,
+                         const F& beside) {
+  constexpr int R = kRowsAtOnce<1>;
+  for (int m = 0; m < M; ++m)
+    for (int first = 0; first < kTileRows; first += R) {
+      beside(m * kTileRows + first + R);
+      const char* rows = reinterpret_cast<const char*>(in[m]) + first * position_bytes;
+      __m512 total[R][1];
+      FASTODE_UNROLL for (auto& row : total) row[0] = _mm512_setzero_ps();
+      walk(
+          TileRows{m, first, R},
+          [&](const bfloat16* weights, int64_t offset, int64_t pairs) {
+            add_run<R, 1>({rows + 2 * offset, weights, pairs}, 0, position_bytes, {kTileDepth, kTileDepth}, total);
+          },
+          [&](const bfloat16* weights, int64_t tap, int64_t offset, int64_t pairs) {
+            add_three<R>({rows + 2 * offset, weights, pairs}, position_bytes, tap, total);
+          });
+      put_sums_at(total, {sums + m * kSumElements + first * kTileRows, kTileRows, kSumElements});
+    }
+}
+
 template <int M, int N, class Walk, class F>
 inline void multiply_steps(int64_t count, bool alike, const Walk& walk, const bfloat16* const* in,
                            int64_t position_bytes, float* sums, const F& beside) {
-  constexpr int R = kRowsAtOnce<N>, parts = kTileRows / R;
+  constexpr int R = kRowsAtOnce<N>;
   int64_t left = count;  // calls of beside()
-  int64_t tap = 0;       // of runs of three taps
-  const char* const base = reinterpret_cast<const char*>(in[0]);
-  // Of the rows of one part of a tile.
-  const auto add = [&](int part, const Run* runs, int64_t many, bool fresh) {
-    for (const int64_t last = left - divide_up(count, M * parts); fresh && left > std::max<int64_t>(last, 0); --left)
+  // Between the sums; `rows` of all will be done after the next one.
+  const auto between = [&](int rows) {
+    for (const int64_t last = count - divide_up(count * rows, M * kTileRows); left > std::max<int64_t>(last, 0); --left)
       beside();
-    const int m = part / parts, first = part % parts * R;
+  };
+  if constexpr (N == 1) return multiply_one<M>(walk, in, position_bytes, sums, between);
+  const char* const base = reinterpret_cast<const char*>(in[0]);
+  const auto add = [&](int m, int first, const Run* runs, int64_t many, bool fresh) {
+    between(m * kTileRows + first + R);
     const int64_t from = reinterpret_cast<const char*>(in[m]) - base + first * position_bytes;
-    float* const to = sums + m * N * kSumElements + first * kTileRows;
-    if constexpr (N == 1)
-      if (tap) return add_three<R>(runs, many, from, position_bytes, tap, to, fresh);
-    add_products<R, N>(runs, many, from, position_bytes, {kTileDepth, N * kTileDepth}, {to, kTileRows, kSumElements},
-                       fresh);
+    add_products<R, N>(runs, many, from, position_bytes, {kTileDepth, N * kTileDepth},
+                       {sums + m * N * kSumElements + first * kTileRows, kTileRows, kSumElements}, fresh);
   };
   const auto collect = [&](const TileRows& rows, auto&& put) {
     Runs runs(put);
     walk(
         rows,
         [&](const bfloat16* weights, int64_t offset, int64_t pairs) { runs.push(base + 2 * offset, weights, pairs); },
-        [&](const bfloat16* weights, int64_t next, int64_t offset, int64_t pairs) {
-          tap = next;
-          runs.push(base + 2 * offset, weights, pairs);
-        });
+        [](const bfloat16*, int64_t, int64_t, int64_t) {});  // of one tile only
   };
   if (alike)
     return collect(TileRows{}, [&](const Run* runs, int64_t many, bool fresh) {
-      for (int part = 0; part < M * parts; ++part) add(part, runs, many, fresh);
+      for (int m = 0; m < M; ++m)
+        for (int first = 0; first < kTileRows; first += R) add(m, first, runs, many, fresh);
     });
-  for (int part = 0; part < M * parts; ++part)
-    collect(TileRows{part / parts, part % parts * R, R},
-            [&](const Run* runs, int64_t many, bool fresh) { add(part, runs, many, fresh); });
+  for (int m = 0; m < M; ++m)
+    for (int first = 0; first < kTileRows; first += R)
+      collect(TileRows{m, first, R},
+              [&](const Run* runs, int64_t many, bool fresh) { add(m, first, runs, many, fresh); });
 }
 
 template <int M, int N, class Walk>
@@ -189,7 +210,6 @@ struct RunOfThree {
 };
 
 // sums += R rows of the left factor times the three right ones of each run.
-
 template <int R>
 [[gnu::noinline]] void add_three_taps_of(const RunOfThree* runs, int64_t count, int64_t from, int64_t row_bytes,
                                          float* sums, int64_t sum_row) {

@@ -53,12 +53,13 @@ inline void each_value(const Area& area, int64_t blocks, const NormRows<Number<T
   using V = Vec<Number<T>>;
   const View<T> h = map;
   with_activation(act.kind, [&](auto kind) {
-    each_block<T>(area, blocks, [&](int64_t b, const Area& part) {
+    for (Parts<T> part(area, blocks); part; ++part) {
+      const int64_t b = part.block;
       const V mean = at(rows.mean, b), scale = at(rows.rstd, b) * at(rows.weight, b), bias = at(rows.bias, b);
-      walk(part, [=](int64_t y, int64_t x) {
+      walk(part.area(), [=](int64_t y, int64_t x) {
         place(b, y, x, activate<kind(), V>((at(h, b, y, x) - mean) * scale + bias, act.arguments));
       });
-    });
+    }
   });
 }
 
@@ -125,18 +126,19 @@ void join(const Plane<Number<T>>& plane, int64_t blocks, const NormRows<Number<T
   using V = Vec<Number<T>>;
   const View<T> skip = skip_map, out = out_map;
   const Area area = area_of(plane, h, skip, out);
-  each_block<T>(area, blocks, [&](int64_t b, const Area& part) {
+  for (Parts<T> part(area, blocks); part; ++part) {
+    const int64_t b = part.block;
     const Normed<T> normed(rows, h, b);
     const auto end = [=](int64_t y, int64_t x, V other) {
       put(out, b, y, x, activate<kRelu, V>(normed(y, x) * step + other, {}));
     };
     if (skip_rows) {
       const Normed<T> other(*skip_rows, skip, b);
-      walk(part, [=](int64_t y, int64_t x) { end(y, x, other(y, x)); });
+      walk(part.area(), [=](int64_t y, int64_t x) { end(y, x, other(y, x)); });
     } else {
-      walk(part, [=](int64_t y, int64_t x) { end(y, x, at(skip, b, y, x)); });
+      walk(part.area(), [=](int64_t y, int64_t x) { end(y, x, at(skip, b, y, x)); });
     }
-  });
+  }
 }
 
 template <class T>
@@ -145,12 +147,13 @@ void pull_activation(const Plane<Number<T>>& plane, int64_t blocks, const Unary<
   const View<T> h = map, bar = cotangent, out = out_map;
   const Area area = area_of(plane, h, bar, out);
   with_activation(act.kind, [&](auto kind) {
-    each_block<T>(area, blocks, [&](int64_t b, const Area& part) {
-      walk(part, [=](int64_t y, int64_t x) {
+    for (Parts<T> part(area, blocks); part; ++part) {
+      const int64_t b = part.block;
+      walk(part.area(), [=](int64_t y, int64_t x) {
         const auto slope = activate_first<kind(), Vec<Number<T>>>(at(h, b, y, x), act.arguments);
         put(out, b, y, x, at(bar, b, y, x) * slope);
       });
-    });
+    }
   });
 }
 
@@ -185,15 +188,16 @@ void cotangent_last(const Plane<Number<T>>& plane, int64_t blocks, const NormRow
   const Area area = area_of(plane, h, n, out, combine);
   with_count(combine, [&](const auto& combined) {
     with_flag(rows.measured, [&](auto measured) {
-      each_block<T>(area, blocks, [&](int64_t b, const Area& part) {
+      for (Parts<T> part(area, blocks); part; ++part) {
+        const int64_t b = part.block;
         const V mean = at(rows.mean, b), rstd = at(rows.rstd, b), scale = rstd * at(rows.weight, b);
         const V constant = rstd * at(rows.n, b), slope = rstd * rstd * at(rows.xn, b);
-        walk(part, [=](int64_t y, int64_t x) {
+        walk(part.area(), [=](int64_t y, int64_t x) {
           V value = scale * at(n, b, y, x);
           if constexpr (measured()) value = value - constant - slope * (at(h, b, y, x) - mean);
           put(out, b, y, x, combined(value, b, y, x));
         });
-      });
+      }
     });
   });
 }

@@ -52,19 +52,32 @@ inline void walk(const Area& area, const F& f) {
     for (int64_t x = area.left; x < area.left + area.width; ++x) f(y, x);
 }
 
-// Calls f(block, area) for parts of every block that make up the whole. Of a pixel with all its channels a block of
-// bfloat16 numbers is half a line of the cache: a few pixels' are gone over together, while they are in the first one.
-template <class T, class F>
-inline void each_block(const Area& area, int64_t blocks, const F& f) {
-  constexpr int64_t stretch = 32;
-  if constexpr (std::is_same_v<T, bfloat16>) {
-    for (int64_t y = 0; y < area.rows; ++y)
-      for (int64_t x = 0; x < area.width; x += stretch)
-        for (int64_t b = 0; b < blocks; ++b) f(b, Area{1, std::min(stretch, area.width - x), y, x});
-  } else {
-    for (int64_t b = 0; b < blocks; ++b) f(b, area);
+// The parts that a pass goes over one after the other: blocks or, where a block is half a line of the cache of pixels
+// with all their channels, a few pixels of each block in turn, while they are in the first cache.
+template <class T>
+class Parts {
+ public:
+  Parts(const Area& area, int64_t blocks) : all_(area), now_(area), blocks_(blocks) {
+    if (std::is_same_v<T, bfloat16> && blocks > 1) now_ = {1, std::min(kStretch, area.width)};
   }
-}
+
+  explicit operator bool() const { return now_.top < all_.rows; }
+  void operator++() {
+    if (++block < blocks_) return;
+    block = 0, now_.left += now_.width;
+    if (now_.left >= all_.width) now_.left = 0, now_.top += now_.rows;
+    if (now_.rows < all_.rows || now_.width < all_.width) now_.width = std::min(kStretch, all_.width - now_.left);
+  }
+
+  int64_t block = 0;
+  const Area& area() const { return now_; }
+
+ private:
+  static constexpr int64_t kStretch = 32;
+  const Area all_;
+  Area now_;
+  const int64_t blocks_;
+};
 
 // Calls f(y, x, sums) for every pixel; returns the sums in total[0, count).
 template <int count, class A, class F>
