@@ -32,7 +32,6 @@ struct Steps {
   int64_t pairs(int64_t block, int64_t x) const {
     return half && (paired ? x + 1 == wide : block + 1 == blocks) ? kTileRows / 2 : kTileRows;
   }
-  int64_t pairs_of_tap(int64_t block) const { return paired ? kTileRows / 2 : pairs(block, 0); }
   // Of all blocks of a step, and of a kernel's row, where these lie one after the other: `kPairwise`.
   int64_t pairs_of_step() const { return blocks * kTileRows - half * kTileRows / 2; }
   int64_t pairs_of_row() const { return wide * blocks * kTileRows - half * kTileRows / 2; }
