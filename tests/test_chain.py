@@ -15,6 +15,7 @@ from pairwise import Case, all_pairs, covering, pairs_of
 from torch import Tensor, nn
 
 import fastode
+from benchmarks.drawn import randomise
 from fastode import nets, reference
 from fastode.dispatch.choice import recording
 from fastode.testing import assert_blocks_equal, sample_input
@@ -117,15 +118,7 @@ def test_the_design_covers_every_pair_that_there_is() -> None:
 
 def shuffled(block: nn.Module, training: bool = True) -> nn.Module:
     """A block with parameters and statistics that are none of the usual ones."""
-    with torch.no_grad():
-        for module in block.modules():
-            if isinstance(module, nn.BatchNorm2d | nn.InstanceNorm2d | nn.GroupNorm):
-                if module.weight is not None:
-                    module.weight.uniform_(0.5, 1.5)
-                    module.bias.normal_()
-                if getattr(module, "running_mean", None) is not None:
-                    module.running_mean.normal_()
-                    module.running_var.uniform_(0.5, 1.5)
+    randomise(block)
     return block.train(training)
 
 
