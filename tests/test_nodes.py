@@ -91,6 +91,27 @@ def _step(block: nn.Module, x: Tensor, module: Any = None) -> list[Tensor]:
     return [y, *torch.autograd.grad(y.square().sum(), sources), *block.buffers()]
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_stem_under_autocast_has_its_node_behind_the_cast(layout: torch.memory_format) -> None:
+    torch.manual_seed(2)
+    stem = reference.Chain(nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.Tanh())
+    fastode.fuse(stem, engine="resident")
+    x = sample_input(3, 3, 5, 4, layout="contiguous").to(memory_format=layout).requires_grad_()
+
+    sources, module = [x, *stem.parameters()], nodes.module
+
+    def step() -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = stem(x)
+        assert (module.kept(y) is not None) == nodes.usable()
+        return [y, *torch.autograd.grad(y.square().sum(), sources)]
+
+    found = step()
+    with nodes.left_out():
+        expected = step()
+    assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_gradients_there_is_no_node(kind: str) -> None:
     block, x = block_of(kind, "batch"), image()

@@ -78,22 +78,28 @@ def test_every_gradient_has_the_parameters_dtype_and_every_result_the_inputs(dty
 
 
 @pytest.mark.parametrize("engine", [ENGINE, "staged"])
-def test_a_backward_that_is_differentiated_runs_the_forwards_autocast(engine: str) -> None:
-    plain, fused = pair_of({**case_of("ssp2", channels=8, size=(4, 8)), "dtype": BF16})
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=["a scheme", "a stem of a float32 image"])
+def test_a_backward_that_is_differentiated_runs_the_forwards_autocast(engine: str, dtype: torch.dtype) -> None:
+    if dtype == BF16:
+        plain, fused = pair_of({**case_of("ssp2", channels=8, size=(4, 8)), "dtype": BF16})
+    else:
+        torch.manual_seed(2)
+        plain = reference.Chain(nn.Conv2d(8, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.Tanh())
+        fastode.fuse(fused := copy.deepcopy(plain))
     fused.engine = engine
-    x = sample_input(2, 8, 4, 8, dtype=BF16)
+    x = sample_input(2, 8, 4, 8, dtype=dtype)
     found = []
     for block in (plain, fused):
         for inside in (True, False):  # the forward, and the other way round the backward
             leaf = x.clone().requires_grad_()
             with torch.autocast("cpu", BF16, enabled=inside):
-                y = (block if inside else copy.deepcopy(block).bfloat16())(leaf)
+                y = (block if inside else copy.deepcopy(block).to(dtype))(leaf)
             with torch.autocast("cpu", BF16, enabled=not inside):
                 (slope,) = torch.autograd.grad(y.float().square().sum(), leaf, create_graph=True)
                 (second,) = torch.autograd.grad(slope.float().square().sum(), leaf)
             found.append(second)
     for one, other in zip(found[:2], found[2:], strict=True):
-        assert one.dtype == other.dtype == BF16
+        assert one.dtype == other.dtype == dtype
         torch.testing.assert_close(other.float(), one.float(), rtol=0.02, atol=0.02 * one.abs().max().item())
 
 
@@ -238,6 +244,32 @@ def test_which_chains_it_refuses_and_auto_leaves_under_autocast(monkeypatch: pyt
             )
 
 
+def test_which_chains_of_few_channels_auto_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rule, "_tiles", False)
+    monkeypatch.setattr(rule, "_products", True)
+    samples = 4 * torch.get_num_threads()
+
+    def against(channels: int, *layers: nn.Module, size: int = 8) -> str:
+        chain = fastode.nn.Chain(*layers).to(BF16)
+        found = str(chain.against(ENGINE, torch.zeros(samples, channels, size, size, dtype=BF16)))
+        return found.removeprefix("on bfloat16 maps ").removesuffix(" it was measured to be slower than plain PyTorch")
+
+    def stem(channels: int, kernel: int = 3, stride: int = 1) -> list[nn.Module]:
+        return [nn.Conv2d(channels, 16, kernel, stride, kernel // 2), nn.BatchNorm2d(16), nn.ReLU()]
+
+    few = "with fewer than 16 channels"
+    for channels in (1, 3):
+        assert against(channels, *stem(channels)) == ""
+        assert against(channels, *stem(channels), size=64) == ""
+    assert against(3, *stem(3), size=65) == f"{few} and more than 4096 pixels"
+    assert against(4, *stem(4)) == against(3, *stem(3, 5)) == against(3, *stem(3, 1, 2)) == few
+    assert against(3, nn.Conv2d(3, 16, 3, padding=1), nn.ReLU()) == few
+    several = [nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 3, padding=1)]
+    assert against(8, *several) == few and against(8, *several, nn.BatchNorm2d(16)) == ""
+    monkeypatch.setattr(rule, "_tiles", True)
+    assert against(3, *stem(3)) == against(8, *several, nn.BatchNorm2d(16)) == few
+
+
 def test_what_it_refuses_and_what_auto_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     def scheme(channels: int) -> Any:
         return fastode.nn.SSP3(reference.PreActBranch(channels, norm="layer"))
@@ -265,8 +297,20 @@ def test_what_it_refuses_and_what_auto_leaves(monkeypatch: pytest.MonkeyPatch) -
         assert scheme(16).against(ENGINE, maps(16, F32)) == f"{why}it is expected to be slower than plain PyTorch"
         assert scheme(8).why_not(ENGINE, maps(8, F64)) == "its parameters are not of the input's dtype"
         assert scheme(8).double().why_not(ENGINE, maps(8, F64)) == ""
-        for channels, why in ((3, "with fewer than 16 channels"), (96, beyond.format(64)), (16, "")):
-            pair, y = fastode.nn.SkewPair(channels, 16), (maps(16, BF16), maps(channels, BF16))
+        few = "with fewer than 16 channels"
+        for tiles, norm, channels, why in (
+            (True, "group", 3, few),
+            (True, "none", 96, beyond.format(64)),
+            (True, "none", 16, ""),
+            (False, "group", 3, ""),
+            (False, "group", 128, ""),
+            (False, "group", 136, beyond.format(128)),
+            (False, "none", 3, f"without norms {few}"),
+            (False, "none", 16, ""),
+            (False, "none", 40, f"without norms {beyond.format(32)}"),
+        ):
+            monkeypatch.setattr(rule, "_tiles", tiles)
+            pair, y = fastode.nn.SkewPair(channels, 16, norm=norm), (maps(16, BF16), maps(channels, BF16))
             assert pair.against(ENGINE, *y) == (why and f"under autocast {why} {slow}")
             assert pair.against("staged", *y) == f"under autocast {slow}"
         solve = fastode.nn.SOBlock(reference.SkewPair(96, 96), solver="rk4")
@@ -275,3 +319,7 @@ def test_what_it_refuses_and_what_auto_leaves(monkeypatch: pytest.MonkeyPatch) -
             "it lowers the convolutions of states in bfloat16 alone, and not of float32, as autocast asks"
         )
     assert scheme(16).against("staged", maps(16, F32)) == ""
+    monkeypatch.setattr(rule, "_tiles", False)
+    for norm, why in (("group", ""), ("none", f"without norms {beyond.format(32)} {slow}")):
+        pair = fastode.nn.SkewPair(40, 40, norm=norm).to(BF16)
+        assert pair.against(ENGINE, maps(40, BF16), maps(40, BF16)) == why

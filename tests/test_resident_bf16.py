@@ -13,6 +13,7 @@ from fastode import reference
 from fastode.testing import Layout, assert_blocks_equal, sample_input
 
 # One block of 16 channels and two, an odd number of them, several of 32; rows of whole tiles, and rows laid end to end.
+LAYOUTS: tuple[Layout, ...] = ("contiguous", "channels_last")
 SHAPES = [(16, 4, 32), (8, 5, 20), (48, 6, 16), (40, 5, 7), (96, 4, 4), (128, 3, 9)]
 
 
@@ -58,8 +59,22 @@ def test_equal_of_more_taps_than_are_summed_at_once(shape: tuple[int, int, int],
     assert_blocks_equal(block, fused(block), x)
 
 
+@pytest.mark.parametrize("size", [(9, 32), (5, 7), (8, 8), (3, 64)], ids=str)
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+@pytest.mark.parametrize("channels", [(1, 16), (3, 32), (4, 20), (5, 16), (12, 48), (20, 3), (33, 2)], ids=str)
+def test_equal_of_few_channels(channels: tuple[int, int], kernel: int, size: tuple[int, int]) -> None:
+    """Of which the rest of a vector, or of the pairs of a tap, is padding that is left out."""
+    torch.manual_seed(6)
+    conv = nn.Conv2d(*channels, kernel, padding=kernel // 2)
+    block = reference.Chain(conv, nn.BatchNorm2d(channels[1]), nn.Softplus()).to(torch.bfloat16)
+    for layout in LAYOUTS:
+        assert_blocks_equal(
+            block, fused(block), sample_input(3, channels[0], *size, dtype=torch.bfloat16, layout=layout)
+        )
+
+
 @pytest.mark.parametrize("batch", [2, 5])  # samples lie together in the tiles' rows, and are too few for that
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(16, 5, 32), (32, 5, 16), (64, 8, 8), (96, 4, 4), (40, 5, 7)], ids=str)
 def test_equal_where_a_norm_couples_the_samples(shape: tuple[int, int, int], layout: Layout, batch: int) -> None:
     x = sample_input(batch, *shape, dtype=torch.bfloat16, layout=layout)

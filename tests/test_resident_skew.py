@@ -147,6 +147,7 @@ def test_function_on_tiles(kernel: int, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(
         measured, "_rule", measured.Rule({"skew_pair sample bfloat16": measured.Line()}, "a test", True)
     )
+    monkeypatch.setattr(measured, "UNNORMED_PAIR", (1, measured.Line()))
     given = maps_of((6, 20, 1, 9, 11), dtype=torch.bfloat16)
     twin = Function(kernel, True)
     assert "ResidentSkewFunction" in twin(*given)[0].grad_fn.name()

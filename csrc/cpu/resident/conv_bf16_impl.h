@@ -89,8 +89,8 @@ inline int64_t column_of(const Tiling& tiling, const Cursor& tile, const TileRow
   return in_one_column(tiling, rows.count) ? (tile.x + rows.first) >> tiling.shift : -1;
 }
 
-// Calls step() for what a kernel's taps [begin, end) of every row that meets the image sum, one block of input channels
-// after the other; returns the end of the kernel's weights.
+// Calls step() for what a kernel's steps [begin, end) of every row that meets the image sum, one block of input
+// channels after the other; returns the end of the kernel's weights.
 template <int N, class Step>
 inline const bfloat16* multiply_blocks_of(const TileRun& run, const TileKernel& kernel, const bfloat16* all,
                                           int64_t begin, int64_t end, const Step& step) {
@@ -101,32 +101,39 @@ inline const bfloat16* multiply_blocks_of(const TileRun& run, const TileKernel& 
       const bfloat16* weights = all + y * kernel_row + begin * N * kTileElements;
       int64_t offset = kernel.at + block * kTileDepth + y * run.row + begin * run.step;
       for (int64_t x = begin; x < end; ++x, offset += run.step, weights += N * kTileElements)
-        step(weights, offset, steps.pairs(block, x));
+        step(weights, offset, kTileRows);
     }
   return all;
 }
 
-// The same of all blocks of a tap, or of a row's taps where these lie one after the other, at once.
+// Calls step() for the taps [begin, end) of a kernel's row, whose inputs lie `apart`: at once if these are neighbours
+// and nothing lies between them.
+template <int N, class Step>
+inline void multiply_taps(const Steps& steps, const bfloat16* weights, int64_t offset, int64_t apart, int64_t begin,
+                          int64_t end, bool neighbours, const Step& step) {
+  const int64_t tap = steps.tap() * N;
+  weights += begin * tap, offset += begin * apart;
+  if (neighbours && steps.full()) return step(weights, offset, (end - begin) * steps.pairs);
+  for (int64_t x = begin; x < end; ++x, offset += apart, weights += tap) step(weights, offset, steps.pairs);
+}
+
+// The same of all blocks of a tap, or of a row's taps, at once; `alone`: neighbouring pixels are of one sample.
 template <int N, class Step, class Three>
 inline const bfloat16* multiply_rows_of(const TileRun& run, const TileKernel& kernel, const bfloat16* all,
                                         int64_t begin, int64_t end, bool alone, const Step& step, const Three& three) {
   const Steps& steps = kernel.steps;
-  const int64_t next = steps.blocks * N * kTileElements;
+  const int64_t row = steps.wide * steps.blocks * N * kTileElements, apart = run.step / (steps.paired ? 2 : 1);
   for (int64_t y = kernel.first; y < kernel.last; ++y) {
-    const bfloat16* weights = all + (y * steps.wide + begin) * next;
-    int64_t offset = kernel.at + y * run.row + begin * run.step;
+    const bfloat16* weights = all + y * row;
+    const int64_t offset = kernel.at + y * run.row;
     if constexpr (N == 1)
       if (steps.taps == 3 && alone) {
-        const int64_t tap = steps.paired ? kTileElements / 2 : next;
-        three(weights, tap, offset, steps.paired ? kTileRows / 2 : steps.pairs_of_step());
+        three(weights, steps.tap(), offset, steps.pairs);
         continue;
       }
-    const bool whole = alone && (steps.paired || !steps.half);
-    if (whole) end = begin + 1;
-    for (int64_t x = begin; x < end; ++x, offset += run.step, weights += next)
-      step(weights, offset, whole ? steps.pairs_of_row() : steps.pairs_of_step());
+    multiply_taps<N>(steps, weights, offset, apart, begin, end, alone, step);
   }
-  return all + steps.high * steps.wide * next;
+  return all + steps.high * row;
 }
 
 // sums [M][N] tiles: of M times 16 positions, from in[m], and N times 16 output channels. Calls beside() at every step.
@@ -140,7 +147,7 @@ void multiply(const TileRun& run, const Tiling& tiling, const Cursor* tiles, con
         const bfloat16* all = run.weights;
         for (const TileKernel& kernel : run.kernels) {
           const Steps& steps = kernel.steps;
-          int64_t begin = 0, end = steps.wide;
+          int64_t begin = 0, end = kPairwise ? steps.taps : steps.wide;
           if (column >= 0 && !steps.paired)  // leave out the taps that meet no column
             begin = std::max(begin, kernel.left - column), end = std::min(end, run.width + kernel.left - column);
           if constexpr (kPairwise)

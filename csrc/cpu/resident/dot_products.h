@@ -185,16 +185,25 @@ inline void multiply_steps(int64_t count, bool alike, const Walk& walk, const bf
               [&](const Run* runs, int64_t many, bool fresh) { add(m, first, runs, many, fresh); });
 }
 
+// Calls f(a constant: how many, the first one) for rows of channels, `most` at a time, or all at once where they are
+// those of an image.
+template <int most, class F>
+inline void in_steps(int64_t rows, const F& f) {
+  constexpr int few = 4;
+  if (rows <= few) return f(std::integral_constant<int, few>{}, 0);
+  for (int64_t first = 0; first < rows; first += most) f(std::integral_constant<int, most>{}, first);
+}
+
 template <int M, int N, class Walk>
-inline void add_chunks(const Walk& walk, const int64_t* offset, int64_t in_bytes, int64_t block, float* const* gradient,
-                       int64_t gradient_bytes, int64_t out_stride) {
-  constexpr int R = kRowsAtOnce<N>;
+inline void add_chunks(const Walk& walk, int64_t rows, const int64_t* offset, int64_t in_bytes, int64_t block,
+                       float* const* gradient, int64_t gradient_bytes, int64_t out_stride) {
   const int64_t row = gradient_bytes / 4;
   for (int m = 0; m < M; ++m) {
     const auto add = [&](const Run* runs, int64_t count, bool) {
-      for (int first = 0; first < kTileRows; first += R)
-        add_products<R, N>(runs, count, first * in_bytes, in_bytes, {block, kTileDepth},
-                           {gradient[m] + first * row, row, out_stride}, false);
+      in_steps<kRowsAtOnce<N>>(rows, [&](auto many, int64_t first) {
+        add_products<many(), N>(runs, count, first * in_bytes, in_bytes, {block, kTileDepth},
+                                {gradient[m] + first * row, row, out_stride}, false);
+      });
     };
     Runs runs(add);
     walk(m, [&](const bfloat16* in, const bfloat16* cotangent, int64_t pairs) {
@@ -233,17 +242,18 @@ template <int R>
       _mm512_storeu_ps(sums + r * sum_row + t * kLanes<float>, total[r][t]);
 }
 
-// As add_chunks, of three taps at a time: 16 rows of the input, each times the three cotangents that it meets. `walk`
-// calls what it is given with the input and these.
+// As add_chunks, of three taps at a time: each row of the input times the three cotangents that it meets. `walk` calls
+// what it is given with the input and these.
 template <class Walk>
-inline void add_three_chunks(const Walk& walk, int64_t in_bytes, float* gradient, int64_t gradient_bytes) {
-  constexpr int R = 8;
+inline void add_three_chunks(const Walk& walk, int64_t rows, int64_t in_bytes, float* gradient,
+                             int64_t gradient_bytes) {
   RunOfThree runs[kMostRuns];
   int64_t count = 0;
   const auto add = [&] {
-    for (int first = 0; first < kTileRows; first += R)
-      add_three_taps_of<R>(runs, count, first * in_bytes, in_bytes, gradient + first * gradient_bytes / 4,
-                           gradient_bytes / 4);
+    in_steps<8>(rows, [&](auto many, int64_t first) {
+      add_three_taps_of<many()>(runs, count, first * in_bytes, in_bytes, gradient + first * gradient_bytes / 4,
+                                gradient_bytes / 4);
+    });
     count = 0;
   };
   walk([&](const bfloat16* in, const bfloat16* const(&cotangents)[3], int64_t pairs) {

@@ -160,6 +160,7 @@ struct GradientRun {
   int64_t begin, end;  // rows
   bool shifts;         // the first tap's input lies `shift` positions behind the cotangent, in the same copy
   int64_t shift;
+  int64_t channels;  // of the input's block
 };
 
 // Calls chunk(in, cotangent, pairs) for what a tap of one set sums: rows that lie one after the other, in whole chunks,
@@ -187,7 +188,7 @@ void add_gradient(const GradientRun& run, int64_t block, float* gradient, int64_
         for (int64_t n = 0; n < run.sets; ++n)
           each_chunk(run, shift, run.in + n * run.in_set, run.cotangent + n * run.cotangent_set, chunk);
       },
-      offset, run.in_bytes, block, to, run.gradient_bytes, out_stride);
+      run.channels, offset, run.in_bytes, block, to, run.gradient_bytes, out_stride);
 }
 
 #if !FASTODE_AMX
@@ -205,7 +206,7 @@ void add_three_taps(const GradientRun& run, const Positions& positions, float* g
           }
         }
       },
-      run.in_bytes, gradient, run.gradient_bytes);
+      run.channels, run.in_bytes, gradient, run.gradient_bytes);
 }
 #endif
 
@@ -232,6 +233,7 @@ void add_portion(const Plane<float>& plane, const ConvShape& shape, const Taps& 
       scratch,        nullptr, sets, in_set, cotangent_set, positions.pitch * 2, wide * lanes * 4, taps.step * lanes,
       positions.span, next,    0,    0,      shifts};
   for (int64_t ib = 0; ib < in_blocks; ++ib) {
+    run.channels = std::min(lanes, shape.in_channels - ib * lanes);
     for (int64_t n = 0; n < sets; ++n) {
       const bfloat16* in = pairs[n * together].in.at + ib * lanes;
       bfloat16* to = scratch + n * in_set;

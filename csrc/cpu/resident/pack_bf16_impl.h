@@ -15,7 +15,7 @@ namespace {
 struct Steps {
   bool paired;
   int64_t blocks, high, wide, taps;  // taps: of a kernel's row
-  bool half;                         // there is no second tap, or no second block of 16 channels, in the last step
+  int64_t pairs;                     // of a tap's inputs
 
   explicit Steps(const ConvShape& shape)
       : paired(shape.in_channels <= Narrow::lanes),
@@ -23,18 +23,15 @@ struct Steps {
         high(shape.kernel_h),
         wide(paired ? divide_up(shape.kernel_w, 2) : shape.kernel_w),
         taps(shape.kernel_w),
-        half((paired ? shape.kernel_w : divide_up(shape.in_channels, Narrow::lanes)) % 2) {}
+        pairs(divide_up(shape.in_channels, 2)) {}
 
   int64_t count() const { return blocks * high * wide; }
   // Input channels of a block.
   int64_t depth() const { return paired ? Narrow::lanes : kTileDepth; }
-  // Pairs of a step's weights that may be other than zero.
-  int64_t pairs(int64_t block, int64_t x) const {
-    return half && (paired ? x + 1 == wide : block + 1 == blocks) ? kTileRows / 2 : kTileRows;
-  }
-  // Of all blocks of a step, and of a kernel's row, where these lie one after the other: `kPairwise`.
-  int64_t pairs_of_step() const { return blocks * kTileRows - half * kTileRows / 2; }
-  int64_t pairs_of_row() const { return wide * blocks * kTileRows - half * kTileRows / 2; }
+  // Where the weights of a tap's blocks lie one after the other, `kPairwise`: elements of one output tile's from a tap
+  // to the next, and whether these are all pairs of inputs and no padding.
+  int64_t tap() const { return paired ? kTileElements / 2 : blocks * kTileElements; }
+  bool full() const { return pairs * kTileDepth == tap(); }
 };
 
 // From one to the next in packed weights of groups of `group` output tiles: a tile, and a pair of its, a block of input

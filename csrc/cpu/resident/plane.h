@@ -94,9 +94,34 @@ inline T to_storage(A value) {
     return static_cast<T>(value);
 }
 
+// Where there are at most `most` channels: calls f with their number as a compile-time constant, and returns true. A
+// loop over so few would cost more than its body.
+template <int most, class F>
+bool with_few(int64_t channels, const F& f) {
+  if constexpr (most > 0) {
+    if (channels == most) return f(std::integral_constant<int, most>{}), true;
+    return with_few<most - 1>(channels, f);
+  }
+  return false;
+}
+
+template <class A>
+inline constexpr int kFew = std::min(3, Plane<Number<A>>::lanes);  // channels of an image
+
 template <class A, class T>
 void load_sample(const Plane<Number<A>>& plane, const Feature<const T>& from, int64_t n, const View<A>& to) {
   constexpr int lanes = Plane<Number<A>>::lanes;
+  const auto few = [&](auto channels) {
+    for (int64_t y = 0; y < plane.height; ++y) {
+      const T* source = from.data + n * from.sample + y * from.row;
+      A* target = to.pixel_at(0, y, 0);
+      for (int64_t x = 0; x < plane.width; ++x, source += from.pixel, target += to.pixel) {
+        std::fill_n(target, lanes, A{});
+        for (int c = 0; c < channels(); ++c) target[c] = to_accumulator<A>(source[c * from.channel]);
+      }
+    }
+  };
+  if (with_few<kFew<A>>(from.channels, few)) return;
   for (int64_t b = 0; b < blocks_of<Number<A>>(from.channels); ++b) {
     const int64_t channels = std::min<int64_t>(lanes, from.channels - b * lanes);
     for (int64_t y = 0; y < plane.height; ++y) {
@@ -119,6 +144,15 @@ void load_sample(const Plane<Number<A>>& plane, const Feature<const T>& from, in
 template <class A, class T>
 void store_sample(const Plane<Number<A>>& plane, const View<A>& from, const Feature<T>& to, int64_t n) {
   constexpr int lanes = Plane<Number<A>>::lanes;
+  const auto few = [&](auto channels) {
+    for (int64_t y = 0; y < plane.height; ++y) {
+      const A* source = from.pixel_at(0, y, 0);
+      T* target = to.data + n * to.sample + y * to.row;
+      for (int64_t x = 0; x < plane.width; ++x, source += from.pixel, target += to.pixel)
+        for (int c = 0; c < channels(); ++c) target[c * to.channel] = to_storage<T>(source[c]);
+    }
+  };
+  if (with_few<kFew<A>>(to.channels, few)) return;
   for (int64_t b = 0; b < blocks_of<Number<A>>(to.channels); ++b) {
     const int64_t channels = std::min<int64_t>(lanes, to.channels - b * lanes);
     for (int64_t y = 0; y < plane.height; ++y) {

@@ -31,12 +31,13 @@ void multiply_rows(const RowRun& run, const bfloat16* const* in, float* sums) {
         const bfloat16* weights = run.weights;
         for (int64_t offset : run.rows) {
           if constexpr (kPairwise) {
-            step(weights, offset, run.steps.pairs_of_row());
+            multiply_taps<N>(run.steps, weights, offset, run.step / (run.steps.paired ? 2 : 1), 0, run.steps.taps, true,
+                             step);
             weights += run.steps.blocks * wide * N * kTileElements;
             continue;
           }
           for (int64_t x = 0; x < wide; ++x, offset += run.step, weights += N * kTileElements)
-            step(weights, offset, run.steps.paired ? run.steps.pairs(0, x) : kTileRows);
+            step(weights, offset, kTileRows);
         }
       },
       in, run.pixel_bytes, sums,
@@ -145,7 +146,7 @@ void add_taps(const TapRun& run, const int64_t* offset, float* const* gradient, 
         for (int64_t k = 0; k < run.chunks; ++k, in += kTileDepth, cotangent += kTileElements)
           chunk(in, cotangent, kTileRows);
       },
-      offset, run.in_bytes, run.cotangent_block, gradient, run.gradient_bytes, out_stride);
+      kTileRows, offset, run.in_bytes, run.cotangent_block, gradient, run.gradient_bytes, out_stride);
 }
 
 }  // namespace

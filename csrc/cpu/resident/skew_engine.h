@@ -82,43 +82,17 @@ class Port {
                 feature_.channels * plane_.pixels() * element_);
   }
   void store(int64_t n) const {
-    if (!direct_ && !banded_) is_rounded_ ? store_to(rounded_, n) : store_to(feature_, n);
+    if (!direct_ && !banded_)
+      is_rounded_ ? store_sample(plane_, copy_, rounded_, n) : store_sample(plane_, copy_, feature_, n);
   }
 
  private:
-  static constexpr int kFew = std::min(3, kLanes<A>);  // channels of one vector, those of an image
-
   bool has_vectors() const { return feature_.channel == 1 && feature_.channels % kLanes<A> == 0; }
-  // Calls f(the channels of a pixel of sample n, those of its copy) for every pixel.
-  template <class T, class F>
-  void each_pixel(const Feature<T>& map, int64_t n, const F& f) const {
-    for (int64_t y = 0; y < plane_.height; ++y)
-      for (int64_t x = 0; x < plane_.width; ++x)
-        f(map.data + n * map.sample + y * map.row + x * map.pixel, copy_.pixel_at(0, y, x));
-  }
-
   template <class T>
   void load_from(const Feature<T>& from, int64_t n) const {
-    const auto load_few = [&](auto channels) {
-      each_pixel(from, n, [&](const T* source, A* target) {
-        fastode::store<Vec<A>>(target, Vec<A>{});
-        for (int c = 0; c < channels(); ++c) target[c] = to_accumulator<A>(source[c * from.channel]);
-      });
-    };
-    if (with_few<kFew>(from.channels, load_few)) return;
     load_sample<A, T>(
         plane_, {from.data, from.channels, from.height, from.width, from.sample, from.channel, from.row, from.pixel}, n,
         copy_);
-  }
-
-  template <class T>
-  void store_to(const Feature<T>& to, int64_t n) const {
-    const auto store_few = [&](auto channels) {
-      each_pixel(to, n, [&](T* target, const A* source) {
-        for (int c = 0; c < channels(); ++c) target[c * to.channel] = to_storage<T>(source[c]);
-      });
-    };
-    if (!with_few<kFew>(to.channels, store_few)) store_sample(plane_, copy_, to, n);
   }
 
   Feature<A> feature_;

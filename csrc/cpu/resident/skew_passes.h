@@ -35,17 +35,6 @@ Combine<A> below(Combine<A> combine, int64_t y) {
   return combine;
 }
 
-// Where there are at most `most` channels: calls f with their number as a compile-time constant, and returns true. A
-// loop over so few would cost more than its body.
-template <int most, class F>
-bool with_few(int64_t channels, const F& f) {
-  if constexpr (most > 0) {
-    if (channels == most) return f(std::integral_constant<int, most>{}), true;
-    return with_few<most - 1>(channels, f);
-  }
-  return false;
-}
-
 // A map of the program's type or, where `rounded` is set, one stored in bfloat16: widened and rounded band by band.
 template <class A>
 struct Stored {

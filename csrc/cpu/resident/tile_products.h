@@ -73,14 +73,16 @@ inline void multiply_steps(int64_t count, bool alike, const Walk& walk, const bf
   store_sums<M * N>(sums);
 }
 
-// gradient[m], N tiles `out_stride` apart with rows of `gradient_bytes`, += 16 rows of the input at offset[m] times N
-// tiles of the cotangent, `block` apart. `walk` calls what it is given with the input and the cotangent of every chunk
-// of the sum, which is of 16 pairs; where these tiles are one after the other, with fewer for the m-th of them.
+// gradient[m], N tiles `out_stride` apart with rows of `gradient_bytes`, += `rows` rows of the input at offset[m], or
+// 16 of which the others are zero, times N tiles of the cotangent, `block` apart. `walk` calls what it is given with
+// the input and the cotangent of every chunk of the sum, which is of 16 pairs; where these tiles are one after the
+// other, with fewer for the m-th of them.
 template <int M, int N, class Walk>
-inline void add_chunks(const Walk& walk, const int64_t* offset, int64_t in_bytes, int64_t block, float* const* gradient,
-                       int64_t gradient_bytes, int64_t out_stride) {
+inline void add_chunks(const Walk& walk, int64_t rows, const int64_t* offset, int64_t in_bytes, int64_t block,
+                       float* const* gradient, int64_t gradient_bytes, int64_t out_stride) {
   static_assert((N == 2 && M <= 2) || (N == 1 && M <= 3));
   constexpr int b = 4;
+  (void)rows;
   tile_load<0>(gradient[0], gradient_bytes);
   if constexpr (N == 2) tile_load<1>(gradient[0] + out_stride, gradient_bytes);
   if constexpr (M > 1) tile_load<N>(gradient[1], gradient_bytes);

@@ -85,7 +85,8 @@ def slower(x: Tensor, chain: Chain) -> str:
         uneven = uneven or rule.is_uneven(channels, height, width)
     if x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and chain.lower is not None):
         fewest, pixels = _fewest_read(chain, x), -(-entries // widest)
-        return rule.slower_lowered_chain(x, coupled, fewest, widest, pixels, casts=chain.lower is not None)
+        count, casts = _convolutions_for_few_channels(chain), chain.lower is not None
+        return rule.slower_lowered_chain(x, coupled, fewest, widest, pixels, convolutions=count, casts=casts)
     # Every sample's maps are read at each batch norm, and those of few channels are kept as wide as a vector.
     if coupled and largest < _FEWEST:
         return f"with batch norms of fewer than {_FEWEST} channels it was measured to be slower than plain PyTorch"
@@ -103,6 +104,14 @@ def _fewest_read(chain: Chain, x: Tensor) -> int:
     """The channels of the narrowest map that a convolution reads."""
     found = [unit.conv.in_channels for unit in chain.units if unit.conv is not None and not unit.conv.mean]
     return min(found, default=x.shape[1])
+
+
+def _convolutions_for_few_channels(chain: Chain) -> int:
+    """How many convolutions there are; 0 without a norm, or where few channels meet a larger kernel or a stride."""
+    convs = [unit.conv for unit in chain.units if unit.conv is not None and not unit.conv.mean]
+    narrow = [conv for conv in convs if conv.in_channels < _FEWEST]
+    simple = all(max(conv.kernel) <= 3 and conv.stride == (1, 1) for conv in narrow)
+    return len(convs) if simple and any(unit.norm is not None for unit in chain.units) else 0
 
 
 def maps_of(chain: Chain, x: Tensor) -> list[tuple[int, int, int]]:
@@ -179,7 +188,8 @@ class ResidentChainFunction(NodeFunction):
         x, memo = given[0], chain.memo
         assert x is not None
         if x.dtype == torch.float32 and chain.lower is not None:
-            return NotImplemented
+            x = lowered(chain.lower, x)  # in the graph, as convolutions under autocast have it
+            given = (x, *given[1:])
         program = memo.get(_PROGRAM)
         if program is None:
             code = _encode(chain, given[1:], x.shape[1])[1]

@@ -83,8 +83,11 @@ class Resident(OperatorEngine):
         else:
             assert program is not None and call.tensors[0] is not None
             coupled = any(norm is not None and norm.mode == "batch" for norm in program.norms)
-            if program.lower is not None and call.family == "skew_pair" and x.dtype != torch.float64:
-                slower = rule.slower_lowered_pair(call.tensors[0])
+            lowered = program.lower is not None and x.dtype != torch.float64
+            if call.family == "skew_pair" and (lowered or x.dtype == torch.bfloat16):
+                normed = any(norm is not None for norm in program.norms)
+                area = call.inputs[0].shape[2] * call.inputs[0].shape[3]
+                slower = rule.slower_lowered_pair(call.tensors[0], area, normed=normed, lowered=lowered)
                 if slower:
                     return slower
             outputs, inputs = call.tensors[0].shape[:2]

@@ -219,15 +219,28 @@ LOWERED = {"ie": Line(most_channels=64, most_kb=64), "shu_osher": Line(most_chan
 # Bfloat16 maps: 1.04 to 5 up to 128 channels, 0.8 to 1.2 at 256, 0.6 to 1.06 at 512; schemes of one evaluation 0.99 to
 # 2.8 up to 128, of 4 to 32 samples.
 LOWERED_MAPS = Line(most_channels=128)
-# The pair alone: 1.1 to 2.3 with 16 to 64 channels on both sides, 0.83 to 1.4 with 3 on one, 0.85 to 1.1 past 64.
-LOWERED_PAIR = (16, Line(most_channels=64))
+# The skew pair alone on AMX tiles, under autocast: measured nowhere, so within what held on dot products at first.
+TILED_PAIR = (16, Line(most_channels=64))
+# Elsewhere with norms, which PyTorch's take longest in: two threads of an AMD EPYC, 2026-11-28, group, layer and
+# instance norms, 3 to 128 channels, 4x4 to 32x32, 4 to 64 samples, strides 1 and 2, steps, attacks' steps and forwards:
+# 0.97 to 20, median 2.7; of 160 channels 0.84 to 1.2, of 256 0.68 to 1.04.
+LOWERED_PAIR = Line(most_channels=128)
+# Without norms, on any bfloat16 maps: within these bounds 1.0 to 2.5; of 32 channels at 16x16 0.93 to 1.4, of 16 at
+# 32x32 0.93 to 1.3, of 48 and more 0.5 to 1.9, of 3 on one side 0.64 to 3.5.
+UNNORMED_PAIR = (16, Line(most_channels=32, most_kb=16))
 
-# Chains on bfloat16 maps, multiplied by those dot products: 16 channels at least, or a vector is mostly empty (a stem
-# of 3 channels: 0.7 to 0.9). Steps and forwards of benchmarks.choose's blocks up to 160 channels, with four samples for
-# each of two threads of an AMD EPYC and more, 2026-11-28: 0.94 to 2.4, median 1.17. With fewer the weights, which a
-# network finds in no cache, are packed for little. Wider ones with batch norms and small maps, one thread, 2026-11-27:
-# 1.05 to 1.3 at 256.
+# Chains on bfloat16 maps, multiplied by those dot products: 16 channels at least, or a vector is mostly empty. Steps
+# and forwards of benchmarks.choose's blocks up to 160 channels, with four samples for each of two threads of an AMD
+# EPYC and more, 2026-11-28: 0.94 to 2.4, median 1.17. With fewer the weights, which a network finds in no cache, are
+# packed for little.
 LOWERED_CHAIN = (16, Line(most_channels=160, few=(Few(4, 127),)))
+# With fewer channels where there is a norm, and no kernel larger than 3x3 or of stride 2 reads so few: two threads of
+# an AMD EPYC, 2026-11-28, 8 to 64 samples from 8x8 to 64x64, steps, attacks' steps and forwards. Blocks of two
+# convolutions of 4 to 12 channels: 1.4 to 4.5. One convolution of an image's three channels at most: 0.95 to 2.7,
+# median 1.5, and from 96x96 to 224x224 0.83 to 2.4; of 8 and 12 channels 0.93 to 2.5. Without a norm 0.75 to 1.4,
+# kernels of 5x5 0.5 to 1.4, of stride 2 0.7 to 1.4.
+IMAGE_CHANNELS, LOWERED_IMAGE = 3, 64 * 64
+# Wider ones with batch norms and small maps, one thread, 2026-11-27: 1.05 to 1.3 at 256.
 LOWERED_COUPLED_CHAIN = Line(most_channels=256, most_kb=32, few=(Few(8, 0),))
 # Wider ones whose float32 weights autocast has PyTorch cast: blocks of 256 channels at 8x8 with 32 and 64 samples, two
 # threads, 2026-11-28: steps 1.01 to 1.25, forwards 0.98 to 1.12; of ResNet10, from 16x16, 1.04 to 1.11. At 16x16 0.95
@@ -278,14 +291,19 @@ def in_words() -> list[str]:
             lines[f"{family} {dtype}"] = stand_in(family, dtype)
     rows = [f"  {name:<32}{line.describe()}{f': {line.why}' if line.why else ''}" for name, line in lines.items()]
     rows.append(f"  {ODE_SOLUTION:<32}{SOLUTION.describe()}")
-    fewest, pair = LOWERED_PAIR
+    fewest, pair = TILED_PAIR if _tiles else UNNORMED_PAIR
+    name = "skew_pair, autocast" if _tiles else "skew_pair, bfloat16, no norms"
     rows += [
         f"  {'one-step blocks, autocast':<32}{LOWERED_MAPS.describe()}",
-        f"  {'skew_pair, autocast':<32}{fewest} channels at least, on both sides, and {pair.describe()}",
+        f"  {name:<32}{fewest} channels at least, on both sides, and {pair.describe()}",
     ]
+    if not _tiles:
+        rows.append(f"  {'skew_pair, autocast, norms':<32}{LOWERED_PAIR.describe()}")
     least, chain = TILED_CHAIN if _tiles else LOWERED_CHAIN
     rows.append(f"  {'chain, bfloat16 maps':<32}{least} channels at least, and {chain.describe()}")
     if not _tiles:
+        narrower = f"several convolutions; or one of at most {IMAGE_CHANNELS} channels and {LOWERED_IMAGE} pixels"
+        rows.append(f"  {'the same, with norms, narrower':<32}of kernels up to 3x3 and stride 1: {narrower}")
         rows.append(f"  {'the same, with batch norms, wider':<32}{LOWERED_COUPLED_CHAIN.describe()}")
         rows.append(f"  {'the same, under autocast, wider':<32}{LOWERED_CAST_CHAIN.describe()}")
     return [f'where "auto" takes resident before staged on the CPU ({_rule.source})', *rows]
@@ -350,8 +368,24 @@ def slower_lowered(family: str, x: torch.Tensor, channels: int) -> str:
     return f"{why}{beyond} it was measured to be slower than plain PyTorch" if beyond else ""
 
 
+def _of_few_channels(x: torch.Tensor, least: int, fewest: int, convolutions: int) -> str:
+    if fewest >= least or (convolutions > 1 and not _tiles):
+        return ""
+    beyond = f"with fewer than {least} channels"
+    if convolutions == 0 or fewest > IMAGE_CHANNELS or _tiles:
+        return beyond
+    return f"{beyond} and more than {LOWERED_IMAGE} pixels" if x.shape[2] * x.shape[3] > LOWERED_IMAGE else ""
+
+
 def slower_lowered_chain(
-    x: torch.Tensor, coupled: bool, fewest: int, widest: int, pixels: int, *, casts: bool = False
+    x: torch.Tensor,
+    coupled: bool,
+    fewest: int,
+    widest: int,
+    pixels: int,
+    *,
+    convolutions: int = 0,
+    casts: bool = False,
 ) -> str:
     """Why a chain is taken to be slower than plain PyTorch on bfloat16 maps; empty if not.
 
@@ -361,13 +395,15 @@ def slower_lowered_chain(
         fewest: channels of the narrowest map that a convolution reads.
         widest: channels of the widest map.
         pixels: of a map of so many channels that is as large as the largest.
+        convolutions: how many there are; 0 without a norm, or where kernels larger than 3x3 or of stride 2 read few
+            channels.
         casts: whether plain PyTorch casts the weights at every call, as under autocast.
     """
     if not _tiles and not _products:
         return "on bfloat16 maps it was measured on CPUs that multiply them, and not on this kind"
     least, line = TILED_CHAIN if _tiles else LOWERED_CHAIN
     batch = samples(x)
-    narrow = f"with fewer than {least} channels" if fewest < least else ""
+    narrow = _of_few_channels(x, least, fewest, convolutions)
     lines = [line]
     if not _tiles and widest > (line.most_channels or 0):
         wider = ((coupled, LOWERED_COUPLED_CHAIN), (casts, LOWERED_CAST_CHAIN))
@@ -377,12 +413,25 @@ def slower_lowered_chain(
     return f"on bfloat16 maps {beyond} it was measured to be slower than plain PyTorch" if beyond else ""
 
 
-def slower_lowered_pair(weight: torch.Tensor) -> str:
-    """Why the skew pair alone is taken to be slower than plain PyTorch's under autocast; empty if not."""
-    fewest, line = LOWERED_PAIR
+def slower_lowered_pair(weight: torch.Tensor, pixels: int, *, normed: bool, lowered: bool) -> str:
+    """Why the skew pair alone is taken to be slower than plain PyTorch's on bfloat16 maps; empty if not.
+
+    Args:
+        weight: of the pair.
+        pixels: of y's map.
+        normed: whether the pair has norms.
+        lowered: whether it runs under autocast.
+    """
+    fewest, line, where = 0, Line(), "under autocast " if lowered else ""
+    if _tiles and lowered:
+        fewest, line = TILED_PAIR
+    elif not normed and not _tiles:
+        (fewest, line), where = UNNORMED_PAIR, f"{where}without norms "
+    elif lowered:
+        line = LOWERED_PAIR
     few = f"with fewer than {fewest} channels" if min(weight.shape[:2]) < fewest else ""
-    beyond = few or line.beyond(max(weight.shape[:2]), 1, 4, 1, 1)
-    return f"under autocast {beyond} it was measured to be slower than plain PyTorch" if beyond else ""
+    beyond = few or line.beyond(max(weight.shape[:2]), pixels, 4, 1, 1)
+    return f"{where}{beyond} it was measured to be slower than plain PyTorch" if beyond else ""
 
 
 # Of steps of one evaluation with batch norms: samples and pixels for each thread, below both of which PyTorch was
