@@ -312,7 +312,7 @@ def test_what_it_refuses_and_what_auto_leaves(monkeypatch: pytest.MonkeyPatch) -
             monkeypatch.setattr(rule, "_tiles", tiles)
             pair, y = fastode.nn.SkewPair(channels, 16, norm=norm), (maps(16, BF16), maps(channels, BF16))
             assert pair.against(ENGINE, *y) == (why and f"under autocast {why} {slow}")
-            assert pair.against("staged", *y) == f"under autocast {slow}"
+            assert pair.against("staged", *y) == f"for pairs {slow}"
         solve = fastode.nn.SOBlock(reference.SkewPair(96, 96), solver="rk4")
         assert solve.against("staged", maps(96, BF16)) == f"under autocast {beyond.format(64)} {slow}"
         assert solve.why_not(ENGINE, maps(96, F32)) == (

@@ -6,7 +6,9 @@ from functools import partial
 
 import torch
 
+from ...tracing import is_exporting
 from ..engine import NO_LINEAR, ODE_SOLUTION, Call, OperatorEngine
+from ..maps import is_channels_last
 from ..plan import Plan
 from ..schemes.chain import chain
 from ..schemes.implicit_euler import descent, exact
@@ -21,7 +23,8 @@ _MOST_CHANNELS = 256  # of the field of a single map's equation, for "auto"
 _MOST_OF_SCHEMES = 16  # of an explicit scheme in float32, likewise
 _TOO_WIDE_CONTIGUOUS = 256  # of an IE-Skip in float32 whose maps are not channels_last
 _MOST_LOWERED = 128  # of an IE-Skip under autocast, likewise
-_MOST_LOWERED_PAIR = 64  # of a skew pair's solution by equal steps
+_MOST_LOWERED_PAIR = 64  # of a skew pair's solution by equal steps, under autocast
+_FEWEST_OF_SOLUTIONS = 1 << 16  # entries, likewise
 
 
 class Staged(OperatorEngine):
@@ -54,9 +57,7 @@ class Staged(OperatorEngine):
             return "for steps of one evaluation it was measured to be slower than plain PyTorch"
         plain_float32 = call.lower is None and call.inputs[0].dtype == torch.float32
         if isinstance(call.program, Pair):
-            if plain_float32 and call.family == "skew_pair":  # 0.47 to 1.05, but for 16 channels at 64×64
-                return "for float32 pairs it was measured to be slower than plain PyTorch"
-            return _slower_pair(call)
+            return _slower_pair(call, call.program)
         if not isinstance(call.program, Plan):
             return ""
         widest = max([unit.conv.out_channels for unit in call.program.units if unit.conv is not None], default=0)
@@ -89,16 +90,24 @@ def _slower_float32(call: Call, widest: int) -> str:
     return ""
 
 
-def _slower_pair(call: Call) -> str:
-    """Why a skew pair, or its solution, is taken to be slower than plain PyTorch's under autocast; empty if not.
+def _slower_pair(call: Call, program: Pair) -> str:
+    """Why a skew pair, or its solution, is taken to be slower than plain PyTorch; empty if not.
 
-    One thread of an AMD EPYC with dot products of bfloat16, in eager's time: the pair alone 0.9 to 1.35, a solution by
-    equal steps 0.55 to 1.04 up to 64 channels and 0.7 to 1.08 beyond, by error 0.17 to 0.5.
+    In eager's time, two threads of an AMD EPYC with dot products of bfloat16, 2026-11-28: the pair alone 1.05 to 2.1,
+    in float32, float64 and bfloat16, with norms and without; a solution by equal steps 0.87 to 1.4 of fewer than 65536
+    entries, of more 0.55 to 1.14. Where PyTorch has norms of several groups on bfloat16 maps in channels_last, 0.1 to
+    1.1, both. One thread, 2026-11-27: that solution under autocast past 64 channels 0.7 to 1.08, by error 0.17 to 0.5.
     """
-    weight = call.tensors[0]
+    x, weight, slower = call.inputs[0], call.tensors[0], "it was measured to be slower than plain PyTorch"
     assert weight is not None
-    wide = call.family == "skew_solution" and max(weight.shape[:2]) > _MOST_LOWERED_PAIR
-    if call.lower is None or not (wide or call.family == "skew_pair"):
+    several = any(norm is not None and norm.groups > 1 for norm in program.norms)
+    slow_norms = several and x.dtype == torch.bfloat16 and is_channels_last(x)
+    if call.family == "skew_pair":
+        return "" if slow_norms else f"for pairs {slower}"
+    if call.family != "skew_solution":
         return ""
-    beyond = f" with more than {_MOST_LOWERED_PAIR} channels" if wide else ""
-    return f"under autocast{beyond} it was measured to be slower than plain PyTorch"
+    if call.lower is not None and max(weight.shape[:2]) > _MOST_LOWERED_PAIR:
+        return f"under autocast with more than {_MOST_LOWERED_PAIR} channels {slower}"
+    if not slow_norms and not is_exporting() and x.numel() < _FEWEST_OF_SOLUTIONS:
+        return f"with fewer than {_FEWEST_OF_SOLUTIONS} entries {slower}"
+    return ""
