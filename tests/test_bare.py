@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -78,6 +79,27 @@ def test_same_bits_as_the_reference(
         for _ in range(3):
             same(fused, plain, x)
     assert {*used.values()} == {"reference"} and len(counted) == 3
+
+
+@pytest.mark.parametrize("size", [(1, 8, 8), (2, 3, 1)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "norm", [lambda: nn.GroupNorm(4, 128), lambda: nn.GroupNorm(2, 128, affine=False), nn.Identity]
+)
+def test_other_norms(
+    counted: list[int], norm: Callable[[], nn.Module], layout: torch.memory_format, size: tuple[int, int, int]
+) -> None:
+    block = left_block()
+    block.branch[1], block.shortcut[1] = norm(), norm()
+    fused, plain = pair(block)
+    x = sample_input(size[0], 128, *size[1:], dtype=torch.float32, seed=1).to(memory_format=layout)
+    same(fused, plain, x)
+    found = []
+    for each in (fused, plain):  # where PyTorch's group norm is at fault: the gradient of no input
+        y = each(x)
+        found.append([y, *torch.autograd.grad(y.square().sum(), [*each.parameters()])])
+    assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(*found, strict=True))
+    assert len(counted) == 2
 
 
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.LeakyReLU, nn.GELU])

@@ -270,6 +270,43 @@ def test_which_chains_of_few_channels_auto_leaves(monkeypatch: pytest.MonkeyPatc
     assert against(3, *stem(3)) == against(8, *several, nn.BatchNorm2d(16)) == few
 
 
+def test_which_single_evaluations_auto_leaves_on_bfloat16_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where PyTorch's convolutions are faster, and nothing beside them makes up for that."""
+    monkeypatch.setattr(rule, "_tiles", False)
+    monkeypatch.setattr(rule, "_products", True)
+    uneven = "with {} channels and more of widths that are no multiple of 16 and do not divide 32"
+    contiguous = "without norms, with more than 393216 entries not in channels_last,"
+
+    def against(channels: int, width: int, norm: str, last: bool = True, samples: int = 4) -> set[str]:
+        x = torch.zeros(samples * torch.get_num_threads(), channels, 8, width, dtype=BF16)
+        x = x.contiguous(memory_format=torch.channels_last) if last else x
+        found = set()
+        for make in (fastode.nn.ResBlock, lambda branch: fastode.nn.Chain(*branch)):
+            reason = str(make(reference.PreActBranch(channels, norm=norm)).to(BF16).against(ENGINE, x))
+            found.add(
+                reason.removeprefix("on bfloat16 maps ").removesuffix(
+                    " it was measured to be slower than plain PyTorch"
+                )
+            )
+        return found
+
+    for width in (8, 32, 48):
+        assert against(128, width, "batch") == against(64, width, "none") == {""}
+    assert against(128, 14, "batch") == {uneven.format(128)} and against(64, 28, "batch") == {""}
+    assert against(32, 28, "none") == {uneven.format(32)} and against(16, 28, "none") == {""}
+    many = -(-393217 // (64 * 8 * 32 * torch.get_num_threads()))
+    assert against(64, 32, "none", False, many) == {contiguous}
+    assert against(64, 32, "none", False) == against(64, 32, "none", True, many) == {""}
+    assert against(64, 32, "layer", False, many) == {""}
+    assert against(160, 8, "layer") == {""} and against(176, 8, "layer") == {"with more than 160 channels"}
+    for block in (fastode.nn.IESkip, fastode.nn.ResBlock):
+        fused = block(reference.PreActBranch(16, norm="none"))
+        with torch.autocast("cpu", BF16):
+            assert "it was measured to be slower than plain PyTorch" in fused.against(
+                "staged", torch.zeros(2, 16, 8, 8)
+            )
+
+
 def test_what_it_refuses_and_what_auto_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     def scheme(channels: int) -> Any:
         return fastode.nn.SSP3(reference.PreActBranch(channels, norm="layer"))
@@ -287,9 +324,16 @@ def test_what_it_refuses_and_what_auto_leaves(monkeypatch: pytest.MonkeyPatch) -
         why = "multiplying float32 maps in float32, where autocast has bfloat16, "
         assert scheme(32).against(ENGINE, maps(32, F32)) == f"{why}{beyond.format(16)} {slow}"
         assert scheme(160).against(ENGINE, maps(160, BF16)) == f"under autocast {beyond.format(128)} {slow}"
-        for channels, reason in ((128, ""), (160, f"under autocast {beyond.format(128)} {slow}")):
+        monkeypatch.setattr(rule, "_products", True)
+        few = "on bfloat16 maps with fewer than 4 samples for each thread and more than 127 channels"
+        for channels, samples, left in (
+            (128, 16, ""),
+            (128, 2, few),
+            (160, 16, f"under autocast {beyond.format(128)}"),
+        ):
             one = fastode.nn.ResBlock(reference.PreActBranch(channels, norm="batch"))
-            assert one.against(ENGINE, maps(channels, BF16)) == reason
+            x = maps(channels, BF16)[:1].expand(samples * torch.get_num_threads() // 2, -1, -1, -1)
+            assert one.against(ENGINE, x) == (left and f"{left} {slow}")
         assert scheme(16).against("staged", maps(16, BF16)) == f"under autocast {slow}"
         skip = fastode.nn.IESkip(reference.PreActBranch(160))
         assert skip.against("staged", maps(160, BF16)) == f"under autocast {beyond.format(128)} {slow}"
@@ -323,3 +367,8 @@ def test_what_it_refuses_and_what_auto_leaves(monkeypatch: pytest.MonkeyPatch) -
     for norm, why in (("group", ""), ("none", f"without norms {beyond.format(32)} {slow}")):
         pair = fastode.nn.SkewPair(40, 40, norm=norm).to(BF16)
         assert pair.against(ENGINE, maps(40, BF16), maps(40, BF16)) == why
+    pair, many = fastode.nn.SkewPair(16, 16, norm="none").to(BF16), torch.zeros(33, 16, 16, 16, dtype=BF16)
+    left = f"without norms with more than 131072 entries not in channels_last, {slow}"
+    assert pair.against(ENGINE, many, many) == left and pair.against(ENGINE, many[1:], many[1:]) == ""
+    last = many.contiguous(memory_format=torch.channels_last)
+    assert pair.against(ENGINE, last, last) == ""

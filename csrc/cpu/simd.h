@@ -132,6 +132,8 @@ struct ExpConstants<double> {
   static constexpr int64_t one = 0x3ff0000000000000;
 };
 
+constexpr double inverse_factorial(int k) { return k > 1 ? inverse_factorial(k - 1) / k : 1; }
+
 // Splits exp(x) = s (1 + q), s a power of two, for lowest <= x <= 0.
 template <class V>
 inline void split_exp(V x, V& s, V& q) {
@@ -146,8 +148,8 @@ inline void split_exp(V x, V& s, V& q) {
   bits = (bits << K::mantissa) + K::one;
   std::memcpy(&s, &bits, sizeof(V));
   // Taylor series of exp(r) - 1 on |r| <= ln(2) / 2, which is below rounding at these degrees.
-  V series = splat<V>(A(1) / A(K::degree));
-  for (int k = K::degree - 1; k >= 2; --k) series = (series * r + A(1)) * (A(1) / A(k));
+  V series = splat<V>(A(inverse_factorial(K::degree)));
+  for (int k = K::degree - 1; k >= 2; --k) series = series * r + A(inverse_factorial(k));
   q = (series * r + A(1)) * r;
 }
 

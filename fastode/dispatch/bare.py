@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..reference import ResBlock
-from ..reference.faults import batch_norm
+from ..reference.faults import batch_norm, group_norm
 
 Function = Callable[[Tensor], Tensor]
 
@@ -56,8 +56,13 @@ def block_of(block: ResBlock, shapes: Sequence[Sequence[int]]) -> Function | Non
 def _functions(module: nn.Module | None, shapes: Iterator[Sequence[int]]) -> list[Function] | None:
     found: list[Function] = []
     for layer in () if module is None else _layers(module):
+        if type(layer) is nn.Identity:
+            continue
+        function: Function | None
         if isinstance(layer, nn.BatchNorm2d):
             function = _norm(layer, next(shapes))
+        elif type(layer) is nn.GroupNorm:
+            function = _group_norm(layer, next(shapes))
         elif type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
             function = _convolution(layer)
         elif type(layer) in _ACTIVATIONS and not getattr(layer, "inplace", False):
@@ -99,5 +104,18 @@ def _norm(layer: nn.BatchNorm2d, shape: Sequence[int]) -> Function | None:
         if single and torch.is_grad_enabled():  # where PyTorch's backward may be at fault
             return batch_norm(x, mean, variance, weight, bias, training, momentum, eps)
         return torch.batch_norm(x, weight, bias, mean, variance, training, momentum, eps, False)
+
+    return run
+
+
+def _group_norm(layer: nn.GroupNorm, shape: Sequence[int]) -> Function | None:
+    weight, bias, groups, eps = layer.weight, layer.bias, layer.num_groups, layer.eps
+    if shape[0] * shape[1] // groups * shape[2] * shape[3] == 1:  # which F.group_norm refuses
+        return None
+
+    def run(x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and not x.requires_grad:  # where PyTorch's backward may be at fault
+            return group_norm(x, groups, weight, bias, eps)
+        return torch.group_norm(x, groups, weight, bias, eps, torch.backends.cudnn.enabled)
 
     return run

@@ -64,9 +64,10 @@ def _instance_norm(input: Tensor, *rest: Any, **more: Any) -> Tensor:
     return _flat(F.instance_norm, input, *rest, **more)
 
 
-def _group_norm(
+def group_norm(
     input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
+    """F.group_norm without the fault of its backward."""
     learned = any(parameter is not None and parameter.requires_grad for parameter in (weight, bias))
     if input.requires_grad or not learned or not _suggests_channels_last(input):
         return F.group_norm(input, num_groups, weight, bias, eps)
@@ -89,7 +90,7 @@ class repaired_norms(Replaced):
     replacements: ClassVar = {
         F.batch_norm: batch_norm,
         F.instance_norm: _instance_norm,
-        F.group_norm: _group_norm,
+        F.group_norm: group_norm,
     }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...branch.layers import Conv
 from ...native import nodes
 from ...native.constants import KEEP_NOTHING
 from ..function import NodeFunction, gradients
@@ -77,16 +78,20 @@ def slower(x: Tensor, chain: Chain) -> str:
     if not any(unit.conv is not None and not unit.conv.mean for unit in chain.units):
         return "without a convolution it was measured to be slower than plain PyTorch"
     coupled = any(unit.norm is not None and unit.norm.mode == "batch" for unit in chain.units)
-    entries, largest, widest, uneven = 0, 0, 0, False
+    entries, largest, widest, uneven, untiled = 0, 0, 0, False, 0
     for channels, height, width in maps_of(chain, x):
         if channels * height * width > entries:
             entries, largest = channels * height * width, channels
         widest = max(widest, channels)
         uneven = uneven or rule.is_uneven(channels, height, width)
+        untiled = untiled if rule.fills_tiles(width) else max(untiled, channels)
+    pixels = -(-entries // widest)
     if x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and chain.lower is not None):
-        fewest, pixels = _fewest_read(chain, x), -(-entries // widest)
-        count, casts = _convolutions_for_few_channels(chain), chain.lower is not None
-        return rule.slower_lowered_chain(x, coupled, fewest, widest, pixels, convolutions=count, casts=casts)
+        normed = any(unit.norm is not None for unit in chain.units)
+        convs = [unit.conv for unit in chain.units if unit.conv is not None and not unit.conv.mean]
+        fewest, count = of_few_channels(convs)
+        known = rule.OneEvaluation(fewest, widest, pixels, untiled, count, normed, coupled)
+        return rule.slower_lowered_chain(x, known, casts=chain.lower is not None)
     # Every sample's maps are read at each batch norm, and those of few channels are kept as wide as a vector.
     if coupled and largest < _FEWEST:
         return f"with batch norms of fewer than {_FEWEST} channels it was measured to be slower than plain PyTorch"
@@ -97,21 +102,14 @@ def slower(x: Tensor, chain: Chain) -> str:
         )
         return f"{beyond} it was measured to be slower than plain PyTorch"
     # The bound on channels is of the widest map, that on memory of the largest.
-    return rule.slower_than_eager(x, coupled, widest, -(-entries // widest))
+    return rule.slower_than_eager(x, coupled, widest, pixels)
 
 
-def _fewest_read(chain: Chain, x: Tensor) -> int:
-    """The channels of the narrowest map that a convolution reads."""
-    found = [unit.conv.in_channels for unit in chain.units if unit.conv is not None and not unit.conv.mean]
-    return min(found, default=x.shape[1])
-
-
-def _convolutions_for_few_channels(chain: Chain) -> int:
-    """How many convolutions there are; 0 without a norm, or where few channels meet a larger kernel or a stride."""
-    convs = [unit.conv for unit in chain.units if unit.conv is not None and not unit.conv.mean]
+def of_few_channels(convs: Sequence[Conv]) -> tuple[int, int]:
+    """The channels of the narrowest map that a convolution reads, and `OneEvaluation.convolutions`."""
     narrow = [conv for conv in convs if conv.in_channels < _FEWEST]
     simple = all(max(conv.kernel) <= 3 and conv.stride == (1, 1) for conv in narrow)
-    return len(convs) if simple and any(unit.norm is not None for unit in chain.units) else 0
+    return min((conv.in_channels for conv in convs), default=_FEWEST), len(convs) if simple else 0
 
 
 def maps_of(chain: Chain, x: Tensor) -> list[tuple[int, int, int]]:

@@ -77,6 +77,8 @@ class Resident(OperatorEngine):
                 slower = rule.slower_lowered(call.family, x, widest)
                 if slower or x.dtype == torch.float32:
                     return slower
+            if call.is_single and x.dtype == torch.bfloat16 and rule.multiplies_pairs():
+                return rule.slower_lowered_chain(x, _one_evaluation(program, x), casts=program.lower is not None)
             if call.is_single and x.dtype != torch.bfloat16:
                 few = rule.FEW_OF_STEPS if coupled else (0, 0)
                 return rule.slower_than_eager(x, coupled, widest, x.shape[2] * x.shape[3], few)
@@ -86,8 +88,7 @@ class Resident(OperatorEngine):
             lowered = program.lower is not None and x.dtype != torch.float64
             if call.family == "skew_pair" and (lowered or x.dtype == torch.bfloat16):
                 normed = any(norm is not None for norm in program.norms)
-                area = call.inputs[0].shape[2] * call.inputs[0].shape[3]
-                slower = rule.slower_lowered_pair(call.tensors[0], area, normed=normed, lowered=lowered)
+                slower = rule.slower_lowered_pair(call.inputs[0], call.tensors[0], normed=normed, lowered=lowered)
                 if slower:
                     return slower
             outputs, inputs = call.tensors[0].shape[:2]
@@ -102,6 +103,18 @@ class Resident(OperatorEngine):
 
     def rule_in_words(self) -> list[str]:
         return rule.in_words()
+
+
+def _one_evaluation(plan: Plan, x: Tensor) -> rule.OneEvaluation:
+    convs = [unit.conv for unit in plan.units if unit.conv is not None]
+    norms = [unit.norm for unit in plan.units if unit.norm is not None]
+    fewest, count = chain.of_few_channels(convs)
+    widest = max([x.shape[1], *[conv.out_channels for conv in convs]])
+    untiled = 0 if rule.fills_tiles(x.shape[3]) else widest
+    coupled = any(norm.mode == "batch" for norm in norms)
+    return rule.OneEvaluation(
+        fewest, widest, x.shape[2] * x.shape[3], untiled, count, normed=bool(norms), coupled=coupled
+    )
 
 
 def _refuses_branch(plan: Plan, tensors: MaybeTensors, x: Tensor | None) -> str:

@@ -228,6 +228,7 @@ LOWERED_PAIR = Line(most_channels=128)
 # Without norms, on any bfloat16 maps: within these bounds 1.0 to 2.5; of 32 channels at 16x16 0.93 to 1.4, of 16 at
 # 32x32 0.93 to 1.3, of 48 and more 0.5 to 1.9, of 3 on one side 0.64 to 3.5.
 UNNORMED_PAIR = (16, Line(most_channels=32, most_kb=16))
+PAIR_CONTIGUOUS = 1 << 17  # entries of y in contiguous memory; of more 0.82 to 1.0
 
 # Chains on bfloat16 maps, multiplied by those dot products: 16 channels at least, or a vector is mostly empty. Steps
 # and forwards of benchmarks.choose's blocks up to 160 channels, with four samples for each of two threads of an AMD
@@ -240,6 +241,11 @@ LOWERED_CHAIN = (16, Line(most_channels=160, few=(Few(4, 127),)))
 # median 1.5, and from 96x96 to 224x224 0.83 to 2.4; of 8 and 12 channels 0.93 to 2.5. Without a norm 0.75 to 1.4,
 # kernels of 5x5 0.5 to 1.4, of stride 2 0.7 to 1.4.
 IMAGE_CHANNELS, LOWERED_IMAGE = 3, 64 * 64
+# Maps whose rows are no whole rows of tiles, of so many channels and more, with norms and without: 14x14 and 28x28, 8
+# to 64 samples, there 0.76 to 1.1 (but for norms of several groups in channels_last, 1.3 to 1.5), below 0.92 to 1.6.
+LOWERED_UNEVEN = (128, 32)
+# Without norms, and in contiguous memory, of more entries 0.88 to 1.0, of fewer 1.1 to 1.7.
+UNNORMED_CONTIGUOUS = 3 << 17
 # Wider ones with batch norms and small maps, one thread, 2026-11-27: 1.05 to 1.3 at 256.
 LOWERED_COUPLED_CHAIN = Line(most_channels=256, most_kb=32, few=(Few(8, 0),))
 # Wider ones whose float32 weights autocast has PyTorch cast: blocks of 256 channels at 8x8 with 32 and 64 samples, two
@@ -368,60 +374,101 @@ def slower_lowered(family: str, x: torch.Tensor, channels: int) -> str:
     return f"{why}{beyond} it was measured to be slower than plain PyTorch" if beyond else ""
 
 
-def _of_few_channels(x: torch.Tensor, least: int, fewest: int, convolutions: int) -> str:
-    if fewest >= least or (convolutions > 1 and not _tiles):
-        return ""
-    beyond = f"with fewer than {least} channels"
-    if convolutions == 0 or fewest > IMAGE_CHANNELS or _tiles:
-        return beyond
-    return f"{beyond} and more than {LOWERED_IMAGE} pixels" if x.shape[2] * x.shape[3] > LOWERED_IMAGE else ""
+@dataclass(frozen=True)
+class OneEvaluation:
+    """What a rule knows of a chain, or of another block with one evaluation of its branch.
+
+    Args:
+        fewest: channels of the narrowest map that a convolution reads.
+        widest: channels of the widest map.
+        pixels: of a map of so many channels that is as large as the largest.
+        uneven: channels of the widest map whose rows are no whole rows of tiles (`fills_tiles`); 0: there is none.
+        convolutions: how many there are; 0 where kernels larger than 3x3, or of stride 2, read few channels.
+        normed: whether there is a norm.
+        coupled: whether a norm takes its statistics over the batch.
+    """
+
+    fewest: int
+    widest: int
+    pixels: int
+    uneven: int = 0
+    convolutions: int = 0
+    normed: bool = True
+    coupled: bool = False
 
 
-def slower_lowered_chain(
-    x: torch.Tensor,
-    coupled: bool,
-    fewest: int,
-    widest: int,
-    pixels: int,
-    *,
-    convolutions: int = 0,
-    casts: bool = False,
-) -> str:
+def fills_tiles(width: int) -> bool:
+    """Whether rows of a map, or of maps that lie together, are whole tiles' rows in products of bfloat16."""
+    return width % 16 == 0 or 32 % width == 0
+
+
+def multiplies_pairs() -> bool:
+    """Whether bfloat16 is multiplied by AVX-512's dot products, and not on AMX tiles."""
+    return _products and not _tiles
+
+
+def slower_lowered_chain(x: torch.Tensor, chain: OneEvaluation, *, casts: bool = False) -> str:
     """Why a chain is taken to be slower than plain PyTorch on bfloat16 maps; empty if not.
 
     Args:
         x: the input [N, C, H, W].
-        coupled: whether a norm takes its statistics over the batch.
-        fewest: channels of the narrowest map that a convolution reads.
-        widest: channels of the widest map.
-        pixels: of a map of so many channels that is as large as the largest.
-        convolutions: how many there are; 0 without a norm, or where kernels larger than 3x3 or of stride 2 read few
-            channels.
+        chain: what is known of it.
         casts: whether plain PyTorch casts the weights at every call, as under autocast.
     """
     if not _tiles and not _products:
         return "on bfloat16 maps it was measured on CPUs that multiply them, and not on this kind"
     least, line = TILED_CHAIN if _tiles else LOWERED_CHAIN
     batch = samples(x)
-    narrow = _of_few_channels(x, least, fewest, convolutions)
     lines = [line]
-    if not _tiles and widest > (line.most_channels or 0):
-        wider = ((coupled, LOWERED_COUPLED_CHAIN), (casts, LOWERED_CAST_CHAIN))
+    if not _tiles and chain.widest > (line.most_channels or 0):
+        wider = ((chain.coupled, LOWERED_COUPLED_CHAIN), (casts, LOWERED_CAST_CHAIN))
         lines = [each for holds, each in wider if holds] or lines
-    over = [each.beyond(widest, pixels, 4, batch, threads()) for each in lines]
-    beyond = few_for_threads(batch) or narrow or ("" if "" in over else over[-1])
+    over = [each.beyond(chain.widest, chain.pixels, 4, batch, threads()) for each in lines]
+    beyond = few_for_threads(batch) or _of_few_channels(x, least, chain) or ("" if "" in over else over[-1])
+    if not beyond and not _tiles:
+        beyond = _of_little_gain(x, chain)
     return f"on bfloat16 maps {beyond} it was measured to be slower than plain PyTorch" if beyond else ""
 
 
-def slower_lowered_pair(weight: torch.Tensor, pixels: int, *, normed: bool, lowered: bool) -> str:
+def _of_few_channels(x: torch.Tensor, least: int, chain: OneEvaluation) -> str:
+    if chain.fewest >= least:
+        return ""
+    beyond = f"with fewer than {least} channels"
+    if _tiles or not chain.normed or chain.convolutions == 0:
+        return beyond
+    if chain.convolutions > 1:
+        return ""
+    if chain.fewest > IMAGE_CHANNELS:
+        return beyond
+    return f"{beyond} and more than {LOWERED_IMAGE} pixels" if x.shape[2] * x.shape[3] > LOWERED_IMAGE else ""
+
+
+def _of_little_gain(x: torch.Tensor, chain: OneEvaluation) -> str:
+    """Where the convolutions are slower than PyTorch's, or nothing beside them is faster."""
+    normed, unnormed = LOWERED_UNEVEN
+    if chain.uneven >= (normed if chain.normed else unnormed):
+        most = normed if chain.normed else unnormed
+        return f"with {most} channels and more of widths that are no multiple of 16 and do not divide 32"
+    if chain.normed or not _is_large_contiguous(x, UNNORMED_CONTIGUOUS):
+        return ""
+    return f"without norms, with more than {UNNORMED_CONTIGUOUS} entries not in channels_last,"
+
+
+def _is_large_contiguous(x: torch.Tensor, entries: int) -> bool:
+    known = samples(x) is not None
+    return known and not x.is_contiguous(memory_format=torch.channels_last) and x.numel() > entries
+
+
+def slower_lowered_pair(y: torch.Tensor, weight: torch.Tensor, *, normed: bool, lowered: bool) -> str:
     """Why the skew pair alone is taken to be slower than plain PyTorch's on bfloat16 maps; empty if not.
 
     Args:
+        y: the first of its states [N, C, H, W].
         weight: of the pair.
-        pixels: of y's map.
         normed: whether the pair has norms.
         lowered: whether it runs under autocast.
     """
+    pixels = y.shape[2] * y.shape[3]
     fewest, line, where = 0, Line(), "under autocast " if lowered else ""
     if _tiles and lowered:
         fewest, line = TILED_PAIR
@@ -431,6 +478,8 @@ def slower_lowered_pair(weight: torch.Tensor, pixels: int, *, normed: bool, lowe
         line = LOWERED_PAIR
     few = f"with fewer than {fewest} channels" if min(weight.shape[:2]) < fewest else ""
     beyond = few or line.beyond(max(weight.shape[:2]), pixels, 4, 1, 1)
+    if not beyond and not normed and not _tiles and _is_large_contiguous(y, PAIR_CONTIGUOUS):
+        beyond = f"with more than {PAIR_CONTIGUOUS} entries not in channels_last,"
     return f"{where}{beyond} it was measured to be slower than plain PyTorch" if beyond else ""
 
 
