@@ -1,8 +1,8 @@
-# make test | bench [SUITE=cpu|all] [ARGS=...] | lint | docs | fuzz [SECONDS=60|CASES=...] | recipes | versions | gpu [PYTHON=python3] [STEP=smoke|check|bench|sanitize] [RESULTS=folder] | kernels | choose | sanitize | simt-asan | portable | tiles | format | setup | clean
+# make test | bench [SUITE=cpu|all] [ARGS=...] | lint | docs | fuzz [SECONDS=60|CASES=...] | slower [SECONDS=60] | recipes | versions | gpu [PYTHON=python3] [STEP=smoke|check|bench|sanitize] [RESULTS=folder] | kernels | choose | sanitize | simt-asan | portable | tiles | format | setup | clean
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: test versions bench lint docs format gpu kernels choose fuzz recipes sanitize simt-asan portable tiles clean setup
+.PHONY: test versions bench lint docs format gpu kernels choose fuzz slower recipes sanitize simt-asan portable tiles clean setup
 
 PYTHON ?= python3
 SUITE ?= default
@@ -84,6 +84,11 @@ choose: $(STAMP)
 fuzz: $(STAMP)
 	$(BIN)/python -m fastode build
 	$(BIN)/python -m benchmarks.fuzz $(if $(CASES),--cases $(CASES),--seconds $(SECONDS)) $(ARGS)
+
+# Random blocks under "auto" beside eager, on a quiet machine: what the rule of choice makes slower.
+slower: $(STAMP)
+	$(BIN)/python -m fastode build
+	$(BIN)/python -m benchmarks.slower --seconds $(SECONDS) $(ARGS)
 
 # The two fastest of the papers' experiments, by their command: half a minute on two cores.
 recipes: $(STAMP)
