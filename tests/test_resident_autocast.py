@@ -372,3 +372,9 @@ def test_what_it_refuses_and_what_auto_leaves(monkeypatch: pytest.MonkeyPatch) -
     assert pair.against(ENGINE, many, many) == left and pair.against(ENGINE, many[1:], many[1:]) == ""
     last = many.contiguous(memory_format=torch.channels_last)
     assert pair.against(ENGINE, last, last) == ""
+    for channels, samples, most in ((16, 96, 0), (16, 97, 393216), (64, 8, 0), (64, 9, 131072)):
+        pair, x = fastode.nn.SkewPair(channels, channels).to(BF16), torch.zeros(samples, channels, 16, 16, dtype=BF16)
+        left = f"with more than {most} entries not in channels_last, {slow}" if most else ""
+        assert pair.against(ENGINE, x, x) == left
+        last = x.contiguous(memory_format=torch.channels_last)
+        assert pair.against(ENGINE, last, last) == ""

@@ -228,7 +228,9 @@ LOWERED_PAIR = Line(most_channels=128)
 # Without norms, on any bfloat16 maps: within these bounds 1.0 to 2.5; of 32 channels at 16x16 0.93 to 1.4, of 16 at
 # 32x32 0.93 to 1.3, of 48 and more 0.5 to 1.9, of 3 on one side 0.64 to 3.5.
 UNNORMED_PAIR = (16, Line(most_channels=32, most_kb=16))
-PAIR_CONTIGUOUS = 1 << 17  # entries of y in contiguous memory; of more 0.82 to 1.0
+# In contiguous memory, with norms and without: of more entries of y 0.81 to 1.0, without norms or of 64 channels and
+# more; else of more than the second number 0.91 to 1.05, of fewer 0.98 to 1.6.
+PAIR_CONTIGUOUS = (64, 1 << 17, 3 << 17)
 
 # Chains on bfloat16 maps, multiplied by those dot products: 16 channels at least, or a vector is mostly empty. Steps
 # and forwards of benchmarks.choose's blocks up to 160 channels, with four samples for each of two threads of an AMD
@@ -478,8 +480,10 @@ def slower_lowered_pair(y: torch.Tensor, weight: torch.Tensor, *, normed: bool, 
         line = LOWERED_PAIR
     few = f"with fewer than {fewest} channels" if min(weight.shape[:2]) < fewest else ""
     beyond = few or line.beyond(max(weight.shape[:2]), pixels, 4, 1, 1)
-    if not beyond and not normed and not _tiles and _is_large_contiguous(y, PAIR_CONTIGUOUS):
-        beyond = f"with more than {PAIR_CONTIGUOUS} entries not in channels_last,"
+    wide, few_entries, many = PAIR_CONTIGUOUS
+    most = many if normed and max(weight.shape[:2]) < wide else few_entries
+    if not beyond and not _tiles and _is_large_contiguous(y, most):
+        beyond = f"with more than {most} entries not in channels_last,"
     return f"{where}{beyond} it was measured to be slower than plain PyTorch" if beyond else ""
 
 
