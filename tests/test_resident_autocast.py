@@ -307,6 +307,19 @@ def test_which_single_evaluations_auto_leaves_on_bfloat16_maps(monkeypatch: pyte
             )
 
 
+def test_the_choice_is_made_anew_for_another_memory_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rule, "_tiles", False)
+    monkeypatch.setattr(rule, "_products", True)
+    monkeypatch.setattr(rule, "UNNORMED_CONTIGUOUS", 0)
+    chain = fastode.nn.Chain(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU()).to(BF16)
+    x, engines = torch.zeros(4, 16, 8, 8, dtype=BF16), []
+    for layout in (torch.contiguous_format, torch.channels_last, torch.contiguous_format):
+        with choice.recording() as used:
+            chain(x.contiguous(memory_format=layout))
+        engines += used.values()
+    assert engines == ["reference", ENGINE, "reference"]
+
+
 def test_what_it_refuses_and_what_auto_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     def scheme(channels: int) -> Any:
         return fastode.nn.SSP3(reference.PreActBranch(channels, norm="layer"))
@@ -378,3 +391,10 @@ def test_what_it_refuses_and_what_auto_leaves(monkeypatch: pytest.MonkeyPatch) -
         assert pair.against(ENGINE, x, x) == left
         last = x.contiguous(memory_format=torch.channels_last)
         assert pair.against(ENGINE, last, last) == ""
+    monkeypatch.setattr(rule, "_products", False)  # as on a CPU that multiplies bfloat16 in float32: not measured
+    pair = fastode.nn.SkewPair(40, 40, norm="none").to(BF16)
+    assert pair.against(ENGINE, maps(40, BF16), maps(40, BF16)) == ""
+    with torch.autocast("cpu", BF16):
+        assert pair.float().against(ENGINE, maps(40, BF16), maps(40, BF16)) == ""
+        pair = fastode.nn.SkewPair(96, 96)
+        assert pair.against(ENGINE, maps(96, BF16), maps(96, BF16)) == f"under autocast {beyond.format(64)} {slow}"

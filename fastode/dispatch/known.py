@@ -130,7 +130,7 @@ def kind_of_call(constants: Hashable, inputs: tuple[Tensor, ...], reading: _Read
         return None
     shapes = tuple([(type(x), x.dtype, x.shape, x.device, x.layout) for x in inputs])
     x = inputs[0]
-    asked: Hashable = None
+    asked: Hashable = x.is_contiguous(memory_format=torch.channels_last)
     if x.device.type in trial.DEVICES:
         asked = (mode(inputs, reading.tensors), torch.is_grad_enabled(), trial.allows_tf32(), x.stride())
     lower = autocast_dtype(x) if torch._C._is_any_autocast_enabled() else None  # few calls ask for a device's name

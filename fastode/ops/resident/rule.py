@@ -219,18 +219,18 @@ LOWERED = {"ie": Line(most_channels=64, most_kb=64), "shu_osher": Line(most_chan
 # Bfloat16 maps: 1.04 to 5 up to 128 channels, 0.8 to 1.2 at 256, 0.6 to 1.06 at 512; schemes of one evaluation 0.99 to
 # 2.8 up to 128, of 4 to 32 samples.
 LOWERED_MAPS = Line(most_channels=128)
-# The skew pair alone on AMX tiles, under autocast: measured nowhere, so within what held on dot products at first.
-TILED_PAIR = (16, Line(most_channels=64))
-# Elsewhere with norms, which PyTorch's take longest in: two threads of an AMD EPYC, 2026-11-28, group, layer and
-# instance norms, 3 to 128 channels, 4x4 to 32x32, 4 to 64 samples, strides 1 and 2, steps, attacks' steps and forwards:
-# 0.97 to 20, median 2.7; of 160 channels 0.84 to 1.2, of 256 0.68 to 1.04.
+# The skew pair alone on other CPUs than these, AMX tiles included, under autocast: what held here at first.
+ELSEWHERE_PAIR = (16, Line(most_channels=64))
+# Here two threads, 2026-11-28, 3 to 128 channels, 4x4 to 32x32, 4 to 64 samples, strides 1 and 2, steps, attacks' steps
+# and forwards. With norms (group, layer, instance), which take PyTorch the longest, under autocast: 0.97 to 20, median
+# 2.7; of 160 channels 0.84 to 1.2, of 256 0.68 to 1.04.
 LOWERED_PAIR = Line(most_channels=128)
 # Without norms, on any bfloat16 maps: within these bounds 1.0 to 2.5; of 32 channels at 16x16 0.93 to 1.4, of 16 at
 # 32x32 0.93 to 1.3, of 48 and more 0.5 to 1.9, of 3 on one side 0.64 to 3.5.
 UNNORMED_PAIR = (16, Line(most_channels=32, most_kb=16))
-# In contiguous memory, with norms and without: of more entries of y 0.81 to 1.0, without norms or of 64 channels and
-# more; else of more than the second number 0.91 to 1.05, of fewer 0.98 to 1.6.
-PAIR_CONTIGUOUS = (64, 1 << 17, 3 << 17)
+# Maps in contiguous memory, of more entries of y than these. Narrow pairs with norms: 0.91 to 1.05, of fewer entries
+# 0.98 to 1.6. Wide ones, from so many channels on, and all without norms: 0.81 to 1.0.
+CONTIGUOUS_NARROW_PAIR, CONTIGUOUS_WIDE_PAIR, WIDE_PAIR = 3 << 17, 1 << 17, 64
 
 # Chains on bfloat16 maps, multiplied by those dot products: 16 channels at least, or a vector is mostly empty. Steps
 # and forwards of benchmarks.choose's blocks up to 160 channels, with four samples for each of two threads of an AMD
@@ -299,13 +299,13 @@ def in_words() -> list[str]:
             lines[f"{family} {dtype}"] = stand_in(family, dtype)
     rows = [f"  {name:<32}{line.describe()}{f': {line.why}' if line.why else ''}" for name, line in lines.items()]
     rows.append(f"  {ODE_SOLUTION:<32}{SOLUTION.describe()}")
-    fewest, pair = TILED_PAIR if _tiles else UNNORMED_PAIR
-    name = "skew_pair, autocast" if _tiles else "skew_pair, bfloat16, no norms"
+    fewest, pair = UNNORMED_PAIR if multiplies_pairs() else ELSEWHERE_PAIR
+    name = "skew_pair, bfloat16, no norms" if multiplies_pairs() else "skew_pair, autocast"
     rows += [
         f"  {'one-step blocks, autocast':<32}{LOWERED_MAPS.describe()}",
         f"  {name:<32}{fewest} channels at least, on both sides, and {pair.describe()}",
     ]
-    if not _tiles:
+    if multiplies_pairs():
         rows.append(f"  {'skew_pair, autocast, norms':<32}{LOWERED_PAIR.describe()}")
     least, chain = TILED_CHAIN if _tiles else LOWERED_CHAIN
     rows.append(f"  {'chain, bfloat16 maps':<32}{least} channels at least, and {chain.describe()}")
@@ -470,19 +470,18 @@ def slower_lowered_pair(y: torch.Tensor, weight: torch.Tensor, *, normed: bool, 
         normed: whether the pair has norms.
         lowered: whether it runs under autocast.
     """
-    pixels = y.shape[2] * y.shape[3]
+    here, pixels, widest = multiplies_pairs(), y.shape[2] * y.shape[3], max(weight.shape[:2])
     fewest, line, where = 0, Line(), "under autocast " if lowered else ""
-    if _tiles and lowered:
-        fewest, line = TILED_PAIR
-    elif not normed and not _tiles:
+    if lowered and not here:
+        fewest, line = ELSEWHERE_PAIR
+    elif here and not normed:
         (fewest, line), where = UNNORMED_PAIR, f"{where}without norms "
     elif lowered:
         line = LOWERED_PAIR
     few = f"with fewer than {fewest} channels" if min(weight.shape[:2]) < fewest else ""
-    beyond = few or line.beyond(max(weight.shape[:2]), pixels, 4, 1, 1)
-    wide, few_entries, many = PAIR_CONTIGUOUS
-    most = many if normed and max(weight.shape[:2]) < wide else few_entries
-    if not beyond and not _tiles and _is_large_contiguous(y, most):
+    beyond = few or line.beyond(widest, pixels, 4, 1, 1)
+    most = CONTIGUOUS_NARROW_PAIR if normed and widest < WIDE_PAIR else CONTIGUOUS_WIDE_PAIR
+    if here and not beyond and _is_large_contiguous(y, most):
         beyond = f"with more than {most} entries not in channels_last,"
     return f"{where}{beyond} it was measured to be slower than plain PyTorch" if beyond else ""
 
