@@ -127,6 +127,13 @@ def test_staged_is_left_to_plain_pytorch_where_that_was_faster(
         assert fused.against("staged", *last) == ""
 
 
+def test_staged_takes_pairs_whose_group_norms_pytorch_is_slow_in() -> None:
+    for channels, norm, taken in ((120, "group", True), (128, "group", False), (128, "instance", True)):
+        pair = fastode.nn.SkewPair(channels, channels, norm=norm).bfloat16()
+        x = torch.zeros(2, channels, 4, 4, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+        assert (pair.against("staged", x, x) == "") == taken
+
+
 def used(block: nn.Module, x: Tensor) -> str:
     known.forget()  # what was chosen under another rule: outside tests a process has one
     with choice.recording() as engines:

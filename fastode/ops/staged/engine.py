@@ -25,6 +25,7 @@ _TOO_WIDE_CONTIGUOUS = 256  # of an IE-Skip in float32 whose maps are not channe
 _MOST_LOWERED = 128  # of an IE-Skip under autocast, likewise
 _MOST_LOWERED_PAIR = 64  # of a skew pair's solution by equal steps, under autocast
 _FEWEST_OF_SOLUTIONS = 1 << 16  # entries, likewise
+_NARROW_GROUP = 16  # channels of a group norm's group; with fewer PyTorch's is slow on bfloat16 maps in channels_last
 
 
 class Staged(OperatorEngine):
@@ -99,12 +100,16 @@ def _slower_pair(call: Call, program: Pair) -> str:
 
     In eager's time, two threads of an AMD EPYC with dot products of bfloat16, 2026-11-28: the pair alone 1.05 to 2.1,
     in float32, float64 and bfloat16, with norms and without; a solution by equal steps 0.87 to 1.4 of fewer than 65536
-    entries, of more 0.55 to 1.14. Where PyTorch has norms of several groups on bfloat16 maps in channels_last, 0.1 to
-    1.1, both. One thread, 2026-11-27: that solution under autocast past 64 channels 0.7 to 1.08, by error 0.17 to 0.5.
+    entries, of more 0.55 to 1.14. Where PyTorch has norms of several groups of fewer than 16 channels on bfloat16 maps
+    in channels_last, 0.1 to 1.06, both; of more, 0.9 to 1.3. One thread, 2026-11-27: that solution under autocast past
+    64 channels 0.7 to 1.08, by error 0.17 to 0.5.
     """
     x, weight, slower = call.inputs[0], call.tensors[0], "it was measured to be slower than plain PyTorch"
     assert weight is not None
-    several = any(norm is not None and norm.groups > 1 for norm in program.norms)
+    narrow = min(weight.shape[:2])
+    several = any(
+        norm is not None and norm.groups > 1 and narrow < _NARROW_GROUP * norm.groups for norm in program.norms
+    )
     slow_norms = several and x.dtype == torch.bfloat16 and is_channels_last(x)
     if call.family == "skew_pair":
         return "" if slow_norms else f"for pairs {slower}"
