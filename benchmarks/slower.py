@@ -24,20 +24,14 @@ from fastode import reference
 from fastode.dispatch import choice
 from fastode.testing import sample_input
 
-from . import header, timing, workloads
+from . import drawn, header, timing, workloads
 
 BELOW = 0.95  # of eager's speed
 ROUNDS, AGAIN = 3, 9  # of a first measurement, and of one that is slower
 MOST_ENTRIES = 1 << 22  # of an input
 CHANNELS, SIDES, BATCHES = (8, 16, 16, 32, 32, 64, 64, 128, 256), (4, 8, 8, 14, 16, 16, 28, 32, 32), (2, 8, 32, 64)
 DTYPES = ("float32", "bfloat16", "autocast", "autocast of bfloat16 maps")
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "relu": nn.ReLU,
-    "leaky_relu": nn.LeakyReLU,
-    "tanh": nn.Tanh,
-    "silu": nn.SiLU,
-    "gelu": nn.GELU,
-}
+ACTIVATIONS = {name: drawn.ACTIVATIONS[name] for name in ("relu", "leaky_relu", "tanh", "silu", "gelu")}
 NORMS: dict[str, Callable[[int], nn.Module]] = {
     "none": lambda channels: nn.Identity(),
     "batch": nn.BatchNorm2d,
@@ -48,7 +42,7 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 
 
 class Lowered(nn.Module):
-    """A block that runs under autocast to bfloat16."""
+    """A block under autocast; its output stays bfloat16, which `contenders.Autocast` makes float32 for a loss."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()

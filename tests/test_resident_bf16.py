@@ -12,8 +12,8 @@ import fastode
 from fastode import reference
 from fastode.testing import Layout, assert_blocks_equal, sample_input
 
-# One block of 16 channels and two, an odd number of them, several of 32; rows of whole tiles, and rows laid end to end.
 LAYOUTS: tuple[Layout, ...] = ("contiguous", "channels_last")
+# One block of 16 channels and two, an odd number of them, several of 32; rows of whole tiles, and rows laid end to end.
 SHAPES = [(16, 4, 32), (8, 5, 20), (48, 6, 16), (40, 5, 7), (96, 4, 4), (128, 3, 9)]
 
 

@@ -10,7 +10,7 @@ import torch
 from benchmarks import slower, workloads
 
 
-def test_every_case_can_be_drawn_again_and_runs() -> None:
+def test_every_case_can_be_drawn_again() -> None:
     words = set()
     for index in range(40):
         first, second = slower.draw_case(3, index), slower.draw_case(3, index)

@@ -106,12 +106,12 @@ inline const bfloat16* multiply_blocks_of(const TileRun& run, const TileKernel& 
   return all;
 }
 
-// Calls step() for the taps [begin, end) of a kernel's row, whose inputs lie `apart`: at once if these are neighbours
-// and nothing lies between them.
+// Calls step() for the taps [begin, end) of a kernel's row, whose steps' inputs lie `along` apart: at once if the taps'
+// are neighbours and nothing lies between them.
 template <int N, class Step>
-inline void multiply_taps(const Steps& steps, const bfloat16* weights, int64_t offset, int64_t apart, int64_t begin,
+inline void multiply_taps(const Steps& steps, const bfloat16* weights, int64_t offset, int64_t along, int64_t begin,
                           int64_t end, bool neighbours, const Step& step) {
-  const int64_t tap = steps.tap() * N;
+  const int64_t tap = steps.tap() * N, apart = along / (steps.paired ? 2 : 1);
   weights += begin * tap, offset += begin * apart;
   if (neighbours && steps.full()) return step(weights, offset, (end - begin) * steps.pairs);
   for (int64_t x = begin; x < end; ++x, offset += apart, weights += tap) step(weights, offset, steps.pairs);
@@ -122,7 +122,7 @@ template <int N, class Step, class Three>
 inline const bfloat16* multiply_rows_of(const TileRun& run, const TileKernel& kernel, const bfloat16* all,
                                         int64_t begin, int64_t end, bool alone, const Step& step, const Three& three) {
   const Steps& steps = kernel.steps;
-  const int64_t row = steps.wide * steps.blocks * N * kTileElements, apart = run.step / (steps.paired ? 2 : 1);
+  const int64_t row = steps.wide * steps.blocks * N * kTileElements;
   for (int64_t y = kernel.first; y < kernel.last; ++y) {
     const bfloat16* weights = all + y * row;
     const int64_t offset = kernel.at + y * run.row;
@@ -131,7 +131,7 @@ inline const bfloat16* multiply_rows_of(const TileRun& run, const TileKernel& ke
         three(weights, steps.tap(), offset, steps.pairs);
         continue;
       }
-    multiply_taps<N>(steps, weights, offset, apart, begin, end, alone, step);
+    multiply_taps<N>(steps, weights, offset, run.step, begin, end, alone, step);
   }
   return all + steps.high * row;
 }

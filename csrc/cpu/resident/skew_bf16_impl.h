@@ -31,8 +31,7 @@ void multiply_rows(const RowRun& run, const bfloat16* const* in, float* sums) {
         const bfloat16* weights = run.weights;
         for (int64_t offset : run.rows) {
           if constexpr (kPairwise) {
-            multiply_taps<N>(run.steps, weights, offset, run.step / (run.steps.paired ? 2 : 1), 0, run.steps.taps, true,
-                             step);
+            multiply_taps<N>(run.steps, weights, offset, run.step, 0, run.steps.taps, true, step);
             weights += run.steps.blocks * wide * N * kTileElements;
             continue;
           }

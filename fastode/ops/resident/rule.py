@@ -447,9 +447,8 @@ def _of_few_channels(x: torch.Tensor, least: int, chain: OneEvaluation) -> str:
 
 def _of_little_gain(x: torch.Tensor, chain: OneEvaluation) -> str:
     """Where the convolutions are slower than PyTorch's, or nothing beside them is faster."""
-    normed, unnormed = LOWERED_UNEVEN
-    if chain.uneven >= (normed if chain.normed else unnormed):
-        most = normed if chain.normed else unnormed
+    most = LOWERED_UNEVEN[0 if chain.normed else 1]
+    if chain.uneven >= most:
         return f"with {most} channels and more of widths that are no multiple of 16 and do not divide 32"
     if chain.normed or not _is_large_contiguous(x, UNNORMED_CONTIGUOUS):
         return ""

@@ -8,7 +8,6 @@ import torch
 
 from ...tracing import is_exporting
 from ..engine import NO_LINEAR, ODE_SOLUTION, Call, OperatorEngine
-from ..maps import is_channels_last
 from ..plan import Plan
 from ..schemes.chain import chain
 from ..schemes.implicit_euler import descent, exact
@@ -110,7 +109,7 @@ def _slower_pair(call: Call, program: Pair) -> str:
     several = any(
         norm is not None and norm.groups > 1 and narrow < _NARROW_GROUP * norm.groups for norm in program.norms
     )
-    slow_norms = several and x.dtype == torch.bfloat16 and is_channels_last(x)
+    slow_norms = several and x.dtype == torch.bfloat16 and x.is_contiguous(memory_format=torch.channels_last)
     if call.family == "skew_pair":
         return "" if slow_norms else f"for pairs {slower}"
     if call.family != "skew_solution":
