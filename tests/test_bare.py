@@ -14,6 +14,8 @@ from torch.overrides import TorchFunctionMode
 import fastode
 from fastode import reference
 from fastode.dispatch import bare, choice
+from fastode.dispatch.engines import REFERENCE
+from fastode.ops.engine import Engine
 from fastode.testing import sample_input
 
 
@@ -48,22 +50,113 @@ def same(fused: nn.Module, plain: nn.Module, x: Tensor) -> None:
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How often a block was called as functions."""
+    """How often a block was called as functions; a scheme's, how often its branch was."""
     calls: list[int] = []
-    real = bare.block_of
 
-    def counting(*arguments: Any) -> bare.Function | None:
-        function = real(*arguments)
+    def count(name: str) -> None:
+        real = getattr(bare, name)
 
-        def run(x: Tensor) -> Tensor:
-            calls.append(1)
-            assert function is not None
-            return function(x)
+        def counting(*arguments: Any) -> Any:
+            function = real(*arguments)
 
-        return None if function is None else run
+            def run(*inputs: Tensor) -> Any:
+                calls.append(1)
+                return function(*inputs)
 
-    monkeypatch.setattr(bare, "block_of", counting)
+            return None if function is None else run
+
+        monkeypatch.setattr(bare, name, counting)
+
+    for name in ("block_of", "sequence_of", "branch_of", "pair_of"):
+        count(name)
     return calls
+
+
+@pytest.fixture
+def left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has "auto" leave every call to PyTorch."""
+    real = choice.choose
+
+    def choose(*arguments: Any) -> Engine:
+        real(*arguments)
+        return REFERENCE
+
+    monkeypatch.setattr(choice, "choose", choose)
+
+
+NORMS: dict[str, Callable[[], nn.Module]] = {
+    "none": nn.Identity,
+    "batch": lambda: nn.BatchNorm2d(4),
+    "group": lambda: nn.GroupNorm(2, 4),
+    "instance": lambda: nn.InstanceNorm2d(4, affine=True),
+}
+
+
+def branch(norm: Callable[[], nn.Module]) -> nn.Module:
+    """A pre-activation branch of two units."""
+    unit = [nn.Sequential(norm(), nn.SiLU(), nn.Conv2d(4, 4, 3, padding=1)) for _ in range(2)]
+    return nn.Sequential(*unit)
+
+
+def stem(norm: Callable[[], nn.Module]) -> list[nn.Module]:
+    """A convolution of stride 2, a norm and an activation."""
+    return [nn.Conv2d(4, 4, 3, 2, 1, bias=False), norm(), nn.ReLU()]
+
+
+# How each block is made, and how many calls of functions one of its is.
+BLOCKS: dict[str, tuple[Callable[[Callable[[], nn.Module]], nn.Module], int]] = {
+    "Chain": (lambda norm: reference.Chain(*stem(norm)), 1),
+    "Chain with a head": (lambda norm: reference.Chain(*stem(norm), nn.Upsample(scale_factor=2.0)), 1),
+    "Chain into a block": (lambda norm: reference.Chain(*stem(norm), reference.ResBlock(branch(norm))), 2),
+    "ResBlock": (lambda norm: reference.ResBlock(branch(norm), 0.3), 1),
+    "SSP2": (lambda norm: reference.SSP2(branch(norm)), 2),
+    "SSP3": (lambda norm: reference.SSP3(branch(norm)), 3),
+    "Midpoint": (lambda norm: reference.Midpoint(branch(norm)), 2),
+    "PolyBlock": (lambda norm: reference.PolyBlock(branch(norm)), 2),
+}
+
+
+@pytest.mark.usefixtures("left")
+@pytest.mark.parametrize("size", [(1, 4, 6), (2, 4, 4), (3, 1, 4)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_every_block_has_the_bits_of_its_reference(
+    counted: list[int], name: str, norm: str, layout: torch.memory_format, size: tuple[int, int, int]
+) -> None:
+    make, calls = BLOCKS[name]
+    torch.manual_seed(0)
+    block = make(NORMS[norm])
+    x = sample_input(size[0], 4, *size[1:], dtype=torch.float32, seed=1).to(memory_format=layout)
+    for train in (True, False):
+        fused, plain = pair(block, train)
+        for lower in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=lower):
+                same(fused, plain, x)
+                with torch.no_grad():
+                    assert torch.equal(fused(x), plain(x))
+    assert len(counted) == 8 * calls
+
+
+@pytest.mark.usefixtures("left")
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("norm", ["none", "batch", "group", "instance"])
+def test_a_skew_pair_has_the_bits_of_its_reference(
+    counted: list[int], norm: str, layout: torch.memory_format, stride: int
+) -> None:
+    torch.manual_seed(0)
+    fused, plain = pair(reference.SkewPair(4, 4, stride, 0.1, norm=norm))
+    for samples in (1, 2):
+        x = sample_input(samples, 4, 4, 6, dtype=torch.float32, seed=1).to(memory_format=layout)
+        found = []
+        for each in (fused, plain):
+            state = [part.detach().clone().requires_grad_() for part in plain.initial_state(x)]
+            slopes = each(*state)
+            total = sum(slope.square().sum() for slope in slopes)
+            found.append([*slopes, *torch.autograd.grad(total, [*state, *each.parameters()]), *each.buffers()])
+        assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(*found, strict=True))
+    assert len(counted) == 2
 
 
 @pytest.mark.parametrize("train", [True, False])

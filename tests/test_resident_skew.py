@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastode
 from fastode import functional, reference
 from fastode.native import nodes
+from fastode.ops.resident import pairs
 from fastode.ops.resident import rule as measured
 from fastode.ops.staged import engine as staged_engine
 from fastode.reference.skew import skew_field
@@ -148,7 +149,7 @@ def test_function_on_tiles(kernel: int, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(
         measured, "_rule", measured.Rule({"skew_pair sample bfloat16": measured.Line()}, "a test", True)
     )
-    monkeypatch.setattr(measured, "UNNORMED_PAIR", (1, measured.Line()))
+    monkeypatch.setattr(pairs, "FEWEST_UNNORMED", 1)
     given = maps_of((6, 20, 1, 9, 11), dtype=torch.bfloat16)
     twin = Function(kernel, True)
     assert "ResidentSkewFunction" in twin(*given)[0].grad_fn.name()

@@ -17,6 +17,7 @@ import fastode
 from fastode import reference
 from fastode.dispatch import choice, known
 from fastode.ops.resident import rule as measured
+from fastode.ops.resident import small
 from fastode.ops.resident.rule import Few, Line, Rule
 from fastode.testing import compare_tensors, sample_input
 
@@ -24,6 +25,12 @@ MEASURED_ON = {"device": "a CPU", "threads": 2, "torch": "2.13.0", "date": "2026
 FEW = {"below": 2.0, "most_channels": 4, "most_kb": 1}
 BOUNDS = {"most_channels": 8, "most_kb": 2, "least_pixels": 4, "least_channels": 2, "few": [FEW]}
 LINE = Line(8, 2, 4, 2, (Few(2.0, 4, 1),))
+
+
+@pytest.fixture(autouse=True)
+def _no_call_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lines alone are to say."""
+    monkeypatch.setattr(small, "MOST_CHANNELS", 0)
 
 
 def written(folder: Path, **changes: Any) -> Path:

@@ -1,4 +1,4 @@
-"""A residual block that is left to PyTorch, as the calls of PyTorch that its modules come to.
+"""A block that is left to PyTorch, as the calls of PyTorch that its modules come to.
 
 With few samples a module's own way to its function is no small part of a call. What is known of a block, and holds,
 spares it: the same functions on the same tensors, in the same order.
@@ -6,15 +6,18 @@ spares it: the same functions on the same tensors, in the same order.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ..reference import ResBlock
-from ..reference.faults import batch_norm, group_norm
+from ..reference import ResBlock, SkewPair
+from ..reference.faults import batch_norm, group_norm, instance_norm
+from ..reference.skew import PADDING, skew_field
 
 Function = Callable[[Tensor], Tensor]
+PairFunction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 _ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.Tanh, nn.Softplus, nn.ELU, nn.SiLU, nn.GELU, nn.Sigmoid)
 
@@ -53,6 +56,53 @@ def block_of(block: ResBlock, shapes: Sequence[Sequence[int]]) -> Function | Non
     return run
 
 
+def sequence_of(layers: Sequence[nn.Module], shapes: Sequence[Sequence[int]]) -> Function | None:
+    """What a run of layers that were read does, as `block_of` has it; a residual block among them is called itself."""
+    sizes = iter(shapes)
+    found: list[Function] = []
+    for layer in layers:
+        functions = [layer] if isinstance(layer, ResBlock) else _functions(layer, sizes)
+        if functions is None:
+            return None
+        found += functions
+    return _one_by_one(found)
+
+
+def branch_of(branch: nn.Module, shape: Sequence[int]) -> Function | None:
+    """What a branch that was read does, as `block_of` has it; its maps have all the same height and width."""
+    found = _functions(branch, itertools.repeat(shape))
+    return None if found is None else _one_by_one(found)
+
+
+def pair_of(pair: SkewPair, y: Sequence[int], z: Sequence[int]) -> PairFunction | None:
+    """What a skew pair that was read does, as `block_of` has it; y and z are the shapes of its state."""
+    before_y, before_z = _functions(pair.pre_norm_y, iter([y])), _functions(pair.pre_norm_z, iter([z]))
+    after_y, after_z = _functions(pair.post_norm_y, iter([y])), _functions(pair.post_norm_z, iter([z]))
+    functions = _functions(pair.activation, iter(()))
+    if before_y is None or before_z is None or after_y is None or after_z is None or functions is None:
+        return None
+    norm_y, norm_z, end_y, end_z = map(_one_by_one, (before_y, before_z, after_y, after_z))
+    activation, weight, stride, gamma = _one_by_one(functions), pair.weight, pair.stride, pair.gamma
+
+    def run(y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        dy, dz = skew_field(norm_y(y), norm_z(z), weight, stride, PADDING, gamma, activation)
+        return end_y(dy), end_z(dz)
+
+    return run
+
+
+def _one_by_one(functions: Sequence[Function]) -> Function:
+    if len(functions) == 1:
+        return functions[0]
+
+    def run(x: Tensor) -> Tensor:
+        for function in functions:
+            x = function(x)
+        return x
+
+    return run
+
+
 def _functions(module: nn.Module | None, shapes: Iterator[Sequence[int]]) -> list[Function] | None:
     found: list[Function] = []
     for layer in () if module is None else _layers(module):
@@ -63,6 +113,8 @@ def _functions(module: nn.Module | None, shapes: Iterator[Sequence[int]]) -> lis
             function = _norm(layer, next(shapes))
         elif type(layer) is nn.GroupNorm:
             function = _group_norm(layer, next(shapes))
+        elif type(layer) is nn.InstanceNorm2d:
+            function = _instance_norm(layer, next(shapes))
         elif type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
             function = _convolution(layer)
         elif type(layer) in _ACTIVATIONS and not getattr(layer, "inplace", False):
@@ -110,12 +162,25 @@ def _norm(layer: nn.BatchNorm2d, shape: Sequence[int]) -> Function | None:
 
 def _group_norm(layer: nn.GroupNorm, shape: Sequence[int]) -> Function | None:
     weight, bias, groups, eps = layer.weight, layer.bias, layer.num_groups, layer.eps
-    if shape[0] * shape[1] // groups * shape[2] * shape[3] == 1:  # which F.group_norm refuses
+    if shape[0] * layer.num_channels // groups * shape[2] * shape[3] == 1:  # which F.group_norm refuses
         return None
 
     def run(x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and not x.requires_grad:  # where PyTorch's backward may be at fault
             return group_norm(x, groups, weight, bias, eps)
         return torch.group_norm(x, groups, weight, bias, eps, torch.backends.cudnn.enabled)
+
+    return run
+
+
+def _instance_norm(layer: nn.InstanceNorm2d, shape: Sequence[int]) -> Function | None:
+    weight, bias, momentum, eps = layer.weight, layer.bias, layer.momentum, layer.eps
+    if layer.track_running_stats or momentum is None or shape[2] * shape[3] == 1:  # which F.instance_norm refuses
+        return None
+
+    def run(x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():  # where PyTorch's backward may be at fault
+            return instance_norm(x, None, None, weight, bias, True, momentum, eps)
+        return torch.instance_norm(x, weight, bias, None, None, True, momentum, eps, torch.backends.cudnn.enabled)
 
     return run

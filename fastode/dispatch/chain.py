@@ -26,7 +26,7 @@ from ..ops.schemes.chain.chain import Chain
 from ..reference import ResBlock
 from . import bare, choice
 from .engines import AUTO, NAMES, REFERENCE
-from .known import kept, kind_of_call, known
+from .known import kind_of_call, known
 from .one_step import undone_on_error
 from .registry import reference_of
 from .running import Statistics, move_running, moved_again
@@ -154,17 +154,16 @@ def run(
         if answer is None:
             answer = _decide(x, reading, module, engine)
             if kind is not None:
-                lasts = kept(module) is found
-                if lasts and answer[0] is REFERENCE and engine == AUTO and bare.usable():
+                if answer[0] is REFERENCE and engine == AUTO and found.lasts(module):
                     answer = REFERENCE, _bare(module, reading, x)
                 found.keep(kind, answer, reading.call((x,)))
         chosen, chain = answer
         choice.note(owner, chosen)
     if chosen is REFERENCE or not isinstance(chain, Chain):
-        count = len(module._modules)
         if chain is not None and not isinstance(chain, Chain) and bare.usable():
-            return chain(x), count
-        return (undone_on_error(run_reference, x, module) if reading.reason else run_reference(x)), count
+            return chain(x), reading.count
+        y = undone_on_error(run_reference, x, module) if reading.reason else run_reference(x)
+        return y, len(module._modules)
     if found is not None and owner is module:
         choice.note(reading.inside, chosen)
     rerun = None
@@ -194,8 +193,8 @@ def _decide(x: Tensor, reading: ChainReading, module: nn.Module, engine: str) ->
 
 
 def _bare(module: nn.Module, reading: ChainReading, x: Tensor) -> bare.Function | None:
-    """A block that is left to PyTorch, as PyTorch's functions; None where it is to be called."""
-    if not isinstance(module, ResBlock) or reading.reason or x.device.type != "cpu" or x.dim() != 4:
+    """A block or what was read of a sequence, left to PyTorch, as its functions; None where it is to be called."""
+    if reading.reason or x.device.type != "cpu" or not bare.usable() or x.dim() != 4 or _misfit(reading, x):
         return None
     shapes = [
         shape
@@ -203,7 +202,10 @@ def _bare(module: nn.Module, reading: ChainReading, x: Tensor) -> bare.Function 
         for unit, shape in zip(part.units or (), _shapes(part, start), strict=False)
         if unit.norm is not None
     ]
-    return None if _misfit(reading, x) else bare.block_of(module, shapes)
+    if isinstance(module, ResBlock):
+        return bare.block_of(module, shapes)
+    layers = [layer for layer in module._modules.values() if layer is not None]
+    return bare.sequence_of(layers[: reading.count], shapes)
 
 
 def _maps(reading: ChainReading, x: Tensor) -> Iterator[tuple[Reading, Shape]]:

@@ -46,6 +46,10 @@ class Known(Generic[Reading]):
     def holds(self, root: nn.Module) -> bool:
         return self.snapshot is not None and self.snapshot.holds(root)
 
+    def lasts(self, root: nn.Module) -> bool:
+        """Whether the next call of the module will find this."""
+        return kept(root) is self
+
     def answer(self, kind: Hashable) -> Any:
         return self._answers.get(kind)
 

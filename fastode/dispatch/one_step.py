@@ -21,8 +21,9 @@ from ..ops.rerun import Rerun, StandIn
 from ..ops.schemes.implicit_euler.descent import Descent
 from ..ops.schemes.implicit_euler.exact import Exact
 from ..ops.schemes.runge_kutta.stages import Scheme
+from ..reference.blocks import by_stages
 from ..tableau import LinearTable
-from . import choice
+from . import bare, choice
 from .engines import AUTO, NAMES, REFERENCE
 from .known import kind_of_call, known, remembered
 from .running import update_running
@@ -62,6 +63,9 @@ class Step(Protocol):
     ) -> Any:
         """(y, *statistics) by the engine's autograd Function; `table` gives coefficients that are learned."""
 
+    def plain(self, branch: bare.Function) -> bare.Function | None:
+        """The reference around a branch that is a function of its own; None where it is to be called as a module."""
+
 
 @dataclass(frozen=True, eq=False)
 class DescentStep:
@@ -82,6 +86,9 @@ class DescentStep:
     ) -> Any:
         return function.call(engine.ie_skip, (plan, self.descent, rerun), (x, *tensors))
 
+    def plain(self, branch: bare.Function) -> None:
+        return None
+
 
 @dataclass(frozen=True, eq=False)
 class ExactStep:
@@ -98,6 +105,9 @@ class ExactStep:
         self, engine: Engine, plan: Plan, rerun: Rerun | None, x: Tensor, tensors: MaybeTensors, table: Table | None
     ) -> Any:
         return function.call(engine.exact_ie, (plan, self.exact, rerun), (x, *tensors))
+
+    def plain(self, branch: bare.Function) -> None:
+        return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +133,9 @@ class SchemeStep:
     ) -> Any:
         given = table() if table is not None else constant_table(self)
         return function.call(engine.shu_osher, (plan, self.scheme, rerun), (x, given, *tensors))
+
+    def plain(self, branch: bare.Function) -> bare.Function | None:
+        return partial(by_stages, alpha=self.rows[0], beta=self.rows[1], evaluate=branch) if self.rows else None
 
 
 @remembered
@@ -221,6 +234,7 @@ def run(
         owner: the module that is being called, for the report.
         checked: whether the caller has just seen that nothing about the branch has changed.
     """
+    plan: Plan | bare.Function | None
     if torch.compiler.is_compiling():
         reading, found = read(module), None
         chosen, plan = _decide(x, reading, step, make_reference, engine)
@@ -232,10 +246,14 @@ def run(
         if answer is None:
             answer = _decide(x, reading, step, make_reference, engine)
             if kind is not None:
+                if answer[0] is REFERENCE and engine == AUTO and found.lasts(module):
+                    answer = REFERENCE, _bare(step, module, reading, x)
                 found.keep(kind, answer, _call(step, reading, (x,)))
         chosen, plan = answer
         choice.note(owner, chosen)
-    if chosen is REFERENCE or plan is None:
+    if chosen is REFERENCE or not isinstance(plan, Plan):
+        if plan is not None and not isinstance(plan, Plan) and bare.usable():
+            return plan(x)
         untraced = torch.compiler.is_compiling() and not step.traceable
         call = torch.compiler.disable(run_reference) if untraced else run_reference
         return undone_on_error(call, x, module) if reading.units is None else call(x)
@@ -265,6 +283,14 @@ def _decide(
     call = _call(step, reading, (x,))
     assert call.program is None or isinstance(call.program, Plan)
     return choice.choose(engine, call, make_reference), call.program
+
+
+def _bare(step: Step, module: nn.Module, reading: Reading, x: Tensor) -> bare.Function | None:
+    """A call that is left to PyTorch as its functions; None where it is one of modules."""
+    if reading.units is None or x.device.type != "cpu" or not bare.usable():
+        return None
+    branch = bare.branch_of(module, x.shape)
+    return None if branch is None else step.plain(branch)
 
 
 def undone_on_error(call: Callable[[Tensor], Tensor], x: Tensor, module: nn.Module) -> Tensor:

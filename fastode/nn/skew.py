@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .. import checks, reference
 from ..branch.read import is_overridden, read
 from ..branch.snapshot import Past
-from ..dispatch import choice
+from ..dispatch import bare, choice
 from ..dispatch.engines import AUTO, NAMES, REFERENCE, is_reference
 from ..dispatch.known import Known, kind_of_call, known
 from ..dispatch.linear import LinearField, evaluate_linear, read_linear, solve_linear
@@ -49,7 +49,9 @@ class SkewPair(Fused, reference.SkewPair):
     def forward(self, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         found = _known(self)
         kind = _kind(found, ("pair", self.engine), y, z)
-        answer: tuple[Engine, Pair | None, MaybeTensors] | None = None if kind is None else found.answer(kind)
+        answer: tuple[Engine, Pair | bare.PairFunction | None, MaybeTensors] | None = None
+        if kind is not None:
+            answer = found.answer(kind)
         if answer is None:
             checks.engine(self.engine, NAMES)
             checks.skew_pair(y, z, self.weight, self.stride, PADDING)
@@ -59,10 +61,14 @@ class SkewPair(Fused, reference.SkewPair):
                 found.reading.check(y, z)
             answer = chosen, _pair_of(call), call.tensors
             if kind is not None:
+                if chosen is REFERENCE and self.engine == AUTO and found.lasts(self):
+                    answer = chosen, _bare(self, found.reading, y, z), call.tensors
                 found.keep(kind, answer, call)
         chosen, pair, tensors = answer
         note(self, chosen)
-        if chosen is REFERENCE or pair is None:
+        if chosen is REFERENCE or not isinstance(pair, Pair):
+            if pair is not None and not isinstance(pair, Pair) and bare.usable():
+                return pair(y, z)
             return super().forward(y, z)
         return evaluate(chosen, found.reading, pair, y, z, partial(_as_it_was, _past(found)), tensors)
 
@@ -257,6 +263,13 @@ def _march(solver: Solver) -> March | None:
     """The equal steps of a solver; none where its steps are by error."""
     scheme = solver.tableau
     return None if solver.is_adaptive else March(scheme.a, scheme.b, solver.t1 / solver.steps, solver.steps)
+
+
+def _bare(pair: SkewPair, reading: Field, y: Tensor, z: Tensor) -> bare.PairFunction | None:
+    """A pair that is left to PyTorch, as its functions; None where it is to be called."""
+    if reading.reason or y.device.type != "cpu" or not bare.usable():
+        return None
+    return bare.pair_of(pair, y.shape, z.shape)
 
 
 def _as_reference(field: Any) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
@@ -226,13 +226,7 @@ class ShuOsher(_OneStep):
         self.tableau = tableau
 
     def forward(self, x: Tensor) -> Tensor:
-        alpha, beta = self.tableau.alpha, self.tableau.beta
-        points, slopes = [x], []
-        for i in range(self.tableau.stages):
-            used = any(row[i] != 0 for row in beta[i:])
-            slopes.append(self.evaluate(points[i]) if used else None)
-            points.append(_combine([*zip(alpha[i], points, strict=True), *zip(beta[i], slopes, strict=True)]))
-        return points[-1]
+        return by_stages(x, self.tableau.alpha, self.tableau.beta, self.evaluate)
 
     def extra_repr(self) -> str:
         return f"tableau={self.tableau.name}"
@@ -367,6 +361,21 @@ class Ark(_OneStep):
     def extra_repr(self) -> str:
         learned = [name for name in ("a21", "b10") if name in self._parameters]
         return f"a21={self.a21.item():g}, b10={self.b10.item():g}, learned={learned}"
+
+
+def by_stages(
+    x: Tensor,
+    alpha: Sequence[Sequence[float]],
+    beta: Sequence[Sequence[float]],
+    evaluate: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """u_s of the explicit scheme whose stage i has the rows alpha[i] and beta[i], from u₀ = x; `evaluate` is f."""
+    points, slopes = [x], []
+    for i in range(len(beta)):
+        used = any(row[i] != 0 for row in beta[i:])
+        slopes.append(evaluate(points[i]) if used else None)
+        points.append(_combine([*zip(alpha[i], points, strict=False), *zip(beta[i], slopes, strict=False)]))
+    return points[-1]
 
 
 def _combine(terms: Iterable[tuple[float, Tensor | None]]) -> Tensor:

@@ -59,7 +59,8 @@ def batch_norm(input: Tensor, *rest: Any, **more: Any) -> Tensor:
     return _flat(F.batch_norm, input, *rest, **more) if ambiguous else F.batch_norm(input, *rest, **more)
 
 
-def _instance_norm(input: Tensor, *rest: Any, **more: Any) -> Tensor:
+def instance_norm(input: Tensor, *rest: Any, **more: Any) -> Tensor:
+    """F.instance_norm without the fault of its backward."""
     # Inside it is a batch norm of one sample of N·C channels, whatever N is.
     return _flat(F.instance_norm, input, *rest, **more)
 
@@ -89,7 +90,7 @@ class repaired_norms(Replaced):
 
     replacements: ClassVar = {
         F.batch_norm: batch_norm,
-        F.instance_norm: _instance_norm,
+        F.instance_norm: instance_norm,
         F.group_norm: group_norm,
     }
 

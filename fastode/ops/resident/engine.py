@@ -18,7 +18,7 @@ from ..schemes.chain.chain import Chain
 from ..schemes.ode import solution
 from ..schemes.skew_pair.linear import Linear
 from ..schemes.skew_pair.pair import Pair
-from . import card, chain, functions, linear, rule, skew, solve
+from . import card, chain, functions, linear, pairs, rule, skew, small, solve
 from .field import ResidentField
 
 
@@ -68,6 +68,8 @@ class Resident(OperatorEngine):
         if isinstance(program, Linear):
             assert call.tensors[0] is not None
             return rule.slower_linear(call.family, call.tensors[0])
+        if call.family != ODE_SOLUTION and small.is_small(call):
+            return ""
         if isinstance(program, Chain):
             return chain.slower(x, program)
         if isinstance(program, Plan):
@@ -85,12 +87,10 @@ class Resident(OperatorEngine):
         else:
             assert program is not None and call.tensors[0] is not None
             coupled = any(norm is not None and norm.mode == "batch" for norm in program.norms)
-            lowered = program.lower is not None and x.dtype != torch.float64
-            if call.family == "skew_pair" and (lowered or x.dtype == torch.bfloat16):
-                normed = any(norm is not None for norm in program.norms)
-                slower = rule.slower_lowered_pair(call.inputs[0], call.tensors[0], normed=normed, lowered=lowered)
-                if slower:
-                    return slower
+            if x.dtype == torch.bfloat16 or (program.lower is not None and x.dtype != torch.float64):
+                known = pairs.slower(call, program)
+                if known is not None:
+                    return known
             outputs, inputs = call.tensors[0].shape[:2]
             widest = max(outputs, inputs)
             pixels = x.shape[2] * x.shape[3] * max(inputs, outputs // program.stride**2) // widest
@@ -102,7 +102,8 @@ class Resident(OperatorEngine):
         return cuda_library.available() if device == "cuda" else super().describe(device)
 
     def rule_in_words(self) -> list[str]:
-        return rule.in_words()
+        bounds = [*pairs.in_words(), ("small calls", small.in_words())]
+        return [*rule.in_words(), *[f"  {name:<32}{words}" for name, words in bounds]]
 
 
 def _one_evaluation(plan: Plan, x: Tensor) -> rule.OneEvaluation:

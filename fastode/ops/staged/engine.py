@@ -15,7 +15,7 @@ from ..schemes.ode import solution
 from ..schemes.runge_kutta import stages
 from ..schemes.skew_pair import adaptive, march
 from ..schemes.skew_pair.linear import Linear
-from ..schemes.skew_pair.pair import Pair
+from ..schemes.skew_pair.pair import Pair, has_slow_norms
 from . import field, pair, sweeps
 
 _MOST_CHANNELS = 256  # of the field of a single map's equation, for "auto"
@@ -24,7 +24,6 @@ _TOO_WIDE_CONTIGUOUS = 256  # of an IE-Skip in float32 whose maps are not channe
 _MOST_LOWERED = 128  # of an IE-Skip under autocast, likewise
 _MOST_LOWERED_PAIR = 64  # of a skew pair's solution by equal steps, under autocast
 _FEWEST_OF_SOLUTIONS = 1 << 16  # entries, likewise
-_NARROW_GROUP = 16  # channels of a group norm's group; with fewer PyTorch's is slow on bfloat16 maps in channels_last
 
 
 class Staged(OperatorEngine):
@@ -105,11 +104,7 @@ def _slower_pair(call: Call, program: Pair) -> str:
     """
     x, weight, slower = call.inputs[0], call.tensors[0], "it was measured to be slower than plain PyTorch"
     assert weight is not None
-    narrow = min(weight.shape[:2])
-    several = any(
-        norm is not None and norm.groups > 1 and narrow < _NARROW_GROUP * norm.groups for norm in program.norms
-    )
-    slow_norms = several and x.dtype == torch.bfloat16 and x.is_contiguous(memory_format=torch.channels_last)
+    slow_norms = has_slow_norms(program, x, weight)
     if call.family == "skew_pair":
         return "" if slow_norms else f"for pairs {slower}"
     if call.family != "skew_solution":

@@ -13,6 +13,7 @@ from ....branch.layers import Activation, Norm
 from ...plan import Gradients, MaybeTensor, MaybeTensors
 
 PRE_Y, PRE_Z, POST_Y, POST_Z = range(4)
+_NARROW_GROUP = 16  # channels of a group norm's group
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,16 @@ class Pair:
     tracked: tuple[bool, bool, bool, bool]
     lower: torch.dtype | None
     memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+
+def has_slow_norms(pair: Pair, x: Tensor, weight: Tensor) -> bool:
+    """Whether PyTorch's norms take several times as long as the convolutions of a pair on the CPU.
+
+    Of several groups of few channels they do, on bfloat16 maps in channels_last.
+    """
+    narrow = min(weight.shape[:2])
+    several = any(norm is not None and norm.groups > 1 and narrow < _NARROW_GROUP * norm.groups for norm in pair.norms)
+    return several and x.dtype == torch.bfloat16 and x.is_contiguous(memory_format=torch.channels_last)
 
 
 class Kept(NamedTuple):
