@@ -105,6 +105,9 @@ def draw_case(seed: int, index: int, dtypes: Sequence[str] = DTYPES) -> Case:
     layout = draw.choice(("channels_last", "channels_last", "contiguous"))
     while True:
         channels, side, batch = draw.choice(CHANNELS), draw.choice(SIDES), draw.choice(BATCHES)
+        # Of fewer channels PyTorch's own shortcut writes beside its memory (docs/pytorch-faults.md, 4).
+        if family == "halving ResBlock" and channels < 16:
+            continue
         if channels * side * side * batch <= MOST_ENTRIES and channels * side < 256 * 16:
             break
     torch.manual_seed(seed)

@@ -20,6 +20,7 @@ import torch
 
 from benchmarks.choose import read_name
 from benchmarks.header import RESULTS
+from fastode.ops.resident import bfloat16
 from fastode.ops.resident import rule as measured
 from fastode.ops.resident.rule import Few, Line
 
@@ -150,9 +151,9 @@ def test_bounds_of_bfloat16_chains_hold_over_the_points_of_dot_products(monkeypa
         for at, point in content["points"][f"chain {norms} bfloat16"].items():
             channels, size, batch = read_name(at)
             x = torch.empty(batch, channels, size, size, dtype=torch.bfloat16, device="meta")
-            uneven = 0 if measured.fills_tiles(size) else channels
-            known = measured.OneEvaluation(channels, channels, size * size, uneven, coupled=norms == "batch")
-            reason = measured.slower_lowered_chain(x, known)
+            uneven = 0 if bfloat16.fills_tiles(size) else channels
+            known = bfloat16.OneEvaluation(channels, channels, size * size, uneven, coupled=norms == "batch")
+            reason = bfloat16.slower_chain(x, known)
             (left if reason else taken).append(min(mode[0] for mode in point.values()))
     assert len(taken) > 30 and min(taken) >= LEAST and max(taken) > 1.5
     assert sum(ratio < CLEARLY for ratio in taken) <= 0.03 * len(taken)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import fastode
 from fastode import reference
 from fastode.dispatch import choice
-from fastode.ops.resident import rule
+from fastode.ops.resident import bfloat16, rule
 from fastode.testing import MODES, assert_blocks_equal, sample_input
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
@@ -310,7 +310,7 @@ def test_which_single_evaluations_auto_leaves_on_bfloat16_maps(monkeypatch: pyte
 def test_the_choice_is_made_anew_for_another_memory_format(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rule, "_tiles", False)
     monkeypatch.setattr(rule, "_products", True)
-    monkeypatch.setattr(rule, "UNNORMED_CONTIGUOUS", 0)
+    monkeypatch.setattr(bfloat16, "UNNORMED_CONTIGUOUS", 0)
     chain = fastode.nn.Chain(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU()).to(BF16)
     x, engines = torch.zeros(4, 16, 8, 8, dtype=BF16), []
     for layout in (torch.contiguous_format, torch.channels_last, torch.contiguous_format):

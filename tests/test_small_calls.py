@@ -77,10 +77,8 @@ def test_what_is_not_small() -> None:
     assert against(wide, torch.zeros(1, 65, 4, 4))
     assert against(reference.Chain(nn.BatchNorm2d(8), nn.ReLU()), torch.zeros(2, 8, 4, 4))  # no products
     alone = reference.Chain(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU())
-    assert against(alone, torch.zeros(2, 3, 4, 4))
-    with torch.autocast("cpu", BF16):
-        assert against(alone, torch.zeros(2, 3, 4, 4)) == ""
-        assert against(alone, torch.zeros(1, 3, 4, 4))  # a thread is left without a sample
+    assert against(alone, torch.zeros(2, 3, 4, 4)) == ""
+    assert against(alone, torch.zeros(1, 3, 4, 4))  # a thread is left without a sample
 
 
 def test_only_where_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,6 +94,34 @@ def test_only_where_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_exported_call_does_not_look_at_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rule, "is_exporting", lambda: True)
     assert against(reference.SSP2(reference.PreActBranch(8)), torch.zeros(2, 8, 4, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize(
+    ("norm", "activation", "most"),
+    [
+        (nn.Identity, nn.ReLU, {torch.float32: 1 << 17, BF16: 1 << 17}),
+        (lambda: nn.BatchNorm2d(8), nn.GELU, {BF16: 1 << 18}),
+        (lambda: nn.GroupNorm(1, 8), nn.Tanh, {torch.float32: 1 << 17, BF16: 1 << 18}),
+        (lambda: nn.GroupNorm(1, 8), nn.LeakyReLU, {BF16: (1 << 20) - 1}),
+    ],
+    ids=["none", "batch", "layer", "layer, light"],
+)
+def test_one_convolution_in_contiguous_memory(
+    norm: Any, activation: Any, most: dict[torch.dtype, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(small, "PRODUCTS", 1 << 40)
+    block = reference.Chain(nn.Conv2d(3, 8, 3, padding=1), norm(), activation()).to(dtype)
+    bound = most.get(dtype)
+    for samples in (1 << 9, 1 << 10, 1 << 11, 1 << 12):
+        x = torch.zeros(samples, 3, 8, 8, dtype=dtype)
+        left = bound is not None and samples * 8 * 64 > bound
+        told = against(block, x)
+        assert told == (
+            f"for one convolution with more than {bound} entries not in channels_last, {SLOW}" if left else ""
+        )
+        if not isinstance(block[1], nn.Identity):
+            assert against(block, x.contiguous(memory_format=torch.channels_last)) == ""
 
 
 SLOW = "it was measured to be slower than plain PyTorch"
@@ -148,3 +174,27 @@ def test_bounds_of_solutions_on_bfloat16_maps(shape: tuple[int, ...], reason: st
     block = reference.SOBlock(reference.SkewPair(shape[1], shape[1], norm="none"), solver=solver).to(BF16)
     told = against(block, torch.zeros(shape, dtype=BF16))
     assert told.startswith(reason) and bool(told) == bool(reason)
+
+
+@pytest.mark.parametrize(
+    ("norm", "shape", "left"),
+    [
+        ("layer", (32, 128, 7, 7), True),
+        ("batch", (32, 128, 7, 7), True),
+        ("group", (32, 128, 7, 7), False),  # four channels each: PyTorch's norms take longer
+        ("layer", (20, 128, 7, 7), False),
+        ("layer", (40, 128, 8, 7), True),
+        ("layer", (40, 128, 7, 8), False),
+        ("layer", (64, 95, 8, 7), False),
+    ],
+)
+def test_uneven_schemes_on_bfloat16_maps(
+    norm: str, shape: tuple[int, ...], left: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = {f"shu_osher {norms} bfloat16": rule.Line() for norms in rule.NORMS}
+    monkeypatch.setattr(rule, "_rule", rule.Rule(lines, "a test", True))
+    block = reference.SSP3(reference.PreActBranch(shape[1], norm=norm)).to(BF16)
+    x = torch.zeros(shape, dtype=BF16)
+    assert against(block, x) == ""
+    told = against(block, x.contiguous(memory_format=torch.channels_last))
+    assert told.startswith("with 96 channels and more of widths" if left else "") and bool(told) == left

@@ -30,6 +30,10 @@ class Norm:
     channels: int | None = None
     instance: bool = False
 
+    def has_narrow_groups(self, channels: int) -> bool:
+        """Whether it has several groups of fewer than 16 of these channels: PyTorch's is slow then in bfloat16."""
+        return self.groups > 1 and channels < 16 * self.groups
+
 
 @dataclass(frozen=True)
 class Activation:

@@ -18,7 +18,7 @@ from ..schemes.chain.chain import Chain
 from ..schemes.ode import solution
 from ..schemes.skew_pair.linear import Linear
 from ..schemes.skew_pair.pair import Pair
-from . import card, chain, functions, linear, pairs, rule, skew, small, solve
+from . import bfloat16, card, chain, functions, linear, pairs, rule, skew, small, solve
 from .field import ResidentField
 
 
@@ -68,6 +68,8 @@ class Resident(OperatorEngine):
         if isinstance(program, Linear):
             assert call.tensors[0] is not None
             return rule.slower_linear(call.family, call.tensors[0])
+        if isinstance(program, Chain) and (slower := chain.slower_alone(x, program)):
+            return slower
         if call.family != ODE_SOLUTION and small.is_small(call):
             return ""
         if isinstance(program, Chain):
@@ -75,12 +77,18 @@ class Resident(OperatorEngine):
         if isinstance(program, Plan):
             coupled = any(unit.norm is not None and unit.norm.mode == "batch" for unit in program.units)
             widest = max([x.shape[1], *[unit.conv.out_channels for unit in program.units if unit.conv is not None]])
-            if program.lower is not None and call.family in rule.LOWERED and x.dtype != torch.float64:
-                slower = rule.slower_lowered(call.family, x, widest)
+            if program.lower is not None and call.family in bfloat16.FLOAT32_MAPS and x.dtype != torch.float64:
+                slower = bfloat16.slower(call.family, x, widest)
                 if slower or x.dtype == torch.float32:
                     return slower
+            if call.family == "shu_osher" and not call.is_single and x.dtype == torch.bfloat16:
+                norms = [unit.norm for unit in program.units if unit.norm is not None]
+                narrow = any(norm.has_narrow_groups(widest) for norm in norms)
+                uneven = bfloat16.slower_scheme(x, widest, narrow, small.products(call))
+                if uneven:
+                    return uneven
             if call.is_single and x.dtype == torch.bfloat16 and rule.multiplies_pairs():
-                return rule.slower_lowered_chain(x, _one_evaluation(program, x), casts=program.lower is not None)
+                return bfloat16.slower_chain(x, _one_evaluation(program, x), casts=program.lower is not None)
             if call.is_single and x.dtype != torch.bfloat16:
                 few = rule.FEW_OF_STEPS if coupled else (0, 0)
                 return rule.slower_than_eager(x, coupled, widest, x.shape[2] * x.shape[3], few)
@@ -102,18 +110,18 @@ class Resident(OperatorEngine):
         return cuda_library.available() if device == "cuda" else super().describe(device)
 
     def rule_in_words(self) -> list[str]:
-        bounds = [*pairs.in_words(), ("small calls", small.in_words())]
+        bounds = [*bfloat16.in_words(), *pairs.in_words(), ("small calls", small.in_words())]
         return [*rule.in_words(), *[f"  {name:<32}{words}" for name, words in bounds]]
 
 
-def _one_evaluation(plan: Plan, x: Tensor) -> rule.OneEvaluation:
+def _one_evaluation(plan: Plan, x: Tensor) -> bfloat16.OneEvaluation:
     convs = [unit.conv for unit in plan.units if unit.conv is not None]
     norms = [unit.norm for unit in plan.units if unit.norm is not None]
     fewest, count = chain.of_few_channels(convs)
     widest = max([x.shape[1], *[conv.out_channels for conv in convs]])
-    untiled = 0 if rule.fills_tiles(x.shape[3]) else widest
+    untiled = 0 if bfloat16.fills_tiles(x.shape[3]) else widest
     coupled = any(norm.mode == "batch" for norm in norms)
-    return rule.OneEvaluation(
+    return bfloat16.OneEvaluation(
         fewest, widest, x.shape[2] * x.shape[3], untiled, count, normed=bool(norms), coupled=coupled
     )
 

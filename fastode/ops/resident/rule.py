@@ -213,47 +213,6 @@ def from_json(lines: Mapping[str, Mapping[str, Any]]) -> dict[str, Line]:
     }
 
 
-# Under autocast, beside plain PyTorch, on an AMD EPYC with dot products of bfloat16. Float32 maps, by family: this
-# engine multiplies them in float32; on AMX tiles PyTorch's bfloat16 is faster still. One thread and two, 2026-11-29,
-# 500 random blocks from 4x4 to 32x32: IE-Skips of 64 and 96 channels 0.95 to 5.4, of 128 0.76 to 2.8; schemes, those of
-# one evaluation too, of 32 and 64 channels 1.02 to 6, of 128 0.68 to 2; of 64 and an odd side 0.75 to 1.5. With fewer
-# samples than threads 64 channels at 32x32 had 0.82 to 1.35, 96 0.81 to 1.3.
-LOWERED = {
-    "ie": Line(most_channels=96, few=(Few(1, 64),)),
-    "shu_osher": Line(most_channels=64, few=(Few(1, 64, 64),)),
-}
-LOWERED_ODD = 64
-# Bfloat16 maps, one thread, 2026-11-27: 1.04 to 5 up to 128 channels, 0.8 to 1.2 at 256, 0.6 to 1.06 at 512; schemes of
-# one evaluation 0.99 to 2.8 up to 128, of 4 to 32 samples.
-LOWERED_MAPS = Line(most_channels=128)
-# Chains on bfloat16 maps, multiplied by those dot products: 16 channels at least, or a vector is mostly empty. Steps
-# and forwards of benchmarks.choose's blocks up to 160 channels, with four samples for each of two threads of an AMD
-# EPYC and more, 2026-11-28: 0.94 to 2.4, median 1.17. With fewer the weights, which a network finds in no cache, are
-# packed for little.
-LOWERED_CHAIN = (16, Line(most_channels=160, few=(Few(4, 127),)))
-# With fewer channels where there is a norm, and no kernel larger than 3x3 or of stride 2 reads so few: two threads of
-# an AMD EPYC, 2026-11-28, 8 to 64 samples from 8x8 to 64x64, steps, attacks' steps and forwards. Blocks of two
-# convolutions of 4 to 12 channels: 1.4 to 4.5. One convolution of an image's three channels at most: 0.95 to 2.7,
-# median 1.5, and from 96x96 to 224x224 0.83 to 2.4; of 8 and 12 channels 0.93 to 2.5. Without a norm 0.75 to 1.4,
-# kernels of 5x5 0.5 to 1.4, of stride 2 0.7 to 1.4.
-IMAGE_CHANNELS, LOWERED_IMAGE = 3, 64 * 64
-# Maps whose rows are no whole rows of tiles, of so many channels and more, with norms and without: 14x14 and 28x28, 8
-# to 64 samples, there 0.76 to 1.1 (but for norms of several groups in channels_last, 1.3 to 1.5), below 0.92 to 1.6.
-LOWERED_UNEVEN = (128, 32)
-# Without norms, and in contiguous memory, of more entries 0.88 to 1.0, of fewer 1.1 to 1.7.
-UNNORMED_CONTIGUOUS = 3 << 17
-# Wider ones with batch norms and small maps, one thread, 2026-11-27: 1.05 to 1.3 at 256.
-LOWERED_COUPLED_CHAIN = Line(most_channels=256, most_kb=32, few=(Few(8, 0),))
-# Wider ones whose float32 weights autocast has PyTorch cast: blocks of 256 channels at 8x8 with 32 and 64 samples, two
-# threads, 2026-11-28: steps 1.01 to 1.25, forwards 0.98 to 1.12; of ResNet10, from 16x16, 1.04 to 1.11. At 16x16 0.95
-# to 1.05, and 512 channels' steps 0.8 to 1.03.
-LOWERED_CAST_CHAIN = Line(most_channels=256, most_kb=128, few=(Few(16, 0),))
-# On AMX tiles, on one thread of an Intel Xeon, 2026-11-27, of 25 blocks of benchmarks.choose from 16 to 512 channels,
-# 4 to 64 pixels a side and 2 to 64 samples: steps 1.15 to 2.1, attacks' steps 1.2 to 2.7, forwards 1.04 to 2.6 (one of
-# 784 KB 0.83, in four other runs 0.99 to 1.3, with two threads 1.1 to 1.3); with 4 samples of 256 and 512 channels
-# steps were 0.91 and 0.94, and 8 channels' forward 0.74.
-TILED_CHAIN = (16, Line(most_channels=512, most_kb=784, few=(Few(8, 255, 784),)))
-
 # Of a matrix W, in KB: a sample's products read all of it, where PyTorch's read it once for many samples. Solves by
 # error gain by what is between the products. Measured on one thread of an AMD EPYC, 2026-11-27.
 MOST_LINEAR_KB = {"linear_adaptive": 1024, "linear_solution": 48, "skew_linear": 24}
@@ -298,14 +257,6 @@ def in_words() -> list[str]:
             lines[f"{family} {dtype}"] = stand_in(family, dtype)
     rows = [f"  {name:<32}{line.describe()}{f': {line.why}' if line.why else ''}" for name, line in lines.items()]
     rows.append(f"  {ODE_SOLUTION:<32}{SOLUTION.describe()}")
-    rows.append(f"  {'one-step blocks, autocast':<32}{LOWERED_MAPS.describe()}")
-    least, chain = TILED_CHAIN if _tiles else LOWERED_CHAIN
-    rows.append(f"  {'chain, bfloat16 maps':<32}{least} channels at least, and {chain.describe()}")
-    if not _tiles:
-        narrower = f"several convolutions; or one of at most {IMAGE_CHANNELS} channels and {LOWERED_IMAGE} pixels"
-        rows.append(f"  {'the same, with norms, narrower':<32}of kernels up to 3x3 and stride 1: {narrower}")
-        rows.append(f"  {'the same, with batch norms, wider':<32}{LOWERED_COUPLED_CHAIN.describe()}")
-        rows.append(f"  {'the same, under autocast, wider':<32}{LOWERED_CAST_CHAIN.describe()}")
     return [f'where "auto" takes resident before staged on the CPU ({_rule.source})', *rows]
 
 
@@ -351,103 +302,14 @@ def is_uneven(channels: int, height: int, width: int) -> bool:
     return height % 2 > 0 or width % 2 > 0 or pixels < FLAT
 
 
-def slower_lowered(family: str, x: torch.Tensor, channels: int) -> str:
-    """Why the resident engine is taken to be slower than plain PyTorch under autocast; empty if not.
-
-    Args:
-        family: "ie" or "shu_osher".
-        x: the input [N, C, H, W], float32 or bfloat16.
-        channels: of the widest map of the branch.
-    """
-    why, line = "under autocast ", LOWERED_MAPS
-    if x.dtype == torch.float32:
-        why, line = "multiplying float32 maps in float32, where autocast has bfloat16, ", LOWERED[family]
-        if _tiles:
-            return f"{why}it is expected to be slower than plain PyTorch"
-    beyond = line.beyond(channels, x.shape[2] * x.shape[3], 4, x.shape[0], threads())
-    odd = x.shape[2] % 2 > 0 or x.shape[3] % 2 > 0
-    if not beyond and x.dtype == torch.float32 and family == "shu_osher" and channels >= LOWERED_ODD and odd:
-        beyond = f"with {LOWERED_ODD} channels and more and an odd side"
-    return f"{why}{beyond} it was measured to be slower than plain PyTorch" if beyond else ""
-
-
-@dataclass(frozen=True)
-class OneEvaluation:
-    """What a rule knows of a chain, or of another block with one evaluation of its branch.
-
-    Args:
-        fewest: channels of the narrowest map that a convolution reads.
-        widest: channels of the widest map.
-        pixels: of a map of so many channels that is as large as the largest.
-        uneven: channels of the widest map whose rows are no whole rows of tiles (`fills_tiles`); 0: there is none.
-        convolutions: how many there are; 0 where kernels larger than 3x3, or of stride 2, read few channels.
-        normed: whether there is a norm.
-        coupled: whether a norm takes its statistics over the batch.
-    """
-
-    fewest: int
-    widest: int
-    pixels: int
-    uneven: int = 0
-    convolutions: int = 0
-    normed: bool = True
-    coupled: bool = False
-
-
-def fills_tiles(width: int) -> bool:
-    """Whether rows of a map, or of maps that lie together, are whole tiles' rows in products of bfloat16."""
-    return width % 16 == 0 or 32 % width == 0
+def on_tiles() -> bool:
+    """Whether bfloat16 is multiplied on AMX tiles."""
+    return _tiles
 
 
 def multiplies_pairs() -> bool:
     """Whether bfloat16 is multiplied by AVX-512's dot products, and not on AMX tiles."""
     return _products and not _tiles
-
-
-def slower_lowered_chain(x: torch.Tensor, chain: OneEvaluation, *, casts: bool = False) -> str:
-    """Why a chain is taken to be slower than plain PyTorch on bfloat16 maps; empty if not.
-
-    Args:
-        x: the input [N, C, H, W].
-        chain: what is known of it.
-        casts: whether plain PyTorch casts the weights at every call, as under autocast.
-    """
-    if not _tiles and not _products:
-        return "on bfloat16 maps it was measured on CPUs that multiply them, and not on this kind"
-    least, line = TILED_CHAIN if _tiles else LOWERED_CHAIN
-    batch = samples(x)
-    lines = [line]
-    if not _tiles and chain.widest > (line.most_channels or 0):
-        wider = ((chain.coupled, LOWERED_COUPLED_CHAIN), (casts, LOWERED_CAST_CHAIN))
-        lines = [each for holds, each in wider if holds] or lines
-    over = [each.beyond(chain.widest, chain.pixels, 4, batch, threads()) for each in lines]
-    beyond = few_for_threads(batch) or _of_few_channels(x, least, chain) or ("" if "" in over else over[-1])
-    if not beyond and not _tiles:
-        beyond = _of_little_gain(x, chain)
-    return f"on bfloat16 maps {beyond} it was measured to be slower than plain PyTorch" if beyond else ""
-
-
-def _of_few_channels(x: torch.Tensor, least: int, chain: OneEvaluation) -> str:
-    if chain.fewest >= least:
-        return ""
-    beyond = f"with fewer than {least} channels"
-    if _tiles or not chain.normed or chain.convolutions == 0:
-        return beyond
-    if chain.convolutions > 1:
-        return ""
-    if chain.fewest > IMAGE_CHANNELS:
-        return beyond
-    return f"{beyond} and more than {LOWERED_IMAGE} pixels" if x.shape[2] * x.shape[3] > LOWERED_IMAGE else ""
-
-
-def _of_little_gain(x: torch.Tensor, chain: OneEvaluation) -> str:
-    """Where the convolutions are slower than PyTorch's, or nothing beside them is faster."""
-    most = LOWERED_UNEVEN[0 if chain.normed else 1]
-    if chain.uneven >= most:
-        return f"with {most} channels and more of widths that are no multiple of 16 and do not divide 32"
-    if chain.normed or not is_large_contiguous(x, UNNORMED_CONTIGUOUS):
-        return ""
-    return f"without norms, with more than {UNNORMED_CONTIGUOUS} entries not in channels_last,"
 
 
 def is_large_contiguous(x: torch.Tensor, entries: int) -> bool:

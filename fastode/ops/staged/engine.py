@@ -23,7 +23,7 @@ _MOST_OF_SCHEMES = 16  # of an explicit scheme in float32, likewise
 _TOO_WIDE_CONTIGUOUS = 256  # of an IE-Skip in float32 whose maps are not channels_last
 _MOST_LOWERED = 128  # of an IE-Skip under autocast, likewise
 _MOST_LOWERED_PAIR = 64  # of a skew pair's solution by equal steps, under autocast
-_FEWEST_OF_SOLUTIONS = 1 << 16  # entries, likewise
+_FEWEST_OF_SOLUTIONS, _FEWEST_OF_LOWERED_SOLUTIONS = 1 << 16, 1 << 17  # entries, likewise
 
 
 class Staged(OperatorEngine):
@@ -111,6 +111,7 @@ def _slower_pair(call: Call, program: Pair) -> str:
         return ""
     if call.lower is not None and max(weight.shape[:2]) > _MOST_LOWERED_PAIR:
         return f"under autocast with more than {_MOST_LOWERED_PAIR} channels {slower}"
-    if not slow_norms and not is_exporting() and x.numel() < _FEWEST_OF_SOLUTIONS:
-        return f"with fewer than {_FEWEST_OF_SOLUTIONS} entries {slower}"
+    fewest = _FEWEST_OF_SOLUTIONS if call.lower is None else _FEWEST_OF_LOWERED_SOLUTIONS
+    if not slow_norms and not is_exporting() and x.numel() < fewest:
+        return f"with fewer than {fewest} entries {slower}"
     return ""

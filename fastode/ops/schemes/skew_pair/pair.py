@@ -13,7 +13,6 @@ from ....branch.layers import Activation, Norm
 from ...plan import Gradients, MaybeTensor, MaybeTensors
 
 PRE_Y, PRE_Z, POST_Y, POST_Z = range(4)
-_NARROW_GROUP = 16  # channels of a group norm's group
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,7 @@ def has_slow_norms(pair: Pair, x: Tensor, weight: Tensor) -> bool:
 
     Of several groups of few channels they do, on bfloat16 maps in channels_last.
     """
-    narrow = min(weight.shape[:2])
-    several = any(norm is not None and norm.groups > 1 and narrow < _NARROW_GROUP * norm.groups for norm in pair.norms)
+    several = any(norm is not None and norm.has_narrow_groups(min(weight.shape[:2])) for norm in pair.norms)
     return several and x.dtype == torch.bfloat16 and x.is_contiguous(memory_format=torch.channels_last)
 
 
