@@ -374,9 +374,13 @@ def test_what_it_refuses_and_what_auto_leaves(monkeypatch: pytest.MonkeyPatch) -
             assert pair.against("staged", *y) == f"for pairs {slow}"
         solve = fastode.nn.SOBlock(reference.SkewPair(96, 96), solver="rk4")
         assert solve.against("staged", maps(96, BF16)) == f"under autocast {beyond.format(64)} {slow}"
-        assert solve.why_not(ENGINE, maps(96, F32)) == (
+        assert solve.why_not(ENGINE, maps(96, F32)) == "" == solve.against(ENGINE, maps(96, F32))
+        assert fastode.nn.SkewPair(16, 16).why_not(ENGINE, maps(16, F32), maps(16, F32)) == (
             "it lowers the convolutions of states in bfloat16 alone, and not of float32, as autocast asks"
         )
+        monkeypatch.setattr(rule, "_tiles", True)
+        why = "multiplying float32 maps in float32, where autocast has bfloat16, it is expected to be slower than"
+        assert solve.against(ENGINE, maps(96, F32)) == f"{why} plain PyTorch"
     assert scheme(16).against("staged", maps(16, F32)) == ""
     monkeypatch.setattr(rule, "_tiles", False)
     monkeypatch.setattr(rule, "_products", False)  # as on a CPU that multiplies bfloat16 in float32: not measured

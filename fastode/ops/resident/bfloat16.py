@@ -22,6 +22,7 @@ FLOAT32_MAPS = {
     "shu_osher": Line(most_channels=64, few=(Few(1, 64, 64),)),
 }
 FROM_ODD = 64
+IN_FLOAT32 = "multiplying float32 maps in float32, where autocast has bfloat16, "
 # Bfloat16 maps, one thread, 2026-11-27: 1.04 to 5 up to 128 channels, 0.8 to 1.2 at 256, 0.6 to 1.06 at 512; schemes of
 # one evaluation 0.99 to 2.8 up to 128, of 4 to 32 samples.
 BFLOAT16_MAPS = Line(most_channels=128)
@@ -88,7 +89,7 @@ def slower(family: str, x: torch.Tensor, channels: int) -> str:
     """
     why, line = "under autocast ", BFLOAT16_MAPS
     if x.dtype == torch.float32:
-        why, line = "multiplying float32 maps in float32, where autocast has bfloat16, ", FLOAT32_MAPS[family]
+        why, line = IN_FLOAT32, FLOAT32_MAPS[family]
         if rule.on_tiles():
             return f"{why}it is expected to be slower than plain PyTorch"
     beyond = line.beyond(channels, x.shape[2] * x.shape[3], 4, x.shape[0], rule.threads())

@@ -61,7 +61,7 @@ class Resident(OperatorEngine):
         if isinstance(call.program, Linear):
             return _refuses_linear(call.program, call.tensors, call.x)
         assert call.program is not None
-        return _refuses_pair(call.program, call.tensors, call.inputs)
+        return _refuses_pair(call.program, call.tensors, call.inputs, alone=call.family == "skew_pair")
 
     def against(self, call: Call) -> str:
         x, program, pixels = call.inputs[-1], call.program, None
@@ -147,7 +147,7 @@ def _refuses_field(field: Plan, x: Tensor | None) -> str:
     return ""
 
 
-def _refuses_pair(pair: Pair, tensors: MaybeTensors, states: Sequence[Tensor]) -> str:
+def _refuses_pair(pair: Pair, tensors: MaybeTensors, states: Sequence[Tensor], *, alone: bool) -> str:
     weight = tensors[0]
     assert weight is not None
     stride, padding, (height, width) = pair.stride, pair.padding, weight.shape[2:]
@@ -161,7 +161,8 @@ def _refuses_pair(pair: Pair, tensors: MaybeTensors, states: Sequence[Tensor]) -
         return "it has no running statistics of an instance norm"
     if max(weight.shape[:2]) > MOST_PAIR_CHANNELS:
         return f"it has the skew pair for at most {MOST_PAIR_CHANNELS} channels"
-    if pair.lower is not None and any(state.dtype == torch.float32 for state in states):
+    # A solution of float32 is float32 whatever its slopes are; those of the pair alone have dtypes of their own.
+    if alone and pair.lower is not None and any(state.dtype == torch.float32 for state in states):
         return "it lowers the convolutions of states in bfloat16 alone, and not of float32, as autocast asks"
     return _refuses_dtypes(pair.lower, tensors, states[-1] if states else None)
 
