@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -275,3 +277,75 @@ def test_other_norms_and_layers_that_work_in_place_are_called(counted: list[int]
     block.shortcut[1] = nn.BatchNorm2d(128, track_running_stats=False)
     same(*pair(block), x)
     assert not counted
+
+
+@pytest.mark.usefixtures("left")
+@pytest.mark.parametrize(
+    ("norm", "change", "modes"),
+    [
+        (nn.BatchNorm2d(4), lambda layer: setattr(layer, "track_running_stats", False), {True: 0, False: 2}),
+        (nn.BatchNorm2d(4), lambda layer: delattr(layer, "num_batches_tracked"), {False: 0}),
+        (
+            nn.InstanceNorm2d(4, affine=True, track_running_stats=True),
+            lambda layer: setattr(layer, "track_running_stats", False),
+            {True: 0, False: 0},
+        ),
+    ],
+)
+def test_norms_whose_state_was_changed_by_hand(
+    counted: list[int], norm: nn.Module, change: Callable[[nn.Module], None], modes: dict[bool, int]
+) -> None:
+    change(norm)
+    block = reference.SSP2(nn.Sequential(norm, nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1)))
+    x = sample_input(2, 4, 6, 6, dtype=torch.float32, seed=1)
+    for train, calls in modes.items():
+        same(*pair(block, train), x)
+        assert len(counted) == calls
+        counted.clear()
+
+
+class Labelled(Tensor):
+    """A tensor whose class takes part in every function's call."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        names.append(getattr(func, "__name__", ""))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+names: list[str] = []
+
+
+@pytest.mark.usefixtures("left")
+def test_tensors_of_other_classes_meet_the_modules_functions(counted: list[int]) -> None:
+    x = sample_input(2, 4, 6, 6, dtype=torch.float32, seed=1)
+    for block in (reference.ResBlock(branch(NORMS["batch"])), reference.Chain(*stem(NORMS["batch"]))):
+        fused, plain = pair(block)
+        found = []
+        for each in (fused, plain):
+            names.clear()
+            each(x.as_subclass(Labelled))
+            found.append([name for name in names if name in ("batch_norm", "conv2d", "relu", "silu")])
+        assert found[0] == found[1] and found[0]
+    skew, plain_skew = pair(reference.SkewPair(4, 4, 1, 0.1, norm="batch"))
+    assert torch.equal(skew(x.as_subclass(Labelled), x)[0], plain_skew(x, x)[0])
+    assert not counted
+
+
+@pytest.mark.usefixtures("left")
+@pytest.mark.parametrize("activation", bare._ACTIVATIONS)
+def test_a_branch_of_one_activation_is_not_held_by_what_is_kept_of_it(
+    counted: list[int], activation: type[nn.Module]
+) -> None:
+    fused, plain = pair(reference.SSP2(activation()))
+    x = sample_input(1, 4, 6, 6, dtype=torch.float32, seed=1)
+    same(fused, plain, x)
+    assert len(counted) == 2
+    gc.collect()
+    gc.disable()
+    try:
+        held = weakref.ref(fused.branch)
+        del fused
+        assert held() is None
+    finally:
+        gc.enable()

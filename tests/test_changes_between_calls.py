@@ -176,6 +176,21 @@ def test_settings_of_the_block_are_seen(kind: str) -> None:
         assert_same(fused, plain, x)
 
 
+@pytest.mark.parametrize("engine", ["auto", "resident", "staged"])
+def test_a_step_that_becomes_zero_evaluates_its_branch(engine: str) -> None:
+    """The constructor refuses such a step, an assignment does not: running statistics move, and a NaN is not lost."""
+    plain = reference.ResBlock(units(), 0.5).double()
+    fused = copy.deepcopy(plain)
+    fastode.fuse(fused, engine=engine)
+    x = sample_input(3, 4, 3, 2, dtype=torch.float64)
+    assert_same(fused, plain, x)
+    fused.step_size = plain.step_size = 0.0
+    assert_same(fused, plain, x)
+    for block in (plain, fused):
+        block.branch[2].weight.data.fill_(torch.nan)
+        assert block(x).isnan().all()
+
+
 def test_dtype_device_autocast_grad_mode_and_threads_are_seen() -> None:
     plain = KINDS["ssp3"](units()).eval()
     fused = copy.deepcopy(plain)

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..reference import ResBlock, SkewPair
@@ -19,7 +22,22 @@ from ..reference.skew import PADDING, skew_field
 Function = Callable[[Tensor], Tensor]
 PairFunction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
-_ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.Tanh, nn.Softplus, nn.ELU, nn.SiLU, nn.GELU, nn.Sigmoid)
+# Without the layer, which may be the block's branch, beside which what is made here is kept.
+_ACTIVATIONS: dict[type[nn.Module], Callable[[Any], Function]] = {
+    nn.ReLU: lambda layer: torch.relu,
+    nn.LeakyReLU: lambda layer: partial(F.leaky_relu, negative_slope=layer.negative_slope),
+    nn.Tanh: lambda layer: torch.tanh,
+    nn.Softplus: lambda layer: partial(F.softplus, beta=layer.beta, threshold=layer.threshold),
+    nn.ELU: lambda layer: partial(F.elu, alpha=layer.alpha),
+    nn.SiLU: lambda layer: F.silu,
+    nn.GELU: lambda layer: partial(F.gelu, approximate=layer.approximate),
+    nn.Sigmoid: lambda layer: torch.sigmoid,
+}
+
+
+def takes(*inputs: Tensor) -> bool:
+    """Whether a call with these inputs may be one of functions."""
+    return usable() and all(x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter) for x in inputs)
 
 
 def usable() -> bool:
@@ -118,7 +136,7 @@ def _functions(module: nn.Module | None, shapes: Iterator[Sequence[int]]) -> lis
         elif type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
             function = _convolution(layer)
         elif type(layer) in _ACTIVATIONS and not getattr(layer, "inplace", False):
-            function = torch.relu if type(layer) is nn.ReLU else layer.forward
+            function = _ACTIVATIONS[type(layer)](layer)
         else:
             function = None
         if function is None:
@@ -145,8 +163,11 @@ def _convolution(layer: nn.Conv2d) -> Function:
 
 def _norm(layer: nn.BatchNorm2d, shape: Sequence[int]) -> Function | None:
     weight, bias, mean, variance = layer.weight, layer.bias, layer.running_mean, layer.running_var
-    count, factor, eps, training = layer.num_batches_tracked, layer.momentum, layer.eps, layer.training
+    count = getattr(layer, "num_batches_tracked", None)
+    factor, eps, training = layer.momentum, layer.eps, layer.training
     if type(layer) is not nn.BatchNorm2d or mean is None or variance is None or count is None or factor is None:
+        return None
+    if training and not layer.track_running_stats:  # a flag that was taken back: the buffers stay as they are
         return None
     momentum, single = float(factor), 1 in (shape[0], *shape[2:])
 
@@ -175,7 +196,9 @@ def _group_norm(layer: nn.GroupNorm, shape: Sequence[int]) -> Function | None:
 
 def _instance_norm(layer: nn.InstanceNorm2d, shape: Sequence[int]) -> Function | None:
     weight, bias, momentum, eps = layer.weight, layer.bias, layer.momentum, layer.eps
-    if layer.track_running_stats or momentum is None or shape[2] * shape[3] == 1:  # which F.instance_norm refuses
+    if layer.track_running_stats or layer.running_mean is not None or momentum is None:
+        return None
+    if shape[2] * shape[3] == 1:  # which F.instance_norm refuses
         return None
 
     def run(x: Tensor) -> Tensor:

@@ -194,7 +194,7 @@ def _decide(x: Tensor, reading: ChainReading, module: nn.Module, engine: str) ->
 
 def _bare(module: nn.Module, reading: ChainReading, x: Tensor) -> bare.Function | None:
     """A block or what was read of a sequence, left to PyTorch, as its functions; None where it is to be called."""
-    if reading.reason or x.device.type != "cpu" or not bare.usable() or x.dim() != 4 or _misfit(reading, x):
+    if reading.reason or not bare.takes(x) or x.dim() != 4 or _misfit(reading, x):
         return None
     shapes = [
         shape

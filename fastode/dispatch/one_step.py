@@ -287,7 +287,7 @@ def _decide(
 
 def _bare(step: Step, module: nn.Module, reading: Reading, x: Tensor) -> bare.Function | None:
     """A call that is left to PyTorch as its functions; None where it is one of modules."""
-    if reading.units is None or x.device.type != "cpu" or not bare.usable():
+    if reading.units is None or not bare.takes(x):
         return None
     branch = bare.branch_of(module, x.shape)
     return None if branch is None else step.plain(branch)

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from .. import reference
 from ..dispatch import chain
+from ..dispatch.engines import REFERENCE
 from ..dispatch.one_step import describe_call, euler_step, run
 from ..dispatch.registry import register
 from ..ops.engine import Call
-from .base import Fused
+from .base import Fused, note
 
 __all__ = ["Chain", "ResBlock"]
 
@@ -37,6 +38,9 @@ class ResBlock(Fused, reference.ResBlock):
         return chain.read_block(self).call(inputs)
 
     def _step(self, owner: nn.Module, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        if self.step_size == 0:  # of which a scheme would not evaluate the branch, nor move its running statistics
+            note(owner, REFERENCE)
+            return plain(x)
         make, checked = partial(reference.ResBlock, self.branch, self.step_size), owner is not self
         step = euler_step(self.step_size)
         return run(x, self.branch, step, make, plain, engine=self.engine, owner=owner, checked=checked)

@@ -267,7 +267,7 @@ def _march(solver: Solver) -> March | None:
 
 def _bare(pair: SkewPair, reading: Field, y: Tensor, z: Tensor) -> bare.PairFunction | None:
     """A pair that is left to PyTorch, as its functions; None where it is to be called."""
-    if reading.reason or y.device.type != "cpu" or not bare.usable():
+    if reading.reason or not bare.takes(y, z):
         return None
     return bare.pair_of(pair, y.shape, z.shape)
 
