@@ -1,5 +1,8 @@
-"""Convolutions by Winograd's filtering (csrc/cpu/resident/winograd.h): equal at every size and layout, forwards and
-backwards, and no less local than direct sums where values are not finite."""
+"""Convolutions by Winograd's filtering (csrc/cpu/resident/winograd.h), in float32 and, without AMX, in bfloat16.
+
+They are equal at every size and layout, forwards and backwards, and no less local than direct sums where values are not
+finite.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from test_resident import fused
 from torch import Tensor, nn
 
 from fastode import reference
+from fastode.ops.resident import rule
 from fastode.tableau import EULER
 from fastode.testing import assert_blocks_equal, compare_tensors, sample_input
 
@@ -20,6 +24,14 @@ from fastode.testing import assert_blocks_equal, compare_tensors, sample_input
 SHAPES = [
     (16, 32, 2, 6), (17, 20, 6, 2), (20, 49, 4, 4), (33, 16, 8, 6), (48, 64, 4, 6), (16, 16, 2, 70), (24, 24, 7, 6),
     (16, 15, 4, 4),
+]  # fmt: skip
+
+
+# In bfloat16, and samples: half a block of inputs and a whole one, one block of outputs and two, rows of an odd number
+# of tiles, whose weight gradient is direct, and of more than are summed together, and odd sides, which are direct.
+NARROW = [
+    (17, 20, 2, 6, 700), (20, 49, 4, 4, 240), (33, 18, 8, 6, 65), (48, 64, 4, 8, 24), (32, 80, 2, 140, 6),
+    (24, 24, 7, 6, 13), (64, 32, 8, 8, 14), (18, 40, 16, 12, 13),
 ]  # fmt: skip
 
 
@@ -44,6 +56,32 @@ def test_equal_at_every_size(shape: tuple[int, int, int, int], samples: int) -> 
         assert_blocks_equal(block, fused(block), x)
 
 
+@pytest.mark.parametrize("lowered", [False, True], ids=["bfloat16", "autocast"])
+@pytest.mark.parametrize("shape", NARROW, ids=str)
+def test_equal_at_every_size_in_bfloat16(shape: tuple[int, int, int, int, int], lowered: bool) -> None:
+    channels, inner, height, width, samples = shape
+    dtype = torch.float32 if lowered else torch.bfloat16
+    x = sample_input(samples, channels, height, width, dtype=dtype)
+    for block in (
+        reference.SSP2(convolutions(channels, inner, norm=True)),
+        reference.IESkip(convolutions(channels, inner, norm=False), 1, 0.1),
+    ):
+        with torch.autocast("cpu", torch.bfloat16, enabled=lowered):
+            assert_blocks_equal(block.to(dtype), fused(block), x)
+
+
+@pytest.mark.skipif(not rule.multiplies_pairs(), reason="this CPU has tiles, or no products of bfloat16")
+def test_many_tiles_are_filtered_and_few_are_not() -> None:
+    torch.manual_seed(6)
+    block = reference.Chain(nn.Conv2d(32, 48, 3, padding=1), nn.ReLU(), nn.Conv2d(48, 32, 3, padding=1))
+    twin = fused(block.to(torch.bfloat16))
+    x = sample_input(64, 32, 8, 8, dtype=torch.bfloat16)
+    with torch.no_grad():
+        whole, half, few = twin(x), twin(x[:32]), twin(x[:2])
+    assert torch.equal(whole[:32], half) and not torch.equal(half[:2], few)
+    assert (half[:2].float() - few.float()).norm() <= torch.finfo(torch.bfloat16).eps * few.float().norm()
+
+
 @pytest.mark.parametrize("samples", [1, 24])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_skew_pairs_are_equal_at_every_size(shape: tuple[int, int, int, int], samples: int) -> None:
@@ -57,13 +95,16 @@ def test_skew_pairs_are_equal_at_every_size(shape: tuple[int, int, int, int], sa
         assert_blocks_equal(block, fused(block), z)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan"), 3e38])
 @pytest.mark.parametrize("channels", [16, 32, 40])
 @pytest.mark.parametrize("place", [(0, 0), (2, 3), (5, 7), (1, 4)])
-def test_what_is_not_finite_stays_where_it_is(place: tuple[int, int], channels: int, value: float) -> None:
+def test_what_is_not_finite_stays_where_it_is(
+    place: tuple[int, int], channels: int, value: float, dtype: torch.dtype
+) -> None:
     torch.manual_seed(5)
-    block = reference.ShuOsher(nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1)), EULER)
-    x = sample_input(2, channels, 6, 8)
+    block = reference.ShuOsher(nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1)), EULER).to(dtype)
+    x = sample_input(2 if dtype == torch.float32 else 20, channels, 6, 8, dtype=dtype)
     x[1, channels // 3, place[0], place[1]] = value
     with torch.no_grad():
         expected, found, truth = block(x), fused(block)(x), copy.deepcopy(block).double()(x.double())
@@ -74,6 +115,28 @@ def test_what_is_not_finite_stays_where_it_is(place: tuple[int, int], channels: 
     calm = torch.isfinite(expected) & (expected.abs() < 1e30)
     comparison = compare_tensors({"y": found[calm]}, {"y": truth[calm]}, [{"y": expected[calm]}], 9 * channels)
     assert comparison.ok, comparison.describe()
+
+
+@pytest.mark.skipif(not rule.multiplies_pairs(), reason="this CPU has tiles, or no products of bfloat16")
+def test_small_samples_and_channels_are_as_exact_as_large_ones() -> None:
+    """In bfloat16 each tile has a scale of its own, and so has each channel of weights, inputs and cotangents."""
+    torch.manual_seed(8)
+    block = reference.Chain(nn.Conv2d(32, 48, 3, padding=1, bias=False), nn.LeakyReLU(1.0))  # no kink
+    with torch.no_grad():
+        block[0].weight.mul_(10.0 ** -(torch.arange(48) % 4 * 3.0)[:, None, None, None])
+    block.to(torch.bfloat16)
+    x = torch.randn(24, 32, 12, 8) * 10.0 ** -(torch.arange(24) % 5 * 6.0)[:, None, None, None]
+    cotangent = torch.randn(24, 48, 12, 8) * 10.0 ** (torch.arange(48) % 3 * 4.0)[:, None, None]
+
+    def results(block: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        leaf = x.to(torch.bfloat16).to(dtype).requires_grad_()
+        y = block(leaf)
+        return y, *torch.autograd.grad(y, [leaf, block[0].weight], cotangent.to(torch.bfloat16).to(dtype))
+
+    found, truth = results(fused(block), torch.bfloat16), results(copy.deepcopy(block).double(), torch.float64)
+    for ours, true, together in zip(found, truth, [(2, 3), (1, 2, 3), (1, 2, 3)], strict=True):
+        error = torch.linalg.vector_norm(ours - true, dim=together) / torch.linalg.vector_norm(true, dim=together)
+        assert error.max() <= torch.finfo(torch.bfloat16).eps
 
 
 @pytest.mark.parametrize("side", [4, 16])

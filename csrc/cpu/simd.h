@@ -15,7 +15,7 @@
 
 // Whether this build has convolutions in bfloat16, and whether on AMX tiles or by AVX-512's dot products; without them
 // nothing that stores maps in bfloat16 is compiled.
-#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
 #define FASTODE_TILES 1
 #else
 #define FASTODE_TILES 0

@@ -75,12 +75,12 @@ class Level:
 
 _AVX2 = frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2", "movbe", "abm"})
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
-_BF16 = _AVX512 | {"avx512_bf16"}
+_BF16 = _AVX512 | {"avx512_bf16", "avx512_vnni"}
 _AMX = _BF16 | {"amx_tile", "amx_bf16"}
 # Best first; which of them runs is chosen when they are loaded. A CPU below the last one compiles instead.
 _X86 = (
-    Level("amx", ("-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"), _AMX),
-    Level("bf16", ("-march=x86-64-v4", "-mavx512bf16"), _BF16),
+    Level("amx", ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni", "-mamx-tile", "-mamx-bf16"), _AMX),
+    Level("bf16", ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni"), _BF16),
     Level("avx512", ("-march=x86-64-v4",), _AVX512),
     Level("avx2", ("-march=x86-64-v3",), _AVX2),
 )

@@ -23,6 +23,7 @@ struct UnitSpec {
   ConvShape shape = {};  // without a convolution its stride and kernel are those of a mean over windows
   bool mean_of = false;
   bool winograd = false, winograd_gradient = false;  // how its convolution is done, and its weight gradient
+  KernelView kernels;                                // where its weights are, if that is in bfloat16
   int64_t in_channels = 0, out_channels = 0;
   const A *weight = nullptr, *bias = nullptr;  // rows
   const A *mean = nullptr, *rstd = nullptr;    // rows, where the statistics are fixed or there is no norm

@@ -92,12 +92,24 @@ void Branch<T>::take_scratch(Need need) {
       }
       together_.push_back(Narrow::samples_together(planes_[j], fewest, schedule_.group));
     }
+    const auto wants = [&](int64_t bytes) { scratch_stride_ = std::max(scratch_stride_, bytes); };
     for (size_t j = 0; j < spec_.units.size(); ++j) {
+      const ConvShape& shape = spec_.units[j].shape;
+      if constexpr (kNarrowWinograd)
+        if (spec_.units[j].winograd) {
+          wants(narrow_winograd_scratch_size(shape));
+          if (need != Need::kValue) wants(narrow_winograd_scratch_size(shape.transposed()));
+        }
       if (!weights || !spec_.units[j].has_conv) continue;
+      if constexpr (kNarrowWinograd)
+        if (spec_.units[j].winograd_gradient) {
+          wants(narrow_winograd_gradient_scratch_size(shape));
+          continue;
+        }
       const int64_t together = together_[j + 1];
       const int64_t pairs = (need == Need::kSecond ? 2 : 1) * divide_up(schedule_.group, together) * together;
       const auto size = apart(j) ? strided_tile_scratch_size : tile_scratch_size;
-      scratch_stride_ = std::max(scratch_stride_, size(planes_[j + 1], spec_.units[j].shape, together, pairs));
+      wants(size(planes_[j + 1], shape, together, pairs));
     }
   } else {
     together_.assign(planes_.size(), 1);

@@ -77,6 +77,65 @@ void pack_tile_weights(const ConvShape& shape, bool flip, const T* weight, const
 void convolve(const Plane<float>& plane, const ConvShape& shape, int64_t together, const float* packed,
               const float* bias, const ConvJob<bfloat16>* jobs, int64_t count, Ahead* ahead);
 
+// The same of 3x3 and stride 1 by Winograd's filtering, as winograd.h says, in integers (winograd_bf16_impl.h). AMX
+// multiplies so fast that there is nothing to save.
+inline constexpr bool kNarrowWinograd = kTiles && !FASTODE_AMX;
+
+// Whether a convolution of so many samples is faster so: the products that are saved for each pair of channels, of
+// those that meet the image, make up for weights that take longer to pack, and with few channels for the tiles'
+// transforms.
+inline bool suits_narrow_winograd(const Plane<float>& plane, const ConvShape& shape, int64_t samples) {
+  const int64_t height = plane.height, width = plane.width;
+  const bool kernel = shape.kernel_h == 3 && shape.kernel_w == 3 && shape.stride == 1;
+  const bool sides = height % 2 == 0 && width % 2 == 0;
+  const int64_t channels = std::min(shape.in_channels, shape.out_channels);
+  const int64_t counted = channels < 32 ? channels * channels / 32 : std::min<int64_t>(channels, 64);
+  const int64_t saved = samples * ((3 * height - 2) * (3 * width - 2) - 4 * height * width);
+  return kNarrowWinograd && kernel && sides && channels > Narrow::lanes && saved * counted >= 100000;
+}
+
+// Whether the weight gradient of one that is so is, too. Of many channels each worker's sums, which are cleared first
+// and added up at last, are larger than what is saved unless there are many tiles.
+inline bool suits_narrow_winograd_gradient(const Plane<float>& plane, const ConvShape& shape, int64_t samples) {
+  const int64_t tiles = samples * plane.pixels() / 4, weights = shape.in_channels * shape.out_channels;
+  return plane.width % 4 == 0 && (weights <= 128 * 128 || tiles * 128 >= weights);
+}
+
+// A tensor [out, in, kh, kw] of weights, float32 or bfloat16, as a direct sum multiplies them.
+struct KernelView {
+  const void* at = nullptr;
+  bool narrow = false;
+  int64_t out = 0, in = 0, y = 0, x = 0;  // strides in elements
+
+  float operator()(int64_t o, int64_t i, int64_t ky, int64_t kx) const {
+    const int64_t place = o * out + i * in + ky * y + kx * x;
+    return widen(narrow ? static_cast<const bfloat16*>(at)[place]
+                        : fastode::narrow(static_cast<const float*>(at)[place]));
+  }
+  // Of the convolution that pulls back one of 3x3.
+  KernelView back() const {
+    const int64_t last = (2 * y + 2 * x) * static_cast<int64_t>(narrow ? sizeof(bfloat16) : sizeof(float));
+    return {static_cast<const char*>(at) + last, narrow, in, out, -y, -x};
+  }
+};
+
+// In float32 elements, and of scratch in bytes.
+int64_t narrow_winograd_size(const ConvShape& shape);
+int64_t narrow_winograd_scratch_size(const ConvShape& shape);
+
+template <class T>
+void pack_narrow_winograd(const ConvShape& shape, bool flip, const T* weight, const int64_t* strides, float* packed);
+
+// `kernels`: the weights that are packed, for sums that are direct because they are not finite.
+void convolve_winograd(const Plane<float>& plane, const ConvShape& shape, const float* packed,
+                       const KernelView& kernels, const float* bias, const ConvJob<bfloat16>* jobs, int64_t count,
+                       void* scratch, Ahead* ahead);
+
+// Its weight gradient, in the layout of winograd.h's.
+int64_t narrow_winograd_gradient_scratch_size(const ConvShape& shape);
+void winograd_gradient(const Plane<float>& plane, const ConvShape& shape, const GradientPair<bfloat16>* pairs,
+                       int64_t count, float* gradient, void* scratch);
+
 // gradient += sum over the pairs, both Narrow maps, in the layout of conv.h's weight_gradient. The pairs come in sets
 // of `together`; what is missing of the last set is zero. `scratch` holds tile_scratch_size bytes.
 void weight_gradient(const Plane<float>& plane, const ConvShape& shape, int64_t together,

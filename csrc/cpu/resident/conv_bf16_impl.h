@@ -9,6 +9,9 @@
 #include "dot_products.h"
 #endif
 #include "pack_bf16_impl.h"
+#if !FASTODE_AMX
+#include "few_outputs_impl.h"
+#endif
 
 namespace fastode::resident {
 namespace {
@@ -337,6 +340,13 @@ void convolve_tiles(TileRun& run, const Tiling& tiling, int64_t out_channels, co
 
 void convolve(const Plane<float>& plane, const ConvShape& shape, int64_t together, const float* packed,
               const float* bias, const ConvJob<bfloat16>* jobs, int64_t count, Ahead* ahead) {
+#if !FASTODE_AMX
+  if (suits_few_outputs(plane, shape)) {
+    FewOutputs convolve(plane, shape, reinterpret_cast<const bfloat16*>(packed));
+    for (const ConvJob<bfloat16>* job = jobs; job < jobs + count; ++job) convolve(*job, bias);
+    return;
+  }
+#endif
   const Narrow narrow(plane, shape.in_channels, together);
   TileRun run = run_of(plane, shape.in_channels, together, packed);
   const int64_t up = shape.kernel_h / 2, left = shape.kernel_w / 2;

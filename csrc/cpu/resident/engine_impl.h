@@ -85,13 +85,23 @@ void Packed<A>::read(Arena& arena, const Wanted& wanted) {
       unit.has_conv = true;
       unit.shape = {channels, integers[3], integers[4], integers[5], stride};
       spec.halo = std::max({spec.halo, integers[4] / 2, integers[5] / 2});
-      unit.winograd = !narrow_ && suits_winograd(plane, unit.shape, samples_);
-      unit.winograd_gradient = unit.winograd && suits_winograd_gradient<A>(unit.shape);
+      if constexpr (kOnTiles<A>)
+        if (narrow_) {
+          unit.winograd = suits_narrow_winograd(plane, unit.shape, samples_);
+          unit.winograd_gradient = unit.winograd && suits_narrow_winograd_gradient(plane, unit.shape, samples_);
+        }
+      if (!narrow_) {
+        unit.winograd = suits_winograd(plane, unit.shape, samples_);
+        unit.winograd_gradient = unit.winograd && suits_winograd_gradient<A>(unit.shape);
+      }
       const auto size = [&](const ConvShape& shape, bool back) {
         const bool strided = shape.stride > 1;
         if constexpr (kOnTiles<A>) {
           if (narrow_ && strided) return strided_tile_weights_size(shape, back);
-          if (narrow_) return tile_weights_size(back ? shape.transposed() : shape);
+          const ConvShape seen = back ? shape.transposed() : shape;
+          if constexpr (kNarrowWinograd)
+            if (narrow_ && unit.winograd) return narrow_winograd_size(seen);
+          if (narrow_) return tile_weights_size(seen);
         }
         if (back && strided) return strided_back_size<A>(shape);
         return weights_size<A>(back ? shape.transposed() : shape, unit.winograd);
@@ -104,10 +114,14 @@ void Packed<A>::read(Arena& arena, const Wanted& wanted) {
         for (int d = 0; d < 4; ++d) strides[d] = weight.strides()[d];
         with_data<A>(weight, [&](auto* data) {
           using T = std::remove_pointer_t<decltype(data)>;
+          if constexpr (kOnTiles<A>)
+            unit.kernels = {data, std::is_same_v<T, bfloat16>, strides[0], strides[1], strides[2], strides[3]};
           const auto pack = [&](bool back, A* to) {
             const ConvShape shape = back ? unit.shape.transposed() : unit.shape;
             if constexpr (kOnTiles<A>) {
               if (narrow_ && stride > 1) return pack_strided_tile_weights<T>(unit.shape, back, data, strides, to);
+              if constexpr (kNarrowWinograd)
+                if (narrow_ && unit.winograd) return pack_narrow_winograd<T>(shape, back, data, strides, to);
               if (narrow_) return pack_tile_weights<T>(shape, back, data, strides, to);
             }
             if (back && stride > 1) return pack_strided_back<A, T>(unit.shape, data, strides, to);

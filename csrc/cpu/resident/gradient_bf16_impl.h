@@ -2,6 +2,9 @@
 #pragma once
 
 #include "conv_bf16_impl.h"
+#if !FASTODE_AMX
+#include "winograd_bf16_impl.h"
+#endif
 
 namespace fastode::resident {
 

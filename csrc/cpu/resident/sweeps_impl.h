@@ -11,6 +11,10 @@ void Branch<T>::convolve_jobs(size_t j, bool back, const ConvJob<T>* jobs, const
   const ConvShape shape = back ? unit.shape.transposed() : unit.shape;
   const A *packed = back ? unit.backward : unit.forward, *bias = with_bias ? unit.conv_bias : nullptr;
   if constexpr (std::is_same_v<T, bfloat16>) {
+    if constexpr (kNarrowWinograd)
+      if (unit.winograd)
+        return convolve_winograd(planes_[j], shape, packed, back ? unit.kernels.back() : unit.kernels, bias, jobs,
+                                 range.count, scratch_of<char>(range), range.ahead);
     if (!apart(j))
       convolve(planes_[j], shape, together_[j], packed, bias, jobs, range.count, range.ahead);
     else if (back)
@@ -102,7 +106,8 @@ void Branch<T>::add_gradients(const Passed<T>& at, const Range& range, const Map
       pairs[count] = {in.at(range, i), cotangent.at(range, i)};
       fill(i, pairs[count++]);
     }
-    for (int64_t i = range.count; i % together; ++i) {  // what lies together is summed together
+    for (int64_t i = range.count; i % together && !unit.winograd_gradient;
+         ++i) {  // what lies together is summed together
       pairs[count] = {in.at(range, i), cotangent.at(range, i)};
       if (!in.phase) combine_maps(plane, blocks, pairs[count].in, Combine<T>{});  // else it is zero already
       combine_maps(out_plane, out_blocks, pairs[count++].cotangent, Combine<T>{});
@@ -121,6 +126,9 @@ void Branch<T>::add_gradients(const Passed<T>& at, const Range& range, const Map
     });
   if constexpr (std::is_same_v<T, bfloat16>) {
     char* scratch = scratch_of<char>(range);
+    if constexpr (kNarrowWinograd)
+      if (unit.winograd_gradient)
+        return winograd_gradient(plane, unit.shape, pairs, count, gradients + unit.conv_at, scratch);
     if (apart(at.unit))
       strided_weight_gradient(out_plane, unit.shape, together, active.phase, pairs, count, gradients + unit.conv_at,
                               scratch);

@@ -3,7 +3,7 @@
 
 #include "conv_kernels.h"
 #include "packing.h"
-#include "winograd.h"
+#include "winograd_tiles.h"
 
 namespace fastode::resident {
 
@@ -16,82 +16,6 @@ template <class A>
 inline constexpr int64_t kOneProduct = (kChunk + 1) * kLanes<A>;
 template <class A>
 inline constexpr int64_t kAllProducts = kProducts * kOneProduct<A>;
-
-// Neighbouring tiles of one row: of which sample, the first one's row and column, how many, and the first one's place
-// in the chunk.
-struct TileRun {
-  int64_t sample, y, x, count, place;
-};
-
-// The tiles of all samples, a chunk at a time.
-class Chunks {
- public:
-  template <class A>
-  Chunks(const Plane<A>& plane, int64_t samples)
-      : rows_(plane.height / 2), columns_(plane.width / 2), left_(rows_ * columns_ * samples) {}
-
-  // Whether there is another one.
-  bool next() {
-    count_ = tiles = 0;
-    while (tiles < kChunk && left_ > 0) {
-      const int64_t length = std::min(columns_ - x_, kChunk - tiles);
-      runs_[count_++] = {sample_, y_, x_, length, tiles};
-      tiles += length, left_ -= length, x_ += length;
-      if (x_ == columns_) x_ = 0, ++y_;
-      if (y_ == rows_) y_ = 0, ++sample_;
-    }
-    return tiles > 0;
-  }
-
-  template <class F>
-  void each_run(const F& f) const {
-    std::for_each(runs_, runs_ + count_, f);
-  }
-
-  int64_t tiles = 0;
-
- private:
-  TileRun runs_[kChunk];
-  int64_t count_ = 0;
-  int64_t rows_, columns_, left_, sample_ = 0, y_ = 0, x_ = 0;
-};
-
-// B' d, A' m and G' s of a column.
-template <class V>
-inline void spread(V d0, V d1, V d2, V d3, V (&to)[4]) {
-  to[0] = d0 - d2, to[1] = d1 + d2, to[2] = d2 - d1, to[3] = d1 - d3;
-}
-template <class V>
-inline void gather(V m0, V m1, V m2, V m3, V (&to)[2]) {
-  to[0] = (m0 + m1) + m2, to[1] = (m1 - m2) - m3;
-}
-template <class V>
-inline void gather_kernel(V s0, V s1, V s2, V s3, V (&to)[3]) {
-  const V half = (s1 + s2) * ScalarOf<V>(0.5);
-  to[0] = s0 + half, to[1] = (s1 - s2) * ScalarOf<V>(0.5), to[2] = half + s3;
-}
-
-// G g G' of 3x3 vectors.
-template <class V>
-inline void spread_kernel(const V (&g)[3][3], V (&to)[4][4]) {
-  const auto column = [](V g0, V g1, V g2, V(&u)[4]) {
-    const V ends = g0 + g2;
-    u[0] = g0, u[1] = (ends + g1) * ScalarOf<V>(0.5), u[2] = (ends - g1) * ScalarOf<V>(0.5), u[3] = g2;
-  };
-  V rows[3][4];
-  FASTODE_UNROLL for (int x = 0; x < 3; ++x) column(g[0][x], g[1][x], g[2][x], rows[x]);
-  FASTODE_UNROLL for (int y = 0; y < 4; ++y) column(rows[0][y], rows[1][y], rows[2][y], to[y]);
-}
-
-// Kernels that `spread_kernel` has spread.
-template <class V>
-inline void kernel_of(const V (&u)[4][4], V (&g)[3][3]) {
-  FASTODE_UNROLL for (int y = 0; y < 3; ++y) {
-    V row[4];
-    FASTODE_UNROLL for (int x = 0; x < 4; ++x) row[x] = y == 1 ? u[1][x] - u[2][x] : u[y == 0 ? 0 : 3][x];
-    g[y][0] = row[0], g[y][1] = row[1] - row[2], g[y][2] = row[3];
-  }
-}
 
 // Where the numbers of one vector of outputs and one block of inputs begin: those of one product, and the next one's
 // kLanes rows further.
@@ -144,44 +68,14 @@ int64_t winograd_gradient_scratch_size(const ConvShape& shape) {
   return (blocks_of<A>(shape.in_channels) + vectors_of<A>(shape.out_channels)) * kAllProducts<A>;
 }
 
-// B' d B of the tiles of a run.
-template <class A>
-inline void spread_inputs(const View<A>& in, int64_t b, const TileRun& run, A* to) {
-  using V = Vec<A>;
-  constexpr int lanes = kLanes<A>;
-  const A* at = in.pixel_at(b, 2 * run.y - 1, 2 * run.x - 1);
-  const int64_t row = in.row;
-  const auto column = [=](const A* from, V(&c)[4]) {
-    spread(load<V>(from), load<V>(from + row), load<V>(from + 2 * row), load<V>(from + 3 * row), c);
-  };
-  const auto tile = [](const V(&c0)[4], const V(&c1)[4], const V(&c2)[4], const V(&c3)[4], A* here) {
-    FASTODE_UNROLL for (int r = 0; r < 4; ++r) {
-      V v[4];
-      spread(c0[r], c1[r], c2[r], c3[r], v);
-      FASTODE_UNROLL for (int k = 0; k < 4; ++k) store<V>(here + (4 * r + k) * kOneProduct<A>, v[k]);
-    }
-  };
-  V c0[4], c1[4], c2[4], c3[4];  // two columns of a tile are the next one's first
-  column(at, c0), column(at + lanes, c1);
-  int64_t t = 0;
-  for (; t + 2 <= run.count; t += 2, to += 2 * lanes, at += 4 * lanes) {
-    column(at + 2 * lanes, c2), column(at + 3 * lanes, c3);
-    tile(c0, c1, c2, c3, to);
-    column(at + 4 * lanes, c0), column(at + 5 * lanes, c1);
-    tile(c2, c3, c0, c1, to + lanes);
-  }
-  if (t < run.count) {
-    column(at + 2 * lanes, c2), column(at + 3 * lanes, c3);
-    tile(c0, c1, c2, c3, to);
-  }
-}
-
 // Of all tiles of a chunk and all blocks of channels; view(sample) is that of its input.
 template <class A, class F>
-inline void spread_chunk(const Chunks& chunk, int64_t blocks, A* v, const F& view) {
+inline void spread_chunk(const Chunks<kChunk>& chunk, int64_t blocks, A* v, const F& view) {
   for (int64_t b = 0; b < blocks; ++b)
-    chunk.each_run([&](const TileRun& run) {
-      spread_inputs(view(run.sample), b, run, v + b * kAllProducts<A> + run.place * kLanes<A>);
+    chunk.each_run([&](const RowOfTiles& run) {
+      A* const to = v + b * kAllProducts<A> + run.place * kLanes<A>;
+      spread_inputs(view(run.sample), b, run,
+                    [=](int p, int64_t t, auto value) { store(to + p * kOneProduct<A> + t * kLanes<A>, value); });
     });
 }
 
@@ -223,103 +117,38 @@ inline void multiply(const A* v, const A* u, int64_t in_channels, A* m, int64_t 
     if (count > 0) multiply<A, vectors, tiles / 2>(v, u, in_channels, m, count, ahead);
 }
 
-// The outputs of one tile as direct sums, for one vector of outputs: u [input block][product][input channel][`width`].
-template <class A>
-void sum_directly(const View<A>& in, int64_t y, int64_t x, const A* u, int64_t in_channels, int64_t width,
-                  Vec<A> (&sums)[2][2]) {
-  using V = Vec<A>;
-  constexpr int64_t lanes = kLanes<A>;
-  for (auto& row : sums) row[0] = row[1] = V{};
-  for (int64_t c = 0; c < in_channels; ++c) {
-    V spread_out[4][4], g[3][3];
-    for (int p = 0; p < kProducts; ++p)
-      spread_out[p / 4][p % 4] = load<V>(u + ((c / lanes * kProducts + p) * lanes + c % lanes) * width);
-    kernel_of(spread_out, g);
-    for (int i = 0; i < 2; ++i)
-      for (int j = 0; j < 2; ++j)
-        for (int k = 0; k < 9; ++k)
-          sums[i][j] += in.pixel_at(c / lanes, y + i + k / 3 - 1, x + j + k % 3 - 1)[c % lanes] * g[k / 3][k % 3];
-  }
-}
-
-// A' m A of the tiles of a run, combined. `direct(tile, sums)` makes what is not finite anew, because in the products
-// one such input meets all outputs of its tile.
-template <class A, class F>
-inline void gather_outputs(const TileRun& run, const A* m, const A* bias, const ConvJob<A>& job, int64_t b,
-                           const F& direct) {
-  using V = Vec<A>;
-  constexpr int lanes = kLanes<A>;
-  const View<A> out = job.out;
-  const Combine<A>& combine = job.combine;
-  const V offset = bias ? load<V>(bias) : V{};
-  const A scale = combine.scale;
-  const int terms = combine.count;
-  A* to = out.pixel_at(b, 2 * run.y, 2 * run.x);
-  for (int64_t t = 0; t < run.count; ++t, m += lanes, to += 2 * out.pixel) {
-    V columns[4][2], sums[2][2];
-    FASTODE_UNROLL for (int k = 0; k < 4; ++k)
-        gather(load<V>(m + k * kOneProduct<A>), load<V>(m + (4 + k) * kOneProduct<A>),
-               load<V>(m + (8 + k) * kOneProduct<A>), load<V>(m + (12 + k) * kOneProduct<A>), columns[k]);
-    FASTODE_UNROLL for (int i = 0; i < 2; ++i)
-        gather(columns[0][i], columns[1][i], columns[2][i], columns[3][i], sums[i]);
-    if (!all_finite((sums[0][0] + sums[0][1]) + (sums[1][0] + sums[1][1]))) [[unlikely]] {
-      V anew[2][2];  // `sums` stay in registers
-      direct(t, anew);
-      FASTODE_UNROLL for (int i = 0; i < 2; ++i) sums[i][0] = anew[i][0], sums[i][1] = anew[i][1];
-    }
-    FASTODE_UNROLL for (int i = 0; i < 2; ++i) {
-      FASTODE_UNROLL for (int j = 0; j < 2; ++j) sums[i][j] = (sums[i][j] + offset) * scale;
-    }
-    for (int n = 0; n < terms; ++n) {
-      const View<A>& term = combine.term[n];
-      const A* at = term.pixel_at(b, 2 * run.y, 2 * (run.x + t));
-      const A coef = combine.coef[n];
-      FASTODE_UNROLL for (int i = 0; i < 2; ++i) {
-        FASTODE_UNROLL for (int j = 0; j < 2; ++j) sums[i][j] += coef * load<V>(at + i * term.row + j * term.pixel);
-      }
-    }
-    FASTODE_UNROLL for (int i = 0; i < 2; ++i) {
-      FASTODE_UNROLL for (int j = 0; j < 2; ++j) store<V>(to + i * out.row + j * out.pixel, sums[i][j]);
-    }
-  }
-}
-
-// Asks for a part of the memory that a run's outputs go to, before its product p: written all together behind the last
-// one, they would wait for their lines.
-template <class A, int vectors>
-inline void ask_for(const View<A>& out, int64_t b, const TileRun& run, int p) {
-  const int64_t first = 2 * run.count * p / kProducts, last = 2 * run.count * (p + 1) / kProducts;
-  for (int64_t x = first; x < last; ++x) {
-    for (int o = 0; o < vectors; ++o) {
-      __builtin_prefetch(out.pixel_at(b + o, 2 * run.y, 2 * run.x + x), 1);
-      __builtin_prefetch(out.pixel_at(b + o, 2 * run.y + 1, 2 * run.x + x), 1);
-    }
-  }
-}
-
 template <class A, int vectors>
 void run_winograd(const Plane<A>& plane, const ConvShape& shape, const A* packed, const A* bias, const ConvJob<A>* jobs,
                   int64_t count, A* scratch, Ahead* ahead) {
   constexpr int lanes = kLanes<A>;
   const int64_t blocks = blocks_of<A>(shape.in_channels), channels = shape.in_channels, width = vectors * lanes;
   A *v = scratch, *m = is_one_group<A>(shape) ? v : v + blocks * kAllProducts<A>;
-  for (Chunks chunk(plane, count); chunk.next();) {
+  for (Chunks<kChunk> chunk(plane, count); chunk.next();) {
     spread_chunk(chunk, blocks, v, [&](int64_t sample) { return jobs[sample].in; });
     const A* u = packed;
     for (int64_t ob = 0; ob < blocks_of<A>(shape.out_channels);
          ob += vectors, u += blocks * kProducts * lanes * width) {
       for (int p = 0; p < kProducts; ++p) {
-        chunk.each_run([&](const TileRun& run) { ask_for<A, vectors>(jobs[run.sample].out, ob, run, p); });
+        chunk.each_run([&](const RowOfTiles& run) { ask_for<vectors>(jobs[run.sample].out, ob, run, p); });
         multiply<A, vectors>(v + p * kOneProduct<A>, u + p * lanes * width, channels, m + p * kOneProduct<A>,
                              chunk.tiles, ahead);
       }
       for (int o = 0; o < vectors; ++o)
-        chunk.each_run([&](const TileRun& run) {
-          const auto direct = [&](int64_t t, auto& sums) {
-            sum_directly(jobs[run.sample].in, 2 * run.y, 2 * (run.x + t), u + o * lanes, channels, width, sums);
+        chunk.each_run([&](const RowOfTiles& run) {
+          const auto kernel = [&](int64_t c, auto& g) {
+            Vec<A> spread_out[4][4];
+            for (int p = 0; p < kProducts; ++p)
+              spread_out[p / 4][p % 4] =
+                  load<Vec<A>>(u + o * lanes + ((c / lanes * kProducts + p) * lanes + c % lanes) * width);
+            kernel_of(spread_out, g);
           };
-          gather_outputs(run, m + o * kAllProducts<A> + run.place * lanes, bias ? bias + (ob + o) * lanes : nullptr,
-                         jobs[run.sample], ob + o, direct);
+          const auto direct = [&](int64_t t, auto& sums) {
+            sum_directly(jobs[run.sample].in, 2 * run.y, 2 * (run.x + t), channels, kernel, sums);
+          };
+          const A* const at = m + o * kAllProducts<A> + run.place * lanes;
+          gather_outputs(
+              run, [=](int p, int64_t t) { return at + p * kOneProduct<A> + t * lanes; }, [](int64_t) { return A(1); },
+              bias ? bias + (ob + o) * lanes : nullptr, jobs[run.sample], ob + o, direct);
         });
     }
   }
@@ -334,7 +163,7 @@ void convolve_winograd(const Plane<A>& plane, const ConvShape& shape, const A* p
 
 // A y A' of the tiles of a run.
 template <class A>
-inline void spread_cotangents(const View<A>& cotangent, int64_t b, const TileRun& run, A* to) {
+inline void spread_cotangents(const View<A>& cotangent, int64_t b, const RowOfTiles& run, A* to) {
   using V = Vec<A>;
   constexpr int lanes = kLanes<A>;
   const A* at = cotangent.pixel_at(b, 2 * run.y, 2 * run.x);
@@ -382,12 +211,12 @@ void run_gradient(const Plane<A>& plane, const ConvShape& shape, const GradientP
                 product = lanes * vectors * lanes;
   const int64_t blocks = blocks_of<A>(shape.in_channels);
   A *v = scratch, *q = scratch + blocks * kAllProducts<A>;
-  for (Chunks chunk(plane, count); chunk.next();) {
+  for (Chunks<kChunk> chunk(plane, count); chunk.next();) {
     spread_chunk(chunk, blocks, v, [&](int64_t sample) { return pairs[sample].in; });
     A* group = gradient;
     for (int64_t ob = 0; ob < blocks_of<A>(shape.out_channels); ob += vectors, group += blocks * kProducts * product) {
       for (int o = 0; o < vectors; ++o)
-        chunk.each_run([&](const TileRun& run) {
+        chunk.each_run([&](const RowOfTiles& run) {
           spread_cotangents(pairs[run.sample].cotangent, ob + o, run, q + o * kAllProducts<A> + run.place * lanes);
         });
       for (int p = 0; p < kProducts; ++p)
