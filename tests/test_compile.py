@@ -82,6 +82,40 @@ def test_block_in_one_graph(family: str, norm: str) -> None:
     assert comparison.ok, comparison.describe()
 
 
+def unit(norm: nn.Module) -> list[nn.Module]:
+    """A convolution, a norm and an activation."""
+    return [nn.Conv2d(24, 24, 3, padding=1, bias=False), norm, nn.SiLU()]
+
+
+# Of every family that a tracer may also leave to PyTorch.
+TRACED: dict[str, Callable[[], nn.Module]] = {
+    "stem": lambda: reference.Chain(nn.Conv2d(24, 24, 3, 2, 1), nn.BatchNorm2d(24), nn.ReLU()),
+    "chain": lambda: reference.Chain(*unit(nn.GroupNorm(2, 24)), *unit(nn.Identity())),
+    "euler": lambda: reference.ResBlock(nn.Sequential(*unit(nn.BatchNorm2d(24))), 0.5),
+    "halving": lambda: reference.ResBlock(
+        nn.Sequential(nn.Conv2d(24, 24, 3, 2, 1), nn.BatchNorm2d(24)), 1.0, nn.Conv2d(24, 24, 1, 2), nn.ReLU()
+    ),
+    "ssp3": lambda: reference.SSP3(reference.PreActBranch(24, norm="batch")),
+    "bare ssp2": lambda: reference.SSP2(reference.PreActBranch(24, norm="none")),
+    "no convolution": lambda: reference.Chain(nn.BatchNorm2d(24), nn.ReLU()),
+    "poly": lambda: reference.PolyBlock(reference.PreActBranch(24, norm="layer")),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, None], ids=["float32", "bfloat16", "autocast"])
+@pytest.mark.parametrize("family", TRACED)
+def test_every_choice_is_traced(family: str, dtype: torch.dtype | None) -> None:
+    """The rules that choose an engine are traced with the block, in every dtype that has rules of its own."""
+    torch.manual_seed(0)
+    block = TRACED[family]().to(dtype or torch.float32)
+    fastode.fuse(block)
+    x = sample_input(3, 24, 8, 8, dtype=dtype or torch.float32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype is None):
+        expected = copy.deepcopy(block)(x)
+        found = torch.compile(block, fullgraph=True, backend="eager")(x)
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("parts", [{}, {"gradient": "constant", "rtol": 1e-3, "atol": 1e-3}, {"per_sample": True}])
 def test_steps_by_error_in_one_graph(parts: dict[str, Any]) -> None:
     torch.manual_seed(0)

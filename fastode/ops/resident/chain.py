@@ -143,7 +143,8 @@ def of_few_channels(convs: Sequence[Conv]) -> tuple[int, int]:
     """The channels of the narrowest map that a convolution reads, and `OneEvaluation.convolutions`."""
     narrow = [conv for conv in convs if conv.in_channels < _FEWEST]
     simple = all(max(conv.kernel) <= 3 and conv.stride == (1, 1) for conv in narrow)
-    return min((conv.in_channels for conv in convs), default=_FEWEST), len(convs) if simple else 0
+    fewest = min([conv.in_channels for conv in convs]) if convs else _FEWEST  # a tracer knows no `default`
+    return fewest, len(convs) if simple else 0
 
 
 def maps_of(chain: Chain, x: Tensor) -> list[tuple[int, int, int]]:

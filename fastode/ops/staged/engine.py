@@ -60,7 +60,7 @@ class Staged(OperatorEngine):
             return _slower_pair(call, call.program)
         if not isinstance(call.program, Plan):
             return ""
-        widest = max([unit.conv.out_channels for unit in call.program.units if unit.conv is not None], default=0)
+        widest = max([0, *[unit.conv.out_channels for unit in call.program.units if unit.conv is not None]])
         # One thread of an AMD EPYC with dot products of bfloat16: schemes took 0.8 to 2.6 times eager's time, in the
         # median 1.35, and IE-Skip past 128 channels 0.7 to 1.6.
         if call.lower is not None and (call.family == "shu_osher" or (call.family == "ie" and widest > _MOST_LOWERED)):
