@@ -203,8 +203,8 @@ def test_which_chains_it_refuses_and_auto_leaves_under_autocast(monkeypatch: pyt
         assert border(16, 128).why_not(ENGINE, maps(16)) == "" == border(16, 128).against(ENGINE, maps(16))
         rows = {
             "with fewer than 16 channels": (8, 32, maps(8)),
-            "with more than 256 channels": (64, 272, maps(64, 16 * torch.get_num_threads())),
-            "with fewer than 16 samples for each thread": (64, 176, maps(64)),
+            "with more than 320 channels": (64, 336, maps(64, 16 * torch.get_num_threads())),
+            "with fewer than 8 samples for each thread": (64, 176, maps(64, 8 * torch.get_num_threads() - 1)),
             few: (64, 128, maps(64, 4 * torch.get_num_threads() - 1)),
         }
         for why, (channels, widest, x) in rows.items():
@@ -212,9 +212,9 @@ def test_which_chains_it_refuses_and_auto_leaves_under_autocast(monkeypatch: pyt
         many = 16 * torch.get_num_threads()
         for norm, x in (("batch", maps(128)), ("layer", maps(128, many)), ("batch", maps(128, many))):
             assert border(128, 256, norm).against(ENGINE, x) == ""
-        large = torch.zeros(many, 256, 12, 12, dtype=BF16)
+        large = torch.zeros(many, 256, 18, 18, dtype=BF16)
         assert border(256, 256).against(ENGINE, large) == (
-            f"on bfloat16 maps with a feature map of one sample of more than 128 KB {slow}"
+            f"on bfloat16 maps with a feature map of one sample of more than 256 KB {slow}"
         )
     coupled = {
         "with more than 256 channels": (128, 272, maps(128)),
@@ -270,8 +270,15 @@ def test_which_chains_of_few_channels_auto_leaves(monkeypatch: pytest.MonkeyPatc
     assert against(3, *stem(3)) == against(8, *several, nn.BatchNorm2d(16)) == few
 
 
+def leave_filtered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the bounds decide of blocks all of whose convolutions are filtered, too (tests/test_small_calls.py)."""
+    for line in ("FILTERED", "FILTERED_CONTIGUOUS"):
+        monkeypatch.setattr(bfloat16, line, rule.Line(most_channels=0))
+
+
 def test_which_single_evaluations_auto_leaves_on_bfloat16_maps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where PyTorch's convolutions are faster, and nothing beside them makes up for that."""
+    leave_filtered(monkeypatch)
     monkeypatch.setattr(rule, "_tiles", False)
     monkeypatch.setattr(rule, "_products", True)
     uneven = "with {} channels and more of widths that are no multiple of 16 and do not divide 32"
@@ -328,6 +335,7 @@ def test_what_it_refuses_and_what_auto_leaves(monkeypatch: pytest.MonkeyPatch) -
         return torch.zeros(2, channels, 8, 8, dtype=dtype)
 
     slow, beyond = "it was measured to be slower than plain PyTorch", "with more than {} channels"
+    leave_filtered(monkeypatch)
     monkeypatch.setattr(rule, "_tiles", False)
     monkeypatch.setattr(rule, "_rule", rule.Rule({}, "", False))
     with torch.autocast("cpu", BF16):

@@ -1,4 +1,7 @@
-"""Small calls, which "auto" gives to the resident engine before it asks the lines, and the bounds of skew pairs."""
+"""What "auto" gives to the resident engine before it asks the lines, and the bounds of skew pairs.
+
+These are small calls, and bfloat16 maps all of whose convolutions are filtered.
+"""
 
 from __future__ import annotations
 
@@ -198,3 +201,31 @@ def test_uneven_schemes_on_bfloat16_maps(
     assert against(block, x) == ""
     told = against(block, x.contiguous(memory_format=torch.channels_last))
     assert told.startswith("with 96 channels and more of widths" if left else "") and bool(told) == left
+
+
+def wide(norm: str) -> nn.Module:
+    """A branch of 512 channels."""
+    return reference.PreActBranch(512, norm=norm)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: reference.Chain(nn.Conv2d(512, 512, 3, padding=1), nn.ReLU(), nn.Conv2d(512, 512, 3, padding=1)),
+        lambda: reference.ResBlock(wide("batch")),
+        lambda: reference.SSP2(wide("none")),
+        lambda: reference.IESkip(wide("layer")),
+    ],
+    ids=["chain", "one step", "scheme", "IE-Skip"],
+)
+def test_wide_bfloat16_maps_are_taken_where_all_convolutions_are_filtered(make: Any) -> None:
+    block = make().to(BF16)
+    shapes = {(32, 8): True, (32, 7): False, (4, 4): False}
+    for (samples, side), taken in shapes.items():
+        x = torch.empty(samples, 512, side, side, dtype=BF16).contiguous(memory_format=torch.channels_last)
+        assert bool(against(block, x)) != taken
+        assert against(block, x.contiguous())
+    if isinstance(block, reference.Chain):
+        block.append(nn.Conv2d(512, 512, 3, 2, 1).to(BF16))
+        x = torch.empty(32, 512, 8, 8, dtype=BF16).contiguous(memory_format=torch.channels_last)
+        assert against(block, x)

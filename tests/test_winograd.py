@@ -14,7 +14,8 @@ from test_resident import fused
 from torch import Tensor, nn
 
 from fastode import reference
-from fastode.ops.resident import rule
+from fastode.branch.layers import Conv
+from fastode.ops.resident import bfloat16, rule
 from fastode.tableau import EULER
 from fastode.testing import assert_blocks_equal, compare_tensors, sample_input
 
@@ -82,6 +83,21 @@ def test_many_tiles_are_filtered_and_few_are_not() -> None:
     assert (half[:2].float() - few.float()).norm() <= torch.finfo(torch.bfloat16).eps * few.float().norm()
 
 
+@pytest.mark.skipif(not rule.multiplies_pairs(), reason="this CPU has tiles, or no products of bfloat16")
+@pytest.mark.parametrize("shape", [(24, 40, 6, 8), (32, 24, 8, 8), (40, 48, 12, 4), (80, 72, 8, 4)], ids=str)
+def test_the_rule_of_choice_knows_what_is_filtered(shape: tuple[int, int, int, int]) -> None:
+    """Other sums make other bits: of the same sample among as many as the rule knows to be filtered, and one fewer."""
+    channels, inner, height, width = shape
+    torch.manual_seed(9)
+    block = reference.Chain(nn.Conv2d(channels, inner, 3, padding=1), nn.LeakyReLU(1.0)).to(torch.bfloat16)
+    twin, conv = fused(block), Conv(channels, inner, (3, 3), (1, 1), (1, 1), 1)
+    least = next(n for n in range(1, 500) if bfloat16.is_filtered(conv, height, width, n))
+    x = sample_input(least + 1, channels, height, width, dtype=torch.bfloat16)
+    with torch.no_grad():
+        more, enough, fewer = (twin(x[: least + k])[: least - 1] for k in (1, 0, -1))
+    assert torch.equal(more, enough) and not torch.equal(enough, fewer)
+
+
 @pytest.mark.parametrize("samples", [1, 24])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_skew_pairs_are_equal_at_every_size(shape: tuple[int, int, int, int], samples: int) -> None:
@@ -102,6 +118,8 @@ def test_skew_pairs_are_equal_at_every_size(shape: tuple[int, int, int, int], sa
 def test_what_is_not_finite_stays_where_it_is(
     place: tuple[int, int], channels: int, value: float, dtype: torch.dtype
 ) -> None:
+    if dtype == torch.bfloat16 and not rule.multiplies_pairs():
+        pytest.skip("this CPU has tiles, or no products of bfloat16")
     torch.manual_seed(5)
     block = reference.ShuOsher(nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1)), EULER).to(dtype)
     x = sample_input(2 if dtype == torch.float32 else 20, channels, 6, 8, dtype=dtype)

@@ -5,10 +5,12 @@ Those of skew pairs are in pairs.py. What each was measured on stands beside it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from ...branch.layers import Conv
 from . import rule
 from .rule import Few, Line
 
@@ -44,10 +46,13 @@ UNEVEN = (128, 32)
 UNNORMED_CONTIGUOUS = 3 << 17
 # Wider ones with batch norms and small maps, one thread, 2026-11-27: 1.05 to 1.3 at 256.
 COUPLED_CHAIN = Line(most_channels=256, most_kb=32, few=(Few(8, 0),))
-# Wider ones whose float32 weights autocast has PyTorch cast: blocks of 256 channels at 8x8 with 32 and 64 samples, two
-# threads, 2026-11-28: steps 1.01 to 1.25, forwards 0.98 to 1.12; of ResNet10, from 16x16, 1.04 to 1.11. At 16x16 0.95
-# to 1.05, and 512 channels' steps 0.8 to 1.03.
-CAST_CHAIN = Line(most_channels=256, most_kb=128, few=(Few(16, 0),))
+# Wider ones whose float32 weights autocast has PyTorch cast: blocks that halve 192 to 320 channels from 4x4 to 16x16, 8
+# to 64 samples, two threads, 2026-11-29: steps 0.96 to 1.75, attacks' 1.08 to 2.1, forwards 1.01 to 2.1.
+CAST_CHAIN = Line(most_channels=320, most_kb=256, few=(Few(8, 0),))
+# Of blocks whose convolutions are all filtered (`is_filtered`), 128 to 512 channels from 4x4 to 28x28, 4 to 64 samples,
+# two threads, 2026-11-29: steps 0.96 to 1.8, attacks' 1.07 to 1.8, forwards 1.05 to 1.84. In contiguous memory, from 32
+# channels, 1.1 to 2 up to 256, at 512 0.89 to 1.3.
+FILTERED, FILTERED_CONTIGUOUS = Line(most_channels=512), Line(most_channels=256)
 # On AMX tiles, on one thread of an Intel Xeon, 2026-11-27, of 25 blocks of benchmarks.choose from 16 to 512 channels,
 # 4 to 64 pixels a side and 2 to 64 samples: steps 1.15 to 2.1, attacks' steps 1.2 to 2.7, forwards 1.04 to 2.6 (one of
 # 784 KB 0.83, in four other runs 0.99 to 1.3, with two threads 1.1 to 1.3); with 4 samples of 256 and 512 channels
@@ -75,6 +80,8 @@ def in_words() -> list[tuple[str, str]]:
         ("the same, norms, narrower", f"of kernels up to 3x3 and stride 1: {narrower}"),
         ("the same, batch norms, wider", COUPLED_CHAIN.describe()),
         ("the same, autocast, wider", CAST_CHAIN.describe()),
+        ("filtered, bfloat16 maps", f"every convolution 3x3 of stride 1 on even sides, {FILTERED.describe()}"),
+        ("the same, not channels_last", FILTERED_CONTIGUOUS.describe()),
         *[(f"{family}, float32, autocast", line.describe()) for family, line in FLOAT32_MAPS.items()],
     ]
 
@@ -138,6 +145,40 @@ class OneEvaluation:
     convolutions: int = 0
     normed: bool = True
     coupled: bool = False
+
+
+def is_filtered(conv: Conv, height: int, width: int, samples: int) -> bool:
+    """Whether a convolution of bfloat16 maps is Winograd's filtering, as suits_narrow_winograd of csrc/cpu says.
+
+    Args:
+        conv: the convolution.
+        height: of its input in pixels.
+        width: of its input in pixels.
+        samples: of the batch.
+    """
+    channels = min(conv.in_channels, conv.out_channels)
+    if conv.mean or conv.kernel != (3, 3) or conv.stride != (1, 1) or height % 2 or width % 2 or channels <= 16:
+        return False
+    counted = channels * channels // 32 if channels < 32 else min(channels, 64)
+    saved = samples * ((3 * height - 2) * (3 * width - 2) - 4 * height * width)
+    return saved * counted >= 100_000
+
+
+def is_filtered_whole(x: torch.Tensor, convs: Sequence[tuple[Conv, int, int]]) -> bool:
+    """Whether all convolutions, of so high and wide inputs, are filtered, and that is fast.
+
+    Args:
+        x: the input [N, C, H, W].
+        convs: each with its input's height and width in pixels.
+    """
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    batch, most = rule.samples(x), (FILTERED if last else FILTERED_CONTIGUOUS).most_channels or 0
+    if not rule.multiplies_pairs() or batch is None or rule.few_for_threads(batch) or not convs:
+        return False
+    return all(
+        max(conv.in_channels, conv.out_channels) <= most and is_filtered(conv, height, width, batch)
+        for conv, height, width in convs
+    )
 
 
 def fills_tiles(width: int) -> bool:

@@ -97,6 +97,8 @@ def slower(x: Tensor, chain: Chain) -> str:
         untiled = untiled if bfloat16.fills_tiles(width) else max(untiled, channels)
     pixels = -(-entries // widest)
     if x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and chain.lower is not None):
+        if bfloat16.is_filtered_whole(x, _convolutions(chain, x)):
+            return ""
         normed = any(unit.norm is not None for unit in chain.units)
         convs = [unit.conv for unit in chain.units if unit.conv is not None and not unit.conv.mean]
         fewest, count = of_few_channels(convs)
@@ -160,6 +162,21 @@ def maps_of(chain: Chain, x: Tensor) -> list[tuple[int, int, int]]:
                 found.append((count, height, width))
         if index == 0:
             start = (count, height, width)
+    return found
+
+
+def _convolutions(chain: Chain, x: Tensor) -> list[tuple[Conv, int, int]]:
+    """Every convolution, or mean, with the height and width of its input."""
+    found = []
+    start = (x.shape[2], x.shape[3])
+    for index, plan in enumerate(chain.plans):
+        height, width = start
+        for unit in plan.units:
+            if unit.conv is not None:
+                found.append((unit.conv, height, width))
+                height, width = unit.conv.size_after(height, width)
+        if index == 0:
+            start = (height, width)
     return found
 
 

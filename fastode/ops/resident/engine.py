@@ -77,6 +77,10 @@ class Resident(OperatorEngine):
         if isinstance(program, Plan):
             coupled = any(unit.norm is not None and unit.norm.mode == "batch" for unit in program.units)
             widest = max([x.shape[1], *[unit.conv.out_channels for unit in program.units if unit.conv is not None]])
+            if x.dtype == torch.bfloat16 and call.family != ODE_SOLUTION:
+                convs = [(unit.conv, x.shape[2], x.shape[3]) for unit in program.units if unit.conv is not None]
+                if bfloat16.is_filtered_whole(x, convs):
+                    return ""
             if program.lower is not None and call.family in bfloat16.FLOAT32_MAPS and x.dtype != torch.float64:
                 slower = bfloat16.slower(call.family, x, widest)
                 if slower or x.dtype == torch.float32:
