@@ -12,7 +12,7 @@
 
 namespace fastode::resident {
 
-// In float32 alone. bfloat16 has its tiles, and float64 is there for its exactness.
+// In float32 alone: bfloat16 has its own (conv_bf16.h), and float64 is there for its exactness.
 template <class A>
 inline constexpr bool kWinograd = std::is_same_v<A, float>;
 
