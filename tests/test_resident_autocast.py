@@ -273,7 +273,7 @@ def test_which_chains_of_few_channels_auto_leaves(monkeypatch: pytest.MonkeyPatc
 def leave_filtered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has the bounds decide of blocks all of whose convolutions are filtered, too (tests/test_small_calls.py)."""
     for line in ("FILTERED", "FILTERED_CONTIGUOUS"):
-        monkeypatch.setattr(bfloat16, line, rule.Line(most_channels=0))
+        monkeypatch.setattr(bfloat16, line, 0)
 
 
 def test_which_single_evaluations_auto_leaves_on_bfloat16_maps(monkeypatch: pytest.MonkeyPatch) -> None:

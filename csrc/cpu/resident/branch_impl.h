@@ -79,6 +79,7 @@ Means<Number<T>> Branch<T>::means() {
 template <class T>
 void Branch<T>::take_scratch(Need need) {
   const bool weights = spec_.gradients > 0 && need != Need::kValue;
+  const auto wants = [&](int64_t bytes) { scratch_stride_ = std::max(scratch_stride_, bytes); };
   if constexpr (std::is_same_v<T, bfloat16>) {
     for (size_t j = 0; j < planes_.size(); ++j) {
       int64_t fewest = spec_.blocks * kLanes<A>;  // of the maps that convolutions read on this plane
@@ -92,7 +93,6 @@ void Branch<T>::take_scratch(Need need) {
       }
       together_.push_back(Narrow::samples_together(planes_[j], fewest, schedule_.group));
     }
-    const auto wants = [&](int64_t bytes) { scratch_stride_ = std::max(scratch_stride_, bytes); };
     for (size_t j = 0; j < spec_.units.size(); ++j) {
       const ConvShape& shape = spec_.units[j].shape;
       if constexpr (kNarrowWinograd)
@@ -119,7 +119,7 @@ void Branch<T>::take_scratch(Need need) {
         int64_t most = winograd_scratch_size<A>(unit.shape);
         if (need != Need::kValue) most = std::max(most, winograd_scratch_size<A>(unit.shape.transposed()));
         if (weights && unit.winograd_gradient) most = std::max(most, winograd_gradient_scratch_size<A>(unit.shape));
-        scratch_stride_ = std::max<int64_t>(scratch_stride_, most * sizeof(A));
+        wants(most * static_cast<int64_t>(sizeof(A)));
       }
   }
   scratch_stride_ = divide_up(scratch_stride_, 64) * 64;

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "strided.h"
+#include "winograd.h"
 
 namespace fastode::resident {
 
@@ -85,13 +86,9 @@ inline constexpr bool kNarrowWinograd = kTiles && !FASTODE_AMX;
 // those that meet the image, make up for weights that take longer to pack, and with few channels for the tiles'
 // transforms.
 inline bool suits_narrow_winograd(const Plane<float>& plane, const ConvShape& shape, int64_t samples) {
-  const int64_t height = plane.height, width = plane.width;
-  const bool kernel = shape.kernel_h == 3 && shape.kernel_w == 3 && shape.stride == 1;
-  const bool sides = height % 2 == 0 && width % 2 == 0;
   const int64_t channels = std::min(shape.in_channels, shape.out_channels);
   const int64_t counted = channels < 32 ? channels * channels / 32 : std::min<int64_t>(channels, 64);
-  const int64_t saved = samples * ((3 * height - 2) * (3 * width - 2) - 4 * height * width);
-  return kNarrowWinograd && kernel && sides && channels > Narrow::lanes && saved * counted >= 100000;
+  return kNarrowWinograd && channels > Narrow::lanes && winograd_saves(plane, shape, samples) * counted >= 100000;
 }
 
 // Whether the weight gradient of one that is so is, too. Of many channels each worker's sums, which are cleared first

@@ -16,17 +16,23 @@ namespace fastode::resident {
 template <class A>
 inline constexpr bool kWinograd = std::is_same_v<A, float>;
 
+// The products that are saved for each pair of channels, of those that meet the image; none where it cannot be done so.
+template <class A>
+int64_t winograd_saves(const Plane<A>& plane, const ConvShape& shape, int64_t samples) {
+  const int64_t height = plane.height, width = plane.width;
+  const bool kernel = shape.kernel_h == 3 && shape.kernel_w == 3 && shape.stride == 1;
+  const bool sides = height % 2 == 0 && width % 2 == 0;
+  return kernel && sides ? samples * ((3 * height - 2) * (3 * width - 2) - 4 * height * width) : 0;
+}
+
 // Whether a convolution of so many samples is faster so. Of few channels, tiles take as long to transform as to
 // multiply. Of many channels and few pixels, weights take longest to bring in, and here they are nearly twice as large:
 // the products that are saved for each pair of channels, of those that meet the image, are to make up for it.
 template <class A>
 bool suits_winograd(const Plane<A>& plane, const ConvShape& shape, int64_t samples) {
-  const int64_t height = plane.height, width = plane.width;
-  const bool kernel = shape.kernel_h == 3 && shape.kernel_w == 3 && shape.stride == 1;
-  const bool sides = height % 2 == 0 && width % 2 == 0;
   const bool channels = std::min(shape.in_channels, shape.out_channels) >= 16;
-  const int64_t saved = samples * ((3 * height - 2) * (3 * width - 2) - 4 * height * width);
-  return kWinograd<A> && kernel && sides && channels && saved >= 4 * (shape.in_channels + shape.out_channels);
+  return kWinograd<A> && channels &&
+         winograd_saves(plane, shape, samples) >= 4 * (shape.in_channels + shape.out_channels);
 }
 
 // Whether the weight gradient of one that is so is, too.

@@ -17,6 +17,7 @@ constexpr int64_t kTogether = 32;  // tiles that are transformed together
 // B' d B of the inputs: [block of channels that are summed][product][tile][channel]. A line more from a product to the
 // next, so that they do not meet in one set of the cache.
 constexpr int64_t kInputProduct = kTogether * kSummed + kTileDepth, kInputBlock = kProducts * kInputProduct;
+static_assert(kSummed == 4 * kTileRows);
 
 // The sums of a group of N output tiles: [product][tile][channel].
 template <int N>
@@ -104,7 +105,6 @@ void run_winograd(const Plane<float>& plane, const ConvShape& shape, const int16
   using V = Vec<float>;
   const PackedWinograd packed(shape);
   const float* const factors = reinterpret_cast<const float*>(weights + packed.factors);
-  static_assert(kSummed == 4 * kTileRows);
   float* const sums = reinterpret_cast<float*>(inputs + divide_up(shape.in_channels, kSummed) * kInputBlock);
   const int64_t blocks = blocks_of<float>(shape.in_channels), out_blocks = blocks_of<float>(shape.out_channels);
   float scale[kTogether], back[kTogether];  // of the tiles

@@ -52,7 +52,7 @@ CAST_CHAIN = Line(most_channels=320, most_kb=256, few=(Few(8, 0),))
 # Of blocks whose convolutions are all filtered (`is_filtered`), 128 to 512 channels from 4x4 to 28x28, 4 to 64 samples,
 # two threads, 2026-11-29: steps 0.96 to 1.8, attacks' 1.07 to 1.8, forwards 1.05 to 1.84. In contiguous memory, from 32
 # channels, 1.1 to 2 up to 256, at 512 0.89 to 1.3.
-FILTERED, FILTERED_CONTIGUOUS = Line(most_channels=512), Line(most_channels=256)
+FILTERED, FILTERED_CONTIGUOUS = 512, 256  # channels at most
 # On AMX tiles, on one thread of an Intel Xeon, 2026-11-27, of 25 blocks of benchmarks.choose from 16 to 512 channels,
 # 4 to 64 pixels a side and 2 to 64 samples: steps 1.15 to 2.1, attacks' steps 1.2 to 2.7, forwards 1.04 to 2.6 (one of
 # 784 KB 0.83, in four other runs 0.99 to 1.3, with two threads 1.1 to 1.3); with 4 samples of 256 and 512 channels
@@ -80,8 +80,8 @@ def in_words() -> list[tuple[str, str]]:
         ("the same, norms, narrower", f"of kernels up to 3x3 and stride 1: {narrower}"),
         ("the same, batch norms, wider", COUPLED_CHAIN.describe()),
         ("the same, autocast, wider", CAST_CHAIN.describe()),
-        ("filtered, bfloat16 maps", f"every convolution 3x3 of stride 1 on even sides, {FILTERED.describe()}"),
-        ("the same, not channels_last", FILTERED_CONTIGUOUS.describe()),
+        ("filtered, bfloat16 maps", f"every convolution 3x3 of stride 1 on even sides, at most {FILTERED} channels"),
+        ("the same, not channels_last", f"at most {FILTERED_CONTIGUOUS} channels"),
         *[(f"{family}, float32, autocast", line.describe()) for family, line in FLOAT32_MAPS.items()],
     ]
 
@@ -172,7 +172,7 @@ def is_filtered_whole(x: torch.Tensor, convs: Sequence[tuple[Conv, int, int]]) -
         convs: each with its input's height and width in pixels.
     """
     last = x.is_contiguous(memory_format=torch.channels_last)
-    batch, most = rule.samples(x), (FILTERED if last else FILTERED_CONTIGUOUS).most_channels or 0
+    batch, most = rule.samples(x), (FILTERED if last else FILTERED_CONTIGUOUS)
     if not rule.multiplies_pairs() or batch is None or rule.few_for_threads(batch) or not convs:
         return False
     return all(

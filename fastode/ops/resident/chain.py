@@ -97,7 +97,7 @@ def slower(x: Tensor, chain: Chain) -> str:
         untiled = untiled if bfloat16.fills_tiles(width) else max(untiled, channels)
     pixels = -(-entries // widest)
     if x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and chain.lower is not None):
-        if bfloat16.is_filtered_whole(x, _convolutions(chain, x)):
+        if bfloat16.is_filtered_whole(x, [(conv, before[1], before[2]) for conv, before, _ in _convolutions(chain, x)]):
             return ""
         normed = any(unit.norm is not None for unit in chain.units)
         convs = [unit.conv for unit in chain.units if unit.conv is not None and not unit.conv.mean]
@@ -151,32 +151,22 @@ def of_few_channels(convs: Sequence[Conv]) -> tuple[int, int]:
 
 def maps_of(chain: Chain, x: Tensor) -> list[tuple[int, int, int]]:
     """Channels, height and width of x and of every unit's output."""
-    found = [(x.shape[1], x.shape[2], x.shape[3])]
+    return [(x.shape[1], x.shape[2], x.shape[3]), *[after for _, _, after in _convolutions(chain, x)]]
+
+
+def _convolutions(chain: Chain, x: Tensor) -> list[tuple[Conv, tuple[int, int, int], tuple[int, int, int]]]:
+    """Every convolution, or mean, with the channels, height and width of its input and of its output."""
+    found = []
     start = (x.shape[1], x.shape[2], x.shape[3])
     for index, plan in enumerate(chain.plans):
-        count, height, width = start
+        now = start
         for unit in plan.units:
             if unit.conv is not None:
-                count = unit.conv.channels_after(count) or 0
-                height, width = unit.conv.size_after(height, width)
-                found.append((count, height, width))
+                before, (height, width) = now, unit.conv.size_after(now[1], now[2])
+                now = (unit.conv.channels_after(before[0]) or 0, height, width)
+                found.append((unit.conv, before, now))
         if index == 0:
-            start = (count, height, width)
-    return found
-
-
-def _convolutions(chain: Chain, x: Tensor) -> list[tuple[Conv, int, int]]:
-    """Every convolution, or mean, with the height and width of its input."""
-    found = []
-    start = (x.shape[2], x.shape[3])
-    for index, plan in enumerate(chain.plans):
-        height, width = start
-        for unit in plan.units:
-            if unit.conv is not None:
-                found.append((unit.conv, height, width))
-                height, width = unit.conv.size_after(height, width)
-        if index == 0:
-            start = (height, width)
+            start = now
     return found
 
 
