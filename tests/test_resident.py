@@ -78,6 +78,12 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def window(x: Tensor) -> Tensor:
+    """Planes whose rows are apart, in contiguous memory."""
+    n, c, h, w = x.shape
+    return torch.randn(n, c, h + 1, w + 3, dtype=x.dtype)[:, :, 1:, 2 : 2 + w].copy_(x)
+
+
 def blocks(branch: nn.Module) -> Iterator[nn.Module]:
     yield reference.IESkip(copy.deepcopy(branch), 1, 0.1)
     yield reference.IESkip(copy.deepcopy(branch), 3, 0.1, theta=0.5)
@@ -309,6 +315,18 @@ def placed_step(twin: nn.Module, x: Tensor, y_bar: Tensor) -> list[Tensor]:
     leaf = x.requires_grad_()
     y = twin(leaf)
     return [y.detach(), *torch.autograd.grad(y, [leaf, *twin.parameters()], y_bar)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(16, 9, 8), (32, 6, 32), (24, 7, 5), (4, 5, 3), (2, 3, 4)], ids=str)
+def test_the_same_bits_from_every_layout(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    x, y_bar = (sample_input(5, *shape, seed=seed, dtype=dtype) for seed in (1, 2))
+    twin = fused(reference.SSP3(preactivation(shape[0], "layer")).to(dtype))
+    expected = placed_step(twin, channels_last(x), channels_last(y_bar))
+    for place in (nchw, window):
+        for place_bar in (nchw, window):
+            found = placed_step(twin, place(x), place_bar(y_bar))
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("norm", ["layer", "batch"])

@@ -2,10 +2,9 @@
 // in memory are not neighbours there, a square of values is transposed in registers.
 #pragma once
 
-#include <utility>
-
 #include "../parallel.h"
 #include "conv.h"
+#include "square.h"
 
 namespace fastode::resident {
 
@@ -23,44 +22,6 @@ inline int64_t gradient_index(const ConvShape& shape, int64_t out, int64_t in, i
   constexpr int64_t lanes = kLanes<A>;
   const int64_t block = out / lanes * blocks_of<A>(shape.in_channels) + in / lanes;
   return (((block * shape.kernel_h + ky) * lanes + in % lanes) * shape.kernel_w + kx) * lanes + out % lanes;
-}
-
-// As many vectors as one has lanes.
-template <class A>
-using Square = Vec<A>[kLanes<A>];
-
-// What a step of a transposition takes from two rows `half` apart, whose lanes are counted one row after the other.
-template <int lanes, int half, bool upper>
-struct Quarters {
-  static constexpr int from(int k) {
-    if (upper) return k & half ? k - half + lanes : k;
-    return k & half ? k + lanes : k + half;
-  }
-};
-
-template <class Order, class V, int... k>
-inline V choose_lanes(V a, V b, std::integer_sequence<int, k...>) {
-#if defined(__clang__)
-  return __builtin_shufflevector(a, b, Order::from(k)...);
-#else
-  return __builtin_shuffle(a, b, typename Lane<V>::Int{Order::from(k)...});
-#endif
-}
-
-// Swaps the off-diagonal quarters of every square of 2 half rows, then those of its quarters.
-template <class A, int half = kLanes<A> / 2>
-inline void transpose(Square<A>& rows) {
-  if constexpr (half > 0) {
-    constexpr int lanes = kLanes<A>;
-    constexpr std::make_integer_sequence<int, lanes> every{};
-    FASTODE_UNROLL for (int i = 0; i < lanes; ++i) {
-      if (i & half) continue;
-      const Vec<A> above = rows[i], below = rows[i + half];
-      rows[i] = choose_lanes<Quarters<lanes, half, true>>(above, below, every);
-      rows[i + half] = choose_lanes<Quarters<lanes, half, false>>(above, below, every);
-    }
-    transpose<A, half / 2>(rows);
-  }
 }
 
 // A weight as convolutions see it, by its strides, which are negative where a kernel is turned round.
@@ -147,7 +108,7 @@ struct PackedCell {
     each_tap([&](int64_t ky, int64_t kx, int64_t tap) {
       Square<A> square;
       read_square<A>(square, from + tap, weight.out, outputs, inputs, weight.end);
-      transpose<A>(square);
+      transpose(square);
       for (int64_t in = 0; in < inputs; ++in) store<Vec<A>>(place(in, ky, kx), square[in]);
     });
   }
@@ -159,7 +120,7 @@ struct PackedCell {
         Square<A> square;
         read_square<A>(square, from + in * weight.in + lowest + first, weight.out, outputs,
                        std::min(lanes, span - first), weight.end);
-        transpose<A>(square);
+        transpose(square);
         each_tap([&](int64_t ky, int64_t kx, int64_t tap) {
           const int64_t column = tap - lowest - first;
           if (column >= 0 && column < lanes) store<Vec<A>>(place(in, ky, kx), square[column]);
@@ -221,7 +182,7 @@ struct GradientCell {
   }
   // Row `out` of a transposed square to what lies together from `at` on for every output.
   void write(Square<A>& square, T* at, int64_t count) const {
-    transpose<A>(square);
+    transpose(square);
     for (int64_t out = 0; out < outputs; ++out, at += strides[0])
       if (count == kLanes<A>)
         store<Vec<A>>(at, square[out]);
