@@ -101,30 +101,28 @@ def test_an_exported_call_does_not_look_at_its_size(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 @pytest.mark.parametrize(
-    ("norm", "activation", "most"),
+    ("channels", "norm", "activation", "what"),
     [
-        (nn.Identity, nn.ReLU, {torch.float32: 1 << 17, BF16: 1 << 17}),
-        (lambda: nn.BatchNorm2d(8), nn.GELU, {BF16: 1 << 18}),
-        (lambda: nn.GroupNorm(1, 8), nn.Tanh, {torch.float32: 1 << 17, BF16: 1 << 18}),
-        (lambda: nn.GroupNorm(1, 8), nn.LeakyReLU, {BF16: (1 << 20) - 1}),
+        (8, nn.Identity, nn.ReLU, "of fewer than 16 channels"),
+        (8, lambda: nn.GroupNorm(1, 8), nn.Tanh, "of fewer than 16 channels"),
+        (16, nn.Identity, nn.GELU, "with GELU and no norm"),
+        (16, lambda: nn.GroupNorm(1, 16), nn.GELU, ""),
+        (16, nn.Identity, nn.ReLU, ""),
+        (16, lambda: nn.BatchNorm2d(16), nn.SiLU, ""),
     ],
-    ids=["none", "batch", "layer", "layer, light"],
 )
 def test_one_convolution_in_contiguous_memory(
-    norm: Any, activation: Any, most: dict[torch.dtype, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    channels: int, norm: Any, activation: Any, what: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(small, "PRODUCTS", 1 << 40)
-    block = reference.Chain(nn.Conv2d(3, 8, 3, padding=1), norm(), activation()).to(dtype)
-    bound = most.get(dtype)
-    for samples in (1 << 9, 1 << 10, 1 << 11, 1 << 12):
-        x = torch.zeros(samples, 3, 8, 8, dtype=dtype)
-        left = bound is not None and samples * 8 * 64 > bound
-        told = against(block, x)
-        assert told == (
-            f"for one convolution with more than {bound} entries not in channels_last, {SLOW}" if left else ""
-        )
-        if not isinstance(block[1], nn.Identity):
-            assert against(block, x.contiguous(memory_format=torch.channels_last)) == ""
+    block = reference.Chain(nn.Conv2d(3, channels, 3, padding=1), norm(), activation()).to(dtype)
+    most = (1 << 17) // (channels * 64)
+    few, many = (torch.zeros(samples, 3, 8, 8, dtype=dtype) for samples in (most, most + 1))
+    assert against(block, few) == ""
+    told = f"for one convolution {what} and more than {1 << 17} entries not in channels_last, {SLOW}" if what else ""
+    assert against(block, many) == told
+    if not isinstance(block[1], nn.Identity):
+        assert against(block, many.contiguous(memory_format=torch.channels_last)) == ""
 
 
 SLOW = "it was measured to be slower than plain PyTorch"
@@ -140,7 +138,8 @@ SLOW = "it was measured to be slower than plain PyTorch"
         ("group", (32, 64, 7, 7), "channels_last", ""),  # PyTorch's norms take longer
         ("group", (64, 128, 4, 4), "channels_last", "with 128 channels and more and fewer than 49 pixels"),
         ("layer", (1, 128, 16, 16), "channels_last", "with fewer samples than threads and more than 16384 entries"),
-        ("layer", (17, 8, 32, 32), "contiguous", "with more than 131072 entries not in channels_last"),
+        ("layer", (17, 8, 32, 32), "contiguous", "with fewer than 16 channels and more than 131072 entries"),
+        ("layer", (64, 16, 32, 32), "contiguous", ""),
         ("layer", (64, 8, 32, 32), "channels_last", ""),
         ("none", (64, 8, 32, 32), "channels_last", "without norms with fewer than 16 channels"),
         ("none", (64, 32, 8, 8), "channels_last", ""),

@@ -42,8 +42,6 @@ IMAGE_CHANNELS, MOST_IMAGE_PIXELS = 3, 64 * 64
 # Maps whose rows are no whole rows of tiles, of so many channels and more, with norms and without: 14x14 and 28x28, 8
 # to 64 samples, there 0.76 to 1.1 (but for norms of several groups in channels_last, 1.3 to 1.5), below 0.92 to 1.6.
 UNEVEN = (128, 32)
-# Without norms, and in contiguous memory, of more entries 0.88 to 1.0, of fewer 1.1 to 1.7.
-UNNORMED_CONTIGUOUS = 3 << 17
 # Wider ones with batch norms and small maps, one thread, 2026-11-27: 1.05 to 1.3 at 256.
 COUPLED_CHAIN = Line(most_channels=256, most_kb=32, few=(Few(8, 0),))
 # Wider ones whose float32 weights autocast has PyTorch cast: blocks that halve 192 to 320 channels from 4x4 to 16x16, 8
@@ -227,6 +225,4 @@ def _of_little_gain(x: torch.Tensor, chain: OneEvaluation) -> str:
     most = UNEVEN[0 if chain.normed else 1]
     if chain.uneven >= most:
         return f"with {most} channels and more of widths that are no multiple of 16 and do not divide 32"
-    if chain.normed or not rule.is_large_contiguous(x, UNNORMED_CONTIGUOUS):
-        return ""
-    return f"without norms, with more than {UNNORMED_CONTIGUOUS} entries not in channels_last,"
+    return ""
