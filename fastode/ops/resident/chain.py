@@ -30,8 +30,8 @@ _CODE, _RESULT, _PROGRAM = "resident chain", "resident chain's result", "residen
 _FEWEST = 16
 
 # One convolution of an image in contiguous memory, of more entries of the result than this, two threads of an AMD EPYC,
-# 2026-11-29, 250 random stems from 7x7 to 32x32, 2 to 64 samples, in the slowest of forward, attack's and training step:
-# of 8 channels 0.69 to 1.4 of eager's speed; with GELU and no norm 0.80 to 1.1; all others 0.98 to 2.5, median 1.5.
+# 2026-11-29, 250 random stems from 7x7 to 32x32, 2 to 64 samples, in the slowest mode (forward, attack's and training
+# step): of 8 channels 0.69 to 1.4 of eager's speed; with GELU and no norm 0.80 to 1.1; others 0.98 to 2.5, median 1.5.
 MOST_ALONE = 1 << 17
 SLOWER = "it was measured to be slower than plain PyTorch"
 
