@@ -89,7 +89,6 @@ Backward backward(const Tensor& x, const Tensor& cotangent, const BranchArgument
     CallMemory sums;
     const int64_t size = call.parts * each;
     call.gradients = static_cast<A*>(sums.take(size * static_cast<int64_t>(sizeof(A))));
-    fill_zeros(call.gradients, size);
     std::vector<double> partial(call.parts * products, 0.0);
     call.products = partial.data(), call.products_stride = products;
     run<Program>(call, rule);

@@ -89,7 +89,6 @@ std::tuple<Tensor, MaybeTensor, Tensors, Tensor, Tensor> step_backward(
     const int64_t workers = workers_for(x.size(0)), size = workers * packed.spec.gradients;
     CallMemory memory;
     A* sums = static_cast<A*>(memory.take(size * static_cast<int64_t>(sizeof(A))));
-    std::fill_n(sums, size, A(0));
     pull_step(packed, step, x, {{}, points, kept}, bars, sums);
     if (gradients) found = packed.gradients(sums, workers);
   });

@@ -135,7 +135,8 @@ class Branch {
  public:
   using A = Number<T>;
 
-  // `input`: the plane of its input, that of the memory where a branch keeps the shape.
+  // `gradients` [the schedule's parts, spec.gradients], which hold anything at first, or null; `input`: the plane of
+  // its input, that of the memory where a branch keeps the shape.
   Branch(const BranchSpec<A>& spec, Schedule& schedule, Memory<T>& memory, A* gradients, Need need,
          const Plane<A>& input);
 
@@ -167,6 +168,9 @@ class Branch {
   NormRows<A> rows_of(const Passed<T>& at, const Range& range, int64_t i) const;
   // The plane of its output.
   const Plane<A>& result_plane() const { return planes_.back(); }
+
+  // After all its sweeps: sums that none of them began are zero.
+  void close_sums();
 
   void combine(const Map<T>& out, const Mix<T>& mix);
   // out = mix(f(in)); without `out`, everything but the last convolution. Units' inputs are held if `hold` says so.
@@ -215,6 +219,11 @@ class Branch {
     return reinterpret_cast<U*>(scratch_ + range.worker * scratch_stride_);
   }
   A* gradients_of(const Range& range) const { return gradients_ + range.part * spec_.gradients; }
+  // Whether the range's part has no sum of the gradient of unit j's weights yet, which it has from now on.
+  bool begins(size_t j, const Range& range) const {
+    return !std::exchange(begun_[range.part * spec_.units.size() + j], true);
+  }
+  void clear_rows();
   Means<A> means();
   // Whether a sweep writes over a map that it has read: one of the whole batch, to save as much memory.
   bool takes_over(const Map<T>& map) const { return memory_.coupled && !map.pinned && map.blocks == spec_.blocks; }
@@ -295,6 +304,7 @@ class Branch {
   const Plane<A>& plane_;  // the first
   int64_t blocks_;         // of the first plane, for any unit's input
   A* gradients_;
+  mutable std::vector<uint8_t> begun_;  // whose conv_at holds sums: [part][unit]
   // Padded, as wide as the widest. Those of each plane are one map.
   std::vector<Map<T>> active_, g_;
   Map<T> tangent_active_, tangent_g_, bare_[2];

@@ -33,6 +33,7 @@ Branch<T>::Branch(const BranchSpec<A>& spec, Schedule& schedule, Memory<T>& memo
     for (const int64_t channels : {unit.in_channels, unit.out_channels})
       uniform_ = uniform_ && channels == spec.units[0].in_channels;
   take_scratch(need);
+  if (gradients) clear_rows();
   const int64_t pixels = plane_.pixels();
   for (const Plane<A>& plane : planes_) one_plane_ = one_plane_ && plane.pixels() == pixels;
   if (!one_plane_) {
@@ -61,6 +62,27 @@ Branch<T>::Branch(const BranchSpec<A>& spec, Schedule& schedule, Memory<T>& memo
     tangent_g_ = padded();
     mean_c_ = means(), mean_xc_ = means();
     for (size_t j = 0; j < units; ++j) mean_t_.push_back(means()), mean_xt_.push_back(means());
+  }
+}
+
+// Of all sums but those of convolutions' weights, which begin as they are first added to.
+template <class T>
+void Branch<T>::clear_rows() {
+  begun_.assign(schedule_.parts * spec_.units.size(), false);
+  for (int64_t part = 0; part < schedule_.parts; ++part)
+    for (const UnitSpec<A>& unit : spec_.units)
+      for (const int64_t at : {unit.weight_at, unit.bias_at, unit.conv_bias_at})
+        if (at >= 0) std::fill_n(gradients_ + part * spec_.gradients + at, width(), A(0));
+}
+
+template <class T>
+void Branch<T>::close_sums() {
+  const size_t units = spec_.units.size();
+  for (size_t k = 0; k < begun_.size(); ++k) {
+    const UnitSpec<A>& unit = spec_.units[k % units];
+    if (!unit.has_conv || begun_[k]) continue;
+    const int64_t part = k / units, size = gradient_size<A>(unit.shape, unit.winograd_gradient);
+    fill_zeros(gradients_ + part * spec_.gradients + unit.conv_at, size);
   }
 }
 

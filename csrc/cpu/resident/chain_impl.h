@@ -34,6 +34,10 @@ class ChainProgram {
 
   const Plane<A>& result_plane() const { return end_; }
   bool has_block() const { return branches_[1].has_value(); }
+  void close_sums() {
+    for (auto& branch : branches_)
+      if (branch) branch->close_sums();
+  }
 
   // Evaluations of all parts with room for what backward reads, which is all of their units' inputs.
   void prepare(const Map<T>& x, A* statistics, const std::vector<Packed<A>*>& packed) {
@@ -205,7 +209,6 @@ void run_chain(const ChainArguments& chain, const ChainCall& call, std::vector<T
   Memory<T> memory(first, schedule, coupled, call.keep ? &kept : nullptr);
   CallMemory sums;
   A* gradients = static_cast<A*>(sums.take(std::max<int64_t>(1, shares * count) * static_cast<int64_t>(sizeof(A))));
-  fill_zeros(gradients, shares * count);
   if (statistics) *statistics = new_vector(met, scalar_type<A>());
 
   ChainProgram<T> program(chain, call, packed, schedule, memory, gradients);
@@ -248,6 +251,7 @@ void run_chain(const ChainArguments& chain, const ChainCall& call, std::vector<T
       });
     });
   schedule.flush();
+  program.close_sums();
   memory.check();
   if (call.keep) kept.check();
   if (forward) kept_pieces = kept.pieces();

@@ -131,7 +131,7 @@ void convolve_winograd(const Plane<float>& plane, const ConvShape& shape, const 
 // Its weight gradient, in the layout of winograd.h's.
 int64_t narrow_winograd_gradient_scratch_size(const ConvShape& shape);
 void winograd_gradient(const Plane<float>& plane, const ConvShape& shape, const GradientPair<bfloat16>* pairs,
-                       int64_t count, float* gradient, void* scratch);
+                       int64_t count, float* gradient, bool fresh, void* scratch);
 
 // gradient += sum over the pairs, both Narrow maps, in the layout of conv.h's weight_gradient. The pairs come in sets
 // of `together`; what is missing of the last set is zero. `scratch` holds tile_scratch_size bytes.

@@ -100,7 +100,7 @@ struct Call {
   Kept* kept;                  // null: nothing is kept
   A* statistics = nullptr;     // null: none
   int64_t parts = 0;           // of the batch, which add up their own; 0: nothing is added up
-  A* gradients = nullptr;      // [parts, spec.gradients], zero
+  A* gradients = nullptr;      // [parts, spec.gradients]
   double* products = nullptr;  // [parts, products_stride], zero
   int64_t products_stride = 0;
 };

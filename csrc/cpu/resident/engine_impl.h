@@ -242,6 +242,7 @@ void run_recorded(const Call<A>& call, const Recording<S>& recording) {
       for (int64_t i = 0; i < range.count; ++i) store_sample(plane, ends.result.at(range, i), result, range.first + i);
     });
   schedule.flush();
+  branch.close_sums();
   memory.check();
   if (call.kept) call.kept->check();
 }

@@ -92,7 +92,7 @@ void skew_weight_gradient(const SkewShape& shape, const GradientPair<A>* pairs, 
   if (shape.narrow_gradient<A>()) return narrow_weight_gradient(shape, pairs, count, norm, gradient, scratch, ahead);
   if constexpr (kWinograd<A>)
     if (shape.winograd_gradient<A>())
-      return winograd_gradient<A>(shape.y_plane<A>(), down, pairs, count, gradient, scratch);
+      return winograd_gradient<A>(shape.y_plane<A>(), down, pairs, count, gradient, false, scratch);
   if (shape.stride == 1) return weight_gradient<A>(shape.y_plane<A>(), down, pairs, count, gradient);
   sum_strided(shape.height, shape.width, down, 1, 1, pairs, count, gradient);
 }

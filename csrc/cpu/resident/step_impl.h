@@ -43,6 +43,7 @@ struct StepProgram {
 
   void finish() {
     schedule.flush();
+    branch.close_sums();
     memory.check();
   }
 

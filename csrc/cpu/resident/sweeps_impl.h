@@ -124,23 +124,24 @@ void Branch<T>::add_gradients(const Passed<T>& at, const Range& range, const Map
       tangent_apply(plane_, blocks, rows_of(at, range, i), unit.act, at.input.at(range, i), t->at(range, i), pair.in,
                     Combine<T>{});
     });
+  A* const sums = gradients + unit.conv_at;
+  const bool fresh = begins(at.unit, range);
+  if (fresh && !unit.winograd_gradient) std::fill_n(sums, gradient_size<A>(unit.shape, false), A(0));
   if constexpr (std::is_same_v<T, bfloat16>) {
     char* scratch = scratch_of<char>(range);
     if constexpr (kNarrowWinograd)
-      if (unit.winograd_gradient)
-        return winograd_gradient(plane, unit.shape, pairs, count, gradients + unit.conv_at, scratch);
+      if (unit.winograd_gradient) return winograd_gradient(plane, unit.shape, pairs, count, sums, fresh, scratch);
     if (apart(at.unit))
-      strided_weight_gradient(out_plane, unit.shape, together, active.phase, pairs, count, gradients + unit.conv_at,
-                              scratch);
+      strided_weight_gradient(out_plane, unit.shape, together, active.phase, pairs, count, sums, scratch);
     else
-      weight_gradient(plane, unit.shape, together, pairs, count, gradients + unit.conv_at, scratch);
+      weight_gradient(plane, unit.shape, together, pairs, count, sums, scratch);
   } else if (unit.winograd_gradient) {
     if constexpr (kWinograd<A>)
-      winograd_gradient<A>(plane, unit.shape, pairs, count, gradients + unit.conv_at, scratch_of<A>(range));
+      winograd_gradient<A>(plane, unit.shape, pairs, count, sums, fresh, scratch_of<A>(range));
   } else if (unit.shape.stride == 1)
-    weight_gradient<A>(plane, unit.shape, pairs, count, gradients + unit.conv_at);
+    weight_gradient<A>(plane, unit.shape, pairs, count, sums);
   else
-    strided_weight_gradient<A>(out_plane, unit.shape, pairs, count, gradients + unit.conv_at);
+    strided_weight_gradient<A>(out_plane, unit.shape, pairs, count, sums);
 }
 
 template <class T>

@@ -68,7 +68,7 @@ void convolve_winograd(const Plane<A>& plane, const ConvShape& shape, const A* p
 // As weight_gradient(), in winograd_size elements. The pairs' inputs have a zero halo.
 template <class A>
 void winograd_gradient(const Plane<A>& plane, const ConvShape& shape, const GradientPair<A>* pairs, int64_t count,
-                       A* gradient, A* scratch);
+                       A* gradient, bool fresh, A* scratch);
 
 // As unpack_gradient().
 template <class A, class T>

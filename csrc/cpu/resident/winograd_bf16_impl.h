@@ -214,10 +214,11 @@ inline void spread_cotangent_pairs(const View<bfloat16>& cotangent, int64_t b, c
   }
 }
 
-// sums[R][N * 16] += sum over pairs of tiles of R inputs times N vectors of cotangents, brought back by their factors.
+// sums[R][N * 16] = or += sum over pairs of tiles of R inputs times N vectors of cotangents, brought back by their
+// factors.
 template <int R, int N>
 [[gnu::noinline]] void add_pairs(const int16_t* inputs, const int16_t* cotangents, int64_t pairs, const float* back,
-                                 const __m512* cotangent_back, float* sums) {
+                                 const __m512* cotangent_back, float* sums, bool fresh) {
   __m512i totals[R][N];
   clear(totals);
   for (; pairs > 0; --pairs, inputs += kTileDepth, cotangents += N * kTileDepth)
@@ -225,19 +226,20 @@ template <int R, int N>
   FASTODE_UNROLL for (int r = 0; r < R; ++r) for (int n = 0; n < N; ++n) {
     float* to = sums + (r * N + n) * kTileRows;
     const __m512 factor = _mm512_mul_ps(_mm512_set1_ps(back[r]), cotangent_back[n]);
-    _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(totals[r][n]), factor, _mm512_loadu_ps(to)));
+    const __m512 before = fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(to);
+    _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(totals[r][n]), factor, before));
   }
 }
 
 template <int N>
 void run_gradient(const Plane<float>& plane, const ConvShape& shape, const GradientPair<bfloat16>* pairs, int64_t count,
-                  float* gradient, int16_t* inputs) {
+                  float* gradient, bool fresh, int16_t* inputs) {
   constexpr int R = kRowsAtOnce<N>;
   constexpr int64_t cell = kTileRows * N * kTileRows;  // of a product and a block of inputs
   const int64_t blocks = blocks_of<float>(shape.in_channels), out_blocks = blocks_of<float>(shape.out_channels);
   int16_t* const cotangents = inputs + blocks * kPairBlock;
   float* const back = reinterpret_cast<float*>(cotangents + N * kPairBlock);  // of the input channels
-  for (Chunks<kGradientTiles> chunk(plane, count); chunk.next();) {
+  for (Chunks<kGradientTiles> chunk(plane, count); chunk.next(); fresh = false) {
     const auto scales_of = [&](const auto& map, int64_t b, int64_t around, float most) {
       __m256i magnitude = _mm256_setzero_si256();
       chunk.each_run(
@@ -270,7 +272,7 @@ void run_gradient(const Plane<float>& plane, const ConvShape& shape, const Gradi
           for (int first = 0; first < kTileRows; first += R)
             add_pairs<R, N>(inputs + b * kPairBlock + p * kPairProduct + 2 * first, cotangents + p * kPairProduct * N,
                             chunk.tiles / 2, back + b * kTileRows + first, cotangent_back,
-                            group + first * N * kTileRows);
+                            group + first * N * kTileRows, fresh);
     }
   }
 }
@@ -351,12 +353,12 @@ int64_t narrow_winograd_gradient_scratch_size(const ConvShape& shape) {
 }
 
 void winograd_gradient(const Plane<float>& plane, const ConvShape& shape, const GradientPair<bfloat16>* pairs,
-                       int64_t count, float* gradient, void* scratch) {
+                       int64_t count, float* gradient, bool fresh, void* scratch) {
   int16_t* const memory = static_cast<int16_t*>(scratch);
   if (group_of(blocks_of<float>(shape.out_channels)) == 2)
-    run_gradient<2>(plane, shape, pairs, count, gradient, memory);
+    run_gradient<2>(plane, shape, pairs, count, gradient, fresh, memory);
   else
-    run_gradient<1>(plane, shape, pairs, count, gradient, memory);
+    run_gradient<1>(plane, shape, pairs, count, gradient, fresh, memory);
 }
 
 template void pack_narrow_winograd(const ConvShape&, bool, const float*, const int64_t*, float*);

@@ -182,9 +182,9 @@ inline void spread_cotangents(const View<A>& cotangent, int64_t b, const RowOfTi
   }
 }
 
-// One product of all tiles, of so many input channels: sum[input][output vector] += sum over tiles of v q.
+// One product of all tiles, of so many input channels: sum[input][output vector] = or += sum over tiles of v q.
 template <class A, int vectors, int inputs>
-inline void add_products(const A* v, const A* q, int64_t tiles, A* sum) {
+inline void add_products(const A* v, const A* q, int64_t tiles, A* sum, bool fresh) {
   using V = Vec<A>;
   constexpr int lanes = kLanes<A>;
   V sums[inputs][vectors] = {};
@@ -199,19 +199,19 @@ inline void add_products(const A* v, const A* q, int64_t tiles, A* sum) {
   FASTODE_UNROLL for (int i = 0; i < inputs; ++i) {
     FASTODE_UNROLL for (int o = 0; o < vectors; ++o) {
       A* to = sum + (i * vectors + o) * lanes;
-      store<V>(to, load<V>(to) + sums[i][o]);
+      store<V>(to, fresh ? sums[i][o] : load<V>(to) + sums[i][o]);
     }
   }
 }
 
 template <class A, int vectors>
 void run_gradient(const Plane<A>& plane, const ConvShape& shape, const GradientPair<A>* pairs, int64_t count,
-                  A* gradient, A* scratch) {
+                  A* gradient, bool fresh, A* scratch) {
   constexpr int lanes = kLanes<A>, most = kTile / vectors, inputs = most < lanes ? most : lanes,
                 product = lanes * vectors * lanes;
   const int64_t blocks = blocks_of<A>(shape.in_channels);
   A *v = scratch, *q = scratch + blocks * kAllProducts<A>;
-  for (Chunks<kChunk> chunk(plane, count); chunk.next();) {
+  for (Chunks<kChunk> chunk(plane, count); chunk.next(); fresh = false) {
     spread_chunk(chunk, blocks, v, [&](int64_t sample) { return pairs[sample].in; });
     A* group = gradient;
     for (int64_t ob = 0; ob < blocks_of<A>(shape.out_channels); ob += vectors, group += blocks * kProducts * product) {
@@ -223,16 +223,17 @@ void run_gradient(const Plane<A>& plane, const ConvShape& shape, const GradientP
         for (int64_t b = 0; b < blocks; ++b)
           for (int i = 0; i < lanes; i += inputs)
             add_products<A, vectors, inputs>(v + b * kAllProducts<A> + p * kOneProduct<A> + i, q + p * kOneProduct<A>,
-                                             chunk.tiles, group + (b * kProducts + p) * product + i * vectors * lanes);
+                                             chunk.tiles, group + (b * kProducts + p) * product + i * vectors * lanes,
+                                             fresh);
     }
   }
 }
 
 template <class A>
 void winograd_gradient(const Plane<A>& plane, const ConvShape& shape, const GradientPair<A>* pairs, int64_t count,
-                       A* gradient, A* scratch) {
-  vectors_of<A>(shape.out_channels) == 2 ? run_gradient<A, 2>(plane, shape, pairs, count, gradient, scratch)
-                                         : run_gradient<A, 1>(plane, shape, pairs, count, gradient, scratch);
+                       A* gradient, bool fresh, A* scratch) {
+  vectors_of<A>(shape.out_channels) == 2 ? run_gradient<A, 2>(plane, shape, pairs, count, gradient, fresh, scratch)
+                                         : run_gradient<A, 1>(plane, shape, pairs, count, gradient, fresh, scratch);
 }
 
 template <class A, class T>
@@ -270,15 +271,16 @@ void unpack_winograd_gradient(const ConvShape& shape, const A* gradient, int64_t
 }
 
 // What resident_winograd_<type>.cpp instantiates: everything above in arithmetic of A, for weights of A or of T.
-#define FASTODE_WINOGRAD(keyword, A, T)                                                                                \
-  keyword template int64_t winograd_scratch_size<A>(const ConvShape&);                                                 \
-  keyword template int64_t winograd_gradient_scratch_size<A>(const ConvShape&);                                        \
-  keyword template void pack_winograd(const ConvShape&, bool, const A*, const int64_t*, A*);                           \
-  keyword template void pack_winograd(const ConvShape&, bool, const T*, const int64_t*, A*);                           \
-  keyword template void convolve_winograd(const Plane<A>&, const ConvShape&, const A*, const A*, const ConvJob<A>*,    \
-                                          int64_t, A*, Ahead*);                                                        \
-  keyword template void winograd_gradient(const Plane<A>&, const ConvShape&, const GradientPair<A>*, int64_t, A*, A*); \
-  keyword template void unpack_winograd_gradient(const ConvShape&, const A*, int64_t, int64_t, A*, const int64_t*);    \
+#define FASTODE_WINOGRAD(keyword, A, T)                                                                             \
+  keyword template int64_t winograd_scratch_size<A>(const ConvShape&);                                              \
+  keyword template int64_t winograd_gradient_scratch_size<A>(const ConvShape&);                                     \
+  keyword template void pack_winograd(const ConvShape&, bool, const A*, const int64_t*, A*);                        \
+  keyword template void pack_winograd(const ConvShape&, bool, const T*, const int64_t*, A*);                        \
+  keyword template void convolve_winograd(const Plane<A>&, const ConvShape&, const A*, const A*, const ConvJob<A>*, \
+                                          int64_t, A*, Ahead*);                                                     \
+  keyword template void winograd_gradient(const Plane<A>&, const ConvShape&, const GradientPair<A>*, int64_t, A*,   \
+                                          bool, A*);                                                                \
+  keyword template void unpack_winograd_gradient(const ConvShape&, const A*, int64_t, int64_t, A*, const int64_t*); \
   keyword template void unpack_winograd_gradient(const ConvShape&, const A*, int64_t, int64_t, T*, const int64_t*)
 
 }  // namespace fastode::resident
