@@ -178,6 +178,14 @@ def test_bounds_of_solutions_on_bfloat16_maps(shape: tuple[int, ...], reason: st
     assert told.startswith(reason) and bool(told) == bool(reason)
 
 
+@pytest.mark.parametrize(("solver", "side", "left"), [("rk4", 4, True), ("rk4", 8, False), ("dopri5", 4, False)])
+def test_wide_solutions_in_float32_under_autocast(solver: str, side: int, left: bool) -> None:
+    block = reference.SOBlock(reference.SkewPair(256, 256), solver=solver)
+    with torch.autocast("cpu", BF16):
+        told = against(block, torch.zeros(8, 256, side, side))
+    assert ("with 128 channels and more and fewer than 49 pixels" in told) == left
+
+
 @pytest.mark.parametrize(
     ("norm", "shape", "left"),
     [
