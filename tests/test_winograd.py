@@ -1,5 +1,7 @@
 """Convolutions by Winograd's filtering (csrc/cpu/resident/winograd.h), in float32 and, without AMX, in bfloat16.
 
+In bfloat16 those of stride 2 are filtered, too.
+
 They are equal at every size and layout, forwards and backwards, and no less local than direct sums where values are not
 finite.
 """
@@ -34,6 +36,14 @@ NARROW = [
     (17, 20, 2, 6, 700), (20, 49, 4, 4, 240), (33, 18, 8, 6, 65), (48, 64, 4, 8, 24), (32, 80, 2, 140, 6),
     (24, 24, 7, 6, 13), (64, 32, 8, 8, 14), (18, 40, 16, 12, 13),
 ]  # fmt: skip
+
+# Of stride 2: whole vectors and parts of them, one row of tiles and several, more tiles than are transformed together,
+# and sizes, or samples, that are direct.
+HALVED = [
+    (17, 20, 4, 8, 300), (40, 64, 16, 16, 9), (64, 48, 8, 32, 7), (20, 72, 12, 8, 30), (32, 32, 4, 136, 20),
+    (24, 24, 12, 12, 30), (32, 48, 14, 16, 24), (24, 32, 16, 8, 2),
+]  # fmt: skip
+WITHOUT_PAIRS = "this CPU has tiles, or no products of bfloat16"
 
 
 def convolutions(channels: int, inner: int, *, norm: bool) -> nn.Sequential:
@@ -71,7 +81,39 @@ def test_equal_at_every_size_in_bfloat16(shape: tuple[int, int, int, int, int], 
             assert_blocks_equal(block.to(dtype), fused(block), x)
 
 
-@pytest.mark.skipif(not rule.multiplies_pairs(), reason="this CPU has tiles, or no products of bfloat16")
+def halving(channels: int, inner: int) -> nn.Module:
+    """A block whose first convolution has stride 2, of maps that nothing is added to."""
+    torch.manual_seed(3)
+    branch = nn.Sequential(
+        *(nn.Conv2d(channels, inner, 3, 2, 1), nn.GroupNorm(1, inner), nn.Softplus()),
+        nn.Conv2d(inner, inner, 3, padding=1),
+    )
+    return reference.ResBlock(branch, shortcut=nn.Conv2d(channels, inner, 1, 2), post_activation=nn.Softplus())
+
+
+@pytest.mark.parametrize("lowered", [False, True], ids=["bfloat16", "autocast"])
+@pytest.mark.parametrize("shape", HALVED, ids=str)
+def test_equal_at_every_size_of_stride_2(shape: tuple[int, int, int, int, int], lowered: bool) -> None:
+    channels, inner, height, width, samples = shape
+    dtype = torch.float32 if lowered else torch.bfloat16
+    x = sample_input(samples, channels, height, width, dtype=dtype)
+    block = halving(channels, inner).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=lowered):
+        assert_blocks_equal(block, fused(block), x)
+
+
+@pytest.mark.skipif(not rule.multiplies_pairs(), reason=WITHOUT_PAIRS)
+def test_what_of_stride_2_is_filtered() -> None:
+    """Other sums make other bits: of two samples among forty, and alone."""
+    torch.manual_seed(6)
+    for side, filtered in ((16, True), (14, False)):
+        twin = fused(reference.Chain(nn.Conv2d(32, 48, 3, 2, 1), nn.LeakyReLU(1.0)).to(torch.bfloat16))
+        x = sample_input(40, 32, side, side, dtype=torch.bfloat16)
+        with torch.no_grad():
+            assert torch.equal(twin(x)[:2], twin(x[:2])) != filtered
+
+
+@pytest.mark.skipif(not rule.multiplies_pairs(), reason=WITHOUT_PAIRS)
 def test_many_tiles_are_filtered_and_few_are_not() -> None:
     torch.manual_seed(6)
     block = reference.Chain(nn.Conv2d(32, 48, 3, padding=1), nn.ReLU(), nn.Conv2d(48, 32, 3, padding=1))
@@ -83,7 +125,7 @@ def test_many_tiles_are_filtered_and_few_are_not() -> None:
     assert (half[:2].float() - few.float()).norm() <= torch.finfo(torch.bfloat16).eps * few.float().norm()
 
 
-@pytest.mark.skipif(not rule.multiplies_pairs(), reason="this CPU has tiles, or no products of bfloat16")
+@pytest.mark.skipif(not rule.multiplies_pairs(), reason=WITHOUT_PAIRS)
 @pytest.mark.parametrize("shape", [(24, 40, 6, 8), (32, 24, 8, 8), (40, 48, 12, 4), (80, 72, 8, 4)], ids=str)
 def test_the_rule_of_choice_knows_what_is_filtered(shape: tuple[int, int, int, int]) -> None:
     """Other sums make other bits: of the same sample among as many as the rule knows to be filtered, and one fewer."""
@@ -119,7 +161,7 @@ def test_what_is_not_finite_stays_where_it_is(
     place: tuple[int, int], channels: int, value: float, dtype: torch.dtype
 ) -> None:
     if dtype == torch.bfloat16 and not rule.multiplies_pairs():
-        pytest.skip("this CPU has tiles, or no products of bfloat16")
+        pytest.skip(WITHOUT_PAIRS)
     torch.manual_seed(5)
     block = reference.ShuOsher(nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1)), EULER).to(dtype)
     x = sample_input(2 if dtype == torch.float32 else 20, channels, 6, 8, dtype=dtype)
@@ -135,15 +177,47 @@ def test_what_is_not_finite_stays_where_it_is(
     assert comparison.ok, comparison.describe()
 
 
-@pytest.mark.skipif(not rule.multiplies_pairs(), reason="this CPU has tiles, or no products of bfloat16")
-def test_small_samples_and_channels_are_as_exact_as_large_ones() -> None:
+@pytest.mark.skipif(not rule.multiplies_pairs(), reason=WITHOUT_PAIRS)
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 3e38])
+@pytest.mark.parametrize("place", [(0, 0), (2, 3), (5, 7), (1, 4)])
+def test_what_is_not_finite_stays_where_it_is_of_stride_2(place: tuple[int, int], value: float) -> None:
+    """Forwards at an input, in the pull-back at a cotangent."""
+    torch.manual_seed(5)
+    block = reference.Chain(nn.Conv2d(40, 48, 3, 2, 1, bias=False), nn.LeakyReLU(1.0)).to(torch.bfloat16)
+    samples, y, x = 24, *place
+    inputs = sample_input(samples, 40, 16, 16, dtype=torch.bfloat16)
+    cotangents = sample_input(samples, 48, 8, 8, dtype=torch.bfloat16)
+
+    def results(block: nn.Module, at: Tensor, bar: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = at.clone().requires_grad_()
+        result = block(leaf)
+        return result.detach(), torch.autograd.grad(result, leaf, bar)[0]
+
+    fused_block = fused(block)
+    calm = results(fused_block, inputs, cotangents)
+    inputs[1, 13, 2 * y + 1, 2 * x + 1] = cotangents[1, 13, y, x] = value
+    found, expected = results(fused_block, inputs, cotangents), results(block, inputs, cotangents)
+    # Where the inputs, or the cotangents, that a number is made of are all finite it has stayed as it was.
+    near = [torch.zeros(side, side, dtype=torch.bool) for side in (8, 16)]
+    near[0][y : y + 2, x : x + 2] = True
+    near[1][max(0, 2 * y - 1) : 2 * y + 2, max(0, 2 * x - 1) : 2 * x + 2] = True
+    for ours, theirs, before, here in zip(found, expected, calm, near, strict=True):
+        assert torch.isfinite(ours[0]).all() and torch.isfinite(ours[1][:, ~here]).all()
+        assert torch.equal(ours.isnan(), theirs.isnan()) and torch.equal(ours.isinf(), theirs.isinf())
+        away = (ours[1][:, ~here].float() - before[1][:, ~here].float()).norm()
+        assert away <= torch.finfo(torch.bfloat16).eps * before[1].float().norm()
+
+
+@pytest.mark.skipif(not rule.multiplies_pairs(), reason=WITHOUT_PAIRS)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_small_samples_and_channels_are_as_exact_as_large_ones(stride: int) -> None:
     """In bfloat16 each tile has a scale of its own, and so has each channel of weights, inputs and cotangents."""
     torch.manual_seed(8)
-    block = reference.Chain(nn.Conv2d(32, 48, 3, padding=1, bias=False), nn.LeakyReLU(1.0))  # no kink
+    block = reference.Chain(nn.Conv2d(32, 48, 3, stride, 1, bias=False), nn.LeakyReLU(1.0))  # no kink
     with torch.no_grad():
         block[0].weight.mul_(10.0 ** -(torch.arange(48) % 4 * 3.0)[:, None, None, None])
     block.to(torch.bfloat16)
-    x = torch.randn(24, 32, 12, 8) * 10.0 ** -(torch.arange(24) % 5 * 6.0)[:, None, None, None]
+    x = torch.randn(24, 32, 12 * stride, 8 * stride) * 10.0 ** -(torch.arange(24) % 5 * 6.0)[:, None, None, None]
     cotangent = torch.randn(24, 48, 12, 8) * 10.0 ** (torch.arange(48) % 3 * 4.0)[:, None, None]
 
     def results(block: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -155,6 +229,29 @@ def test_small_samples_and_channels_are_as_exact_as_large_ones() -> None:
     for ours, true, together in zip(found, truth, [(2, 3), (1, 2, 3), (1, 2, 3)], strict=True):
         error = torch.linalg.vector_norm(ours - true, dim=together) / torch.linalg.vector_norm(true, dim=together)
         assert error.max() <= torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.skipif(not rule.multiplies_pairs(), reason=WITHOUT_PAIRS)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("place", [(0, 0), (1, 2), (3, 3), (2, 1)])
+def test_small_numbers_beside_large_ones(place: tuple[int, int], stride: int) -> None:
+    """One pixel of a tile has numbers 10,000 times as large; what is made of the others is exact to its own size."""
+    torch.manual_seed(8)
+    block = reference.Chain(nn.Conv2d(32, 48, 3, stride, 1, bias=False), nn.LeakyReLU(1.0)).to(torch.bfloat16)
+    x = torch.randn(24, 32, 8 * stride, 8 * stride)
+    cotangent = torch.randn(24, 48, 8, 8)
+    for at in (x, cotangent):
+        at[:, :, place[0], place[1]] *= 1e4
+
+    def results(block: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        leaf = x.to(torch.bfloat16).to(dtype).requires_grad_()
+        y = block(leaf)
+        return y, torch.autograd.grad(y, leaf, cotangent.to(torch.bfloat16).to(dtype))[0]
+
+    found, truth = results(fused(block), torch.bfloat16), results(copy.deepcopy(block).double(), torch.float64)
+    for ours, true in zip(found, truth, strict=True):
+        error = torch.linalg.vector_norm(ours - true, dim=1) / torch.linalg.vector_norm(true, dim=1)
+        assert error.max() <= 2 * torch.finfo(torch.bfloat16).eps
 
 
 @pytest.mark.parametrize("side", [4, 16])

@@ -34,6 +34,11 @@ struct UnitSpec {
   int64_t weight_at = -1, bias_at = -1, conv_at = -1, conv_bias_at = -1;
 
   bool measured() const { return norm == kGroupNorm || norm == kBatchNorm; }
+  // How its convolution of bfloat16 maps, or the pull-back, is filtered.
+  Filtering filtering(bool back) const {
+    if (shape.stride == 1) return Filtering::kStraight;
+    return back ? Filtering::kDoubling : Filtering::kHalving;
+  }
   // Whether a convolution, or a mean, follows norm and activation.
   bool moves() const { return has_conv || mean_of; }
   template <class P>
@@ -257,7 +262,10 @@ class Branch {
   // A padded map as one of so many channels, its halo zero; on the plane of unit j's input.
   Map<T> fit(const Map<T>& padded, size_t j, int64_t channels, const Range& range) const;
   // Whether the pixels of each parity lie apart where unit j's convolution reads them.
-  bool apart(size_t j) const { return spec_.narrow && spec_.units[j].has_conv && spec_.units[j].shape.stride == 2; }
+  bool apart(size_t j) const {
+    const UnitSpec<A>& unit = spec_.units[j];
+    return spec_.narrow && unit.has_conv && unit.shape.stride == 2 && !unit.winograd;
+  }
   // What the convolution of a unit, or its mean, reads: a map for its input, and that filled for sample i.
   Map<T> active_map(size_t j, const Range& range) const {
     return fit(active_[j], apart(j) ? j + 1 : j, spec_.units[j].in_channels, range);

@@ -119,8 +119,9 @@ void Branch<T>::take_scratch(Need need) {
       const ConvShape& shape = spec_.units[j].shape;
       if constexpr (kNarrowWinograd)
         if (spec_.units[j].winograd) {
-          wants(narrow_winograd_scratch_size(shape));
-          if (need != Need::kValue) wants(narrow_winograd_scratch_size(shape.transposed()));
+          const UnitSpec<A>& unit = spec_.units[j];
+          wants(narrow_winograd_scratch_size(shape, unit.filtering(false)));
+          if (need != Need::kValue) wants(narrow_winograd_scratch_size(shape.transposed(), unit.filtering(true)));
         }
       if (!weights || !spec_.units[j].has_conv) continue;
       if constexpr (kNarrowWinograd)

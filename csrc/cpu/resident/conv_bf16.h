@@ -78,9 +78,10 @@ void pack_tile_weights(const ConvShape& shape, bool flip, const T* weight, const
 void convolve(const Plane<float>& plane, const ConvShape& shape, int64_t together, const float* packed,
               const float* bias, const ConvJob<bfloat16>* jobs, int64_t count, Ahead* ahead);
 
-// The same of 3x3 and stride 1 by Winograd's filtering, as winograd.h says, in integers (winograd_bf16_impl.h). AMX
-// multiplies so fast that there is nothing to save.
+// The same of 3x3 by Winograd's filtering, as winograd.h says, in integers (winograd_bf16_impl.h); of stride 2, and its
+// pull-back, too, where the inputs are one Narrow map. AMX multiplies so fast that there is nothing to save.
 inline constexpr bool kNarrowWinograd = kTiles && !FASTODE_AMX;
+enum class Filtering { kStraight, kHalving, kDoubling };
 
 // Whether a convolution of so many samples is faster so: the products that are saved for each pair of channels, of
 // those that meet the image, make up for weights that take longer to pack, and with few channels for the tiles'
@@ -88,11 +89,16 @@ inline constexpr bool kNarrowWinograd = kTiles && !FASTODE_AMX;
 inline bool suits_narrow_winograd(const Plane<float>& plane, const ConvShape& shape, int64_t samples) {
   const int64_t channels = std::min(shape.in_channels, shape.out_channels);
   const int64_t counted = channels < 32 ? channels * channels / 32 : std::min<int64_t>(channels, 64);
-  return kNarrowWinograd && channels > Narrow::lanes && winograd_saves(plane, shape, samples) * counted >= 100000;
+  if (!kNarrowWinograd || channels <= Narrow::lanes) return false;
+  if (shape.stride == 1) return winograd_saves(plane, shape, samples) * counted >= 100000;
+  const bool whole = shape.kernel_h == 3 && shape.kernel_w == 3 && plane.height % 4 == 0 && plane.width % 4 == 0;
+  const int64_t height = plane.height / 2, width = plane.width / 2;  // of the output
+  const int64_t saves = (3 * height - 1) * (3 * width - 1) - height * width * 25 / 4;
+  return whole && samples * saves * counted >= 40000;
 }
 
-// Whether the weight gradient of one that is so is, too. Of many channels each worker's sums, which are cleared first
-// and added up at last, are larger than what is saved unless there are many tiles.
+// Whether the weight gradient of one that is so is, too; `plane` is that of the cotangent. Of many channels each
+// worker's sums, which are added up at last, are larger than what is saved unless there are many tiles.
 inline bool suits_narrow_winograd_gradient(const Plane<float>& plane, const ConvShape& shape, int64_t samples) {
   const int64_t tiles = samples * plane.pixels() / 4, weights = shape.in_channels * shape.out_channels;
   return plane.width % 4 == 0 && (weights <= 128 * 128 || tiles * 128 >= weights);
@@ -118,17 +124,19 @@ struct KernelView {
 
 // In float32 elements, and of scratch in bytes.
 int64_t narrow_winograd_size(const ConvShape& shape);
-int64_t narrow_winograd_scratch_size(const ConvShape& shape);
+int64_t narrow_winograd_scratch_size(const ConvShape& shape, Filtering way);
 
 template <class T>
-void pack_narrow_winograd(const ConvShape& shape, bool flip, const T* weight, const int64_t* strides, float* packed);
+void pack_narrow_winograd(const ConvShape& shape, Filtering way, bool flip, const T* weight, const int64_t* strides,
+                          float* packed);
 
-// `kernels`: the weights that are packed, for sums that are direct because they are not finite.
-void convolve_winograd(const Plane<float>& plane, const ConvShape& shape, const float* packed,
+// `plane` is that of the output, of a pull-back that of its input. `kernels`: the weights that are packed, for sums
+// that are direct because they are not finite.
+void convolve_winograd(const Plane<float>& plane, const ConvShape& shape, Filtering way, const float* packed,
                        const KernelView& kernels, const float* bias, const ConvJob<bfloat16>* jobs, int64_t count,
                        void* scratch, Ahead* ahead);
 
-// Its weight gradient, in the layout of winograd.h's.
+// Its weight gradient, in the layout of winograd.h's; `plane` is the cotangent's.
 int64_t narrow_winograd_gradient_scratch_size(const ConvShape& shape);
 void winograd_gradient(const Plane<float>& plane, const ConvShape& shape, const GradientPair<bfloat16>* pairs,
                        int64_t count, float* gradient, bool fresh, void* scratch);

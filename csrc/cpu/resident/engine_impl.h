@@ -87,8 +87,10 @@ void Packed<A>::read(Arena& arena, const Wanted& wanted) {
       spec.halo = std::max({spec.halo, integers[4] / 2, integers[5] / 2});
       if constexpr (kOnTiles<A>)
         if (narrow_) {
-          unit.winograd = suits_narrow_winograd(plane, unit.shape, samples_);
-          unit.winograd_gradient = unit.winograd && suits_narrow_winograd_gradient(plane, unit.shape, samples_);
+          const bool gradient = suits_narrow_winograd_gradient(unit.plane_after(plane), unit.shape, samples_);
+          // Of stride 2 both read the same map, or the pixels of each parity apart.
+          unit.winograd = suits_narrow_winograd(plane, unit.shape, samples_) && (stride == 1 || gradient);
+          unit.winograd_gradient = unit.winograd && gradient;
         }
       if (!narrow_) {
         unit.winograd = suits_winograd(plane, unit.shape, samples_);
@@ -97,10 +99,10 @@ void Packed<A>::read(Arena& arena, const Wanted& wanted) {
       const auto size = [&](const ConvShape& shape, bool back) {
         const bool strided = shape.stride > 1;
         if constexpr (kOnTiles<A>) {
-          if (narrow_ && strided) return strided_tile_weights_size(shape, back);
           const ConvShape seen = back ? shape.transposed() : shape;
           if constexpr (kNarrowWinograd)
             if (narrow_ && unit.winograd) return narrow_winograd_size(seen);
+          if (narrow_ && strided) return strided_tile_weights_size(shape, back);
           if (narrow_) return tile_weights_size(seen);
         }
         if (back && strided) return strided_back_size<A>(shape);
@@ -119,9 +121,10 @@ void Packed<A>::read(Arena& arena, const Wanted& wanted) {
           const auto pack = [&](bool back, A* to) {
             const ConvShape shape = back ? unit.shape.transposed() : unit.shape;
             if constexpr (kOnTiles<A>) {
-              if (narrow_ && stride > 1) return pack_strided_tile_weights<T>(unit.shape, back, data, strides, to);
               if constexpr (kNarrowWinograd)
-                if (narrow_ && unit.winograd) return pack_narrow_winograd<T>(shape, back, data, strides, to);
+                if (narrow_ && unit.winograd)
+                  return pack_narrow_winograd<T>(shape, unit.filtering(back), back, data, strides, to);
+              if (narrow_ && stride > 1) return pack_strided_tile_weights<T>(unit.shape, back, data, strides, to);
               if (narrow_) return pack_tile_weights<T>(shape, back, data, strides, to);
             }
             if (back && stride > 1) return pack_strided_back<A, T>(unit.shape, data, strides, to);

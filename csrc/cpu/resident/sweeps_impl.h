@@ -13,8 +13,9 @@ void Branch<T>::convolve_jobs(size_t j, bool back, const ConvJob<T>* jobs, const
   if constexpr (std::is_same_v<T, bfloat16>) {
     if constexpr (kNarrowWinograd)
       if (unit.winograd)
-        return convolve_winograd(planes_[j], shape, packed, back ? unit.kernels.back() : unit.kernels, bias, jobs,
-                                 range.count, scratch_of<char>(range), range.ahead);
+        return convolve_winograd(planes_[j + 1], shape, unit.filtering(back), packed,
+                                 back ? unit.kernels.back() : unit.kernels, bias, jobs, range.count,
+                                 scratch_of<char>(range), range.ahead);
     if (!apart(j))
       convolve(planes_[j], shape, together_[j], packed, bias, jobs, range.count, range.ahead);
     else if (back)
@@ -130,7 +131,7 @@ void Branch<T>::add_gradients(const Passed<T>& at, const Range& range, const Map
   if constexpr (std::is_same_v<T, bfloat16>) {
     char* scratch = scratch_of<char>(range);
     if constexpr (kNarrowWinograd)
-      if (unit.winograd_gradient) return winograd_gradient(plane, unit.shape, pairs, count, sums, fresh, scratch);
+      if (unit.winograd_gradient) return winograd_gradient(out_plane, unit.shape, pairs, count, sums, fresh, scratch);
     if (apart(at.unit))
       strided_weight_gradient(out_plane, unit.shape, together, active.phase, pairs, count, sums, scratch);
     else

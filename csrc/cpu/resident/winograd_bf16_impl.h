@@ -1,4 +1,5 @@
-// Winograd's filtering of bfloat16 maps in integers of 16 bits. Included by gradient_bf16_impl.h.
+// Winograd's filtering of bfloat16 maps in integers of 16 bits, of stride 1 and 2 (filtering.h). Included by
+// gradient_bf16_impl.h.
 //
 // Of bfloat16 operands B' d B and G g G' would be rounded to half their numbers' last places once more, and A' m A
 // makes that error larger: twice that of direct sums. As integers they are about as exact as direct sums of bfloat16
@@ -6,20 +7,21 @@
 #pragma once
 
 #include "conv_bf16_impl.h"
-#include "fixed_point.h"
-#include "winograd_tiles.h"
+#include "filtering_gradient.h"
 
 namespace fastode::resident {
 namespace {
 
 constexpr int64_t kTogether = 32;  // tiles that are transformed together
 
-// B' d B of the inputs: [block of channels that are summed][product][tile][channel]. A line more from a product to the
-// next, so that they do not meet in one set of the cache.
-constexpr int64_t kInputProduct = kTogether * kSummed + kTileDepth, kInputBlock = kProducts * kInputProduct;
+// What tiles' inputs are spread to: [block of channels that are summed][of a tile][tile][channel]. A line more from one
+// of a tile's to the next, so that they do not meet in one set of the cache.
+constexpr int64_t kInputProduct = kTogether * kSummed + kTileDepth;
+template <class Way>
+constexpr int64_t kInputBlock = Way::kInputs * kInputProduct;
 static_assert(kSummed == 4 * kTileRows);
 
-// The sums of a group of N output tiles: [product][tile][channel].
+// The sums of a group of N output tiles: [of a tile][tile][channel].
 template <int N>
 constexpr int64_t kSumProduct = (kTogether + 1) * N * kTileRows;
 
@@ -50,83 +52,95 @@ template <int R, int N>
   }
 }
 
-// One product of so many tiles, R at a time.
+// One product of so many tiles, R at a time; inputs of one block of channels and the next lie `block` apart.
 template <int R, int N>
-void multiply_tiles(const int16_t* inputs, const int16_t* weights, int64_t pairs, int64_t tiles, float* sums,
-                    Ahead* ahead) {
+void multiply_tiles(const int16_t* inputs, int64_t block, const int16_t* weights, int64_t pairs, int64_t tiles,
+                    float* sums, bool fresh, Ahead* ahead) {
   constexpr int64_t most = kSummed / 2;  // pairs
   const int64_t lines = pairs / 4;
   for (; tiles > 0; tiles -= R, inputs += R * kSummed, sums += R * N * kTileRows) {
     if (const char* soon = ahead ? ahead->take(lines) : nullptr)
       for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(soon + i * Ahead::line, 0, 2);
-    const int16_t* block = inputs;
-    for (int64_t first = 0; first < pairs; first += most, block += kInputBlock)
-      add_tiles<R, N>(block, weights + first * N * kTileDepth, std::min(most, pairs - first), sums, first == 0);
+    const int16_t* at = inputs;
+    for (int64_t first = 0; first < pairs; first += most, at += block)
+      add_tiles<R, N>(at, weights + first * N * kTileDepth, std::min(most, pairs - first), sums, fresh && first == 0);
   }
 }
 
 // The scales of a run's tiles, by the largest of their inputs in all channels. An output is made of what its own inputs
 // give, so that one whose inputs are all zero is zero; but where they are much smaller than the tile's largest, too
 // little would be left of them: then the tile's sums are to be direct.
-inline void find_scales(const View<bfloat16>& in, int64_t in_channels, const RowOfTiles& run, float* to, float* back) {
-  constexpr int too_small = 5 << 7;    // bits between numbers that are 32 times apart
-  __m512i rows[2][2 * kTogether + 2];  // of every column the largest in the rows of the upper and of the lower outputs
-  const bfloat16* at = in.pixel_at(0, 2 * run.y - 1, 2 * run.x - 1);
-  for (int64_t x = 0; x < 2 * run.count + 2; ++x, at += in.pixel) {
-    __m512i upper = _mm512_setzero_si512(), lower = upper;
+template <class Way>
+void find_scales(const View<bfloat16>& in, int64_t in_channels, const RowOfTiles& run, float* to, float* back) {
+  constexpr int too_small = 5 << 7;  // bits between numbers that are 32 times apart
+  constexpr int patch = Way::kPatch, step = Way::kStep, windows = Way::kWindows;
+  __m512i rows[step * kTogether + patch][windows];  // the largest of each column, in each window of rows
+  const int64_t columns = step * (run.count - 1) + patch;
+  const bfloat16* at = in.pixel_at(0, step * run.y - Way::kBefore, step * run.x - Way::kBefore);
+  for (int64_t x = 0; x < columns; ++x, at += in.pixel) {
+    __m512i most[windows];
+    std::fill_n(most, windows, _mm512_setzero_si512());
     for (int64_t c = 0; c < in_channels; c += kTileDepth) {
-      const bfloat16* from = at + c;
-      const __m512i both = _mm512_max_epu16(magnitudes(from + in.row), magnitudes(from + 2 * in.row));
-      upper = _mm512_max_epu16(upper, _mm512_max_epu16(both, magnitudes(from)));
-      lower = _mm512_max_epu16(lower, _mm512_max_epu16(both, magnitudes(from + 3 * in.row)));
+      __m512i line[patch], here[windows];
+      FASTODE_UNROLL for (int y = 0; y < patch; ++y) line[y] = magnitudes(at + y * in.row + c);
+      Way::windows(line, here);
+      FASTODE_UNROLL for (int w = 0; w < windows; ++w) most[w] = _mm512_max_epu16(most[w], here[w]);
     }
-    rows[0][x] = upper, rows[1][x] = lower;
+    std::copy_n(most, windows, rows[x]);
   }
-  const auto of_three = [](const __m512i* column) {
-    return _mm512_max_epu16(_mm512_max_epu16(column[0], column[1]), column[2]);
-  };
   for (int64_t t = 0; t < run.count; ++t) {
-    const __m512i* const column[2] = {rows[0] + 2 * t, rows[1] + 2 * t};
-    const __m512i outputs[4] = {of_three(column[0]), of_three(column[0] + 1), of_three(column[1]),
-                                of_three(column[1] + 1)};
-    const int most =
-        largest(_mm512_max_epu16(_mm512_max_epu16(outputs[0], outputs[1]), _mm512_max_epu16(outputs[2], outputs[3])));
+    __m512i outputs[windows][windows], all = _mm512_setzero_si512();
+    FASTODE_UNROLL for (int w = 0; w < windows; ++w) {
+      __m512i line[patch];
+      FASTODE_UNROLL for (int x = 0; x < patch; ++x) line[x] = rows[step * t + x][w];
+      Way::windows(line, outputs[w]);
+      FASTODE_UNROLL for (int x = 0; x < patch; ++x) all = _mm512_max_epu16(all, line[x]);
+    }
+    const int most = largest(all);
     const Scale scale(most);
     to[t] = scale.to, back[t] = scale.back;
     const __m512i least = _mm512_set1_epi16(static_cast<int16_t>(std::max(1, most - too_small)));
-    FASTODE_UNROLL for (const __m512i& output : outputs) if (_mm512_cmpge_epu16_mask(output, least) == 0) [[unlikely]]
-    if (largest(output) > 0) back[t] = std::numeric_limits<float>::quiet_NaN();
+    FASTODE_UNROLL for (const auto& row : outputs) {
+      FASTODE_UNROLL for (const __m512i& output : row) if (_mm512_cmpge_epu16_mask(output, least) == 0) [[unlikely]]
+      if (largest(output) > 0) back[t] = std::numeric_limits<float>::quiet_NaN();
+    }
   }
 }
 
-template <int N>
+// `plane` has the tiles: the outputs' of stride 1 and 2, the cotangents' of the latter's pull-back.
+template <class Way, int N>
 void run_winograd(const Plane<float>& plane, const ConvShape& shape, const int16_t* weights, const KernelView& kernels,
                   const float* bias, const ConvJob<bfloat16>* jobs, int64_t count, int16_t* inputs, Ahead* ahead) {
   using V = Vec<float>;
+  constexpr int side = Way::kSide;
+  constexpr int64_t input_block = kInputBlock<Way>;
   const PackedWinograd packed(shape);
   const float* const factors = reinterpret_cast<const float*>(weights + packed.factors);
-  float* const sums = reinterpret_cast<float*>(inputs + divide_up(shape.in_channels, kSummed) * kInputBlock);
+  float* const sums = reinterpret_cast<float*>(inputs + divide_up(shape.in_channels, kSummed) * input_block);
   const int64_t blocks = blocks_of<float>(shape.in_channels), out_blocks = blocks_of<float>(shape.out_channels);
   float scale[kTogether], back[kTogether];  // of the tiles
   for (Chunks<kTogether> chunk(plane, count); chunk.next();) {
     chunk.each_run([&](const RowOfTiles& run) {
-      find_scales(jobs[run.sample].in, shape.in_channels, run, scale + run.place, back + run.place);
+      find_scales<Way>(jobs[run.sample].in, shape.in_channels, run, scale + run.place, back + run.place);
     });
     for (int64_t b = 0; b < blocks; ++b)
       chunk.each_run([&](const RowOfTiles& run) {
-        int16_t* const to = inputs + b / 4 * kInputBlock + run.place * kSummed + b % 4 * kTileRows;
+        int16_t* const to = inputs + b / 4 * input_block + run.place * kSummed + b % 4 * kTileRows;
         const float* const scales = scale + run.place;
-        spread_inputs(jobs[run.sample].in, b, run, [=](int p, int64_t t, V value) {
+        Way::spread_run(jobs[run.sample].in, b, run, [=](int p, int64_t t, V value) {
           store_rounded(to + p * kInputProduct + t * kSummed, (__m512)(value * scales[t]));
         });
       });
     const int16_t* group = weights;
     for (int64_t block = 0; block < out_blocks; block += N, group += packed.group_size) {
-      for (int p = 0; p < kProducts; ++p) {
-        chunk.each_run([&](const RowOfTiles& run) { ask_for<N>(jobs[run.sample].out, block, run, p); });
-        multiply_tiles<kRowsAtOnce<N>, N>(inputs + p * kInputProduct, group + p * packed.product, packed.pairs,
-                                          chunk.tiles, sums + p * kSumProduct<N>, ahead);
-      }
+      int done = 0;
+      Way::products([&](int input, int weight, int sum, bool fresh) {
+        chunk.each_run(
+            [&](const RowOfTiles& run) { ask_for<N, side>(jobs[run.sample].out, block, run, done, Way::kProducts); });
+        multiply_tiles<kRowsAtOnce<N>, N>(inputs + input * kInputProduct, input_block, group + weight * packed.product,
+                                          packed.pairs, chunk.tiles, sums + sum * kSumProduct<N>, fresh, ahead);
+        ++done;
+      });
       for (int64_t n = 0; n < N; ++n)
         chunk.each_run([&](const RowOfTiles& run) {
           const ConvJob<bfloat16>& job = jobs[run.sample];
@@ -136,82 +150,37 @@ void run_winograd(const Plane<float>& plane, const ConvShape& shape, const int16
               for (int lane = 0; lane < kLanes<float>; ++lane)
                 g[tap / 3][tap % 3][lane] = lane < last ? kernels(out + lane, c, tap / 3, tap % 3) : 0;
           };
-          const auto direct = [&](int64_t t, auto& anew) {
-            sum_directly(job.in, 2 * run.y, 2 * (run.x + t), shape.in_channels, kernel, anew);
+          const auto direct = [&](int64_t t, V(&anew)[side][side]) {
+            Way::directly(job.in, run, t, shape.in_channels, kernel, anew);
           };
           const float* const at = sums + (run.place * N + n) * kTileRows;
+          const auto gather = [=](int64_t t, V(&of_tile)[side][side]) {
+            Way::gather([=](int p) { return load<V>(at + p * kSumProduct<N> + t * N * kTileRows); }, of_tile);
+          };
           const V factor = load<V>(factors + (block + n) * kLanes<float>);
-          gather_outputs(
-              run, [=](int p, int64_t t) { return at + p * kSumProduct<N> + t * N * kTileRows; },
-              [factor, scales = back + run.place](int64_t t) { return factor * scales[t]; },
+          gather_outputs<side>(
+              run, gather, [factor, scales = back + run.place](int64_t t) { return factor * scales[t]; },
               bias ? bias + (block + n) * kLanes<float> : nullptr, job, block + n, direct);
         });
     }
   }
 }
 
-// Of the weight gradient: B' d B and A y A' of so many tiles, two neighbours' numbers in pairs, and the sums over them.
-// Of the inputs [block][product][pair of tiles][channel], of a group of N blocks of cotangents [product][pair of
-// tiles][channel], both in pairs.
+// Of the weight gradient: what so many tiles' inputs and cotangents are spread to, two neighbours' numbers in pairs,
+// and the sums over them. Of the inputs [block][of a tile][pair of tiles][channel], of a group of N blocks of
+// cotangents [of a tile][pair of tiles][channel], both in pairs.
 constexpr int64_t kGradientTiles = kSummed;
-constexpr int64_t kPairProduct = (kGradientTiles / 2 + 1) * kTileDepth, kPairBlock = kProducts * kPairProduct;
+constexpr int64_t kPairProduct = (kGradientTiles / 2 + 1) * kTileDepth;
 
-// The largest magnitudes of a block's channels, in the rows and columns of a run's tiles and so many around them.
-inline __m256i largest_of(const View<bfloat16>& map, int64_t b, const RowOfTiles& run, int64_t around, __m256i most) {
-  const bfloat16* at = map.pixel_at(b, 2 * run.y - around, 2 * run.x - around);
-  for (int64_t y = 0; y < 2 + 2 * around; ++y, at += map.row)
-    for (int64_t x = 0; x < 2 * (run.count + around); ++x)
+// The largest magnitudes of a block's channels in the patches of a run's tiles.
+inline __m256i largest_of(const View<bfloat16>& map, int64_t b, const RowOfTiles& run, const Patches& patches,
+                          __m256i most) {
+  const auto [side, step, before] = patches;
+  const bfloat16* at = map.pixel_at(b, step * run.y - before, step * run.x - before);
+  for (int64_t y = 0; y < side; ++y, at += map.row)
+    for (int64_t x = 0; x < step * (run.count - 1) + side; ++x)
       most = _mm256_max_epu16(most, half_magnitudes(at + x * map.pixel));
   return most;
-}
-
-// B' d B of the pairs of tiles of a run, whose number is even; to(product, pair) is where they go.
-template <class F>
-inline void spread_input_pairs(const View<bfloat16>& in, int64_t b, const RowOfTiles& run, __m512 scale, const F& to) {
-  using V = Vec<float>;
-  const bfloat16* at = in.pixel_at(b, 2 * run.y - 1, 2 * run.x - 1);
-  const int64_t row = in.row, pixel = in.pixel;
-  const auto column = [=](const bfloat16* from, V(&c)[4]) {
-    const V factor = (V)scale;
-    spread(load_stored(from) * factor, load_stored(from + row) * factor, load_stored(from + 2 * row) * factor,
-           load_stored(from + 3 * row) * factor, c);
-  };
-  V c[6][4];
-  column(at, c[0]), column(at + pixel, c[1]);
-  for (int64_t pair = 0; 2 * pair < run.count; ++pair, at += 4 * pixel) {
-    FASTODE_UNROLL for (int k = 2; k < 6; ++k) column(at + k * pixel, c[k]);
-    FASTODE_UNROLL for (int r = 0; r < 4; ++r) {
-      V one[4], two[4];
-      spread(c[0][r], c[1][r], c[2][r], c[3][r], one);
-      spread(c[2][r], c[3][r], c[4][r], c[5][r], two);
-      FASTODE_UNROLL for (int k = 0; k < 4; ++k) store_pairs(to(4 * r + k, pair), (__m512)one[k], (__m512)two[k]);
-    }
-    FASTODE_UNROLL for (int r = 0; r < 4; ++r) c[0][r] = c[4][r], c[1][r] = c[5][r];
-  }
-}
-
-// A y A' of the same.
-template <class F>
-inline void spread_cotangent_pairs(const View<bfloat16>& cotangent, int64_t b, const RowOfTiles& run, __m512 scale,
-                                   const F& to) {
-  using V = Vec<float>;
-  const bfloat16* at = cotangent.pixel_at(b, 2 * run.y, 2 * run.x);
-  const int64_t row = cotangent.row, pixel = cotangent.pixel;
-  const auto along = [](V first, V second, V(&q)[4]) {
-    q[0] = first, q[1] = first + second, q[2] = first - second, q[3] = -second;
-  };
-  for (int64_t pair = 0; 2 * pair < run.count; ++pair, at += 4 * pixel) {
-    V c[4][4];
-    FASTODE_UNROLL for (int x = 0; x < 4; ++x) {
-      const bfloat16* from = at + x * pixel;
-      along(load_stored(from) * (V)scale, load_stored(from + row) * (V)scale, c[x]);
-    }
-    FASTODE_UNROLL for (int r = 0; r < 4; ++r) {
-      V one[4], two[4];
-      along(c[0][r], c[1][r], one), along(c[2][r], c[3][r], two);
-      FASTODE_UNROLL for (int k = 0; k < 4; ++k) store_pairs(to(4 * r + k, pair), (__m512)one[k], (__m512)two[k]);
-    }
-  }
 }
 
 // sums[R][N * 16] = or += sum over pairs of tiles of R inputs times N vectors of cotangents, brought back by their
@@ -231,50 +200,73 @@ template <int R, int N>
   }
 }
 
-template <int N>
+template <class Way, int N>
 void run_gradient(const Plane<float>& plane, const ConvShape& shape, const GradientPair<bfloat16>* pairs, int64_t count,
                   float* gradient, bool fresh, int16_t* inputs) {
   constexpr int R = kRowsAtOnce<N>;
-  constexpr int64_t cell = kTileRows * N * kTileRows;  // of a product and a block of inputs
+  constexpr int64_t cell = kTileRows * N * kTileRows;  // of a sum and a block of inputs
+  constexpr int64_t input_block = Way::kInputs * kPairProduct;
   const int64_t blocks = blocks_of<float>(shape.in_channels), out_blocks = blocks_of<float>(shape.out_channels);
-  int16_t* const cotangents = inputs + blocks * kPairBlock;
-  float* const back = reinterpret_cast<float*>(cotangents + N * kPairBlock);  // of the input channels
+  int16_t* const cotangents = inputs + blocks * input_block;
+  float* const back = reinterpret_cast<float*>(cotangents + N * Way::kCotangents * kPairProduct);  // of input channels
   for (Chunks<kGradientTiles> chunk(plane, count); chunk.next(); fresh = false) {
-    const auto scales_of = [&](const auto& map, int64_t b, int64_t around, float most) {
+    const auto scales_of = [&](const auto& map, int64_t b, const Patches& patches, float most) {
       __m256i magnitude = _mm256_setzero_si256();
       chunk.each_run(
-          [&](const RowOfTiles& run) { magnitude = largest_of(map(pairs[run.sample]), b, run, around, magnitude); });
+          [&](const RowOfTiles& run) { magnitude = largest_of(map(pairs[run.sample]), b, run, patches, magnitude); });
       return Scales(magnitude, most);
     };
     for (int64_t b = 0; b < blocks; ++b) {
-      const Scales scales = scales_of([](const auto& pair) { return pair.in; }, b, 1, kMostInput);
+      const Scales scales = scales_of([](const auto& pair) { return pair.in; }, b, Way::kPatches, kMostInput);
       _mm512_storeu_ps(back + b * kTileRows, scales.back);
       chunk.each_run([&](const RowOfTiles& run) {
-        int16_t* const to = inputs + b * kPairBlock + run.place / 2 * kTileDepth;
-        spread_input_pairs(pairs[run.sample].in, b, run, scales.to,
-                           [=](int p, int64_t t) { return to + p * kPairProduct + t * kTileDepth; });
+        int16_t* const to = inputs + b * input_block + run.place / 2 * kTileDepth;
+        Way::spread_input_pairs(pairs[run.sample].in, b, run, scales.to,
+                                [=](int p, int64_t t) { return to + p * kPairProduct + t * kTileDepth; });
       });
     }
     float* group = gradient;
     for (int64_t block = 0; block < out_blocks; block += N) {
       __m512 cotangent_back[N];
       for (int64_t n = 0; n < N; ++n) {
-        const Scales scales = scales_of([](const auto& pair) { return pair.cotangent; }, block + n, 0, kMostWeight / 4);
+        const Scales scales =
+            scales_of([](const auto& pair) { return pair.cotangent; }, block + n, {2, 2, 0}, kMostWeight / 4);
         cotangent_back[n] = scales.back;
         chunk.each_run([&](const RowOfTiles& run) {
           int16_t* const to = cotangents + (run.place / 2 * N + n) * kTileDepth;
-          spread_cotangent_pairs(pairs[run.sample].cotangent, block + n, run, scales.to,
-                                 [=](int p, int64_t t) { return to + (p * kPairProduct + t * kTileDepth) * N; });
+          Way::spread_cotangent_pairs(pairs[run.sample].cotangent, block + n, run, scales.to,
+                                      [=](int p, int64_t t) { return to + (p * kPairProduct + t * kTileDepth) * N; });
         });
       }
-      for (int64_t b = 0; b < blocks; ++b)
-        for (int p = 0; p < kProducts; ++p, group += cell)
-          for (int first = 0; first < kTileRows; first += R)
-            add_pairs<R, N>(inputs + b * kPairBlock + p * kPairProduct + 2 * first, cotangents + p * kPairProduct * N,
-                            chunk.tiles / 2, back + b * kTileRows + first, cotangent_back,
-                            group + first * N * kTileRows, fresh);
+      for (int64_t b = 0; b < blocks; ++b, group += kProducts * cell)
+        Way::products([&](int input, int cotangent, int sum, bool first) {
+          for (int row = 0; row < kTileRows; row += R)
+            add_pairs<R, N>(inputs + b * input_block + input * kPairProduct + 2 * row,
+                            cotangents + cotangent * kPairProduct * N, chunk.tiles / 2, back + b * kTileRows + row,
+                            cotangent_back, group + sum * cell + row * N * kTileRows, fresh && first);
+        });
     }
   }
+}
+
+// f(the way, the vectors of outputs that are multiplied at once).
+template <class F>
+auto with_way(Filtering way, const ConvShape& shape, const F& f) {
+  const auto with = [&](auto of) {
+    return group_of(blocks_of<float>(shape.out_channels)) == 2 ? f(of, std::integral_constant<int, 2>{})
+                                                               : f(of, std::integral_constant<int, 1>{});
+  };
+  if (way == Filtering::kHalving) return with(Halving{});
+  return way == Filtering::kDoubling ? with(Doubling{}) : with(Straight{});
+}
+
+template <class F>
+auto with_gradient_way(const ConvShape& shape, const F& f) {
+  const auto with = [&](auto of) {
+    return group_of(blocks_of<float>(shape.out_channels)) == 2 ? f(of, std::integral_constant<int, 2>{})
+                                                               : f(of, std::integral_constant<int, 1>{});
+  };
+  return shape.stride == 2 ? with(HalvingGradient{}) : with(StraightGradient{});
 }
 
 }  // namespace
@@ -283,15 +275,19 @@ int64_t narrow_winograd_size(const ConvShape& shape) {
   return PackedWinograd(shape).factors / 2 + blocks_of<float>(shape.out_channels) * kTileRows;
 }
 
-int64_t narrow_winograd_scratch_size(const ConvShape& shape) {
-  const bool two = group_of(blocks_of<float>(shape.out_channels)) == 2;
-  const int64_t sums = kProducts * (two ? kSumProduct<2> : kSumProduct<1>);
-  return divide_up(shape.in_channels, kSummed) * kInputBlock * 2 + sums * 4;
+int64_t narrow_winograd_scratch_size(const ConvShape& shape, Filtering way) {
+  return with_way(way, shape, [&](auto of, auto group) {
+    using Way = decltype(of);
+    return divide_up(shape.in_channels, kSummed) * kInputBlock<Way> * 2 + Way::kSums * kSumProduct<group()> * 4;
+  });
 }
 
 template <class T>
-void pack_narrow_winograd(const ConvShape& shape, bool flip, const T* weight, const int64_t* strides, float* packed) {
+void pack_narrow_winograd(const ConvShape& shape, Filtering way, bool flip, const T* weight, const int64_t* strides,
+                          float* packed) {
   using V = Vec<float>;
+  const bool strided = way != Filtering::kStraight;
+  const float growth = strided ? Strided::kGrowth : Straight::kGrowth;
   constexpr int64_t lanes = kLanes<float>, cell = 9 * lanes * lanes;
   const WeightView<T> straight(flip ? shape.transposed() : shape, weight, strides);
   const WeightView<T> view = flip ? straight.back(2, 2, 1) : straight;
@@ -312,8 +308,7 @@ void pack_narrow_winograd(const ConvShape& shape, bool flip, const T* weight, co
         most = size > most ? size : most, sum += value - value;  // the latter is NaN where one is not finite
       }
     }
-    // |G g G'| is at most 9/4 of the largest |g|.
-    const V bound = most * 2.25f, fits = bound > 1e-30f ? bound : V{} + 1e-30f, to = kMostWeight / fits;
+    const V bound = most * growth, fits = bound > 1e-30f ? bound : V{} + 1e-30f, to = kMostWeight / fits;
     store<V>(factors + out, fits / kMostWeight + sum);
     int16_t* group = numbers + tile / order.group * order.group_size + tile % order.group * kTileDepth;
     for (int64_t pair = 0; pair < order.pairs; ++pair, group += order.group * kTileDepth) {
@@ -323,7 +318,7 @@ void pack_narrow_winograd(const ConvShape& shape, bool flip, const T* weight, co
         V g[3][3];
         FASTODE_UNROLL for (int tap = 0; tap < 9; ++tap) g[tap / 3][tap % 3] =
             load<V>(kernels + c / lanes * cell + (tap * inputs + c % lanes) * lanes) * to;
-        spread_kernel(g, u[k]);
+        strided ? Strided::spread_kernel(g, u[k]) : Straight::spread_kernel(g, u[k]);
       }
       FASTODE_UNROLL for (int p = 0; p < kProducts; ++p)
           store_pairs(group + p * order.product, (__m512)u[0][p / 4][p % 4], (__m512)u[1][p / 4][p % 4]);
@@ -336,32 +331,31 @@ void pack_narrow_winograd(const ConvShape& shape, bool flip, const T* weight, co
               });
 }
 
-void convolve_winograd(const Plane<float>& plane, const ConvShape& shape, const float* packed,
+void convolve_winograd(const Plane<float>& plane, const ConvShape& shape, Filtering way, const float* packed,
                        const KernelView& kernels, const float* bias, const ConvJob<bfloat16>* jobs, int64_t count,
                        void* scratch, Ahead* ahead) {
-  const int16_t* weights = reinterpret_cast<const int16_t*>(packed);
-  int16_t* const memory = static_cast<int16_t*>(scratch);
-  if (group_of(blocks_of<float>(shape.out_channels)) == 2)
-    run_winograd<2>(plane, shape, weights, kernels, bias, jobs, count, memory, ahead);
-  else
-    run_winograd<1>(plane, shape, weights, kernels, bias, jobs, count, memory, ahead);
+  with_way(way, shape, [&](auto of, auto group) {
+    run_winograd<decltype(of), group()>(plane, shape, reinterpret_cast<const int16_t*>(packed), kernels, bias, jobs,
+                                        count, static_cast<int16_t*>(scratch), ahead);
+  });
 }
 
 int64_t narrow_winograd_gradient_scratch_size(const ConvShape& shape) {
-  const int64_t blocks = blocks_of<float>(shape.in_channels), group = group_of(blocks_of<float>(shape.out_channels));
-  return (blocks + group) * kPairBlock * 2 + blocks * kTileRows * 4;
+  const int64_t blocks = blocks_of<float>(shape.in_channels);
+  return with_gradient_way(shape, [&](auto of, auto group) {
+    using Way = decltype(of);
+    return (blocks * Way::kInputs + group() * Way::kCotangents) * kPairProduct * 2 + blocks * kTileRows * 4;
+  });
 }
 
 void winograd_gradient(const Plane<float>& plane, const ConvShape& shape, const GradientPair<bfloat16>* pairs,
                        int64_t count, float* gradient, bool fresh, void* scratch) {
-  int16_t* const memory = static_cast<int16_t*>(scratch);
-  if (group_of(blocks_of<float>(shape.out_channels)) == 2)
-    run_gradient<2>(plane, shape, pairs, count, gradient, fresh, memory);
-  else
-    run_gradient<1>(plane, shape, pairs, count, gradient, fresh, memory);
+  with_gradient_way(shape, [&](auto of, auto group) {
+    run_gradient<decltype(of), group()>(plane, shape, pairs, count, gradient, fresh, static_cast<int16_t*>(scratch));
+  });
 }
 
-template void pack_narrow_winograd(const ConvShape&, bool, const float*, const int64_t*, float*);
-template void pack_narrow_winograd(const ConvShape&, bool, const bfloat16*, const int64_t*, float*);
+template void pack_narrow_winograd(const ConvShape&, Filtering, bool, const float*, const int64_t*, float*);
+template void pack_narrow_winograd(const ConvShape&, Filtering, bool, const bfloat16*, const int64_t*, float*);
 
 }  // namespace fastode::resident

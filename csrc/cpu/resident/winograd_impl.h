@@ -146,9 +146,12 @@ void run_winograd(const Plane<A>& plane, const ConvShape& shape, const A* packed
             sum_directly(jobs[run.sample].in, 2 * run.y, 2 * (run.x + t), channels, kernel, sums);
           };
           const A* const at = m + o * kAllProducts<A> + run.place * lanes;
-          gather_outputs(
-              run, [=](int p, int64_t t) { return at + p * kOneProduct<A> + t * lanes; }, [](int64_t) { return A(1); },
-              bias ? bias + (ob + o) * lanes : nullptr, jobs[run.sample], ob + o, direct);
+          const auto gather = [=](int64_t t, auto& sums) {
+            gather_tile([=](int p) { return load<Vec<A>>(at + p * kOneProduct<A> + t * lanes); }, sums);
+          };
+          gather_outputs<2>(
+              run, gather, [](int64_t) { return A(1); }, bias ? bias + (ob + o) * lanes : nullptr, jobs[run.sample],
+              ob + o, direct);
         });
     }
   }
@@ -250,6 +253,9 @@ void unpack_winograd_gradient(const ConvShape& shape, const A* gradient, int64_t
                                     strides};
     const A* from = gradient + cell_at<A>(shape, out, first);
     for (int64_t in = 0; in < inputs; ++in, from += width) {
+      const auto gather = [&](V s0, V s1, V s2, V s3, V(&to)[3]) {
+        shape.stride == 2 ? gather_strided_kernel(s0, s1, s2, s3, to) : gather_kernel(s0, s1, s2, s3, to);
+      };
       V columns[4][3];
       FASTODE_UNROLL for (int x = 0; x < 4; ++x) {
         V s[4];
@@ -258,11 +264,11 @@ void unpack_winograd_gradient(const ConvShape& shape, const A* gradient, int64_t
           for (int64_t part = 1; part < parts; ++part)
             s[y] += load<V>(from + (4 * y + x) * product + part * part_stride);
         }
-        gather_kernel(s[0], s[1], s[2], s[3], columns[x]);
+        gather(s[0], s[1], s[2], s[3], columns[x]);
       }
       FASTODE_UNROLL for (int y = 0; y < 3; ++y) {
         V row[3];
-        gather_kernel(columns[0][y], columns[1][y], columns[2][y], columns[3][y], row);
+        gather(columns[0][y], columns[1][y], columns[2][y], columns[3][y], row);
         FASTODE_UNROLL for (int x = 0; x < 3; ++x) store<V>(cell + direct.row_at(in, y, x), row[x]);
       }
     }

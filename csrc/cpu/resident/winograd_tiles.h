@@ -63,6 +63,12 @@ inline void gather_kernel(V s0, V s1, V s2, V s3, V (&to)[3]) {
   to[0] = s0 + half, to[1] = (s1 - s2) * ScalarOf<V>(0.5), to[2] = half + s3;
 }
 
+// Of stride 2, as filtering.h has it.
+template <class V>
+inline void gather_strided_kernel(V s0, V s1, V s2, V s3, V (&to)[3]) {
+  to[0] = s0 + s1, to[1] = s3, to[2] = s1 + s2;
+}
+
 // G g G' of 3x3 vectors.
 template <class V>
 inline void spread_kernel(const V (&g)[3][3], V (&to)[4][4]) {
@@ -116,10 +122,11 @@ inline void spread_inputs(const View<T>& in, int64_t b, const RowOfTiles& run, c
   }
 }
 
-// The outputs of one tile as direct sums, for one vector of outputs; kernel(input channel, g) gives their weights.
+// The outputs of one tile as direct sums, for one vector of outputs, from that at (y, x) on; kernel(input channel, g)
+// gives their weights. Of stride 2 neighbouring outputs' inputs are `step` pixels apart.
 template <class T, class F>
 [[gnu::noinline]] void sum_directly(const View<T>& in, int64_t y, int64_t x, int64_t in_channels, const F& kernel,
-                                    Vec<Number<T>> (&sums)[2][2]) {
+                                    Vec<Number<T>> (&sums)[2][2], int64_t step = 1) {
   using A = Number<T>;
   using V = Vec<A>;
   constexpr int64_t lanes = kLanes<A>;
@@ -129,16 +136,27 @@ template <class T, class F>
     kernel(c, g);
     for (int i = 0; i < 2; ++i)
       for (int j = 0; j < 2; ++j)
-        for (int k = 0; k < 9; ++k)
-          sums[i][j] += to_accumulator<A>(in.pixel_at(c / lanes, y + i + k / 3 - 1, x + j + k % 3 - 1)[c % lanes]) *
-                        g[k / 3][k % 3];
+        for (int k = 0; k < 9; ++k) {
+          const T* at = in.pixel_at(c / lanes, step * (y + i) + k / 3 - 1, step * (x + j) + k % 3 - 1);
+          sums[i][j] += to_accumulator<A>(at[c % lanes]) * g[k / 3][k % 3];
+        }
   }
 }
 
-// A' m A of the tiles of a run, times factor(tile), combined; m(product, tile) is where m lies. `direct(tile, sums)`
-// makes what is not finite anew, because in the products one such input meets all outputs of its tile.
-template <class T, class S, class C, class F>
-inline void gather_outputs(const RowOfTiles& run, const S& m, const C& factor, const Number<T>* bias,
+// A' m A of one tile; m(product) is one of its vectors.
+template <class V, class S>
+inline void gather_tile(const S& m, V (&sums)[2][2]) {
+  V columns[4][2];
+  FASTODE_UNROLL for (int k = 0; k < 4; ++k) gather(m(k), m(4 + k), m(8 + k), m(12 + k), columns[k]);
+  FASTODE_UNROLL for (int i = 0; i < 2; ++i)
+      gather(columns[0][i], columns[1][i], columns[2][i], columns[3][i], sums[i]);
+}
+
+// The outputs of the tiles of a run, `side` times `side` of each, combined: what gather(tile, sums) makes, times
+// factor(tile). `direct(tile, sums)` makes what is not finite anew, because in the products one such input meets all
+// outputs of its tile.
+template <int side, class T, class S, class C, class F>
+inline void gather_outputs(const RowOfTiles& run, const S& gather, const C& factor, const Number<T>* bias,
                            const ConvJob<T>& job, int64_t b, const F& direct) {
   using A = Number<T>;
   using V = Vec<A>;
@@ -147,47 +165,40 @@ inline void gather_outputs(const RowOfTiles& run, const S& m, const C& factor, c
   const V offset = bias ? load<V>(bias) : V{};
   const A scale = combine.scale;
   const int terms = combine.count;
-  T* to = out.pixel_at(b, 2 * run.y, 2 * run.x);
-  for (int64_t t = 0; t < run.count; ++t, to += 2 * out.pixel) {
-    V columns[4][2], sums[2][2];
-    FASTODE_UNROLL for (int k = 0; k < 4; ++k)
-        gather(load<V>(m(k, t)), load<V>(m(4 + k, t)), load<V>(m(8 + k, t)), load<V>(m(12 + k, t)), columns[k]);
-    FASTODE_UNROLL for (int i = 0; i < 2; ++i)
-        gather(columns[0][i], columns[1][i], columns[2][i], columns[3][i], sums[i]);
-    FASTODE_UNROLL for (int i = 0; i < 2; ++i) sums[i][0] *= factor(t), sums[i][1] *= factor(t);
-    if (!all_finite((sums[0][0] + sums[0][1]) + (sums[1][0] + sums[1][1]))) [[unlikely]] {
-      V anew[2][2];  // `sums` stay in registers
+  T* to = out.pixel_at(b, side * run.y, side * run.x);
+  for (int64_t t = 0; t < run.count; ++t, to += side * out.pixel) {
+    V sums[side][side], all = {};
+    gather(t, sums);
+    const auto each = [&](const auto& f) {
+      FASTODE_UNROLL for (int i = 0; i < side; ++i) {
+        FASTODE_UNROLL for (int j = 0; j < side; ++j) f(sums[i][j], i, j);
+      }
+    };
+    each([&](V& sum, int, int) { sum *= factor(t), all += sum; });
+    if (!all_finite(all)) [[unlikely]] {
+      V anew[side][side];  // `sums` stay in registers
       direct(t, anew);
-      FASTODE_UNROLL for (int i = 0; i < 2; ++i) sums[i][0] = anew[i][0], sums[i][1] = anew[i][1];
+      each([&](V& sum, int i, int j) { sum = anew[i][j]; });
     }
-    FASTODE_UNROLL for (int i = 0; i < 2; ++i) {
-      FASTODE_UNROLL for (int j = 0; j < 2; ++j) sums[i][j] = (sums[i][j] + offset) * scale;
-    }
+    each([&](V& sum, int, int) { sum = (sum + offset) * scale; });
     for (int n = 0; n < terms; ++n) {
       const View<T>& term = combine.term[n];
-      const T* at = term.pixel_at(b, 2 * run.y, 2 * (run.x + t));
+      const T* at = term.pixel_at(b, side * run.y, side * (run.x + t));
       const A coef = combine.coef[n];
-      FASTODE_UNROLL for (int i = 0; i < 2; ++i) {
-        FASTODE_UNROLL for (int j = 0; j < 2; ++j) sums[i][j] += coef * load_stored(at + i * term.row + j * term.pixel);
-      }
+      each([&](V& sum, int i, int j) { sum += coef * load_stored(at + i * term.row + j * term.pixel); });
     }
-    FASTODE_UNROLL for (int i = 0; i < 2; ++i) {
-      FASTODE_UNROLL for (int j = 0; j < 2; ++j) store_stored(to + i * out.row + j * out.pixel, sums[i][j]);
-    }
+    each([&](V& sum, int i, int j) { store_stored(to + i * out.row + j * out.pixel, sum); });
   }
 }
 
-// Asks for a part of the memory that a run's outputs go to, before its product p: written all together behind the last
-// one, they would wait for their lines.
-template <int vectors, class T>
-inline void ask_for(const View<T>& out, int64_t b, const RowOfTiles& run, int p) {
-  const int64_t first = 2 * run.count * p / kProducts, last = 2 * run.count * (p + 1) / kProducts;
-  for (int64_t x = first; x < last; ++x) {
-    for (int o = 0; o < vectors; ++o) {
-      __builtin_prefetch(out.pixel_at(b + o, 2 * run.y, 2 * run.x + x), 1);
-      __builtin_prefetch(out.pixel_at(b + o, 2 * run.y + 1, 2 * run.x + x), 1);
-    }
-  }
+// Asks for a part of the memory that a run's outputs go to, before its product p of so many: written all together
+// behind the last one, they would wait for their lines.
+template <int vectors, int side = 2, class T>
+inline void ask_for(const View<T>& out, int64_t b, const RowOfTiles& run, int p, int of = kProducts) {
+  const int64_t first = side * run.count * p / of, last = side * run.count * (p + 1) / of;
+  for (int64_t x = first; x < last; ++x)
+    for (int o = 0; o < vectors; ++o)
+      for (int y = 0; y < side; ++y) __builtin_prefetch(out.pixel_at(b + o, side * run.y + y, side * run.x + x), 1);
 }
 
 }  // namespace fastode::resident
