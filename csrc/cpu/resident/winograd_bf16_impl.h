@@ -33,7 +33,7 @@ struct PackedWinograd {
   explicit PackedWinograd(const ConvShape& shape)
       : group(group_of(blocks_of<float>(shape.out_channels))),
         pairs(divide_up(shape.in_channels, 2)),
-        product(pairs * group * kTileDepth),
+        product(pairs * group * kTileDepth + kTileDepth),
         group_size(kProducts * product),
         factors(blocks_of<float>(shape.out_channels) / group * group_size) {}
 };
