@@ -254,6 +254,52 @@ def test_small_numbers_beside_large_ones(place: tuple[int, int], stride: int) ->
         assert error.max() <= 2 * torch.finfo(torch.bfloat16).eps
 
 
+@pytest.mark.skipif(not rule.multiplies_pairs(), reason=WITHOUT_PAIRS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("spread", [10, 1000])
+def test_channels_of_unlike_size_are_as_exact_as_alike_ones(
+    spread: float, stride: int, layout: torch.memory_format
+) -> None:
+    """As behind batch norms: what a channel of small weights is multiplied with is large, and the reverse."""
+    torch.manual_seed(8)
+    block = reference.Chain(nn.Conv2d(40, 48, 3, stride, 1, bias=False), nn.LeakyReLU(1.0))
+    inputs, outputs = (spread ** -torch.rand(count) for count in (40, 48))
+    with torch.no_grad():
+        block[0].weight.mul_(inputs[:, None, None]).mul_(outputs[:, None, None, None])
+    block.to(torch.bfloat16).to(memory_format=layout)
+    x = torch.randn(24, 40, 8 * stride, 8 * stride) / inputs[:, None, None]
+    cotangent = torch.randn(24, 48, 8, 8) / outputs[:, None, None]
+
+    def results(block: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        leaf = x.to(torch.bfloat16).to(dtype).requires_grad_()
+        y = block(leaf)
+        return y, torch.autograd.grad(y, leaf, cotangent.to(torch.bfloat16).to(dtype))[0]
+
+    truth = results(copy.deepcopy(block).double(), torch.float64)
+    pairs = zip(results(fused(block), torch.bfloat16), results(block, torch.bfloat16), truth, strict=True)
+    for found, direct, true in pairs:
+        assert (found - true).norm() <= 1.5 * (direct - true).norm()
+
+
+@pytest.mark.skipif(not rule.multiplies_pairs(), reason=WITHOUT_PAIRS)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_numbers_whose_differences_are_not_finite(stride: int) -> None:
+    torch.manual_seed(8)
+    block = reference.Chain(nn.Conv2d(32, 48, 3, stride, 1, bias=False), nn.LeakyReLU(1.0)).to(torch.bfloat16)
+    x = sample_input(24, 32, 16, 16, dtype=torch.bfloat16)
+    x[:, :, 3, 3:8] = torch.tensor([2e38, -2e38, 2e38, -2e38, 2e38]).to(torch.bfloat16)
+    x[:, :, 5, 3:8] = -x[:, :, 3, 3:8]
+    with torch.no_grad():
+        block[0].weight.mul_(1e-4)
+        expected, found = block(x).double(), fused(block)(x).double()
+    size = copy.deepcopy(block).double()
+    with torch.no_grad():
+        size[0].weight.abs_()
+        size = size(x.double().abs())  # of the terms
+    assert ((found - expected).abs() <= 2 * torch.finfo(torch.bfloat16).eps * size).all()
+
+
 @pytest.mark.parametrize("side", [4, 16])
 def test_about_as_exact_as_direct_sums(side: int) -> None:
     """Over many values its errors' root mean square is at most what the rule allows a block: twice PyTorch's own."""

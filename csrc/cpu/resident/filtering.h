@@ -1,6 +1,6 @@
 // How 3x3 convolutions are filtered in products of fewer numbers, tile by tile: what the inputs and the weights of a
 // tile are spread to, which of these are multiplied into which sums, and how the outputs are gathered from those.
-// Included by winograd_bf16_impl.h.
+// Included by filtering_gradient.h.
 //
 // Of stride 1 this is Winograd's F(2x2, 3x3). Of stride 2 a row or a column of two outputs is
 //   y0 = w0 x0 + w1 x1 + w2 x2,  y1 = w0 x2 + w1 x3 + w2 x4,

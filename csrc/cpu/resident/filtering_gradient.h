@@ -91,16 +91,16 @@ struct HalvingGradient {
     for (int64_t pair = 0; 2 * pair < run.count; ++pair, at += 8 * in.pixel) {
       const auto one_row = [&](int r, const auto& value) {
         V line[9];
-        FASTODE_UNROLL for (int x = 0; x < 9; ++x) line[x] = value(at + x * in.pixel) * (V)scale;
+        FASTODE_UNROLL for (int x = 0; x < 9; ++x) line[x] = value(at + x * in.pixel);
         V one[5], two[5];
         Halving::spread<V>({line[0], line[1], line[2], line[3], line[4]}, one);
         Halving::spread<V>({line[4], line[5], line[6], line[7], line[8]}, two);
         FASTODE_UNROLL for (int k = 0; k < 5; ++k) store_pairs(to(5 * r + k, pair), (__m512)one[k], (__m512)two[k]);
       };
-      const int64_t row = in.row;
-      one_row(0, [=](const bfloat16* x) { return load_stored(x) - load_stored(x + 2 * row); });
-      for (int r = 1; r < 4; ++r) one_row(r, [=](const bfloat16* x) { return load_stored(x + r * row); });
-      one_row(4, [=](const bfloat16* x) { return load_stored(x + 4 * row) - load_stored(x + 2 * row); });
+      const auto scaled = [=, row = in.row](const bfloat16* x, int y) { return load_stored(x + y * row) * (V)scale; };
+      one_row(0, [=](const bfloat16* x) { return scaled(x, 0) - scaled(x, 2); });
+      for (int r = 1; r < 4; ++r) one_row(r, [=](const bfloat16* x) { return scaled(x, r); });
+      one_row(4, [=](const bfloat16* x) { return scaled(x, 4) - scaled(x, 2); });
     }
   }
   template <class F>

@@ -18,8 +18,10 @@ namespace {
 constexpr int64_t kSummed = 64;
 constexpr float kMostInput = 2047, kMostWeight = 4095;
 
-// Magnitudes of bfloat16 numbers as integers: the least that is scaled, and that of infinity.
-constexpr int kLeast = 0x0800, kInfinite = 0x7f80;
+// Magnitudes of bfloat16 numbers as integers: the least that is scaled, that of which four may not add up to a finite
+// number, and that of infinity.
+constexpr int kOne = 0x3f80;  // the bits of 1
+constexpr int kLeast = 0x0800, kLarge = 0x7e80, kInfinite = 0x7f80;
 
 inline __m512i magnitudes(const bfloat16* at) {
   return _mm512_and_si512(_mm512_loadu_si512(at), _mm512_set1_epi16(0x7fff));
@@ -45,7 +47,7 @@ struct Scale {
     float value;
     const uint32_t bits = static_cast<uint32_t>(largest) << 16;
     std::memcpy(&value, &bits, sizeof(value));
-    const bool fits = largest >= kLeast && largest < kInfinite;
+    const bool fits = largest >= kLeast && largest < kLarge;
     to = fits ? kMostInput / value : 0;
     back = fits || largest == 0 ? value / kMostInput : std::numeric_limits<float>::quiet_NaN();
   }

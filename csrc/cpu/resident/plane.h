@@ -133,7 +133,7 @@ struct Moved {
     if constexpr (as_bits)
       std::memcpy(to, &value, sizeof(V));
     else
-      store_stored(to, value);
+      for (int lane = 0; lane < kLanes<Number<A>>; ++lane) to[lane] = to_storage<S>(value[lane]);
   }
 };
 

@@ -21,21 +21,29 @@ template <class Way>
 constexpr int64_t kInputBlock = Way::kInputs * kInputProduct;
 static_assert(kSummed == 4 * kTileRows);
 
+inline bool are_ones(const bfloat16* powers, int64_t count) {
+  return std::all_of(powers, powers + count, [](bfloat16 power) { return power.bits == kOne; });
+}
+
 // The sums of a group of N output tiles: [of a tile][tile][channel].
 template <int N>
 constexpr int64_t kSumProduct = (kTogether + 1) * N * kTileRows;
 
 // Packed weights G g G': of a group of output tiles [product][pair of input channels][output channel][of the pair], and
-// behind all groups what brings each output channel's sums back.
+// behind all groups what brings each output channel's sums back, and powers of two that the input channels are
+// multiplied by and their weights are divided by: without them channels of small inputs and large weights, or the
+// reverse, would be rounded by those that are large.
 struct PackedWinograd {
-  int64_t group, pairs, product, group_size, factors;  // sizes in numbers of 16 bits
+  int64_t group, pairs, product, group_size, factors, powers, size;  // in numbers of 16 bits
 
   explicit PackedWinograd(const ConvShape& shape)
       : group(group_of(blocks_of<float>(shape.out_channels))),
         pairs(divide_up(shape.in_channels, 2)),
         product(pairs * group * kTileDepth + kTileDepth),
         group_size(kProducts * product),
-        factors(blocks_of<float>(shape.out_channels) / group * group_size) {}
+        factors(blocks_of<float>(shape.out_channels) / group * group_size),
+        powers(factors + 2 * blocks_of<float>(shape.out_channels) * kTileRows),
+        size(powers + divide_up(shape.in_channels, kTileDepth) * kTileDepth) {}
 };
 
 // sums[R][N * 16] = or += sum over pairs of channels of R tiles' inputs times weights.
@@ -71,7 +79,8 @@ void multiply_tiles(const int16_t* inputs, int64_t block, const int16_t* weights
 // give, so that one whose inputs are all zero is zero; but where they are much smaller than the tile's largest, too
 // little would be left of them: then the tile's sums are to be direct.
 template <class Way>
-void find_scales(const View<bfloat16>& in, int64_t in_channels, const RowOfTiles& run, float* to, float* back) {
+void find_scales(const View<bfloat16>& in, int64_t in_channels, const bfloat16* powers, const RowOfTiles& run,
+                 float* to, float* back) {
   constexpr int too_small = 5 << 7;  // bits between numbers that are 32 times apart
   constexpr int patch = Way::kPatch, step = Way::kStep, windows = Way::kWindows;
   __m512i rows[step * kTogether + patch][windows];  // the largest of each column, in each window of rows
@@ -83,6 +92,11 @@ void find_scales(const View<bfloat16>& in, int64_t in_channels, const RowOfTiles
     for (int64_t c = 0; c < in_channels; c += kTileDepth) {
       __m512i line[patch], here[windows];
       FASTODE_UNROLL for (int y = 0; y < patch; ++y) line[y] = magnitudes(at + y * in.row + c);
+      if (powers) {
+        const __m512i exponents = _mm512_sub_epi16(magnitudes(powers + c), _mm512_set1_epi16(kOne));
+        FASTODE_UNROLL for (__m512i& each : line) each =
+            _mm512_mask_adds_epu16(each, _mm512_test_epi16_mask(each, each), each, exponents);
+      }
       Way::windows(line, here);
       FASTODE_UNROLL for (int w = 0; w < windows; ++w) most[w] = _mm512_max_epu16(most[w], here[w]);
     }
@@ -116,20 +130,25 @@ void run_winograd(const Plane<float>& plane, const ConvShape& shape, const int16
   constexpr int64_t input_block = kInputBlock<Way>;
   const PackedWinograd packed(shape);
   const float* const factors = reinterpret_cast<const float*>(weights + packed.factors);
+  const bfloat16* powers = reinterpret_cast<const bfloat16*>(weights + packed.powers);
+  if (are_ones(powers, shape.in_channels)) powers = nullptr;
   float* const sums = reinterpret_cast<float*>(inputs + divide_up(shape.in_channels, kSummed) * input_block);
   const int64_t blocks = blocks_of<float>(shape.in_channels), out_blocks = blocks_of<float>(shape.out_channels);
   float scale[kTogether], back[kTogether];  // of the tiles
   for (Chunks<kTogether> chunk(plane, count); chunk.next();) {
     chunk.each_run([&](const RowOfTiles& run) {
-      find_scales<Way>(jobs[run.sample].in, shape.in_channels, run, scale + run.place, back + run.place);
+      find_scales<Way>(jobs[run.sample].in, shape.in_channels, powers, run, scale + run.place, back + run.place);
     });
     for (int64_t b = 0; b < blocks; ++b)
       chunk.each_run([&](const RowOfTiles& run) {
         int16_t* const to = inputs + b / 4 * input_block + run.place * kSummed + b % 4 * kTileRows;
         const float* const scales = scale + run.place;
-        Way::spread_run(jobs[run.sample].in, b, run, [=](int p, int64_t t, V value) {
+        const auto put = [=](int p, int64_t t, V value) {
           store_rounded(to + p * kInputProduct + t * kSummed, (__m512)(value * scales[t]));
-        });
+        };
+        if (!powers) return Way::spread_run(jobs[run.sample].in, b, run, put);
+        const V power = load_stored(powers + b * kTileRows);
+        Way::spread_run(jobs[run.sample].in, b, run, [=](int p, int64_t t, V value) { put(p, t, value * power); });
       });
     const int16_t* group = weights;
     for (int64_t block = 0; block < out_blocks; block += N, group += packed.group_size) {
@@ -271,15 +290,83 @@ auto with_gradient_way(const ConvShape& shape, const F& f) {
 
 }  // namespace
 
-int64_t narrow_winograd_size(const ConvShape& shape) {
-  return PackedWinograd(shape).factors / 2 + blocks_of<float>(shape.out_channels) * kTileRows;
-}
+int64_t narrow_winograd_size(const ConvShape& shape) { return PackedWinograd(shape).size / 2; }
 
 int64_t narrow_winograd_scratch_size(const ConvShape& shape, Filtering way) {
   return with_way(way, shape, [&](auto of, auto group) {
     using Way = decltype(of);
     return divide_up(shape.in_channels, kSummed) * kInputBlock<Way> * 2 + Way::kSums * kSumProduct<group()> * 4;
   });
+}
+
+// Magnitudes of weights as integers, and their exponents.
+template <class T>
+struct Magnitudes {
+  using Word = std::conditional_t<std::is_same_v<T, float>, int32_t, int16_t>;
+  static constexpr Word kMask = std::numeric_limits<Word>::max();
+
+  static Word of(const T* at) {
+    Word bits;
+    std::memcpy(&bits, at, sizeof(bits));
+    return bits & kMask;
+  }
+  static int exponent(Word magnitude) { return magnitude >> (std::is_same_v<T, float> ? 23 : 7); }
+};
+
+// The exponent of each input channel's largest weight.
+template <class T>
+std::vector<int> largest_exponents(const ConvShape& shape, const WeightView<T>& weight) {
+  using M = Magnitudes<T>;
+  using Word = typename M::Word;
+  const int64_t channels = shape.in_channels, outputs = shape.out_channels, out = weight.out, in = weight.in;
+  const int64_t y = std::abs(weight.y), x = std::abs(weight.x);
+  const T* base = weight.at + 2 * (std::min<int64_t>(0, weight.y) + std::min<int64_t>(0, weight.x));
+  const bool taps_inside = x == 1 && y == 3;
+  const auto is_dense = [&](int64_t outer, int64_t inner, int64_t count) {
+    return outer == 9 * count && ((taps_inside && inner == 9) || (inner == 1 && x == count && y == 3 * count));
+  };
+  const auto share = [&](int64_t each) { return std::max<int64_t>(1, (1 << 15) / each); };
+  std::vector<int> found(channels);
+  if (is_dense(out, in, channels)) {  // an output's weights lie together: the largest of each place
+    std::vector<Word> most(out, 0);
+    in_parallel(out, share(outputs), [&](int64_t begin, int64_t end) {
+      for (int64_t o = 0; o < outputs; ++o)
+        for (int64_t k = begin; k < end; ++k) most[k] = std::max(most[k], M::of(base + o * out + k));
+    });
+    for (int64_t k = 0; k < out; ++k) {
+      int& exponent = found[taps_inside ? k / 9 : k % channels];
+      exponent = std::max(exponent, M::exponent(most[k]));
+    }
+    return found;
+  }
+  const bool together = is_dense(in, out, outputs);  // an input channel's do
+  in_parallel(channels, share(9 * outputs), [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      Word most = 0;
+      for (int64_t k = 0; k < 9 * outputs; ++k)
+        most = std::max(most, M::of(base + c * in + (together ? k : k / 9 * out + k % 9 / 3 * y + k % 3 * x)));
+      found[c] = M::exponent(most);
+    }
+  });
+  return found;
+}
+
+// Of each input channel the power of two that its largest weight reaches, beside that of the channel whose largest is
+// least: at most 2^12, and 1 where there is no weight, or one that is not finite.
+template <class T>
+void find_powers(const ConvShape& shape, const WeightView<T>& weight, bfloat16* powers) {
+  constexpr int range = 12, infinite = 255;
+  const std::vector<int> found = largest_exponents(shape, weight);
+  const auto counts = [](int exponent) { return exponent > 0 && exponent < infinite; };
+  int most = 0, least = infinite;
+  for (const int each : found)
+    if (counts(each)) most = std::max(most, each);
+  for (const int each : found)
+    if (counts(each)) least = std::min(least, std::max(each, most - range));
+  std::fill_n(powers, divide_up(shape.in_channels, kTileDepth) * kTileDepth, bfloat16{kOne});
+  if (most - least < 2) return;  // alike enough
+  for (int64_t c = 0; c < shape.in_channels; ++c)
+    if (counts(found[c])) powers[c].bits += (std::max(found[c], most - range) - least) << 7;
 }
 
 template <class T>
@@ -295,6 +382,10 @@ void pack_narrow_winograd(const ConvShape& shape, Filtering way, bool flip, cons
   const int64_t blocks = blocks_of<float>(shape.in_channels);
   int16_t* const numbers = reinterpret_cast<int16_t*>(packed);
   float* const factors = reinterpret_cast<float*>(numbers + order.factors);
+  bfloat16* const powers = reinterpret_cast<bfloat16*>(numbers + order.powers);
+  find_powers(shape, view, powers);
+  const bool alike = are_ones(powers, shape.in_channels);
+  const auto inverse = [](bfloat16 power) { return widen({static_cast<uint16_t>(2 * kOne - power.bits)}); };
   const auto pack = [&](int64_t tile, float* kernels) {
     const int64_t out = tile * lanes, outputs = std::min(lanes, shape.out_channels - out);
     V most = {}, sum = {};
@@ -304,7 +395,9 @@ void pack_narrow_winograd(const ConvShape& shape, Filtering way, bool flip, cons
       PackedCell<float, T>{shape, 1, outputs, inputs, lanes, view, view.at + out * view.out + first * view.in, here}
           .pack();
       for (int64_t k = 0; k < 9 * inputs; ++k) {
-        const V value = load<V>(here + k * lanes), size = absolute(value);
+        V value = load<V>(here + k * lanes);
+        if (!alike) store<V>(here + k * lanes, value = value * inverse(powers[first + k % inputs]));
+        const V size = absolute(value);
         most = size > most ? size : most, sum += value - value;  // the latter is NaN where one is not finite
       }
     }

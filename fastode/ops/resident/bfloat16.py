@@ -146,7 +146,7 @@ class OneEvaluation:
 
 
 def is_filtered(conv: Conv, height: int, width: int, samples: int) -> bool:
-    """Whether a convolution of bfloat16 maps is Winograd's filtering, as suits_narrow_winograd of csrc/cpu says.
+    """Whether a convolution of stride 1 of bfloat16 maps is filtered, as suits_narrow_winograd of csrc/cpu says.
 
     Args:
         conv: the convolution.
@@ -203,7 +203,7 @@ def slower_chain(x: torch.Tensor, chain: OneEvaluation, *, casts: bool = False) 
     over = [each.beyond(chain.widest, chain.pixels, 4, batch, rule.threads()) for each in lines]
     beyond = rule.few_for_threads(batch) or _of_few_channels(x, least, chain) or ("" if "" in over else over[-1])
     if not beyond and not rule.on_tiles():
-        beyond = _of_little_gain(x, chain)
+        beyond = _of_little_gain(chain)
     return f"on bfloat16 maps {beyond} it was measured to be slower than plain PyTorch" if beyond else ""
 
 
@@ -220,8 +220,8 @@ def _of_few_channels(x: torch.Tensor, least: int, chain: OneEvaluation) -> str:
     return f"{beyond} and more than {MOST_IMAGE_PIXELS} pixels" if x.shape[2] * x.shape[3] > MOST_IMAGE_PIXELS else ""
 
 
-def _of_little_gain(x: torch.Tensor, chain: OneEvaluation) -> str:
-    """Where the convolutions are slower than PyTorch's, or nothing beside them is faster."""
+def _of_little_gain(chain: OneEvaluation) -> str:
+    """Where the convolutions are slower than PyTorch's."""
     most = UNEVEN[0 if chain.normed else 1]
     if chain.uneven >= most:
         return f"with {most} channels and more of widths that are no multiple of 16 and do not divide 32"

@@ -29,7 +29,7 @@ from .functions import keeps_beside, save, take_kept
 _CODE, _RESULT, _PROGRAM = "resident chain", "resident chain's result", "resident chain's node"
 _FEWEST = 16
 
-# One convolution of an image in contiguous memory, of more entries of the result than this, two threads of an AMD EPYC,
+# One convolution of an image in contiguous memory, with more entries behind it than this, two threads of an AMD EPYC,
 # 2026-11-29, 250 random stems from 7x7 to 32x32, 2 to 64 samples, in the slowest mode (forward, attack's and training
 # step): of 8 channels 0.69 to 1.4 of eager's speed; with GELU and no norm 0.80 to 1.1; others 0.98 to 2.5, median 1.5.
 MOST_ALONE = 1 << 17
@@ -122,7 +122,7 @@ def slower_alone(x: Tensor, chain: Chain) -> str:
     samples, last = rule.samples(x), x.is_contiguous(memory_format=torch.channels_last)
     if len(convs) != 1 or chain.branch is not None or samples is None or last or not rule.multiplies_pairs():
         return ""
-    channels, height, width = max(maps_of(chain, x), key=lambda size: size[0] * size[1] * size[2])
+    ((channels, height, width),) = [after for conv, _, after in _convolutions(chain, x) if not conv.mean]
     if samples * channels * height * width <= MOST_ALONE:
         return ""
     normed = any(unit.norm is not None for unit in chain.units)

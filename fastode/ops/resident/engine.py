@@ -126,7 +126,7 @@ def _one_evaluation(plan: Plan, x: Tensor) -> bfloat16.OneEvaluation:
     untiled = 0 if bfloat16.fills_tiles(x.shape[3]) else widest
     coupled = any(norm.mode == "batch" for norm in norms)
     return bfloat16.OneEvaluation(
-        fewest, widest, x.shape[2] * x.shape[3], untiled, count, normed=bool(norms), coupled=coupled
+        fewest, widest, x.shape[2] * x.shape[3], untiled, count, normed=len(norms) > 0, coupled=coupled
     )
 
 
