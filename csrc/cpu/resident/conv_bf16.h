@@ -136,7 +136,7 @@ void convolve_winograd(const Plane<float>& plane, const ConvShape& shape, Filter
                        const KernelView& kernels, const float* bias, const ConvJob<bfloat16>* jobs, int64_t count,
                        void* scratch, Ahead* ahead);
 
-// Its weight gradient, in the layout of winograd.h's; `plane` is the cotangent's.
+// Its weight gradient, as winograd.h's; `plane` is the cotangent's.
 int64_t narrow_winograd_gradient_scratch_size(const ConvShape& shape);
 void winograd_gradient(const Plane<float>& plane, const ConvShape& shape, const GradientPair<bfloat16>* pairs,
                        int64_t count, float* gradient, bool fresh, void* scratch);

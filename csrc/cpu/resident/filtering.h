@@ -81,7 +81,7 @@ struct Strided {
   }
   static constexpr float kGrowth = 4;
 
-  // The inputs of a run's tiles, each `way::kStep` columns from the one before.
+  // The inputs of a run's tiles, each `Way::kStep` columns from the one before.
   template <class Way, int n, class F>
   static void spread_run(const View<bfloat16>& in, int64_t b, const RowOfTiles& run, const F& put) {
     using V = Vec<float>;

@@ -18,10 +18,32 @@ struct Patches {
   int64_t side, step, before;
 };
 
+// What the pairs of a run's tiles, whose number is even, have of their two rows and columns of cotangents: along(first,
+// second, to) spreads the two of a row or column to n; to(product, pair) is where they go.
+template <int n, class A, class F>
+inline void spread_cotangents_along(const View<bfloat16>& cotangent, int64_t b, const RowOfTiles& run, __m512 scale,
+                                    const A& along, const F& to) {
+  using V = Vec<float>;
+  const bfloat16* at = cotangent.pixel_at(b, 2 * run.y, 2 * run.x);
+  const int64_t row = cotangent.row, pixel = cotangent.pixel;
+  for (int64_t pair = 0; 2 * pair < run.count; ++pair, at += 4 * pixel) {
+    V c[4][n];
+    FASTODE_UNROLL for (int x = 0; x < 4; ++x) {
+      const bfloat16* from = at + x * pixel;
+      along(load_stored(from) * (V)scale, load_stored(from + row) * (V)scale, c[x]);
+    }
+    FASTODE_UNROLL for (int r = 0; r < n; ++r) {
+      V one[n], two[n];
+      along(c[0][r], c[1][r], one), along(c[2][r], c[3][r], two);
+      FASTODE_UNROLL for (int k = 0; k < n; ++k) store_pairs(to(n * r + k, pair), (__m512)one[k], (__m512)two[k]);
+    }
+  }
+}
+
 // Of stride 1: B' d B and A y A'. The number of a run's tiles is even; to(product, pair) is where they go.
 struct StraightGradient {
   static constexpr int kInputs = 16, kCotangents = 16;
-  static constexpr Patches kPatches{4, 2, 1};
+  static constexpr Patches kPatches{Straight::kPatch, Straight::kStep, Straight::kBefore};
 
   template <class F>
   static void products(const F& f) {
@@ -55,29 +77,16 @@ struct StraightGradient {
   static void spread_cotangent_pairs(const View<bfloat16>& cotangent, int64_t b, const RowOfTiles& run, __m512 scale,
                                      const F& to) {
     using V = Vec<float>;
-    const bfloat16* at = cotangent.pixel_at(b, 2 * run.y, 2 * run.x);
-    const int64_t row = cotangent.row, pixel = cotangent.pixel;
     const auto along = [](V first, V second, V(&q)[4]) {
       q[0] = first, q[1] = first + second, q[2] = first - second, q[3] = -second;
     };
-    for (int64_t pair = 0; 2 * pair < run.count; ++pair, at += 4 * pixel) {
-      V c[4][4];
-      FASTODE_UNROLL for (int x = 0; x < 4; ++x) {
-        const bfloat16* from = at + x * pixel;
-        along(load_stored(from) * (V)scale, load_stored(from + row) * (V)scale, c[x]);
-      }
-      FASTODE_UNROLL for (int r = 0; r < 4; ++r) {
-        V one[4], two[4];
-        along(c[0][r], c[1][r], one), along(c[2][r], c[3][r], two);
-        FASTODE_UNROLL for (int k = 0; k < 4; ++k) store_pairs(to(4 * r + k, pair), (__m512)one[k], (__m512)two[k]);
-      }
-    }
+    spread_cotangents_along<4>(cotangent, b, run, scale, along, to);
   }
 };
 
 struct HalvingGradient {
   static constexpr int kInputs = 25, kCotangents = 9;
-  static constexpr Patches kPatches{5, 4, 1};
+  static constexpr Patches kPatches{Halving::kPatch, Halving::kStep, Halving::kBefore};
 
   template <class F>
   static void products(const F& f) {
@@ -107,21 +116,8 @@ struct HalvingGradient {
   static void spread_cotangent_pairs(const View<bfloat16>& cotangent, int64_t b, const RowOfTiles& run, __m512 scale,
                                      const F& to) {
     using V = Vec<float>;
-    const bfloat16* at = cotangent.pixel_at(b, 2 * run.y, 2 * run.x);
-    const int64_t row = cotangent.row, pixel = cotangent.pixel;
     const auto along = [](V first, V second, V(&q)[3]) { q[0] = first, q[1] = first + second, q[2] = second; };
-    for (int64_t pair = 0; 2 * pair < run.count; ++pair, at += 4 * pixel) {
-      V c[4][3];
-      FASTODE_UNROLL for (int x = 0; x < 4; ++x) {
-        const bfloat16* from = at + x * pixel;
-        along(load_stored(from) * (V)scale, load_stored(from + row) * (V)scale, c[x]);
-      }
-      FASTODE_UNROLL for (int r = 0; r < 3; ++r) {
-        V one[3], two[3];
-        along(c[0][r], c[1][r], one), along(c[2][r], c[3][r], two);
-        FASTODE_UNROLL for (int k = 0; k < 3; ++k) store_pairs(to(3 * r + k, pair), (__m512)one[k], (__m512)two[k]);
-      }
-    }
+    spread_cotangents_along<3>(cotangent, b, run, scale, along, to);
   }
 };
 

@@ -65,7 +65,8 @@ template <class A>
 void convolve_winograd(const Plane<A>& plane, const ConvShape& shape, const A* packed, const A* bias,
                        const ConvJob<A>* jobs, int64_t count, A* scratch, Ahead* ahead = nullptr);
 
-// As weight_gradient(), in winograd_size elements. The pairs' inputs have a zero halo.
+// As weight_gradient(), in winograd_size elements, which need hold nothing yet if `fresh`. The pairs' inputs have a
+// zero halo.
 template <class A>
 void winograd_gradient(const Plane<A>& plane, const ConvShape& shape, const GradientPair<A>* pairs, int64_t count,
                        A* gradient, bool fresh, A* scratch);

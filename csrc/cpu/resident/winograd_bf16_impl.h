@@ -269,23 +269,21 @@ void run_gradient(const Plane<float>& plane, const ConvShape& shape, const Gradi
 }
 
 // f(the way, the vectors of outputs that are multiplied at once).
+template <class Way, class F>
+auto with_group(Way way, const ConvShape& shape, const F& f) {
+  return group_of(blocks_of<float>(shape.out_channels)) == 2 ? f(way, std::integral_constant<int, 2>{})
+                                                             : f(way, std::integral_constant<int, 1>{});
+}
+
 template <class F>
 auto with_way(Filtering way, const ConvShape& shape, const F& f) {
-  const auto with = [&](auto of) {
-    return group_of(blocks_of<float>(shape.out_channels)) == 2 ? f(of, std::integral_constant<int, 2>{})
-                                                               : f(of, std::integral_constant<int, 1>{});
-  };
-  if (way == Filtering::kHalving) return with(Halving{});
-  return way == Filtering::kDoubling ? with(Doubling{}) : with(Straight{});
+  if (way == Filtering::kHalving) return with_group(Halving{}, shape, f);
+  return way == Filtering::kDoubling ? with_group(Doubling{}, shape, f) : with_group(Straight{}, shape, f);
 }
 
 template <class F>
 auto with_gradient_way(const ConvShape& shape, const F& f) {
-  const auto with = [&](auto of) {
-    return group_of(blocks_of<float>(shape.out_channels)) == 2 ? f(of, std::integral_constant<int, 2>{})
-                                                               : f(of, std::integral_constant<int, 1>{});
-  };
-  return shape.stride == 2 ? with(HalvingGradient{}) : with(StraightGradient{});
+  return shape.stride == 2 ? with_group(HalvingGradient{}, shape, f) : with_group(StraightGradient{}, shape, f);
 }
 
 }  // namespace
