@@ -1,20 +1,23 @@
 // What autograd's engine is about to do, for operators in the backward of a compiled graph.
 #pragma once
 
-#include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/csrc/autograd/graph_task.h>
+#include <torch/csrc/autograd/python_cpp_function.h>
 
 #include <algorithm>
 #include <unordered_set>
 
-#include "python.h"
+#include "block_node.h"
 
 namespace fastode {
 
-inline bool is_parameter(const Tensor& tensor) {
+// Whether a node adds up the gradient of a parameter. Python is asked: the class's header brings in all of ATen's.
+inline bool ends_in_parameter(const NodePointer& node) {
   const PyGILState_STATE state = PyGILState_Ensure();
-  bool found = true;
-  if (THPObjectPtr object{THPVariable_Wrap(tensor)}) found = PyObject_IsInstance(object.get(), ParameterClass) != 0;
+  bool found = false;
+  if (THPObjectPtr object{torch::autograd::functionToPyObject(node)})
+    if (THPObjectPtr variable{PyObject_GetAttrString(object.get(), "variable")})
+      found = PyObject_IsInstance(variable.get(), ParameterClass) != 0;
   PyErr_Clear();
   PyGILState_Release(state);
   return found;
@@ -33,10 +36,9 @@ inline bool go_unused(const std::vector<const Tensor*>& leaves) {
     if (!edge.function) continue;
     const auto found = running->find(edge.function.get());
     const bool runs = found != running->end() && found->second.should_execute();
-    const auto* leaf = dynamic_cast<const torch::autograd::AccumulateGrad*>(edge.function.get());
     if (!runs)
       idle.insert(edge.function.get());
-    else if (leaf && is_parameter(leaf->variable))
+    else if (ends_in_parameter(edge.function))
       return false;
   }
   return std::all_of(leaves.begin(), leaves.end(), [&](const Tensor* tensor) {

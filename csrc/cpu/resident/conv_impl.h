@@ -103,6 +103,8 @@ void unpack_gradient(const ConvShape& shape, const A* gradient, int64_t worker_s
 #define FASTODE_CONVOLUTIONS(keyword, A, T)                                                                         \
   keyword template void pack_weights(const ConvShape&, bool, const A*, const int64_t*, A*);                         \
   keyword template void pack_weights(const ConvShape&, bool, const T*, const int64_t*, A*);                         \
+  keyword template void pack_view(const ConvShape&, int64_t, const WeightView<A>&, A*);                             \
+  keyword template void pack_view(const ConvShape&, int64_t, const WeightView<T>&, A*);                             \
   keyword template void convolve(const Plane<A>&, const ConvShape&, const A*, const A*, const ConvJob<A>*, int64_t, \
                                  Ahead*);                                                                           \
   keyword template void weight_gradient(const Plane<A>&, const ConvShape&, const GradientPair<A>*, int64_t, A*);    \

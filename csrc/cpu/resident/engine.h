@@ -76,6 +76,9 @@ class Packed {
   CallMemory memory_;
 };
 
+extern template class Packed<float>;
+extern template class Packed<double>;
+
 template <class T>
 Feature<T> feature_of(const Tensor& x) {
   const auto strides = x.strides();

@@ -168,7 +168,7 @@ struct FewChannels {
 
   // Which lanes of a block are channels, for the last one.
   static Lanes inside(int64_t channels, int64_t b) {
-    Lanes mask;
+    Lanes mask = {};
     for (int64_t l = 0; l < lanes; ++l) mask[l] = b * lanes + l < channels ? -1 : 0;
     return mask;
   }
@@ -176,7 +176,7 @@ struct FewChannels {
   static void repeat(const Plane<A>& plane, int64_t channels, int64_t stride, const View<A>& in, const View<A>& out) {
     each_band(plane, [&](const Plane<A>& band, int64_t at) {
       for (int64_t b = 0; b < blocks_of<A>(channels); ++b) {
-        Lanes channel;
+        Lanes channel = {};
         for (int64_t l = 0; l < lanes; ++l) channel[l] = (b * lanes + l) % in_channels;
         const Lanes used = inside(channels, b);
         for (int64_t y = at; y < at + band.height; ++y)

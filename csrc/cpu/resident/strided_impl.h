@@ -129,6 +129,8 @@ void strided_weight_gradient(const Plane<A>& out, const ConvShape& shape, const 
                                          const ConvJob<A>*, int64_t, Ahead*);                                       \
   keyword template void convolve_strided_back(const Plane<A>&, const Plane<A>&, const ConvShape&, const A*,         \
                                               const ConvJob<A>*, int64_t, Ahead*);                                  \
+  keyword template void sum_strided(int64_t, int64_t, const ConvShape&, int64_t, int64_t, const GradientPair<A>*,   \
+                                    int64_t, A*);                                                                   \
   keyword template void strided_weight_gradient(const Plane<A>&, const ConvShape&, const GradientPair<A>*, int64_t, \
                                                 A*);                                                                \
   FASTODE_AVERAGE(keyword, A);                                                                                      \

@@ -10,6 +10,24 @@
 #include "filtering_gradient.h"
 
 namespace fastode::resident {
+
+// Packed weights G g G': of a group of output tiles [product][pair of input channels][output channel][of the pair], and
+// behind all groups what brings each output channel's sums back, and powers of two that the input channels are
+// multiplied by and their weights are divided by: without them channels of small inputs and large weights, or the
+// reverse, would be rounded by those that are large.
+struct PackedWinograd {
+  int64_t group, pairs, product, group_size, factors, powers, size;  // in numbers of 16 bits
+
+  explicit PackedWinograd(const ConvShape& shape)
+      : group(group_of(blocks_of<float>(shape.out_channels))),
+        pairs(divide_up(shape.in_channels, 2)),
+        product(pairs * group * kTileDepth + kTileDepth),
+        group_size(kProducts * product),
+        factors(blocks_of<float>(shape.out_channels) / group * group_size),
+        powers(factors + 2 * blocks_of<float>(shape.out_channels) * kTileRows),
+        size(powers + divide_up(shape.in_channels, kTileDepth) * kTileDepth) {}
+};
+
 namespace {
 
 constexpr int64_t kTogether = 32;  // tiles that are transformed together
@@ -28,23 +46,6 @@ inline bool are_ones(const bfloat16* powers, int64_t count) {
 // The sums of a group of N output tiles: [of a tile][tile][channel].
 template <int N>
 constexpr int64_t kSumProduct = (kTogether + 1) * N * kTileRows;
-
-// Packed weights G g G': of a group of output tiles [product][pair of input channels][output channel][of the pair], and
-// behind all groups what brings each output channel's sums back, and powers of two that the input channels are
-// multiplied by and their weights are divided by: without them channels of small inputs and large weights, or the
-// reverse, would be rounded by those that are large.
-struct PackedWinograd {
-  int64_t group, pairs, product, group_size, factors, powers, size;  // in numbers of 16 bits
-
-  explicit PackedWinograd(const ConvShape& shape)
-      : group(group_of(blocks_of<float>(shape.out_channels))),
-        pairs(divide_up(shape.in_channels, 2)),
-        product(pairs * group * kTileDepth + kTileDepth),
-        group_size(kProducts * product),
-        factors(blocks_of<float>(shape.out_channels) / group * group_size),
-        powers(factors + 2 * blocks_of<float>(shape.out_channels) * kTileRows),
-        size(powers + divide_up(shape.in_channels, kTileDepth) * kTileDepth) {}
-};
 
 // sums[R][N * 16] = or += sum over pairs of channels of R tiles' inputs times weights.
 template <int R, int N>
