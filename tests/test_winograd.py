@@ -13,6 +13,7 @@ import copy
 import pytest
 import torch
 from test_resident import fused
+from test_resident_bf16 import laid_out
 from torch import Tensor, nn
 
 from fastode import reference
@@ -280,6 +281,31 @@ def test_channels_of_unlike_size_are_as_exact_as_alike_ones(
     pairs = zip(results(fused(block), torch.bfloat16), results(block, torch.bfloat16), truth, strict=True)
     for found, direct, true in pairs:
         assert (found - true).norm() <= 1.5 * (direct - true).norm()
+
+
+@pytest.mark.skipif(not rule.multiplies_pairs(), reason=WITHOUT_PAIRS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("spread", [1, 1000])
+def test_same_bits_whatever_the_strides_of_filtered_weights(spread: float, stride: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(8)
+    conv = nn.Conv2d(40, 50, 3, stride, 1)
+    with torch.no_grad():
+        conv.weight.mul_(spread ** -torch.rand(40, 1, 1)).mul_(spread ** -torch.rand(50, 1, 1, 1))
+    block = reference.Chain(conv, nn.LeakyReLU(0.5)).to(dtype)
+    x = sample_input(24, 40, 8 * stride, 8 * stride, dtype=torch.bfloat16)
+    found = []
+    for layout in ("contiguous", "channels_last", "outputs", "sparse"):
+        twin = fused(block)
+        if layout != "contiguous":
+            twin[0].weight = nn.Parameter(laid_out(conv.weight.detach(), layout))
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            y = twin(leaf)
+        y.float().square().sum().backward()
+        found.append([y, leaf.grad, *[parameter.grad for parameter in twin.parameters()]])
+    for other in found[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
 
 
 @pytest.mark.skipif(not rule.multiplies_pairs(), reason=WITHOUT_PAIRS)

@@ -51,6 +51,10 @@ template <class A>
 inline void read_square(Square<A>& square, const A* from, int64_t stride, int64_t rows, int64_t count, const A* end) {
   using V = Vec<A>;
   constexpr int64_t lanes = kLanes<A>;
+  if (rows == lanes && from + (lanes - 1) * stride + lanes <= end) {
+    FASTODE_UNROLL for (int64_t r = 0; r < lanes; ++r) square[r] = load<V>(from + r * stride);
+    return;
+  }
   for (int64_t r = 0; r < lanes; ++r, from += stride) {
     V row = {};
     if (r < rows && from + lanes <= end)
@@ -70,62 +74,89 @@ struct PackedCell {
   const T* from;
   A* to;
 
-  A* place(int64_t in, int64_t ky, int64_t kx) const {
-    const int64_t set = ky * (shape.kernel_w / taps) + kx / taps;
-    return to + ((set * inputs + in) * taps + kx % taps) * width;
-  }
+  int64_t step() const { return taps * width; }  // from an input to the next one
+  // f(where the first input's outputs go, where they come from) for every tap.
   template <class F>
   void each_tap(const F& f) const {
     for (int64_t ky = 0; ky < shape.kernel_h; ++ky)
-      for (int64_t kx = 0; kx < shape.kernel_w; ++kx) f(ky, kx, ky * weight.y + kx * weight.x);
+      for (int64_t kx = 0, set = ky * (shape.kernel_w / taps); kx < shape.kernel_w; ++kx)
+        f(to + (set + kx / taps) * inputs * step() + kx % taps * width, ky * weight.y + kx * weight.x);
   }
 
   void pack() const {
     if constexpr (std::is_same_v<A, T>) {
       if (weight.out == 1 && outputs == kLanes<A>) return copy_outputs();
       if (weight.in == 1) return turn_inputs();
+      const int64_t count = shape.kernel_h * shape.kernel_w;
+      const bool in_order = weight.x == 1 && (weight.y == shape.kernel_w || shape.kernel_h == 1);
+      if (in_order && weight.in == count && count <= kMostSpan) return turn_stretch();
       const int64_t up = (shape.kernel_h - 1) * weight.y, along = (shape.kernel_w - 1) * weight.x;
       const int64_t lowest = std::min<int64_t>(0, up) + std::min<int64_t>(0, along);
       const int64_t span = std::abs(up) + std::abs(along) + 1;
       if (span <= kMostSpan) return turn_taps(lowest, span);
     }
-    each_tap([&](int64_t ky, int64_t kx, int64_t tap) {
-      for (int64_t in = 0; in < inputs; ++in) {
-        A* here = place(in, ky, kx);
+    each_tap([&](A* place, int64_t tap) {
+      for (int64_t in = 0; in < inputs; ++in, place += step()) {
         for (int64_t lane = 0; lane < outputs; ++lane)
-          here[lane] = to_accumulator<A>(from[lane * weight.out + in * weight.in + tap]);
-        std::fill(here + outputs, here + kLanes<A>, A(0));
+          place[lane] = to_accumulator<A>(from[lane * weight.out + in * weight.in + tap]);
+        std::fill(place + outputs, place + kLanes<A>, A(0));
       }
     });
   }
   void copy_outputs() const {
-    each_tap([&](int64_t ky, int64_t kx, int64_t tap) {
+    each_tap([&](A* place, int64_t tap) {
       for (int64_t in = 0; in < inputs; ++in)
-        store<Vec<A>>(place(in, ky, kx), load<Vec<A>>(from + in * weight.in + tap));
+        store<Vec<A>>(place + in * step(), load<Vec<A>>(from + in * weight.in + tap));
     });
   }
   void turn_inputs() const {
-    each_tap([&](int64_t ky, int64_t kx, int64_t tap) {
+    each_tap([&](A* place, int64_t tap) {
       Square<A> square;
       read_square<A>(square, from + tap, weight.out, outputs, inputs, weight.end);
       transpose(square);
-      for (int64_t in = 0; in < inputs; ++in) store<Vec<A>>(place(in, ky, kx), square[in]);
+      FASTODE_UNROLL for (int64_t in = 0; in < kLanes<A>; ++in) {
+        if (in == inputs) break;
+        store<Vec<A>>(place + in * step(), square[in]);
+      }
     });
+  }
+  // The taps of all inputs are one stretch of memory.
+  void turn_stretch() const {
+    A* places[kMostSpan];
+    int64_t count = 0, in = 0, tap = 0;
+    each_tap([&](A* place, int64_t) { places[count++] = place; });
+    const int64_t length = inputs * count;
+    for (int64_t first = 0; first < length; first += kLanes<A>) {
+      Square<A> square;
+      read_square<A>(square, from + first, weight.out, outputs, std::min<int64_t>(kLanes<A>, length - first),
+                     weight.end);
+      transpose(square);
+      FASTODE_UNROLL for (int64_t c = 0; c < kLanes<A>; ++c) {
+        if (first + c == length) break;
+        store<Vec<A>>(places[tap] + in * step(), square[c]);
+        if (++tap == count) tap = 0, ++in;
+      }
+    }
   }
   // The taps of one input lie within `span` elements from the `lowest` on.
   void turn_taps(int64_t lowest, int64_t span) const {
     constexpr int64_t lanes = kLanes<A>;
-    for (int64_t in = 0; in < inputs; ++in)
-      for (int64_t first = 0; first < span; first += lanes) {
+    for (int64_t first = lowest; first < lowest + span; first += lanes) {
+      const int64_t count = std::min(lanes, lowest + span - first);
+      A* places[lanes] = {};  // of the columns that are taps
+      each_tap([&](A* place, int64_t tap) {
+        if (tap >= first && tap < first + count) places[tap - first] = place;
+      });
+      for (int64_t in = 0; in < inputs; ++in) {
         Square<A> square;
-        read_square<A>(square, from + in * weight.in + lowest + first, weight.out, outputs,
-                       std::min(lanes, span - first), weight.end);
+        read_square<A>(square, from + in * weight.in + first, weight.out, outputs, count, weight.end);
         transpose(square);
-        each_tap([&](int64_t ky, int64_t kx, int64_t tap) {
-          const int64_t column = tap - lowest - first;
-          if (column >= 0 && column < lanes) store<Vec<A>>(place(in, ky, kx), square[column]);
-        });
+        FASTODE_UNROLL for (int64_t c = 0; c < lanes; ++c) {
+          if (c == count) break;
+          if (places[c]) store<Vec<A>>(places[c] + in * step(), square[c]);
+        }
       }
+    }
   }
 
   static constexpr int64_t kMostSpan = 64;
@@ -183,11 +214,13 @@ struct GradientCell {
   // Row `out` of a transposed square to what lies together from `at` on for every output.
   void write(Square<A>& square, T* at, int64_t count) const {
     transpose(square);
-    for (int64_t out = 0; out < outputs; ++out, at += strides[0])
+    FASTODE_UNROLL for (int64_t out = 0; out < kLanes<A>; ++out, at += strides[0]) {
+      if (out == outputs) break;
       if (count == kLanes<A>)
         store<Vec<A>>(at, square[out]);
       else
         for (int64_t c = 0; c < count; ++c) at[c] = square[out][c];
+    }
   }
 
   void unpack() const {
@@ -208,19 +241,29 @@ struct GradientCell {
     for (int64_t ky = 0; ky < shape.kernel_h; ++ky)
       for (int64_t kx = 0; kx < shape.kernel_w; ++kx) {
         Square<A> square = {};
-        for (int64_t in = 0; in < inputs; ++in) square[in] = row(in, ky, kx);
+        FASTODE_UNROLL for (int64_t in = 0; in < kLanes<A>; ++in) {
+          if (in == inputs) break;
+          square[in] = row(in, ky, kx);
+        }
         write(square, to + ky * strides[2] + kx * strides[3], inputs);
       }
   }
   // The taps of all inputs are one stretch of memory.
   void write_taps() const {
-    const int64_t width = shape.kernel_w, taps = shape.kernel_h * width, length = inputs * taps;
+    const int64_t length = inputs * shape.kernel_h * shape.kernel_w;
+    int64_t in = 0, ky = 0, kx = 0;
+    const auto next = [&] {
+      const Vec<A> found = row(in, ky, kx);
+      if (++kx == shape.kernel_w) kx = 0, ++ky;
+      if (ky == shape.kernel_h) ky = 0, ++in;
+      return found;
+    };
     for (int64_t first = 0; first < length; first += kLanes<A>) {
       const int64_t count = std::min<int64_t>(kLanes<A>, length - first);
       Square<A> square = {};
-      for (int64_t k = 0; k < count; ++k) {
-        const int64_t in = (first + k) / taps, tap = (first + k) % taps;
-        square[k] = row(in, tap / width, tap % width);
+      FASTODE_UNROLL for (int64_t k = 0; k < kLanes<A>; ++k) {
+        if (k == count) break;
+        square[k] = next();
       }
       write(square, to + first, count);
     }

@@ -8,25 +8,9 @@
 
 #include "conv_bf16_impl.h"
 #include "filtering_gradient.h"
+#include "pack_filtered_impl.h"
 
 namespace fastode::resident {
-
-// Packed weights G g G': of a group of output tiles [product][pair of input channels][output channel][of the pair], and
-// behind all groups what brings each output channel's sums back, and powers of two that the input channels are
-// multiplied by and their weights are divided by: without them channels of small inputs and large weights, or the
-// reverse, would be rounded by those that are large.
-struct PackedWinograd {
-  int64_t group, pairs, product, group_size, factors, powers, size;  // in numbers of 16 bits
-
-  explicit PackedWinograd(const ConvShape& shape)
-      : group(group_of(blocks_of<float>(shape.out_channels))),
-        pairs(divide_up(shape.in_channels, 2)),
-        product(pairs * group * kTileDepth + kTileDepth),
-        group_size(kProducts * product),
-        factors(blocks_of<float>(shape.out_channels) / group * group_size),
-        powers(factors + 2 * blocks_of<float>(shape.out_channels) * kTileRows),
-        size(powers + divide_up(shape.in_channels, kTileDepth) * kTileDepth) {}
-};
 
 namespace {
 
@@ -38,10 +22,6 @@ constexpr int64_t kInputProduct = kTogether * kSummed + kTileDepth;
 template <class Way>
 constexpr int64_t kInputBlock = Way::kInputs * kInputProduct;
 static_assert(kSummed == 4 * kTileRows);
-
-inline bool are_ones(const bfloat16* powers, int64_t count) {
-  return std::all_of(powers, powers + count, [](bfloat16 power) { return power.bits == kOne; });
-}
 
 // The sums of a group of N output tiles: [of a tile][tile][channel].
 template <int N>
@@ -298,131 +278,6 @@ int64_t narrow_winograd_scratch_size(const ConvShape& shape, Filtering way) {
   });
 }
 
-// Magnitudes of weights as integers, and their exponents.
-template <class T>
-struct Magnitudes {
-  using Word = std::conditional_t<std::is_same_v<T, float>, int32_t, int16_t>;
-  static constexpr Word kMask = std::numeric_limits<Word>::max();
-
-  static Word of(const T* at) {
-    Word bits;
-    std::memcpy(&bits, at, sizeof(bits));
-    return bits & kMask;
-  }
-  static int exponent(Word magnitude) { return magnitude >> (std::is_same_v<T, float> ? 23 : 7); }
-};
-
-// The exponent of each input channel's largest weight.
-template <class T>
-std::vector<int> largest_exponents(const ConvShape& shape, const WeightView<T>& weight) {
-  using M = Magnitudes<T>;
-  using Word = typename M::Word;
-  const int64_t channels = shape.in_channels, outputs = shape.out_channels, out = weight.out, in = weight.in;
-  const int64_t y = std::abs(weight.y), x = std::abs(weight.x);
-  const T* base = weight.at + 2 * (std::min<int64_t>(0, weight.y) + std::min<int64_t>(0, weight.x));
-  const bool taps_inside = x == 1 && y == 3;
-  const auto is_dense = [&](int64_t outer, int64_t inner, int64_t count) {
-    return outer == 9 * count && ((taps_inside && inner == 9) || (inner == 1 && x == count && y == 3 * count));
-  };
-  const auto share = [&](int64_t each) { return std::max<int64_t>(1, (1 << 15) / each); };
-  std::vector<int> found(channels);
-  if (is_dense(out, in, channels)) {  // an output's weights lie together: the largest of each place
-    std::vector<Word> most(out, 0);
-    in_parallel(out, share(outputs), [&](int64_t begin, int64_t end) {
-      for (int64_t o = 0; o < outputs; ++o)
-        for (int64_t k = begin; k < end; ++k) most[k] = std::max(most[k], M::of(base + o * out + k));
-    });
-    for (int64_t k = 0; k < out; ++k) {
-      int& exponent = found[taps_inside ? k / 9 : k % channels];
-      exponent = std::max(exponent, M::exponent(most[k]));
-    }
-    return found;
-  }
-  const bool together = is_dense(in, out, outputs);  // an input channel's do
-  in_parallel(channels, share(9 * outputs), [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      Word most = 0;
-      for (int64_t k = 0; k < 9 * outputs; ++k)
-        most = std::max(most, M::of(base + c * in + (together ? k : k / 9 * out + k % 9 / 3 * y + k % 3 * x)));
-      found[c] = M::exponent(most);
-    }
-  });
-  return found;
-}
-
-// Of each input channel the power of two that its largest weight reaches, beside that of the channel whose largest is
-// least: at most 2^12, and 1 where there is no weight, or one that is not finite.
-template <class T>
-void find_powers(const ConvShape& shape, const WeightView<T>& weight, bfloat16* powers) {
-  constexpr int range = 12, infinite = 255;
-  const std::vector<int> found = largest_exponents(shape, weight);
-  const auto counts = [](int exponent) { return exponent > 0 && exponent < infinite; };
-  int most = 0, least = infinite;
-  for (const int each : found)
-    if (counts(each)) most = std::max(most, each);
-  for (const int each : found)
-    if (counts(each)) least = std::min(least, std::max(each, most - range));
-  std::fill_n(powers, divide_up(shape.in_channels, kTileDepth) * kTileDepth, bfloat16{kOne});
-  if (most - least < 2) return;  // alike enough
-  for (int64_t c = 0; c < shape.in_channels; ++c)
-    if (counts(found[c])) powers[c].bits += (std::max(found[c], most - range) - least) << 7;
-}
-
-template <class T>
-void pack_narrow_winograd(const ConvShape& shape, Filtering way, bool flip, const T* weight, const int64_t* strides,
-                          float* packed) {
-  using V = Vec<float>;
-  const bool strided = way != Filtering::kStraight;
-  const float growth = strided ? Strided::kGrowth : Straight::kGrowth;
-  constexpr int64_t lanes = kLanes<float>, cell = 9 * lanes * lanes;
-  const WeightView<T> straight(flip ? shape.transposed() : shape, weight, strides);
-  const WeightView<T> view = flip ? straight.back(2, 2, 1) : straight;
-  const PackedWinograd order(shape);
-  const int64_t blocks = blocks_of<float>(shape.in_channels);
-  int16_t* const numbers = reinterpret_cast<int16_t*>(packed);
-  float* const factors = reinterpret_cast<float*>(numbers + order.factors);
-  bfloat16* const powers = reinterpret_cast<bfloat16*>(numbers + order.powers);
-  find_powers(shape, view, powers);
-  const bool alike = are_ones(powers, shape.in_channels);
-  const auto inverse = [](bfloat16 power) { return widen({static_cast<uint16_t>(2 * kOne - power.bits)}); };
-  const auto pack = [&](int64_t tile, float* kernels) {
-    const int64_t out = tile * lanes, outputs = std::min(lanes, shape.out_channels - out);
-    V most = {}, sum = {};
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t first = b * lanes, inputs = std::min(lanes, shape.in_channels - first);
-      float* const here = kernels + b * cell;
-      PackedCell<float, T>{shape, 1, outputs, inputs, lanes, view, view.at + out * view.out + first * view.in, here}
-          .pack();
-      for (int64_t k = 0; k < 9 * inputs; ++k) {
-        V value = load<V>(here + k * lanes);
-        if (!alike) store<V>(here + k * lanes, value = value * inverse(powers[first + k % inputs]));
-        const V size = absolute(value);
-        most = size > most ? size : most, sum += value - value;  // the latter is NaN where one is not finite
-      }
-    }
-    const V bound = most * growth, fits = bound > 1e-30f ? bound : V{} + 1e-30f, to = kMostWeight / fits;
-    store<V>(factors + out, fits / kMostWeight + sum);
-    int16_t* group = numbers + tile / order.group * order.group_size + tile % order.group * kTileDepth;
-    for (int64_t pair = 0; pair < order.pairs; ++pair, group += order.group * kTileDepth) {
-      V u[2][4][4] = {};
-      for (int64_t k = 0; k < 2 && 2 * pair + k < shape.in_channels; ++k) {
-        const int64_t c = 2 * pair + k, inputs = std::min(lanes, shape.in_channels - c / lanes * lanes);
-        V g[3][3];
-        FASTODE_UNROLL for (int tap = 0; tap < 9; ++tap) g[tap / 3][tap % 3] =
-            load<V>(kernels + c / lanes * cell + (tap * inputs + c % lanes) * lanes) * to;
-        strided ? Strided::spread_kernel(g, u[k]) : Straight::spread_kernel(g, u[k]);
-      }
-      FASTODE_UNROLL for (int p = 0; p < kProducts; ++p)
-          store_pairs(group + p * order.product, (__m512)u[0][p / 4][p % 4], (__m512)u[1][p / 4][p % 4]);
-    }
-  };
-  in_parallel(blocks_of<float>(shape.out_channels), std::max<int64_t>(1, kCells / 2 / blocks),
-              [&](int64_t begin, int64_t end) {
-                std::vector<float> kernels(blocks * cell);
-                for (int64_t tile = begin; tile < end; ++tile) pack(tile, kernels.data());
-              });
-}
-
 void convolve_winograd(const Plane<float>& plane, const ConvShape& shape, Filtering way, const float* packed,
                        const KernelView& kernels, const float* bias, const ConvJob<bfloat16>* jobs, int64_t count,
                        void* scratch, Ahead* ahead) {
@@ -446,8 +301,5 @@ void winograd_gradient(const Plane<float>& plane, const ConvShape& shape, const 
     run_gradient<decltype(of), group()>(plane, shape, pairs, count, gradient, fresh, static_cast<int16_t*>(scratch));
   });
 }
-
-template void pack_narrow_winograd(const ConvShape&, Filtering, bool, const float*, const int64_t*, float*);
-template void pack_narrow_winograd(const ConvShape&, Filtering, bool, const bfloat16*, const int64_t*, float*);
 
 }  // namespace fastode::resident
