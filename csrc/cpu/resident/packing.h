@@ -47,20 +47,19 @@ struct WeightView {
 };
 
 // Reads a square: up to `rows` vectors, `stride` apart, of which `count` lanes are wanted.
-template <class A>
-inline void read_square(Square<A>& square, const A* from, int64_t stride, int64_t rows, int64_t count, const A* end) {
-  using V = Vec<A>;
+template <class A, class T>
+inline void read_square(Square<A>& square, const T* from, int64_t stride, int64_t rows, int64_t count, const T* end) {
   constexpr int64_t lanes = kLanes<A>;
   if (rows == lanes && from + (lanes - 1) * stride + lanes <= end) {
-    FASTODE_UNROLL for (int64_t r = 0; r < lanes; ++r) square[r] = load<V>(from + r * stride);
+    FASTODE_UNROLL for (int64_t r = 0; r < lanes; ++r) square[r] = load_stored(from + r * stride);
     return;
   }
   for (int64_t r = 0; r < lanes; ++r, from += stride) {
-    V row = {};
+    Vec<A> row = {};
     if (r < rows && from + lanes <= end)
-      row = load<V>(from);
+      row = load_stored(from);
     else if (r < rows)
-      for (int64_t c = 0; c < count; ++c) row[c] = from[c];
+      for (int64_t c = 0; c < count; ++c) row[c] = to_accumulator<A>(from[c]);
     square[r] = row;
   }
 }
@@ -84,7 +83,7 @@ struct PackedCell {
   }
 
   void pack() const {
-    if constexpr (std::is_same_v<A, T>) {
+    if constexpr (std::is_same_v<A, Number<T>>) {
       if (weight.out == 1 && outputs == kLanes<A>) return copy_outputs();
       if (weight.in == 1) return turn_inputs();
       const int64_t count = shape.kernel_h * shape.kernel_w;
@@ -106,13 +105,13 @@ struct PackedCell {
   void copy_outputs() const {
     each_tap([&](A* place, int64_t tap) {
       for (int64_t in = 0; in < inputs; ++in)
-        store<Vec<A>>(place + in * step(), load<Vec<A>>(from + in * weight.in + tap));
+        store<Vec<A>>(place + in * step(), load_stored(from + in * weight.in + tap));
     });
   }
   void turn_inputs() const {
     each_tap([&](A* place, int64_t tap) {
       Square<A> square;
-      read_square<A>(square, from + tap, weight.out, outputs, inputs, weight.end);
+      read_square<A, T>(square, from + tap, weight.out, outputs, inputs, weight.end);
       transpose(square);
       FASTODE_UNROLL for (int64_t in = 0; in < kLanes<A>; ++in) {
         if (in == inputs) break;
@@ -128,8 +127,8 @@ struct PackedCell {
     const int64_t length = inputs * count;
     for (int64_t first = 0; first < length; first += kLanes<A>) {
       Square<A> square;
-      read_square<A>(square, from + first, weight.out, outputs, std::min<int64_t>(kLanes<A>, length - first),
-                     weight.end);
+      read_square<A, T>(square, from + first, weight.out, outputs, std::min<int64_t>(kLanes<A>, length - first),
+                        weight.end);
       transpose(square);
       FASTODE_UNROLL for (int64_t c = 0; c < kLanes<A>; ++c) {
         if (first + c == length) break;
@@ -149,7 +148,7 @@ struct PackedCell {
       });
       for (int64_t in = 0; in < inputs; ++in) {
         Square<A> square;
-        read_square<A>(square, from + in * weight.in + first, weight.out, outputs, count, weight.end);
+        read_square<A, T>(square, from + in * weight.in + first, weight.out, outputs, count, weight.end);
         transpose(square);
         FASTODE_UNROLL for (int64_t c = 0; c < lanes; ++c) {
           if (c == count) break;
@@ -217,15 +216,15 @@ struct GradientCell {
     FASTODE_UNROLL for (int64_t out = 0; out < kLanes<A>; ++out, at += strides[0]) {
       if (out == outputs) break;
       if (count == kLanes<A>)
-        store<Vec<A>>(at, square[out]);
+        store_stored(at, square[out]);
       else
-        for (int64_t c = 0; c < count; ++c) at[c] = square[out][c];
+        for (int64_t c = 0; c < count; ++c) at[c] = to_storage<T>(A(square[out][c]));
     }
   }
 
   void unpack() const {
     const int64_t height = shape.kernel_h, width = shape.kernel_w;
-    if constexpr (std::is_same_v<A, T>) {
+    if constexpr (std::is_same_v<A, Number<T>>) {
       if (strides[1] == 1) return write_inputs();
       if (strides[3] == 1 && strides[2] == width && strides[1] == height * width) return write_taps();
     }
