@@ -16,7 +16,7 @@
 
 #include "../parallel.h"
 #include "conv_bf16.h"
-#include "new_tensors.h"
+#include "spare.h"
 
 namespace fastode::resident {
 
@@ -203,6 +203,10 @@ class Scratch {
  public:
   Scratch() { shared_ = &arenas_.emplace_back(here_); }
   Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() {
+    for (const Tensor& piece : tensors_) SpareMemory::get().give(piece);
+  }
 
   template <class T>
   T* take(int64_t count) {
@@ -223,10 +227,7 @@ class Scratch {
  private:
   static constexpr int64_t kHere = 1 << 15, kChunk = 1 << 16;
 
-  void* allocate(int64_t bytes) {
-    tensors_.push_back(new_vector(bytes, ScalarType::Byte));
-    return tensors_.back().data_ptr();
-  }
+  void* allocate(int64_t bytes) { return tensors_.emplace_back(SpareMemory::get().take(bytes)).data_ptr(); }
 
   alignas(64) char here_[kHere];
   std::vector<Tensor> tensors_;

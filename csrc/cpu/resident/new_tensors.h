@@ -33,29 +33,6 @@ inline Tensor new_vector(int64_t length, ScalarType type, bool zero = false) {
   return made;
 }
 
-// One piece of memory for the time of a call, uninitialised: in the object itself where it is little, because malloc
-// tidies up whenever it is asked for more than a kilobyte.
-class CallMemory {
- public:
-  CallMemory() = default;
-  CallMemory(const CallMemory&) = delete;
-
-  void* take(int64_t bytes) {
-    if (bytes > kHere) {
-      tensor_ = new_vector(bytes, ScalarType::Byte);
-      return tensor_.data_ptr();
-    }
-    fill_fresh(here_, bytes);
-    return here_;
-  }
-
- private:
-  static constexpr int64_t kHere = 3 << 14;
-
-  alignas(64) char here_[kHere];
-  Tensor tensor_;
-};
-
 // Of these sizes, and contiguous.
 inline Tensor new_contiguous(ScalarType type, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
   std::vector<int64_t> strides(sizes.size(), 1);

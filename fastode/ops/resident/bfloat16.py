@@ -30,9 +30,13 @@ IN_FLOAT32 = "multiplying float32 maps in float32, where autocast has bfloat16, 
 BFLOAT16_MAPS = Line(most_channels=128)
 # Chains on bfloat16 maps, multiplied by those dot products: 16 channels at least, or a vector is mostly empty. Steps
 # and forwards of benchmarks.choose's blocks up to 160 channels, with four samples for each of two threads of an AMD
-# EPYC and more, 2026-11-28: 0.94 to 2.4, median 1.17. With fewer the weights, which a network finds in no cache, are
-# packed for little.
-PAIRED_CHAIN = (16, Line(most_channels=160, few=(Few(4, 127),)))
+# EPYC and more, 2026-11-28: 0.94 to 2.4, median 1.17. With fewer, whose weights are packed for little and which a
+# network finds in no cache: blocks and single convolutions of 128 channels from 8x8 to 16x16, batch norms, group norms
+# and none, either layout, one and two samples for each of two threads, 2026-11-29: 1.04 to 1.6 in 95 of 96, one 0.95.
+PAIRED_CHAIN = (16, Line(most_channels=160, few=(Few(4, 128),)))
+# Of few samples in channels_last, there: to 256 channels at 4x4 and 8x8 1.0 to 1.5 under autocast from one sample for
+# each thread, 1.01 to 1.35 with bfloat16 weights from two (from one 0.93 to 1.27).
+FEW_LAST, FEW_LAST_BELOW, FEW_LAST_LEAST = Line(most_channels=256, most_kb=64), 8, 2
 # With fewer channels where there is a norm, and no kernel larger than 3x3 or of stride 2 reads so few: two threads of
 # an AMD EPYC, 2026-11-28, 8 to 64 samples from 8x8 to 64x64, steps, attacks' steps and forwards. Blocks of two
 # convolutions of 4 to 12 channels: 1.4 to 4.5. One convolution of an image's three channels at most: 0.95 to 2.7,
@@ -78,6 +82,11 @@ def in_words() -> list[tuple[str, str]]:
         ("the same, norms, narrower", f"of kernels up to 3x3 and stride 1: {narrower}"),
         ("the same, batch norms, wider", COUPLED_CHAIN.describe()),
         ("the same, autocast, wider", CAST_CHAIN.describe()),
+        (
+            "the same, channels_last, few",
+            f"{FEW_LAST.describe()}, with fewer than {FEW_LAST_BELOW} samples for each thread (and {FEW_LAST_LEAST} at "
+            "least where the weights are bfloat16)",
+        ),
         ("filtered, bfloat16 maps", f"every convolution 3x3 of stride 1 on even sides, at most {FILTERED} channels"),
         ("the same, not channels_last", f"at most {FILTERED_CONTIGUOUS} channels"),
         *[(f"{family}, float32, autocast", line.describe()) for family, line in FLOAT32_MAPS.items()],
@@ -200,11 +209,20 @@ def slower_chain(x: torch.Tensor, chain: OneEvaluation, *, casts: bool = False) 
     if not rule.on_tiles() and chain.widest > (line.most_channels or 0):
         wider = ((chain.coupled, COUPLED_CHAIN), (casts, CAST_CHAIN))
         lines = [each for holds, each in wider if holds] or lines
+    if not rule.on_tiles() and _is_few_in_last(x, batch, casts=casts):
+        lines = [FEW_LAST, *lines]
     over = [each.beyond(chain.widest, chain.pixels, 4, batch, rule.threads()) for each in lines]
     beyond = rule.few_for_threads(batch) or _of_few_channels(x, least, chain) or ("" if "" in over else over[-1])
     if not beyond and not rule.on_tiles():
         beyond = _of_little_gain(chain)
     return f"on bfloat16 maps {beyond} it was measured to be slower than plain PyTorch" if beyond else ""
+
+
+def _is_few_in_last(x: torch.Tensor, batch: int | None, *, casts: bool) -> bool:
+    """Whether FEW_LAST is of a call: few samples in channels_last, but not too few."""
+    if batch is None or not x.is_contiguous(memory_format=torch.channels_last):
+        return False
+    return (1 if casts else FEW_LAST_LEAST) * rule.threads() <= batch < FEW_LAST_BELOW * rule.threads()
 
 
 def _of_few_channels(x: torch.Tensor, least: int, chain: OneEvaluation) -> str:
