@@ -151,6 +151,7 @@ def test_bounds_of_bfloat16_chains_hold_over_the_points_of_dot_products(monkeypa
         for at, point in content["points"][f"chain {norms} bfloat16"].items():
             channels, size, batch = read_name(at)
             x = torch.empty(batch, channels, size, size, dtype=torch.bfloat16, device="meta")
+            x = x.to(memory_format=torch.channels_last)
             uneven = 0 if bfloat16.fills_tiles(size) else channels
             known = bfloat16.OneEvaluation(channels, channels, size * size, uneven, coupled=norms == "batch")
             reason = bfloat16.slower_chain(x, known)

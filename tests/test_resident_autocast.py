@@ -245,6 +245,27 @@ def test_which_chains_it_refuses_and_auto_leaves_under_autocast(monkeypatch: pyt
             )
 
 
+def test_which_chains_of_few_samples_auto_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("_tiles", False), ("_products", True), ("threads", lambda: 4)):
+        monkeypatch.setattr(rule, name, value)
+
+    def against(widest: int, samples: int, size: int = 8, *, last: bool = True, dtype: torch.dtype = BF16) -> str:
+        conv = nn.Conv2d(64, widest, 3, padding=1, bias=False).to(dtype)
+        chain = fastode.nn.Chain(conv, nn.BatchNorm2d(widest).to(dtype), nn.ReLU())
+        layout = torch.channels_last if last else torch.contiguous_format
+        x = torch.empty(samples, 64, size, size, dtype=BF16).contiguous(memory_format=layout)
+        with torch.autocast("cpu", BF16, enabled=dtype == F32):
+            return chain.against(ENGINE, x)[len("on bfloat16 maps ") :].partition(" it was")[0]
+
+    idle, few = "with fewer samples than threads", "with fewer than {} samples for each thread"
+    assert against(128, 2) == against(96, 2, 16) == against(128, 2, last=False) == ""
+    assert against(128, 1) == against(129, 2) == against(128, 2, 16) == idle
+    assert against(128, 4, last=False) == against(256, 4) == against(320, 8) == ""
+    assert against(320, 4) == against(320, 4, last=False) == few.format(8)
+    assert against(256, 4, dtype=F32) == "" == against(128, 2, dtype=F32)
+    assert against(257, 4, dtype=F32) == against(256, 4, last=False, dtype=F32) == few.format(8)
+
+
 def test_which_chains_of_few_channels_auto_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rule, "_tiles", False)
     monkeypatch.setattr(rule, "_products", True)

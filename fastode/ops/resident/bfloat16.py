@@ -34,9 +34,14 @@ BFLOAT16_MAPS = Line(most_channels=128)
 # network finds in no cache: blocks and single convolutions of 128 channels from 8x8 to 16x16, batch norms, group norms
 # and none, either layout, one and two samples for each of two threads, 2026-11-29: 1.04 to 1.6 in 95 of 96, one 0.95.
 PAIRED_CHAIN = (16, Line(most_channels=160, few=(Few(4, 128),)))
-# Of few samples in channels_last, there: to 256 channels at 4x4 and 8x8 1.0 to 1.5 under autocast from one sample for
-# each thread, 1.01 to 1.35 with bfloat16 weights from two (from one 0.93 to 1.27).
-FEW_LAST, FEW_LAST_BELOW, FEW_LAST_LEAST = Line(most_channels=256, most_kb=64), 8, 2
+# In channels_last wider ones, too: with bfloat16 weights the halving blocks of benchmarks.choose to 320 channels at
+# 16x16, 2026-11-29: 0.96 to 1.6, and residual blocks and convolutions of 256 with one sample for each thread 0.96 to
+# 1.5; under autocast few samples of 256 channels at 4x4 and 8x8 1.0 to 1.5, from one for each thread.
+LAST_CHAIN = Line(most_channels=320, most_kb=1024, few=(Few(2, 256),))
+FEW_CAST_LAST, FEW_CAST_BELOW = Line(most_channels=256, most_kb=64), 8
+# One sample for two threads, of which one is idle: 90 blocks and single convolutions from 8x8 to 32x32, all norms, both
+# layouts, two threads, 2026-11-29: 1.0 to 1.7; of 128 channels at 16x16 0.89 to 1.3.
+HALF_IDLE = (Line(most_channels=96, most_kb=256), Line(most_channels=128, most_kb=64))
 # With fewer channels where there is a norm, and no kernel larger than 3x3 or of stride 2 reads so few: two threads of
 # an AMD EPYC, 2026-11-28, 8 to 64 samples from 8x8 to 64x64, steps, attacks' steps and forwards. Blocks of two
 # convolutions of 4 to 12 channels: 1.4 to 4.5. One convolution of an image's three channels at most: 0.95 to 2.7,
@@ -82,11 +87,12 @@ def in_words() -> list[tuple[str, str]]:
         ("the same, norms, narrower", f"of kernels up to 3x3 and stride 1: {narrower}"),
         ("the same, batch norms, wider", COUPLED_CHAIN.describe()),
         ("the same, autocast, wider", CAST_CHAIN.describe()),
+        ("the same, channels_last", LAST_CHAIN.describe()),
         (
-            "the same, channels_last, few",
-            f"{FEW_LAST.describe()}, with fewer than {FEW_LAST_BELOW} samples for each thread (and {FEW_LAST_LEAST} at "
-            "least where the weights are bfloat16)",
+            "the same, autocast, few",
+            f"in channels_last, {FEW_CAST_LAST.describe()}, with fewer than {FEW_CAST_BELOW} samples for each thread",
         ),
+        ("the same, a sample for 2 threads", ", or ".join(line.describe() for line in HALF_IDLE)),
         ("filtered, bfloat16 maps", f"every convolution 3x3 of stride 1 on even sides, at most {FILTERED} channels"),
         ("the same, not channels_last", f"at most {FILTERED_CONTIGUOUS} channels"),
         *[(f"{family}, float32, autocast", line.describe()) for family, line in FLOAT32_MAPS.items()],
@@ -209,20 +215,25 @@ def slower_chain(x: torch.Tensor, chain: OneEvaluation, *, casts: bool = False) 
     if not rule.on_tiles() and chain.widest > (line.most_channels or 0):
         wider = ((chain.coupled, COUPLED_CHAIN), (casts, CAST_CHAIN))
         lines = [each for holds, each in wider if holds] or lines
-    if not rule.on_tiles() and _is_few_in_last(x, batch, casts=casts):
-        lines = [FEW_LAST, *lines]
+    if not rule.on_tiles() and x.is_contiguous(memory_format=torch.channels_last) and batch is not None:
+        if not casts:
+            lines = [LAST_CHAIN, *lines]
+        elif batch < FEW_CAST_BELOW * rule.threads():
+            lines = [FEW_CAST_LAST, *lines]
     over = [each.beyond(chain.widest, chain.pixels, 4, batch, rule.threads()) for each in lines]
-    beyond = rule.few_for_threads(batch) or _of_few_channels(x, least, chain) or ("" if "" in over else over[-1])
+    beyond = _few_for_threads(batch, chain) or _of_few_channels(x, least, chain) or ("" if "" in over else over[-1])
     if not beyond and not rule.on_tiles():
         beyond = _of_little_gain(chain)
     return f"on bfloat16 maps {beyond} it was measured to be slower than plain PyTorch" if beyond else ""
 
 
-def _is_few_in_last(x: torch.Tensor, batch: int | None, *, casts: bool) -> bool:
-    """Whether FEW_LAST is of a call: few samples in channels_last, but not too few."""
-    if batch is None or not x.is_contiguous(memory_format=torch.channels_last):
-        return False
-    return (1 if casts else FEW_LAST_LEAST) * rule.threads() <= batch < FEW_LAST_BELOW * rule.threads()
+def _few_for_threads(batch: int | None, chain: OneEvaluation) -> str:
+    """`rule.few_for_threads`, but for what is as fast with half of the threads."""
+    threads, tiles = rule.threads(), rule.on_tiles()
+    half_is_fast = any(not line.beyond(chain.widest, chain.pixels, 4, None, threads) for line in HALF_IDLE)
+    if half_is_fast and batch is not None and 2 * batch >= threads and not tiles:
+        return ""
+    return rule.few_for_threads(batch)
 
 
 def _of_few_channels(x: torch.Tensor, least: int, chain: OneEvaluation) -> str:
