@@ -145,17 +145,11 @@ inline void find_powers(const Magnitudes& largest, bfloat16* powers) {
     if (counts(largest[c])) powers[c].bits += (std::max(exponent(largest[c]), most - range) - least) << 7;
 }
 
-}  // namespace
-
-template <class T>
-void pack_narrow_winograd(const ConvShape& shape, Filtering way, bool flip, const T* weight, const int64_t* strides,
-                          float* packed) {
+inline void pack_dense(const ConvShape& shape, Filtering way, bool flip, const DenseKernels& kernels, float* packed) {
   using V = Vec<float>;
   constexpr int64_t lanes = kLanes<float>;
   const bool strided = way != Filtering::kStraight;
   const ConvShape forward = flip ? shape.transposed() : shape;
-  std::vector<float> copy;
-  const DenseKernels kernels = dense_kernels(forward, weight, strides, copy);
   const WeightView<float> straight(forward, kernels.at, kernels.strides().data());
   const WeightView<float> view = flip ? straight.back(2, 2, 1) : straight;
   const PackedWinograd order(shape);
@@ -209,6 +203,15 @@ void pack_narrow_winograd(const ConvShape& shape, Filtering way, bool flip, cons
               std::max<int64_t>(1, kCells / 2 / blocks_of<float>(shape.in_channels)), [&](int64_t begin, int64_t end) {
                 for (int64_t tile = begin; tile < end; ++tile) pack(tile);
               });
+}
+
+}  // namespace
+
+template <class T>
+void pack_narrow_winograd(const ConvShape& shape, Filtering way, bool flip, const T* weight, const int64_t* strides,
+                          float* packed) {
+  std::vector<float> copy;
+  pack_dense(shape, way, flip, dense_kernels(flip ? shape.transposed() : shape, weight, strides, copy), packed);
 }
 
 template void pack_narrow_winograd(const ConvShape&, Filtering, bool, const float*, const int64_t*, float*);
