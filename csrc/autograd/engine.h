@@ -11,13 +11,15 @@
 
 namespace fastode {
 
-// Whether a node adds up the gradient of a parameter. Python is asked: the class's header brings in all of ATen's.
+// Whether a node adds up the gradient of a parameter, or cannot be asked. Python is: the class's header brings in all
+// of ATen's.
 inline bool ends_in_parameter(const NodePointer& node) {
   const PyGILState_STATE state = PyGILState_Ensure();
-  bool found = false;
-  if (THPObjectPtr object{torch::autograd::functionToPyObject(node)})
-    if (THPObjectPtr variable{PyObject_GetAttrString(object.get(), "variable")})
-      found = PyObject_IsInstance(variable.get(), ParameterClass) != 0;
+  bool found = true;
+  if (THPObjectPtr object{torch::autograd::functionToPyObject(node)}) {
+    THPObjectPtr variable{PyObject_GetAttrString(object.get(), "variable")};
+    found = variable && PyObject_IsInstance(variable.get(), ParameterClass) != 0;
+  }
   PyErr_Clear();
   PyGILState_Release(state);
   return found;
