@@ -116,6 +116,22 @@ def laid_out(weight: Tensor, layout: str) -> Tensor:
     return weight.contiguous(memory_format=torch.channels_last)
 
 
+def assert_same_bits_in_every_layout(block: reference.Chain, x: Tensor) -> None:
+    """Results and gradients of a chain that begins with a convolution, under autocast where weights are float32."""
+    weight, found = block[0].weight.detach(), []
+    for layout in ("contiguous", "channels_last", "outputs", "sparse"):
+        twin = fused(block)
+        if layout != "contiguous":
+            twin[0].weight = nn.Parameter(laid_out(weight, layout))
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=weight.dtype == torch.float32):
+            y = twin(leaf)
+        y.float().square().sum().backward()
+        found.append([y, leaf.grad, *[parameter.grad for parameter in twin.parameters()]])
+    for other in found[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (3, 1), (3, 2), (7, 1), (9, 1)])
 @pytest.mark.parametrize("channels", [(12, 20), (35, 16), (64, 33)], ids=str)
@@ -125,19 +141,7 @@ def test_same_bits_whatever_the_strides_of_the_weights(
     torch.manual_seed(7)
     conv = nn.Conv2d(*channels, kernel, stride, kernel // 2)
     block = reference.Chain(conv, nn.GroupNorm(1, channels[1]), nn.Tanh()).to(dtype)
-    x = sample_input(2, channels[0], 8, 8, dtype=torch.bfloat16)
-    found = []
-    for layout in ("contiguous", "channels_last", "outputs", "sparse"):
-        twin = fused(block)
-        if layout != "contiguous":
-            twin[0].weight = nn.Parameter(laid_out(conv.weight.detach(), layout))
-        leaf = x.clone().requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
-            y = twin(leaf)
-        y.float().square().sum().backward()
-        found.append([y, leaf.grad, *[parameter.grad for parameter in twin.parameters()]])
-    for other in found[1:]:
-        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
+    assert_same_bits_in_every_layout(block, sample_input(2, channels[0], 8, 8, dtype=torch.bfloat16))
 
 
 def test_same_bits_among_convolutions_of_pytorch() -> None:

@@ -13,7 +13,7 @@ import copy
 import pytest
 import torch
 from test_resident import fused
-from test_resident_bf16 import laid_out
+from test_resident_bf16 import assert_same_bits_in_every_layout
 from torch import Tensor, nn
 
 from fastode import reference
@@ -293,19 +293,7 @@ def test_same_bits_whatever_the_strides_of_filtered_weights(spread: float, strid
     with torch.no_grad():
         conv.weight.mul_(spread ** -torch.rand(40, 1, 1)).mul_(spread ** -torch.rand(50, 1, 1, 1))
     block = reference.Chain(conv, nn.LeakyReLU(0.5)).to(dtype)
-    x = sample_input(24, 40, 8 * stride, 8 * stride, dtype=torch.bfloat16)
-    found = []
-    for layout in ("contiguous", "channels_last", "outputs", "sparse"):
-        twin = fused(block)
-        if layout != "contiguous":
-            twin[0].weight = nn.Parameter(laid_out(conv.weight.detach(), layout))
-        leaf = x.clone().requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
-            y = twin(leaf)
-        y.float().square().sum().backward()
-        found.append([y, leaf.grad, *[parameter.grad for parameter in twin.parameters()]])
-    for other in found[1:]:
-        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
+    assert_same_bits_in_every_layout(block, sample_input(24, 40, 8 * stride, 8 * stride, dtype=torch.bfloat16))
 
 
 @pytest.mark.skipif(not rule.multiplies_pairs(), reason=WITHOUT_PAIRS)

@@ -1,8 +1,6 @@
 // The nodes of IE-Skip and of the explicit schemes: fastode/ops/resident/functions.py in C++.
 #pragma once
-#include <cstdlib>
-#include <cstring>
-
+#include "../environment.h"
 #include "block_node.h"
 
 namespace fastode {
@@ -25,18 +23,12 @@ struct BranchResult {
   Tensor y, statistics;
 };
 
-// Whether a training step's forward leaves its backward less, which is then computed again: as functions.py has it.
-inline bool less_memory() {
-  const char* const asked = std::getenv("FASTODE_LESS_MEMORY");
-  return asked && *asked && std::strcmp(asked, "0") != 0;
-}
-
 // Runs forward(keep, keep_all) and makes the node of its result, if it is to have one.
 template <class Family>
 BranchResult run_branch(const BranchCall& call, const typename Family::Rule& rule) {
   const Given& given = call.given;
   const bool graph = at::GradMode::is_enabled() && given.any_requires_grad(0);
-  const bool keep_all = !less_memory() || !(graph && given.any_requires_grad(1));
+  const bool keep_all = !asks_for_less_memory() || !(graph && given.any_requires_grad(1));
   std::vector<IValue> found;
   BranchResult result;
   {

@@ -3,10 +3,6 @@
 
 namespace fastode::resident {
 
-FASTODE_MOVES(, float, float);
-FASTODE_MOVES(, float, bfloat16);
-FASTODE_MOVES(, bfloat16, bfloat16);
-FASTODE_MOVES(, double, double);
-FASTODE_MOVES(, double, bfloat16);
+FASTODE_MOVES();
 
 }  // namespace fastode::resident

@@ -112,14 +112,18 @@ void load_sample(const Plane<Number<A>>& plane, const Feature<const T>& from, in
 template <class A, class T>
 void store_sample(const Plane<Number<A>>& plane, const View<A>& from, const Feature<T>& to, int64_t n);
 
-#define FASTODE_MOVES(keyword, A, T)                                                                            \
+#define FASTODE_MOVE(keyword, A, T)                                                                             \
   keyword template void load_sample(const Plane<Number<A>>&, const Feature<const T>&, int64_t, const View<A>&); \
   keyword template void store_sample(const Plane<Number<A>>&, const View<A>&, const Feature<T>&, int64_t)
 
-FASTODE_MOVES(extern, float, float);
-FASTODE_MOVES(extern, float, bfloat16);
-FASTODE_MOVES(extern, bfloat16, bfloat16);
-FASTODE_MOVES(extern, double, double);
-FASTODE_MOVES(extern, double, bfloat16);
+// What resident_plane.cpp instantiates.
+#define FASTODE_MOVES(keyword)               \
+  FASTODE_MOVE(keyword, float, float);       \
+  FASTODE_MOVE(keyword, float, bfloat16);    \
+  FASTODE_MOVE(keyword, bfloat16, bfloat16); \
+  FASTODE_MOVE(keyword, double, double);     \
+  FASTODE_MOVE(keyword, double, bfloat16)
+
+FASTODE_MOVES(extern);
 
 }  // namespace fastode::resident

@@ -1,11 +1,11 @@
 // Large pieces of memory that go from call to call.
 #pragma once
 
-#include <cstdlib>
 #include <mutex>
 #include <numeric>
 #include <optional>
 
+#include "../../environment.h"
 #include "new_tensors.h"
 
 namespace fastode::resident {
@@ -55,10 +55,7 @@ class SpareMemory {
 
   std::mutex mutex_;
   std::vector<Tensor> pieces_;  // of bytes; those that were given back last behind
-  const bool keeps_ = [] {
-    const char* less = std::getenv("FASTODE_LESS_MEMORY");
-    return !less || *less == '\0' || *less == '0';
-  }();
+  const bool keeps_ = !asks_for_less_memory();
 };
 
 // One piece of memory for the time of a call, uninitialised: in the object itself where it is little, because malloc

@@ -211,20 +211,23 @@ def slower_chain(x: torch.Tensor, chain: OneEvaluation, *, casts: bool = False) 
         return "on bfloat16 maps it was measured on CPUs that multiply them, and not on this kind"
     least, line = TILED_CHAIN if rule.on_tiles() else PAIRED_CHAIN
     batch = rule.samples(x)
-    lines = [line]
-    if not rule.on_tiles() and chain.widest > (line.most_channels or 0):
-        wider = ((chain.coupled, COUPLED_CHAIN), (casts, CAST_CHAIN))
-        lines = [each for holds, each in wider if holds] or lines
-    if not rule.on_tiles() and x.is_contiguous(memory_format=torch.channels_last) and batch is not None:
-        if not casts:
-            lines = [LAST_CHAIN, *lines]
-        elif batch < FEW_CAST_BELOW * rule.threads():
-            lines = [FEW_CAST_LAST, *lines]
+    lines = [line] if rule.on_tiles() else _paired_lines(x, chain, line, casts=casts)
     over = [each.beyond(chain.widest, chain.pixels, 4, batch, rule.threads()) for each in lines]
     beyond = _few_for_threads(batch, chain) or _of_few_channels(x, least, chain) or ("" if "" in over else over[-1])
     if not beyond and not rule.on_tiles():
         beyond = _of_little_gain(chain)
     return f"on bfloat16 maps {beyond} it was measured to be slower than plain PyTorch" if beyond else ""
+
+
+def _paired_lines(x: torch.Tensor, chain: OneEvaluation, line: Line, *, casts: bool) -> list[Line]:
+    """The lines of which one is enough to take a chain, the one that says why it is left last."""
+    batch, wide = rule.samples(x), chain.widest > (line.most_channels or 0)
+    few = batch is not None and batch < FEW_CAST_BELOW * rule.threads()
+    last = batch is not None and x.is_contiguous(memory_format=torch.channels_last)
+    wider = ((chain.coupled, COUPLED_CHAIN), (casts, CAST_CHAIN))
+    usual = [each for holds, each in wider if holds and wide] or [line]
+    in_last = ((not casts, LAST_CHAIN), (casts and few, FEW_CAST_LAST))
+    return [each for holds, each in in_last if holds and last] + usual
 
 
 def _few_for_threads(batch: int | None, chain: OneEvaluation) -> str:
