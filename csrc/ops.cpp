@@ -61,6 +61,12 @@ STABLE_TORCH_LIBRARY(fastode, m) {
         ", int[] shape, int keep, bool last) -> (Tensor y, Tensor statistics, Tensor[] kept)");
   m.def("resident_chain_backward(Tensor x, Tensor y, Tensor cotangent, Tensor[] kept, " FASTODE_BRANCH
         ", " FASTODE_CHAIN ", bool point, bool gradients) -> (Tensor x_bar, Tensor[] bars)");
+  // The mean of every channel and a linear layer, which with `lowers` reads and gives bfloat16; `pooled` is what it
+  // reads.
+  m.def("resident_head_forward(Tensor x, Tensor weight, Tensor? bias, bool lowers) -> (Tensor y, Tensor pooled)");
+  m.def(
+      "resident_head_backward(Tensor x, Tensor pooled, Tensor cotangent, Tensor weight, bool point, bool gradients) -> "
+      "(Tensor x_bar, Tensor[] bars)");
   // Where signs are kept, backward asks for the slopes, too, as `ends`.
   m.def("resident_skew_forward(Tensor y, Tensor z, " FASTODE_PAIR
         ", int keep, bool results, bool y_last, bool z_last) -> (Tensor dy, Tensor dz, Tensor[] kept, Tensor[] signs)");

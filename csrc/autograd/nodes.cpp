@@ -5,6 +5,7 @@
 // the Functions have to treat.
 #include "chain_node.h"
 #include "engine.h"
+#include "head_node.h"
 #include "linear_nodes.h"
 #include "running.h"
 #include "snapshot.h"
@@ -85,13 +86,13 @@ bool add_all(Given& given, PyObject* sequence) {
   return true;
 }
 
-// The arguments of every call around a branch or of a chain: program, constants, tensors. The last constant is None
-// where there can be no graph. False from `read` where they are not for the nodes.
+// The constants and the tensors of every call around a branch or of a chain. The last constant is None where there can
+// be no graph. False from `read` where they are not for the nodes.
 struct BlockArguments {
   PyObject* constants;
   Given given;
 
-  explicit BlockArguments(PyObject* const* arguments) : constants(arguments[1]) {
+  explicit BlockArguments(PyObject* tuple) : constants(tuple) {
     TORCH_CHECK_TYPE(PyTuple_Check(constants) && PyTuple_GET_SIZE(constants) > 0, "expected a tuple of constants");
   }
   bool read(PyObject* tensors) {
@@ -109,7 +110,7 @@ PyObject* wrapped(BranchResult result) {
 
 template <class Family>
 PyObject* run(PyObject* const* arguments, const typename Family::Rule& rule) {
-  BlockArguments found(arguments);
+  BlockArguments found(arguments[1]);
   if (!found.read(arguments[2])) return Py_NewRef(Py_NotImplemented);
   const BranchCall call{held_in<Program>(arguments[0], kProgram), found.constants, std::move(found.given)};
   return wrapped(run_branch<Family>(call, rule));
@@ -152,11 +153,21 @@ PyObject* chain_program(PyObject*, PyObject* const* arguments, Py_ssize_t count)
 PyObject* chain(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   expect(count, 4);
-  BlockArguments found(arguments);
+  BlockArguments found(arguments[1]);
   if (!found.read(arguments[2])) return Py_NewRef(Py_NotImplemented);
   const ChainCall call{held_in<ChainProgram>(arguments[0], kChain), found.constants,
                        list_of<int64_t>(arguments[3], integer), std::move(found.given)};
   return wrapped(ChainNode::run(call));
+  END_HANDLE_TH_ERRORS
+}
+
+// head(constants, tensors, lowers)
+PyObject* head(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  expect(count, 3);
+  BlockArguments found(arguments[0]);
+  if (!found.read(arguments[1])) return Py_NewRef(Py_NotImplemented);
+  return THPVariable_Wrap(HeadNode::run(found.given, found.constants, truth(arguments[2])));
   END_HANDLE_TH_ERRORS
 }
 
@@ -298,6 +309,7 @@ PyMethodDef methods[] = {{"program", method(program), METH_FASTCALL, nullptr},
                          {"scheme", method(scheme), METH_FASTCALL, nullptr},
                          {"chain_program", method(chain_program), METH_FASTCALL, nullptr},
                          {"chain", method(chain), METH_FASTCALL, nullptr},
+                         {"head", method(head), METH_FASTCALL, nullptr},
                          {"running", running, METH_O, nullptr},
                          {"move", method(move), METH_FASTCALL, nullptr},
                          {"pair", method(pair<PairNode>), METH_FASTCALL, nullptr},

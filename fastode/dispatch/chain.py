@@ -22,11 +22,12 @@ from ..ops import function
 from ..ops.engine import Call, Engine, autocast_dtype
 from ..ops.plan import MaybeTensor, Plan
 from ..ops.rerun import Rerun, StandIn
+from ..ops.resident import head as resident_head
 from ..ops.schemes.chain.chain import Chain
 from ..reference import ResBlock
 from . import bare, choice
-from .engines import AUTO, NAMES, REFERENCE
-from .known import kind_of_call, known
+from .engines import AUTO, NAMES, REFERENCE, RESIDENT
+from .known import Known, kind_of_call, known
 from .one_step import undone_on_error
 from .registry import reference_of
 from .running import Statistics, move_running, moved_again
@@ -45,6 +46,7 @@ class ChainReading:
         activation: after its sum.
         inside: the block, where it stands in a chain.
         count: how many modules of a sequence they are.
+        head: weight and bias of the head behind them, in which the sequence ends.
         reason: why it cannot be read, or is not worth a call, in one sentence; empty otherwise.
     """
 
@@ -53,6 +55,7 @@ class ChainReading:
     activation: Activation | None = None
     inside: nn.Module | None = None
     count: int = 0
+    head: tuple[Tensor, MaybeTensor] | None = None
     reason: str = ""
     tensors: list[MaybeTensor] = field(default_factory=list)
 
@@ -75,7 +78,19 @@ class ChainReading:
         """A call, as an engine is asked about it."""
         if self.reason:
             return Call(_FAMILY, "", None, (), inputs, self.reason)
+        if self.is_head_alone:
+            return self.call_of_head(inputs)
         return Call(_FAMILY, "", self.chain(autocast_dtype(inputs[0]) if inputs else None), self.tensors, inputs)
+
+    @property
+    def is_head_alone(self) -> bool:
+        return self.count == 0 and self.head is not None
+
+    def call_of_head(self, inputs: tuple[Tensor, ...] = ()) -> Call:
+        """A call of the head on what is in front of it, as a chain without units."""
+        assert self.head is not None
+        none = Plan((), (), autocast_dtype(inputs[0]) if inputs else None)
+        return Call(_FAMILY, "", Chain(none, None, None, 1.0, None), self.head, inputs)
 
 
 def read_block(block: ResBlock) -> ChainReading:
@@ -94,7 +109,7 @@ def read_block(block: ResBlock) -> ChainReading:
 
 
 def read_sequence(modules: Mapping[str, nn.Module | None], block_type: type[ResBlock], engine: str) -> ChainReading:
-    """Read the first of some modules: layers, and a residual block behind them.
+    """Read the first of some modules: layers, a residual block behind them, and a head where that is all the rest.
 
     Args:
         modules: in the order of their calls.
@@ -113,10 +128,26 @@ def read_sequence(modules: Mapping[str, nn.Module | None], block_type: type[ResB
         found = read_block(block)
         if not found.reason and not lead.reason:
             parts = [lead, *found.parts[1:]]
-            return ChainReading(parts, found.step_size, found.activation, block, count + 1)
+            head = _read_head(modules, count + 1)
+            return ChainReading(parts, found.step_size, found.activation, block, count + 1, head)
     layers = 0 if lead.units is None else sum(_layers(unit) for unit in lead.units)
-    reason = lead.reason or ("" if layers > 1 else "it begins with fewer than two layers that are fused.")
-    return ChainReading([lead], count=count, reason=reason)
+    head = _read_head(modules, count)
+    few = "" if layers > 1 or head is not None else "it begins with fewer than two layers that are fused."
+    return ChainReading([lead], count=count, head=head, reason=lead.reason or few)
+
+
+def _read_head(modules: Mapping[str, nn.Module | None], first: int) -> tuple[Tensor, MaybeTensor] | None:
+    """Weight and bias of a head that is all the modules from one on: the mean of every channel and a linear layer."""
+    if len(modules) != first + 3:
+        return None
+    pool, flatten, linear = list(modules.values())[first:]
+    if type(pool) is not nn.AdaptiveAvgPool2d or type(flatten) is not nn.Flatten or type(linear) is not nn.Linear:
+        return None
+    if any(is_overridden(layer) for layer in (pool, flatten, linear)) or pool.output_size not in (1, (1, 1)):
+        return None
+    if flatten.start_dim != 1 or flatten.end_dim not in (-1, 3):
+        return None
+    return linear.weight, linear.bias
 
 
 def _layers(unit: Unit) -> int:
@@ -145,10 +176,14 @@ def run(
     chain: Chain | bare.Function | None
     if torch.compiler.is_compiling():
         reading, found = read_module(), None
+        if reading.is_head_alone:
+            return run_reference(x), len(module._modules)
         chosen, chain = _decide(x, reading, module, engine)
     else:
         found = known(module, read_module, is_block=True, checked=owner is not module)
         reading = found.reading
+        if reading.is_head_alone:
+            return _run_head_alone(x, module, found, run_reference, engine, owner)
         kind = kind_of_call((_FAMILY, engine), (x,), reading) if isinstance(x, Tensor) else None
         answer = None if kind is None else found.answer(kind)
         if answer is None:
@@ -161,7 +196,7 @@ def run(
         choice.note(owner, chosen)
     if chosen is REFERENCE or not isinstance(chain, Chain):
         if chain is not None and not isinstance(chain, Chain) and bare.usable():
-            return chain(x), reading.count
+            return _behind(chain(x), module, found, reading, engine)
         y = undone_on_error(run_reference, x, module) if reading.reason else run_reference(x)
         return y, len(module._modules)
     if found is not None and owner is module:
@@ -172,7 +207,54 @@ def run(
     y, *statistics = function.call(chosen.chain, (chain, rerun), (x, *reading.tensors))
     if statistics:
         _update(reading, statistics, x)
-    return y, reading.count
+    return _behind(y, module, found, reading, engine)
+
+
+def _run_head_alone(
+    x: Tensor,
+    module: nn.Module,
+    found: Known[ChainReading],
+    run_reference: Callable[[Tensor], Tensor],
+    engine: str,
+    owner: nn.Module | None,
+) -> tuple[Tensor, int]:
+    """A sequence that is nothing but a head, which runs as plain PyTorch where its one call does not take x."""
+    checks.engine(engine, NAMES)
+    checks.tensor("x", x)
+    y, count = _behind(x, module, found, found.reading, engine)
+    choice.note(owner, RESIDENT if count else REFERENCE)
+    return (y, count) if count else (run_reference(x), len(module._modules))
+
+
+def _behind(
+    x: Tensor, module: nn.Module, found: Known[ChainReading] | None, reading: ChainReading, engine: str
+) -> tuple[Tensor, int]:
+    """What has run and its `count`, or what a head behind it gives and that of all the modules."""
+    if reading.head is None or found is None or found.snapshot is None or not bare.usable():
+        return x, reading.count
+    key = _FAMILY, "head", engine, torch.is_grad_enabled()
+    kind = kind_of_call(key, (x,), reading) if isinstance(x, Tensor) else None
+    if kind is None:
+        return x, reading.count
+    taken = found.answer(kind)
+    if taken is None:
+        call = reading.call_of_head((x,))
+        taken = _takes_head(call, engine)
+        found.keep(kind, taken, call)
+    if not taken:
+        return x, reading.count
+    rerun = None
+    if torch.is_grad_enabled():
+        rerun = Rerun(partial(_head_as_it_was, found.snapshot.past, reading.count), 1, reading.head)
+    lower = autocast_dtype(x) if torch._C._is_any_autocast_enabled() else None
+    y: Tensor = function.call(resident_head.ResidentHeadFunction, (lower, rerun), (x, *reading.head))
+    return y, len(module._modules)
+
+
+def _takes_head(call: Call, engine: str) -> bool:
+    if engine not in (AUTO, RESIDENT.name) or RESIDENT.why_not(call):
+        return False
+    return engine != AUTO or not RESIDENT.against(call)
 
 
 def _decide(x: Tensor, reading: ChainReading, module: nn.Module, engine: str) -> tuple[Engine, Chain | None]:
@@ -275,10 +357,18 @@ def _block_of(block: ResBlock) -> ResBlock:
     return ResBlock(block.branch, block.step_size, block.shortcut, block.post_activation)
 
 
+def _head_as_it_was(past: Past, first: int, stand_in: StandIn) -> nn.Module:
+    """The head as it was when it was called, behind as many modules."""
+    return nn.Sequential(*_layers_of(past.restored(stand_in))[first:])
+
+
 def _plain(restored: nn.Module, reading: ChainReading) -> nn.Module:
     """Modules without their twins' classes, and of a sequence what ran in one call."""
     for module in restored.modules():
         module.__class__ = reference_of(type(module)) or type(module)
-    # Not children(), which leaves out a layer that has come before.
-    layers = [layer for layer in restored._modules.values() if layer is not None]
-    return reference.Chain(*layers[: reading.count]) if reading.count else restored
+    return reference.Chain(*_layers_of(restored)[: reading.count]) if reading.count else restored
+
+
+def _layers_of(sequence: nn.Module) -> list[nn.Module]:
+    """The modules of a sequence; not children(), which leaves out a layer that has come before."""
+    return [layer for layer in sequence._modules.values() if layer is not None]

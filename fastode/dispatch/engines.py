@@ -15,7 +15,8 @@ class Reference(Engine):
 
 
 REFERENCE = Reference()
-ENGINES: tuple[Engine, ...] = (Resident(), FusedConvolution(), Staged(), REFERENCE)
+RESIDENT = Resident()
+ENGINES: tuple[Engine, ...] = (RESIDENT, FusedConvolution(), Staged(), REFERENCE)
 BY_NAME = {engine.name: engine for engine in ENGINES}
 AUTO = "auto"
 NAMES = (AUTO, *BY_NAME)

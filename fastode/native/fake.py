@@ -193,6 +193,21 @@ def _chain_backward(
     return _alike(x) if point else x.new_empty(0), _gradients(parameters, units, gradients)
 
 
+# ---- resident: heads
+
+
+def _head_forward(x: Tensor, weight: Tensor, bias: MaybeTensor, lowers: bool) -> tuple[Tensor, Tensor]:
+    dtype = torch.bfloat16 if lowers else x.dtype
+    return x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype), x.new_empty(x.shape[:2], dtype=dtype)
+
+
+def _head_backward(
+    x: Tensor, pooled: Tensor, cotangent: Tensor, weight: Tensor, point: bool, gradients: bool
+) -> tuple[Tensor, list[Tensor]]:
+    bars = [torch.empty_like(weight), weight.new_empty(weight.shape[:1])] if gradients else []
+    return _alike(x) if point else x.new_empty(0), bars
+
+
 # ---- resident: the skew pair and its solution
 
 
@@ -320,6 +335,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "resident_rk_backward": _rk_backward,
     "resident_chain_forward": _chain_forward,
     "resident_chain_backward": _chain_backward,
+    "resident_head_forward": _head_forward,
+    "resident_head_backward": _head_backward,
     "resident_skew_forward": _skew_forward,
     "resident_skew_backward": _skew_backward,
     "resident_march_forward": _march_forward,

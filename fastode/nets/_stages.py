@@ -126,8 +126,7 @@ def stage(
 def head(channels: int, num_classes: int, norm: str | None = None) -> nn.Sequential:
     """Mean over positions and a linear classifier, after a last norm and ReLU where `norm` is given."""
     before = [] if norm is None else norm_act(norm, channels)
-    kind = Chain if len(before) > 1 else nn.Sequential  # one layer alone is no chain
-    return kind(*before, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
+    return Chain(*before, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
 
 
 def zero_padded(channels_in: int, channels_out: int) -> nn.Sequential:

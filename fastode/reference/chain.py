@@ -15,8 +15,9 @@ class Chain(nn.Sequential):
     """An nn.Sequential that runs fused from its first layer on: a stem, a norm and activation, and what they lead into.
 
     Its beginning is one call: norms, activations and convolutions as far as they reach, and a `ResBlock` right behind
-    them, as in a pre-activation block whose shortcut begins after the first norm. What follows is called as it is.
-    x is left as it is, also by a layer that works in place.
+    them, as in a pre-activation block whose shortcut begins after the first norm. A head, which is
+    `AdaptiveAvgPool2d(1), Flatten(), Linear`, is one call, too, where the chain ends in it behind those, or is nothing
+    else. Whatever else follows is called as it is. x is left as it is, also by a layer that works in place.
 
     Args:
         *layers: as nn.Sequential takes them, or one OrderedDict of named layers.

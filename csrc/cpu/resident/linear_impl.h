@@ -1,44 +1,12 @@
 // Included by one .cpp per arithmetic type.
 #pragma once
 
-#include <utility>
-
 #include "linear.h"
+#include "rows.h"
 #include "skew_solve_impl.h"
 #include "walk.h"
 
 namespace fastode::resident {
-
-// Rows, or vectors of a row, that are gone over at a time: their sums hide the latency of an addition.
-inline constexpr int kTogether = 12;
-
-// Calls f(first, how many as a constant) for stretches of at most `most` that make up [0, count), of nearly equal
-// length.
-template <int most, class F>
-void in_stretches(int64_t count, const F& f) {
-  const int64_t stretches = divide_up(count, most);
-  for (int64_t s = 0; s < stretches; ++s) {
-    const int64_t first = s * count / stretches, end = (s + 1) * count / stretches;
-    with_few<most>(end - first, [&](auto known) { f(first, known); });
-  }
-}
-
-// Calls f(i) for i < count, written out.
-template <int count, class F>
-inline void unrolled(const F& f) {
-  [&]<int... i>(std::integer_sequence<int, i...>) { (f(i), ...); }(std::make_integer_sequence<int, count>{});
-}
-
-template <class V>
-ScalarOf<V> sum_of_lanes(V value) {
-  constexpr int count = Lane<V>::count;
-  ScalarOf<V> lanes[count];
-  store<V>(lanes, value);
-  FASTODE_UNROLL for (int half = count / 2; half > 0; half /= 2) {
-    FASTODE_UNROLL for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  }
-  return lanes[0];
-}
 
 template <class A>
 void LinearPair<A>::down(A sign, const View<A>& in, const A* base, A damping, const View<A>& state,

@@ -7,6 +7,7 @@
 
 #include "../simd.h"
 #include "arena.h"
+#include "rows.h"
 
 namespace fastode::resident {
 
@@ -92,17 +93,6 @@ inline T to_storage(A value) {
     return narrow(value);
   else
     return static_cast<T>(value);
-}
-
-// Where there are at most `most` channels: calls f with their number as a compile-time constant, and returns true. A
-// loop over so few would cost more than its body.
-template <int most, class F>
-bool with_few(int64_t channels, const F& f) {
-  if constexpr (most > 0) {
-    if (channels == most) return f(std::integral_constant<int, most>{}), true;
-    return with_few<most - 1>(channels, f);
-  }
-  return false;
 }
 
 // Sample n of a tensor as blocks of a compact map, and back; where the last block has fewer channels than a vector, the

@@ -18,7 +18,7 @@ from ..schemes.chain.chain import Chain
 from ..schemes.ode import solution
 from ..schemes.skew_pair.linear import Linear
 from ..schemes.skew_pair.pair import Pair
-from . import bfloat16, card, chain, functions, linear, pairs, rule, skew, small, solve
+from . import bfloat16, card, chain, functions, head, linear, pairs, rule, skew, small, solve
 from .field import ResidentField
 
 
@@ -45,6 +45,8 @@ class Resident(OperatorEngine):
         if isinstance(call.program, Chain):
             if call.x is not None and call.x.device.type == "cuda":
                 return "it has no programs of chains, or of blocks that change the shape, for CUDA"
+            if not call.program.units:
+                return head.refuses(call)
             return chain.refuses(call.program, call.x) or _refuses_dtypes(call.lower, call.tensors, call.x)
         if call.x is not None and call.x.device.type == "cuda":
             if call.family == ODE_SOLUTION:
@@ -68,6 +70,8 @@ class Resident(OperatorEngine):
         if isinstance(program, Linear):
             assert call.tensors[0] is not None
             return rule.slower_linear(call.family, call.tensors[0])
+        if isinstance(program, Chain) and not program.units:
+            return head.slower(call)
         if isinstance(program, Chain) and (slower := chain.slower_alone(x, program)):
             return slower
         if call.family != ODE_SOLUTION and small.is_small(call):
