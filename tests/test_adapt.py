@@ -171,7 +171,9 @@ def test_what_changes_between_calls_is_seen() -> None:
     plain = projecting()
     fused = copy.deepcopy(plain)
     fastode.fuse(fused, engine="staged")
-    x = sample_input(2, 4, 6, 6)
+    x = sample_input(
+        2, 4, 6, 5
+    )  # one odd side, or PyTorch's own convolution may end the process (pytorch-faults.md, 4)
     assert_blocks_equal(plain, fused, x)
     fused(x)
     plain.load_state_dict(fused.state_dict())
@@ -247,7 +249,7 @@ def test_parameters_given_for_one_call() -> None:
     plain = projecting().eval()
     fused = copy.deepcopy(plain)
     fastode.fuse(fused, engine="staged")
-    x = torch.randn(2, 4, 6, 6)
+    x = torch.randn(2, 4, 6, 5)
     other = {name: torch.rand_like(p).requires_grad_() for name, p in plain.named_parameters()}
     results = []
     for block in (plain, fused):

@@ -54,7 +54,8 @@ def test_networks_are_read_and_equal_themselves(name: str) -> None:
     report = fastode.fuse(fused, engine="staged", read=True)
     assert [row.meaning for row in report.rows] == [_twins[kind] for kind in meanings]
     assert all(row.engines == ("staged",) for row in report.rows) and list(fused.state_dict()) == state
-    x = sample_input(2, 3, *((32, 32) if name.startswith("resnet") else (8, 6)))
+    # Odd before each convolution of stride 2, or PyTorch's own may end the process (docs/pytorch-faults.md, 4).
+    x = sample_input(2, 3, *((36, 36) if name.startswith("resnet") else (7, 5)))
     for training in (True, False):
         assert_blocks_equal(plain.train(training), fused.train(training), x)
     with recording() as used:
