@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from fastode.native.toolchain import kernel_features
+
 from . import data
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,9 +22,15 @@ PACKAGES = ("torch", "triton", "torchdiffeq", "torchode")
 
 
 def device_name(device: torch.device) -> str:
-    """The card's or the processor's model name."""
+    """The model name of the card or the processor, and whether this one has no more than AVX2: models share names."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    features = kernel_features()
+    narrow = " (AVX2)" if "avx2" in features and "avx512f" not in features else ""
+    return _model_name() + narrow
+
+
+def _model_name() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

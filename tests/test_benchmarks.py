@@ -23,6 +23,7 @@ from benchmarks import (
     counts,
     data,
     families,
+    header,
     measure,
     memory,
     others,
@@ -470,3 +471,12 @@ def test_without_a_terminal_there_are_plain_lines_only() -> None:
     assert [line.split()[:4] for line in lines[1:3]] == [["ie", "k1", "128@4", "forward"]] * 2
     # No bar, no colour, no frame.
     assert not {"\r", "\x1b", "|", "━", "│"} & set(found.stdout.decode()) and len(lines) == 5 and not lines[-1]
+
+
+def test_two_processors_of_one_model_name_have_folders_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, found = torch.device("cpu"), set()
+    for features in (["avx2"], ["avx2", "avx512f"]):
+        monkeypatch.setattr(header, "kernel_features", lambda telling=False, features=features: features)
+        found.add(header.folder_name(cpu))
+    wide, narrow = sorted(found, key=len)
+    assert narrow == wide.replace(f"-{torch.get_num_threads()}-threads", f"-avx2-{torch.get_num_threads()}-threads")
