@@ -64,6 +64,7 @@ LOST = 0.75  # below this ratio resident has lost clearly, and the group's large
 SLOWER = 8.0  # how much more it counts that a choice is slower than that another would be faster
 NOISE = -math.log(0.95)  # what five rounds do not tell from 1
 LEAST = 0.93  # a line leaves every point of which a mode's ratio is below it
+SMALL_GAIN = 0.1  # what small maps of more channels have to gain together, for a bound of their own
 UNFIT = 10.0  # the loss of such a point: more than a line gains
 
 # Of each mode, the median ratio of the other's time to resident's with the 20th and 80th percentiles.
@@ -191,8 +192,8 @@ def draw(points: Mapping[str, Point], threads: int, itemsize: int) -> Line:
 
     A point's regret is what the wrong choice costs: outside the line the gain given up, inside its `loss`. The line
     with the least sum over the full batches wins; among equals (to a hundredth) the one with fewer bounds, then the
-    wider one. Smaller batches have bounds of their own, drawn likewise. Where resident never lost, the largest shape
-    measured is the bound.
+    wider one. Small maps of more channels are taken beside it where that gains clearly. Smaller batches have bounds of
+    their own, drawn likewise. Where resident never lost, the largest shape measured is the bound.
     """
     full = {text: p for text, p in points.items() if read_name(text)[2] > threads} or dict(points)
     if not any(gain(p) > 0 for p in full.values()):
@@ -207,15 +208,29 @@ def draw(points: Mapping[str, Point], threads: int, itemsize: int) -> Line:
         return round(_regret(full, line, threads, itemsize), 2), bounds, -width
 
     tried = itertools.product(channels, sizes, [None, *pixels[1:]], [None, *channels[1:]])
-    line = min((Line(*each) for each in tried), key=key)
-    line = replace(line, few=tuple(_draw_few(points, line, threads, itemsize)))
+    line = _with_small_maps(min((Line(*each) for each in tried), key=key), full, threads, itemsize)
+    line = replace(line, few=_draw_few(points, line, threads, itemsize))
     return replace(line, why=_why(points, line, threads, itemsize))
 
 
-def _draw_few(points: Mapping[str, Point], line: Line, threads: int, itemsize: int) -> Iterator[Few]:
+def _with_small_maps(line: Line, points: Mapping[str, Point], threads: int, itemsize: int) -> Line:
+    """The line, and what is beyond it of more channels and smaller maps, where that gains clearly."""
+    channels, sizes = _channels_and_sizes(points, itemsize)
+
+    def regret(line: Line) -> float:
+        return round(_regret(points, line, threads, itemsize), 2)
+
+    wider = itertools.product([each for each in channels if each > (line.most_channels or 0)], sizes)
+    tried = [replace(line, small_channels=c, small_kb=kb) for c, kb in wider]
+    found = min([line, *tried], key=regret)
+    return found if regret(found) < regret(line) - SMALL_GAIN else line
+
+
+def _draw_few(points: Mapping[str, Point], line: Line, threads: int, itemsize: int) -> tuple[Few, ...]:
     """The bounds of batches of at most a sample for each thread, the smaller first; none where they are the line's."""
     small = {text: p for text, p in points.items() if read_name(text)[2] <= threads}
     each = sorted({read_name(text)[2] / threads for text in small})
+    drawn: list[Few] = []
     for own, below in zip(each, [*each[1:], *(2.0 * last for last in each[-1:])], strict=True):
         here = {text: p for text, p in small.items() if read_name(text)[2] / threads == own}
         channels, sizes = _channels_and_sizes(here, itemsize)
@@ -225,9 +240,11 @@ def _draw_few(points: Mapping[str, Point], line: Line, threads: int, itemsize: i
             regret = _regret(here, replace(line, few=(few,)), threads, itemsize)
             return round(regret, 2), -few.most_channels * (few.most_kb or 0)
 
-        found = min(tried, key=key)
-        if line != Line(found.most_channels, found.most_kb):
-            yield found
+        drawn.append(min(tried, key=key))
+    # The last ones that are the line's are left to it; the others cannot be, as what is below them is read first.
+    while drawn and line == Line(drawn[-1].most_channels, drawn[-1].most_kb):
+        drawn.pop()
+    return tuple(drawn)
 
 
 def _channels_and_sizes(points: Mapping[str, Point], itemsize: int) -> tuple[list[int], list[int]]:

@@ -53,6 +53,18 @@ def test_the_bounds_are_those_between_faster_and_slower(faster: Callable[[int, i
     assert drawn.few == () and drawn.most_kb in (line.most_kb, None)
 
 
+def test_small_maps_of_more_channels_are_taken_beside_large_ones_of_few() -> None:
+    def faster(c: int, s: int) -> bool:
+        return c <= 16 or c * s * s * 4 <= 4096
+
+    drawn = choose.draw(grid(lambda c, s: 2.0 if faster(c, s) else 0.5), THREADS, 4)
+    assert (drawn.most_channels, drawn.most_kb, drawn.small_channels, drawn.small_kb) == (16, 1024, 64, 4)
+    for text in grid(lambda c, s: 1.0):
+        assert choose._inside(text, drawn, THREADS, 4) == faster(*choose.read_name(text)[:2]), text
+    # Not for less than it is worth to say.
+    assert choose.draw(grid(lambda c, s: 1.02 if faster(c, s) else 0.5), THREADS, 4).small_channels is None
+
+
 def test_a_point_that_is_slower_by_little_is_given_up_for_many_that_are_faster() -> None:
     given = grid(lambda c, s: 2.0) | points({(16, 8, FULL): 0.9})
     assert choose.draw(given, THREADS, 4).most_channels == 256
@@ -96,6 +108,14 @@ def test_small_batches_whose_bounds_are_the_others_have_none_of_their_own() -> N
     assert drawn.few == () and drawn.describe() == (
         "at most 256 channels, at most 1024 KB for a feature map of one sample"
     )
+
+
+def test_the_smallest_batches_keep_the_bounds_of_the_others_where_those_between_have_their_own() -> None:
+    shapes = ((64, 64), (256, 4), (256, 8))
+    few = points({(c, s, n): 0.5 if c == 256 and n == 1 else 2.0 for c, s in shapes for n in (1, 2)})
+    drawn = choose.draw(grid(lambda c, s: 2.0 if c <= 64 else 0.5) | few, THREADS, 4)
+    assert drawn == Line(64, 1024, few=(Few(1.0, 64, 1024), Few(2.0, 256, 1024)), why=drawn.why)
+    assert drawn.beyond(256, 64, 4, 1, THREADS) and not drawn.beyond(256, 64, 4, 2, THREADS)
 
 
 def test_small_batches_may_be_bounded_by_channels() -> None:

@@ -230,6 +230,7 @@ def test_which_chains_it_refuses_and_auto_leaves_under_autocast(monkeypatch: pyt
     assert wide == f"on bfloat16 maps with more than 160 channels {slow}"
     with torch.autocast("cpu", BF16):
         monkeypatch.setattr(rule, "_products", False)
+        monkeypatch.setattr(rule, "_has_wide_registers", True)
         assert border(16, 32).against(ENGINE, maps(16)) == (
             "on bfloat16 maps it was measured on CPUs that multiply them, and not on this kind"
         )

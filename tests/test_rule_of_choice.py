@@ -16,8 +16,8 @@ from trial_bench import traced
 import fastode
 from fastode import reference
 from fastode.dispatch import choice, known
+from fastode.ops.resident import bfloat16, pairs, small
 from fastode.ops.resident import rule as measured
-from fastode.ops.resident import small
 from fastode.ops.resident.rule import Few, Line, Rule
 from fastode.testing import compare_tensors, sample_input
 
@@ -241,6 +241,18 @@ def test_the_widest_map_of_the_branch_counts(monkeypatch: pytest.MonkeyPatch) ->
     assert fastode.nn.SSP2(branch).against("resident", torch.zeros(2, 4, 3, 3)).startswith("with more than 8 channels")
 
 
+def test_small_maps_of_more_channels_may_have_bounds_of_their_own() -> None:
+    line = Line(most_channels=64, most_kb=256, small_channels=256, small_kb=16, few=(Few(1.0, 8, 8),))
+    assert line.describe() == (
+        "at most 64 channels, at most 256 KB for a feature map of one sample, or at most 256 channels and 16 KB, "
+        "with fewer than 1 samples for each thread at most 8 channels and 8 KB"
+    )
+    told = {at: line.beyond(*at, 4, 8, 2) for at in ((64, 1024), (256, 16), (65, 64), (257, 1))}
+    assert told == {(64, 1024): "", (256, 16): "", (65, 64): "with more than 64 channels", (257, 1): told[65, 64]}
+    assert line.beyond(256, 16, 4, 1, 2) == "with fewer than 1 samples for each thread and more than 8 channels"
+    assert measured.from_json(json.loads(json.dumps(measured.as_json({"a": line})))) == {"a": line}
+
+
 @pytest.mark.parametrize(("channels", "size"), [(160, 32), (256, 16), (512, 4), (640, 8)])
 def test_only_the_rule_keeps_resident_from_wide_blocks(
     monkeypatch: pytest.MonkeyPatch, channels: int, size: int
@@ -256,6 +268,43 @@ def test_only_the_rule_keeps_resident_from_wide_blocks(
                 measured, "_rule", Rule({f"shu_osher {n} float32": Line() for n in measured.NORMS}, "a test", True)
             )
             assert used(block, x) == "resident"
+
+
+def test_where_pytorch_has_no_products_of_bfloat16_such_maps_have_the_lines_of_the_rule(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bounds = {"chain": 64, "ie": 48, "shu_osher": 40, "skew_pair": 32}
+    lines = {f"{family} sample bfloat16": Line(most_channels=most) for family, most in bounds.items()}
+    own = Rule(lines | {"ie sample float32": Line(most_channels=24)}, "a test", True)
+    for name in ("_tiles", "_products", "_has_wide_registers"):
+        monkeypatch.setattr(measured, name, False)
+    monkeypatch.setattr(measured, "_rule", own)
+    bf16 = torch.bfloat16
+
+    def block(family: str, channels: int) -> Any:
+        if family == "chain":
+            return fastode.nn.ResBlock(
+                nn.Conv2d(channels, channels, 3, 2, 1), shortcut=nn.Conv2d(channels, channels, 1, 2)
+            )
+        if family == "skew_pair":
+            return fastode.nn.SkewPair(channels, channels)
+        kind = fastode.nn.IESkip if family == "ie" else fastode.nn.SSP3
+        return kind(reference.PreActBranch(channels, norm="layer"))
+
+    def told(family: str, channels: int, weights: torch.dtype, maps: torch.dtype) -> str:
+        x = torch.zeros(4, channels, 8, 8, dtype=maps)
+        with torch.autocast("cpu", bf16, enabled=weights != maps or maps == torch.float32):
+            return block(family, channels).to(weights).against("resident", *[x] * (1 + (family == "skew_pair")))
+
+    for family, most in bounds.items():
+        for weights in (bf16, torch.float32):
+            assert told(family, most, weights, bf16) == ""
+            assert told(family, most + 8, weights, bf16).startswith(f"with more than {most} channels it was measured")
+    # This engine multiplies float32 maps in float32, whatever autocast would have.
+    assert told("ie", 24, torch.float32, torch.float32) == ""
+    assert told("ie", 32, torch.float32, torch.float32).startswith("with more than 24 channels it was measured")
+    for name, found in (("bfloat16", bfloat16.in_words()), ("pairs", pairs.in_words())):
+        assert found == [], name
 
 
 def test_a_bound_on_the_batch_can_be_traced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,6 +74,8 @@ UNEVEN_SCHEME = (96, 150_000_000)
 
 def in_words() -> list[tuple[str, str]]:
     """The bounds in force, by what they are of."""
+    if rule.multiplies_widened():
+        return []  # all are the rule's lines
     least, chain = TILED_CHAIN if rule.on_tiles() else PAIRED_CHAIN
     rows = [
         ("one-step blocks, autocast", BFLOAT16_MAPS.describe()),
@@ -207,6 +209,8 @@ def slower_chain(x: torch.Tensor, chain: OneEvaluation, *, casts: bool = False) 
         chain: what is known of it.
         casts: whether plain PyTorch casts the weights at every call, as under autocast.
     """
+    if rule.multiplies_widened():
+        return rule.slower("chain", chain.coupled, x, chain.widest, chain.pixels, " than plain PyTorch")
     if not rule.on_tiles() and not rule.multiplies_pairs():
         return "on bfloat16 maps it was measured on CPUs that multiply them, and not on this kind"
     least, line = TILED_CHAIN if rule.on_tiles() else PAIRED_CHAIN

@@ -85,7 +85,8 @@ class Resident(OperatorEngine):
                 convs = [(unit.conv, x.shape[2], x.shape[3]) for unit in program.units if unit.conv is not None]
                 if bfloat16.is_filtered_whole(x, convs):
                     return ""
-            if program.lower is not None and call.family in bfloat16.FLOAT32_MAPS and x.dtype != torch.float64:
+            by_hand = program.lower is not None and x.dtype != torch.float64 and not rule.multiplies_widened()
+            if by_hand and call.family in bfloat16.FLOAT32_MAPS:
                 slower = bfloat16.slower(call.family, x, widest)
                 if slower or x.dtype == torch.float32:
                     return slower

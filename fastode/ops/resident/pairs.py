@@ -49,6 +49,8 @@ def slower(call: Call, pair: Pair) -> str | None:
     assert weight is not None
     if rule.on_tiles() and call.inputs[0].dtype == torch.float32:
         return f"{bfloat16.IN_FLOAT32}it is expected to be slower than plain PyTorch"
+    if rule.multiplies_widened():
+        return None
     if not rule.multiplies_pairs():
         beyond = _elsewhere(call, weight) if alone and pair.lower is not None else None
     elif max(weight.shape[:2]) > MOST_CHANNELS:
@@ -65,6 +67,8 @@ def slower(call: Call, pair: Pair) -> str | None:
 
 def in_words() -> list[tuple[str, str]]:
     """The bounds in force, by what they are of."""
+    if rule.multiplies_widened():
+        return []
     if not rule.multiplies_pairs():
         fewest, line = ELSEWHERE
         return [("skew_pair, autocast", f"{fewest} channels at least, on both sides, and {line.describe()}")]

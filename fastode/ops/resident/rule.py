@@ -76,6 +76,8 @@ class Line:
     least_channels: int | None = None  # of the branch's widest map
     few: tuple[Few, ...] = ()  # the fewest first: a call takes the first that it is of
     why: str = ""
+    small_channels: int | None = None  # of that map where it is no larger than `small_kb`, whatever the bounds above
+    small_kb: int | None = None
 
     def beyond(self, channels: int, pixels: int, itemsize: int, batch: int | None, threads: int) -> str:
         """Which bound a call is beyond, as the start of a sentence; empty where it is within all of them.
@@ -87,6 +89,8 @@ class Line:
             for few in self.few:
                 if batch < few.below * threads:
                     return few.beyond(channels, size)
+        if self.small_channels is not None and not _over(channels, size, self.small_channels, self.small_kb):
+            return ""
         over = _over(channels, size, self.most_channels, self.most_kb)
         if over:
             return f"with {over}"
@@ -105,6 +109,8 @@ class Line:
             "at least {} channels": self.least_channels,
         }
         own = [text.format(value) for text, value in bounds.items() if value is not None]
+        if self.small_channels is not None:
+            own.append(f"or at most {self.small_channels} channels and {self.small_kb} KB")
         return ", ".join([*own, *[few.describe() for few in self.few]]) or "always"
 
 
@@ -310,6 +316,11 @@ def on_tiles() -> bool:
 def multiplies_pairs() -> bool:
     """Whether bfloat16 is multiplied by AVX-512's dot products, and not on AMX tiles."""
     return _products and not _tiles
+
+
+def multiplies_widened() -> bool:
+    """Whether PyTorch has but slow convolutions in bfloat16 for this CPU, and the rule has lines for such maps."""
+    return not _has_wide_registers and not _tiles and not _products and "chain sample bfloat16" in _rule.lines
 
 
 def is_large_contiguous(x: torch.Tensor, entries: int) -> bool:
