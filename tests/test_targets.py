@@ -101,7 +101,7 @@ def test_means_are_geometric_and_asked_of_the_mean_ceiling() -> None:
 
 
 def test_the_files_agree_with_the_records() -> None:
-    folders = {path.parent for path in RESULTS.glob("*/cpu-*.json")}
+    folders = {path.parent for each in ("cpu-*", "networks-*") for path in RESULTS.glob(f"*/{each}.json")}
     assert {path.parent for path in RESULTS.glob("*/targets.md")} == folders
     for folder in folders:
         text = (folder / "targets.md").read_text()

@@ -57,7 +57,9 @@ def test_every_layout_gives_the_same_bits(
     twin = copy.deepcopy(plain)
     fastode.fuse(twin)
     twin.engine = "resident"
-    x = sample_input(2, channels[0], *size, dtype=dtype)
+    # One odd side, or PyTorch's own convolution of few channels may end the process (docs/pytorch-faults.md, 4).
+    height, width = (size[0], size[1] - 1 + size[1] % 2) if kernel == 1 else size
+    x = sample_input(2, channels[0], height, width, dtype=dtype)
     assert_blocks_equal(plain, twin, x)
     expected = results(twin, x)
     for name, layout in LAYOUTS.items():

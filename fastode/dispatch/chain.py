@@ -22,11 +22,10 @@ from ..ops import function
 from ..ops.engine import Call, Engine, autocast_dtype
 from ..ops.plan import MaybeTensor, Plan
 from ..ops.rerun import Rerun, StandIn
-from ..ops.resident import head as resident_head
 from ..ops.schemes.chain.chain import Chain
 from ..reference import ResBlock
 from . import bare, choice
-from .engines import AUTO, NAMES, REFERENCE, RESIDENT
+from .engines import AUTO, BY_NAME, ENGINES, NAMES, REFERENCE
 from .known import Known, kind_of_call, known
 from .one_step import undone_on_error
 from .registry import reference_of
@@ -218,43 +217,54 @@ def _run_head_alone(
     engine: str,
     owner: nn.Module | None,
 ) -> tuple[Tensor, int]:
-    """A sequence that is nothing but a head, which runs as plain PyTorch where its one call does not take x."""
+    """A sequence that is nothing but a head, which runs as plain PyTorch where no engine takes it as one call."""
     checks.engine(engine, NAMES)
     checks.tensor("x", x)
-    y, count = _behind(x, module, found, found.reading, engine)
-    choice.note(owner, RESIDENT if count else REFERENCE)
-    return (y, count) if count else (run_reference(x), len(module._modules))
+    chosen = _engine_of_head(x, found, engine)
+    choice.note(owner, chosen)
+    if chosen is REFERENCE:
+        return run_reference(x), len(module._modules)
+    return _run_head(x, chosen, found), len(module._modules)
 
 
 def _behind(
     x: Tensor, module: nn.Module, found: Known[ChainReading] | None, reading: ChainReading, engine: str
 ) -> tuple[Tensor, int]:
     """What has run and its `count`, or what a head behind it gives and that of all the modules."""
-    if reading.head is None or found is None or found.snapshot is None or not bare.usable():
+    if reading.head is None or found is None:
         return x, reading.count
-    key = _FAMILY, "head", engine, torch.is_grad_enabled()
-    kind = kind_of_call(key, (x,), reading) if isinstance(x, Tensor) else None
+    chosen = _engine_of_head(x, found, engine)
+    if chosen is REFERENCE:
+        return x, reading.count
+    return _run_head(x, chosen, found), len(module._modules)
+
+
+def _engine_of_head(x: Tensor, found: Known[ChainReading], name: str) -> Engine:
+    """The engine that takes the head behind x as one call, the reference if none does."""
+    if found.snapshot is None or not bare.usable():
+        return REFERENCE
+    kind = kind_of_call((_FAMILY, "head", name, torch.is_grad_enabled()), (x,), found.reading)
     if kind is None:
-        return x, reading.count
-    taken = found.answer(kind)
-    if taken is None:
-        call = reading.call_of_head((x,))
-        taken = _takes_head(call, engine)
-        found.keep(kind, taken, call)
-    if not taken:
-        return x, reading.count
+        return REFERENCE
+    chosen: Engine | None = found.answer(kind)
+    if chosen is None:
+        call = found.reading.call_of_head((x,))
+        engines = ENGINES if name == AUTO else (BY_NAME[name],)
+        able = [each for each in engines if each.head is not None and not each.why_not(call)]
+        chosen = next((each for each in able if name != AUTO or not each.against(call)), REFERENCE)
+        found.keep(kind, chosen, call)
+    return chosen
+
+
+def _run_head(x: Tensor, chosen: Engine, found: Known[ChainReading]) -> Tensor:
+    reading, snapshot = found.reading, found.snapshot
+    assert chosen.head is not None and reading.head is not None and snapshot is not None
     rerun = None
     if torch.is_grad_enabled():
-        rerun = Rerun(partial(_head_as_it_was, found.snapshot.past, reading.count), 1, reading.head)
+        rerun = Rerun(partial(_head_as_it_was, snapshot.past, reading.count), 1, reading.head)
     lower = autocast_dtype(x) if torch._C._is_any_autocast_enabled() else None
-    y: Tensor = function.call(resident_head.ResidentHeadFunction, (lower, rerun), (x, *reading.head))
-    return y, len(module._modules)
-
-
-def _takes_head(call: Call, engine: str) -> bool:
-    if engine not in (AUTO, RESIDENT.name) or RESIDENT.why_not(call):
-        return False
-    return engine != AUTO or not RESIDENT.against(call)
+    y: Tensor = function.call(chosen.head, (lower, rerun), (x, *reading.head))
+    return y
 
 
 def _decide(x: Tensor, reading: ChainReading, module: nn.Module, engine: str) -> tuple[Engine, Chain | None]:

@@ -15,8 +15,7 @@ class Reference(Engine):
 
 
 REFERENCE = Reference()
-RESIDENT = Resident()
-ENGINES: tuple[Engine, ...] = (RESIDENT, FusedConvolution(), Staged(), REFERENCE)
+ENGINES: tuple[Engine, ...] = (Resident(), FusedConvolution(), Staged(), REFERENCE)
 BY_NAME = {engine.name: engine for engine in ENGINES}
 AUTO = "auto"
 NAMES = (AUTO, *BY_NAME)

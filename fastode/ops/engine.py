@@ -142,6 +142,7 @@ class Engine:
     name: str
     devices: tuple[str, ...] = ()
     solution_from_x = False  # whether the solutions take x itself instead of what x gives
+    head: type[Function] | None = None  # of a network, as (the dtype to which autocast lowers, Rerun, x, weight, bias)
     # Whether skew_adaptive asks no Python between steps: traced, of each sample alone, and by the exact gradient, too.
     steps_inside = False
 

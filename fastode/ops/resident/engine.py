@@ -30,6 +30,7 @@ class Resident(OperatorEngine):
     ie_skip = functions.ResidentIESkipFunction
     shu_osher = functions.ResidentShuOsherFunction
     chain = chain.ResidentChainFunction
+    head = head.ResidentHeadFunction
     skew_pair = skew.ResidentSkewFunction
     skew_solution = skew.ResidentMarchFunction
     skew_adaptive = solve.ResidentSolveFunction
