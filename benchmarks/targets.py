@@ -213,12 +213,12 @@ def _verdict(line: Line) -> str:
 
 
 def means_table(found: Sequence[Line]) -> list[str]:
-    """The geometric means as lines of a markdown table."""
+    """The geometric means as lines of a markdown table, none where there are none, as of whole networks."""
     cells = []
     for mean in means(found):
         first = (mean.family, MODES[mean.mode], mean.against, mean.shape)
         cells.append((*first, _number(mean.asked), _number(mean.reached), _number(mean.ceiling), _verdict(mean)))
-    return markdown_table(MEANS, cells, left=3, last="---")
+    return markdown_table(MEANS, cells, left=3, last="---") if cells else []
 
 
 def lines_table(found: Iterable[Line]) -> list[str]:

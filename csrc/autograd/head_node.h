@@ -1,7 +1,5 @@
 // The node of a network's head: fastode/ops/resident/head.py in C++.
 #pragma once
-#include <ATen/ops/contiguous.h>
-
 #include "block_node.h"
 
 namespace fastode {

@@ -86,8 +86,8 @@ bool add_all(Given& given, PyObject* sequence) {
   return true;
 }
 
-// The constants and the tensors of every call around a branch or of a chain. The last constant is None where there can
-// be no graph. False from `read` where they are not for the nodes.
+// The constants and the tensors of every call around a branch, of a chain or of a head. The last constant is None where
+// there can be no graph. False from `read` where they are not for the nodes.
 struct BlockArguments {
   PyObject* constants;
   Given given;

@@ -17,11 +17,6 @@ using Tensors = std::vector<Tensor>;
 
 constexpr int64_t kGrain = 1 << 15;  // numbers read, or multiplied, that are worth a thread
 
-template <class T>
-T* pointer(const Tensor& tensor) {
-  return static_cast<T*>(tensor.data_ptr());
-}
-
 // Every number as it is once it has been stored as P.
 template <class P, class A>
 A through(A value) {
@@ -44,8 +39,7 @@ Tensor padded_rows(const Tensor& matrix) {
   const int64_t rows = is_vector ? 1 : matrix.size(0), count = matrix.size(is_vector ? 0 : 1);
   const int64_t down = is_vector ? 0 : matrix.stride(0), across = matrix.stride(is_vector ? 0 : 1);
   const int64_t row = padded(count, kLanes<A>);
-  const Tensor made =
-      new_vector(rows * row, matrix.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float, true);
+  const Tensor made = new_vector(rows * row, scalar_type<A>(), true);
   A* to = pointer<A>(made);
   with_storage(matrix.scalar_type(), [&]<class W>(W) {
     const W* from = pointer<W>(matrix);
@@ -164,9 +158,8 @@ Tensors pull_parameters(const Tensor& cotangent, const Tensor& pooled, const Ten
   const int64_t samples = pooled.size(0), channels = pooled.size(1), classes = cotangent.size(1);
   const int64_t row = padded(channels, lanes);
   const Tensor means = padded_rows<P, A>(pooled);
-  const Tensor bars = padded_rows<P, A>(cotangent);
-  const int64_t width = padded(classes, lanes);
-  const A *m = pointer<A>(means), *g = pointer<A>(bars);
+  const A* m = pointer<A>(means);
+  const P* g = pointer<P>(cotangent);
   const Tensor weight_bar = new_contiguous(weight.scalar_type(), weight.sizes());
   const Tensor bias_bar = new_contiguous(weight.scalar_type(), weight.sizes().slice(0, 1));
   with_storage(weight.scalar_type(), [&]<class W>(W) {
@@ -176,8 +169,10 @@ Tensors pull_parameters(const Tensor& cotangent, const Tensor& pooled, const Ten
           in_stretches<kTogether>(end - begin, [&](int64_t first, auto count) {
             const int64_t at = (begin + first) * lanes;
             V sums[count()] = {};
-            for (int64_t n = 0; n < samples; ++n)
-              unrolled<count()>([&](int v) { sums[v] += load<V>(m + n * row + at + v * lanes) * g[n * width + k]; });
+            for (int64_t n = 0; n < samples; ++n) {
+              const A bar = to_accumulator<A>(g[n * classes + k]);
+              unrolled<count()>([&](int v) { sums[v] += load<V>(m + n * row + at + v * lanes) * bar; });
+            }
             W* to = pointer<W>(weight_bar) + k * channels;
             for (int64_t c = at; c < std::min(channels, at + count() * lanes); ++c)
               to[c] = to_storage<W>(sums[(c - at) / lanes][(c - at) % lanes]);
@@ -185,7 +180,7 @@ Tensors pull_parameters(const Tensor& cotangent, const Tensor& pooled, const Ten
       });
       for (int64_t k = 0; k < classes; ++k) {
         A sum = 0;
-        for (int64_t n = 0; n < samples; ++n) sum += g[n * width + k];
+        for (int64_t n = 0; n < samples; ++n) sum += to_accumulator<A>(g[n * classes + k]);
         pointer<W>(bias_bar)[k] = to_storage<W>(sum);
       }
     }

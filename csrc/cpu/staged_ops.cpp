@@ -44,12 +44,7 @@ Tensor statistics(const Tensor& x, int64_t norm, int64_t groups) {
 }
 
 template <class A>
-A* pointer(const Tensor& t) {
-  return static_cast<A*>(t.data_ptr());
-}
-
-template <class A>
-const A* pointer(const MaybeTensor& t) {
+const A* pointer_or_null(const MaybeTensor& t) {
   return t ? static_cast<const A*>(t->data_ptr()) : nullptr;
 }
 
@@ -92,8 +87,8 @@ NormAct<A> norm_act_of(const Tensor& x, const MaybeTensor& weight, const MaybeTe
           static_cast<A>(eps),
           act,
           {static_cast<A>(p), static_cast<A>(q)},
-          pointer<A>(weight),
-          pointer<A>(bias)};
+          pointer_or_null<A>(weight),
+          pointer_or_null<A>(bias)};
 }
 
 Tensor combine(Tensors terms, Tensor coefs, int64_t act, double p, double q) {

@@ -7,6 +7,11 @@
 
 namespace fastode {
 
+template <class T>
+T* pointer(const torch::stable::Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+
 // Calls f with a value of the storage type; dtypes that Python lets through are these three.
 template <class F>
 void with_storage(torch::headeronly::ScalarType type, const F& f) {

@@ -35,11 +35,6 @@ void with_data(const Tensor& tensor, const F& f) {
     f(static_cast<bfloat16*>(tensor.data_ptr()));
 }
 
-template <class A>
-constexpr ScalarType scalar_type() {
-  return std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
-}
-
 // Whether convolutions of maps like x multiply in bfloat16, as PyTorch's do for such tensors.
 inline bool lowers(const Tensor& x) { return x.scalar_type() == ScalarType::BFloat16 && has_tiles(); }
 

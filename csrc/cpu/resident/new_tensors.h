@@ -16,6 +16,11 @@ namespace fastode::resident {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+template <class A>
+constexpr ScalarType scalar_type() {
+  return std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
+}
+
 inline Tensor fresh(const Tensor& made) {
   fill_fresh(made.data_ptr(), made.numel() * static_cast<int64_t>(made.element_size()));
   return made;
