@@ -12,11 +12,12 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
+import functools
 import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -70,6 +71,7 @@ UNFIT = 10.0  # the loss of such a point: more than a line gains
 # Of each mode, the median ratio of the other's time to resident's with the 20th and 80th percentiles.
 Point = dict[str, list[float]]
 Points = dict[str, dict[str, Point]]
+Price = tuple[str, float, float]  # a point's name, and what it costs within the bounds and beyond them
 
 
 def _halving(channels: int, between: list[nn.Module], behind: list[nn.Module], kernel: int) -> nn.Module:
@@ -106,6 +108,7 @@ def name(channels: int, size: int, batch: int) -> str:
     return f"{channels}@{size} batch {batch}"
 
 
+@functools.cache
 def read_name(text: str) -> tuple[int, int, int]:
     """Channels, size and batch of a point's name.
 
@@ -200,12 +203,13 @@ def draw(points: Mapping[str, Point], threads: int, itemsize: int) -> Line:
         return replace(rule.NEVER, why=_why(points, rule.NEVER, threads, itemsize))
     channels, sizes = _channels_and_sizes(full, itemsize)
     pixels = sorted({read_name(text)[1] ** 2 for text in full})
+    priced = _priced(full)
 
     def key(line: Line) -> tuple[float, int, float]:
         c, kb, px, least = line.most_channels or 0, line.most_kb or 0, line.least_pixels, line.least_channels
         bounds = (c < channels[-1]) + (kb < sizes[-1]) + (px is not None) + (least is not None)
         width = math.log(c * kb) - math.log(px or 1) - math.log(least or 1)
-        return round(_regret(full, line, threads, itemsize), 2), bounds, -width
+        return round(_regret(priced, line, threads, itemsize), 2), bounds, -width
 
     tried = itertools.product(channels, sizes, [None, *pixels[1:]], [None, *channels[1:]])
     line = _with_small_maps(min((Line(*each) for each in tried), key=key), full, threads, itemsize)
@@ -216,9 +220,10 @@ def draw(points: Mapping[str, Point], threads: int, itemsize: int) -> Line:
 def _with_small_maps(line: Line, points: Mapping[str, Point], threads: int, itemsize: int) -> Line:
     """The line, and what is beyond it of more channels and smaller maps, where that gains clearly."""
     channels, sizes = _channels_and_sizes(points, itemsize)
+    priced = _priced(points)
 
     def regret(line: Line) -> float:
-        return round(_regret(points, line, threads, itemsize), 2)
+        return round(_regret(priced, line, threads, itemsize), 2)
 
     wider = itertools.product([each for each in channels if each > (line.most_channels or 0)], sizes)
     tried = [replace(line, small_channels=c, small_kb=kb) for c, kb in wider]
@@ -234,10 +239,11 @@ def _draw_few(points: Mapping[str, Point], line: Line, threads: int, itemsize: i
     for own, below in zip(each, [*each[1:], *(2.0 * last for last in each[-1:])], strict=True):
         here = {text: p for text, p in small.items() if read_name(text)[2] / threads == own}
         channels, sizes = _channels_and_sizes(here, itemsize)
+        priced = _priced(here)
         tried = [Few(below, 0), *(Few(below, *most) for most in itertools.product(channels, sizes))]
 
-        def key(few: Few, here: Mapping[str, Point] = here) -> tuple[float, int]:
-            regret = _regret(here, replace(line, few=(few,)), threads, itemsize)
+        def key(few: Few, priced: list[Price] = priced) -> tuple[float, int]:
+            regret = _regret(priced, replace(line, few=(few,)), threads, itemsize)
             return round(regret, 2), -few.most_channels * (few.most_kb or 0)
 
         drawn.append(min(tried, key=key))
@@ -262,11 +268,12 @@ def _inside(text: str, line: Line, threads: int, itemsize: int) -> bool:
     return not line.beyond(channels, size * size, itemsize, batch, threads)
 
 
-def _regret(points: Mapping[str, Point], line: Line, threads: int, itemsize: int) -> float:
-    return sum(
-        loss(point) if _inside(text, line, threads, itemsize) else max(0.0, gain(point))
-        for text, point in points.items()
-    )
+def _priced(points: Mapping[str, Point]) -> list[Price]:
+    return [(text, loss(point), max(0.0, gain(point))) for text, point in points.items()]
+
+
+def _regret(priced: Iterable[Price], line: Line, threads: int, itemsize: int) -> float:
+    return sum(taken if _inside(text, line, threads, itemsize) else left for text, taken, left in priced)
 
 
 def _why(points: Mapping[str, Point], line: Line, threads: int, itemsize: int) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import triton.language as tl
+import triton.language.core as core
 import triton.runtime.interpreter as interpreter
 
 from fastode.native import cuda, operators
@@ -23,6 +24,7 @@ _patch_tensor = interpreter._patch_lang_tensor
 _cast = interpreter.InterpreterBuilder.cast_impl
 _call = interpreter.InterpretedFunction.__call__
 _np_dtype = interpreter._get_np_dtype
+_type_of_values = core._type_for_tuple_values
 _np_dtypes: dict[str, np.dtype[Any]] = {}
 _patched: set[str] = set()
 
@@ -58,6 +60,19 @@ def _get_np_dtype(kind: Any) -> Any:
     return _np_dtypes[scalar.name]
 
 
+class _TupleType(core.tuple_type):  # type: ignore[misc]
+    """The type of some values, found out when it is asked for."""
+
+    def __init__(self, values: Any, fields: Any = None) -> None:
+        self.of = list(values), fields
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "of":
+            raise AttributeError(name)
+        vars(self).update(vars(_type_of_values(*self.of)))
+        return vars(self)[name]
+
+
 def use_operators() -> None:
     """Make Triton's operators those of CPU tensors, defined as on a machine that cannot build the C++ library."""
     if operators._state.path != SOURCE:
@@ -70,5 +85,6 @@ interpreter._patch_lang_tensor = _patch_lang_tensor
 interpreter.InterpreterBuilder.cast_impl = _cast_impl
 interpreter.InterpretedFunction.__call__ = _call_device_function
 interpreter._get_np_dtype = _get_np_dtype
+core._type_for_tuple_values = _TupleType
 _builder = interpreter.interpreter_builder
 _builder.options = replace(_builder.options, sanitize_overflow=False)

@@ -40,7 +40,7 @@ void convolve(const Plane<A>& plane, const ConvShape& shape, const A* packed, co
 
 // Input channels of a gradient tile.
 template <class A>
-inline constexpr int kInputs = kLanes<A> < kTile / 2 ? kLanes<A> : kTile / 2;
+inline constexpr int kInputs = std::min(kLanes<A>, kRegisters / 4);
 
 inline constexpr int64_t kPairs = 16;  // pairs handled while a gradient tile stays in registers
 

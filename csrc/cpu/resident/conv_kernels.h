@@ -1,5 +1,6 @@
-// The micro-kernels. A tile of rows x pixels x output vectors stays in registers and inputs are broadcast; the taps of
-// one tap set share each broadcast, so a 3x3 convolution loads an input once per kernel row.
+// The micro-kernels. A tile of rows x pixels x output vectors stays in registers and inputs are broadcast. Where the
+// weights of a tap set fit beside it, its taps share each broadcast, so a 3x3 convolution loads an input once per
+// kernel row.
 #pragma once
 
 #include <utility>
@@ -9,10 +10,28 @@
 namespace fastode::resident {
 
 #if defined(__AVX512F__) || defined(__aarch64__)
-inline constexpr int kTile = 16;  // accumulators of a tile; the other half of the registers holds weights and inputs
+inline constexpr int kRegisters = 32;
 #else
-inline constexpr int kTile = 8;
+inline constexpr int kRegisters = 16;
 #endif
+// Pixels of a tile of so many output vectors. Half the registers hold sums; of sixteen, twelve where that leaves enough
+// for weights: with fewer than ten, two units of multiply-adds that take five cycles wait for the last sums.
+template <int vectors>
+inline constexpr int kArea = kRegisters == 32 ? 16 / vectors : (vectors == 2 ? 6 : 8);
+
+// Prefetches what is ahead, a line at each of a loop's `steps`; where nothing is ahead, the line at `here` each time.
+class Asking {
+ public:
+  Asking(Ahead* ahead, int64_t steps, const void* here) : line_(ahead ? ahead->take(steps) : nullptr) {
+    if (line_) step_ = Ahead::line;
+    if (!line_) line_ = static_cast<const char*>(here);
+  }
+  void at(int64_t step) const { __builtin_prefetch(line_ + step * step_, 0, 2); }
+
+ private:
+  const char* line_;
+  int64_t step_ = 0;
+};
 
 template <class A>
 struct TileArguments {
@@ -39,6 +58,7 @@ template <class A, int vectors, int rows, int pixels, int taps, int step, bool w
 void convolve_tile(const TileArguments<A>& k) {
   using V = Vec<A>;
   constexpr int lanes = kLanes<A>, reach = (pixels - 1) * step + taps, left = whole ? 1 : 0, right = reach - left;
+  constexpr bool together = kArea<vectors> != 6;
   V sums[rows][pixels][vectors] = {};
 
   const int64_t row = k.in_row, next = k.in_step;
@@ -55,16 +75,36 @@ void convolve_tile(const TileArguments<A>& k) {
         for (int64_t c = 0; c < channels; ++c, ++in, weights += taps * vectors * lanes) {
           __builtin_prefetch(ahead, 0, 2);
           ahead += k.ahead_step;
-          V w[taps][vectors];
-          FASTODE_UNROLL for (int t = 0; t < taps; ++t) {
-            FASTODE_UNROLL for (int v = 0; v < vectors; ++v) w[t][v] = load<V>(weights + (t * vectors + v) * lanes);
-          }
-          FASTODE_UNROLL for (int r = 0; r < rows; ++r) {
-            FASTODE_UNROLL for (int x = left; x < right; ++x) {
-              const V value = splat<V>(in[r * next + x * lanes]);
-              FASTODE_UNROLL for (int t = 0; t < taps; ++t) {
-                if (x >= t && (x - t) % step == 0 && (x - t) / step < pixels) {
-                  FASTODE_UNROLL for (int v = 0; v < vectors; ++v) sums[r][(x - t) / step][v] += value * w[t][v];
+          // Row r's input x meets tap t of output (x - t) / step.
+          const auto meets = [](int x, int t) { return x >= t && (x - t) % step == 0 && (x - t) / step < pixels; };
+          if constexpr (together) {
+            V w[taps][vectors];
+            FASTODE_UNROLL for (int t = 0; t < taps; ++t) {
+              FASTODE_UNROLL for (int v = 0; v < vectors; ++v) w[t][v] =
+                  in_register(load<V>(weights + (t * vectors + v) * lanes));
+            }
+            FASTODE_UNROLL for (int r = 0; r < rows; ++r) {
+              FASTODE_UNROLL for (int x = left; x < right; ++x) {
+                const V value = in_register(splat<V>(in[r * next + x * lanes]));
+                FASTODE_UNROLL for (int t = 0; t < taps; ++t) {
+                  if (meets(x, t)) {
+                    FASTODE_UNROLL for (int v = 0; v < vectors; ++v) sums[r][(x - t) / step][v] += value * w[t][v];
+                  }
+                }
+              }
+            }
+          } else {
+            FASTODE_UNROLL for (int t = 0; t < taps; ++t) {
+              const A* from = unshared(in);
+              V w[vectors];
+              FASTODE_UNROLL for (int v = 0; v < vectors; ++v) w[v] =
+                  in_register(load<V>(weights + (t * vectors + v) * lanes));
+              FASTODE_UNROLL for (int r = 0; r < rows; ++r) {
+                FASTODE_UNROLL for (int x = left; x < right; ++x) {
+                  if (meets(x, t)) {
+                    const V value = in_register(splat<V>(from[r * next + x * lanes]));
+                    FASTODE_UNROLL for (int v = 0; v < vectors; ++v) sums[r][(x - t) / step][v] += value * w[v];
+                  }
                 }
               }
             }
@@ -106,25 +146,47 @@ void convolve_tile(const TileArguments<A>& k) {
 // Seven pixels are a tile by themselves, where that is worth its code: as 4, 2 and 1 of them most of the accumulators
 // lie idle in the last ones.
 template <int vectors, int taps, int step>
-inline constexpr bool kSevens = vectors == 2 && taps == 3 && step == 1 && kTile == 16;
+inline constexpr bool kSevens = kArea<vectors> == 8 && kRegisters == 32 && taps == 3 && step == 1;
 
-// Tiles of 2^p pixels with as many rows as fit, or one row where fewer are left.
-template <class A, int vectors, int taps, int step, bool whole, int power = 4>
-TileKernel<A> tile_kernel(int pixels, bool one_row) {
-  if constexpr (power < 0) {
+// Four pixels are one where the image has no more, and what its sides leave out makes up for the idle accumulators.
+template <int vectors, int taps, int step>
+inline constexpr bool kFours = kArea<vectors> == 6 && taps == 3 && step == 1;
+
+// Pixels of the next narrower tile: after 6, as 3 divides the width of few images, 2.
+inline constexpr int narrower(int pixels) { return pixels == 6 ? 2 : pixels / 2; }
+
+// Rows of a tile of `pixels`: as many as fit, half of them where a tile is of six, or one.
+template <int vectors>
+inline constexpr int full_rows(int pixels) {
+  return kArea<vectors> == 6 ? 6 / pixels : std::min(4, kArea<vectors> / pixels);
+}
+template <int vectors>
+inline constexpr int half_rows(int full) {
+  return kArea<vectors> == 6 ? (full + 1) / 2 : 1;
+}
+template <int vectors>
+inline int next_rows(int full, int64_t left) {
+  const int half = half_rows<vectors>(full);
+  return left >= full ? full : left >= half ? half : 1;
+}
+
+template <class A, int vectors, int taps, int step, bool whole, int here = kArea<vectors>>
+TileKernel<A> tile_kernel(int pixels, int rows) {
+  if constexpr (here == 0) {
     return nullptr;
   } else {
-    if constexpr (power == 4 && kSevens<vectors, taps, step>) {
+    if constexpr (here == kArea<vectors> && kSevens<vectors, taps, step>) {
       if (pixels == 7) return convolve_tile<A, vectors, 1, 7, taps, step, whole>;
     }
-    constexpr int here = 1 << power, area = kTile / vectors;
-    if constexpr (here <= area) {
-      constexpr int rows = area / here < 4 ? area / here : 4;
-      if (pixels == here)
-        return one_row ? convolve_tile<A, vectors, 1, here, taps, step, whole>
-                       : convolve_tile<A, vectors, rows, here, taps, step, whole>;
+    if constexpr (here == kArea<vectors> && kFours<vectors, taps, step>) {
+      if (pixels == 4) return convolve_tile<A, vectors, 1, 4, taps, step, whole>;
     }
-    return tile_kernel<A, vectors, taps, step, whole, power - 1>(pixels, one_row);
+    constexpr int full = full_rows<vectors>(here), half = half_rows<vectors>(full);
+    if (pixels == here)
+      return rows == full   ? convolve_tile<A, vectors, full, here, taps, step, whole>
+             : rows == half ? convolve_tile<A, vectors, half, here, taps, step, whole>
+                            : convolve_tile<A, vectors, 1, here, taps, step, whole>;
+    return tile_kernel<A, vectors, taps, step, whole, narrower(here)>(pixels, rows);
   }
 }
 
@@ -184,46 +246,57 @@ void place(TileArguments<A>& tile, const ConvPlan<A>& plan, const View<A>& in, i
 // One slice of the weights for all jobs, then the next.
 template <class A, int vectors, int taps, int step>
 void run_plan(const ConvPlan<A>& plan, const ConvJob<A>* jobs, int64_t count, Ahead* ahead = nullptr) {
-  constexpr int area = kTile / vectors, lanes = kLanes<A>;
+  constexpr int lanes = kLanes<A>;
   constexpr bool three = taps == 3 && step == 1;
   const bool padded = three && plan.tap_sets == 1 && plan.left == 1;
   TileArguments<A> tile{};
   tile.weights = plan.packed, tile.bias = plan.bias;
   tile.in_channels = plan.in_channels, tile.kernel_h = plan.kernel_h, tile.tap_sets = plan.tap_sets;
-  const auto kernel = [&](int pixels, bool one_row) {
+  const auto kernel = [&](int pixels, int rows) {
     const bool whole = padded && pixels == plan.out_width;
-    return whole ? tile_kernel<A, vectors, taps, step, three>(pixels, one_row)
-                 : tile_kernel<A, vectors, taps, step, false>(pixels, one_row);
+    return whole ? tile_kernel<A, vectors, taps, step, three>(pixels, rows)
+                 : tile_kernel<A, vectors, taps, step, false>(pixels, rows);
+  };
+  // f(pixels) for the tiles of a row, of `pixels` and narrower ones; tile.x is each one's first output.
+  const auto each_tile = [&](int pixels, const auto& f) {
+    for (tile.x = 0; tile.x < plan.out_width; tile.x += pixels) {
+      const int64_t left = plan.out_width - tile.x;
+      if (kSevens<vectors, taps, step> && (left == 7 || left == 14)) pixels = 7;
+      while (pixels > left) pixels = narrower(pixels);
+      f(pixels);
+    }
   };
   // A tile over one row of several samples leaves out what one over several rows cannot.
-  const int64_t many =
-      plan.in_height > 0 && area % plan.out_width == 0 ? std::min<int64_t>(4, area / plan.out_width) : 1;
-  const int64_t stacked = many > 1 && count >= many && evenly_apart(jobs, count) ? count / many * many : 0;
+  const int width = static_cast<int>(plan.out_width);
+  const bool narrow = kArea<vectors> == 6 ? width == 4 || width <= 2 : kArea<vectors> % width == 0;
+  const bool fours = kFours<vectors, taps, step> && width == 4;
+  const bool stacks = plan.in_height > 0 && narrow && count > 1 && evenly_apart(jobs, count);
+  const int stacked = narrower(kArea<vectors>) == 2 ? std::min(2, width) : width;
+  const int most = full_rows<vectors>(stacked), least = fours ? most : 2;
   for (tile.b = 0; tile.b < plan.out_blocks; tile.b += vectors) {
-    tile.x = 0;
-    for (int64_t n = 0; n < stacked; n += many)
+    const ConvJob<A>*job = jobs, *end = jobs + count;
+    for (int many; stacks && (many = next_rows<vectors>(most, end - job)) >= least; job += many)
       for (int64_t y = 0; y < plan.out_height; ++y) {
-        const ConvJob<A> job = across(jobs + n, y);
-        place(tile, plan, jobs[n].in, y, 1, step, ahead);
-        tile.in_step = job.in.row, tile.y = 0, tile.out = &job.out, tile.combine = &job.combine;
-        kernel(static_cast<int>(plan.out_width), false)(tile);
+        const ConvJob<A> row = across(job, y);
+        tile.y = 0, tile.out = &row.out, tile.combine = &row.combine;
+        each_tile(stacked, [&](int pixels) {
+          place(tile, plan, job->in, y, 1, step, ahead);
+          tile.in_step = row.in.row;
+          kernel(pixels, many)(tile);
+        });
       }
-    for (const ConvJob<A>* job = jobs + stacked; job < jobs + count; ++job) {
+    for (; job < end; ++job) {
       tile.out = &job->out, tile.combine = &job->combine;
-      int pixels = area;
-      for (tile.x = 0; tile.x < plan.out_width; tile.x += pixels) {
-        const int64_t left = plan.out_width - tile.x;
-        if (kSevens<vectors, taps, step> && (left == 7 || left == 14)) pixels = 7;
-        while (pixels > left) pixels /= 2;
-        const int64_t rows = std::min(4, area / pixels);
-        const auto full = kernel(pixels, false), single = kernel(pixels, true);
-        for (tile.y = 0; tile.y < plan.out_height;) {
-          const bool fits = tile.y + rows <= plan.out_height;
-          place(tile, plan, job->in, tile.y, fits ? rows : 1, step, ahead);
-          (fits ? full : single)(tile);
-          tile.y += fits ? rows : 1;
+      each_tile(fours ? 4 : kArea<vectors>, [&](int pixels) {
+        const int full = full_rows<vectors>(pixels);
+        int64_t rows;
+        for (tile.y = 0; tile.y < plan.out_height; tile.y += rows) {
+          const int64_t left = plan.out_height - tile.y;
+          rows = full == 3 && left == 4 ? 2 : next_rows<vectors>(full, left);  // four as two and two
+          place(tile, plan, job->in, tile.y, rows, step, ahead);
+          kernel(pixels, static_cast<int>(rows))(tile);
         }
-      }
+      });
     }
     tile.weights += plan.group_weights;
     if (tile.bias) tile.bias += vectors * lanes;
@@ -257,9 +330,9 @@ void gradient_tile(const GradientTile<A>* tiles, int64_t count, A* gradient, int
       const A* cotangent = k.cotangent + y * k.cotangent_row;
       for (int64_t x = 0; x < k.width; ++x, in += k.in_pixel, cotangent += lanes) {
         V g[vectors];
-        FASTODE_UNROLL for (int v = 0; v < vectors; ++v) g[v] = load<V>(cotangent + v * k.cotangent_plane);
+        FASTODE_UNROLL for (int v = 0; v < vectors; ++v) g[v] = in_register(load<V>(cotangent + v * k.cotangent_plane));
         FASTODE_UNROLL for (int i = 0; i < inputs; ++i) {
-          const V value = splat<V>(in[i]);
+          const V value = in_register(splat<V>(in[i]));
           FASTODE_UNROLL for (int v = 0; v < vectors; ++v) sums[i][v] += value * g[v];
         }
       }
@@ -269,6 +342,42 @@ void gradient_tile(const GradientTile<A>* tiles, int64_t count, A* gradient, int
     FASTODE_UNROLL for (int v = 0; v < vectors; ++v) {
       A* to = gradient + i * input_stride + v * vector_stride;
       store<V>(to, load<V>(to) + sums[i][v]);
+    }
+  }
+}
+
+// The three taps of a kernel's row at any stride, `inputs` input channels and `vectors` output vectors.
+template <class A, int inputs, int vectors>
+void gradient_tile_of_row(const GradientTile<A>* tiles, int64_t count, A* gradient, int64_t vector_stride,
+                          Ahead* ahead = nullptr) {
+  using V = Vec<A>;
+  constexpr int lanes = kLanes<A>, taps = 3;
+  V sums[inputs][taps][vectors] = {};
+  for (int64_t n = 0; n < count; ++n) {
+    const GradientTile<A>& k = tiles[n];
+    for (int64_t y = 0; y < k.rows; ++y) {
+      const A* in = k.in + y * k.in_row;
+      const A* cotangent = k.cotangent + y * k.cotangent_row;
+      const Asking asking(ahead, k.width, in);
+      for (int64_t x = 0; x < k.width; ++x, in += k.in_pixel, cotangent += lanes) {
+        asking.at(x);
+        V g[vectors];
+        FASTODE_UNROLL for (int v = 0; v < vectors; ++v) g[v] = in_register(load<V>(cotangent + v * k.cotangent_plane));
+        FASTODE_UNROLL for (int t = 0; t < taps; ++t) {
+          FASTODE_UNROLL for (int i = 0; i < inputs; ++i) {
+            const V value = in_register(splat<V>(in[t * lanes + i]));
+            FASTODE_UNROLL for (int v = 0; v < vectors; ++v) sums[i][t][v] += value * g[v];
+          }
+        }
+      }
+    }
+  }
+  FASTODE_UNROLL for (int i = 0; i < inputs; ++i) {
+    FASTODE_UNROLL for (int t = 0; t < taps; ++t) {
+      FASTODE_UNROLL for (int v = 0; v < vectors; ++v) {
+        A* to = gradient + (i * taps + t) * lanes + v * vector_stride;
+        store<V>(to, load<V>(to) + sums[i][t][v]);
+      }
     }
   }
 }

@@ -7,7 +7,7 @@
 namespace fastode::resident {
 
 // Four taps with two vectors of outputs, and their accumulators, need the larger register file.
-inline constexpr int kDownTaps = kTile == 16 ? 4 : 2;
+inline constexpr int kDownTaps = kRegisters == 32 ? 4 : 2;
 inline constexpr int kUpTaps = 2;
 
 template <class A>

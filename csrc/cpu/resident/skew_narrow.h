@@ -8,20 +8,6 @@
 
 namespace fastode::resident {
 
-// Prefetches what is ahead, a line at each of a loop's `steps`; where nothing is ahead, the line at `here` each time.
-class Asking {
- public:
-  Asking(Ahead* ahead, int64_t steps, const void* here) : line_(ahead ? ahead->take(steps) : nullptr) {
-    if (line_) step_ = Ahead::line;
-    if (!line_) line_ = static_cast<const char*>(here);
-  }
-  void at(int64_t step) const { __builtin_prefetch(line_ + step * step_, 0, 2); }
-
- private:
-  const char* line_;
-  int64_t step_ = 0;
-};
-
 // Products of `pixels` pixels of y with `vectors` vectors of (tap, channel).
 template <class A, int vectors, int pixels>
 void multiply_pixels(const A* in, int64_t pixel, int64_t block, int64_t channels, const A* weights, int64_t taps,
@@ -35,9 +21,9 @@ void multiply_pixels(const A* in, int64_t pixel, int64_t block, int64_t channels
     for (int64_t c = 0; c < count; ++c, weights += taps) {
       asking.at(done + c);
       V w[vectors];
-      FASTODE_UNROLL for (int v = 0; v < vectors; ++v) w[v] = load<V>(weights + v * lanes);
+      FASTODE_UNROLL for (int v = 0; v < vectors; ++v) w[v] = in_register(load<V>(weights + v * lanes));
       FASTODE_UNROLL for (int x = 0; x < pixels; ++x) {
-        const V value = splat<V>(in[x * pixel + c]);
+        const V value = in_register(splat<V>(in[x * pixel + c]));
         FASTODE_UNROLL for (int v = 0; v < vectors; ++v) sums[x][v] += value * w[v];
       }
     }
@@ -47,7 +33,7 @@ void multiply_pixels(const A* in, int64_t pixel, int64_t block, int64_t channels
   }
 }
 
-template <class A, int vectors, int pixels = kTile / 2>
+template <class A, int vectors, int pixels = kRegisters / 4>
 void multiply_row(const View<A>& in, int64_t width, int64_t channels, const A* weights, int64_t taps, A* out,
                   Ahead* ahead) {
   int64_t x = 0;
@@ -169,54 +155,18 @@ void narrow_up(const SkewShape& shape, const A* packed, const NormRows<A>* norm,
   }
 }
 
-// The three taps of a row of W, `inputs` channels of z and `vectors` vectors of y's.
-template <class A, int inputs, int vectors>
-void narrow_gradient_tile(const GradientTile<A>* tiles, int64_t count, A* gradient, int64_t vector_stride,
-                          Ahead* ahead) {
-  using V = Vec<A>;
-  constexpr int lanes = kLanes<A>, taps = 3;
-  V sums[inputs][taps][vectors] = {};
-  for (int64_t n = 0; n < count; ++n) {
-    const GradientTile<A>& k = tiles[n];
-    for (int64_t y = 0; y < k.rows; ++y) {
-      const A* in = k.in + y * k.in_row;
-      const A* cotangent = k.cotangent + y * k.cotangent_row;
-      const Asking asking(ahead, k.width, in);
-      for (int64_t x = 0; x < k.width; ++x, in += lanes, cotangent += lanes) {
-        asking.at(x);
-        V g[vectors];
-        FASTODE_UNROLL for (int v = 0; v < vectors; ++v) g[v] = load<V>(cotangent + v * k.cotangent_plane);
-        FASTODE_UNROLL for (int t = 0; t < taps; ++t) {
-          FASTODE_UNROLL for (int i = 0; i < inputs; ++i) {
-            const V value = splat<V>(in[t * lanes + i]);
-            FASTODE_UNROLL for (int v = 0; v < vectors; ++v) sums[i][t][v] += value * g[v];
-          }
-        }
-      }
-    }
-  }
-  FASTODE_UNROLL for (int i = 0; i < inputs; ++i) {
-    FASTODE_UNROLL for (int t = 0; t < taps; ++t) {
-      FASTODE_UNROLL for (int v = 0; v < vectors; ++v) {
-        A* to = gradient + (i * taps + t) * lanes + v * vector_stride;
-        store<V>(to, load<V>(to) + sums[i][t][v]);
-      }
-    }
-  }
-}
-
 template <class A, int vectors>
 void narrow_gradient_tile(int64_t inputs, const GradientTile<A>* tiles, int64_t count, A* to, int64_t vector_stride,
                           Ahead* ahead) {
   switch (inputs) {
     case 1:
-      return narrow_gradient_tile<A, 1, vectors>(tiles, count, to, vector_stride, ahead);
+      return gradient_tile_of_row<A, 1, vectors>(tiles, count, to, vector_stride, ahead);
     case 2:
-      return narrow_gradient_tile<A, 2, vectors>(tiles, count, to, vector_stride, ahead);
+      return gradient_tile_of_row<A, 2, vectors>(tiles, count, to, vector_stride, ahead);
     case 3:
-      return narrow_gradient_tile<A, 3, vectors>(tiles, count, to, vector_stride, ahead);
+      return gradient_tile_of_row<A, 3, vectors>(tiles, count, to, vector_stride, ahead);
     default:
-      return narrow_gradient_tile<A, 4, vectors>(tiles, count, to, vector_stride, ahead);
+      return gradient_tile_of_row<A, 4, vectors>(tiles, count, to, vector_stride, ahead);
   }
 }
 
@@ -225,7 +175,7 @@ template <class A>
 void narrow_weight_gradient(const SkewShape& shape, const GradientPair<A>* pairs, int64_t count,
                             const NormRows<A>* norm, A* gradient, A* scratch, Ahead* ahead) {
   constexpr int64_t lanes = kLanes<A>, most = 4;  // channels of a tile
-  constexpr int wide = kTile == 16 ? 2 : 1;
+  constexpr int wide = kRegisters == 32 ? 2 : 1;
   const ConvShape down = shape.down();
   const int64_t blocks = blocks_of<A>(down.out_channels), vector_stride = lanes * lanes * 9;
   GradientTile<A> tiles[2];

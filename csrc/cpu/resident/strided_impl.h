@@ -79,6 +79,10 @@ void convolve_strided_back(const Plane<A>& in, const Plane<A>& out, const ConvSh
   });
 }
 
+// Input channels of a tile of three taps and so many vectors.
+template <class A, int vectors>
+inline constexpr int kRowInputs = std::min(kLanes<A>, 4) / vectors;
+
 // The weight gradient of stride 2 from cotangents of `height` and `width`, whose taps begin `up` rows and `left`
 // columns before the pixel that they meet.
 template <class A>
@@ -88,16 +92,18 @@ void sum_strided(int64_t height, int64_t width, const ConvShape& shape, int64_t 
     sum_strided(height, width, shape, up, left, pairs, kPairs, gradient);
     return sum_strided(height, width, shape, up, left, pairs + kPairs, count - kPairs, gradient);
   }
-  constexpr int lanes = kLanes<A>, inputs = kInputs<A>;
+  constexpr int lanes = kLanes<A>;
   const int64_t out_blocks = blocks_of<A>(shape.out_channels), in_blocks = blocks_of<A>(shape.in_channels);
   const int64_t vectors = vectors_of<A>(shape.out_channels);
   const int64_t vector_stride = in_blocks * lanes * lanes * shape.kernel_h * shape.kernel_w;
+  const bool row = kRegisters == 16 && shape.kernel_w == 3;  // a kernel's row at once
+  const int inputs = !row ? kInputs<A> : vectors == 2 ? kRowInputs<A, 2> : kRowInputs<A, 1>;
   GradientTile<A> tiles[kPairs];
   for (int64_t ob = 0; ob < out_blocks; ob += vectors)
     for (int64_t ib = 0; ib < in_blocks; ++ib)
       for (int64_t i = 0; i < std::min<int64_t>(lanes, shape.in_channels - ib * lanes); i += inputs)
         for (int64_t ky = 0; ky < shape.kernel_h; ++ky)
-          for (int64_t kx = 0; kx < shape.kernel_w; ++kx) {
+          for (int64_t kx = 0; kx < shape.kernel_w; kx += row ? 3 : 1) {
             for (int64_t n = 0; n < count; ++n)
               tiles[n] = {pairs[n].in.pixel_at(ib, ky - up, kx - left) + i,
                           pairs[n].cotangent.pixel_at(ob, 0, 0),
@@ -108,10 +114,17 @@ void sum_strided(int64_t height, int64_t width, const ConvShape& shape, int64_t 
                           pairs[n].cotangent.row,
                           pairs[n].cotangent.block};
             A* to = gradient + gradient_index<A>(shape, ob * lanes, ib * lanes + i, ky, kx);
+            if constexpr (kRegisters == 16) {
+              if (row) {
+                vectors == 2 ? gradient_tile_of_row<A, kRowInputs<A, 2>, 2>(tiles, count, to, vector_stride)
+                             : gradient_tile_of_row<A, kRowInputs<A, 1>, 1>(tiles, count, to, vector_stride);
+                continue;
+              }
+            }
             if (vectors == 2)
-              gradient_tile<A, 2, inputs>(tiles, count, to, shape.kernel_w * lanes, vector_stride);
+              gradient_tile<A, 2, kInputs<A>>(tiles, count, to, shape.kernel_w * lanes, vector_stride);
             else
-              gradient_tile<A, 1, inputs>(tiles, count, to, shape.kernel_w * lanes, vector_stride);
+              gradient_tile<A, 1, kInputs<A>>(tiles, count, to, shape.kernel_w * lanes, vector_stride);
           }
 }
 

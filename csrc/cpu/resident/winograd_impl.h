@@ -7,8 +7,8 @@
 
 namespace fastode::resident {
 
-inline constexpr int kAccumulators = kTile == 16 ? 16 : 12;  // accumulators of a product
-inline constexpr int64_t kChunk = kTile == 16 ? 32 : 36;     // tiles that are transformed together
+inline constexpr int kAccumulators = kRegisters == 32 ? 16 : 12;  // of a product
+inline constexpr int64_t kChunk = kRegisters == 32 ? 32 : 36;     // tiles that are transformed together
 
 // From one product of the tiles to the next, and from one block of channels: [block][product][tile][channel], with a
 // line between the products, so that they do not meet in one set of the cache.
@@ -193,9 +193,9 @@ inline void add_products(const A* v, const A* q, int64_t tiles, A* sum, bool fre
   V sums[inputs][vectors] = {};
   for (int64_t t = 0; t < tiles; ++t, v += lanes, q += lanes) {
     V g[vectors];
-    FASTODE_UNROLL for (int o = 0; o < vectors; ++o) g[o] = load<V>(q + o * kAllProducts<A>);
+    FASTODE_UNROLL for (int o = 0; o < vectors; ++o) g[o] = in_register(load<V>(q + o * kAllProducts<A>));
     FASTODE_UNROLL for (int i = 0; i < inputs; ++i) {
-      const V value = splat<V>(v[i]);
+      const V value = in_register(splat<V>(v[i]));
       FASTODE_UNROLL for (int o = 0; o < vectors; ++o) sums[i][o] += value * g[o];
     }
   }
@@ -210,7 +210,7 @@ inline void add_products(const A* v, const A* q, int64_t tiles, A* sum, bool fre
 template <class A, int vectors>
 void run_gradient(const Plane<A>& plane, const ConvShape& shape, const GradientPair<A>* pairs, int64_t count,
                   A* gradient, bool fresh, A* scratch) {
-  constexpr int lanes = kLanes<A>, most = kTile / vectors, inputs = most < lanes ? most : lanes,
+  constexpr int lanes = kLanes<A>, most = kRegisters / 2 / vectors, inputs = most < lanes ? most : lanes,
                 product = lanes * vectors * lanes;
   const int64_t blocks = blocks_of<A>(shape.in_channels);
   A *v = scratch, *q = scratch + blocks * kAllProducts<A>;
