@@ -163,11 +163,13 @@ def test_the_plan_has_everything_once_and_what_is_used_most_first() -> None:
 
 @pytest.mark.parametrize("threads", [1, 2, 64])
 def test_a_step_of_a_full_batch_stays_short(threads: int) -> None:
-    for channels, size in choose.SHAPES:
-        found = choose.batches(channels, size, threads)
+    for group, (channels, size) in itertools.product(choose.BLOCKS, choose.SHAPES):
+        found = choose.batches(group, channels, size, threads)
         assert found[-1] == 1 and threads in found and found[0] <= max(choose.FULL, threads)
-    assert choose.batches(8, 8, threads)[0] == choose.FULL
-    assert max(choose.batches(320, 16, 2)) == choose.FEWEST
+    assert choose.batches("ie sample", 8, 8, threads)[0] == choose.FULL
+    assert max(choose.batches("ie sample", 320, 16, 2)) == choose.FEWEST
+    # Of a block with fewer convolutions a step has time for more samples.
+    assert max(choose.batches("chain batch", 256, 8, 2)) > 5 * max(choose.batches("shu_osher batch", 256, 8, 2))
 
 
 def test_what_is_written_is_read_back_and_drawn_again(tmp_path: Path) -> None:
@@ -236,7 +238,7 @@ def test_both_engines_are_measured_and_judged(monkeypatch: pytest.MonkeyPatch) -
     threads = torch.get_num_threads()
     found, reason = choose.measure("shu_osher batch", "float32", 4, 4, threads)
     assert reason == "" and [choose.read_name(text)[:2] for text in found] == [(4, 4)] * len(found)
-    assert [choose.read_name(text)[2] for text in found] == choose.batches(4, 4, threads)
+    assert [choose.read_name(text)[2] for text in found] == choose.batches("shu_osher batch", 4, 4, threads)
     for point in found.values():
         assert set(point) == set(choose.MODES)
         assert all(0 < p20 <= median <= p80 and math.isfinite(p80) for median, p20, p80 in point.values())

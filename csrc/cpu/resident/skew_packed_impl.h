@@ -76,7 +76,7 @@ void PackedPair<A>::read(Arena& arena, const Tensor& y, Asked asked) {
     if (y.scalar_type() == ScalarType::BFloat16 && height * width >= kTilePixels && has_tiles())
       spec.tiles = SkewTiles(spec.shape);
   spec.shape.winograd = y.scalar_type() == scalar_type<A>() && spec.shape.stride == 1 &&
-                        suits_winograd(spec.shape.template y_plane<A>(), spec.shape.down(), y.size(0));
+                        suits_winograd_alone(spec.shape.template y_plane<A>(), spec.shape.down(), y.size(0));
   int64_t down_size = spec.shape.template down_size<A>(), up_size = spec.shape.template up_size<A>();
   if constexpr (kOnTiles<A>)
     if (spec.tiles) down_size = spec.tiles.down_size(), up_size = spec.tiles.up_size();

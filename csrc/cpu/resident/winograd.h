@@ -35,6 +35,14 @@ bool suits_winograd(const Plane<A>& plane, const ConvShape& shape, int64_t sampl
          winograd_saves(plane, shape, samples) >= 4 * (shape.in_channels + shape.out_channels);
 }
 
+// The same of samples that come one at a time, each of which reads the weights again.
+template <class A>
+bool suits_winograd_alone(const Plane<A>& plane, const ConvShape& shape, int64_t samples) {
+  constexpr int64_t worth = kVectorBytes == 64 ? 8 : 2;
+  return suits_winograd(plane, shape, samples) &&
+         worth * winograd_saves(plane, shape, 1) >= shape.in_channels + shape.out_channels;
+}
+
 // Whether the weight gradient of one that is so is, too.
 template <class A>
 bool suits_winograd_gradient(const ConvShape& shape) {
