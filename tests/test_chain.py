@@ -174,6 +174,21 @@ def test_a_chain(name: str, engine: str) -> None:
     assert_blocks_equal(plain, fused, sample_input(3, 3, 9, 8, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_tiles_of_every_width_and_height(stride: int, kernel: int, dtype: torch.dtype) -> None:
+    """Direct convolutions of an even number of vectors, by rows of an image and by a row of several samples."""
+    block = reference.Chain(nn.Conv2d(16, 16, kernel, stride, kernel // 2), nn.SiLU())
+    block.to(dtype).to(memory_format=torch.channels_last)
+    twin = copy.deepcopy(block)
+    fastode.fuse(twin, engine="resident")
+    for width in range(1, 15):
+        size = width * 4 % 7 + 1, width | 1 if stride == 2 else width
+        x = sample_input(7, 16, *size, dtype=dtype)
+        assert_blocks_equal(block, twin, x, mode=("train",))
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_sum_of_x_itself_with_an_activation_behind(engine: str) -> None:
     torch.manual_seed(1)
