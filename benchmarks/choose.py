@@ -57,8 +57,8 @@ FULL = 128  # samples, less where a step would take longer than STEP_GFLOP
 FEWEST = 8
 FEWEST_OF_CHAINS = 16  # channels
 STEP_GFLOP = 16.0
-STEP_CONVOLUTIONS = {"chain": 3}  # of a halving block, for a map of its input's size; an IE-Skip has the most:
-MOST_CONVOLUTIONS = 18
+STEP_CONVOLUTIONS = 18  # of an IE-Skip; the other blocks have as many or fewer
+STEP_CONVOLUTIONS_OF_CHAINS = 3  # at most: theirs halve the size
 JUDGED = 3  # samples
 FAULTS = ("NOT EQUAL", "failed")  # a reason that begins so is an error of this project
 LOST = 0.75  # below this ratio resident has lost clearly, and the group's larger shapes are not measured
@@ -92,7 +92,7 @@ def engines_of(block: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[str, str]:
 
 def batches(group: str, channels: int, size: int, threads: int) -> list[int]:
     """The full batch, one sample for each thread, and a single one."""
-    convolutions = STEP_CONVOLUTIONS.get(group.partition(" ")[0], MOST_CONVOLUTIONS)
+    convolutions = STEP_CONVOLUTIONS_OF_CHAINS if group.startswith("chain") else STEP_CONVOLUTIONS
     gflop = 2e-9 * 9 * channels**2 * size**2 * convolutions
     full = max(FEWEST, min(FULL, int(STEP_GFLOP / gflop)))
     return sorted({1, threads, full}, reverse=True)

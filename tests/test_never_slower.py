@@ -106,18 +106,14 @@ class Group:
                     break
 
 
-def groups(content: Mapping[str, Any], only: str | None = None) -> list[Group]:
+def groups(content: Mapping[str, Any]) -> list[Group]:
     threads, points = content["measured_on"]["threads"], content["points"]
-    lines = measured.from_json(content["rule"])
-    return [Group(name, points[name], line, threads) for name, line in lines.items() if only in (None, name)]
+    return [Group(name, points[name], line, threads) for name, line in measured.from_json(content["rule"]).items()]
 
 
-def faults(content: Mapping[str, Any], only: str | None = None) -> list[str]:
-    """What of a rule does not hold: points on the wrong side at no gain, lines that lose, points without a line.
-
-    No line depends on another one's points, so `only` one of them can be looked at.
-    """
-    looked_at = groups(content, only)
+def faults(content: Mapping[str, Any]) -> list[str]:
+    """What of a rule does not hold: points on the wrong side at no gain, lines that lose, points without a line."""
+    looked_at = groups(content)
     found = [fault for group in looked_at for fault in group.wrong()]
     for group in looked_at:
         within = [gain for at, gain in group.gains.items() if at in group.full and group.takes(at, group.line)]
@@ -191,7 +187,7 @@ def test_a_rule_with_other_bounds_is_refused(change: Callable[..., dict[str, Any
     for name in recorded["rule"]:
         other = copy.deepcopy(recorded)
         other["rule"][name] = change(other["rule"][name])
-        found = faults(other, only=name)
+        found = faults(other)
         assert all(fault.startswith(name) for fault in found)
         refused += bool(found)
     assert refused >= len(recorded["rule"]) // 2
@@ -205,7 +201,7 @@ def test_points_that_have_become_slower_are_found(recorded: dict[str, Any]) -> N
         for at in group.full:
             if read_name(at)[0] == widest:
                 other["points"][group.name][at] = {"train": [0.5, 0.5, 0.5], "forward": [0.5, 0.5, 0.5]}
-        assert any(fault.startswith(group.name) for fault in faults(other, only=group.name)), group.name
+        assert any(fault.startswith(group.name) for fault in faults(other)), group.name
     del recorded["rule"]["ie sample float32"]
     assert faults(recorded) == ["ie sample float32: no line"]
 

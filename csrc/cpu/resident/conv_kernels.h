@@ -18,6 +18,8 @@ inline constexpr int kRegisters = 16;
 // for weights: with fewer than ten, two units of multiply-adds that take five cycles wait for the last sums.
 template <int vectors>
 inline constexpr int kArea = kRegisters == 32 ? 16 / vectors : (vectors == 2 ? 6 : 8);
+template <int vectors>
+inline constexpr bool kBySix = kArea<vectors> == 6;  // else by a power of two
 
 // Prefetches what is ahead, a line at each of a loop's `steps`; where nothing is ahead, the line at `here` each time.
 class Asking {
@@ -58,7 +60,7 @@ template <class A, int vectors, int rows, int pixels, int taps, int step, bool w
 void convolve_tile(const TileArguments<A>& k) {
   using V = Vec<A>;
   constexpr int lanes = kLanes<A>, reach = (pixels - 1) * step + taps, left = whole ? 1 : 0, right = reach - left;
-  constexpr bool together = kArea<vectors> != 6;
+  constexpr bool together = !kBySix<vectors>;
   V sums[rows][pixels][vectors] = {};
 
   const int64_t row = k.in_row, next = k.in_step;
@@ -146,11 +148,11 @@ void convolve_tile(const TileArguments<A>& k) {
 // Seven pixels are a tile by themselves, where that is worth its code: as 4, 2 and 1 of them most of the accumulators
 // lie idle in the last ones.
 template <int vectors, int taps, int step>
-inline constexpr bool kSevens = kArea<vectors> == 8 && kRegisters == 32 && taps == 3 && step == 1;
+inline constexpr bool kSevens = vectors == 2 && taps == 3 && step == 1 && kRegisters == 32;
 
 // Four pixels are one where the image has no more, and what its sides leave out makes up for the idle accumulators.
 template <int vectors, int taps, int step>
-inline constexpr bool kFours = kArea<vectors> == 6 && taps == 3 && step == 1;
+inline constexpr bool kFours = kBySix<vectors> && taps == 3 && step == 1;
 
 // Pixels of the next narrower tile: after 6, as 3 divides the width of few images, 2.
 inline constexpr int narrower(int pixels) { return pixels == 6 ? 2 : pixels / 2; }
@@ -158,11 +160,11 @@ inline constexpr int narrower(int pixels) { return pixels == 6 ? 2 : pixels / 2;
 // Rows of a tile of `pixels`: as many as fit, half of them where a tile is of six, or one.
 template <int vectors>
 inline constexpr int full_rows(int pixels) {
-  return kArea<vectors> == 6 ? 6 / pixels : std::min(4, kArea<vectors> / pixels);
+  return kBySix<vectors> ? 6 / pixels : std::min(4, kArea<vectors> / pixels);
 }
 template <int vectors>
 inline constexpr int half_rows(int full) {
-  return kArea<vectors> == 6 ? (full + 1) / 2 : 1;
+  return kBySix<vectors> ? (full + 1) / 2 : 1;
 }
 template <int vectors>
 inline int next_rows(int full, int64_t left) {
@@ -268,10 +270,10 @@ void run_plan(const ConvPlan<A>& plan, const ConvJob<A>* jobs, int64_t count, Ah
   };
   // A tile over one row of several samples leaves out what one over several rows cannot.
   const int width = static_cast<int>(plan.out_width);
-  const bool narrow = kArea<vectors> == 6 ? width == 4 || width <= 2 : kArea<vectors> % width == 0;
+  const bool narrow = kBySix<vectors> ? width == 4 || width <= 2 : kArea<vectors> % width == 0;
   const bool fours = kFours<vectors, taps, step> && width == 4;
   const bool stacks = plan.in_height > 0 && narrow && count > 1 && evenly_apart(jobs, count);
-  const int stacked = narrower(kArea<vectors>) == 2 ? std::min(2, width) : width;
+  const int stacked = kBySix<vectors> ? std::min(2, width) : width;
   const int most = full_rows<vectors>(stacked), least = fours ? most : 2;
   for (tile.b = 0; tile.b < plan.out_blocks; tile.b += vectors) {
     const ConvJob<A>*job = jobs, *end = jobs + count;
