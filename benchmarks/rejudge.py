@@ -50,7 +50,7 @@ def compare_by_either(
         autocast: the dtype of autocast around it, or None.
         by_error: as `judge_again` takes it.
     """
-    comparison = judge.compare(fused, mode=mode)
+    comparison = judge.compare(fused, mode=mode, quick=True)
     if comparison.ok:
         return comparison
     again = judge_again(plain, judge.inputs, mode, autocast, by_error=by_error)

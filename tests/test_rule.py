@@ -309,6 +309,66 @@ def test_several_modes_are_each_judged(wrong: str) -> None:
         assert_blocks_equal(block, twin, make_input(torch.float32), mode=modes)
 
 
+class Off(reference.IESkip):
+    """The block with every entry of its result moved by a share of it, up or down."""
+
+    share = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        signs = torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).sign()
+        return y + (y.detach() * signs.to(y.dtype) * self.share).to(y.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+def test_a_quick_verdict_is_that_of_the_rule(activation: str, dtype: torch.dtype) -> None:
+    block = reference.IESkip(make_branch(dtype, activation=activation), 2, STEP)
+    judge, off = (
+        Judge(block, make_input(dtype), mode="forward"),
+        Off(make_branch(dtype, activation=activation), 2, STEP),
+    )
+    eps, found = torch.finfo(dtype).eps, []
+    for share in [0.0, *(2.0**k for k in range(-2, 9))]:
+        off.share = share * eps
+        quick = judge.compare(off, quick=True)
+        full = judge.compare(off)
+        assert quick.ok == full.ok, f"{share}: {quick.describe()}\n{full.describe()}"
+        assert all(one.allowed <= all_.allowed for one, all_ in zip(quick.rows, full.rows, strict=True))
+        found.append(full.ok)
+    assert found[0] and not found[-1]
+
+
+class Counted(reference.IESkip):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        Counted.calls += 1
+        return super().forward(x)
+
+
+def test_a_quick_verdict_runs_the_reference_as_often_as_it_needs() -> None:
+    def calls_of(twin: nn.Module, quick: bool) -> int:
+        Counted.calls = 0
+        compare_blocks(implicit(torch.float32, Counted), twin, make_input(torch.float32), quick=quick)
+        return Counted.calls
+
+    assert calls_of(implicit(torch.float32), quick=False) == 5
+    assert calls_of(implicit(torch.float32), quick=True) == 2
+    assert calls_of(implicit(torch.float32, AllZero), quick=True) == 5
+
+
+def test_a_run_that_is_made_later_is_of_the_reference_as_it_was() -> None:
+    block, x = implicit(torch.float32), make_input(torch.float32)
+    judge, before = Judge(block, x), compare_blocks(block, implicit(torch.float32), x)
+    with torch.no_grad():
+        x_then = x.clone()
+        x.zero_()
+        for parameter in block.parameters():
+            parameter.zero_()
+    assert judge.compare(implicit(torch.float32), x_then) == before
+
+
 def test_nothing_outlives_a_comparison() -> None:
     block = reference.SSP3(make_branch(torch.float32, norm="batch"))
     before = copy.deepcopy(block.state_dict())

@@ -141,9 +141,10 @@ def _leaning_cotangents(block: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[T
 
 
 class Judge:
-    """A reference's runs on one input, made once, by which any number of blocks is judged.
+    """A reference's runs on one input, by which any number of blocks is judged.
 
-    The modules are deep-copied for every run, so nothing that a call changes outlives it.
+    Each run is made once, when a judgement first asks for it. The modules are deep-copied for every run, so nothing
+    that a call changes outlives it.
 
     Args:
         reference: the reference block, in the working precision.
@@ -155,11 +156,6 @@ class Judge:
         moves: moved inputs per layout, at least 1. The rule takes 1; a mask that one move in ten flips, as some does
             among millions of pre-activations, is seen in most judgements by 16.
         truth: computes the truth where float64 is itself what is judged; by default it is a run in float64.
-
-    Attributes:
-        across: of each call of an activation with a kink, a sparse tensor of what moves pre-activations to the other
-            side, where that is within rounding; None where it cannot be told.
-        smooth: whether there is no such pre-activation.
 
     Raises:
         TypeError: x is no tensor or tuple of tensors, or autocast no dtype.
@@ -194,6 +190,8 @@ class Judge:
             raise ValueError(f"moves must be at least 1, got {moves}")
         _warm_once()
         self.inputs, self.mode, self.autocast = _tuple(x), mode, autocast
+        # The reference runs again when a judgement asks for it; what the caller does to its own is of no effect then.
+        self._reference, self._given = copy.deepcopy(reference), tuple(t.detach().clone() for t in self.inputs)
         exact_block = copy.deepcopy(reference).double()
         doubled = tuple(_layout(t.detach().double(), False) for t in self.inputs)
         if cotangent is not None:
@@ -207,36 +205,72 @@ class Judge:
 
         truth_record = Recorder()
         in_double = exact(doubled, truth_record)
-        runs, records = [], []
-        for channels_last in (False, True):
-            for move in range(moves + 1):
-                seeds = [2 * i + channels_last + 2 * len(self.inputs) * (move - 1) for i in range(len(self.inputs))]
-                values = tuple(
-                    moved(t.detach(), seed, autocast) if move else t.detach()
-                    for t, seed in zip(self.inputs, seeds, strict=True)
-                )
-                recorder = Recorder() if move < 2 else None
-                records += [recorder] if recorder else []
-                laid_out = tuple(_layout(t, channels_last) for t in values)
-                runs.append(run(reference, laid_out, self.cotangents, mode, autocast, recorder))
-        dtype = autocast or self.inputs[0].dtype
+        self._dtype = autocast or self.inputs[0].dtype
         longest = max(truth_record.longest, *(_longest_of(exact_block, t) for t in self.inputs))
-        self.across = across_kinks(truth_record, records, torch.finfo(dtype).eps)
-        self.smooth = self.across is not None and not any(steps._nnz() for steps in self.across)
         again = functools.cache(lambda: exact(tuple(_layout(moved(t, 7), True) for t in doubled), None))
         truths = in_double if truth is None else truth(exact_block, doubled, wide, mode)
-        self._rule = Rule(truths, runs, longest, dtype, self.smooth, again)
+        self._moves, self._truth_record = moves, truth_record
+        self._rule_of = partial(Rule, truths, longest=longest, dtype=self._dtype, again=again)
         self._exact, self._in_double = partial(exact, doubled), in_double
 
-    def compare(self, fused: nn.Module, x: Inputs | None = None, mode: Mode | None = None) -> Comparison:
+    def _run_reference(self, channels_last: bool, move: int, recorder: Recorder | None) -> Tensors:
+        """A run of the reference in the working precision, on the input (move 0) or on a moved one."""
+        count = len(self._given)
+        seeds = [2 * i + channels_last + 2 * count * (move - 1) for i in range(count)]
+        values = [moved(t, seed, self.autocast) if move else t for t, seed in zip(self._given, seeds, strict=True)]
+        inputs = tuple(_layout(t, channels_last) for t in values)
+        return run(self._reference, inputs, self.cotangents, self.mode, self.autocast, recorder)
+
+    @functools.cached_property
+    def _first(self) -> tuple[Tensors, Recorder]:
+        recorder = Recorder()
+        return self._run_reference(False, 0, recorder), recorder
+
+    @functools.cached_property
+    def _all(self) -> tuple[list[Tensors], list[Recorder]]:
+        """The runs, and recorders of those that tell about kinks: on the input and the first moved one."""
+        runs, recorders = [self._first[0]], [self._first[1]]
+        for channels_last in (False, True):
+            for move in range(0 if channels_last else 1, self._moves + 1):
+                recorder = Recorder() if move < 2 else None
+                runs.append(self._run_reference(channels_last, move, recorder))
+                recorders += [recorder] if recorder else []
+        return runs, recorders
+
+    @functools.cached_property
+    def across(self) -> list[Tensor] | None:
+        """What moves pre-activations within rounding of a kink to its other side: a sparse tensor for each call.
+
+        None where it cannot be told.
+        """
+        return across_kinks(self._truth_record, self._all[1], torch.finfo(self._dtype).eps)
+
+    @property
+    def smooth(self) -> bool:
+        """Whether no pre-activation is within rounding of a kink."""
+        return self.across is not None and not any(steps._nnz() for steps in self.across)
+
+    @functools.cached_property
+    def _rule(self) -> Rule:
+        return self._rule_of(references=self._all[0], pointwise=self.smooth)
+
+    @functools.cached_property
+    def _quick_rule(self) -> Rule:
+        """By the first run alone, and in the largest entry everywhere: whatever passes it passes the rule as well."""
+        return self._rule_of(references=[self._first[0]], pointwise=True)
+
+    def compare(
+        self, fused: nn.Module, x: Inputs | None = None, mode: Mode | None = None, *, quick: bool = False
+    ) -> Comparison:
         """The comparison of a block, one row per tensor.
 
         Args:
             fused: the block to judge; same parameter and buffer names.
             x: the same input in the layout that this block is to get; by default as the judge got it.
             mode: of the block's run: the judge's, which is the default, or one that asks for less.
+            quick: as `verdict` takes it.
         """
-        return self.verdict(self.run(fused, x, mode), mode=mode)
+        return self.verdict(self.run(fused, x, mode), mode=mode, quick=quick)
 
     def run(self, fused: nn.Module, x: Inputs | None = None, mode: Mode | None = None) -> Tensors:
         """What a block yields, by name, to be judged by `verdict`; the arguments are those of `compare`."""
@@ -254,13 +288,34 @@ class Judge:
         return {name: t - here for name, t, here in pairs if t is not None and here is not None}
 
     def verdict(
-        self, found: Tensors, effect: Mapping[str, Tensor] | None = None, mode: Mode | None = None
+        self,
+        found: Tensors,
+        effect: Mapping[str, Tensor] | None = None,
+        mode: Mode | None = None,
+        *,
+        quick: bool = False,
     ) -> Comparison:
-        """The comparison of what a block yields in a mode, less a change of the truth that it is to be excused for."""
-        truths = [name for name in self._rule.truths if _is_of(name, mode or self.mode)]
+        """The comparison of what a block yields in a mode.
+
+        Args:
+            found: what `run` returned.
+            effect: a change of the truth that the block is to be excused for.
+            mode: of the block's run.
+            quick: whether the first run of the reference may decide where it can: what passes with R of that run alone,
+                in the largest entry everywhere, passes the rule. The rows then show what that run allows. The other
+                runs are made where it cannot.
+        """
+        if quick:
+            comparison = self._by(self._quick_rule, found, effect, mode)
+            if comparison.ok:
+                return comparison
+        return self._by(self._rule, found, effect, mode)
+
+    def _by(self, rule: Rule, found: Tensors, effect: Mapping[str, Tensor] | None, mode: Mode | None) -> Comparison:
+        truths = [name for name in rule.truths if _is_of(name, mode or self.mode)]
         excused = effect or {}
         rows = [
-            self._rule.row(name, found[name], excused.get(name))
+            rule.row(name, found[name], excused.get(name))
             if name in found
             else Row(name, math.inf, 0.0, None, "missing")
             for name in truths
@@ -284,6 +339,7 @@ def compare_blocks(
     cotangent: Inputs | None = None,
     mode: Mode = "train",
     autocast: torch.dtype | None = None,
+    quick: bool = False,
 ) -> Comparison:
     """Compare a block with its reference by the one rule: outputs, gradients, buffers, and the input left untouched.
 
@@ -294,6 +350,8 @@ def compare_blocks(
         cotangent: as in Judge.
         mode: as in Judge.
         autocast: as in Judge.
+        quick: whether the first run of the reference may decide where it can, as in `Judge.verdict`: for a caller who
+            asks whether they are equal, and not how nearly.
 
     Returns:
         The comparison, one row per tensor.
@@ -307,7 +365,7 @@ def compare_blocks(
         >>> compare_blocks(block, block, sample_input(2, 3, 4, 4)).ok
         True
     """
-    return Judge(reference, x, cotangent=cotangent, mode=mode, autocast=autocast).compare(fused)
+    return Judge(reference, x, cotangent=cotangent, mode=mode, autocast=autocast).compare(fused, quick=quick)
 
 
 def _longest_of(block: nn.Module, x: Tensor) -> int:
@@ -349,7 +407,7 @@ def assert_blocks_equal(
     modes = (mode,) if isinstance(mode, str) else tuple(mode)
     judge = Judge(reference, x, cotangent=cotangent, mode=most_of(modes), autocast=autocast)
     for each in modes:
-        comparison = judge.compare(fused, mode=each)
+        comparison = judge.compare(fused, mode=each, quick=True)
         if not comparison.ok:
             raise AssertionError(f"{comparison.describe()}\nin mode {each}")
 
