@@ -1,8 +1,10 @@
 // The head of a network, the mean of every channel and a linear layer behind it: one operator forwards, one backwards.
 #include <torch/csrc/stable/library.h>
 
+#include <numeric>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "parallel.h"
 #include "resident/new_tensors.h"
@@ -56,11 +58,14 @@ void sum_pixels(const Map& map, const T* x, A* sums) {
   constexpr int64_t lanes = kLanes<A>;
   const int64_t whole = map.channels / lanes, pixels = map.pixels;
   if (map.last) {
-    in_stretches<kTogether>(whole, [&](int64_t first, auto count) {
-      V found[count()] = {};
-      for (int64_t p = 0; p < pixels; ++p)
-        unrolled<count()>([&](int v) { found[v] += load_stored<T>(x + p * map.channels + (first + v) * lanes); });
-      unrolled<count()>([&](int v) { store<V>(sums + (first + v) * lanes, found[v]); });
+    in_stretches<kTogether>(whole, [&](int64_t first, auto together) {
+      constexpr int vectors = together();
+      V found[vectors] = {};
+      for (int64_t p = 0; p < pixels; ++p) {
+        const T* from = x + p * map.channels + first * lanes;
+        FASTODE_UNROLL for (int v = 0; v < vectors; ++v) found[v] += load_stored<T>(from + v * lanes);
+      }
+      FASTODE_UNROLL for (int v = 0; v < vectors; ++v) store<V>(sums + (first + v) * lanes, found[v]);
     });
     for (int64_t c = whole * lanes; c < map.channels; ++c) {
       sums[c] = 0;
@@ -90,7 +95,6 @@ void spread(const Map& map, const T* row, T* x) {
 template <class T, class P>
 void forward(const Map& map, const Tensor& weight, const Tensor* bias, const Tensor& y, const Tensor& pooled) {
   using A = Number<T>;
-  using V = Vec<A>;
   constexpr int64_t lanes = kLanes<A>;
   const int64_t classes = y.size(1), channels = map.channels, row = padded(channels, lanes);
   const Tensor weights = padded_rows<P, A>(weight);
@@ -98,7 +102,7 @@ void forward(const Map& map, const Tensor& weight, const Tensor* bias, const Ten
   const A *w = pointer<A>(weights), *b = bias ? pointer<A>(biases) : nullptr;
   const int64_t grain = divide_up(kGrain, channels * (map.pixels + classes));
   in_parallel(map.samples, grain, [&](int64_t begin, int64_t end) {
-    std::vector<A> mean(row);
+    std::vector<A> mean(row), sums(classes);
     for (int64_t n = begin; n < end; ++n) {
       sum_pixels<T>(map, pointer<T>(map.tensor) + n * channels * map.pixels, mean.data());
       P *kept = pointer<P>(pooled) + n * channels, *to = pointer<P>(y) + n * classes;
@@ -106,17 +110,8 @@ void forward(const Map& map, const Tensor& weight, const Tensor* bias, const Ten
         mean[c] = through<P>(through<T>(mean[c] / static_cast<A>(map.pixels)));
         kept[c] = to_storage<P>(mean[c]);
       }
-      in_stretches<kTogether>(classes, [&](int64_t first, auto count) {
-        V sums[count()] = {};
-        for (int64_t c = 0; c < row; c += lanes) {
-          const V value = load<V>(mean.data() + c);
-          unrolled<count()>([&](int k) { sums[k] += load<V>(w + (first + k) * row + c) * value; });
-        }
-        unrolled<count()>([&](int k) {
-          const A sum = sum_of_lanes<V>(sums[k]) + (b ? b[first + k] : A(0));
-          to[first + k] = to_storage<P>(sum);
-        });
-      });
+      row_products(w, classes, row, row / lanes, mean.data(), sums.data());
+      for (int64_t k = 0; k < classes; ++k) to[k] = to_storage<P>(sums[k] + (b ? b[k] : A(0)));
     }
   });
 }
@@ -124,25 +119,18 @@ void forward(const Map& map, const Tensor& weight, const Tensor* bias, const Ten
 template <class T, class P>
 void pull_map(const Map& map, const Tensor& cotangent, const Tensor& weight, const Tensor& x_bar) {
   using A = Number<T>;
-  using V = Vec<A>;
   constexpr int64_t lanes = kLanes<A>;
   const int64_t classes = cotangent.size(1), channels = map.channels, row = padded(channels, lanes);
   const Tensor weights = padded_rows<P, A>(weight);
   const A* w = pointer<A>(weights);
   const int64_t grain = divide_up(kGrain, channels * (map.pixels + classes));
   in_parallel(map.samples, grain, [&](int64_t begin, int64_t end) {
-    std::vector<A> bar(row);
+    std::vector<A> given(classes), bar(row);
     std::vector<T> stored(channels);
     for (int64_t n = begin; n < end; ++n) {
       const P* from = pointer<P>(cotangent) + n * classes;
-      in_stretches<kTogether>(row / lanes, [&](int64_t first, auto count) {
-        V sums[count()] = {};
-        for (int64_t k = 0; k < classes; ++k) {
-          const A value = to_accumulator<A>(from[k]);
-          unrolled<count()>([&](int v) { sums[v] += load<V>(w + k * row + (first + v) * lanes) * value; });
-        }
-        unrolled<count()>([&](int v) { store<V>(bar.data() + (first + v) * lanes, sums[v]); });
-      });
+      for (int64_t k = 0; k < classes; ++k) given[k] = to_accumulator<A>(from[k]);
+      sum_of_rows(w, classes, row, row / lanes, given.data(), bar.data());
       for (int64_t c = 0; c < channels; ++c)
         stored[c] = to_storage<T>(through<T>(through<P>(bar[c])) / static_cast<A>(map.pixels));
       spread<T>(map, stored.data(), pointer<T>(x_bar) + n * channels * map.pixels);
@@ -153,35 +141,31 @@ void pull_map(const Map& map, const Tensor& cotangent, const Tensor& weight, con
 // The gradients of weight and bias.
 template <class P, class A>
 Tensors pull_parameters(const Tensor& cotangent, const Tensor& pooled, const Tensor& weight) {
-  using V = Vec<A>;
   constexpr int64_t lanes = kLanes<A>;
   const int64_t samples = pooled.size(0), channels = pooled.size(1), classes = cotangent.size(1);
   const int64_t row = padded(channels, lanes);
   const Tensor means = padded_rows<P, A>(pooled);
   const A* m = pointer<A>(means);
   const P* g = pointer<P>(cotangent);
+  std::vector<A> given(classes * samples);  // class by class
+  for (int64_t n = 0; n < samples; ++n)
+    for (int64_t k = 0; k < classes; ++k) given[k * samples + n] = to_accumulator<A>(g[n * classes + k]);
   const Tensor weight_bar = new_contiguous(weight.scalar_type(), weight.sizes());
   const Tensor bias_bar = new_contiguous(weight.scalar_type(), weight.sizes().slice(0, 1));
   with_storage(weight.scalar_type(), [&]<class W>(W) {
     if constexpr (std::is_same_v<Number<W>, A>) {
+      W *to_weight = pointer<W>(weight_bar), *to_bias = pointer<W>(bias_bar);
       in_parallel(row / lanes, divide_up(kGrain, samples * classes * lanes + 1), [&](int64_t begin, int64_t end) {
-        for (int64_t k = 0; k < classes; ++k)
-          in_stretches<kTogether>(end - begin, [&](int64_t first, auto count) {
-            const int64_t at = (begin + first) * lanes;
-            V sums[count()] = {};
-            for (int64_t n = 0; n < samples; ++n) {
-              const A bar = to_accumulator<A>(g[n * classes + k]);
-              unrolled<count()>([&](int v) { sums[v] += load<V>(m + n * row + at + v * lanes) * bar; });
-            }
-            W* to = pointer<W>(weight_bar) + k * channels;
-            for (int64_t c = at; c < std::min(channels, at + count() * lanes); ++c)
-              to[c] = to_storage<W>(sums[(c - at) / lanes][(c - at) % lanes]);
-          });
+        const int64_t first = begin * lanes, last = std::min(channels, end * lanes);
+        std::vector<A> sums((end - begin) * lanes);
+        for (int64_t k = 0; k < classes; ++k) {
+          sum_of_rows(m + first, samples, row, end - begin, given.data() + k * samples, sums.data());
+          for (int64_t c = first; c < last; ++c) to_weight[k * channels + c] = to_storage<W>(sums[c - first]);
+        }
       });
       for (int64_t k = 0; k < classes; ++k) {
-        A sum = 0;
-        for (int64_t n = 0; n < samples; ++n) sum += to_accumulator<A>(g[n * classes + k]);
-        pointer<W>(bias_bar)[k] = to_storage<W>(sum);
+        const A* from = given.data() + k * samples;
+        to_bias[k] = to_storage<W>(std::accumulate(from, from + samples, A(0)));
       }
     }
   });

@@ -8,6 +8,18 @@
 
 namespace fastode::resident {
 
+// Which the linear field calls as well.
+template void advance(const Plane<float>&, int64_t, const View<float>&, const Slope<float>*, int64_t,
+                      const View<float>&);
+template double scaled_squares(const Plane<float>&, int64_t, const View<float>&, const Slope<float>*, int64_t,
+                               const Tolerance<float>&);
+template double zero_of(const Plane<float>&, int64_t, const View<float>&);
+template void pull_error(const Plane<float>&, int64_t, float, const View<float>&, const Slope<float>*, int64_t,
+                         const Tolerance<float>&, const ErrorBars<float>&);
+template void pull_scaled_squares(const Plane<float>&, int64_t, float, const View<float>&, const Tolerance<float>&,
+                                  const View<float>&, const View<float>&);
+template void run_solves(const FieldSizes&, int64_t, const Embedded&, const SolveCall&, std::vector<double>&,
+                         std::vector<Tensor>&, const MakeSolver<float>&);
 template class PackedPair<float>;
 template void run_pair(const PackedPair<float>&, const PairCall&, PairKept*, const Tensor&);
 template void run_march(const PackedPair<float>&, const March&, const MarchCall&, std::vector<Tensor>*, const Tensor&);

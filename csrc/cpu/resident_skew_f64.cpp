@@ -8,6 +8,18 @@
 
 namespace fastode::resident {
 
+// Which the linear field calls as well.
+template void advance(const Plane<double>&, int64_t, const View<double>&, const Slope<double>*, int64_t,
+                      const View<double>&);
+template double scaled_squares(const Plane<double>&, int64_t, const View<double>&, const Slope<double>*, int64_t,
+                               const Tolerance<double>&);
+template double zero_of(const Plane<double>&, int64_t, const View<double>&);
+template void pull_error(const Plane<double>&, int64_t, double, const View<double>&, const Slope<double>*, int64_t,
+                         const Tolerance<double>&, const ErrorBars<double>&);
+template void pull_scaled_squares(const Plane<double>&, int64_t, double, const View<double>&, const Tolerance<double>&,
+                                  const View<double>&, const View<double>&);
+template void run_solves(const FieldSizes&, int64_t, const Embedded&, const SolveCall&, std::vector<double>&,
+                         std::vector<Tensor>&, const MakeSolver<double>&);
 template class PackedPair<double>;
 template void run_pair(const PackedPair<double>&, const PairCall&, PairKept*, const Tensor&);
 template void run_march(const PackedPair<double>&, const March&, const MarchCall&, std::vector<Tensor>*, const Tensor&);

@@ -3,7 +3,8 @@
 
 #include "linear.h"
 #include "rows.h"
-#include "skew_solve_impl.h"
+#include "skew_solve.h"
+#include "team.h"
 #include "walk.h"
 
 namespace fastode::resident {
@@ -11,22 +12,13 @@ namespace fastode::resident {
 template <class A>
 void LinearPair<A>::down(A sign, const View<A>& in, const A* base, A damping, const View<A>& state,
                          const View<A>& out) const {
-  using V = Vec<A>;
-  const int64_t width = z_size(), row = spec.row;
-  in_stretches<kTogether>(spec.classes, [&](int64_t first, auto count) {
-    const A* rows = spec.weight + first * row;
-    V sums[count()] = {};
-    for (int64_t f = 0; f < width; f += kLanes<A>) {
-      const V value = load<V>(in.at + f);
-      unrolled<count()>([&](int r) { sums[r] += load<V>(rows + r * row + f) * value; });
-    }
-    for (int r = 0; r < count(); ++r) {
-      A value = sign * sum_of_lanes<V>(sums[r]);
-      if (base) value += base[first + r];
-      if (damping != 0) value -= damping * state.at[first + r];
-      out.at[first + r] = value;
-    }
-  });
+  row_products(spec.weight, spec.classes, spec.row, z_plane.width, in.at, out.at);
+  for (int64_t c = 0; c < spec.classes; ++c) {
+    A value = sign * out.at[c];
+    if (base) value += base[c];
+    if (damping != 0) value -= damping * state.at[c];
+    out.at[c] = value;
+  }
   std::fill(out.at + spec.classes, out.at + y_size(), A(0));
 }
 
@@ -34,23 +26,13 @@ template <class A>
 void LinearPair<A>::up(A sign, const View<A>& in, const A* base, A damping, const View<A>& state,
                        const View<A>& out) const {
   using V = Vec<A>;
-  constexpr int64_t lanes = kLanes<A>;
-  const int64_t row = spec.row;
-  in_stretches<kTogether>(z_plane.width, [&](int64_t first, auto count) {
-    const A* columns = spec.weight + first * lanes;
-    V sums[count()] = {};
-    for (int64_t c = 0; c < spec.classes; ++c) {
-      const A value = in.at[c];
-      unrolled<count()>([&](int v) { sums[v] += load<V>(columns + c * row + v * lanes) * value; });
-    }
-    for (int v = 0; v < count(); ++v) {
-      const int64_t f = (first + v) * lanes;
-      V value = sign * sums[v];
-      if (base) value += load<V>(base + f);
-      if (damping != 0) value -= damping * load<V>(state.at + f);
-      store<V>(out.at + f, value);
-    }
-  });
+  sum_of_rows(spec.weight, spec.classes, spec.row, z_plane.width, in.at, out.at);
+  for (int64_t f = 0; f < z_size(); f += kLanes<A>) {
+    V value = sign * load<V>(out.at + f);
+    if (base) value += load<V>(base + f);
+    if (damping != 0) value -= damping * load<V>(state.at + f);
+    store<V>(out.at + f, value);
+  }
 }
 
 template <class A>
@@ -105,15 +87,19 @@ void LinearPair<A>::pull_half(bool y, const Trace<A>& trace, const Combine<A>& b
   if (!spec.released) pull_activation(y, y ? trace.guide.y : trace.guide.z, out);
 }
 
+// Rows of the weight's gradient that are added to at a time: each is read and written, and so few are enough.
+inline constexpr int kRowsOfGradients = 4;
+
 template <class A>
 void LinearPair<A>::add_gradients(const Both<A>& inner, bool has_p, bool has_q, A* gradients) const {
   using V = Vec<A>;
   const int64_t width = z_size();
   const auto add = [&](auto by_p, auto by_q) {
-    in_stretches<kTogether>(spec.classes, [&](int64_t first, auto count) {
+    in_stretches<kRowsOfGradients>(spec.classes, [&](int64_t first, auto together) {
+      constexpr int count = together();
       A* rows = gradients + spec.weight_at + first * width;
-      V p[count()], y[count()];
-      for (int r = 0; r < count(); ++r) {
+      V p[count], y[count];
+      for (int r = 0; r < count; ++r) {
         if constexpr (by_p()) p[r] = splat<V>(bar_.y.at[first + r]);
         if constexpr (by_q()) y[r] = splat<V>(inner.y.at[first + r]);
       }
@@ -121,12 +107,12 @@ void LinearPair<A>::add_gradients(const Both<A>& inner, bool has_p, bool has_q, 
         V z = {}, q = {};
         if constexpr (by_p()) z = load<V>(inner.z.at + f);
         if constexpr (by_q()) q = load<V>(bar_.z.at + f);
-        unrolled<count()>([&](int r) {
+        FASTODE_UNROLL for (int r = 0; r < count; ++r) {
           V value = load<V>(rows + r * width + f);
           if constexpr (by_p()) value += p[r] * z;
           if constexpr (by_q()) value -= y[r] * q;
           store<V>(rows + r * width + f, value);
-        });
+        }
       }
     });
   };
@@ -297,7 +283,8 @@ template <class A>
 void run_linear(const PackedLinear<A>& packed, const LinearCall& call, const Tensor& gradients) {
   const int64_t samples = call.y.size(0);
   Team<LinearWorker<A>> team(samples, parts_for(samples), [&](Arena& arena) {
-    return LinearWorker<A>(packed.spec, call, arena, worker_gradients(packed.spec, gradients, 0));
+    A* to = worker_gradients(packed.spec, gradients, 0);
+    return std::make_unique<LinearWorker<A>>(packed.spec, call, arena, to);
   });
   team.each([](LinearWorker<A>& worker, int64_t n, Sums&) { worker(n); });
   team.check();
@@ -306,7 +293,7 @@ void run_linear(const PackedLinear<A>& packed, const LinearCall& call, const Ten
 template <class A>
 void run_linear_solve(const PackedLinear<A>& packed, const Embedded& scheme, const SolveCall& call,
                       std::vector<double>& log, std::vector<Tensor>& kept, const Tensor& gradients) {
-  run_solves<LinearPair<A>>(packed.spec, parts_for(call.x.size(0)), scheme, call, log, kept, gradients);
+  run_solves_of<LinearPair<A>>(packed.spec, parts_for(call.x.size(0)), scheme, call, log, kept, gradients);
 }
 
 }  // namespace fastode::resident

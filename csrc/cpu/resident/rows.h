@@ -3,7 +3,6 @@
 
 #include <cstdint>
 #include <type_traits>
-#include <utility>
 
 #include "../simd.h"
 #include "arena.h"
@@ -35,12 +34,6 @@ void in_stretches(int64_t count, const F& f) {
   }
 }
 
-// Calls f(i) for i < count, written out.
-template <int count, class F>
-inline void unrolled(const F& f) {
-  [&]<int... i>(std::integer_sequence<int, i...>) { (f(i), ...); }(std::make_integer_sequence<int, count>{});
-}
-
 template <class V>
 ScalarOf<V> sum_of_lanes(V value) {
   constexpr int count = Lane<V>::count;
@@ -51,5 +44,13 @@ ScalarOf<V> sum_of_lanes(V value) {
   }
   return lanes[0];
 }
+
+// The products of a matrix whose rows are whole vectors, `row` elements apart, with a vector: out[k] = <row k, in>.
+template <class A>
+void row_products(const A* rows, int64_t count, int64_t row, int64_t vectors, const A* in, A* out);
+
+// The adjoint's: out = the sum of in[k] * row k.
+template <class A>
+void sum_of_rows(const A* rows, int64_t count, int64_t row, int64_t vectors, const A* in, A* out);
 
 }  // namespace fastode::resident

@@ -103,6 +103,13 @@ class Port {
   View<A> copy_;
 };
 
+// A worker's accumulators, or null where no gradient is asked for.
+template <class Spec>
+auto worker_gradients(const Spec& spec, const Tensor& gradients, int64_t worker) {
+  using A = typename Spec::Real;
+  return spec.gradients ? static_cast<A*>(gradients.data_ptr()) + worker * spec.gradients : nullptr;
+}
+
 // How a program of samples alone reads and writes their tensors.
 template <class Pair>
 struct PortOf;

@@ -75,12 +75,6 @@ void each_worker(const Tensor& like, const Make& make) {
   for (const Arena& arena : arenas) arena.check();
 }
 
-template <class Spec>
-auto worker_gradients(const Spec& spec, const Tensor& gradients, int64_t worker) {
-  using A = typename Spec::Real;
-  return spec.gradients ? static_cast<A*>(gradients.data_ptr()) + worker * spec.gradients : nullptr;
-}
-
 template <class A>
 struct MarchWorker {
   SkewMarch<A> march;

@@ -5,32 +5,30 @@
 
 namespace fastode::resident {
 
-// Calls f(block, y, x, base + the sum of the slopes) for every pixel and end(block, y) after every row of them.
+// Calls f(block, y, x, base + the sum of the slopes) for every pixel and end(block, y) after every row of them. Once a
+// step: a loop over as many slopes as there are is no slower than one for each number of them.
 template <class A, class F, class End>
 void each_error(const Plane<A>& plane, int64_t blocks, const View<A>& base, const Slope<A>* slopes, int64_t count,
                 const F& f, const End& end) {
   using V = Vec<A>;
-  const auto sweep = [&](auto known) {
-    for (int64_t b = 0; b < blocks; ++b) {
-      V mean[known() + 1], scale[known() + 1], bias[known() + 1];
-      for (int j = 0; j < known(); ++j) {
-        const NormRows<A>& rows = slopes[j].rows;
-        mean[j] = row_at(rows.mean, b), bias[j] = row_at(rows.bias, b);
-        scale[j] = row_at(rows.rstd, b) * row_at(rows.weight, b);
-      }
-      for (int64_t y = 0; y < plane.height; ++y) {
-        for (int64_t x = 0; x < plane.width; ++x) {
-          V value = load<V>(base.pixel_at(b, y, x));
-          // Unlike advance(): the slopes all but cancel, and a factor's rounding would be the whole channel's error.
-          for (int j = 0; j < known(); ++j)
-            value += slopes[j].coefficient * ((load<V>(slopes[j].s.pixel_at(b, y, x)) - mean[j]) * scale[j] + bias[j]);
-          f(b, y, x, value);
-        }
-        end(b, y);
-      }
+  for (int64_t b = 0; b < blocks; ++b) {
+    V mean[kSlopes], scale[kSlopes], bias[kSlopes];
+    for (int64_t j = 0; j < count; ++j) {
+      const NormRows<A>& rows = slopes[j].rows;
+      mean[j] = row_at(rows.mean, b), bias[j] = row_at(rows.bias, b);
+      scale[j] = row_at(rows.rstd, b) * row_at(rows.weight, b);
     }
-  };
-  if (!with_few<kSlopes>(count, sweep)) sweep(std::integral_constant<int, 0>{});
+    for (int64_t y = 0; y < plane.height; ++y) {
+      for (int64_t x = 0; x < plane.width; ++x) {
+        V value = load<V>(base.pixel_at(b, y, x));
+        // Unlike advance(): the slopes all but cancel, and a factor's rounding would be the whole channel's error.
+        for (int64_t j = 0; j < count; ++j)
+          value += slopes[j].coefficient * ((load<V>(slopes[j].s.pixel_at(b, y, x)) - mean[j]) * scale[j] + bias[j]);
+        f(b, y, x, value);
+      }
+      end(b, y);
+    }
+  }
 }
 
 template <class A>

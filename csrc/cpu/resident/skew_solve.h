@@ -2,6 +2,9 @@
 // batch, forwards and backwards. Equations: README.md of fastode/ops/schemes/skew_pair.
 #pragma once
 
+#include <functional>
+#include <memory>
+
 #include "skew_engine.h"
 #include "skew_stages.h"
 #include "solve_steps.h"
@@ -9,7 +12,7 @@
 namespace fastode::resident {
 
 template <class Pair>
-class SkewSolve {
+class SkewSolve final : public Solver<typename Pair::Real> {
  public:
   using A = typename Pair::Real;
 
@@ -34,16 +37,11 @@ class SkewSolve {
     end_ = pair.maps(arena);
   }
 
-  // Says to which part of the batch the next samples belong, each of which has accumulators of its own.
-  void enter(int64_t part) {
+  void enter(int64_t part) override {
     if (all_gradients_) gradients_ = all_gradients_ + part * stages_.pair.spec.gradients;
   }
 
-  // ---- forwards. Each adds sums of squares to `sums`, y's before z's.
-
-  // The slopes at time 0; of the state and of the slopes, if asked for. Behind them zero_of(z), which x is, where
-  // errors are measured.
-  void begin(int64_t n, const Solve<A>& solve, bool chooses, double* sums) {
+  void begin(int64_t n, const Solve<A>& solve, bool chooses, double* sums) override {
     const Both<A> state = start(n);
     if (scheme_.steps == 0) sums[4] += zero_of<A>(stages_.plane(false), stages_.blocks(false), state.z);
     put(0, solve.start, 0, n);
@@ -56,8 +54,7 @@ class SkewSolve {
     }
   }
 
-  // The slopes after an Euler step of that size; of their change.
-  void try_first(int64_t n, const Solve<A>& solve, double size, double* sums) {
+  void try_first(int64_t n, const Solve<A>& solve, double size, double* sums) override {
     const Both<A> state = start(n);
     put_choice(n, solve);
     const double a[] = {0, 0, size, 0};
@@ -66,8 +63,7 @@ class SkewSolve {
       sums[!y] += stages_.squares(y, kChange, 2, stages_.nothing(), tolerance(y, state, state));
   }
 
-  // One attempt; of the error. The result goes where it belongs if t1 lies in the step.
-  void attempt(int64_t n, const Solve<A>& solve, const Attempted<A>& tried, double* sums) {
+  void attempt(int64_t n, const Solve<A>& solve, const Attempted<A>& tried, double* sums) override {
     const int64_t stages = scheme_.stages;
     const StepMaps<A>* before = solve.steps.empty() ? nullptr : &solve.steps.back();
     const Both<A> state = before ? end_of(*before, n) : start(n);
@@ -93,13 +89,8 @@ class SkewSolve {
     out_.store(n);
   }
 
-  // ---- backwards
-
-  // A leg of the way from the result's cotangent to that of x: the links from `top` down to `low`. Where others follow,
-  // or the derivative goes on to the first step's size, it ends in `bars`, and the next one begins there. Adds to
-  // `sums` what the links add to the cotangent of the size that decides theirs, and to that of the place of t1.
   void back(int64_t n, const Solve<A>& solve, const WayBack<A>& way, size_t low, size_t top, const StartBars<A>& bars,
-            double* sums) {
+            double* sums) override {
     const bool first_leg = top + 1 == way.links.size();
     if (first_leg)
       stages_.y_total = {cotangent_.load(n), true}, stages_.z_total = stages_.carried_y = stages_.carried_z = {};
@@ -129,9 +120,8 @@ class SkewSolve {
     }
   }
 
-  // Through the change of the slopes, whose norm's factor the way back has; adds to `sum` what that adds to the trial's
-  // cotangent.
-  void back_trial(int64_t n, const Solve<A>& solve, const WayBack<A>& way, const StartBars<A>& bars, double* sum) {
+  void back_trial(int64_t n, const Solve<A>& solve, const WayBack<A>& way, const StartBars<A>& bars,
+                  double* sum) override {
     const Both<A> state = start(n);
     put_choice(n, solve);
     stages_.restore(0, 2);
@@ -156,8 +146,7 @@ class SkewSolve {
     }
   }
 
-  // Through the norms of the state and of its slopes, and the slopes themselves.
-  void back_start(int64_t n, const Solve<A>& solve, const WayBack<A>& way, const StartBars<A>& bars) {
+  void back_start(int64_t n, const Solve<A>& solve, const WayBack<A>& way, const StartBars<A>& bars) override {
     const Both<A> state = start(n);
     put(0, solve.start, 0, n);
     stages_.restore(0, 1);
@@ -325,5 +314,33 @@ class SkewSolve {
   std::vector<Both<A>> guides_;  // of evaluations that are not left to anyone
   Both<A> end_, bar_, start_bar_, end_bar_;
 };
+
+template <class Pair>
+FieldSizes sizes_of(const typename Pair::Spec& spec) {
+  Arena none(nullptr);
+  const Pair pair(spec, none, false);
+  return {pair.y_size(), pair.z_size(), spec.statistics, pair.entries()};
+}
+
+// Makes a worker of a call.
+template <class A>
+using MakeSolver = std::function<std::unique_ptr<Solver<A>>(const SolveCall&, Arena&)>;
+
+// Solves of a field by its workers; the batch is in `parts`.
+template <class A>
+void run_solves(const FieldSizes& sizes, int64_t parts, const Embedded& scheme, const SolveCall& call,
+                std::vector<double>& log, std::vector<Tensor>& kept, const MakeSolver<A>& make);
+
+// `gradients`: accumulators of each of the parts.
+template <class Pair>
+void run_solves_of(const typename Pair::Spec& spec, int64_t parts, const Embedded& scheme, const SolveCall& call,
+                   std::vector<double>& log, std::vector<Tensor>& kept, const Tensor& gradients) {
+  using A = typename Pair::Real;
+  run_solves<A>(sizes_of<Pair>(spec), parts, scheme, call, log, kept, [&](const SolveCall& call, Arena& arena) {
+    A* to = call.cotangent ? worker_gradients(spec, gradients, 0) : nullptr;
+    return std::make_unique<SkewSolve<Pair>>(spec, scheme, call.x, call.out, call.cotangent, call.through == kAllSizes,
+                                             arena, to);
+  });
+}
 
 }  // namespace fastode::resident

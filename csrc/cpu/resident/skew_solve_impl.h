@@ -1,5 +1,5 @@
 // Solves of a skew field by an embedded scheme over all samples: the control between the workers' parts. Included by
-// one .cpp per arithmetic type and field.
+// one .cpp per arithmetic type.
 #pragma once
 
 #include "skew_engine_impl.h"
@@ -7,13 +7,6 @@
 #include "team.h"
 
 namespace fastode::resident {
-
-// How many numbers the norms of y and of z are means over.
-template <class Pair>
-Halves entries(const Pair& pair, int64_t samples) {
-  const auto [y, z] = pair.entries();
-  return {{static_cast<double>(samples * y), static_cast<double>(samples * z)}};
-}
 
 // A step's size as a stage sees it: a tensor of the program's type but where it is given.
 template <class A>
@@ -26,15 +19,19 @@ inline bool goes_through(Through through, const Embedded& scheme, double ratio) 
   return through == kAllSizes && NextFactor(ratio, scheme.order).free;
 }
 
+// How many numbers the norms of y and of z are means over.
+inline Halves entries(const FieldSizes& sizes, int64_t samples) {
+  return {{static_cast<double>(samples * sizes.entries[0]), static_cast<double>(samples * sizes.entries[1])}};
+}
+
 // The forward of samples that share their steps. `each(f)` calls f(worker, sample, sums) for all of them.
-template <class Pair>
+template <class A>
 class Forward {
-  using A = typename Pair::Real;
-  using Worker = SkewSolve<Pair>;
+  using Worker = Solver<A>;
 
  public:
-  Forward(const Embedded& scheme, const Pair& pair, const SolveCall& call, int64_t samples, Solve<A>& solve)
-      : scheme_(scheme), pair_(pair), call_(call), solve_(solve), entries_(entries(pair, samples)) {
+  Forward(const Embedded& scheme, const FieldSizes& sizes, const SolveCall& call, int64_t samples, Solve<A>& solve)
+      : scheme_(scheme), sizes_(sizes), call_(call), solve_(solve), entries_(entries(sizes, samples)) {
     solve.samples = samples;
   }
 
@@ -50,8 +47,8 @@ class Forward {
       if (scheme_.steps == 0) log.end = hindrance(tried, scheme_.most, log.t, log.h);
       if (log.end != kReached) return;
       const bool last = scheme_.steps > 0 ? tried + 1 == scheme_.steps : log.t + log.h >= scheme_.t1;
-      if (next.y.empty()) next = new_step(pair_, scheme_.stages - 1, solve_.samples, call_.keep);
-      if (!last) give_ends(pair_, next);
+      if (next.y.empty()) next = new_step<A>(sizes_, scheme_.stages - 1, solve_.samples, call_.keep);
+      if (!last) give_ends(sizes_, next);
       const Halves norms = attempt(each, next, last);
       const Larger larger(norms);
       const double ratio = larger.value;
@@ -82,14 +79,14 @@ class Forward {
   void choose_first(const Each& each) {
     SolveLog& log = solve_.log;
     const bool chooses = scheme_.chooses();
-    solve_.start = new_step(pair_, 1, solve_.samples, true);
+    solve_.start = new_step<A>(sizes_, 1, solve_.samples, true);
     Sums sums = each([&](Worker& worker, int64_t n, Sums& sums) { worker.begin(n, solve_, chooses, sums.data()); });
     starts_finite_ = is_finite(sums[4]);
     log.h = scheme_.first_step;
     if (!chooses) return;
     log.first.state = halves(sums[0], sums[1]), log.first.slope = halves(sums[2], sums[3]);
     const double size = log.first.trial();
-    solve_.trial = new_step(pair_, 1, solve_.samples, true);
+    solve_.trial = new_step<A>(sizes_, 1, solve_.samples, true);
     sums = each([&](Worker& worker, int64_t n, Sums& sums) { worker.try_first(n, solve_, size, sums.data()); });
     log.first.change = halves(sums[0], sums[1]);
     log.h = log.first.size(scheme_.order);
@@ -114,7 +111,7 @@ class Forward {
   Halves halves(double y, double z) const { return {{std::sqrt(y / entries_[0]), std::sqrt(z / entries_[1])}}; }
 
   const Embedded& scheme_;
-  const Pair& pair_;
+  const FieldSizes& sizes_;
   const SolveCall& call_;
   Solve<A>& solve_;
   const Halves entries_;
@@ -122,14 +119,13 @@ class Forward {
 };
 
 // The backward of samples that share their steps, likewise.
-template <class Pair>
+template <class A>
 class Backward {
-  using A = typename Pair::Real;
-  using Worker = SkewSolve<Pair>;
+  using Worker = Solver<A>;
 
  public:
-  Backward(const Embedded& scheme, const Pair& pair, const SolveCall& call, const Solve<A>& solve)
-      : scheme_(scheme), pair_(pair), solve_(solve), entries_(entries(pair, solve.samples)) {
+  Backward(const Embedded& scheme, const FieldSizes& sizes, const SolveCall& call, const Solve<A>& solve)
+      : scheme_(scheme), sizes_(sizes), solve_(solve), entries_(entries(sizes, solve.samples)) {
     make_links(call.through);
     const Link<A>& last = way_.links.back();
     at_ = (scheme.t1 - last.attempt.t) / last.attempt.h;
@@ -147,8 +143,7 @@ class Backward {
     const auto take = [&](int64_t size) {
       return static_cast<A*>(room.emplace_back(new_vector(size * solve_.samples, scalar_type<A>())).data_ptr());
     };
-    if (way_.through_place)
-      bars = {solve_.samples, take(pair_.y_size()), take(pair_.z_size()), take(pair_.y_size()), take(pair_.z_size())};
+    if (way_.through_place) bars = {solve_.samples, take(sizes_.y), take(sizes_.z), take(sizes_.y), take(sizes_.z)};
     double size_bar = 0, place = 0;
     for (size_t end = links.size(), low; end > 0; end = low) {
       low = weigh_leg(end);
@@ -225,7 +220,7 @@ class Backward {
   }
 
   const Embedded& scheme_;
-  const Pair& pair_;
+  const FieldSizes& sizes_;
   const Solve<A>& solve_;
   const Halves entries_;
   WayBack<A> way_;
@@ -246,16 +241,16 @@ void each_solve(std::vector<Solve<A>>& solves, Team<Worker>& team, const F& f) {
 }
 
 // The solves as forward has logged and kept them.
-template <class Pair, class A>
-void find_solves(const Pair& pair, const Embedded& scheme, Through through, int64_t samples,
+template <class A>
+void find_solves(const FieldSizes& sizes, const Embedded& scheme, Through through, int64_t samples,
                  const std::vector<double>& log, std::vector<Tensor>& kept, std::vector<Solve<A>>& solves) {
   size_t next = 0;
   const double* from = log.data();
   for (Solve<A>& solve : solves) {
     solve.samples = samples, solve.log = SolveLog::read(from);
-    solve.start = find_step(pair, 1, samples, false, kept, next);
-    if (through != kNoSize && scheme.chooses()) solve.trial = find_step(pair, 1, samples, false, kept, next);
-    const auto find = [&](bool ends) { return find_step(pair, scheme.stages - 1, samples, ends, kept, next); };
+    solve.start = find_step<A>(sizes, 1, samples, false, kept, next);
+    if (through != kNoSize && scheme.chooses()) solve.trial = find_step<A>(sizes, 1, samples, false, kept, next);
+    const auto find = [&](bool ends) { return find_step<A>(sizes, scheme.stages - 1, samples, ends, kept, next); };
     const std::vector<Attempt>& attempts = solve.log.attempts;
     for (const Attempt& one : attempts)
       if (one.accepted) solve.steps.push_back(find(&one != &attempts.back()));
@@ -264,33 +259,25 @@ void find_solves(const Pair& pair, const Embedded& scheme, Through through, int6
   }
 }
 
-// `gradients`: accumulators of each of the parts.
-template <class Pair>
-void run_solves(const typename Pair::Spec& spec, int64_t parts, const Embedded& scheme, const SolveCall& call,
-                std::vector<double>& log, std::vector<Tensor>& kept, const Tensor& gradients) {
-  using A = typename Pair::Real;
+template <class A>
+void run_solves(const FieldSizes& sizes, int64_t parts, const Embedded& scheme, const SolveCall& call,
+                std::vector<double>& log, std::vector<Tensor>& kept, const MakeSolver<A>& make) {
   const bool backward = call.cotangent != nullptr;
   if (backward && kept.empty()) {
     const Tensor& like = *call.cotangent;
     const Tensor again = new_contiguous(like.scalar_type(), like.sizes());
     log.clear();
-    run_solves<Pair>(spec, parts, scheme, {call.x, nullptr, again, call.per_sample, true, call.through}, log, kept,
-                     gradients);
+    run_solves<A>(sizes, parts, scheme, {call.x, nullptr, again, call.per_sample, true, call.through}, log, kept, make);
   }
   const int64_t samples = call.x.size(0), alone = call.per_sample ? samples : 1, together = samples / alone;
-  Arena none(nullptr);
-  const Pair pair(spec, none, false);
   std::vector<Solve<A>> solves(alone);
-  if (backward) find_solves(pair, scheme, call.through, together, log, kept, solves);
-  Team<SkewSolve<Pair>> team(samples, parts, [&](Arena& arena) {
-    return SkewSolve<Pair>(spec, scheme, call.x, call.out, call.cotangent, call.through == kAllSizes, arena,
-                           backward ? worker_gradients(spec, gradients, 0) : nullptr);
-  });
+  if (backward) find_solves(sizes, scheme, call.through, together, log, kept, solves);
+  Team<Solver<A>> team(samples, parts, [&](Arena& arena) { return make(call, arena); });
   each_solve(solves, team, [&](Solve<A>& solve, const auto& each) {
     if (backward)
-      Backward<Pair>(scheme, pair, call, solve).run(each);
+      Backward<A>(scheme, sizes, call, solve).run(each);
     else
-      Forward<Pair>(scheme, pair, call, together, solve).run(each);
+      Forward<A>(scheme, sizes, call, together, solve).run(each);
   });
   team.check();
   if (backward) return;
@@ -312,7 +299,7 @@ void run_solves(const typename Pair::Spec& spec, int64_t parts, const Embedded& 
 template <class A>
 void run_solve(const PackedPair<A>& packed, const Embedded& scheme, const SolveCall& call, std::vector<double>& log,
                std::vector<Tensor>& kept, const Tensor& gradients) {
-  run_solves<SkewPair<A>>(packed.spec, workers_for(call.x.size(0)), scheme, call, log, kept, gradients);
+  run_solves_of<SkewPair<A>>(packed.spec, workers_for(call.x.size(0)), scheme, call, log, kept, gradients);
 }
 
 }  // namespace fastode::resident

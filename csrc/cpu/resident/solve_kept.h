@@ -31,14 +31,13 @@ std::vector<A*> take_pieces(const std::vector<int64_t>& lengths, bool make, std:
 }
 
 // What a step's evaluations leave: all of them or, for the next step alone, the last.
-template <class Pair, class A = typename Pair::Real>
-StepMaps<A> take_step(const Pair& pair, int64_t evaluations, int64_t samples, bool all, bool make,
+template <class A>
+StepMaps<A> take_step(const FieldSizes& sizes, int64_t evaluations, int64_t samples, bool all, bool make,
                       std::vector<Tensor>& pieces, size_t& next) {
   std::vector<int64_t> lengths;
   for (int64_t e = 0; e < evaluations; ++e)
-    for (const int64_t size : {pair.y_size(), pair.z_size()})
-      lengths.push_back(all || e + 1 == evaluations ? size * samples : 0);
-  lengths.push_back(evaluations * pair.spec.statistics * samples);
+    for (const int64_t size : {sizes.y, sizes.z}) lengths.push_back(all || e + 1 == evaluations ? size * samples : 0);
+  lengths.push_back(evaluations * sizes.statistics * samples);
   const std::vector<A*> found = take_pieces<A>(lengths, make, pieces, next);
   StepMaps<A> step;
   step.samples = samples;
@@ -47,34 +46,33 @@ StepMaps<A> take_step(const Pair& pair, int64_t evaluations, int64_t samples, bo
   return step;
 }
 
-template <class Pair, class A>
-void take_ends(const Pair& pair, StepMaps<A>& step, bool make, std::vector<Tensor>& pieces, size_t& next) {
-  const std::vector<A*> found =
-      take_pieces<A>({pair.y_size() * step.samples, pair.z_size() * step.samples}, make, pieces, next);
+template <class A>
+void take_ends(const FieldSizes& sizes, StepMaps<A>& step, bool make, std::vector<Tensor>& pieces, size_t& next) {
+  const std::vector<A*> found = take_pieces<A>({sizes.y * step.samples, sizes.z * step.samples}, make, pieces, next);
   step.end_y = found[0], step.end_z = found[1];
 }
 
-template <class Pair, class A = typename Pair::Real>
-StepMaps<A> new_step(const Pair& pair, int64_t evaluations, int64_t samples, bool all) {
+template <class A>
+StepMaps<A> new_step(const FieldSizes& sizes, int64_t evaluations, int64_t samples, bool all) {
   std::vector<Tensor> pieces;
   size_t next = 0;
-  StepMaps<A> step = take_step(pair, evaluations, samples, all, true, pieces, next);
+  StepMaps<A> step = take_step<A>(sizes, evaluations, samples, all, true, pieces, next);
   step.pieces = std::move(pieces);
   return step;
 }
 
-template <class Pair, class A>
-void give_ends(const Pair& pair, StepMaps<A>& step) {
+template <class A>
+void give_ends(const FieldSizes& sizes, StepMaps<A>& step) {
   size_t next = 0;
-  if (!step.end_y) take_ends(pair, step, true, step.ends, next);
+  if (!step.end_y) take_ends(sizes, step, true, step.ends, next);
 }
 
 // What new_step and give_ends made, found again; `next` moves on.
-template <class Pair, class A = typename Pair::Real>
-StepMaps<A> find_step(const Pair& pair, int64_t evaluations, int64_t samples, bool ends, std::vector<Tensor>& kept,
-                      size_t& next) {
-  StepMaps<A> step = take_step(pair, evaluations, samples, true, false, kept, next);
-  if (ends) take_ends(pair, step, false, kept, next);
+template <class A>
+StepMaps<A> find_step(const FieldSizes& sizes, int64_t evaluations, int64_t samples, bool ends,
+                      std::vector<Tensor>& kept, size_t& next) {
+  StepMaps<A> step = take_step<A>(sizes, evaluations, samples, true, false, kept, next);
+  if (ends) take_ends(sizes, step, false, kept, next);
   return step;
 }
 

@@ -2,6 +2,8 @@
 // fastode/ops/schemes/skew_pair.
 #pragma once
 
+#include <array>
+
 #include "control.h"
 #include "engine.h"
 
@@ -79,6 +81,51 @@ template <class A>
 struct StartBars {
   int64_t samples = 0;
   A *y = nullptr, *z = nullptr, *slope_y = nullptr, *slope_z = nullptr;
+};
+
+// What a solve's control knows of a field.
+struct FieldSizes {
+  int64_t y, z;                    // elements of a sample's maps
+  int64_t statistics;              // elements of an evaluation's
+  std::array<int64_t, 2> entries;  // of y and z, their padding left out
+};
+
+// What a worker does for a sample between two looks at the batch.
+template <class A>
+class Solver {
+ public:
+  virtual ~Solver() = default;
+
+  // Says to which part of the batch the next samples belong, each of which has accumulators of its own.
+  virtual void enter(int64_t part) = 0;
+
+  // ---- forwards. Each adds sums of squares to `sums`, y's before z's.
+
+  // The slopes at time 0; of the state and of the slopes, if asked for. Behind them zero_of(z), which x is, where
+  // errors are measured.
+  virtual void begin(int64_t n, const Solve<A>& solve, bool chooses, double* sums) = 0;
+
+  // The slopes after an Euler step of that size; of their change.
+  virtual void try_first(int64_t n, const Solve<A>& solve, double size, double* sums) = 0;
+
+  // One attempt; of the error. The result goes where it belongs if t1 lies in the step.
+  virtual void attempt(int64_t n, const Solve<A>& solve, const Attempted<A>& tried, double* sums) = 0;
+
+  // ---- backwards
+
+  // A leg of the way from the result's cotangent to that of x: the links from `top` down to `low`. Where others follow,
+  // or the derivative goes on to the first step's size, it ends in `bars`, and the next one begins there. Adds to
+  // `sums` what the links add to the cotangent of the size that decides theirs, and to that of the place of t1.
+  virtual void back(int64_t n, const Solve<A>& solve, const WayBack<A>& way, size_t low, size_t top,
+                    const StartBars<A>& bars, double* sums) = 0;
+
+  // Through the change of the slopes, whose norm's factor the way back has; adds to `sum` what that adds to the trial's
+  // cotangent.
+  virtual void back_trial(int64_t n, const Solve<A>& solve, const WayBack<A>& way, const StartBars<A>& bars,
+                          double* sum) = 0;
+
+  // Through the norms of the state and of its slopes, and the slopes themselves.
+  virtual void back_start(int64_t n, const Solve<A>& solve, const WayBack<A>& way, const StartBars<A>& bars) = 0;
 };
 
 }  // namespace fastode::resident

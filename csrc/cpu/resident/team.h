@@ -16,7 +16,7 @@ using Sums = std::array<double, 5>;
 template <class Worker>
 class Team {
  public:
-  // `make(arena)` makes a Worker, which is told each part that it enters; first without memory, to count it.
+  // `make(arena)` returns a new Worker, which is told each part that it enters; first without memory, to count it.
   template <class Make>
   Team(int64_t samples, int64_t parts, const Make& make)
       : samples_(samples), parts_(parts), count_(std::min(parts, workers_for(samples))) {
@@ -24,7 +24,7 @@ class Team {
     make(none);
     char* scratch = static_cast<char*>(memory_.take(count_ * none.used()));
     for (int64_t w = 0; w < count_; ++w) arenas_.emplace_back(scratch + w * none.used());
-    for (int64_t w = 0; w < count_; ++w) workers_.push_back(std::make_unique<Worker>(make(arenas_[w])));
+    for (int64_t w = 0; w < count_; ++w) workers_.push_back(make(arenas_[w]));
   }
 
   // Calls f(worker, sample, sums) for all samples and returns the sums, added up in the parts' order. The samples are
