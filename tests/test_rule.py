@@ -360,13 +360,34 @@ def test_a_quick_verdict_runs_the_reference_as_often_as_it_needs() -> None:
 
 def test_a_run_that_is_made_later_is_of_the_reference_as_it_was() -> None:
     block, x = implicit(torch.float32), make_input(torch.float32)
-    judge, before = Judge(block, x), compare_blocks(block, implicit(torch.float32), x)
+    g = make_input(torch.float32).flip(0)
+    judge, before = Judge(block, x, cotangent=g), compare_blocks(block, implicit(torch.float32), x, cotangent=g)
     with torch.no_grad():
         x_then = x.clone()
-        x.zero_()
-        for parameter in block.parameters():
-            parameter.zero_()
+        for tensor in (x, g, *block.parameters()):
+            tensor.mul_(-0.5)
     assert judge.compare(implicit(torch.float32), x_then) == before
+
+
+class Overflows(nn.Module):
+    """The identity but for one entry, which may be infinite."""
+
+    def __init__(self, infinite: bool) -> None:
+        super().__init__()
+        self.infinite = infinite
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.clone()
+        if self.infinite:
+            y[0, 0, 0, 0] = float("inf")
+        return y
+
+
+def test_no_quick_verdict_where_a_value_is_not_finite() -> None:
+    judge = Judge(Overflows(True), make_input(torch.float32), mode="forward")
+    quick, full = (judge.compare(Overflows(True), quick=quick) for quick in (True, False))
+    assert quick == full and full.ok
+    assert not judge.compare(Overflows(False), quick=True).ok
 
 
 def test_nothing_outlives_a_comparison() -> None:

@@ -34,19 +34,26 @@ struct Map {
 
 int64_t padded(int64_t count, int64_t lanes) { return divide_up(count, lanes) * lanes; }
 
-// The rows of a matrix, or a vector as one, with zeros behind them that fill their vectors; each number rounded to P.
+// The rows of a matrix, or a vector as one, with zeros behind them that fill their vectors; each number rounded to P. A
+// matrix whose rows are so is returned as it is.
 template <class P, class A>
 Tensor padded_rows(const Tensor& matrix) {
   const bool is_vector = matrix.dim() == 1;
   const int64_t rows = is_vector ? 1 : matrix.size(0), count = matrix.size(is_vector ? 0 : 1);
   const int64_t down = is_vector ? 0 : matrix.stride(0), across = matrix.stride(is_vector ? 0 : 1);
   const int64_t row = padded(count, kLanes<A>);
+  const bool is_padded = count == row && across == 1 && (is_vector || down == row);
+  if (std::is_same_v<P, A> && is_padded && matrix.scalar_type() == scalar_type<A>()) return matrix;
   const Tensor made = new_vector(rows * row, scalar_type<A>(), true);
-  A* to = pointer<A>(made);
   with_storage(matrix.scalar_type(), [&]<class W>(W) {
-    const W* from = pointer<W>(matrix);
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t c = 0; c < count; ++c) to[r * row + c] = through<P>(to_accumulator<A>(from[r * down + c * across]));
+    for (int64_t r = 0; r < rows; ++r) {
+      const W* from = pointer<W>(matrix) + r * down;
+      A* to = pointer<A>(made) + r * row;
+      const auto copy = [&](int64_t step) {
+        for (int64_t c = 0; c < count; ++c) to[c] = through<P>(to_accumulator<A>(from[c * step]));
+      };
+      across == 1 ? copy(1) : copy(across);
+    }
   });
   return made;
 }
@@ -148,8 +155,11 @@ Tensors pull_parameters(const Tensor& cotangent, const Tensor& pooled, const Ten
   const A* m = pointer<A>(means);
   const P* g = pointer<P>(cotangent);
   std::vector<A> given(classes * samples);  // class by class
-  for (int64_t n = 0; n < samples; ++n)
-    for (int64_t k = 0; k < classes; ++k) given[k * samples + n] = to_accumulator<A>(g[n * classes + k]);
+  constexpr int64_t together = 16;          // samples, whose cache lines are read and written meanwhile
+  for (int64_t first = 0; first < samples; first += together)
+    for (int64_t k = 0; k < classes; ++k)
+      for (int64_t n = first; n < std::min(samples, first + together); ++n)
+        given[k * samples + n] = to_accumulator<A>(g[n * classes + k]);
   const Tensor weight_bar = new_contiguous(weight.scalar_type(), weight.sizes());
   const Tensor bias_bar = new_contiguous(weight.scalar_type(), weight.sizes().slice(0, 1));
   with_storage(weight.scalar_type(), [&]<class W>(W) {

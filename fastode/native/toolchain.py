@@ -42,10 +42,10 @@ FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-math-errno",
 # which speed is not asked, with the passes of -O2 that form fused multiply-adds (a twentieth slower than -O2; without
 # them a tenth to a quarter, and less exact). Norms and blocks' programs, which were as fast at -O2 (0.995 of -O3's
 # time, over 18 cases on one thread of an AMD EPYC). Pairs with loops over few maps unrolled as well (0.9996 of -O3's
-# time, over 10 solutions by dopri5 on two threads; -O2 alone is up to 8 % slower); what else is in float32, and the
-# staged engine, also with more of their loops turned into vectors (0.997 over six modes of ResNet10 and 0.995 over four
-# staged blocks; bfloat16 there takes 1.8 times as long at -O2 alone). Products of bfloat16 need -O3: steps of ResNet10
-# are 15 % slower without it.
+# time, over 10 solutions by dopri5 on two threads; -O2 alone is up to 8 % slower); what else is in float32, heads,
+# and the staged engine, also with more of their loops turned into vectors (0.997 over six modes of ResNet10 and 0.995
+# over four staged blocks; bfloat16 there takes 1.8 times as long at -O2 alone). Convolutions of bfloat16 need -O3:
+# steps of ResNet10 are 15 % slower without it.
 UNROLLED = "-O2 -fpeel-loops"
 VECTORS = f"{UNROLLED} -fvect-cost-model=dynamic"
 LEVEL_OF_UNIT = {

@@ -53,7 +53,9 @@ def _names(kind: str, count: int) -> list[str]:
 def _copied(block: nn.Module) -> nn.Module:
     """A deep copy; a module has a dozen empty dictionaries, which cost most of `copy.deepcopy`'s time."""
     attributes = (value for module in block.modules() for value in vars(module).values())
-    memo = {id(value): type(value)() for value in attributes if type(value) in (dict, OrderedDict) and not value}
+    empty = (value for value in attributes if type(value) in (dict, OrderedDict) and not value)
+    # An empty OrderedDict may have attributes of its own, as that of a module's state has.
+    memo = {id(value): type(value)() for value in empty if not getattr(value, "__dict__", None)}
     return copy.deepcopy(block, memo)
 
 
@@ -151,7 +153,8 @@ def _leaning_cotangents(block: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[T
 class Judge:
     """A reference's runs on one input, by which any number of blocks is judged.
 
-    Each run is made once, when a judgement first asks for it. The modules are deep-copied for every run, so nothing
+    Each run is made once, when a judgement first asks for it, under its flags and contexts, but of the reference, the
+    input and the cotangent as they were when the judge was made. The modules are deep-copied for every run, so nothing
     that a call changes outlives it.
 
     Args:
@@ -203,7 +206,7 @@ class Judge:
         exact_block = _copied(reference).double()
         doubled = tuple(_layout(t.detach().double(), False) for t in self.inputs)
         if cotangent is not None:
-            self.cotangents: tuple[Tensor, ...] | None = _tuple(cotangent)
+            self.cotangents: tuple[Tensor, ...] | None = tuple(g.detach().clone() for g in _tuple(cotangent))
         else:
             self.cotangents = _leaning_cotangents(exact_block, doubled) if mode == "train" else None
         wide = None if self.cotangents is None else tuple(g.double() for g in self.cotangents)
@@ -251,7 +254,11 @@ class Judge:
 
         None where it cannot be told.
         """
-        return across_kinks(self._truth_record, self._all[1], torch.finfo(self._dtype).eps)
+        _, recorders = self._all
+        found = across_kinks(self._truth_record, recorders, torch.finfo(self._dtype).eps)
+        for recorder in (self._truth_record, *recorders):
+            recorder.pre_activations.clear()  # nothing else asks for them, and they may be large
+        return found
 
     @property
     def smooth(self) -> bool:
@@ -266,6 +273,10 @@ class Judge:
     def _quick_rule(self) -> Rule:
         """By the first run alone, and in the largest entry everywhere: whatever passes it passes the rule as well."""
         return self._rule_of(references=[self._first[0]], pointwise=True)
+
+    @functools.cached_property
+    def _is_finite(self) -> bool:
+        return _is_finite(self._quick_rule.truths) and _is_finite(self._first[0])
 
     def compare(
         self, fused: nn.Module, x: Inputs | None = None, mode: Mode | None = None, *, quick: bool = False
@@ -310,10 +321,11 @@ class Judge:
             effect: a change of the truth that the block is to be excused for.
             mode: of the block's run.
             quick: whether the first run of the reference may decide where it can: what passes with R of that run alone,
-                in the largest entry everywhere, passes the rule. The rows then show what that run allows. The other
-                runs are made where it cannot.
+                in the largest entry everywhere, passes the rule, unless another run overflows where this one does not.
+                The rows then show what that run allows. Where it cannot decide, or a value is not finite, the other
+                runs are made.
         """
-        if quick:
+        if quick and self._is_finite and _is_finite(found):
             comparison = self._by(self._quick_rule, found, effect, mode)
             if comparison.ok:
                 return comparison
@@ -330,6 +342,10 @@ class Judge:
         ]
         rows += [Row(name, math.inf, 0.0, None, "not in the reference") for name in found if name not in truths]
         return Comparison(tuple(rows))
+
+
+def _is_finite(tensors: Tensors) -> bool:
+    return all(bool(torch.isfinite(t).all()) for t in tensors.values() if t is not None)
 
 
 def _is_of(name: str, mode: Mode) -> bool:

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 #include "../simd.h"
 #include "arena.h"
@@ -34,15 +35,22 @@ void in_stretches(int64_t count, const F& f) {
   }
 }
 
-template <class V>
-ScalarOf<V> sum_of_lanes(V value) {
-  constexpr int count = Lane<V>::count;
-  ScalarOf<V> lanes[count];
-  store<V>(lanes, value);
-  FASTODE_UNROLL for (int half = count / 2; half > 0; half /= 2) {
-    FASTODE_UNROLL for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  }
-  return lanes[0];
+// Each lane's sum with the lane `half` further on or back.
+template <int half, class V, int... lane>
+inline V folded(V value, std::integer_sequence<int, lane...>) {
+#if defined(__clang__)
+  return value + __builtin_shufflevector(value, value, (lane ^ half)...);
+#else
+  return value + __builtin_shuffle(value, typename Lane<V>::Int{(lane ^ half)...});
+#endif
+}
+
+template <class V, int half = Lane<V>::count / 2>
+inline ScalarOf<V> sum_of_lanes(V value) {
+  if constexpr (half == 0)
+    return value[0];
+  else
+    return sum_of_lanes<V, half / 2>(folded<half>(value, std::make_integer_sequence<int, Lane<V>::count>{}));
 }
 
 // The products of a matrix whose rows are whole vectors, `row` elements apart, with a vector: out[k] = <row k, in>.

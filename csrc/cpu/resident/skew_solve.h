@@ -336,9 +336,9 @@ template <class Pair>
 void run_solves_of(const typename Pair::Spec& spec, int64_t parts, const Embedded& scheme, const SolveCall& call,
                    std::vector<double>& log, std::vector<Tensor>& kept, const Tensor& gradients) {
   using A = typename Pair::Real;
-  run_solves<A>(sizes_of<Pair>(spec), parts, scheme, call, log, kept, [&](const SolveCall& call, Arena& arena) {
-    A* to = call.cotangent ? worker_gradients(spec, gradients, 0) : nullptr;
-    return std::make_unique<SkewSolve<Pair>>(spec, scheme, call.x, call.out, call.cotangent, call.through == kAllSizes,
+  run_solves<A>(sizes_of<Pair>(spec), parts, scheme, call, log, kept, [&](const SolveCall& one, Arena& arena) {
+    A* to = one.cotangent ? worker_gradients(spec, gradients, 0) : nullptr;
+    return std::make_unique<SkewSolve<Pair>>(spec, scheme, one.x, one.out, one.cotangent, one.through == kAllSizes,
                                              arena, to);
   });
 }
