@@ -15,6 +15,7 @@ from fastode.ops.resident import rule as measured
 
 NEEDS_GPU = "needs a CUDA device"
 NEEDS_NVCC = "needs nvcc"
+NEEDS_PAIRS = "needs a CPU with dot products of bfloat16 and without tiles"
 
 try:
     import hypothesis
@@ -29,6 +30,8 @@ else:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     lacking = {} if torch.cuda.is_available() else {"gpu": NEEDS_GPU}
+    if not measured.multiplies_pairs():
+        lacking["pairs"] = NEEDS_PAIRS
     try:
         nvcc.find()
     except nvcc.BuildError as error:
@@ -49,7 +52,7 @@ def pytest_collection_finish() -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Generator[None, None, None]:
     yield
     skipped = terminalreporter.stats.get("skipped", [])
-    for reason, what in ((NEEDS_GPU, "a GPU"), (NEEDS_NVCC, "nvcc")):
+    for reason, what in ((NEEDS_GPU, "a GPU"), (NEEDS_NVCC, "nvcc"), (NEEDS_PAIRS, "another CPU")):
         count = sum(reason in str(report.longrepr) for report in skipped)
         if count or reason == NEEDS_GPU:
             terminalreporter.write_line(f"{count} tests were left out because they need {what}")

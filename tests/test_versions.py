@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 import versions
-from conftest import NEEDS_GPU
+from conftest import NEEDS_GPU, NEEDS_PAIRS
 from versions import Outcome
 
 import fastode
 
 ROOT = Path(__file__).resolve().parent.parent
 CELLS = (
-    r"\d+\.\d+\.\d+(\+\w+)?", r"\w[^|]*", r"\d+\.\d+\.\d+", r"3\.\d+\.\d+", r"\d+", r"\d+", r"\d{4}-\d\d-\d\d",
-    r"[0-9a-f]{7,40}(-dirty)?",
+    r"\d+\.\d+\.\d+(\+\w+)?", r"\w[^|]*", r"\d+\.\d+\.\d+", r"3\.\d+\.\d+", r"\w[^|]*", r"\d+", r"\d+", r"\d+",
+    r"\d{4}-\d\d-\d\d", r"[0-9a-f]{7,40}(-dirty)?",
 )  # fmt: skip
 
 
@@ -49,6 +49,7 @@ def test_a_report_is_read(tmp_path: Path) -> None:
     cases = {
         "passes": "",
         "waits": f'<skipped message="{NEEDS_GPU}"/>',
+        "waits_for_another_cpu": f'<skipped message="{NEEDS_PAIRS}"/>',
         "left_out": '<skipped message="no network"/>',
         "expected_to_fail": '<skipped type="pytest.xfail" message=""/>',
         "fails": '<failure message="no"/>',
@@ -58,17 +59,17 @@ def test_a_report_is_read(tmp_path: Path) -> None:
     lines = [f'<testcase classname="tests.test_a" name="{name}">{inside}</testcase>' for name, inside in cases.items()]
     report.write_text(f"<testsuites><testsuite>{''.join(lines)}</testsuite></testsuites>")
     found = versions.read(report)
-    assert (found.passed, found.skipped) == (1, 1)
-    assert [name.split("::")[1].split(" ")[0] for name in found.others] == list(cases)[2:]
+    assert (found.passed, found.gpu, found.cpu) == (1, 1, 1)
+    assert [name.split("::")[1].split(" ")[0] for name in found.others] == list(cases)[3:]
 
 
-def test_outcomes_must_agree_and_have_nothing_but_passes_and_waits_for_a_gpu() -> None:
-    good = Outcome(100, 4, ())
+def test_outcomes_must_agree_and_have_nothing_but_passes_and_waits() -> None:
+    good = Outcome(100, 4, 2, ())
     assert versions.faults({"2.11.0": good, "2.14.1": good}) == []
-    assert versions.faults({"2.11.0": good, "2.14.1": Outcome(99, 4, ())}) == [
-        "the numbers of passed and skipped tests differ: 100 and 4 on 2.11.0, 99 and 4 on 2.14.1"
+    assert versions.faults({"2.11.0": good, "2.14.1": Outcome(99, 4, 2, ())}) == [
+        "the numbers of passed and skipped tests differ: 100 and 6 on 2.11.0, 99 and 6 on 2.14.1"
     ]
-    assert versions.faults({"2.11.0": Outcome(100, 4, ("a::b (failure)",))}) == ["torch 2.11.0: a::b (failure)"]
+    assert versions.faults({"2.11.0": Outcome(100, 4, 2, ("a::b (failure)",))}) == ["torch 2.11.0: a::b (failure)"]
 
 
 def well_formed(page: str) -> bool:
@@ -83,14 +84,14 @@ def well_formed(page: str) -> bool:
     return (
         kinds
         and [row[0].split("+")[0] for row in rows] == list(versions.TORCH)
-        and len({(*r[4:6],) for r in rows}) == 1
+        and len({(*r[5:8],) for r in rows}) == 1
     )
 
 
 def test_the_page() -> None:
-    told = {version: [f"{version}+cpu", "3.6.0", "3.11.7"] for version in versions.TORCH}
-    outcomes = {version: Outcome(100 + (version == "2.14.1"), 4, ()) for version in versions.TORCH}
-    rows = [versions.row(v, told[v], Outcome(100, 4, ()), "2026-01-02", "0123abc") for v in versions.TORCH]
+    told = {version: [f"{version}+cpu", "3.6.0", "3.11.7", "AMD EPYC"] for version in versions.TORCH}
+    outcomes = {version: Outcome(100 + (version == "2.14.1"), 4, 2, ()) for version in versions.TORCH}
+    rows = [versions.row(v, told[v], Outcome(100, 4, 2, ()), "2026-01-02", "0123abc") for v in versions.TORCH]
     assert well_formed(versions.HEADER + "".join(rows))
     assert not well_formed(versions.HEADER + "".join(rows[1:]))
     uneven = [versions.row(v, told[v], outcomes[v], "2026-01-02", "0123abc") for v in versions.TORCH]

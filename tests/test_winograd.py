@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastode import reference
 from fastode.branch.layers import Conv
-from fastode.ops.resident import bfloat16, rule
+from fastode.ops.resident import bfloat16
 from fastode.tableau import EULER
 from fastode.testing import assert_blocks_equal, compare_tensors, sample_input
 
@@ -44,7 +44,6 @@ HALVED = [
     (17, 20, 4, 8, 300), (40, 64, 16, 16, 9), (64, 48, 8, 32, 7), (20, 72, 12, 8, 30), (32, 32, 4, 136, 20),
     (24, 24, 12, 12, 30), (32, 48, 14, 16, 24), (24, 32, 16, 8, 2),
 ]  # fmt: skip
-WITHOUT_PAIRS = "this CPU has tiles, or no products of bfloat16"
 
 
 def convolutions(channels: int, inner: int, *, norm: bool) -> nn.Sequential:
@@ -103,7 +102,7 @@ def test_equal_at_every_size_of_stride_2(shape: tuple[int, int, int, int, int], 
         assert_blocks_equal(block, fused(block), x)
 
 
-@pytest.mark.skipif(not rule.multiplies_pairs(), reason=WITHOUT_PAIRS)
+@pytest.mark.pairs
 def test_what_of_stride_2_is_filtered() -> None:
     """Other sums make other bits: of two samples among forty, and alone."""
     torch.manual_seed(6)
@@ -114,7 +113,7 @@ def test_what_of_stride_2_is_filtered() -> None:
             assert torch.equal(twin(x)[:2], twin(x[:2])) != filtered
 
 
-@pytest.mark.skipif(not rule.multiplies_pairs(), reason=WITHOUT_PAIRS)
+@pytest.mark.pairs
 def test_many_tiles_are_filtered_and_few_are_not() -> None:
     torch.manual_seed(6)
     block = reference.Chain(nn.Conv2d(32, 48, 3, padding=1), nn.ReLU(), nn.Conv2d(48, 32, 3, padding=1))
@@ -126,7 +125,7 @@ def test_many_tiles_are_filtered_and_few_are_not() -> None:
     assert (half[:2].float() - few.float()).norm() <= torch.finfo(torch.bfloat16).eps * few.float().norm()
 
 
-@pytest.mark.skipif(not rule.multiplies_pairs(), reason=WITHOUT_PAIRS)
+@pytest.mark.pairs
 @pytest.mark.parametrize("shape", [(24, 40, 6, 8), (32, 24, 8, 8), (40, 48, 12, 4), (80, 72, 8, 4)], ids=str)
 def test_the_rule_of_choice_knows_what_is_filtered(shape: tuple[int, int, int, int]) -> None:
     """Other sums make other bits: of the same sample among as many as the rule knows to be filtered, and one fewer."""
@@ -154,15 +153,13 @@ def test_skew_pairs_are_equal_at_every_size(shape: tuple[int, int, int, int], sa
         assert_blocks_equal(block, fused(block), z)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.pairs)], ids=str)
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan"), 3e38])
 @pytest.mark.parametrize("channels", [16, 32, 40])
 @pytest.mark.parametrize("place", [(0, 0), (2, 3), (5, 7), (1, 4)])
 def test_what_is_not_finite_stays_where_it_is(
     place: tuple[int, int], channels: int, value: float, dtype: torch.dtype
 ) -> None:
-    if dtype == torch.bfloat16 and not rule.multiplies_pairs():
-        pytest.skip(WITHOUT_PAIRS)
     torch.manual_seed(5)
     block = reference.ShuOsher(nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1)), EULER).to(dtype)
     x = sample_input(2 if dtype == torch.float32 else 20, channels, 6, 8, dtype=dtype)
@@ -178,7 +175,7 @@ def test_what_is_not_finite_stays_where_it_is(
     assert comparison.ok, comparison.describe()
 
 
-@pytest.mark.skipif(not rule.multiplies_pairs(), reason=WITHOUT_PAIRS)
+@pytest.mark.pairs
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 3e38])
 @pytest.mark.parametrize("place", [(0, 0), (2, 3), (5, 7), (1, 4)])
 def test_what_is_not_finite_stays_where_it_is_of_stride_2(place: tuple[int, int], value: float) -> None:
@@ -209,7 +206,7 @@ def test_what_is_not_finite_stays_where_it_is_of_stride_2(place: tuple[int, int]
         assert away <= torch.finfo(torch.bfloat16).eps * before[1].float().norm()
 
 
-@pytest.mark.skipif(not rule.multiplies_pairs(), reason=WITHOUT_PAIRS)
+@pytest.mark.pairs
 @pytest.mark.parametrize("stride", [1, 2])
 def test_small_samples_and_channels_are_as_exact_as_large_ones(stride: int) -> None:
     """In bfloat16 each tile has a scale of its own, and so has each channel of weights, inputs and cotangents."""
@@ -232,7 +229,7 @@ def test_small_samples_and_channels_are_as_exact_as_large_ones(stride: int) -> N
         assert error.max() <= torch.finfo(torch.bfloat16).eps
 
 
-@pytest.mark.skipif(not rule.multiplies_pairs(), reason=WITHOUT_PAIRS)
+@pytest.mark.pairs
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("place", [(0, 0), (1, 2), (3, 3), (2, 1)])
 def test_small_numbers_beside_large_ones(place: tuple[int, int], stride: int) -> None:
@@ -255,7 +252,7 @@ def test_small_numbers_beside_large_ones(place: tuple[int, int], stride: int) ->
         assert error.max() <= 2 * torch.finfo(torch.bfloat16).eps
 
 
-@pytest.mark.skipif(not rule.multiplies_pairs(), reason=WITHOUT_PAIRS)
+@pytest.mark.pairs
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("spread", [10, 1000])
@@ -283,7 +280,7 @@ def test_channels_of_unlike_size_are_as_exact_as_alike_ones(
         assert (found - true).norm() <= 1.5 * (direct - true).norm()
 
 
-@pytest.mark.skipif(not rule.multiplies_pairs(), reason=WITHOUT_PAIRS)
+@pytest.mark.pairs
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("spread", [1, 1000])
@@ -296,7 +293,7 @@ def test_same_bits_whatever_the_strides_of_filtered_weights(spread: float, strid
     assert_same_bits_in_every_layout(block, sample_input(24, 40, 8 * stride, 8 * stride, dtype=torch.bfloat16))
 
 
-@pytest.mark.skipif(not rule.multiplies_pairs(), reason=WITHOUT_PAIRS)
+@pytest.mark.pairs
 @pytest.mark.parametrize("stride", [1, 2])
 def test_numbers_whose_differences_are_not_finite(stride: int) -> None:
     torch.manual_seed(8)

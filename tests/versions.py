@@ -1,7 +1,8 @@
 """The whole test suite on each supported release of torch: `make versions`, before each release of fastode.
 
 Every release of torch gets an environment of its own in .venvs/, made once. The suites must pass, run the same number
-of tests, and leave out nothing but what needs a GPU. The outcome is written to docs/versions.md.
+of tests, and leave out nothing but what needs a GPU, or instructions that this CPU has not. The outcome is written to
+docs/versions.md.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import sys
 import tomllib
 import venv
 import xml.etree.ElementTree
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "versions.md"
 NEEDS_GPU = "needs a CUDA device"
+NEEDS_CPU = "needs a CPU with"
 TORCH = {
     "2.11.0": "the oldest supported, and common on GPU machines",
     "2.13.0": "what `make test` installs",
@@ -27,24 +29,26 @@ TORCH = {
 }
 ASK = """
 import json, platform, torch, triton
-print(json.dumps([torch.__version__, triton.__version__, platform.python_version()]))
+from benchmarks.header import device_name
+print(json.dumps([torch.__version__, triton.__version__, platform.python_version(), device_name(torch.device("cpu"))]))
 """
 HEADER = """# Releases of torch
 
-The whole test suite on each supported release of torch, on a CPU, by `make versions`. The skipped tests are those that
-need a GPU.
+The whole test suite on each supported release of torch, on a CPU, by `make versions`. Left out are tests that need a
+GPU, and those of instructions that the CPU has not.
 
-| torch | what it is | Triton | Python | passed | skipped | date | commit |
-| --- | --- | --- | --- | ---: | ---: | --- | --- |
+| torch | what it is | Triton | Python | CPU | passed | need a GPU | need another CPU | date | commit |
+| --- | --- | --- | --- | --- | ---: | ---: | ---: | --- | --- |
 """
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one suite did: how many tests passed, how many wait for a GPU, and the names of all others."""
+    """What one suite did: how many tests passed, need a GPU, need another CPU, and the names of all others."""
 
     passed: int
-    skipped: int
+    gpu: int
+    cpu: int
     others: tuple[str, ...]
 
 
@@ -68,16 +72,18 @@ def environment(version: str) -> Path:
 
 def read(report: Path) -> Outcome:
     """The outcome that a JUnit report of pytest tells."""
-    passed, skipped, others = 0, 0, []
+    passed, needs, others = 0, {NEEDS_GPU: 0, NEEDS_CPU: 0}, []
     for case in xml.etree.ElementTree.parse(report).iter("testcase"):
         marks = [child for child in case if child.tag in ("failure", "error", "skipped")]
+        left_out = all(mark.tag == "skipped" for mark in marks)
+        reason = next((need for need in needs if all(need in mark.get("message", "") for mark in marks)), None)
         if not marks:
             passed += 1
-        elif all(mark.tag == "skipped" and NEEDS_GPU in mark.get("message", "") for mark in marks):
-            skipped += 1
+        elif left_out and reason is not None:
+            needs[reason] += 1
         else:
             others.append(f"{case.get('classname')}::{case.get('name')} ({marks[0].tag})")
-    return Outcome(passed, skipped, tuple(others))
+    return Outcome(passed, needs[NEEDS_GPU], needs[NEEDS_CPU], tuple(others))
 
 
 def run(python: Path) -> Outcome:
@@ -89,14 +95,14 @@ def run(python: Path) -> Outcome:
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
     outcome = read(report)
     if done.returncode and not outcome.others:
-        return Outcome(outcome.passed, outcome.skipped, (f"pytest ended with {done.returncode}",))
+        return replace(outcome, others=(f"pytest ended with {done.returncode}",))
     return outcome
 
 
 def faults(outcomes: dict[str, Outcome]) -> list[str]:
     """Why the outcomes are not those of one suite that passes everywhere, a sentence each; none if they are."""
     found = [f"torch {version}: {name}" for version, outcome in outcomes.items() for name in outcome.others]
-    counts = {version: (outcome.passed, outcome.skipped) for version, outcome in outcomes.items()}
+    counts = {version: (outcome.passed, outcome.gpu + outcome.cpu) for version, outcome in outcomes.items()}
     if len(set(counts.values())) > 1:
         told = ", ".join(f"{passed} and {skipped} on {version}" for version, (passed, skipped) in counts.items())
         found.append(f"the numbers of passed and skipped tests differ: {told}")
@@ -104,8 +110,8 @@ def faults(outcomes: dict[str, Outcome]) -> list[str]:
 
 
 def row(version: str, told: list[str], outcome: Outcome, date: str, commit: str) -> str:
-    """One line of the page; `told` is what the environment says of torch, Triton and Python."""
-    cells = [told[0], TORCH.get(version, ""), *told[1:], outcome.passed, outcome.skipped, date, commit]
+    """One line of the page; `told` is what the environment says of torch, Triton, Python and the CPU."""
+    cells = [told[0], TORCH.get(version, ""), *told[1:], outcome.passed, outcome.gpu, outcome.cpu, date, commit]
     return f"| {' | '.join(map(str, cells))} |\n"
 
 
@@ -118,9 +124,10 @@ def main(versions: list[str]) -> int:
     for version in versions or TORCH:
         python = environment(version)
         outcomes[version] = outcome = run(python)
-        told = json.loads(subprocess.run([python, "-c", ASK], check=True, capture_output=True, text=True).stdout)
-        rows.append(row(version, told, outcome, datetime.date.today().isoformat(), commit))
-        print(f"torch {version}: {outcome.passed} passed, {outcome.skipped} skipped, {len(outcome.others)} others")
+        asked = subprocess.run([python, "-c", ASK], check=True, capture_output=True, text=True, cwd=ROOT)
+        rows.append(row(version, json.loads(asked.stdout), outcome, datetime.date.today().isoformat(), commit))
+        left_out = f"{outcome.gpu} need a GPU, {outcome.cpu} another CPU"
+        print(f"torch {version}: {outcome.passed} passed, {left_out}, {len(outcome.others)} others")
     found = faults(outcomes)
     if not found and set(outcomes) == set(TORCH):
         PAGE.parent.mkdir(exist_ok=True)
