@@ -132,6 +132,13 @@ def same_kind(x: Tensor, tensors: Iterable[Tensor | None], name: str = "x") -> N
             raise TypeError(f"{name} must be of the parameters' dtype {_dtype(tensor)}, got {_dtype(x)}")
 
 
+def same_device(x: Tensor, tensors: Iterable[Tensor | None], name: str = "x") -> None:
+    """Refuse an `x` on another device than `tensors`, whose dtypes may be others than its own."""
+    for tensor in tensors:
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} must be on the parameters' device {tensor.device}, got {x.device}")
+
+
 def device_of(model: nn.Module, images: Tensor) -> None:
     """Refuse images on another device than the model's first parameter, or buffer."""
     held = next(model.parameters(), next(model.buffers(), None))

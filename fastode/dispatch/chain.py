@@ -248,6 +248,7 @@ def _engine_of_head(x: Tensor, found: Known[ChainReading], name: str) -> Engine:
         return REFERENCE
     chosen: Engine | None = found.answer(kind)
     if chosen is None:
+        checks.same_device(x, found.reading.head or ())
         call = found.reading.call_of_head((x,))
         engines = ENGINES if name == AUTO else (BY_NAME[name],)
         able = [each for each in engines if each.head is not None and not each.why_not(call)]
@@ -277,6 +278,7 @@ def _decide(x: Tensor, reading: ChainReading, module: nn.Module, engine: str) ->
     if not reading.reason:
         checks.feature_map("x", x)
         checks.same_kind(x, reading.tensors)
+        checks.same_device(x, reading.head or ())
         for part, map_ in _maps(reading, x):
             checks.enough_values(part, map_)
     call = reading.call((x,))

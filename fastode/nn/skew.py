@@ -55,6 +55,7 @@ class SkewPair(Fused, reference.SkewPair):
         if answer is None:
             checks.engine(self.engine, NAMES)
             checks.skew_pair(y, z, self.weight, self.stride, PADDING)
+            checks.same_device(y, found.reading.tensors, "y")
             call = found.reading.call("skew_pair", "", (y, z))
             chosen = choice.choose(self.engine, call, partial(_as_reference, self))
             if chosen is not REFERENCE:
@@ -87,6 +88,7 @@ class SkewLinear(Fused, reference.SkewLinear):
         if answer is None:
             checks.engine(self.engine, NAMES)
             self.check_state(y, z)
+            checks.same_device(y, found.reading.tensors, "y")
             call = found.reading.call("skew_linear", "", (y, z))
             chosen = choice.choose(self.engine, call, partial(_as_reference, self))
             answer = chosen, _linear_of(call), call.tensors
@@ -156,6 +158,8 @@ class _FusedSolve(Opaque, reference.SOBlock):
             if found is None:
                 call = Call(self._family(), self._variant(), None, (), (x,), reason)
             else:
+                # Before an engine is chosen, which a trial may run.
+                checks.same_device(x, found.reading.tensors)
                 call = self._call(found.reading, (x,))
             chosen = choice.choose(self.engine, call, partial(_as_plain_solve, self))
             if chosen is not REFERENCE and found is not None:
