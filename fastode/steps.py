@@ -174,6 +174,9 @@ def check_solves() -> None:
     """
     unread = list(_unread)
     _unread.clear()
+    for device in {log.device for log, _ in unread}:
+        if device.type == "cuda":  # a log may be another stream's, for which reading it does not wait
+            torch.cuda.synchronize(device)
     for log, tell in unread:
         tell(log)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fastode
-from fastode import SolveError, Solver, reference
+from fastode import SolveError, Solver, reference, steps
 from fastode.solver import GRADIENTS
 
 F64 = torch.float64
@@ -247,3 +248,13 @@ def test_fused_fields_are_driven_by_the_plain_solve(gradient: str, per_sample: b
     slopes = [torch.autograd.grad(y.square().sum(), [x, *block.parameters()]) for y in outputs]
     for one, other in zip(*slopes, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+def test_logs_are_read_when_their_card_is_done_with_every_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: events.append(f"waits for {device}"))
+    for name in ("cuda:1", "cuda:1", "cpu"):
+        log: Any = SimpleNamespace(device=torch.device(name))
+        steps.read_later(log, lambda log: events.append(f"reads one of {log.device}"))
+    fastode.check_solves()
+    assert events == ["waits for cuda:1", "reads one of cuda:1", "reads one of cuda:1", "reads one of cpu"]
