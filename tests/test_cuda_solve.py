@@ -372,3 +372,14 @@ def test_what_has_no_program_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
         assert choice.can_use(Resident.name, fused, x) == (
             False, "its programs for CUDA take schemes of 16 stages at most, and this one has 17"
         )  # fmt: skip
+
+
+def test_what_a_graph_captures_is_not_read_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, fused, x = blocks_of(BASE)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    for capturing in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda now=capturing: now)
+        steps._unread.clear()
+        with torch.no_grad():
+            fused(x)
+        assert len(steps._unread) == (not capturing)

@@ -105,7 +105,8 @@ def _solve_on_card(
         tell(log, solver, watches, steps)
         return found
     found = _launch(x, code, solver, 1, keep, traced)
-    if not traced:
+    # What is captured has not run, and its log's memory is the graph's.
+    if not traced and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         read_later(found[1], partial(_tell_failure, watches))
     return found
 
