@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 import fastode
 from fastode import attacks, nets, reference
+from fastode.attacks import held as holding
 from fastode.attacks import report
 from fastode.attacks.task import uncounted
 from fastode.fusion import graphs
@@ -95,6 +97,31 @@ def test_under_inference_mode_and_autocast() -> None:
         low = attacks.pgd(model, images, labels, eps=0.1, random_start=False)
     assert set(kinds) == {torch.bfloat16} and low.dtype == torch.float32
     assert (low - images).abs().max() <= 0.1 + 1e-6 and ((low - expected).abs() < 1e-6).float().mean() > 0.5
+
+
+def test_buffers_are_put_back_when_each_of_their_cards_has_compared_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: events.append(f"waits for {device}"))
+
+    class Flag:
+        def __bool__(self) -> bool:
+            events.append("reads")
+            return False
+
+    class Buffer:
+        """As of a card, with what the comparison asks of it."""
+
+        is_cuda = True
+
+        def __init__(self, device: str) -> None:
+            self.device = torch.device(device)
+
+        def __ne__(self, other: object) -> Any:
+            return SimpleNamespace(any=lambda: SimpleNamespace(to=lambda *_, **__: Flag()))
+
+    made: list[Any] = [(nn.Module(), name, Buffer(name), None) for name in ("cuda:0", "cuda:1", "cuda:1")]
+    holding._put_back(made)
+    assert sorted(events[:2]) == ["waits for cuda:0", "waits for cuda:1"] and events[2:] == ["reads"] * 3
 
 
 def test_fused_networks_are_attacked_as_their_reference() -> None:

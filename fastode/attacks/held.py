@@ -72,10 +72,10 @@ def _put_back(buffers: list[tuple[nn.Module, str, Tensor, Tensor]]) -> None:
         module._buffers[name] = buffer  # a module may have put another tensor in its place
     if not buffers:
         return
-    # One wait for all of them.
+    # One wait for all of them on a card.
     flags = [(buffer != before).any().to("cpu", non_blocking=True) for _, _, buffer, before in buffers]
-    if any(buffer.is_cuda for _, _, buffer, _ in buffers):
-        torch.cuda.synchronize()
+    for device in {buffer.device for _, _, buffer, _ in buffers if buffer.is_cuda}:
+        torch.cuda.synchronize(device)
     for (_, _, buffer, before), changed in zip(buffers, flags, strict=True):
         if changed:
             # By .data: a graph from before the attack holds the buffer, and it has the same values again.
