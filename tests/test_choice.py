@@ -180,3 +180,21 @@ def test_importing_imports_no_tracer_and_no_triton() -> None:
     code = "import sys, fastode; print([name for name in ('torch._dynamo', 'triton') if name in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert found.stdout == "[]\n"
+
+
+def test_a_trial_waits_for_the_stream_of_the_inputs_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+
+    class Stream:
+        def __init__(self, device: torch.device | None = None) -> None:
+            self.device = device
+
+        def synchronize(self) -> None:
+            events.append(f"waits for {self.device}")
+
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    found = Decision("staged", {}, {}, "")
+    for device in ("cuda:1", "cpu"):
+        assert trial._in_thread(lambda: events.append("tries") or found, torch.device(device)) is found
+    assert events == ["waits for cuda:1", "tries", "tries"]

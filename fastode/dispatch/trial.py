@@ -131,7 +131,8 @@ def _decide(
         if known is not None or make_reference is None or state() != "on" or _capturing():
             return known
         asked = call.mode  # read here: grad mode is this thread's own
-        found = _in_thread(lambda: _try(make_reference(), candidates, call.inputs, asked, call.lower))
+        device = call.inputs[0].device
+        found = _in_thread(lambda: _try(make_reference(), candidates, call.inputs, asked, call.lower), device)
         decisions.remember(index, wanted, found)
         return found
 
@@ -145,8 +146,8 @@ def _capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def _in_thread(call: Callable[[], Decision]) -> Decision:
-    """call() in a fresh thread, whose thread-local state is torch's default."""
+def _in_thread(call: Callable[[], Decision], device: torch.device) -> Decision:
+    """call() in a fresh thread, whose thread-local state is torch's default, on what a device was given before."""
     results: list[Decision] = []
     errors: list[BaseException] = []
 
@@ -157,8 +158,9 @@ def _in_thread(call: Callable[[], Decision]) -> Decision:
         except BaseException as error:
             errors.append(error)
 
-    if torch.cuda.is_initialized():
-        torch.cuda.current_stream().synchronize()  # that thread has another stream, and copies what this one makes
+    if device.type == "cuda":
+        # That thread has another stream, and copies what this one makes.
+        torch.cuda.current_stream(device).synchronize()
     thread = threading.Thread(target=run, name="fastode trial")
     thread.start()
     thread.join()
