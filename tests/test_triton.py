@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 
 from benchmarks import kernels
 from fastode.native import cuda, operators
-from fastode.ops.triton import passes
+from fastode.ops.triton import launch, passes
 from fastode.testing import sample_input
 
 CASES = test_operators.CASES
@@ -160,3 +161,17 @@ def test_operators_can_be_captured() -> None:
     graph.replay()
     for replayed, direct in zip(captured, run(), strict=True):
         assert torch.equal(replayed, direct)
+
+
+def test_coefficients_of_float64_maps_are_filled_in_where_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A capture refuses a copy from the host's memory."""
+    copies: list[Any] = []
+    coefs: Any = SimpleNamespace(is_cpu=True, tolist=lambda: [0.5, 1 / 3], to=copies.append)
+    card = torch.device("cuda")
+    x: Any = SimpleNamespace(dtype=torch.float64, is_cpu=False, device=card, new_full=torch.zeros(1).new_full)
+    for capturing in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda now=capturing: now)
+        found, loaded = launch.coefficients(coefs, x)
+        assert loaded and copies == ([] if capturing else [card])
+        if capturing:
+            assert torch.equal(found, torch.tensor([0.5, 1 / 3], dtype=torch.float64))

@@ -71,6 +71,8 @@ def coefficients(coefs: MaybeTensor, x: Tensor) -> tuple[Any, bool]:
         return None, False
     if coefs.is_cpu and (x.dtype != torch.float64 or x.is_cpu):
         return tuple(coefs.tolist()), False
+    if coefs.is_cpu and torch.cuda.is_current_stream_capturing():  # which refuses a copy from the host, but no fills
+        return torch.cat([x.new_full((1,), value, dtype=torch.float64) for value in coefs.tolist()]), True
     return coefs.to(x.device), True
 
 
