@@ -20,6 +20,7 @@ from .gpu_report import Report
 TOOLS = ("memcheck", "racecheck", "synccheck")
 SANITIZER = "compute-sanitizer"
 FOUND = 9  # the sanitizer's exit status where it found something
+PROGRAMS = 2 / 3  # of the time for launches, after which one of the CUDA programs that hangs leaves it to the others
 AT_ONCE = 6  # sanitized programs share the card, and wait for it most of their time
 # Freed memory goes back to the driver: what the caching allocator keeps is in bounds for the sanitizer.
 ENVIRONMENT = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -49,10 +50,11 @@ def launches(report: Report, crew: Crew, deadline: float) -> bool:
             report.say(gpu_rows.line(result))
         report.write(f"launches-{report.step}.json", {"header": head, "results": results})
 
-    # The CUDA programs are compiled by now: this process has them judged before a crowd of others has begun.
-    every, log = gpu_rows.items(), report.folder / "workers.txt"
+    # The CUDA programs are compiled by now: one process has them judged before a crowd of others has begun.
+    every, log, start = gpu_rows.items(), report.folder / "workers.txt", time.monotonic()
     own = [item for item in every if gpu_rows.is_program(item)]
-    left = Crew(crew.device, 0).work("launches", gpu_rows.judge, own, deadline, hear, log)
+    alone = Crew(crew.device, min(1, crew.count))
+    left = alone.work("launches", gpu_rows.judge, own, start + PROGRAMS * (deadline - start), hear, log)
     others = [item for item in every if item not in own]
     left += crew.work("launches", gpu_rows.judge, others, deadline, hear, log)
     ran = [result for result in results if "left_out" not in result]

@@ -324,6 +324,25 @@ def test_what_is_not_equal_is_found_and_recorded(
     )
 
 
+@pytest.mark.parametrize("processes", [4, 0])
+def test_the_programs_are_judged_by_a_process_of_their_own(
+    processes: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """They are what was tried least: one that crashes or hangs takes neither this process nor the others' time."""
+    asked: list[tuple[int, bool, float]] = []
+
+    def work(crew: Crew, kind: str, answer: Any, items: Any, deadline: float, *_: Any) -> list[str]:
+        (programs,) = {gpu_rows.is_program(item) for item in items}
+        asked.append((crew.count, programs, deadline))
+        return []
+
+    monkeypatch.setattr(Crew, "work", work)
+    deadline = time.monotonic() + 90
+    gpu_smoke.launches(Report(tmp_path, "smoke", CPU), Crew(CPU, processes), deadline)
+    assert [each[:2] for each in asked] == [(min(1, processes), True), (processes, False)]
+    assert asked[0][2] == pytest.approx(deadline - 30, abs=1) and asked[1][2] == deadline
+
+
 def test_a_kernel_that_no_row_launched_is_named() -> None:
     names = sorted(gpu_smoke.inside.kernel_names())
     assert len(names) > 15 and "convolution_kernel" in names
