@@ -1,4 +1,4 @@
-# make test | bench [SUITE=cpu|all] [ARGS=...] | lint | docs | fuzz [SECONDS=60|CASES=...] | slower [SECONDS=60] | recipes | versions | gpu [PYTHON=python3] [STEP=smoke|check|bench|sanitize] [RESULTS=folder] | kernels | choose | sanitize | simt-asan | portable | tiles | format | setup | clean
+# make test | bench [SUITE=cpu|all] [ARGS=...] | lint | docs | fuzz [SECONDS=60|CASES=...] | slower [SECONDS=60] | recipes | versions | gpu [PYTHON=python3] [STEP=build|smoke|check|bench|sanitize] [RESULTS=folder] | kernels | choose | sanitize | simt-asan | portable | tiles | format | setup | clean
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
@@ -68,7 +68,8 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
-# No venv and no network: the machine's own Python, torch and Triton. The steps take 90, 180, 240 and 180 seconds at most.
+# No venv and no network: the machine's own Python, torch and Triton. On a new machine STEP=build comes first,
+# which the others find done. The steps take 180, 90, 180, 240 and 180 seconds at most.
 gpu:
 	$(PYTHON) -m benchmarks.gpu $(if $(STEP),--step $(STEP)) $(if $(RESULTS),--results $(RESULTS))
 

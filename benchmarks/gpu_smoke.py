@@ -1,4 +1,4 @@
-"""The steps smoke and sanitize of `benchmarks.gpu`: every row of the table judged, and run under the sanitizer."""
+"""The steps build, smoke and sanitize of `benchmarks.gpu`: every row of its table judged, and under the sanitizer."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ _REFUSED = re.compile(r"Device not supported|unsupported|not supported on this",
 def build(report: Report, crew: Crew, deadline: float) -> bool:
     """Build the operators and the CUDA programs. Without compilers there is still Triton, so that is no failure."""
     start = time.monotonic()
-    reason = inside.build()
+    with ThreadPoolExecutor(1) as beside:  # which no end of a stage interrupts: what is compiled half would be lost
+        reason = beside.submit(inside.build).result()
     report.say(f"operators: {reason or 'built and loaded'}, in {time.monotonic() - start:.0f} s")
     start = time.monotonic()
     reason = inside.build_programs(crew.device)

@@ -44,8 +44,9 @@ def stage(name: str, share: float, run: Any = lambda *_: True) -> gpu.Stage:
 
 
 def test_the_steps_fit_a_short_lease() -> None:
-    assert gpu.BUDGETS == {"smoke": 90.0, "check": 180.0, "bench": 240.0, "sanitize": 180.0}
-    assert next(iter(gpu.BUDGETS)) == "smoke", "the shortest comes first"
+    assert gpu.BUDGETS == {"build": 180.0, "smoke": 90.0, "check": 180.0, "bench": 240.0, "sanitize": 180.0}
+    assert sum(gpu.BUDGETS.values()) < 15 * 60
+    assert list(gpu.BUDGETS)[:2] == ["build", "smoke"], "the shortest comes first, and before it what takes its time"
     for step in gpu.BUDGETS:
         assert sum(s.share for s in gpu.stages(step)) == pytest.approx(1.0)
 
@@ -96,6 +97,23 @@ def test_a_stage_that_does_not_end_is_interrupted(monkeypatch: pytest.MonkeyPatc
     chosen = [stage("a", 0.5, sleeps), stage("b", 0.5, lambda *_: reached.append("b") or True)]
     gpu.go(chosen, told, HERE, start, 1.0)
     assert time.monotonic() - start < 30 and told.lines == ["a: stopped at its time"] and reached == ["b"]
+
+
+def test_a_build_is_not_interrupted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What a compiler has half done would be thrown away, and made again by who comes next."""
+    monkeypatch.setattr(gpu, "GRACE", 0.0)
+    ended: list[str] = []
+
+    def build() -> str:
+        time.sleep(1.0)
+        ended.append("built")
+        return ""
+
+    monkeypatch.setattr(gpu_smoke.inside, "build", build)
+    monkeypatch.setattr(gpu_smoke.inside, "build_programs", lambda device: pytest.fail("it is out of time"))
+    told = Report(tmp_path, "build", CPU)
+    gpu.go(gpu.stages("build"), told, HERE, time.monotonic(), 0.2)
+    assert ended == ["built"] and told.lines == ["build: stopped at its time"]
 
 
 def test_a_measurement_that_is_interrupted_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -235,7 +253,8 @@ def test_every_step_leaves_on_disk_what_it_says(monkeypatch: pytest.MonkeyPatch,
     arguments = ["--device", "cpu", "--processes", "0", "--seconds", "200", "--results", str(tmp_path)]
     assert gpu.main(arguments) == 0
     out = capsys.readouterr().out
-    order = ["smoke: ", "== launches", "check: ", "== trials", "bench: ", "== kernels", "sanitize: ", "== tools"]
+    order = ["build: ", "smoke: ", "== launches", "check: ", "== trials", "bench: ", "== kernels"]
+    order += ["sanitize: ", "== tools"]
     assert [out.index(text) for text in order] == sorted(out.index(text) for text in order)
     for step in gpu.BUDGETS:
         for line in (tmp_path / f"summary-{step}.md").read_text().splitlines():
