@@ -123,6 +123,11 @@ def blocks(count: int) -> contextlib.AbstractContextManager[None]:
     return _while_set("set_blocks", (count,), (2,))
 
 
+def unasked() -> contextlib.AbstractContextManager[None]:
+    """Let the card not say how many blocks of a program run at a time, as after a failure that passes."""
+    return _while_set("set_can_be_asked", (False,), (True,))
+
+
 def without(barrier: str) -> contextlib.AbstractContextManager[None]:
     """Let nobody wait at one of `barriers`: what needs it has to come out wrong in one of ORDERS."""
     return _while_set("leave_out", (barrier,), ("",))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from block_cases import ACTIVATIONS, case_of, make_input, make_pair, name_of
 from pairwise import SEEDS, Case, covering, design_factors
-from simulator import ORDERS, counting, fenced, load, order, quick_float16
+from simulator import ORDERS, blocks, counting, fenced, load, order, quick_float16, unasked
 from torch import Tensor, nn
 
 import fastode
@@ -351,3 +351,21 @@ def test_they_are_refused_also_after_a_call_without_gradients(monkeypatch: pytes
             block(x)
     with pytest.raises(ValueError, match="its programs for CUDA make no gradients of a scheme's coefficients"):
         block(x)
+
+
+def test_a_card_that_could_not_be_asked_is_asked_again() -> None:
+    """How many blocks run at a time is remembered of an answer alone; without one each sample has a block."""
+    case = case_of("ssp3", **SMALL | {"batch": 5, "norm": "batch"})
+    block, x = on_programs(make_pair(case)[1]), make_input(case)
+
+    def met() -> int:
+        with torch.no_grad(), counting() as counts:
+            block(x)
+        return counts["block_barrier"]
+
+    usual = met()
+    with blocks(3):
+        met()  # the last answer is another card's
+    with unasked():
+        assert met() > usual
+    assert met() == usual

@@ -49,8 +49,11 @@ int known_blocks(const Launch& how) {
     size_t bytes;
   };
   thread_local Answer last{-1, 0, 0};
-  if (last.device != how.device || last.bytes != how.shared_bytes)
-    last = {how.device, most_blocks<Program, Call>(how), how.shared_bytes};
+  if (last.device != how.device || last.bytes != how.shared_bytes) {
+    const int most = most_blocks<Program, Call>(how);
+    if (most == 0) return 0;  // the next call may be able to ask
+    last = {how.device, most, how.shared_bytes};
+  }
   return last.most;
 }
 

@@ -16,6 +16,10 @@ void set_order(Order order, uint64_t seed);
 void set_blocks(int blocks);
 int blocks_at_a_time();
 
+// Whether the card says how many blocks of a program run at a time.
+void set_can_be_asked(bool can);
+bool can_be_asked();
+
 // Since the library was loaded: the launches, the meetings of each kind (of mma the products), and ldmatrix's conflicts
 // of banks. kKinds + 2 numbers.
 const int64_t* counts();

@@ -49,6 +49,8 @@ void probe(std::string name, std::vector<Tensor> tensors, std::vector<int64_t> n
 
 void set_blocks(int64_t blocks) { simt::set_blocks(static_cast<int>(blocks)); }
 
+void set_can_be_asked(bool can) { simt::set_can_be_asked(can); }
+
 void set_order(int64_t order, int64_t seed) {
   simt::set_order(static_cast<simt::Order>(order), static_cast<uint64_t>(seed));
 }
@@ -65,6 +67,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastode_simt, m) {
   m.def("probe(str name, Tensor(a!)[] tensors, int[] numbers, int[] how) -> ()");
   m.def("set_order(int order, int seed) -> ()");
   m.def("set_blocks(int blocks) -> ()");
+  m.def("set_can_be_asked(bool can) -> ()");
   m.def("counts() -> int[]");
   m.def("take_barriers() -> str");
   m.def("leave_out(str barrier) -> ()");
@@ -74,6 +77,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastode_simt, CompositeExplicitAutograd, m) {
   m.impl("probe", TORCH_BOX(&probe));
   m.impl("set_order", TORCH_BOX(&set_order));
   m.impl("set_blocks", TORCH_BOX(&set_blocks));
+  m.impl("set_can_be_asked", TORCH_BOX(&set_can_be_asked));
   m.impl("counts", TORCH_BOX(&counts));
   m.impl("take_barriers", TORCH_BOX(&take_barriers));
   m.impl("leave_out", TORCH_BOX(&leave_out));

@@ -60,6 +60,7 @@ class Machine {
   Order order = kForward;
   uint64_t seed = 0;
   int blocks_at_a_time = 2;
+  bool can_be_asked = true;
   int64_t counted[kKinds + 2] = {};
   std::string left_out;            // the place of a barrier at which nobody waits
   std::set<std::string> barriers;  // the places of those at which threads have met
@@ -350,6 +351,8 @@ const char* launch(const Launch& how, int most_threads, Program program, const v
 void set_order(Order order, uint64_t seed) { machine.order = order, machine.seed = seed; }
 void set_blocks(int blocks) { machine.blocks_at_a_time = blocks; }
 int blocks_at_a_time() { return machine.blocks_at_a_time; }
+void set_can_be_asked(bool can) { machine.can_be_asked = can; }
+bool can_be_asked() { return machine.can_be_asked; }
 const int64_t* counts() { return machine.counted; }
 
 std::string take_barriers() {

@@ -14,6 +14,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "control.h"
 #include "device.cuh"
 
 namespace fastode::device {
@@ -282,7 +283,7 @@ struct CurrentDevice {
 // As of a card on which every program has as many blocks at a time as its number says.
 template <class Program, class Arguments>
 int most_blocks(const Launch& how) {
-  return how.device;
+  return simt::can_be_asked() ? how.device : 0;
 }
 
 template <class Program, class Arguments>
