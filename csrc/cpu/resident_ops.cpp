@@ -11,8 +11,11 @@ namespace fastode::resident {
 template <template <class> class Program, class A, class Rule>
 void run(const Call<A>& call, const Rule& rule);
 
-int64_t group_for(int64_t samples, int64_t workers, int64_t pixels, int64_t stored) {
-  const int64_t wanted = stored == sizeof(bfloat16) ? 512 : 128;  // pixels that should share one reading of the weights
+int64_t group_for(int64_t samples, int64_t workers, int64_t pixels, int64_t stored, int64_t channels) {
+  constexpr int64_t few = 128, many = 512;  // pixels that should share one reading of the weights
+  int64_t wanted = few;
+  if (stored == sizeof(bfloat16)) wanted = many;
+  if (stored == sizeof(float) && kVectorBytes < 64) wanted = std::clamp(2 * channels, few, many);
   const int64_t share = std::max<int64_t>(1, divide_up(samples, workers));
   const int64_t most = std::max<int64_t>(1, std::min({kGroup, wanted / pixels, share}));
   return stored == sizeof(bfloat16) ? divide_up(share, divide_up(share, most)) : most;  // of like size
@@ -82,7 +85,7 @@ Backward backward(const Tensor& x, const Tensor& cotangent, const BranchArgument
     const Packed<A> packed(branch, x, wanted);
     const int64_t samples = x.size(0), workers = workers_for(samples), each = packed.spec.gradients;
     const int64_t stored = x.scalar_type() == ScalarType::BFloat16 ? sizeof(bfloat16) : sizeof(A);
-    const int64_t group = group_for(samples, workers, x.size(2) * x.size(3), stored);
+    const int64_t group = group_for(samples, workers, x.size(2) * x.size(3), stored, packed.spec.channels());
     Kept kept(kept_pieces);
     Call<A> call{packed, x, &cotangent, new_map_like(x), kept_pieces.empty() ? nullptr : &kept};
     if (each > 0 || products > 0) call.parts = parts_for(samples, workers, group, each * sizeof(A));

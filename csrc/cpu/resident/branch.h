@@ -60,6 +60,7 @@ struct BranchSpec {
   bool couples_samples = false;
   bool narrow = false;  // maps are stored in bfloat16, and convolutions multiply on tiles
 
+  int64_t channels() const { return blocks * kLanes<A>; }  // of the widest map, in whole vectors
   int64_t lanes_of(const UnitSpec<A>& unit) const { return blocks_of<A>(unit.in_channels) * kLanes<A>; }
 };
 
@@ -218,7 +219,7 @@ class Branch {
  private:
   static constexpr int64_t kSums = 5;
 
-  int64_t width() const { return spec_.blocks * kLanes<A>; }
+  int64_t width() const { return spec_.channels(); }
   template <class U>
   U* scratch_of(const Range& range) const {
     return reinterpret_cast<U*>(scratch_ + range.worker * scratch_stride_);

@@ -186,7 +186,7 @@ void run_chain(const ChainArguments& chain, const ChainCall& call, std::vector<T
   // Each where its arguments are: a Packed is not moved.
   std::optional<Packed<A>> packed_parts[3];
   std::vector<Packed<A>*> packed(3, nullptr);
-  int64_t channels = call.x.size(1), count = 0, met = 0, pixels = call.x.size(2) * call.x.size(3);
+  int64_t channels = call.x.size(1), widest = channels, count = 0, met = 0, pixels = call.x.size(2) * call.x.size(3);
   bool coupled = false;
   Plane<A> plane(call.x.size(2), call.x.size(3), 0);
   for (size_t k = 0; k < 3; ++k) {
@@ -194,14 +194,14 @@ void run_chain(const ChainArguments& chain, const ChainCall& call, std::vector<T
     packed_parts[k].emplace(parts[k].arguments(), samples, channels, plane, lowers(call.x), wanted);
     packed[k] = &*packed_parts[k];
     const BranchSpec<A>& spec = packed[k]->spec;
-    count += spec.gradients, met += packed[k]->statistics;
+    count += spec.gradients, met += packed[k]->statistics, widest = std::max(widest, spec.channels());
     coupled = coupled || spec.couples_samples;
     Plane<A> end = plane;
     for (const UnitSpec<A>& unit : spec.units) end = unit.plane_after(end);
     pixels = std::min(pixels, end.pixels());
     if (k == 0) channels = spec.units.back().out_channels, plane = end;
   }
-  const int64_t group = group_for(samples, workers, pixels, sizeof(T));
+  const int64_t group = group_for(samples, workers, pixels, sizeof(T), widest);
   const int64_t shares = count > 0 ? parts_for(samples, workers, group, count * sizeof(A)) : 0;
   Schedule schedule(samples, workers, group, shares);
   Kept kept(kept_pieces);

@@ -82,8 +82,8 @@ Feature<T> feature_of(const Tensor& x) {
 }
 
 // How many samples go through a program together: more of small maps, so that the weights are read for enough pixels,
-// and more of those that are `stored` in fewer bytes.
-int64_t group_for(int64_t samples, int64_t workers, int64_t pixels, int64_t stored);
+// more of many channels, whose weights are larger than their maps, and more of those that are `stored` in fewer bytes.
+int64_t group_for(int64_t samples, int64_t workers, int64_t pixels, int64_t stored, int64_t channels);
 
 // In how many parts a batch is gone through, as many for each worker, where each part adds up so many bytes by itself:
 // more than workers, so that one that is held up leaves parts to the others, but few enough to be added up in the end.

@@ -206,7 +206,8 @@ void run_recorded(const Call<A>& call, const Recording<S>& recording) {
   const int64_t samples = call.x.size(0), workers = workers_for(samples);
   const bool forward = call.cotangent == nullptr;
   const Plane<A> plane(call.x.size(2), call.x.size(3), spec.halo);
-  Schedule schedule(samples, workers, group_for(samples, workers, plane.pixels(), sizeof(S)), call.parts);
+  Schedule schedule(samples, workers, group_for(samples, workers, plane.pixels(), sizeof(S), spec.channels()),
+                    call.parts);
   Memory<S> memory(plane, schedule, spec.couples_samples, call.kept);
   Branch<S> branch(spec, schedule, memory, spec.gradients ? call.gradients : nullptr, recording.need, plane);
 

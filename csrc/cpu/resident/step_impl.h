@@ -26,7 +26,7 @@ struct StepProgram {
         workers(workers_for(samples)),
         blocks(blocks_of<A>(x.size(1))),
         plane(x.size(2), x.size(3), spec.halo),
-        schedule(samples, workers, group_for(samples, workers, plane.pixels(), sizeof(A)),
+        schedule(samples, workers, group_for(samples, workers, plane.pixels(), sizeof(A), spec.channels()),
                  need == Need::kCotangent ? workers : 0),
         memory(plane, schedule, spec.couples_samples, kept),
         branch(with_planes(step), schedule, memory, spec.gradients ? gradients : nullptr, need, plane) {}

@@ -8,7 +8,7 @@
 // Source: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015, Section 4.1, with its A, B and G.
 #pragma once
 
-#include "conv.h"
+#include "packing.h"
 
 namespace fastode::resident {
 
@@ -26,19 +26,19 @@ int64_t winograd_saves(const Plane<A>& plane, const ConvShape& shape, int64_t sa
 }
 
 // Whether a convolution of so many samples is faster so. Of few channels, tiles take as long to transform as to
-// multiply. Of many channels and few pixels, weights take longest to bring in, and here they are nearly twice as large:
-// the products that are saved for each pair of channels, of those that meet the image, are to make up for it.
+// multiply. Of few pixels, weights take longest to bring in, and here they are nearly twice as large: the products that
+// are saved for each pair of channels, of those that meet the image, are to make up for it.
 template <class A>
 bool suits_winograd(const Plane<A>& plane, const ConvShape& shape, int64_t samples) {
   const bool channels = std::min(shape.in_channels, shape.out_channels) >= 16;
-  return kWinograd<A> && channels &&
-         winograd_saves(plane, shape, samples) >= 4 * (shape.in_channels + shape.out_channels);
+  const int64_t worth = 4 * (shape.in_channels + shape.out_channels), most = kVectorBytes == 64 ? worth : 640;
+  return kWinograd<A> && channels && winograd_saves(plane, shape, samples) >= std::min(worth, most);
 }
 
 // The same of samples that come one at a time, each of which reads the weights again.
 template <class A>
 bool suits_winograd_alone(const Plane<A>& plane, const ConvShape& shape, int64_t samples) {
-  constexpr int64_t worth = kVectorBytes == 64 ? 8 : 2;
+  constexpr int64_t worth = kVectorBytes == 64 ? 8 : 5;
   return suits_winograd(plane, shape, samples) &&
          worth * winograd_saves(plane, shape, 1) >= shape.in_channels + shape.out_channels;
 }
@@ -51,11 +51,14 @@ bool suits_winograd_gradient(const ConvShape& shape) {
 
 inline constexpr int kProducts = 16;  // of a tile, for each pair of channels
 
-// Elements of packed weights, G g G', and of a weight gradient before it is G' (...) G, both in the order [output
-// group][input block][product][input channel][output channel].
+template <class A>
+inline constexpr int64_t kLine = 64 / sizeof(A);  // elements of a line of the cache
+
+// Elements of packed weights, G g G', and of a weight gradient before it is G' (...) G (winograd_impl.h).
 template <class A>
 int64_t winograd_size(const ConvShape& shape) {
-  return blocks_of<A>(shape.out_channels) * blocks_of<A>(shape.in_channels) * kLanes<A> * kLanes<A> * kProducts;
+  const int64_t outputs = blocks_of<A>(shape.out_channels), groups = outputs / vectors_of<A>(shape.out_channels);
+  return kProducts * (outputs * blocks_of<A>(shape.in_channels) * kLanes<A> * kLanes<A> + groups * kLine<A>);
 }
 
 // Elements of scratch that a call of convolve_winograd needs, and one of winograd_gradient.

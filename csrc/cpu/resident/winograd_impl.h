@@ -2,13 +2,15 @@
 #pragma once
 
 #include "conv_kernels.h"
-#include "packing.h"
 #include "winograd_tiles.h"
 
 namespace fastode::resident {
 
 inline constexpr int kAccumulators = kRegisters == 32 ? 16 : 12;  // of a product
-inline constexpr int64_t kChunk = kRegisters == 32 ? 32 : 36;     // tiles that are transformed together
+// Tiles that are transformed together, and groups of outputs that are multiplied between two looks at them. With
+// AVX-512 more of either was not measured.
+inline constexpr int64_t kChunk = kRegisters == 32 ? 32 : 72;
+inline constexpr int64_t kGroupsTogether = kRegisters == 32 ? 1 : 8;
 
 // From one product of the tiles to the next, and from one block of channels: [block][product][tile][channel], with a
 // line between the products, so that they do not meet in one set of the cache.
@@ -17,14 +19,25 @@ inline constexpr int64_t kOneProduct = (kChunk + 1) * kLanes<A>;
 template <class A>
 inline constexpr int64_t kAllProducts = kProducts * kOneProduct<A>;
 
-// Where the numbers of one vector of outputs and one block of inputs begin: those of one product, and the next one's
-// kLanes rows further.
+// Packed weights, and their gradient, are [output group][product][input channel][output channel], with a line behind
+// each product: they lie powers of two apart otherwise, in one set of the cache. From one product to the next, and from
+// one group to the next:
+template <class A>
+int64_t weights_product(const ConvShape& shape) {
+  constexpr int64_t lanes = kLanes<A>;
+  return blocks_of<A>(shape.in_channels) * lanes * vectors_of<A>(shape.out_channels) * lanes + kLine<A>;
+}
+template <class A>
+int64_t weights_group(const ConvShape& shape) {
+  return kProducts * weights_product<A>(shape);
+}
+
+// Where the numbers of one vector of outputs and one block of inputs begin in the first product.
 template <class A>
 int64_t cell_at(const ConvShape& shape, int64_t out, int64_t in) {
   constexpr int64_t lanes = kLanes<A>;
   const int64_t vectors = vectors_of<A>(shape.out_channels), block = out / lanes;
-  const int64_t before = block / vectors * blocks_of<A>(shape.in_channels) * lanes + in;
-  return before * kProducts * vectors * lanes + block % vectors * lanes;
+  return block / vectors * weights_group<A>(shape) + in * vectors * lanes + block % vectors * lanes;
 }
 
 template <class A, class T>
@@ -33,7 +46,7 @@ void pack_winograd(const ConvShape& shape, bool flip, const T* weight, const int
   constexpr int64_t lanes = kLanes<A>;
   const WeightView<T> straight(flip ? shape.transposed() : shape, weight, strides);
   const WeightView<T> view = flip ? straight.back(2, 2, 1) : straight;
-  const int64_t width = vectors_of<A>(shape.out_channels) * lanes, product = lanes * width;
+  const int64_t width = vectors_of<A>(shape.out_channels) * lanes, product = weights_product<A>(shape);
   each_cell<A>(shape, [&](int64_t out, int64_t first) {
     alignas(64) A cell[9 * lanes * lanes];
     const int64_t inputs = std::min(lanes, shape.in_channels - first);
@@ -58,14 +71,21 @@ bool is_one_group(const ConvShape& shape) {
 }
 
 template <class A>
+int64_t groups_together(const ConvShape& shape) {
+  const int64_t groups = blocks_of<A>(shape.out_channels) / vectors_of<A>(shape.out_channels);
+  return std::min(groups, kGroupsTogether);
+}
+
+template <class A>
 int64_t winograd_scratch_size(const ConvShape& shape) {
-  const int64_t blocks = blocks_of<A>(shape.in_channels), vectors = vectors_of<A>(shape.out_channels);
-  return (is_one_group<A>(shape) ? std::max(blocks, vectors) : blocks + vectors) * kAllProducts<A>;
+  const int64_t blocks = blocks_of<A>(shape.in_channels);
+  const int64_t outputs = groups_together<A>(shape) * vectors_of<A>(shape.out_channels);
+  return (is_one_group<A>(shape) ? std::max(blocks, outputs) : blocks + outputs) * kAllProducts<A>;
 }
 
 template <class A>
 int64_t winograd_gradient_scratch_size(const ConvShape& shape) {
-  return (blocks_of<A>(shape.in_channels) + vectors_of<A>(shape.out_channels)) * kAllProducts<A>;
+  return (blocks_of<A>(shape.in_channels) + blocks_of<A>(shape.out_channels)) * kAllProducts<A>;
 }
 
 // Of all tiles of a chunk and all blocks of channels; view(sample) is that of its input.
@@ -87,18 +107,18 @@ inline void multiply_tiles(const A* v, const A* u, int64_t in_channels, A* m, co
   constexpr int lanes = kLanes<A>;
   V sums[tiles][vectors] = {};
   for (int64_t remaining = in_channels; remaining > 0; remaining -= lanes) {
-    const A *end = v + (remaining < lanes ? remaining : lanes), *weights = u;
-    for (const A* at = v; at < end; ++at, weights += vectors * lanes) {
+    const A* end = v + (remaining < lanes ? remaining : lanes);
+    for (const A* at = v; at < end; ++at, u += vectors * lanes) {
       __builtin_prefetch(ahead, 0, 2);
       ahead += ahead_step;
       V w[vectors];
-      FASTODE_UNROLL for (int o = 0; o < vectors; ++o) w[o] = load<V>(weights + o * lanes);
+      FASTODE_UNROLL for (int o = 0; o < vectors; ++o) w[o] = load<V>(u + o * lanes);
       FASTODE_UNROLL for (int t = 0; t < tiles; ++t) {
         const V value = splat<V>(at[t * lanes]);
         FASTODE_UNROLL for (int o = 0; o < vectors; ++o) sums[t][o] += value * w[o];
       }
     }
-    v += kAllProducts<A>, u += kProducts * lanes * vectors * lanes;
+    v += kAllProducts<A>;
   }
   FASTODE_UNROLL for (int o = 0; o < vectors; ++o) {
     FASTODE_UNROLL for (int t = 0; t < tiles; ++t) store<V>(m + o * kAllProducts<A> + t * lanes, sums[t][o]);
@@ -122,36 +142,38 @@ void run_winograd(const Plane<A>& plane, const ConvShape& shape, const A* packed
                   int64_t count, A* scratch, Ahead* ahead) {
   constexpr int lanes = kLanes<A>;
   const int64_t blocks = blocks_of<A>(shape.in_channels), channels = shape.in_channels, width = vectors * lanes;
+  const int64_t outputs = blocks_of<A>(shape.out_channels), product = weights_product<A>(shape);
+  const int64_t together = groups_together<A>(shape) * vectors;
   A *v = scratch, *m = is_one_group<A>(shape) ? v : v + blocks * kAllProducts<A>;
   for (Chunks<kChunk> chunk(plane, count); chunk.next();) {
     spread_chunk(chunk, blocks, v, [&](int64_t sample) { return jobs[sample].in; });
-    const A* u = packed;
-    for (int64_t ob = 0; ob < blocks_of<A>(shape.out_channels);
-         ob += vectors, u += blocks * kProducts * lanes * width) {
-      for (int p = 0; p < kProducts; ++p) {
-        chunk.each_run([&](const RowOfTiles& run) { ask_for<vectors>(jobs[run.sample].out, ob, run, p); });
-        multiply<A, vectors>(v + p * kOneProduct<A>, u + p * lanes * width, channels, m + p * kOneProduct<A>,
-                             chunk.tiles, ahead);
-      }
-      for (int o = 0; o < vectors; ++o)
+    for (int64_t first = 0; first < outputs; first += together) {
+      const int64_t end = std::min(first + together, outputs);
+      const auto group = [&](int64_t ob) { return packed + ob / vectors * weights_group<A>(shape); };
+      for (int p = 0; p < kProducts; ++p)
+        for (int64_t ob = first; ob < end; ob += vectors) {
+          chunk.each_run([&](const RowOfTiles& run) { ask_for<vectors>(jobs[run.sample].out, ob, run, p); });
+          multiply<A, vectors>(v + p * kOneProduct<A>, group(ob) + p * product, channels,
+                               m + (ob - first) * kAllProducts<A> + p * kOneProduct<A>, chunk.tiles, ahead);
+        }
+      for (int64_t ob = first; ob < end; ++ob)
         chunk.each_run([&](const RowOfTiles& run) {
-          const auto kernel = [&](int64_t c, auto& g) {
+          const A* const u = group(ob) + ob % vectors * lanes;
+          const auto kernel = [=](int64_t c, auto& g) {
             Vec<A> spread_out[4][4];
-            for (int p = 0; p < kProducts; ++p)
-              spread_out[p / 4][p % 4] =
-                  load<Vec<A>>(u + o * lanes + ((c / lanes * kProducts + p) * lanes + c % lanes) * width);
+            for (int p = 0; p < kProducts; ++p) spread_out[p / 4][p % 4] = load<Vec<A>>(u + p * product + c * width);
             kernel_of(spread_out, g);
           };
           const auto direct = [&](int64_t t, auto& sums) {
             sum_directly(jobs[run.sample].in, 2 * run.y, 2 * (run.x + t), channels, kernel, sums);
           };
-          const A* const at = m + o * kAllProducts<A> + run.place * lanes;
+          const A* const at = m + (ob - first) * kAllProducts<A> + run.place * lanes;
           const auto gather = [=](int64_t t, auto& sums) {
             gather_tile([=](int p) { return load<Vec<A>>(at + p * kOneProduct<A> + t * lanes); }, sums);
           };
           gather_outputs<2>(
-              run, gather, [](int64_t) { return A(1); }, bias ? bias + (ob + o) * lanes : nullptr, jobs[run.sample],
-              ob + o, direct);
+              run, gather, [](int64_t) { return A(1); }, bias ? bias + ob * lanes : nullptr, jobs[run.sample], ob,
+              direct);
         });
     }
   }
@@ -210,25 +232,23 @@ inline void add_products(const A* v, const A* q, int64_t tiles, A* sum, bool fre
 template <class A, int vectors>
 void run_gradient(const Plane<A>& plane, const ConvShape& shape, const GradientPair<A>* pairs, int64_t count,
                   A* gradient, bool fresh, A* scratch) {
-  constexpr int lanes = kLanes<A>, most = kRegisters / 2 / vectors, inputs = most < lanes ? most : lanes,
-                product = lanes * vectors * lanes;
-  const int64_t blocks = blocks_of<A>(shape.in_channels);
+  constexpr int lanes = kLanes<A>, most = kRegisters / 2 / vectors, inputs = most < lanes ? most : lanes;
+  const int64_t blocks = blocks_of<A>(shape.in_channels), outputs = blocks_of<A>(shape.out_channels);
   A *v = scratch, *q = scratch + blocks * kAllProducts<A>;
   for (Chunks<kChunk> chunk(plane, count); chunk.next(); fresh = false) {
     spread_chunk(chunk, blocks, v, [&](int64_t sample) { return pairs[sample].in; });
-    A* group = gradient;
-    for (int64_t ob = 0; ob < blocks_of<A>(shape.out_channels); ob += vectors, group += blocks * kProducts * product) {
-      for (int o = 0; o < vectors; ++o)
-        chunk.each_run([&](const RowOfTiles& run) {
-          spread_cotangents(pairs[run.sample].cotangent, ob + o, run, q + o * kAllProducts<A> + run.place * lanes);
-        });
-      for (int p = 0; p < kProducts; ++p)
+    for (int64_t ob = 0; ob < outputs; ++ob)
+      chunk.each_run([&](const RowOfTiles& run) {
+        spread_cotangents(pairs[run.sample].cotangent, ob, run, q + ob * kAllProducts<A> + run.place * lanes);
+      });
+    for (int p = 0; p < kProducts; ++p)
+      for (int64_t ob = 0; ob < outputs; ob += vectors) {
+        A* sum = gradient + ob / vectors * weights_group<A>(shape) + p * weights_product<A>(shape);
         for (int64_t b = 0; b < blocks; ++b)
-          for (int i = 0; i < lanes; i += inputs)
-            add_products<A, vectors, inputs>(v + b * kAllProducts<A> + p * kOneProduct<A> + i, q + p * kOneProduct<A>,
-                                             chunk.tiles, group + (b * kProducts + p) * product + i * vectors * lanes,
-                                             fresh);
-    }
+          for (int i = 0; i < lanes; i += inputs, sum += inputs * vectors * lanes)
+            add_products<A, vectors, inputs>(v + b * kAllProducts<A> + p * kOneProduct<A> + i,
+                                             q + ob * kAllProducts<A> + p * kOneProduct<A>, chunk.tiles, sum, fresh);
+      }
   }
 }
 
@@ -244,7 +264,7 @@ void unpack_winograd_gradient(const ConvShape& shape, const A* gradient, int64_t
                               const int64_t* strides) {
   using V = Vec<A>;
   constexpr int64_t lanes = kLanes<A>;
-  const int64_t width = vectors_of<A>(shape.out_channels) * lanes, product = lanes * width;
+  const int64_t width = vectors_of<A>(shape.out_channels) * lanes, product = weights_product<A>(shape);
   each_cell<A>(shape, [&](int64_t out, int64_t first) {
     alignas(64) A cell[9 * lanes * lanes];
     const int64_t outputs = std::min(lanes, shape.out_channels - out);
