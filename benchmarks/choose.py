@@ -44,6 +44,8 @@ BLOCKS: dict[str, Callable[[int], nn.Module]] = {
     "skew_solution sample": lambda c: reference.SOBlock(reference.SkewPair(c, c), solver="rk4"),
     "chain sample": lambda c: _halving(c, [nn.GroupNorm(1, c)], [], 3),
     "chain batch": lambda c: _halving(c, [nn.BatchNorm2d(c)], [nn.BatchNorm2d(c)], 1),
+    "chain3 sample": lambda c: _keeping(c, lambda: nn.GroupNorm(1, c)),
+    "chain3 batch": lambda c: _keeping(c, lambda: nn.BatchNorm2d(c)),
 }
 # (channels, size): first the papers' shapes and those where weights or maps just fit a cache or just do not.
 SHAPES = (
@@ -84,6 +86,16 @@ def _halving(channels: int, between: list[nn.Module], behind: list[nn.Module], k
     return reference.ResBlock(branch, shortcut=nn.Sequential(shortcut, *behind), post_activation=nn.ReLU())
 
 
+def _keeping(channels: int, norm: Callable[[], nn.Module]) -> nn.Module:
+    """A residual block with an activation behind its sum, as ResNets have them."""
+
+    def conv() -> nn.Module:
+        return nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+
+    branch = nn.Sequential(conv(), norm(), nn.ReLU(), conv(), norm())
+    return reference.ResBlock(branch, post_activation=nn.ReLU())
+
+
 def engines_of(block: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[str, str]:
     """The engine that the rule is about, and the one that "auto" takes where it is left."""
     twin, given = contenders.fused("auto").make(block, inputs)
@@ -102,7 +114,9 @@ def plan(groups: Sequence[str], dtypes: Sequence[str]) -> Iterator[tuple[str, st
     """(group, dtype, channels, size), every group's first shape before any group's second."""
     turns = sorted(itertools.product(range(len(SHAPES)), dtypes), key=lambda turn: turn[0] + LATER[turn[1]])
     for (index, dtype), group in itertools.product(turns, groups):
-        yield group, dtype, *SHAPES[index]
+        # Other dtypes have rules of their own, or no products to save.
+        if dtype == "float32" or not group.startswith("chain3"):
+            yield group, dtype, *SHAPES[index]
 
 
 def name(channels: int, size: int, batch: int) -> str:

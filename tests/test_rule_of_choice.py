@@ -184,6 +184,26 @@ def test_a_chain_has_its_own_line(monkeypatch: pytest.MonkeyPatch, norm: type[nn
     assert used(block, x) == "resident"
 
 
+def test_chains_of_3x3_convolutions_that_keep_even_sides_have_a_line_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lines = {"chain sample float32": Line(most_channels=16), "chain3 sample float32": Line(most_channels=32)}
+    monkeypatch.setattr(measured, "_rule", Rule(lines, "a test", True))
+    torch.set_num_threads(1)
+
+    def told(channels: int, kernel: int = 3, stride: int = 1, count: int = 2, side: int = 8) -> str:
+        convs = [nn.Conv2d(channels, channels, kernel, 1, kernel // 2) for _ in range(count - 1)]
+        chain = fastode.nn.Chain(*convs, nn.Conv2d(channels, channels, 3, stride, 1), nn.ReLU())
+        return chain.against("resident", torch.zeros(4, channels, side, side))
+
+    assert told(32) == "" and told(40).startswith("with more than 32 channels")
+    assert told(16, kernel=1) == "" and told(16, stride=2) == ""
+    for other in (told(32, kernel=1), told(32, stride=2), told(32, count=1), told(32, side=7)):
+        assert other.startswith("with more than 16 channels"), other
+    monkeypatch.setattr(measured, "_rule", Rule({"chain sample float32": Line(most_channels=16)}, "a test", True))
+    assert told(16) == "" and told(32).startswith("with more than 16 channels")
+
+
 def test_without_a_line_of_their_own_chains_have_the_bounds_found_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     rule = Rule({"ie sample float32": measured.NEVER}, "a test", True)
     assert rule.line("chain", "batch", "float32") == rule.line("chain", "sample", "float64") == measured.CHAIN

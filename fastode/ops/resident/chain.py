@@ -110,7 +110,22 @@ def slower(x: Tensor, chain: Chain) -> str:
         )
         return f"{beyond} {SLOWER}"
     # The bound on channels is of the widest map, that on memory of the largest.
-    return rule.slower_than_eager(x, coupled, widest, pixels)
+    family = "chain3" if _is_even(chain, x) else "chain"
+    return rule.slower_than_eager(x, coupled, widest, pixels, family=family)
+
+
+def _is_even(chain: Chain, x: Tensor) -> bool:
+    """Whether it has two convolutions at least, all of them 3×3 of stride 1, in no few channels and over even sides."""
+    found = _convolutions(chain, x)
+    return len(found) > 1 and all(
+        not conv.mean
+        and conv.kernel == (3, 3)
+        and conv.stride == (1, 1)
+        and min(before[0], after[0]) >= _FEWEST
+        and before[1] % 2 == 0
+        and before[2] % 2 == 0
+        for conv, before, after in found
+    )
 
 
 def slower_alone(x: Tensor, chain: Chain) -> str:

@@ -22,7 +22,8 @@ from ...tracing import is_exporting
 from ..engine import ODE_SOLUTION
 
 FOLDER = Path(__file__).resolve().parent / "rules"
-FAMILIES = ("ie", "shu_osher", "skew_pair", "skew_solution", "chain")
+# A "chain3" is a chain of 3×3 convolutions of stride 1 over even sides alone, of which there are at least two.
+FAMILIES = ("ie", "shu_osher", "skew_pair", "skew_solution", "chain", "chain3")
 NORMS = ("sample", "batch")
 DTYPES = ("float32", "float64", "bfloat16")
 
@@ -152,14 +153,18 @@ class Rule:
     def line(self, family: str, norms: str, dtype: str) -> Line:
         """The line of a family of blocks, of norms that couple the batch or do not, and of a dtype."""
         own = f"{family} {norms} {dtype}"
-        # Of the skew blocks only those with sample-local norms are measured.
-        other = f"{family} sample {dtype}" if family.startswith("skew") else own
+        # Of the skew blocks only those with sample-local norms are measured; the rule of chains is for all of them.
+        other = own
+        if family.startswith("skew"):
+            other = f"{family} sample {dtype}"
+        if family == "chain3":
+            other = f"chain {norms} {dtype}"
         return self.lines.get(own, self.lines.get(other, stand_in(family, dtype)))
 
 
 def stand_in(family: str, dtype: str) -> Line:
     """The line of blocks of which none is measured on CPUs of this kind."""
-    if family == "chain":
+    if family.startswith("chain"):
         return CHAIN
     return WIDE if family in ("ie", "shu_osher") and dtype != "bfloat16" and _has_wide_registers else DEFAULT
 
@@ -259,7 +264,7 @@ def in_words() -> list[str]:
     lines = dict(_rule.lines)
     for family, dtype in itertools.product(FAMILIES, DTYPES):
         of_family = any(f"{family} {norms} {dtype}" in lines for norms in NORMS)
-        if not of_family and (family, dtype) != ("chain", "bfloat16"):
+        if not of_family and (family, dtype) != ("chain", "bfloat16") and family != "chain3":
             lines[f"{family} {dtype}"] = stand_in(family, dtype)
     rows = [f"  {name:<32}{line.describe()}{f': {line.why}' if line.why else ''}" for name, line in lines.items()]
     rows.append(f"  {ODE_SOLUTION:<32}{SOLUTION.describe()}")
@@ -334,7 +339,14 @@ def is_large_contiguous(x: torch.Tensor, entries: int) -> bool:
 FEW_OF_STEPS = (8, 512)
 
 
-def slower_than_eager(x: torch.Tensor, coupled: bool, channels: int, pixels: int, few: tuple[int, int] = (0, 0)) -> str:
+def slower_than_eager(
+    x: torch.Tensor,
+    coupled: bool,
+    channels: int,
+    pixels: int,
+    few: tuple[int, int] = (0, 0),
+    family: str = "chain",
+) -> str:
     """Why a call with one evaluation of its branch is taken to be slower than plain PyTorch; empty where it is not.
 
     Args:
@@ -343,6 +355,7 @@ def slower_than_eager(x: torch.Tensor, coupled: bool, channels: int, pixels: int
         channels: of the widest map.
         pixels: as `slower` has them.
         few: how many samples or pixels for each thread are enough; one sample at least is, as threads take samples.
+        family: "chain" or "chain3".
     """
     batch = samples(x)
     beyond = few_for_threads(batch)
@@ -352,7 +365,7 @@ def slower_than_eager(x: torch.Tensor, coupled: bool, channels: int, pixels: int
             beyond = f"with fewer than {few[0]} samples and {few[1]} pixels for each thread"
     if beyond:
         return f"{beyond} it was measured to be slower than plain PyTorch"
-    return slower("chain", coupled, x, channels, pixels, " than plain PyTorch")
+    return slower(family, coupled, x, channels, pixels, " than plain PyTorch")
 
 
 def slower_linear(family: str, weight: torch.Tensor) -> str:
