@@ -12,7 +12,7 @@ Source: Gomez et al. 2017, Algorithm 1, which paper 002 cites.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils import parametrize
 
 from .. import reference
 from ..branch.read import has_global_hooks
@@ -42,12 +44,12 @@ class _Evaluation:
         self.name, self.branch = name, branch
         self.modes = [module.training for module in branch.modules()]
         # Tensors of another call may be in the module by then, as torch.func.functional_call puts them there.
-        self.places = {key: places[id(p)] for key, p in branch.named_parameters(remove_duplicate=False)}
-        self.buffers = dict(branch.named_buffers(remove_duplicate=False))
+        self.places = {key: places[id(p)] for _, key, p in _held(branch, "_parameters")}
 
     def first(self, x: Tensor) -> Tensor:
         """branch(x)."""
         kind = x.device.type
+        self.buffers, self.before = _buffers(self.branch)
         self.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         before = _random_states(x)
         out = evaluate(self.name, self.branch, x)
@@ -56,15 +58,18 @@ class _Evaluation:
         return out
 
     def again(self, x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-        """The same without a trace: random state and buffers stay as they are."""
+        """The same with these parameters, without a trace: random state and buffers stay as they are."""
         if [module.training for module in self.branch.modules()] != self.modes:
             raise RuntimeError(
                 f"{self.name} of a RevBlock must be in the mode of its forward when backward makes its values again, "
                 "got another one: call backward before train() or eval()"
             )
         tensors = {key: parameters[place] for key, place in self.places.items()}
-        tensors |= {key: buffer.clone() for key, buffer in self.buffers.items()}
-        call = partial(torch.func.functional_call, self.branch, tensors)
+        # A second backward needs them as well, so that what an evaluation may write into is a copy.
+        copies = {place: buffer.clone() for place, buffer in self.before.items()}
+        tensors |= {key: copies[id(buffer)] for key, buffer in self.buffers.items()}
+        # Every place has its tensor: a module that comes twice would be left with what it got for its second name.
+        call = partial(torch.func.functional_call, self.branch, tensors, tie_weights=False)
         with ExitStack() as stack:
             stack.enter_context(torch.autocast(*self.autocast))
             if self.random:
@@ -74,6 +79,31 @@ class _Evaluation:
                 for device, state in zip(devices, self.random[1:], strict=True):
                     torch.cuda.set_rng_state(state, device)
             return evaluate(self.name, self.branch, x, call=call)
+
+
+def _buffers(branch: nn.Module) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
+    """A branch's buffers by name, and what each is to be when the branch is evaluated again, by its identity.
+
+    That is a copy, because an evaluation may read what it writes (spectral norm's vectors). The norms of PyTorch never
+    do: in training they only write their running statistics, and in eval mode only read them.
+    """
+    buffers: dict[str, Tensor] = {}
+    before: dict[int, Tensor] = {}
+    for module, name, buffer in _held(branch, "_buffers"):
+        buffers[name] = buffer
+        if isinstance(module, _NormBase) and type(module).__module__.startswith("torch.nn.modules."):
+            before.setdefault(id(buffer), buffer)
+        else:
+            before[id(buffer)] = buffer.clone()
+    return buffers, before
+
+
+def _held(branch: nn.Module, kind: str) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """Each module of a branch once, with the name and the tensor of each of its parameters, or buffers."""
+    for path, module in branch.named_modules():
+        for name, tensor in module.__dict__[kind].items():
+            if tensor is not None:
+                yield module, f"{path}.{name}" if path else name, tensor
 
 
 def _random_states(x: Tensor) -> list[Tensor]:
@@ -105,6 +135,7 @@ class _Chain(torch.autograd.Function):
             )
         first, second, *parameters = ctx.saved_tensors
         wanted = ctx.needs_input_grad[2:]
+        parameters = [_without_hooks(p, want) for p, want in zip(parameters, wanted, strict=True)]
         grads: list[Tensor | None] = [None] * len(parameters)
         first_bar, second_bar = halves(bar)
         for f, g in reversed(ctx.evaluations):
@@ -112,6 +143,16 @@ class _Chain(torch.autograd.Function):
             first, second_bar = _undo(f, second, first, second_bar, first_bar, parameters, wanted, grads)
         x_bar = torch.cat([first_bar, second_bar], 1) if ctx.needs_input_grad[1] else None
         return (None, x_bar, *grads)
+
+
+def _without_hooks(parameter: Tensor, wanted: bool) -> Tensor:
+    """A parameter to take gradients of, which are parts of its own: its hooks are for the sum, which autograd gives it.
+
+    It is itself where that is the same, so that fused blocks in a branch find the tensors that they know.
+    """
+    if not parameter._backward_hooks and parameter.requires_grad == wanted and parameter.is_leaf:
+        return parameter
+    return parameter.detach().requires_grad_(wanted)
 
 
 def _undo(
@@ -167,6 +208,8 @@ class _Reversible(Fused, nn.Module):
         if not any(t.requires_grad for t in (x, *parameters)) or torch._C._are_functorch_transforms_active():
             return True
         if unpack_dual(x).tangent is not None or has_global_hooks():
+            return True
+        if parametrize._cache_enabled:  # what is computed without a graph here would be found there in the backward
             return True
         return any(module.__dict__[name] for module in self.modules() if module is not self for name in _HOOKS)
 
