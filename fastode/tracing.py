@@ -29,6 +29,11 @@ def is_exporting_to_onnx() -> bool:
     return torch.onnx.is_in_onnx_export()
 
 
+def is_recorded() -> bool:
+    """Whether torch.jit.trace records the calls: of an autograd Function it would have a forward without gradients."""
+    return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
+
+
 def are_leaves(tensors: Sequence[Tensor]) -> bool:
     """Whether a tracer's tensors are parameters of whose gradients autograd's engine knows whether it will use them.
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.engine import Call, Engine
-from ..tracing import is_exporting_to_onnx
+from ..tracing import is_exporting_to_onnx, is_recorded
 from . import trial
 from .engines import AUTO, BY_NAME, ENGINES, REFERENCE, is_reference
 
@@ -36,6 +36,8 @@ class Asked(Protocol):
 def choose(name: str, call: Call, make_reference: MakeReference | None = None) -> Engine:
     """The engine to use: the first that can run the call and that nothing measured speaks against, or the named one.
 
+    While torch.jit.trace is at work it is the reference.
+
     Args:
         name: of an engine, or "auto".
         call: what is to run.
@@ -47,6 +49,8 @@ def choose(name: str, call: Call, make_reference: MakeReference | None = None) -
     """
     if torch.compiler.is_compiling() and not is_reference(name) and is_exporting_to_onnx():
         raise RuntimeError("ONNX has no operators for fused blocks: call fastode.unfuse(model) before the export")
+    if is_recorded():
+        return REFERENCE
     if name != AUTO:
         reason = BY_NAME[name].why_not(call)
         if reason:

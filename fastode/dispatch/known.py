@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from ..branch.snapshot import KEY, Snapshot
 from ..ops.engine import Call, autocast_dtype, mode
 from ..ops.plan import MaybeTensors
+from ..tracing import is_recorded
 from . import trial
 
 _MOST_ANSWERS = 64  # of one reading; a block that is called with ever new shapes must not fill the memory
@@ -55,7 +56,9 @@ class Known(Generic[Reading]):
 
     def keep(self, kind: Hashable, answer: Any, call: Call) -> None:
         """Keep what was decided for a call, unless a trial that cannot be made now may decide otherwise later."""
-        if self.snapshot is None or (call.inputs[0].device.type in trial.DEVICES and not trial.is_known(call)):
+        if self.snapshot is None or is_recorded():
+            return
+        if call.inputs[0].device.type in trial.DEVICES and not trial.is_known(call):
             return
         if len(self._answers) >= _MOST_ANSWERS:
             self._answers.clear()
@@ -102,7 +105,9 @@ def known(
     if found is not None and (checked or found.holds(root)):
         return found
     reading = read()
-    if reading.reason:  # nothing is known of modules that cannot be read, nor of what their snapshot would need
+    # Nothing is known of modules that cannot be read, nor of what their snapshot would need. While torch.jit.trace is
+    # at work shapes are made of tensors: no answer is found by them, and none is to be kept.
+    if reading.reason or is_recorded():
         return Known(None, reading)
     beside = root.__dict__[KEY] = _Beside()  # before the snapshot, which has it among the variables
     snapshot = Snapshot(root, hooks_of_root=not is_block)

@@ -22,6 +22,7 @@ from ..dispatch.engines import AUTO, NAMES, REFERENCE, is_reference
 from ..dispatch.registry import generated, reference_of, twin_of
 from ..nn.base import Fused, note
 from ..ops.engine import Call, autocast_dtype
+from ..tracing import is_recorded
 from .graph import Unreadable
 from .reading import read_forward
 
@@ -77,6 +78,8 @@ class _Beside:
 
     def leave(self, kind: Hashable) -> None:
         """Remember that "auto" has left a kind of call to their forward, which is right whatever has changed since."""
+        if is_recorded():  # shapes are made of tensors, by which no later call would find it
+            return
         if len(self._left) >= _MOST_LEFT:
             self._left.clear()
         self._left[kind] = _CALLS_LEFT

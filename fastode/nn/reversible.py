@@ -30,6 +30,7 @@ from ..dispatch.registry import register
 from ..ops.engine import Call
 from ..reference.blocks import evaluate
 from ..reference.connections import halves
+from ..tracing import is_recorded
 from .base import Fused, note
 
 __all__ = ["RevBlock", "RevSequence"]
@@ -207,7 +208,7 @@ class _Reversible(Fused, nn.Module):
             return True
         if not any(t.requires_grad for t in (x, *parameters)) or torch._C._are_functorch_transforms_active():
             return True
-        if unpack_dual(x).tangent is not None or has_global_hooks():
+        if is_recorded() or unpack_dual(x).tangent is not None or has_global_hooks():
             return True
         if parametrize._cache_enabled:  # what is computed without a graph here would be found there in the backward
             return True
