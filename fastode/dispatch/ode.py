@@ -121,6 +121,7 @@ def _decide(
 def _solve(
     engine: Engine, plan: Plan, found: Known[Reading], x: Tensor, solver: Solver, block: str, sample: int | None
 ) -> Tensor:
+    x = function.savable(x)
     course = Course(solver, Watch(block, solver, sample) if solver.is_adaptive else None, Steps())
     rerun = None
     if found.snapshot is not None and torch.is_grad_enabled():

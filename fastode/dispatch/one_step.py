@@ -104,7 +104,7 @@ class ExactStep:
     def apply(
         self, engine: Engine, plan: Plan, rerun: Rerun | None, x: Tensor, tensors: MaybeTensors, table: Table | None
     ) -> Any:
-        return function.call(engine.exact_ie, (plan, self.exact, rerun), (x, *tensors))
+        return function.call(engine.exact_ie, (plan, self.exact, rerun), (function.savable(x), *tensors))
 
     def plain(self, branch: bare.Function) -> None:
         return None

@@ -182,6 +182,7 @@ def solve_adaptive(
     function_of_steps, tableau = engine.skew_adaptive, solver.tableau
     assert function_of_steps is not None
     watch = Watch(block, solver)
+    x = function.savable(x)
     state = repeated(x, field.weight.shape[0], field.stride), x
 
     def slope(_: Any, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -224,6 +225,7 @@ def solve_adaptive_from_x(
     if torch.compiler.is_compiling():
         (end,) = function.call(solution, (program, solver, (), (), None), (x, *tensors))
         return end
+    x = function.savable(x)
     samples: list[int | None] = [*range(x.shape[0])] if solver.per_sample else [None]
     watches, steps = [Watch(block, solver, sample) for sample in samples], [Steps() for _ in samples]
 

@@ -20,6 +20,7 @@ from ..dispatch.known import Known, kind_of_call, known
 from ..dispatch.linear import LinearField, evaluate_linear, read_linear, solve_linear
 from ..dispatch.registry import reference_of, register
 from ..dispatch.skew import Field, evaluate, read_field, repeated, solve, solve_adaptive, solve_adaptive_from_x
+from ..ops import function
 from ..ops.engine import Call, Engine
 from ..ops.plan import MaybeTensors
 from ..ops.rerun import StandIn
@@ -220,6 +221,8 @@ class _FusedSolve(Opaque, reference.SOBlock):
             if engine.solution_from_x:
                 return solve_adaptive_from_x(engine.skew_adaptive, pair, x, solver, words, make, tensors).contiguous()
             return solve_adaptive(engine, field, pair, x, solver, words, make, tensors).contiguous()
+
+        x = function.savable(x)
 
         def slopes(_: Any, state: State) -> State:
             y, z = state

@@ -112,6 +112,13 @@ def call(function: type[torch.autograd.Function], constants: Sequence[Any], tens
     return function.forward(_NO_GRAPH, *constants, *tensors)
 
 
+def savable(x: Tensor) -> Tensor:
+    """x, or a copy where it was made in inference mode: autograd saves no such tensor, and the reference none of x."""
+    if torch.compiler.is_compiling() or not x.is_inference() or not torch.is_grad_enabled():
+        return x
+    return x.clone()
+
+
 def gradients(ctx: Any, given: MaybeTensors, cotangents: Sequence[MaybeTensor], pull: Pull) -> tuple[MaybeTensor, ...]:
     """What a Function's backward returns: None for each constant, then a gradient for each tensor that has one.
 
