@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR, ReduceLROnPlateau
-from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
 
 from fastode import attacks, training
 from fastode.training import Trainer, batches, checkpoint
@@ -311,6 +311,8 @@ def make(**options: Any) -> Trainer:
          "optimizer must be a torch.optim.Optimizer or a function of parameters, got 'sgd'"),
         ({"optimizer": SGD(nn.Linear(1, 1).parameters())}, ValueError,
          "optimizer must be of the model's parameters, got some that are not"),
+        ({"optimizer": torch.optim.LBFGS}, ValueError,
+         "optimizer must be one that takes steps without a closure, got LBFGS"),
         ({"schedule": 3}, TypeError, "schedule must be an LRScheduler, a function of the optimizer or None, got 3"),
         ({"schedule": ReduceLROnPlateau}, ValueError,
          "schedule must be one that takes steps without a measure, got ReduceLROnPlateau"),
@@ -330,6 +332,18 @@ def test_refusals(options: dict[str, Any], error: type[Exception], message: str)
     with pytest.raises(error) as caught:
         make(**options)
     assert str(caught.value) == message
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        return zip(IMAGES, LABELS, strict=True)
+
+
+def test_a_loader_of_a_stream_trains_as_its_batches_do() -> None:
+    stream = DataLoader(Stream(), batch_size=4)
+    found = make(epochs=2).fit(stream)
+    wanted = make(epochs=2).fit([(images, labels) for images, labels in stream])
+    assert [row["loss"] for row in found] == [row["loss"] for row in wanted]
 
 
 def test_loaders_and_losses_that_are_none_are_refused() -> None:

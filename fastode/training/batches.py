@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 Batch = tuple[Tensor, Tensor]  # images [N, C, H, W] and labels [N]
 
@@ -51,7 +51,8 @@ def shared(loader: Any, rank: int, world: int) -> Iterable[Batch]:
     Raises:
         TypeError: it is neither.
     """
-    if type(loader) is DataLoader and loader.batch_sampler is not None:
+    drawn = type(loader) is DataLoader and not isinstance(loader.dataset, IterableDataset)
+    if drawn and loader.batch_sampler is not None:
         return DataLoader(
             loader.dataset,
             batch_sampler=Share(loader.batch_sampler, rank, world),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import io
 import math
 import os
@@ -315,6 +316,9 @@ def _optimizer(optimizer: Any, model: nn.Module) -> Optimizer:
         raise TypeError(
             f"optimizer must be a torch.optim.Optimizer or a function of parameters, got {checks.what(made)}"
         )
+    closure = inspect.signature(made.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise ValueError(f"optimizer must be one that takes steps without a closure, got {type(made).__name__}")
     own = set(map(id, model.parameters()))
     if not all(id(each) in own for group in made.param_groups for each in group["params"]):
         raise ValueError("optimizer must be of the model's parameters, got some that are not")
