@@ -10,6 +10,7 @@ import re
 import statistics
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -374,6 +375,16 @@ def test_growth_is_that_of_the_layer_behind_a_normalisation() -> None:
     found = growth(model, images, labels, torch.Generator().manual_seed(0), 3)
     assert list(found) == ["group1 ℓ1", "group1 ℓ2"]
     assert list(found.values()) == pytest.approx([3.0, 3.0], rel=1e-4)
+
+
+def test_growth_leaves_out_batches_that_the_attack_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, labels = torch.rand(3, 1, 2, 2), torch.zeros(3, dtype=torch.int64)
+    model = nn.Sequential()
+    model.add_module("group1", nn.Flatten())
+    moved = torch.cat([images[:2], images[2:] + 0.1])
+    monkeypatch.setattr(measures, "_attacked", lambda *_: SimpleNamespace(images=moved))
+    found = measures.Growth(("group1",), (2,), {})(model, images, labels, torch.Generator(), 2)
+    assert found == pytest.approx({"group1 ℓ2": 1.0})
 
 
 def test_step_times_are_those_of_the_first_adaptive_block() -> None:

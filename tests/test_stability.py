@@ -244,6 +244,8 @@ X = torch.zeros(1, 2, 3, 3)
          "norm must be 1 or 2, got 3"),
         (lambda: stability.growth_ratio(nn.Sequential(nn.Tanh()), X, X[:, :1]), ValueError,
          "perturbed must be of the shape and dtype of x, [1, 2, 3, 3], got [1, 1, 3, 3]"),
+        (lambda: stability.growth_ratio(nn.Sequential(nn.Tanh()), X, X.clone()), ValueError,
+         "perturbed must differ from x in some sample, got the same values"),
         (lambda: stability.variance(reference.ResBlock(nn.Tanh()), X), ValueError,
          "x must have a variance above zero, got one number everywhere"),
         (lambda: stability.burgers(cells=4), ValueError, "cells must be at least 8, got 4"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -179,6 +180,10 @@ class Growth:
         for norm in self.norms:
             ratios: dict[str, list[Tensor]] = {layer: [] for layer in self.layers}
             for x, other in zip(images.split(batch), moved.split(batch), strict=True):
+                if torch.equal(x, other):  # the attack leaves what is misclassified already
+                    for layer in names:
+                        ratios[layer].append(x.new_full((len(x),), math.nan))
+                    continue
                 found = stability.growth_ratio(model, x, other, norm=norm, layers=list(names.values()))
                 for layer, name in names.items():
                     ratios[layer].append(found[name])

@@ -218,7 +218,8 @@ def growth_ratio(
         before a layer the ratio is NaN.
 
     Raises:
-        TypeError, ValueError: an argument is none of what it may be, or the model has no such layers.
+        TypeError, ValueError: an argument is none of what it may be, perturbed is x in all samples, or the model has no
+            such layers.
 
     Source: Kim et al. 2020 (paper 004), eq. 17 and Figure 4.
 
@@ -236,6 +237,8 @@ def growth_ratio(
     clean = _passed(model, x, names)
     if perturbed.shape != x.shape or perturbed.dtype != x.dtype:
         raise ValueError(f"perturbed must be of the shape and dtype of x, {list(x.shape)}, got {list(perturbed.shape)}")
+    if torch.equal(perturbed, x):
+        raise ValueError("perturbed must differ from x in some sample, got the same values")
     moved = _passed(model, perturbed, names)
 
     def distance(a: Tensor, b: Tensor) -> Tensor:
