@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 import fastode
 from fastode import nets, reference
@@ -84,6 +85,21 @@ def test_the_model_itself_is_swapped_and_back(name):
     assert same(state, module)
     now = module.state_dict(keep_vars=True).values()
     assert all(old is new for old, new in zip(tensors, now, strict=True))
+
+
+def test_unfuse_says_which_blocks_stay_fused():
+    module = nn.Sequential(block("Ark"), block())
+    fastode.fuse(module)
+    parametrize.register_parametrization(module[0], "b10", nn.Softplus())
+    rows = fastode.unfuse(module).rows
+    assert [(row.name, row.reference, row.fused) for row in rows] == [
+        ("0", reference.Ark, type(module[0])),
+        ("1", reference.SSP2, None),
+    ]
+    reason = "ParametrizedArk was made of the fused Ark, and stays fused: unfuse before it is made"
+    assert rows[0].reason == reason and isinstance(module[0], fused.Ark)
+    parametrize.remove_parametrizations(module[0], "b10")
+    assert fastode.unfuse(module).rows[0].fused is None and type(module[0]) is reference.Ark
 
 
 def test_every_reference_block_has_a_twin_that_adds_no_state():

@@ -96,7 +96,8 @@ def unfuse(model: nn.Module) -> FusionReport:
         model: any module.
 
     Returns:
-        The report: one row for each block that was fused.
+        The report: one row for each block that was fused. One whose class was made of a twin, as parametrizing a fused
+        block makes one, stays fused, and its row says so.
 
     Raises:
         TypeError: if the model is no module.
@@ -118,6 +119,8 @@ def unfuse(model: nn.Module) -> FusionReport:
         if reference is not None:
             _assign(block, reference)
             rows.append(FusionRow(name, reference, None, (REFERENCE.name,), "runs as the reference again"))
+        elif is_twin(type(block)):
+            rows.append(_left_fused(name, block))
     return FusionReport(tuple(rows))
 
 
@@ -158,6 +161,16 @@ def _plans(model: nn.Module, filter: Callable[[str, nn.Module], bool] | None, re
             plans.append(plan)
             inside.update(block.modules() if plan.twin is not None else ())
     return plans
+
+
+def _left_fused(name: str, block: nn.Module) -> FusionRow:
+    """The row of a block whose class derives from a twin: which one it would have without it, nobody has said."""
+    kind = type(block)
+    twin = next(base for base in kind.__mro__ if reference_of(base) is not None)
+    reference = reference_of(twin)
+    assert reference is not None
+    reason = f"{kind.__name__} was made of the fused {twin.__name__}, and stays fused: unfuse before it is made"
+    return FusionRow(name, reference, kind, engines_of(block, None)[0], reason)
 
 
 def _is_block(module: nn.Module) -> bool:
