@@ -184,7 +184,8 @@ def test_running_statistics_are_those_of_the_function(kind: str, momentum: float
             twin(x)
         for (name, buffer), other, before in zip(block.named_buffers(), twin.buffers(), versions, strict=True):
             assert torch.equal(buffer, other), name
-            assert buffer._version > before, name
+            # PyTorch's norms raise the versions of counters alone.
+            assert (buffer._version > before) == name.endswith("num_batches_tracked"), name
     assert norms[0].num_batches_tracked == 3 * (3 if kind == "ssp3" else 1)
 
 

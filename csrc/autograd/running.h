@@ -53,10 +53,11 @@ class Running {
     }
   }
 
+  // Its version stays, as PyTorch's kernels leave it: the graph of an earlier call that was left to PyTorch has saved
+  // the statistics, and would refuse its backward, which does not read them in training mode.
   template <class A>
   static void lerp(const Row& row, const Tensor& running, const A* now, A scale) {
     move_running(running.mutable_data_ptr<A>(), now, scale, row.factor, row.channels);
-    running.unsafeGetTensorImpl()->bump_version();
   }
 
   std::vector<Row> rows_;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -73,12 +74,26 @@ def _move_all(norms: Sequence[Any], statistics: Iterable[Tensor], sizes: Sequenc
         if torch.compiler.is_compiling() and _are_moved_by_one(norms, evaluations):
             _move_by_one(norms, evaluations, sizes)
             return
-        if isinstance(factor, float) and all(norm.momentum == factor for norm in norms):
-            _move_together(norms, evaluations, factor, sizes)
-            return
-        for met in evaluations:
-            for norm, stats, size in zip(norms, met, sizes, strict=True):
-                _move(norm, *_met(norm, stats, size))
+        with _of_the_same_version(norms):
+            if isinstance(factor, float) and all(norm.momentum == factor for norm in norms):
+                _move_together(norms, evaluations, factor, sizes)
+                return
+            for met in evaluations:
+                for norm, stats, size in zip(norms, met, sizes, strict=True):
+                    _move(norm, *_met(norm, stats, size))
+
+
+def _of_the_same_version(norms: Sequence[Any]) -> contextlib.AbstractContextManager[None]:
+    """Leave the versions of batch norms' running statistics as they are, which PyTorch's own kernels do.
+
+    The graph of an earlier call that was left to PyTorch has saved them, and would refuse its backward; a backward in
+    training mode does not read them. A tracer has to see that they are written to.
+    """
+    if torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    batch = [norm for norm in norms if not isinstance(norm, nn.InstanceNorm2d)]
+    running = [each for norm in batch for each in (norm.running_mean, norm.running_var) if not each.is_inference()]
+    return torch.autograd.grad_mode._unsafe_preserve_version_counter(tuple(running))
 
 
 def _are_moved_by_one(norms: Sequence[Any], evaluations: Sequence[Sequence[Tensor]]) -> bool:

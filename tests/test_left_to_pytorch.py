@@ -1,0 +1,83 @@
+"""Calls and parts that are left to PyTorch, beside those that an engine runs."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import fastode
+from fastode import reference
+from fastode.native import nodes
+from fastode.reference import PreActBranch
+from fastode.testing import sample_input
+
+WITH_AND_WITHOUT_NODES = pytest.mark.parametrize("in_cpp", [True, False], ids=["nodes", "functions"])
+
+
+def _nodes(in_cpp: bool) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if in_cpp else nodes.left_out()
+
+
+# ---- calls of one block: some of an engine, some left to PyTorch
+
+
+@WITH_AND_WITHOUT_NODES
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("kind", [reference.ResBlock, reference.SSP3, reference.IESkip])
+def test_running_statistics_have_the_versions_of_pytorch(
+    kind: Callable[..., nn.Module], momentum: float | None, in_cpp: bool
+) -> None:
+    """PyTorch's norms do not raise those of mean and variance, which graphs of other calls have saved."""
+    block = kind(PreActBranch(8))
+    for norm in block.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.momentum = momentum
+    plain = copy.deepcopy(block)
+    fastode.fuse(block, engine="resident")
+    x = sample_input(3, 8, 5, 4, seed=1)
+    found = []
+    with _nodes(in_cpp):
+        for each in (block, plain):
+            before = {name: buffer._version for name, buffer in each.named_buffers()}
+            each(x), each(x)
+            found.append({name for name, buffer in each.named_buffers() if buffer._version > before[name]})
+    assert found[0] == found[1] == {name for name in before if name.endswith("num_batches_tracked")}
+
+
+@WITH_AND_WITHOUT_NODES
+@pytest.mark.parametrize("kind", [reference.ResBlock, reference.SSP3])
+def test_calls_of_several_sizes_before_one_backward(kind: Callable[..., nn.Module], in_cpp: bool) -> None:
+    block = kind(PreActBranch(8)).double()
+    plain = copy.deepcopy(block)
+    fastode.fuse(block)
+    small, large = (sample_input(2, 8, side, side, dtype=torch.float64, seed=side) for side in (3, 6))
+    sums = []
+    with _nodes(in_cpp):
+        for each in (block, plain):
+            loss = torch.zeros((), dtype=torch.float64)
+            for x, engine in ((small, "reference"), (large, "resident"), (small, "reference"), (large, "resident")):
+                each.engine = engine  # which "auto" chooses by the size
+                loss = loss + each(x).square().sum()
+            with torch.no_grad():
+                each(large)
+            loss.backward()
+            sums.append([loss.detach(), *(p.grad for p in each.parameters()), *each.buffers()])
+    torch.testing.assert_close(*sums)
+
+
+def test_blocks_share_a_norm() -> None:
+    norm = nn.BatchNorm2d(8)
+    blocks = [kind(nn.Sequential(norm, nn.Tanh(), nn.Conv2d(8, 8, 1))) for kind in (reference.ResBlock, reference.SSP2)]
+    model, x = nn.Sequential(*blocks).double(), sample_input(3, 8, 5, 4, dtype=torch.float64, seed=1)
+    plain = copy.deepcopy(model)
+    fastode.fuse(model[0], engine="reference")
+    fastode.fuse(model[1], engine="resident")
+    for each in (model, plain):
+        each(x).square().sum().backward()
+    found, expected = ([*(p.grad for p in each.parameters()), *each.buffers()] for each in (model, plain))
+    torch.testing.assert_close(found, expected)
