@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -11,9 +12,10 @@ import torch
 from torch import nn
 
 import fastode
-from fastode import reference
+from fastode import Solver, reference
+from fastode.branch.snapshot import KEY
 from fastode.native import nodes
-from fastode.reference import PreActBranch
+from fastode.reference import PreActBranch, TimeConv2d
 from fastode.testing import sample_input
 
 WITH_AND_WITHOUT_NODES = pytest.mark.parametrize("in_cpp", [True, False], ids=["nodes", "functions"])
@@ -81,3 +83,38 @@ def test_blocks_share_a_norm() -> None:
         each(x).square().sum().backward()
     found, expected = ([*(p.grad for p in each.parameters()), *each.buffers()] for each in (model, plain))
     torch.testing.assert_close(found, expected)
+
+
+# ---- a block whose branch is a block
+
+BRANCHES: dict[str, Callable[[], nn.Module]] = {
+    "chain": lambda: reference.Chain(nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)),
+    "block": lambda: reference.ResBlock(nn.Conv2d(8, 8, 3, padding=1), 0.1, None, nn.Sigmoid()),
+}
+AROUND = ("SSP3", "IESkip", "ResBlock", "Ark", "ExactIE", "ODEBlock")
+
+
+@pytest.mark.parametrize("branch", BRANCHES)
+@pytest.mark.parametrize("kind", AROUND)
+def test_a_branch_that_is_a_block_itself(kind: str, branch: str) -> None:
+    block = getattr(reference, kind)(BRANCHES[branch]()).double()
+    plain = copy.deepcopy(block)
+    fastode.fuse(block)
+    x = sample_input(2, 8, 5, 4, dtype=torch.float64, seed=1)
+    for _ in range(3):
+        torch.testing.assert_close(block(x), plain(x))
+    inner = next(module for module in block.children())
+    torch.testing.assert_close(inner(x), next(plain.children())(x))
+    for twin in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
+        torch.testing.assert_close(twin(x), plain(x))
+    fastode.unfuse(block)
+    assert all(KEY not in module.__dict__ for module in block.modules())
+
+
+def test_a_field_that_sees_the_time_is_no_branch_of_a_block_without_it() -> None:
+    field, x = nn.Sequential(TimeConv2d(8, 8, padding=1), nn.Tanh()), sample_input(2, 8, 5, 4, seed=1)
+    solution, step = reference.ODEBlock(field, Solver("euler", steps=2)), reference.SSP3(field)
+    fastode.fuse(solution, engine="resident"), fastode.fuse(step)
+    solution(x)
+    with pytest.raises(TypeError, match="missing 1 required positional argument"):
+        step(x)

@@ -179,7 +179,7 @@ def run(
             return run_reference(x), len(module._modules)
         chosen, chain = _decide(x, reading, module, engine)
     else:
-        found = known(module, read_module, is_block=True, checked=owner is not module)
+        found = known(module, read_module, _FAMILY, is_block=True, checked=owner is not module)
         reading = found.reading
         if reading.is_head_alone:
             return _run_head_alone(x, module, found, run_reference, engine, owner)

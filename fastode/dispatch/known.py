@@ -49,7 +49,8 @@ class Known(Generic[Reading]):
 
     def lasts(self, root: nn.Module) -> bool:
         """Whether the next call of the module will find this."""
-        return kept(root) is self
+        beside = _beside(root)
+        return beside is not None and any(each is self for each in beside.known.values())
 
     def answer(self, kind: Hashable) -> Any:
         return self._answers.get(kind)
@@ -66,7 +67,7 @@ class Known(Generic[Reading]):
 
 
 class _Beside:
-    """Where a module's `Known` lies: among the module's own variables, so that both are freed together.
+    """Where each `Known` of a module lies: among the module's own variables, so that all are freed together.
 
     Copies and pickles of the module hold None in its place.
     """
@@ -74,7 +75,7 @@ class _Beside:
     __slots__ = ("era", "known")
 
     def __init__(self) -> None:
-        self.known: Known[Any] | None = None
+        self.known: dict[str, Known[Any]] = {}  # by what it was read as
         self.era = _era
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -84,24 +85,34 @@ class _Beside:
 _era = 0  # how often everything was forgotten
 
 
-def kept(root: nn.Module) -> Known[Any] | None:
-    """What was kept of a module, whether or not it still holds."""
+def _beside(root: nn.Module) -> _Beside | None:
     beside = root.__dict__.get(KEY)
-    return beside.known if type(beside) is _Beside and beside.era == _era else None
+    return beside if type(beside) is _Beside and beside.era == _era else None
+
+
+def kept(root: nn.Module, subject: str = "branch") -> Known[Any] | None:
+    """What was kept of a module that was read as a subject, whether or not it still holds."""
+    beside = _beside(root)
+    return None if beside is None else beside.known.get(subject)
 
 
 def known(
-    root: nn.Module, read: Callable[[], Reading], is_block: bool = False, checked: bool = False
+    root: nn.Module,
+    read: Callable[[], Reading],
+    subject: str = "branch",
+    is_block: bool = False,
+    checked: bool = False,
 ) -> Known[Reading]:
     """What is known of a module; it is read where nothing is, or where something has changed since.
 
     Args:
         root: the module.
         read: reads it.
+        subject: as what, such as "branch"; a module may be read as several, where a block is another one's branch.
         is_block: whether it is a block, whose own hooks run as it is called.
         checked: whether the caller has just seen that nothing has changed.
     """
-    found: Known[Reading] | None = kept(root)
+    found: Known[Reading] | None = kept(root, subject)
     if found is not None and (checked or found.holds(root)):
         return found
     reading = read()
@@ -109,7 +120,9 @@ def known(
     # at work shapes are made of tensors: no answer is found by them, and none is to be kept.
     if reading.reason or is_recorded():
         return Known(None, reading)
-    beside = root.__dict__[KEY] = _Beside()  # before the snapshot, which has it among the variables
+    beside = _beside(root) if found is None else None
+    if beside is None:
+        beside = root.__dict__[KEY] = _Beside()  # before the snapshot, which has it among the variables
     snapshot = Snapshot(root, hooks_of_root=not is_block)
     # Of a sequence a part may be read although a hook ends it: this call's own, which is not kept.
     if is_block and not snapshot.holds(root):
@@ -117,7 +130,7 @@ def known(
     # Tensors that stand in for parameters during one call would be kept alive, with the graph behind them.
     if any(tensor.grad_fn is not None for tensor in snapshot.tensors):
         return Known(snapshot, reading)
-    found = beside.known = Known(snapshot, reading)
+    found = beside.known[subject] = Known(snapshot, reading)
     return found
 
 

@@ -87,7 +87,7 @@ def run(
     if torch.compiler.is_compiling():
         choice.choose(engine, describe_call(read_field(field), solver, (x,)))
         return run_reference(x)
-    found = known(field, lambda: read_field(field))
+    found = known(field, lambda: read_field(field), "field")
     kind = kind_of_call((solver, engine), (x,), found.reading)
     answer = None if kind is None else found.answer(kind)
     if answer is None:
