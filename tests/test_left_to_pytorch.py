@@ -118,3 +118,55 @@ def test_a_field_that_sees_the_time_is_no_branch_of_a_block_without_it() -> None
     solution(x)
     with pytest.raises(TypeError, match="missing 1 required positional argument"):
         step(x)
+
+
+# ---- norms of another dtype than the maps, and devices without kernels
+
+
+def _pre_activated(*layers: nn.Module) -> nn.Module:
+    return nn.Sequential(*layers, nn.Conv2d(8, 8, 3, padding=1))
+
+
+KEPT_IN_FLOAT: dict[str, Callable[[], nn.Module]] = {
+    "lead of a chain": lambda: reference.Chain(nn.BatchNorm2d(8), nn.ReLU(), reference.ResBlock(PreActBranch(8))),
+    "tail": lambda: reference.Chain(nn.GroupNorm(2, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+    "post-activation": lambda: reference.ResBlock(PreActBranch(8), 1.0, nn.BatchNorm2d(8), nn.ReLU()),
+    "scheme": lambda: reference.SSP3(nn.Sequential(nn.BatchNorm2d(8), nn.Tanh())),
+    "IE-Skip": lambda: reference.IESkip(nn.Sequential(nn.GroupNorm(2, 8), nn.Tanh())),
+    "solution": lambda: reference.ODEBlock(nn.Sequential(nn.GroupNorm(2, 8), nn.Tanh())),
+    "reversible": lambda: reference.RevBlock(*(_pre_activated(nn.BatchNorm2d(8), nn.ReLU()) for _ in range(2))),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KEPT_IN_FLOAT)
+def test_norms_may_be_kept_in_float32(kind: str, dtype: torch.dtype, training: bool) -> None:
+    block = KEPT_IN_FLOAT[kind]().to(dtype).train(training)
+    for module in block.modules():
+        if isinstance(module, nn.BatchNorm2d | nn.GroupNorm):
+            module.float()
+    plain, x = copy.deepcopy(block), sample_input(2, 16 if kind == "reversible" else 8, 5, 4, dtype=dtype, seed=1)
+    fastode.fuse(block)
+    found, expected = ([each(x), each(x), *each.buffers()] for each in (block, plain))
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("engine", ["auto", "staged", "resident"])
+def test_norms_of_a_dtype_that_pytorch_refuses(engine: str) -> None:
+    block, x = reference.SSP2(nn.GroupNorm(2, 8)), sample_input(2, 8, 5, 4, dtype=torch.float64)
+    fastode.fuse(block, engine=engine)
+    with pytest.raises((RuntimeError, ValueError), match=r"mixed dtype|not of the input's dtype"):
+        block(x)
+    with pytest.raises(TypeError, match=r"^x must be of the parameters' dtype float32, got float64$"):
+        fastode.nn.SSP2(_pre_activated(nn.GroupNorm(2, 8)))(x)
+
+
+def test_a_reversible_block_on_meta() -> None:
+    block = reference.RevBlock(*(_pre_activated(nn.BatchNorm2d(8)) for _ in range(2))).to("meta")
+    fastode.fuse(block)
+    x = torch.empty(2, 16, 5, 4, device="meta", requires_grad=True)
+    y = block(x)
+    assert y.grad_fn is not None and y.shape == x.shape
+    y.sum().backward()
+    assert x.grad is not None and x.grad.shape == x.shape

@@ -7,7 +7,7 @@ What cannot be read is no error: the block then runs as the reference, and the r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.nn.modules import module as _module
 from .layers import CONV, KNOWN, NORM, SHAPING, TENSORS_PER_UNIT, Activation, Conv, Norm, Reader, Sides
 
 _Layer = tuple[str, nn.Module, int, Reader]
+_CONV_WEIGHT = 4  # where it stands among the tensors of a unit
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -166,6 +167,15 @@ def channels(units: tuple[Unit, ...]) -> int | None:
         if unit.conv is not None:
             return None if unit.conv.mean else unit.conv.in_channels
     return None
+
+
+def convolves(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether convolutions are among the tensors of units.
+
+    These ask for maps of their own dtype. PyTorch's norms take others, as where a network of bfloat16 keeps them in
+    float32, and of parts that have norms alone the reference runs.
+    """
+    return any(tensors[at] is not None for at in range(_CONV_WEIGHT, len(tensors), TENSORS_PER_UNIT))
 
 
 def has_global_hooks() -> bool:

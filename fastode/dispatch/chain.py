@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .. import checks, reference
 from ..branch.layers import Activation
-from ..branch.read import Reading, Unit, is_overridden, mixture, read, read_run, updated_twice
+from ..branch.read import Reading, Unit, convolves, is_overridden, mixture, read, read_run, updated_twice
 from ..branch.snapshot import Past
 from ..ops import function
 from ..ops.engine import Call, Engine, autocast_dtype
@@ -277,7 +277,7 @@ def _decide(x: Tensor, reading: ChainReading, module: nn.Module, engine: str) ->
         return REFERENCE, None
     if not reading.reason:
         checks.feature_map("x", x)
-        checks.same_kind(x, reading.tensors)
+        checks.same_kind(x, reading.tensors, any_dtype=not convolves(reading.tensors))
         checks.same_device(x, reading.head or ())
         for part, map_ in _maps(reading, x):
             checks.enough_values(part, map_)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..branch.read import Reading, channels, read
+from ..branch.read import Reading, channels, convolves, read
 from ..branch.snapshot import Past
 from ..ops import function
 from ..ops.engine import Call, Engine, autocast_dtype
@@ -274,7 +274,7 @@ def _decide(
     checks.engine(engine, NAMES)
     if reading.units is not None:
         checks.feature_map("x", x, channels(reading.units))
-        checks.same_kind(x, reading.tensors)
+        checks.same_kind(x, reading.tensors, any_dtype=not convolves(reading.tensors))
         checks.enough_values(reading, x.shape)
     else:
         checks.tensor("x", x)

@@ -51,7 +51,9 @@ class _Evaluation:
         """branch(x)."""
         kind = x.device.type
         self.buffers, self.before = _buffers(self.branch)
-        self.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        self.autocast = None  # devices without it, as meta, have no dtype of its own to ask for
+        if torch.amp.is_autocast_available(kind):
+            self.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         before = _random_states(x)
         out = evaluate(self.name, self.branch, x)
         drawn = not all(map(torch.equal, before, _random_states(x)))
@@ -72,7 +74,8 @@ class _Evaluation:
         # Every place has its tensor: a module that comes twice would be left with what it got for its second name.
         call = partial(torch.func.functional_call, self.branch, tensors, tie_weights=False)
         with ExitStack() as stack:
-            stack.enter_context(torch.autocast(*self.autocast))
+            if self.autocast is not None:
+                stack.enter_context(torch.autocast(*self.autocast))
             if self.random:
                 devices = [x.device] if x.device.type == "cuda" else []
                 stack.enter_context(torch.random.fork_rng(devices))

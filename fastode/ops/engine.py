@@ -286,6 +286,8 @@ def cannot_take(call: Call) -> str:
     dtype = call.inputs[0].dtype
     if any(tensor.dtype not in (dtype, torch.float32) for tensor in present):
         return "its parameters are neither float32 nor of the input's dtype"
+    if lower is None and isinstance(call.program, Plan | Chain) and any(tensor.dtype != dtype for tensor in present):
+        return "its parameters are not of the input's dtype, and autocast is off"
     if is_transformed([*call.inputs, *present]):
         return "a torch.func transform or forward-mode differentiation is at work"
     return ""
