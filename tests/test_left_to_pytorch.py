@@ -170,3 +170,26 @@ def test_a_reversible_block_on_meta() -> None:
     assert y.grad_fn is not None and y.shape == x.shape
     y.sum().backward()
     assert x.grad is not None and x.grad.shape == x.shape
+
+
+# ---- batch norms that do not count
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("counters", ["none", "one"])
+@pytest.mark.parametrize("kind", ["SSP3", "IESkip", "PolyBlock", "ResBlock", "ODEBlock"])
+def test_batch_norms_without_a_counter(kind: str, counters: str, momentum: float | None, compiled: bool) -> None:
+    branch = _pre_activated(nn.BatchNorm2d(8), nn.Tanh(), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.Tanh())
+    block = getattr(reference, kind)(branch).double()
+    for norm in (branch[0], branch[3]):
+        norm.momentum = momentum
+    branch[0].num_batches_tracked = None
+    if counters == "none":
+        branch[3].num_batches_tracked = None
+    plain, x = copy.deepcopy(block), sample_input(3, 8, 5, 4, dtype=torch.float64, seed=1)
+    fastode.fuse(block)
+    call = torch.compile(block, backend="aot_eager") if compiled else block
+    for _ in range(2):
+        torch.testing.assert_close(call(x), plain(x))
+    torch.testing.assert_close(dict(block.named_buffers()), dict(plain.named_buffers()))

@@ -101,7 +101,9 @@ def _are_moved_by_one(norms: Sequence[Any], evaluations: Sequence[Sequence[Tenso
     if is_exporting():
         return False
     for norm, stats in zip(norms, evaluations[0], strict=True):
-        if not _moves_by_a_number(norm) or stats.device.type != "cpu" or norm.num_batches_tracked.dtype != torch.int64:
+        if not _moves_by_a_number(norm) or stats.device.type != "cpu":
+            return False
+        if norm.num_batches_tracked is None or norm.num_batches_tracked.dtype != torch.int64:
             return False
         for running in (norm.running_mean, norm.running_var):
             if running.dtype != stats.dtype or not running.is_contiguous():
@@ -139,6 +141,11 @@ def _moves_by_a_number(norm: Any) -> bool:
     return not isinstance(norm, nn.InstanceNorm2d) and isinstance(norm.momentum, float)
 
 
+def _counts(norm: Any) -> bool:
+    """Whether it counts its batches; a batch norm without a counter moves all the same, or stays without a factor."""
+    return not isinstance(norm, nn.InstanceNorm2d) and norm.num_batches_tracked is not None
+
+
 def _unbiased(count: int) -> float:
     """By what the biased variance of so many values is to be multiplied."""
     return count / max(count - 1, 1)
@@ -147,7 +154,7 @@ def _unbiased(count: int) -> float:
 def _move(norm: Any, mean: Tensor, variance: Tensor, unbiased: float) -> None:
     """running ← (1 − factor) running + factor now."""
     factor: float | Tensor = 0.0 if norm.momentum is None else norm.momentum
-    if not isinstance(norm, nn.InstanceNorm2d):
+    if _counts(norm):
         norm.num_batches_tracked.add_(1)
         if norm.momentum is None:
             factor = (1.0 / norm.num_batches_tracked.double()).to(mean.dtype)
@@ -159,7 +166,7 @@ def _move_together(
     norms: Sequence[Any], evaluations: Sequence[Sequence[Tensor]], factor: float, sizes: Sequence[tuple[int, int]]
 ) -> None:
     """`_move` of all norms at once, where their factor is the same number."""
-    counters = [norm.num_batches_tracked for norm in norms if not isinstance(norm, nn.InstanceNorm2d)]
+    counters = [norm.num_batches_tracked for norm in norms if _counts(norm)]
     if counters:
         torch._foreach_add_(counters, len(evaluations))
     running = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
