@@ -193,3 +193,31 @@ def test_batch_norms_without_a_counter(kind: str, counters: str, momentum: float
     for _ in range(2):
         torch.testing.assert_close(call(x), plain(x))
     torch.testing.assert_close(dict(block.named_buffers()), dict(plain.named_buffers()))
+
+
+# ---- inputs without a batch, and how results lie in memory
+
+
+@pytest.mark.parametrize("kind", ["SSP3", "IESkip", "Ark", "ResBlock", "ExactIE", "ODEBlock"])
+def test_a_sample_without_a_batch(kind: str) -> None:
+    """Where there is no norm, PyTorch takes it."""
+    branch = nn.Sequential(nn.Tanh(), nn.Conv2d(8, 8, 3, padding=1))
+    branch[1].weight.data.mul_(0.1)
+    block, x = getattr(reference, kind)(branch), sample_input(2, 8, 5, 4, seed=1)[0]
+    plain = copy.deepcopy(block)
+    fastode.fuse(block)
+    for _ in range(2):
+        torch.testing.assert_close(block(x), plain(x))
+    with pytest.raises((RuntimeError, ValueError), match=r"channels|got shape"):
+        block(x[:7])
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_a_solution_by_error_is_contiguous(per_sample: bool) -> None:
+    block = reference.ODEBlock(_pre_activated(nn.Tanh()), Solver("dopri5", per_sample=per_sample))
+    x = sample_input(2, 8, 5, 4, layout="contiguous", seed=1)
+    plain = copy.deepcopy(block)
+    fastode.fuse(block, engine="resident")
+    for layout in (torch.contiguous_format, torch.channels_last):
+        each = x.to(memory_format=layout)
+        assert block(each).stride() == plain(each).stride() == x.stride()

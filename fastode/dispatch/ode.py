@@ -98,10 +98,13 @@ def run(
     choice.note(owner, chosen)
     if chosen is REFERENCE or plan is None:
         return run_reference(x)
-    if not solver.per_sample or not solver.is_adaptive:
+    if not solver.is_adaptive:
         return _solve(chosen, plan, found, x, solver, block, None)
+    # The reference flattens its state for steps by error, and its result is contiguous.
+    if not solver.per_sample:
+        return _solve(chosen, plan, found, x, solver, block, None).contiguous()
     parts = enumerate(x.split(1))
-    return torch.cat([_solve(chosen, plan, found, part, solver, block, index) for index, part in parts])
+    return torch.cat([_solve(chosen, plan, found, part, solver, block, index) for index, part in parts]).contiguous()
 
 
 def _decide(

@@ -272,6 +272,9 @@ def _decide(
 ) -> tuple[Engine, Plan | None]:
     """The engine for a call that is checked first, and the branch as constants."""
     checks.engine(engine, NAMES)
+    if isinstance(x, Tensor) and _is_one_sample(x, reading):
+        call = Call(step.family, step.variant, None, (), (x,), "the input is a sample without a batch")
+        return choice.choose(engine, call, make_reference), None
     if reading.units is not None:
         checks.feature_map("x", x, channels(reading.units))
         checks.same_kind(x, reading.tensors, any_dtype=not convolves(reading.tensors))
@@ -283,6 +286,13 @@ def _decide(
     call = _call(step, reading, (x,))
     assert call.program is None or isinstance(call.program, Plan)
     return choice.choose(engine, call, make_reference), call.program
+
+
+def _is_one_sample(x: Tensor, reading: Reading) -> bool:
+    """Whether x is a map [C, H, W], which PyTorch's convolutions take and its norms take for another."""
+    if x.dim() != 3 or reading.units is None or any(unit.norm is not None for unit in reading.units):
+        return False
+    return channels(reading.units) in (None, x.shape[0])
 
 
 def _bare(step: Step, module: nn.Module, reading: Reading, x: Tensor) -> bare.Function | None:
