@@ -9,6 +9,7 @@ from torch import nn
 
 from .. import checks
 from ..dispatch.registry import is_twin, register, twin_of
+from .graph import Unreadable
 from .twin import Adapter, adapters, taken_name, twin_for
 
 _Adapter = TypeVar("_Adapter", bound=Adapter)
@@ -65,8 +66,12 @@ def adapt(kind: type[nn.Module]) -> Callable[[_Adapter], _Adapter]:
     def decorator(adapter: _Adapter) -> _Adapter:
         if not callable(adapter) or isinstance(adapter, nn.Module):
             raise TypeError(f"adapter must be a function of a {kind.__name__}, got {checks.what(adapter)}")
+        try:
+            twin = twin_for(kind)
+        except Unreadable as error:
+            raise ValueError(f"kind must be a class that can have a twin, got {kind.__name__}: {error}") from error
         adapters[kind] = adapter
-        register(kind)(twin_for(kind))
+        register(kind)(twin)
         return adapter
 
     return decorator

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
 
 from ..branch.snapshot import KEY, Snapshot
 from ..dispatch.registry import reference_of
@@ -20,6 +21,25 @@ _INTERNAL = {*nn.Module().__dict__, KEY}
 
 class Unreadable(Exception):
     """Why a forward cannot be read, in a sentence that begins with "its forward"."""
+
+
+# What makes numbers for Python of a tensor's.
+_NUMBERS = {torch.equal, torch.allclose, torch.is_nonzero, Tensor.equal, Tensor.allclose, Tensor.is_nonzero}
+_NUMBERS |= {Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.data_ptr, Tensor.__array__, Tensor.__contains__}
+_NUMBERS |= {Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__complex__, Tensor.__index__}
+
+
+class NoNumbers(TorchFunctionMode):
+    """Refuses to make numbers for Python of a tensor's: when these change, what was made of them would not be asked."""
+
+    def __init__(self, who: str) -> None:
+        super().__init__()
+        self._who = who
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in _NUMBERS and any(isinstance(each, Tensor) for each in args):
+            raise Unreadable(f"{self._who} computes with the numbers in a tensor, of which changes are not seen.")
+        return function(*args, **(kwargs or {}))
 
 
 class _Caller(nn.Module):
@@ -71,11 +91,14 @@ def graph_of(block: nn.Module, inside: bool = True) -> fx.Graph:
         shell = copy_of(block)
         watch = Watch(shell)
     except Exception as error:
-        raise Unreadable(f"it cannot be copied: {_first_line(error)}") from error
+        raise Unreadable(f"it cannot be copied: {first_line(error)}") from error
     try:
-        graph = _Tracer(shell, inside).trace(_Caller(shell))
+        with NoNumbers("its forward"):
+            graph = _Tracer(shell, inside).trace(_Caller(shell))
+    except Unreadable:
+        raise
     except Exception as error:
-        raise Unreadable(f"its forward cannot be followed by torch.fx: {_first_line(error)}") from error
+        raise Unreadable(f"its forward cannot be followed by torch.fx: {first_line(error)}") from error
     finally:
         done = watch.changes()
     if done:
@@ -88,7 +111,10 @@ class Watch:
 
     def __init__(self, block: nn.Module) -> None:
         self._modules = [(name, module, _held(module)) for name, module in block.named_modules()]
-        self._buffers = [(name, buffer, buffer.clone()) for name, buffer in block.named_buffers()]
+        self._buffers = [
+            (name, buffer, buffer.clone(), 0 if buffer.is_inference() else buffer._version)
+            for name, buffer in block.named_buffers()
+        ]
         self._random = _random_states()
 
     def changes(self, buffers: bool = True) -> str:
@@ -105,8 +131,8 @@ class Watch:
             for name in {**then, **now}:
                 if name not in now or name not in then or not _equal(now[name], then[name]):
                     return f"its forward changes {f'{path}.' if path else ''}{name}, which its next call may see."
-        for name, buffer, value in self._buffers if buffers else ():
-            if not torch.equal(buffer, value):
+        for name, buffer, value, version in self._buffers if buffers else ():
+            if buffer._version != version if buffer.is_meta else not torch.equal(buffer, value):
                 return f"its forward changes the buffer {name} itself."
         return ""
 
@@ -130,7 +156,8 @@ def _described(block: nn.Module) -> tuple[Any, ...]:
     return tuple(rows)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, or its type."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

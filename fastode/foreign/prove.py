@@ -19,6 +19,7 @@ from ..testing import Comparison, Rule, moved, sample_input
 from ..testing.compare import run
 from .graph import Unreadable, Watch, copy_of
 from .reading import read_forward
+from .state import state_of
 from .twin import PROVEN, as_twins, twin_for
 
 SIZES = ((2, 6, 8), (3, 12, 4))  # of the examples: samples, height and width
@@ -41,21 +42,30 @@ def prove(block: nn.Module) -> tuple[str, ...]:
     Raises:
         Unreadable: it cannot be read, or the two differ, with the reason.
     """
-    programs: list[str] = []
-    for training in (True, False):
-        plain = _in_float64(block).train(training)
-        found, program = read_forward(plain)
-        call: Call = cast(Any, as_twins(found, plain)).describe_call()
-        if call.fault:
-            raise Unreadable(call.fault)
-        twin = copy_of(plain, _again)
-        twin.__class__ = twin_for(type(plain))
-        twin.__dict__[PROVEN] = (program,)
-        for samples, height, width in SIZES:
-            x = sample_input(samples, _channels_of(call), height, width, dtype=torch.float64)
-            _compare(plain, twin, found, x, "train" if training else "eval")
-        programs.append(program)
+    if any(tensor.is_meta for tensor in (*block.parameters(), *block.buffers())):
+        raise Unreadable("it is on the meta device, where nothing can be proven.")
+    # Whatever the program that calls this has set for its own tensors.
+    with torch.device("cpu"), torch.autocast("cpu", enabled=False), torch.inference_mode(False), torch.enable_grad():
+        programs = [_proven(_in_float64(block).train(training)) for training in (True, False)]
     return tuple(dict.fromkeys(programs))
+
+
+def _proven(plain: nn.Module) -> str:
+    """The program of a copy, in the mode that it is in."""
+    found, program = read_forward(plain)
+    call: Call = cast(Any, as_twins(found, plain)).describe_call()
+    if call.fault:
+        raise Unreadable(call.fault)
+    twin = copy_of(plain, _again)
+    twin.__class__ = twin_for(type(plain))
+    twin.__dict__[PROVEN] = (program,)
+    for samples, height, width in SIZES:
+        x = sample_input(samples, _channels_of(call), height, width, dtype=torch.float64)
+        _compare(plain, twin, found, x, "train" if plain.training else "eval")
+    with torch.no_grad():
+        if read_forward(plain)[1] != program:
+            raise Unreadable("its forward is another one where no gradients are recorded.")
+    return program
 
 
 def _in_float64(block: nn.Module) -> nn.Module:
@@ -90,6 +100,7 @@ def _compare(plain: nn.Module, twin: nn.Module, found: nn.Module, x: Tensor, mod
     where = f"in {mode} mode on an input {list(x.shape)}"
     try:
         _check_calls(plain, x, where)
+        state_of(plain)  # what it depends on can be kept in sight
         truth, near = (run(plain, (each,), None, "train") for each in (x, _moved(x)))
     except Unreadable:
         raise

@@ -23,8 +23,9 @@ from ..dispatch.registry import generated, reference_of, twin_of
 from ..nn.base import Fused, note
 from ..ops.engine import Call, autocast_dtype
 from ..tracing import is_recorded
-from .graph import Unreadable
+from .graph import NoNumbers, Unreadable, first_line
 from .reading import read_forward
+from .state import State, state_of
 
 # Among a block's variables: the programs that reading its forward gave, in train and in eval mode, and that are proven.
 PROVEN = "_fastode_proven"
@@ -53,15 +54,12 @@ class _Kept(NamedTuple):
     meaning: Meaning
     snapshot: Snapshot
     adapter: Adapter | None
-    containers: list[tuple[Any, Any]]  # lists and the like among the modules' variables, each with what it held
+    state: State | None  # None where their forward runs, whatever it depends on
 
     def holds(self, block: nn.Module, adapter: Adapter | None) -> bool:
         if self.adapter is not adapter or not self.snapshot.holds(block):
             return False
-        try:
-            return all(now == then for now, then in self.containers)
-        except Exception:  # an array or a tensor in one was replaced, and has no truth value
-            return False
+        return self.state is None or self.state.holds()
 
 
 class _Beside:
@@ -94,6 +92,9 @@ class _Beside:
 
 class Foreign(Fused):
     """What the twins of other people's classes share; the class behind it in the order of bases is theirs."""
+
+    def __init_subclass__(cls, **_: Any) -> None:
+        """Theirs is not called: it may want keywords, or enter the twin in a list of their classes."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         plain: Callable[..., Any] = super().forward  # type: ignore[misc]
@@ -145,10 +146,17 @@ def class_of(block: nn.Module) -> type[nn.Module]:
 
 
 def twin_for(kind: type[nn.Module]) -> type[nn.Module]:
-    """The twin of a class, made when it is first asked for."""
+    """The twin of a class, made when it is first asked for.
+
+    Raises:
+        Unreadable: there can be none.
+    """
     if kind not in generated:
         body = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__, _OF: kind}
-        generated[kind] = type(kind.__name__, (Foreign, kind), body)
+        try:
+            generated[kind] = type(kind.__name__, (Foreign, kind), body)
+        except Exception as error:  # their metaclass refuses it
+            raise Unreadable(f"no twin of its class can be made: {first_line(error)}") from error
     return generated[kind]
 
 
@@ -172,11 +180,11 @@ def meaning_of(block: nn.Module) -> Meaning:
     reason = _overridden(block)
     if reason:
         return Meaning(None, reason)
-    meaning = _adapted(block, kind, adapter) if PROVEN not in block.__dict__ else _read(block)
+    meaning, state = _adapted(block, kind, adapter) if PROVEN not in block.__dict__ else _read(block)
     snapshot = Snapshot(block, hooks_of_root=False)
     # Tensors that stand in for parameters during one call would be kept alive, with the graph behind them.
     if all(tensor.grad_fn is None for tensor in snapshot.tensors):
-        beside.kept = (_Kept(meaning, snapshot, adapter, _containers(block)), *beside.kept[: _MOST - 1])
+        beside.kept = (_Kept(meaning, snapshot, adapter, state), *beside.kept[: _MOST - 1])
     return meaning
 
 
@@ -250,37 +258,46 @@ def _overridden(block: nn.Module) -> str:
     return ""
 
 
-def _containers(block: nn.Module) -> list[tuple[Any, Any]]:
-    """The lists, dictionaries and sets among the variables of modules, which a snapshot knows by identity alone."""
-    internal = nn.Module().__dict__
-    found = [
-        value
-        for part in block.modules()
-        for name, value in part.__dict__.items()
-        if name not in internal and isinstance(value, list | dict | set)
-    ]
-    return [(value, value.copy()) for value in found]
-
-
-def _read(block: nn.Module) -> Meaning:
+def _read(block: nn.Module) -> tuple[Meaning, State | None]:
     """By its forward, which must still be one that was proven."""
+    try:
+        state = state_of(block)
+    except Unreadable as error:
+        return Meaning(None, str(error)), None
+    if any(name[:2] != "__" and name != _OF for name in vars(type(block))):
+        return Meaning(None, "its twin was given something that its own class does not have."), state
     try:
         found, program = read_forward(block)
     except Unreadable as error:
-        return Meaning(None, str(error))
+        return Meaning(None, str(error)), state
     if program not in block.__dict__[PROVEN]:
-        return Meaning(None, "its forward does something else now than when its reading was proven: fuse it again.")
-    return Meaning(as_twins(found, block))
+        why = "its forward does something else now than when its reading was proven: fuse it again."
+        return Meaning(None, why), state
+    return Meaning(as_twins(found, block)), state
 
 
-def _adapted(block: nn.Module, kind: type[nn.Module], adapter: Adapter | None) -> Meaning:
+def _adapted(block: nn.Module, kind: type[nn.Module], adapter: Adapter | None) -> tuple[Meaning, State | None]:
     if adapter is None:
-        return Meaning(None, f"no adapter is registered for {kind.__name__}.")
-    found = adapter(block)
+        return Meaning(None, f"no adapter is registered for {kind.__name__}."), None
+    state, reason = None, ""
+    try:
+        state = state_of(block, adapter)
+    except Unreadable as error:
+        reason = str(error)
+    try:
+        with NoNumbers("its adapter"):
+            found = adapter(block)
+    except Unreadable as error:
+        return Meaning(None, str(error)), None
     if isinstance(found, str):
-        return Meaning(None, found or f"the adapter of {kind.__name__} gave an empty reason.")
+        return Meaning(None, found or f"the adapter of {kind.__name__} gave an empty reason."), _settled(state)
     _check(kind, block, found)
-    return Meaning(as_twins(found, block))
+    return Meaning(None, reason) if reason else Meaning(as_twins(found, block)), _settled(state)
+
+
+def _settled(state: State | None) -> State | None:
+    """Without what an adapter itself has changed, as one that counts its calls does."""
+    return None if state is None else state.without_changes()
 
 
 def allowed() -> tuple[str, ...]:
