@@ -191,6 +191,34 @@ def test_a_step_that_becomes_zero_evaluates_its_branch(engine: str) -> None:
         assert block(x).isnan().all()
 
 
+@pytest.mark.parametrize(
+    ("make", "name", "allowed"),
+    [
+        (reference.ResBlock, "step_size", "finite number > 0"),
+        (lambda f: reference.ResBlock(f, post_activation=nn.ReLU()), "step_size", "finite number > 0"),
+        (
+            lambda f: reference.Chain(reference.ResBlock(f, shortcut=nn.Conv2d(4, 4, 1))),
+            "0.step_size",
+            "finite number > 0",
+        ),
+        (reference.IESkip, "step_size", "finite number > 0"),
+        (reference.IESkip, "theta", r"number in \[0, 1\]"),
+        (reference.ExactIE, "tol", "finite number > 0"),
+    ],
+)
+def test_a_tensor_in_the_place_of_a_number_is_refused(make: Any, name: str, allowed: str) -> None:
+    # Its value could change in place, and what was remembered of it would not.
+    block = make(units()).eval()
+    fastode.fuse(block)
+    x = torch.randn(2, 4, 5, 5)
+    block(x)
+    path, _, name = name.rpartition(".")
+    setattr(block.get_submodule(path), name, torch.tensor(0.5))
+    for _ in range(2):
+        with pytest.raises(TypeError, match=rf"^{name} must be a {allowed}, got "):
+            block(x)
+
+
 def test_dtype_device_autocast_grad_mode_and_threads_are_seen() -> None:
     plain = KINDS["ssp3"](units()).eval()
     fused = copy.deepcopy(plain)

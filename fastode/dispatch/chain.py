@@ -27,7 +27,7 @@ from ..reference import ResBlock
 from . import bare, choice
 from .engines import AUTO, BY_NAME, ENGINES, NAMES, REFERENCE
 from .known import Known, kind_of_call, known
-from .one_step import undone_on_error
+from .one_step import refuse_tensor, undone_on_error
 from .registry import reference_of
 from .running import Statistics, move_running, moved_again
 
@@ -94,6 +94,7 @@ class ChainReading:
 
 def read_block(block: ResBlock) -> ChainReading:
     """Read a residual block with its shortcut and the activation behind the sum."""
+    refuse_tensor(block.step_size, checks.step_size)
     branch = read(block.branch, "branch", keeps_shape=False)
     shortcut, activation, reason = Reading(()), None, ""
     if block.shortcut is not None and (type(block.shortcut) is not nn.Identity or is_overridden(block.shortcut)):

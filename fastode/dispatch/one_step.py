@@ -138,15 +138,25 @@ class SchemeStep:
         return partial(by_stages, alpha=self.rows[0], beta=self.rows[1], evaluate=branch) if self.rows else None
 
 
+def refuse_tensor(value: Any, check: Callable[[Any], None]) -> None:
+    """Refuse a tensor that was put in a number's place, as the constructor does: its value may change unseen."""
+    if isinstance(value, Tensor):
+        check(value)
+
+
 @remembered
 def descent_step(steps: int, step_size: float, theta: float, detach: bool) -> DescentStep:
     """The step of an IE-Skip block."""
+    refuse_tensor(step_size, checks.step_size)
+    refuse_tensor(theta, checks.theta)
+    refuse_tensor(steps, checks.steps)
     return DescentStep(Descent(steps, step_size, theta, detach), f"of {steps} {'detached ' if detach else ''}steps")
 
 
 @remembered
 def exact_step(tol: float, max_iterations: int, block: str) -> ExactStep:
     """The step of an exact implicit Euler block."""
+    refuse_tensor(tol, partial(checks.step_size, name="tol"))
     return ExactStep(Exact(tol, max_iterations, block))
 
 
@@ -163,6 +173,7 @@ def tableau_step(tableau: LinearTable) -> SchemeStep:
 @remembered
 def euler_step(step_size: float) -> SchemeStep:
     """The step of a residual block: x + h f(x)."""
+    refuse_tensor(step_size, checks.step_size)
     return fixed_step((((1.0,),), ((step_size,),)))
 
 
