@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-import random
+import itertools
 import types
+from collections import UserDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -76,6 +77,7 @@ class Base(nn.Module):
         super().__init__()
         self.f = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
         self.config, self.nested, self.scale = Config(), {"a": {"b": [0.5]}}, Scale()
+        self.user: Any = UserDict(step=0.5)
         self.pair = (types.SimpleNamespace(step=0.5), 1)
 
     def helper(self) -> float:
@@ -101,6 +103,7 @@ STATES: dict[str, tuple[Callable[[Any], float], Callable[[Any], Any]]] = {
     "another object": (lambda b: b.config.inner.step, lambda b: b.config.__dict__.update(inner=Config(0.1))),
     "an object in a tuple": (lambda b: b.pair[0].step, lambda b: setattr(b.pair[0], "step", 0.1)),
     "a list in dictionaries": (lambda b: b.nested["a"]["b"][0], lambda b: b.nested["a"]["b"].__setitem__(0, 0.1)),
+    "an object of Python's own": (lambda b: b.user["step"], lambda b: b.user.update(step=0.1)),
     "by getattr": (lambda b: getattr(b.config, "st" + "ep"), lambda b: setattr(b.config, "step", 0.1)),
     "a slot": (lambda b: b.scale.slot, lambda b: setattr(b.scale, "slot", 0.1)),
     "a slot by __float__": (lambda b: float(b.scale), lambda b: setattr(b.scale, "slot", 0.1)),
@@ -212,7 +215,7 @@ def _imports(b: Any) -> float:
     return 0.5 if os.environ.get("STEP") is None else 0.1
 
 
-generator = random.Random(0)
+halves = itertools.repeat(0.5)
 REFUSED: dict[str, tuple[Callable[[Any], float], str]] = {
     "gradients": (
         lambda b: 0.5 if torch.is_grad_enabled() else 0.1,
@@ -222,6 +225,14 @@ REFUSED: dict[str, tuple[Callable[[Any], float], str]] = {
         lambda b: 0.1 if torch.is_autocast_enabled("cpu") else 0.5,
         "asks for is_autocast_enabled, and that may change from call to call.",
     ),
+    "autocast that is turned off": (
+        lambda b: torch.autocast("cpu", enabled=False)(lambda: 0.5)(),
+        "asks for autocast, and that may change from call to call.",
+    ),
+    "autocast that is turned off around": (
+        torch.autocast("cpu", enabled=False)(lambda b: 0.5),
+        "asks for autocast, and that may change from call to call.",
+    ),
     "the environment": (_imports, "uses the module os, and that may change from call to call."),
     "an object of C": (
         lambda b: 0.5 if memoryview(b.nested["a"]["c"])[0] else 0.1,
@@ -229,12 +240,17 @@ REFUSED: dict[str, tuple[Callable[[Any], float], str]] = {
     ),
     "a buffer's number": (
         lambda b: 0.5 * b.f[1].num_batches_tracked.add(1).item(),
-        "computes with the numbers in a tensor, of which changes are not seen.",
+        "asks for the numbers in a tensor, of which changes are not seen.",
     ),
     "a tensor's truth": (
         lambda b: 0.5 if b.nested["a"]["t"] else 0.1,
-        "computes with the numbers in a tensor, of which changes are not seen.",
+        "asks for the numbers in a tensor, of which changes are not seen.",
     ),
+    "a tensor that learns": (
+        lambda b: 0.1 if b.nested["a"]["t"].requires_grad else 0.5,
+        "asks for requires_grad, and that may change from call to call.",
+    ),
+    "an iterator": (lambda b: next(halves), "depends on halves, of whose type (repeat) changes are not seen."),
     "anything": (lambda b: eval("0.5"), "calls eval, which may do anything."),
 }
 

@@ -21,7 +21,8 @@ def adapt(kind: type[nn.Module]) -> Callable[[_Adapter], _Adapter]:
     The function gets one of their blocks and returns a new block of `fastode.reference` around the block's own modules:
     a `ResBlock` with its shortcut and the activation after the sum, a `Chain`, an explicit scheme, an IE-Skip. Layers
     without parameters may be made anew. It may return a sentence instead: why this very block stays as it is. It is
-    asked again whenever something about the block has changed.
+    asked again whenever something that it reads has changed: of the block, in what its attributes hold, in globals and
+    functions. What it cannot be asked again for, as a tensor's numbers, keeps the block as it is.
 
     What is returned is taken at its word: compare a fused block with its original by `fastode.testing`.
 

@@ -38,7 +38,7 @@ class NoNumbers(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function in _NUMBERS and any(isinstance(each, Tensor) for each in args):
-            raise Unreadable(f"{self._who} computes with the numbers in a tensor, of which changes are not seen.")
+            raise Unreadable(f"{self._who} asks for the numbers in a tensor, of which changes are not seen.")
         return function(*args, **(kwargs or {}))
 
 

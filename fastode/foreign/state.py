@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..branch.snapshot import KEY
 from .graph import Unreadable
 
-_MOST = 1000  # things that are followed, more than any block needs: what holds a whole program is refused
+_MOST = 300  # things that are followed, more than any block needs: what holds a whole network is refused
 _INTERNAL = {*nn.Module().__dict__, KEY}
 
 _PLAIN = (int, float, complex, str, bytes, type(None), type(...), type(NotImplemented), range, slice, enum.Enum)
@@ -56,6 +56,7 @@ _STEADY |= {
 }
 _STEADY |= {"re", "types", "typing", "warnings", "_abc", "_collections", "_functools", "_operator"}
 _VALUES = {"decimal", "fractions", "pathlib", "re", "typing"}
+_BARE = {"object", "SimpleNamespace", "Namespace", "ABC", "Generic", "Protocol"}  # classes without methods to follow
 _OURS = ("torch", "fastode", "numpy")  # whose functions are not followed
 # What torch tells that is not computed from a tensor, and may be another thing at the next call.
 _TOLD = {
@@ -65,7 +66,12 @@ _TOLD = {
 }
 _TOLD |= {"get_autocast_cpu_dtype", "get_autocast_dtype", "get_autocast_gpu_dtype", "get_default_dtype", "backends"}
 _TOLD |= {"get_default_device", "get_float32_matmul_precision", "get_num_threads", "get_rng_state", "initial_seed"}
-_TOLD |= {"is_tracing", "_get_tracing_state"}
+_TOLD |= {
+    "is_tracing",
+    "_get_tracing_state",
+    "requires_grad",
+    "autocast",
+}  # a forward may also turn the caller's autocast off
 _ANYTHING = {"eval", "exec", "globals", "open", "input", "__import__", "compile"}
 # With these, the names of attributes need not be written out: all that an object holds may count.
 _DYNAMIC = {"getattr", "hasattr", "vars", "dir", "__dict__", "__getattribute__", "attrgetter", "methodcaller"}
@@ -201,6 +207,7 @@ class _Survey:
                 self._class(kind, made)
         elif isinstance(value, nn.Module):  # that is none of the block's own
             for each in value.modules():
+                self._seen[id(each)] = each
                 held = (each.__dict__, each._parameters, each._buffers, each._modules)
                 self.state._held += [(now, now.copy()) for now in held if now]
         elif isinstance(value, _CONTAINERS):
@@ -248,7 +255,9 @@ class _Survey:
         self.state._variables.append((value, variables))
         # Also what is not there yet and would hide what the class has.
         at_class = {name for each in _theirs(kind) for name in self.names & vars(each).keys()}
-        counted = {name for name in variables if self._counts(name)}
+        # Methods of classes that are not followed name what they use where none looks.
+        whole = any(each.__name__ not in _BARE for each in kind.__mro__ if each not in _theirs(kind))
+        counted = {name for name in variables if whole or self._counts(name)}
         if counted == variables.keys():
             self.state._held.append((variables, variables.copy()))
         else:
@@ -356,7 +365,7 @@ def _inside(value: Any) -> tuple[Any, ...] | None:
         return (value.fget,)
     if isinstance(value, functools.cached_property):
         return (value.func,)
-    if isinstance(value, functools.partial):
+    if isinstance(value, (functools.partial, functools.partialmethod)):
         return (value.func, *value.args, *value.keywords.values())
     if isinstance(value, functools._lru_cache_wrapper):
         return (value.__wrapped__,)
