@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import fastode
@@ -440,3 +440,13 @@ def test_a_whole_network_is_fused_and_back():
     assert report.fused >= 5 and report.fused + report.unfused == len(report.rows)
     fastode.unfuse(module)
     assert [type(part) for part in module.modules()] == kinds
+
+
+@pytest.mark.parametrize("example", [None, torch.zeros(2, 8, 4, 4)], ids=["report", "example"])
+def test_a_block_that_cannot_be_described_leaves_the_model_as_it_was(example: Tensor | None) -> None:
+    """What its step was replaced by is refused as its row is made."""
+    model = nn.Sequential(reference.IESkip(reference.PreActBranch(8)), reference.ResBlock(reference.PreActBranch(8)))
+    model[1].step_size = torch.tensor(0.5)
+    with pytest.raises(TypeError, match="step_size must be a finite number > 0, got a tensor"):
+        fastode.fuse(model, example=example)
+    assert [type(block) for block in model] == [reference.IESkip, reference.ResBlock]

@@ -80,13 +80,13 @@ def fuse(
         for plan in plans:
             if isinstance(plan.block, Foreign):
                 meaning_of(plan.block)  # what is wrong with an adapter is said now
-        found = None if example is None else _try(model, example, plans, read)
+        found = _try(model, example, plans, read) if example is not None else FusionReport(tuple(map(_row, plans)))
     except BaseException:
         known.clear(model)
         for block, kind, old_engine, proven in before:
             _assign(block, kind, old_engine, proven)
         raise
-    return FusionReport(tuple(_row(plan) for plan in plans)) if found is None else found
+    return found
 
 
 def unfuse(model: nn.Module) -> FusionReport:
