@@ -24,10 +24,10 @@ from fastode.testing import assert_blocks_equal, compare_tensors, sample_input
 
 # In channels, inner channels, height, width: whole vectors and parts of them, one vector of outputs and two, maps of
 # one row of tiles, of one column, of more tiles than are transformed together, and of an odd side, which is direct, as
-# are few samples of small maps.
+# are few samples of small maps. Last, more groups of outputs than are multiplied together, of one vector and of two.
 SHAPES = [
-    (16, 32, 2, 6), (17, 20, 6, 2), (20, 49, 4, 4), (33, 16, 8, 6), (48, 64, 4, 6), (16, 16, 2, 70), (24, 24, 7, 6),
-    (16, 15, 4, 4),
+    (16, 32, 2, 6), (17, 20, 6, 2), (20, 49, 4, 4), (33, 16, 8, 6), (48, 64, 4, 6), (16, 16, 2, 150), (24, 24, 7, 6),
+    (16, 15, 4, 4), (24, 152, 6, 4), (160, 20, 4, 6),
 ]  # fmt: skip
 
 
