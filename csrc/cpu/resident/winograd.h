@@ -51,6 +51,7 @@ bool suits_winograd_gradient(const ConvShape& shape) {
 
 inline constexpr int kProducts = 16;  // of a tile, for each pair of channels
 
+inline constexpr bool kProductsApart = kVectorBytes < 64;  // winograd_impl.h
 template <class A>
 inline constexpr int64_t kLine = 64 / sizeof(A);  // elements of a line of the cache
 
@@ -58,7 +59,8 @@ inline constexpr int64_t kLine = 64 / sizeof(A);  // elements of a line of the c
 template <class A>
 int64_t winograd_size(const ConvShape& shape) {
   const int64_t outputs = blocks_of<A>(shape.out_channels), groups = outputs / vectors_of<A>(shape.out_channels);
-  return kProducts * (outputs * blocks_of<A>(shape.in_channels) * kLanes<A> * kLanes<A> + groups * kLine<A>);
+  const int64_t lines = kProductsApart ? groups * kLine<A> : 0;
+  return kProducts * (outputs * blocks_of<A>(shape.in_channels) * kLanes<A> * kLanes<A> + lines);
 }
 
 // Elements of scratch that a call of convolve_winograd needs, and one of winograd_gradient.

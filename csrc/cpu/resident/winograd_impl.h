@@ -19,26 +19,28 @@ inline constexpr int64_t kOneProduct = (kChunk + 1) * kLanes<A>;
 template <class A>
 inline constexpr int64_t kAllProducts = kProducts * kOneProduct<A>;
 
-// Packed weights, and their gradient, are [output group][product][input channel][output channel], with a line behind
-// each product: they lie powers of two apart otherwise, in one set of the cache. From one product to the next, and from
-// one group to the next:
+// Where packed weights, and their gradient, lie: from one product to the next, from one block of inputs to the next,
+// and from one group of outputs to the next. They are [output group][product][input channel][output channel], with a
+// line behind each product, because they lie powers of two apart otherwise, in one set of the cache; with AVX-512,
+// where that was not measured, and bfloat16 has the same gradients, [output group][input block][product][input
+// channel][output channel].
 template <class A>
-int64_t weights_product(const ConvShape& shape) {
-  constexpr int64_t lanes = kLanes<A>;
-  return blocks_of<A>(shape.in_channels) * lanes * vectors_of<A>(shape.out_channels) * lanes + kLine<A>;
-}
-template <class A>
-int64_t weights_group(const ConvShape& shape) {
-  return kProducts * weights_product<A>(shape);
-}
+struct WeightsLayout {
+  explicit WeightsLayout(const ConvShape& shape)
+      : width(vectors_of<A>(shape.out_channels) * kLanes<A>),
+        product(kProductsApart ? blocks_of<A>(shape.in_channels) * kLanes<A> * width + kLine<A> : kLanes<A> * width),
+        block(kProductsApart ? kLanes<A> * width : kProducts * product),
+        group(kProductsApart ? kProducts * product : blocks_of<A>(shape.in_channels) * block) {}
 
-// Where the numbers of one vector of outputs and one block of inputs begin in the first product.
-template <class A>
-int64_t cell_at(const ConvShape& shape, int64_t out, int64_t in) {
-  constexpr int64_t lanes = kLanes<A>;
-  const int64_t vectors = vectors_of<A>(shape.out_channels), block = out / lanes;
-  return block / vectors * weights_group<A>(shape) + in * vectors * lanes + block % vectors * lanes;
-}
+  // The row of an input channel in the first product of a group.
+  int64_t row(int64_t in) const { return in / kLanes<A> * block + in % kLanes<A> * width; }
+  // Where the numbers of one vector of outputs and one input begin in the first product.
+  int64_t at(int64_t out, int64_t in) const {
+    return out / width * group + row(in) + out % width / kLanes<A> * kLanes<A>;
+  }
+
+  int64_t width, product, block, group;
+};
 
 template <class A, class T>
 void pack_winograd(const ConvShape& shape, bool flip, const T* weight, const int64_t* strides, A* packed) {
@@ -46,19 +48,19 @@ void pack_winograd(const ConvShape& shape, bool flip, const T* weight, const int
   constexpr int64_t lanes = kLanes<A>;
   const WeightView<T> straight(flip ? shape.transposed() : shape, weight, strides);
   const WeightView<T> view = flip ? straight.back(2, 2, 1) : straight;
-  const int64_t width = vectors_of<A>(shape.out_channels) * lanes, product = weights_product<A>(shape);
+  const WeightsLayout<A> layout(shape);
   each_cell<A>(shape, [&](int64_t out, int64_t first) {
     alignas(64) A cell[9 * lanes * lanes];
     const int64_t inputs = std::min(lanes, shape.in_channels - first);
     const int64_t outputs = std::min(lanes, shape.out_channels - out);
     const T* from = view.at + out * view.out + first * view.in;
     PackedCell<A, T>{shape, 1, outputs, inputs, lanes, view, from, cell}.pack();
-    A* to = packed + cell_at<A>(shape, out, first);
-    for (int64_t in = 0; in < inputs; ++in, to += width) {
+    A* to = packed + layout.at(out, first);
+    for (int64_t in = 0; in < inputs; ++in, to += layout.width) {
       V g[3][3], u[4][4];
       FASTODE_UNROLL for (int k = 0; k < 9; ++k) g[k / 3][k % 3] = load<V>(cell + (k * inputs + in) * lanes);
       spread_kernel(g, u);
-      FASTODE_UNROLL for (int p = 0; p < kProducts; ++p) store<V>(to + p * product, u[p / 4][p % 4]);
+      FASTODE_UNROLL for (int p = 0; p < kProducts; ++p) store<V>(to + p * layout.product, u[p / 4][p % 4]);
     }
   });
 }
@@ -83,9 +85,15 @@ int64_t winograd_scratch_size(const ConvShape& shape) {
   return (is_one_group<A>(shape) ? std::max(blocks, outputs) : blocks + outputs) * kAllProducts<A>;
 }
 
+// How many blocks of cotangents of a weight gradient are spread together.
+template <class A>
+int64_t cotangents_together(const ConvShape& shape) {
+  return kProductsApart ? blocks_of<A>(shape.out_channels) : vectors_of<A>(shape.out_channels);
+}
+
 template <class A>
 int64_t winograd_gradient_scratch_size(const ConvShape& shape) {
-  return (blocks_of<A>(shape.in_channels) + blocks_of<A>(shape.out_channels)) * kAllProducts<A>;
+  return (blocks_of<A>(shape.in_channels) + cotangents_together<A>(shape)) * kAllProducts<A>;
 }
 
 // Of all tiles of a chunk and all blocks of channels; view(sample) is that of its input.
@@ -119,6 +127,7 @@ inline void multiply_tiles(const A* v, const A* u, int64_t in_channels, A* m, co
       }
     }
     v += kAllProducts<A>;
+    if constexpr (!kProductsApart) u += (kProducts - 1) * lanes * vectors * lanes;
   }
   FASTODE_UNROLL for (int o = 0; o < vectors; ++o) {
     FASTODE_UNROLL for (int t = 0; t < tiles; ++t) store<V>(m + o * kAllProducts<A> + t * lanes, sums[t][o]);
@@ -141,19 +150,20 @@ template <class A, int vectors>
 void run_winograd(const Plane<A>& plane, const ConvShape& shape, const A* packed, const A* bias, const ConvJob<A>* jobs,
                   int64_t count, A* scratch, Ahead* ahead) {
   constexpr int lanes = kLanes<A>;
-  const int64_t blocks = blocks_of<A>(shape.in_channels), channels = shape.in_channels, width = vectors * lanes;
-  const int64_t outputs = blocks_of<A>(shape.out_channels), product = weights_product<A>(shape);
+  const WeightsLayout<A> layout(shape);
+  const int64_t blocks = blocks_of<A>(shape.in_channels), channels = shape.in_channels;
+  const int64_t outputs = blocks_of<A>(shape.out_channels);
   const int64_t together = groups_together<A>(shape) * vectors;
   A *v = scratch, *m = is_one_group<A>(shape) ? v : v + blocks * kAllProducts<A>;
   for (Chunks<kChunk> chunk(plane, count); chunk.next();) {
     spread_chunk(chunk, blocks, v, [&](int64_t sample) { return jobs[sample].in; });
     for (int64_t first = 0; first < outputs; first += together) {
       const int64_t end = std::min(first + together, outputs);
-      const auto group = [&](int64_t ob) { return packed + ob / vectors * weights_group<A>(shape); };
+      const auto group = [&](int64_t ob) { return packed + ob / vectors * layout.group; };
       for (int p = 0; p < kProducts; ++p)
         for (int64_t ob = first; ob < end; ob += vectors) {
           chunk.each_run([&](const RowOfTiles& run) { ask_for<vectors>(jobs[run.sample].out, ob, run, p); });
-          multiply<A, vectors>(v + p * kOneProduct<A>, group(ob) + p * product, channels,
+          multiply<A, vectors>(v + p * kOneProduct<A>, group(ob) + p * layout.product, channels,
                                m + (ob - first) * kAllProducts<A> + p * kOneProduct<A>, chunk.tiles, ahead);
         }
       for (int64_t ob = first; ob < end; ++ob)
@@ -161,7 +171,8 @@ void run_winograd(const Plane<A>& plane, const ConvShape& shape, const A* packed
           const A* const u = group(ob) + ob % vectors * lanes;
           const auto kernel = [=](int64_t c, auto& g) {
             Vec<A> spread_out[4][4];
-            for (int p = 0; p < kProducts; ++p) spread_out[p / 4][p % 4] = load<Vec<A>>(u + p * product + c * width);
+            for (int p = 0; p < kProducts; ++p)
+              spread_out[p / 4][p % 4] = load<Vec<A>>(u + layout.row(c) + p * layout.product);
             kernel_of(spread_out, g);
           };
           const auto direct = [&](int64_t t, auto& sums) {
@@ -233,22 +244,26 @@ template <class A, int vectors>
 void run_gradient(const Plane<A>& plane, const ConvShape& shape, const GradientPair<A>* pairs, int64_t count,
                   A* gradient, bool fresh, A* scratch) {
   constexpr int lanes = kLanes<A>, most = kRegisters / 2 / vectors, inputs = most < lanes ? most : lanes;
+  const WeightsLayout<A> layout(shape);
   const int64_t blocks = blocks_of<A>(shape.in_channels), outputs = blocks_of<A>(shape.out_channels);
+  const int64_t together = cotangents_together<A>(shape);
   A *v = scratch, *q = scratch + blocks * kAllProducts<A>;
   for (Chunks<kChunk> chunk(plane, count); chunk.next(); fresh = false) {
     spread_chunk(chunk, blocks, v, [&](int64_t sample) { return pairs[sample].in; });
-    for (int64_t ob = 0; ob < outputs; ++ob)
-      chunk.each_run([&](const RowOfTiles& run) {
-        spread_cotangents(pairs[run.sample].cotangent, ob, run, q + ob * kAllProducts<A> + run.place * lanes);
-      });
-    for (int p = 0; p < kProducts; ++p)
-      for (int64_t ob = 0; ob < outputs; ob += vectors) {
-        A* sum = gradient + ob / vectors * weights_group<A>(shape) + p * weights_product<A>(shape);
-        for (int64_t b = 0; b < blocks; ++b)
-          for (int i = 0; i < lanes; i += inputs, sum += inputs * vectors * lanes)
-            add_products<A, vectors, inputs>(v + b * kAllProducts<A> + p * kOneProduct<A> + i,
-                                             q + ob * kAllProducts<A> + p * kOneProduct<A>, chunk.tiles, sum, fresh);
-      }
+    for (int64_t first = 0; first < outputs; first += together) {
+      for (int64_t o = 0; o < together; ++o)
+        chunk.each_run([&](const RowOfTiles& run) {
+          spread_cotangents(pairs[run.sample].cotangent, first + o, run, q + o * kAllProducts<A> + run.place * lanes);
+        });
+      for (int p = 0; p < kProducts; ++p)
+        for (int64_t o = 0; o < together; o += vectors)
+          for (int64_t b = 0; b < blocks; ++b) {
+            A* sum = gradient + (first + o) / vectors * layout.group + p * layout.product + b * layout.block;
+            for (int i = 0; i < lanes; i += inputs, sum += inputs * vectors * lanes)
+              add_products<A, vectors, inputs>(v + b * kAllProducts<A> + p * kOneProduct<A> + i,
+                                               q + o * kAllProducts<A> + p * kOneProduct<A>, chunk.tiles, sum, fresh);
+          }
+    }
   }
 }
 
@@ -264,15 +279,15 @@ void unpack_winograd_gradient(const ConvShape& shape, const A* gradient, int64_t
                               const int64_t* strides) {
   using V = Vec<A>;
   constexpr int64_t lanes = kLanes<A>;
-  const int64_t width = vectors_of<A>(shape.out_channels) * lanes, product = weights_product<A>(shape);
+  const WeightsLayout<A> layout(shape);
   each_cell<A>(shape, [&](int64_t out, int64_t first) {
     alignas(64) A cell[9 * lanes * lanes];
     const int64_t outputs = std::min(lanes, shape.out_channels - out);
     const int64_t inputs = std::min(lanes, shape.in_channels - first);
     const GradientCell<A, T> direct{shape,  outputs, inputs, cell, 0, 1, weight + out * strides[0] + first * strides[1],
                                     strides};
-    const A* from = gradient + cell_at<A>(shape, out, first);
-    for (int64_t in = 0; in < inputs; ++in, from += width) {
+    const A* from = gradient + layout.at(out, first);
+    for (int64_t in = 0; in < inputs; ++in, from += layout.width) {
       const auto gather = [&](V s0, V s1, V s2, V s3, V(&to)[3]) {
         shape.stride == 2 ? gather_strided_kernel(s0, s1, s2, s3, to) : gather_kernel(s0, s1, s2, s3, to);
       };
@@ -280,9 +295,9 @@ void unpack_winograd_gradient(const ConvShape& shape, const A* gradient, int64_t
       FASTODE_UNROLL for (int x = 0; x < 4; ++x) {
         V s[4];
         FASTODE_UNROLL for (int y = 0; y < 4; ++y) {
-          s[y] = load<V>(from + (4 * y + x) * product);
+          s[y] = load<V>(from + (4 * y + x) * layout.product);
           for (int64_t part = 1; part < parts; ++part)
-            s[y] += load<V>(from + (4 * y + x) * product + part * part_stride);
+            s[y] += load<V>(from + (4 * y + x) * layout.product + part * part_stride);
         }
         gather(s[0], s[1], s[2], s[3], columns[x]);
       }
