@@ -120,18 +120,15 @@ def feature_map(name: str, x: Any, channels: int | None = None) -> None:
         raise ValueError(f"{name} must be a tensor [N, {wanted}, H, W], got shape {list(x.shape)}")
 
 
-def same_kind(x: Tensor, tensors: Iterable[Tensor | None], name: str = "x", any_dtype: bool = False) -> None:
-    """Refuse an `x` on another device than `tensors`, or of another dtype outside autocast, which casts as it goes.
-
-    With `any_dtype` the dtype is not looked at.
-    """
+def same_kind(x: Tensor, tensors: Iterable[Tensor | None], name: str = "x") -> None:
+    """Refuse an `x` on another device than `tensors`, or of another dtype outside autocast, which casts as it goes."""
     device, dtype = x.device, x.dtype
     for tensor in tensors:
         if tensor is None:
             continue
         if tensor.device != device:
             raise ValueError(f"{name} must be on the parameters' device {tensor.device}, got {device}")
-        if tensor.dtype != dtype and not any_dtype and not _autocast(device.type):
+        if tensor.dtype != dtype and not _autocast(device.type):
             raise TypeError(f"{name} must be of the parameters' dtype {_dtype(tensor)}, got {_dtype(x)}")
 
 

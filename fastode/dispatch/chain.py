@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .. import checks, reference
 from ..branch.layers import Activation
-from ..branch.read import Reading, Unit, convolves, is_overridden, mixture, read, read_run, updated_twice
+from ..branch.read import Reading, Unit, is_overridden, mixture, read, read_run, updated_twice
 from ..branch.snapshot import Past
 from ..ops import function
 from ..ops.engine import Call, Engine, autocast_dtype
@@ -27,7 +27,7 @@ from ..reference import ResBlock
 from . import bare, choice
 from .engines import AUTO, BY_NAME, ENGINES, NAMES, REFERENCE
 from .known import Known, kind_of_call, known
-from .one_step import refuse_tensor, undone_on_error
+from .one_step import check_kind, refuse_tensor, undone_on_error
 from .registry import reference_of
 from .running import Statistics, move_running, moved_again
 
@@ -278,7 +278,7 @@ def _decide(x: Tensor, reading: ChainReading, module: nn.Module, engine: str) ->
         return REFERENCE, None
     if not reading.reason:
         checks.feature_map("x", x)
-        checks.same_kind(x, reading.tensors, any_dtype=not convolves(reading.tensors))
+        check_kind(x, reading.tensors)
         checks.same_device(x, reading.head or ())
         for part, map_ in _maps(reading, x):
             checks.enough_values(part, map_)

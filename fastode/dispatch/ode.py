@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..branch.layers import CONV, KNOWN, read_time_conv
-from ..branch.read import Reading, channels, convolves, read
+from ..branch.read import Reading, channels, read
 from ..branch.snapshot import Past
 from ..ops import function
 from ..ops.engine import ODE_SOLUTION, Call, Engine, autocast_dtype
@@ -26,6 +26,7 @@ from ..steps import Watch
 from . import choice
 from .engines import NAMES, REFERENCE
 from .known import Known, kind_of_call, known
+from .one_step import check_kind
 from .running import update_running
 
 # Not in the reader's own module: the reference, which has this layer, is not for readers to import.
@@ -115,7 +116,7 @@ def _decide(
     call = describe_call(reading, solver, (x,))
     if reading.units is not None and x.dim() == 4:
         checks.feature_map("x", x, channels(reading.units))
-        checks.same_kind(x, reading.tensors, any_dtype=not convolves(reading.tensors))
+        check_kind(x, reading.tensors)
         checks.enough_values(reading, x.shape)
     assert call.program is None or isinstance(call.program, Plan)
     return choice.choose(engine, call, make_reference), call.program

@@ -138,6 +138,12 @@ class SchemeStep:
         return partial(by_stages, alpha=self.rows[0], beta=self.rows[1], evaluate=branch) if self.rows else None
 
 
+def check_kind(x: Tensor, tensors: MaybeTensors) -> None:
+    """Refuse an x on another device than a part's tensors, or of another dtype where it has convolutions."""
+    check = checks.same_kind if convolves(tensors) else checks.same_device
+    check(x, tensors)
+
+
 def refuse_tensor(value: Any, check: Callable[[Any], None]) -> None:
     """Refuse a tensor that was put in a number's place, as the constructor does: its value may change unseen."""
     if isinstance(value, Tensor):
@@ -288,7 +294,7 @@ def _decide(
         return choice.choose(engine, call, make_reference), None
     if reading.units is not None:
         checks.feature_map("x", x, channels(reading.units))
-        checks.same_kind(x, reading.tensors, any_dtype=not convolves(reading.tensors))
+        check_kind(x, reading.tensors)
         checks.enough_values(reading, x.shape)
     else:
         checks.tensor("x", x)

@@ -41,20 +41,11 @@ _LEAVES = (*_PLAIN, *_PLAIN_OF_TORCH, *_DESCRIPTORS)
 _CONTAINERS = (list, dict, set, deque)
 
 # Modules of Python's own that give the same whenever they are asked, and those whose objects never change.
-_STEADY = {"__future__", "abc", "argparse", "builtins", "cmath", "collections", "contextlib", "copy", "dataclasses"}
-_STEADY |= {
-    "decimal",
-    "enum",
-    "fractions",
-    "functools",
-    "itertools",
-    "logging",
-    "math",
-    "numbers",
-    "operator",
-    "pathlib",
-}
-_STEADY |= {"re", "types", "typing", "warnings", "_abc", "_collections", "_functools", "_operator"}
+_STEADY = {
+    "__future__", "_abc", "_collections", "_functools", "_operator", "abc", "argparse", "builtins", "cmath",
+    "collections", "contextlib", "copy", "dataclasses", "decimal", "enum", "fractions", "functools", "itertools",
+    "logging", "math", "numbers", "operator", "pathlib", "re", "types", "typing", "warnings",
+}  # fmt: skip
 _VALUES = {"decimal", "fractions", "pathlib", "re", "typing"}
 _BARE = {"object", "SimpleNamespace", "Namespace", "ABC", "Generic", "Protocol"}  # classes without methods to follow
 _OURS = ("torch", "fastode", "numpy")  # whose functions are not followed
@@ -66,12 +57,8 @@ _TOLD = {
 }
 _TOLD |= {"get_autocast_cpu_dtype", "get_autocast_dtype", "get_autocast_gpu_dtype", "get_default_dtype", "backends"}
 _TOLD |= {"get_default_device", "get_float32_matmul_precision", "get_num_threads", "get_rng_state", "initial_seed"}
-_TOLD |= {
-    "is_tracing",
-    "_get_tracing_state",
-    "requires_grad",
-    "autocast",
-}  # a forward may also turn the caller's autocast off
+# A forward may also turn the caller's autocast off.
+_TOLD |= {"is_tracing", "_get_tracing_state", "requires_grad", "autocast"}
 _ANYTHING = {"eval", "exec", "globals", "open", "input", "__import__", "compile"}
 # With these, the names of attributes need not be written out: all that an object holds may count.
 _DYNAMIC = {"getattr", "hasattr", "vars", "dir", "__dict__", "__getattribute__", "attrgetter", "methodcaller"}
