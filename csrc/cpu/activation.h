@@ -1,7 +1,7 @@
 // The activations: value, first and second derivative, agreeing with PyTorch at every kink and threshold.
 #pragma once
 
-#include <utility>
+#include <type_traits>
 
 #include "constants.h"
 #include "simd.h"
@@ -141,18 +141,83 @@ inline V activate_second(V x, const ActivationArguments<ScalarOf<V>>& k) {
   }
 }
 
+// Which activation a pass applies. Those that cost next to nothing are constants, and each has a loop of its own; one
+// loop serves all the others, which cost an exponential or more, so that asking which one it is costs little beside it.
 template <int64_t kind>
-inline constexpr bool kHasSecond = kind >= kTanh;
+using Fixed = std::integral_constant<int64_t, kind>;
+struct Smooth {
+  int64_t kind;
+};
 
-// Calls f with the activation as a compile-time constant.
-template <class F, int64_t... kinds>
-inline void with_activation(int64_t kind, F&& f, std::integer_sequence<int64_t, kinds...>) {
-  static_cast<void>(((kind == kinds && (f(std::integral_constant<int64_t, kinds>{}), true)) || ...));
+// Whether the second derivative is not zero everywhere.
+template <class Kind>
+inline constexpr bool kHasSecond = std::is_same_v<Kind, Smooth>;
+
+// f with the activation as a compile-time constant, for one vector.
+template <int64_t kind, class F>
+inline auto with_constant(Fixed<kind> known, const F& f) {
+  return f(known);
 }
 
 template <class F>
-inline void with_activation(int64_t kind, F&& f) {
-  with_activation(kind, std::forward<F>(f), std::make_integer_sequence<int64_t, kActivationCount>{});
+inline auto with_constant(Smooth asked, const F& f) {
+  switch (asked.kind) {
+    case kTanh:
+      return f(Fixed<kTanh>{});
+    case kSoftplus:
+      return f(Fixed<kSoftplus>{});
+    case kElu:
+      return f(Fixed<kElu>{});
+    case kSilu:
+      return f(Fixed<kSilu>{});
+    case kGelu:
+      return f(Fixed<kGelu>{});
+    default:
+      return f(Fixed<kSigmoid>{});
+  }
+}
+
+template <class V, class Kind>
+inline V activate(Kind kind, V x, const ActivationArguments<ScalarOf<V>>& k) {
+  return with_constant(kind, [&](auto known) { return activate<known(), V>(x, k); });
+}
+
+template <class V, class Kind>
+inline V activate_first(Kind kind, V x, const ActivationArguments<ScalarOf<V>>& k) {
+  return with_constant(kind, [&](auto known) { return activate_first<known(), V>(x, k); });
+}
+
+// The value, and the first derivative in `first`.
+template <class V, class Kind>
+inline V activate_with_first(Kind kind, V x, const ActivationArguments<ScalarOf<V>>& k, V& first) {
+  return with_constant(kind, [&](auto known) {
+    first = activate_first<known(), V>(x, k);
+    return activate<known(), V>(x, k);
+  });
+}
+
+// The first derivative, and the second in `second`.
+template <class V, class Kind>
+inline V activate_first_with_second(Kind kind, V x, const ActivationArguments<ScalarOf<V>>& k, V& second) {
+  return with_constant(kind, [&](auto known) {
+    second = activate_second<known(), V>(x, k);
+    return activate_first<known(), V>(x, k);
+  });
+}
+
+// Calls f with the activation, Fixed or Smooth.
+template <class F>
+inline void with_activation(int64_t kind, const F& f) {
+  switch (kind) {
+    case kIdentity:
+      return f(Fixed<kIdentity>{});
+    case kRelu:
+      return f(Fixed<kRelu>{});
+    case kLeakyRelu:
+      return f(Fixed<kLeakyRelu>{});
+    default:
+      return f(Smooth{kind});
+  }
 }
 
 }  // namespace fastode

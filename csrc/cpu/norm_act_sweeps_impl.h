@@ -10,12 +10,12 @@ void Sweeps<A>::value(const Geometry& g, const Op& op, const Scratch<A>& s, int6
   with_activation(op.kind, [&](auto kind) {
     if (op.norm == kNoNorm)
       return sweep<A>(g.length(), s.period, [&]<class V>(int64_t i, int64_t) {
-        store<V>(a + i, activate<kind, V>(load<V>(h + i), op.arguments));
+        store<V>(a + i, activate(kind, load<V>(h + i), op.arguments));
       });
     const A *mean = s.row(rows, kMean), *scale = s.row(rows, kScale), *shift = s.row(rows, kShift);
     sweep<A>(g.length(), s.period, [&]<class V>(int64_t i, int64_t j) {
       const V value = (load<V>(h + i) - load<V>(mean + j)) * load<V>(scale + j) + load<V>(shift + j);
-      store<V>(a + i, activate<kind, V>(value, op.arguments));
+      store<V>(a + i, activate(kind, value, op.arguments));
     });
   });
 }
@@ -30,7 +30,7 @@ void Sweeps<A>::cotangent_sums(const Geometry& g, const Op& op, const Scratch<A>
         [&]<class V>(int64_t i, int64_t j, V* sum) {
           const V d = load<V>(h + i) - load<V>(mean + j);
           const V n =
-              activate_first<kind, V>(d * load<V>(scale + j) + load<V>(shift + j), op.arguments) * load<V>(cot + i);
+              activate_first(kind, d * load<V>(scale + j) + load<V>(shift + j), op.arguments) * load<V>(cot + i);
           sum[0] += n;
           sum[1] += n * d;
         },
@@ -45,13 +45,13 @@ void Sweeps<A>::cotangent(const Geometry& g, const Op& op, const Scratch<A>& s, 
   with_activation(op.kind, [&](auto kind) {
     if (op.norm == kNoNorm)
       return sweep<A>(g.length(), s.period, [&]<class V>(int64_t i, int64_t) {
-        store<V>(out + i, activate_first<kind, V>(load<V>(h + i), op.arguments) * load<V>(cot + i));
+        store<V>(out + i, activate_first(kind, load<V>(h + i), op.arguments) * load<V>(cot + i));
       });
     const A *mean = s.row(rows, kMean), *scale = s.row(rows, kScale), *shift = s.row(rows, kShift);
     const A *along = s.row(rows, kAlong), *constant = s.row(rows, kConstant);
     sweep<A>(g.length(), s.period, [&]<class V>(int64_t i, int64_t j) {
       const V d = load<V>(h + i) - load<V>(mean + j), sc = load<V>(scale + j);
-      const V n = activate_first<kind, V>(d * sc + load<V>(shift + j), op.arguments) * load<V>(cot + i);
+      const V n = activate_first(kind, d * sc + load<V>(shift + j), op.arguments) * load<V>(cot + i);
       // Without coupling nothing of h itself may reach the gradient, or an infinite h would make it NaN.
       store<V>(out + i, coupled ? n * sc + d * load<V>(along + j) + load<V>(constant + j) : n * sc);
     });
@@ -66,8 +66,9 @@ void Sweeps<A>::dual(const Geometry& g, const Op& op, const Scratch<A>& s, int64
     if (op.norm == kNoNorm)
       return sweep<A>(g.length(), s.period, [&]<class V>(int64_t i, int64_t) {
         const V value = load<V>(h + i);
-        store<V>(a + i, activate<kind, V>(value, op.arguments));
-        store<V>(adot + i, activate_first<kind, V>(value, op.arguments) * load<V>(t + i));
+        V slope;
+        store<V>(a + i, activate_with_first(kind, value, op.arguments, slope));
+        store<V>(adot + i, slope * load<V>(t + i));
       });
     const A *mean = s.row(rows, kMean), *scale = s.row(rows, kScale), *shift = s.row(rows, kShift);
     const A *mean_t = s.row(rows, kTangentMean), *slope = s.row(rows, kTangentScale);
@@ -76,20 +77,22 @@ void Sweeps<A>::dual(const Geometry& g, const Op& op, const Scratch<A>& s, int64
       const V value = d * sc + load<V>(shift + j);
       const V tangent = load<V>(t + i);
       const V ndot = coupled ? (tangent - load<V>(mean_t + j)) * sc + d * load<V>(slope + j) : tangent * sc;
-      store<V>(a + i, activate<kind, V>(value, op.arguments));
-      store<V>(adot + i, activate_first<kind, V>(value, op.arguments) * ndot);
+      V slope;
+      store<V>(a + i, activate_with_first(kind, value, op.arguments, slope));
+      store<V>(adot + i, slope * ndot);
     });
   });
 }
 
 // n and m of one place: of the value and of its tangent, for the cotangents of the activation's results.
-template <int64_t kind, class V>
-inline void second_cotangents(V value, V tangent, V alpha, V beta, const ActivationArguments<ScalarOf<V>>& arguments,
-                              V& n, V& m) {
-  const V slope = activate_first<kind, V>(value, arguments);
+template <class V, class Kind>
+inline void second_cotangents(Kind kind, V value, V tangent, V alpha, V beta,
+                              const ActivationArguments<ScalarOf<V>>& arguments, V& n, V& m) {
+  V bend;
+  const V slope = activate_first_with_second(kind, value, arguments, bend);
   n = slope * alpha;
   m = slope * beta;
-  if constexpr (kHasSecond<kind>) n += activate_second<kind, V>(value, arguments) * tangent * beta;
+  if constexpr (kHasSecond<Kind>) n += bend * tangent * beta;
 }
 
 template <class A>
@@ -105,9 +108,9 @@ void Sweeps<A>::second_sums(const Geometry& g, const Op& op, const Scratch<A>& s
           const V d = load<V>(h + i) - load<V>(mean + j), sc = load<V>(scale + j);
           const V centred = load<V>(t + i) - load<V>(mean_t + j);
           V n, m;
-          second_cotangents<kind, V>(d * sc + load<V>(shift + j),
-                                     coupled ? centred * sc + d * load<V>(slope + j) : centred * sc, load<V>(alpha + i),
-                                     load<V>(beta + i), op.arguments, n, m);
+          second_cotangents<V>(kind, d * sc + load<V>(shift + j),
+                               coupled ? centred * sc + d * load<V>(slope + j) : centred * sc, load<V>(alpha + i),
+                               load<V>(beta + i), op.arguments, n, m);
           sum[0] += n;
           sum[1] += n * d;
           sum[2] += m;
@@ -126,8 +129,8 @@ void Sweeps<A>::second(const Geometry& g, const Op& op, const Scratch<A>& s, int
     if (op.norm == kNoNorm)
       return sweep<A>(g.length(), s.period, [&]<class V>(int64_t i, int64_t) {
         V n, m;
-        second_cotangents<kind, V>(load<V>(h + i), load<V>(t + i), load<V>(alpha + i), load<V>(beta + i), op.arguments,
-                                   n, m);
+        second_cotangents<V>(kind, load<V>(h + i), load<V>(t + i), load<V>(alpha + i), load<V>(beta + i), op.arguments,
+                             n, m);
         store<V>(hbar + i, n);
         if (tbar) store<V>(tbar + i, m);
       });
@@ -139,9 +142,9 @@ void Sweeps<A>::second(const Geometry& g, const Op& op, const Scratch<A>& s, int
       const V d = load<V>(h + i) - load<V>(mean + j), sc = load<V>(scale + j);
       const V centred = load<V>(t + i) - load<V>(mean_t + j);
       V n, m;
-      second_cotangents<kind, V>(d * sc + load<V>(shift + j),
-                                 coupled ? centred * sc + d * load<V>(slope + j) : centred * sc, load<V>(alpha + i),
-                                 load<V>(beta + i), op.arguments, n, m);
+      second_cotangents<V>(kind, d * sc + load<V>(shift + j),
+                           coupled ? centred * sc + d * load<V>(slope + j) : centred * sc, load<V>(alpha + i),
+                           load<V>(beta + i), op.arguments, n, m);
       if (!coupled) {
         store<V>(hbar + i, n * sc);
         if (tbar) store<V>(tbar + i, m * sc);

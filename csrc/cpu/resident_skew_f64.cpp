@@ -1,3 +1,6 @@
+// Skew pairs and linear fields: in one unit, because they are solved by the same functions.
+#include "resident/linear_impl.h"
+#include "resident/rows_impl.h"
 #include "resident/skew_conv_impl.h"
 #include "resident/skew_engine_impl.h"
 #include "resident/skew_errors_impl.h"
@@ -8,7 +11,6 @@
 
 namespace fastode::resident {
 
-// Which the linear field calls as well.
 template void advance(const Plane<double>&, int64_t, const View<double>&, const Slope<double>*, int64_t,
                       const View<double>&);
 template double scaled_squares(const Plane<double>&, int64_t, const View<double>&, const Slope<double>*, int64_t,
@@ -25,5 +27,11 @@ template void run_pair(const PackedPair<double>&, const PairCall&, PairKept*, co
 template void run_march(const PackedPair<double>&, const March&, const MarchCall&, std::vector<Tensor>*, const Tensor&);
 template void run_solve(const PackedPair<double>&, const Embedded&, const SolveCall&, std::vector<double>&,
                         std::vector<Tensor>&, const Tensor&);
+template void row_products(const double*, int64_t, int64_t, int64_t, const double*, double*);
+template void sum_of_rows(const double*, int64_t, int64_t, int64_t, const double*, double*);
+template class PackedLinear<double>;
+template void run_linear(const PackedLinear<double>&, const LinearCall&, const Tensor&);
+template void run_linear_solve(const PackedLinear<double>&, const Embedded&, const SolveCall&, std::vector<double>&,
+                               std::vector<Tensor>&, const Tensor&);
 
 }  // namespace fastode::resident

@@ -51,9 +51,9 @@ VECTORS = f"{UNROLLED} -fvect-cost-model=dynamic"
 LEVEL_OF_UNIT = {
     "ops": "-O1",
     **dict.fromkeys(("_f64", "_double"), "-O1 -fexpensive-optimizations"),
-    **dict.fromkeys(("branch_f32", "branch_bf16", "chain_f32", "programs_f32", "step", "norm_f32", "norm_bf16"), "-O2"),
-    **dict.fromkeys(("skew_f32", "linear_f32"), UNROLLED),
-    **dict.fromkeys(("conv_f32", "strided_f32", "winograd_f32", "plane", "head", "norm_act", "sweeps_float"), VECTORS),
+    **dict.fromkeys(("blocks_f32", "branch_bf16", "step", "norm_f32", "norm_bf16"), "-O2"),
+    "skew_f32": UNROLLED,
+    **dict.fromkeys(("conv_f32", "plane", "head", "norm_act", "sweeps_float"), VECTORS),
 }
 # Half a gigabyte before gcc looks for memory to use again, which is a tenth of what it does over torch's headers.
 GCC_HEAP = ("--param=ggc-min-expand=400", "--param=ggc-min-heapsize=524288")

@@ -41,7 +41,7 @@ void LinearPair<A>::activate_row(bool y, const View<A>& in, const View<A>& out) 
   const int64_t width = y ? y_size() : z_size();
   with_activation(spec.act.kind, [&](auto kind) {
     for (int64_t f = 0; f < width; f += kLanes<A>)
-      store<V>(out.at + f, activate<kind(), V>(load<V>(in.at + f), spec.act.arguments));
+      store<V>(out.at + f, activate(kind, load<V>(in.at + f), spec.act.arguments));
   });
   std::fill(out.at + (y ? spec.classes : spec.features), out.at + width, A(0));
 }
@@ -51,9 +51,9 @@ void LinearPair<A>::pull_activation(bool y, const View<A>& at, const View<A>& ma
   using V = Vec<A>;
   const int64_t width = y ? y_size() : z_size();
   with_activation(spec.act.kind, [&](auto kind) {
-    if constexpr (kind() != kIdentity)
+    if constexpr (!std::is_same_v<decltype(kind), Fixed<kIdentity>>)
       for (int64_t f = 0; f < width; f += kLanes<A>)
-        store<V>(map.at + f, load<V>(map.at + f) * activate_first<kind(), V>(load<V>(at.at + f), spec.act.arguments));
+        store<V>(map.at + f, load<V>(map.at + f) * activate_first(kind, load<V>(at.at + f), spec.act.arguments));
   });
 }
 

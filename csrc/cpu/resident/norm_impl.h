@@ -57,7 +57,7 @@ inline void each_value(const Area& area, int64_t blocks, const NormRows<Number<T
       const int64_t b = part.block;
       const V mean = at(rows.mean, b), scale = at(rows.rstd, b) * at(rows.weight, b), bias = at(rows.bias, b);
       walk(part.area(), [=](int64_t y, int64_t x) {
-        place(b, y, x, activate<kind(), V>((at(h, b, y, x) - mean) * scale + bias, act.arguments));
+        place(b, y, x, activate(kind, (at(h, b, y, x) - mean) * scale + bias, act.arguments));
       });
     }
   });
@@ -77,7 +77,7 @@ inline void each_tangent(const Area& area, int64_t blocks, const NormRows<Number
         walk(area, [=](int64_t y, int64_t x) {
           const V xhat = (at(h, b, y, x) - mean) * rstd;
           const V tangent = scale * centred<measured()>(at(t, b, y, x), mean_t, xhat, mean_xt);
-          place(b, y, x, tangent * activate_first<kind(), V>(xhat * weight + bias, act.arguments));
+          place(b, y, x, tangent * activate_first(kind, xhat * weight + bias, act.arguments));
         });
       }
     });
@@ -150,7 +150,7 @@ void pull_activation(const Plane<Number<T>>& plane, int64_t blocks, const Unary<
     for (Parts<T> part(area, blocks); part; ++part) {
       const int64_t b = part.block;
       walk(part.area(), [=](int64_t y, int64_t x) {
-        const auto slope = activate_first<kind(), Vec<Number<T>>>(at(h, b, y, x), act.arguments);
+        const auto slope = activate_first(kind, at(h, b, y, x), act.arguments);
         put(out, b, y, x, at(bar, b, y, x) * slope);
       });
     }
@@ -170,7 +170,7 @@ void cotangent_first(const Plane<Number<T>>& plane, int64_t blocks, const NormRo
       V total[2];
       walk_sums<2, Number<T>>(area, total, [=](int64_t y, int64_t x, V* sum) {
         const V xhat = (at(h, b, y, x) - mean) * rstd;
-        const V nbar = at(g, b, y, x) * activate_first<kind(), V>(xhat * weight + bias, act.arguments);
+        const V nbar = at(g, b, y, x) * activate_first(kind, xhat * weight + bias, act.arguments);
         put(n, b, y, x, nbar);
         sum[0] += nbar;
         sum[1] += nbar * xhat;
@@ -245,11 +245,11 @@ void second_first(const Plane<Number<T>>& plane, int64_t blocks, const NormRows<
         walk_sums<5, Number<T>>(area, total, [=](int64_t y, int64_t x, V* sum) {
           const V xhat = (at(h, b, y, x) - mean) * rstd, normed = xhat * weight + bias;
           const V tangent = rstd * centred<measured()>(at(t, b, y, x), mean_t, xhat, mean_xt);
-          const V first = activate_first<kind(), V>(normed, act.arguments);
+          V second;
+          const V first = activate_first_with_second(kind, normed, act.arguments, second);
           const V c = at(m, b, y, x);
           V nbar = at(n, b, y, x) * first;
-          if constexpr (kHasSecond<kind()>)
-            nbar += activate_second<kind(), V>(normed, act.arguments) * tangent * weight * c;
+          if constexpr (kHasSecond<decltype(kind)>) nbar += second * tangent * weight * c;
           const V mbar = c * first;
           put(n, b, y, x, nbar);
           put(m, b, y, x, mbar);

@@ -123,7 +123,8 @@ void pull_slope(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows, 
         const auto pixel = [&](int64_t x, const auto& guide_at) {
           V value = scale * load<V>(c + x * cotangent.pixel);
           if constexpr (measured()) value = value - constant - slope * (load<V>(from + x * s.map.pixel) - origin);
-          if constexpr (kind() != kIdentity) value *= activate_first<kind(), V>(guide_at(x), act.arguments);
+          if constexpr (!std::is_same_v<decltype(kind), Fixed<kIdentity>>)
+            value *= activate_first(kind, guide_at(x), act.arguments);
           store<V>(to + x * out.pixel, value);
         };
         if constexpr (by_signs()) {
@@ -142,7 +143,7 @@ void pull_slope(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows, 
   with_activation(act.kind, [&](auto kind) {
     const auto choose = [&](auto measured) {
       // An activation that the sign says enough about.
-      if constexpr (kind() == kIdentity || kind() == kRelu || kind() == kLeakyRelu)
+      if constexpr (!kHasSecond<decltype(kind)>)
         if (signs.at) return sweep(kind, measured, std::true_type{});
       sweep(kind, measured, std::false_type{});
     };

@@ -134,7 +134,7 @@ void strided_weight_gradient(const Plane<A>& out, const ConvShape& shape, const 
   sum_strided(out.height, out.width, shape, shape.kernel_h / 2, shape.kernel_w / 2, pairs, count, gradient);
 }
 
-// What resident_strided_<type>.cpp instantiates: everything above in arithmetic of A, for weights of A or of T.
+// What resident_conv_<type>.cpp instantiates: everything above in arithmetic of A, for weights of A or of T.
 #define FASTODE_STRIDED(keyword, A, T)                                                                              \
   keyword template void pack_strided_back(const ConvShape&, const A*, const int64_t*, A*);                          \
   keyword template void pack_strided_back(const ConvShape&, const T*, const int64_t*, A*);                          \

@@ -311,7 +311,7 @@ void unpack_winograd_gradient(const ConvShape& shape, const A* gradient, int64_t
   });
 }
 
-// What resident_winograd_<type>.cpp instantiates: everything above in arithmetic of A, for weights of A or of T.
+// What resident_conv_f32.cpp instantiates: everything above in arithmetic of A, for weights of A or of T.
 #define FASTODE_WINOGRAD(keyword, A, T)                                                                             \
   keyword template int64_t winograd_scratch_size<A>(const ConvShape&);                                              \
   keyword template int64_t winograd_gradient_scratch_size<A>(const ConvShape&);                                     \
