@@ -23,7 +23,6 @@ enum Activation : int64_t {
   kSilu = 6,
   kGelu = 7,
   kSigmoid = 8,
-  kActivationCount = 9,
 };
 
 // What a forward operator leaves to backward: nothing, tensors as many and as large as they come, or one tensor that

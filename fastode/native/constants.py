@@ -23,7 +23,7 @@ NORM_CODE = {"group": _FOUND["kGroupNorm"], "batch": _FOUND["kBatchNorm"], "fixe
 ACTIVATION_CODE = {
     re.sub(r"(?<!^)([A-Z])", r"_\1", name.removeprefix("k")).lower(): code
     for name, code in enumeration(_ROOT, "Activation").items()
-    if name not in {"kIdentity", "kActivationCount"}
+    if name != "kIdentity"
 }
 
 # What a forward operator leaves to backward.
