@@ -149,6 +149,8 @@ struct Smooth {
   int64_t kind;
 };
 
+template <class Kind>
+inline constexpr bool kIsIdentity = std::is_same_v<Kind, Fixed<kIdentity>>;
 // Whether the second derivative is not zero everywhere.
 template <class Kind>
 inline constexpr bool kHasSecond = std::is_same_v<Kind, Smooth>;

@@ -51,7 +51,7 @@ void LinearPair<A>::pull_activation(bool y, const View<A>& at, const View<A>& ma
   using V = Vec<A>;
   const int64_t width = y ? y_size() : z_size();
   with_activation(spec.act.kind, [&](auto kind) {
-    if constexpr (!std::is_same_v<decltype(kind), Fixed<kIdentity>>)
+    if constexpr (!kIsIdentity<decltype(kind)>)
       for (int64_t f = 0; f < width; f += kLanes<A>)
         store<V>(map.at + f, load<V>(map.at + f) * activate_first(kind, load<V>(at.at + f), spec.act.arguments));
   });

@@ -123,8 +123,7 @@ void pull_slope(const Plane<A>& plane, int64_t blocks, const NormRows<A>& rows, 
         const auto pixel = [&](int64_t x, const auto& guide_at) {
           V value = scale * load<V>(c + x * cotangent.pixel);
           if constexpr (measured()) value = value - constant - slope * (load<V>(from + x * s.map.pixel) - origin);
-          if constexpr (!std::is_same_v<decltype(kind), Fixed<kIdentity>>)
-            value *= activate_first(kind, guide_at(x), act.arguments);
+          if constexpr (!kIsIdentity<decltype(kind)>) value *= activate_first(kind, guide_at(x), act.arguments);
           store<V>(to + x * out.pixel, value);
         };
         if constexpr (by_signs()) {
