@@ -335,6 +335,34 @@ def test_a_number_that_changes_again_after_a_solve_was_traced_is_seen(kind: str)
         torch.testing.assert_close(compiled(x), block(x))
 
 
+@pytest.mark.parametrize("counted", [True, False], ids=["counted", "uncounted"])
+def test_a_momentum_that_changes_between_none_and_numbers(counted: bool) -> None:
+    """A copy of the block moves its statistics, where no tracer sees the momentum."""
+    block: Any = reference.ODEBlock(nn.Sequential(nn.BatchNorm2d(3), nn.Tanh(), nn.Conv2d(3, 3, 1))).double()
+    if not counted:
+        block.field[0].num_batches_tracked = None
+    fastode.fuse(block)
+    plain, x = copy.deepcopy(block), sample_input(2, 3, 6, 6, dtype=torch.float64)
+    compiled = torch.compile(block, fullgraph=True, backend="eager")
+    for momentum in (None, 0.3, 1, 0.5, None, 0.1):
+        block.field[0].momentum = plain.field[0].momentum = momentum
+        torch.testing.assert_close(compiled(x), plain(x))
+        assert all(map(torch.equal, block.buffers(), plain.buffers()))
+
+
+@pytest.mark.parametrize("kind", [reference.ODEBlock, reference.SSP3])
+def test_a_forward_that_is_replaced_after_the_trace(kind: Callable[..., nn.Module]) -> None:
+    layers = nn.Sequential(nn.Softplus(), nn.Conv2d(3, 3, 1))
+    block, x = kind(layers), sample_input(2, 3, 6, 6)
+    fastode.fuse(block)
+    compiled = torch.compile(block, backend="eager")
+    torch.testing.assert_close(compiled(x), block(x))
+    layers[0].forward = torch.tanh
+    torch.testing.assert_close(compiled(x), block(x))
+    del layers[0].forward
+    torch.testing.assert_close(compiled(x), block(x))
+
+
 def test_another_batch_size_of_a_traced_solve() -> None:
     model = adaptive_model("solver")
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

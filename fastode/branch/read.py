@@ -226,7 +226,8 @@ def has_hooks(module: nn.Module) -> bool:
 
 def is_overridden(module: nn.Module) -> bool:
     """Whether calling this very module does more, or other things, than its class's forward."""
-    return has_hooks(module) or "forward" in module.__dict__
+    # A tracer guards what it got from a module, and not what the module's variables lack.
+    return has_hooks(module) or module.forward is None or "forward" in module.__dict__
 
 
 def is_sequential(kind: type) -> bool:

@@ -59,13 +59,16 @@ def key_of(block: nn.Module) -> int:
     return len(_copies) - 1
 
 
-def floats_of(block: nn.Module) -> tuple[tuple[str, str, float], ...]:
-    """The numbers among the attributes of a block's modules: where, the attribute's name, and the number."""
+def numbers_of(block: nn.Module) -> tuple[tuple[str, str, float | None], ...]:
+    """The numbers among the attributes of a block's modules: where, the attribute's name, and the number.
+
+    None is one of them: it stands where a number may be, as a norm's momentum does.
+    """
     return tuple(
         (path, name, value)
         for path, module in block.named_modules()
         for name, value in vars(module).items()
-        if type(value) is float
+        if type(value) in (float, int, type(None)) and not name.startswith("_")
     )
 
 

@@ -51,7 +51,7 @@ class Opaque(Fused):
 
     def _as_operator(self, x: Tensor, shape: Sequence[int], moves: bool) -> Tensor:
         block = cast(nn.Module, self)
-        for path, name, value in self._floats():
+        for path, name, value in self._numbers():
             # A tracer makes a number that has changed once a variable; what the operator's copy has is none.
             if getattr(block.get_submodule(path), name) != value:
                 raise RuntimeError(f"{name} must not change while the block is traced")
@@ -62,8 +62,8 @@ class Opaque(Fused):
         return opaque.key_of(cast(nn.Module, self))
 
     @constant
-    def _floats(self) -> tuple[tuple[str, str, float], ...]:
-        return opaque.floats_of(cast(nn.Module, self))
+    def _numbers(self) -> tuple[tuple[str, str, float | None], ...]:
+        return opaque.numbers_of(cast(nn.Module, self))
 
 
 def note(block: nn.Module, engine: Engine) -> None:
