@@ -32,10 +32,12 @@ class LinearField:
     initial: float
     reason: str = ""
 
-    def call(self, family: str, variant: str = "", inputs: tuple[Tensor, ...] = (), stages: int = 1) -> Call:
+    def call(
+        self, family: str, variant: str = "", inputs: tuple[Tensor, ...] = (), stages: int = 1, exact: bool = False
+    ) -> Call:
         """A call of a block around this field, as an engine is asked about it."""
         program = None if self.reason else self._linear(autocast_dtype(inputs[0]) if inputs else None)
-        return Call(family, variant, program, self.tensors, inputs, self.reason, stages)
+        return Call(family, variant, program, self.tensors, inputs, self.reason, stages, exact)
 
     def _linear(self, lower: torch.dtype | None) -> Linear:
         """The constants under autocast to `lower`."""

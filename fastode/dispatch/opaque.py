@@ -59,22 +59,26 @@ def key_of(block: nn.Module) -> int:
     return len(_copies) - 1
 
 
-def numbers_of(block: nn.Module) -> tuple[tuple[str, str, float | None], ...]:
-    """The numbers among the attributes of a block's modules: where, the attribute's name, and the number.
+Numbers = tuple[tuple[str, tuple[tuple[str, float | None], ...]], ...]
+
+
+def numbers_of(block: nn.Module) -> Numbers:
+    """The numbers among the attributes of a block's modules: of each that has some its path, their names and values.
 
     None is one of them: it stands where a number may be, as a norm's momentum does.
     """
-    return tuple(
-        (path, name, value)
-        for path, module in block.named_modules()
-        for name, value in vars(module).items()
-        if type(value) in (float, int, type(None)) and not name.startswith("_")
-    )
+    found = []
+    for path, module in block.named_modules():
+        attributes = [(name, value) for name, value in vars(module).items() if not name.startswith("_")]
+        numbers = tuple([each for each in attributes if type(each[1]) in (float, int, type(None))])
+        if numbers:
+            found.append((path, numbers))
+    return tuple(found)
 
 
-def tensors_of(block: nn.Module) -> list[Tensor]:
-    """The block's parameters, then its buffers."""
-    return [*block.parameters(), *block.buffers()]
+def tensors_of(block: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """The block's parameters and its buffers."""
+    return list(block.parameters()), list(block.buffers())
 
 
 def run(block: nn.Module, key: int, x: Tensor, shape: Sequence[int], moves: bool) -> Tensor:
@@ -87,9 +91,10 @@ def run(block: nn.Module, key: int, x: Tensor, shape: Sequence[int], moves: bool
         shape: of its output.
         moves: whether it changes its buffers.
     """
-    tensors, buffers = tensors_of(block), list(block.buffers()) if moves else []
-    if moves:  # copies, because a backward reads them after the block's own have moved
-        tensors[-len(buffers) :] = [buffer.clone() for buffer in buffers]
+    parameters, buffers = tensors_of(block)
+    # Of those that move copies, because a backward reads them after the block's own have moved.
+    tensors = [*parameters, *([buffer.clone() for buffer in buffers] if moves else buffers)]
+    buffers = buffers if moves else []
     # Without a gradient, and on a card, where it was not measured, there is no ticket.
     keep = torch.is_grad_enabled() and x.device.type == "cpu"
     wanted = [keep and tensor.requires_grad for tensor in (x, *tensors)]

@@ -50,10 +50,12 @@ class Field:
         rows = (reading.tensors or [None] * TENSORS_PER_NORM for reading in self.norms)
         return [self.weight, *(tensor for row in rows for tensor in row[:TENSORS_PER_NORM])]
 
-    def call(self, family: str, variant: str = "", inputs: tuple[Tensor, ...] = (), stages: int = 1) -> Call:
+    def call(
+        self, family: str, variant: str = "", inputs: tuple[Tensor, ...] = (), stages: int = 1, exact: bool = False
+    ) -> Call:
         """A call of a block around this field, as an engine is asked about it."""
         program = None if self.reason else self.pair(autocast_dtype(inputs[0]) if inputs else None)
-        return Call(family, variant, program, self.tensors, inputs, self.reason, stages)
+        return Call(family, variant, program, self.tensors, inputs, self.reason, stages, exact)
 
     def pair(self, lower: torch.dtype | None) -> Pair:
         """The constants under autocast to `lower`."""

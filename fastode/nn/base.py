@@ -51,10 +51,12 @@ class Opaque(Fused):
 
     def _as_operator(self, x: Tensor, shape: Sequence[int], moves: bool) -> Tensor:
         block = cast(nn.Module, self)
-        for path, name, value in self._numbers():
-            # A tracer makes a number that has changed once a variable; what the operator's copy has is none.
-            if getattr(block.get_submodule(path), name) != value:
-                raise RuntimeError(f"{name} must not change while the block is traced")
+        for path, numbers in self._numbers():
+            module = block.get_submodule(path)
+            for name, value in numbers:
+                # A tracer makes a number that has changed once a variable; what the operator's copy has is none.
+                if getattr(module, name) != value:
+                    raise RuntimeError(f"{name} must not change while the block is traced")
         return opaque.run(block, self._key(), x, shape, moves)
 
     @constant
@@ -62,7 +64,7 @@ class Opaque(Fused):
         return opaque.key_of(cast(nn.Module, self))
 
     @constant
-    def _numbers(self) -> tuple[tuple[str, str, float | None], ...]:
+    def _numbers(self) -> opaque.Numbers:
         return opaque.numbers_of(cast(nn.Module, self))
 
 

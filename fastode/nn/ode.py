@@ -26,23 +26,22 @@ class ODEBlock(Opaque, reference.ODEBlock):
         return describe_call(read_field(self.field), self.settings, inputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._takes_operators() and self._is_opaque(x):
-            moves = any(norm is not None for norm in read_field(self.field).norms)
-            return self._as_operator(x, x.shape, moves)
+        if self._takes_operators() and self._may_be_opaque(x):
+            reading = read_field(self.field)
+            if reading.units is not None:
+                return self._as_operator(x, x.shape, any(norm is not None for norm in reading.norms))
         plain = super().forward
         make = partial(_as_reference, self)
         return run(x, self.field, self.settings, self.engine, self.in_words(), make, self, plain)
 
-    def _is_opaque(self, x: Tensor) -> bool:
-        """Whether a tracer may take the solution as an operator.
+    def _may_be_opaque(self, x: Tensor) -> bool:
+        """Whether a tracer may take the solution as an operator, if all that it depends on can be read.
 
-        Its steps must be chosen by the data or its engine by name, and all that it depends on must have been read, so
-        that the compiler sees it change.
+        Only what was read is seen by the compiler as it changes. Its steps must be chosen by the data or its engine by
+        name.
         """
         named = self.engine != AUTO and not is_reference(self.engine)
-        if not (named or self.settings.is_adaptive) or x.dim() != 4 or not x.shape[0]:
-            return False
-        return read_field(self.field).units is not None
+        return (named or self.settings.is_adaptive) and x.dim() == 4 and x.shape[0] > 0
 
 
 def _as_reference(block: Any) -> nn.Module:

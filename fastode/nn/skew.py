@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -107,30 +106,18 @@ class _FusedSolve(Opaque, reference.SOBlock):
 
     def describe_call(self, inputs: tuple[Tensor, ...] = ()) -> Call:
         reason = self._fault()
-        if reason:
-            return Call(self._family(), self._variant(), None, (), inputs, reason)
-        return self._call(_read(self.field), inputs)
+        return self._call(None if reason else _read(self.field), reason, inputs)
 
-    def _call(self, reading: Field | LinearField, inputs: tuple[Tensor, ...]) -> Call:
-        call = reading.call(self._family(), self._variant(), inputs, self._stages())
-        return replace(call, exact=self._is_exact())
-
-    def _family(self) -> str:
-        by_error = self.settings.is_adaptive
-        if isinstance(self.field, reference.SkewLinear):
-            return "linear_adaptive" if by_error else "linear_solution"
-        return "skew_adaptive" if by_error else "skew_solution"
-
-    def _variant(self) -> str:
+    def _call(self, reading: Field | LinearField | None, reason: str, inputs: tuple[Tensor, ...]) -> Call:
+        """A call of the block around what was read of its field; without that, one for which there is a reason."""
         solver = self.settings
-        return f"by {solver.name} in {solver.steps} steps{' with the exact gradient' if self._is_exact() else ''}"
-
-    def _is_exact(self) -> bool:
-        """Whether the gradient goes through every step's size."""
-        return self.settings.is_adaptive and self.settings.gradient == "exact"
-
-    def _stages(self) -> int:
-        return len(self.settings.tableau.b)
+        exact = solver.is_adaptive and solver.gradient == "exact"  # the gradient goes through every step's size
+        kind = "linear" if isinstance(self.field, reference.SkewLinear) else "skew"
+        family = f"{kind}_{'adaptive' if solver.is_adaptive else 'solution'}"
+        variant = f"by {solver.name} in {solver.steps} steps{' with the exact gradient' if exact else ''}"
+        if reading is None:
+            return Call(family, variant, None, (), inputs, reason)
+        return reading.call(family, variant, inputs, len(solver.tableau.b), exact)
 
     def _fault(self) -> str:
         """Why the block cannot be fused because of its field, which must be one of ours as it is; empty if it is."""
@@ -156,22 +143,20 @@ class _FusedSolve(Opaque, reference.SOBlock):
             if isinstance(self.field, reference.SkewPair | reference.SkewLinear):
                 # Before an engine is chosen, so that the block refuses an input in its reference's own words.
                 self.field.check_input(x)
-            if found is None:
-                call = Call(self._family(), self._variant(), None, (), (x,), reason)
-            else:
-                # Before an engine is chosen, which a trial may run.
-                checks.same_device(x, found.reading.tensors)
-                call = self._call(found.reading, (x,))
+            reading = None if found is None else found.reading
+            if reading is not None:  # before an engine is chosen, which a trial may run
+                checks.same_device(x, reading.tensors)
+            call = self._call(reading, reason, (x,))
             chosen = choice.choose(self.engine, call, partial(_as_plain_solve, self))
-            if chosen is not REFERENCE and found is not None:
-                found.reading.check_start(x)
+            if chosen is not REFERENCE and reading is not None:
+                reading.check_start(x)
             solver = self.settings
             answer = chosen, _field_of(call), call.tensors, solver, _march(solver)
             if found is not None and kind is not None:
                 found.keep(kind, answer, call)
         chosen, program, tensors, solver, march = answer
         note(self, chosen)
-        if self._takes_operators() and self._is_opaque(program) and x.shape[0]:
+        if self._takes_operators() and self._is_opaque(program, solver) and x.shape[0]:
             # As it begins, which refuses a wrong x, and has the shape in which it ends.
             y, _ = cast(Any, self.field).initial_state(x)
             return self._as_operator(x, y.shape, isinstance(program, Pair) and any(program.tracked))
@@ -187,13 +172,13 @@ class _FusedSolve(Opaque, reference.SOBlock):
             return self._adaptive(chosen, found.reading, program, solver, make, tensors, x)
         return solve(chosen, found.reading, program, x, march, make, tensors)
 
-    def _is_opaque(self, program: Pair | Linear | None) -> bool:
+    def _is_opaque(self, program: Pair | Linear | None, solver: Solver) -> bool:
         """Whether a tracer may take the solution as an operator.
 
         Its steps must be chosen by the data, and all that it depends on must have been read, so that the compiler sees
         it change.
         """
-        if not self.settings.is_adaptive:
+        if not solver.is_adaptive:
             return False
         if program is not None:
             return True
