@@ -85,6 +85,16 @@ struct Workers {
   }
 };
 
+// out = in, in the other type. One copy of each for all their callers: they are long where a CPU has no bfloat16.
+template <class T, class A>
+[[gnu::noinline]] void widen_all(const T* in, int64_t length, A* out) {
+  for (int64_t i = 0; i < length; ++i) out[i] = widen(in[i]);
+}
+template <class T, class A>
+[[gnu::noinline]] void narrow_all(const A* in, int64_t length, T* out) {
+  for (int64_t i = 0; i < length; ++i) out[i] = narrow(in[i]);
+}
+
 // A sample in the accumulator's type: the tensor's own memory, or a widened copy in scratch.
 template <class T, class A>
 inline const A* read_sample(const T* data, int64_t n, int64_t length, A* scratch) {
@@ -93,7 +103,7 @@ inline const A* read_sample(const T* data, int64_t n, int64_t length, A* scratch
     static_cast<void>(scratch);
     return from;
   } else {
-    for (int64_t i = 0; i < length; ++i) scratch[i] = widen(from[i]);
+    widen_all(from, length, scratch);
     return scratch;
   }
 }
@@ -113,8 +123,7 @@ inline A* open_sample(T* data, int64_t n, int64_t length, A* scratch) {
 template <class T, class A>
 inline void write_sample(T* data, int64_t n, int64_t length, const A* sample) {
   if constexpr (!std::is_same_v<T, A>) {
-    T* to = data + n * length;
-    for (int64_t i = 0; i < length; ++i) to[i] = narrow(sample[i]);
+    narrow_all(sample, length, data + n * length);
   } else {
     static_cast<void>(data), static_cast<void>(n), static_cast<void>(length), static_cast<void>(sample);
   }

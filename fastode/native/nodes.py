@@ -33,8 +33,9 @@ PACKAGE = Path(__file__).resolve().parents[1]
 NAME = "fastode_nodes"  # of the module, as nodes.cpp has it
 SWITCH = "FASTODE_CPP_NODES"
 # Its own code takes a microsecond of a call: optimising it further only makes the build longer, as do the headers of
-# torch's operators that it does not call.
-FLAGS = (*toolchain.FLAGS, "-O1", "-DAT_PER_OPERATOR_HEADERS")
+# torch's operators that it does not call, and what pybind11 has to make modules, which its locks bring along unless
+# they are the simple ones.
+FLAGS = (*toolchain.FLAGS, "-O1", "-DAT_PER_OPERATOR_HEADERS", "-DPYBIND11_SIMPLE_GIL_MANAGEMENT")
 
 module: Any = None  # None where it is not loaded
 _path: Path | None = None

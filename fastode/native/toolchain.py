@@ -40,20 +40,24 @@ CUDA, AUTOGRAD = "cuda", "autograd"
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wno-unknown-pragmas")
 # By the ends of units' names; the rest is compiled at -O3. What only takes operators' arguments apart; doubles, for
 # which speed is not asked, with the passes of -O2 that form fused multiply-adds (a twentieth slower than -O2; without
-# them a tenth to a quarter, and less exact). Norms and blocks' programs, which were as fast at -O2 (0.995 of -O3's
-# time, over 18 cases on one thread of an AMD EPYC). Pairs with loops over few maps unrolled as well (0.9996 of -O3's
-# time, over 10 solutions by dopri5 on two threads; -O2 alone is up to 8 % slower); what else is in float32, heads,
-# and the staged engine, also with more of their loops turned into vectors (0.997 over six modes of ResNet10 and 0.995
-# over four staged blocks; bfloat16 there takes 1.8 times as long at -O2 alone). Convolutions of bfloat16 need -O3:
-# steps of ResNet10 are 15 % slower without it.
-UNROLLED = "-O2 -fpeel-loops"
-VECTORS = f"{UNROLLED} -fvect-cost-model=dynamic"
+# them a tenth to a quarter, and less exact). What was as fast with a few more passes of -O2, to within a hundredth (31
+# calls of blocks and networks, 24 of solutions, on one thread of an AMD EPYC with AVX2): blocks' programs and steps by
+# error, pairs with loops over few maps unrolled as well, and with more of their loops turned into vectors the staged
+# engine and heads. Norms want all of -O2 (0.995 of -O3's time; with less they take up to a twentieth more), and so do
+# convolutions of float32, with those loops (0.997 over six modes of ResNet10; with less a quarter more), and of
+# bfloat16 -O3: steps of ResNet10 are 15 % slower without it.
+DOUBLES = "-O1 -fexpensive-optimizations"
+PROGRAMS = f"{DOUBLES} -fstrict-aliasing -fgcse -fschedule-insns2"
+UNROLLED = "-fpeel-loops"
+VECTORS = f"{UNROLLED} -ftree-loop-vectorize -ftree-slp-vectorize -fvect-cost-model=dynamic"
 LEVEL_OF_UNIT = {
     "ops": "-O1",
-    **dict.fromkeys(("_f64", "_double"), "-O1 -fexpensive-optimizations"),
-    **dict.fromkeys(("blocks_f32", "branch_bf16", "step", "norm_f32", "norm_bf16"), "-O2"),
-    "skew_f32": UNROLLED,
-    **dict.fromkeys(("conv_f32", "plane", "head", "norm_act", "sweeps_float"), VECTORS),
+    **dict.fromkeys(("_f64", "_double"), DOUBLES),
+    **dict.fromkeys(("blocks_f32", "step"), PROGRAMS),
+    "skew_f32": f"{PROGRAMS} {UNROLLED}",
+    **dict.fromkeys(("head", "norm_act", "sweeps_float"), f"{PROGRAMS} {VECTORS}"),
+    **dict.fromkeys(("branch_bf16", "norm_f32", "norm_bf16"), "-O2"),
+    **dict.fromkeys(("conv_f32", "plane"), f"-O2 {VECTORS}"),
 }
 # Half a gigabyte before gcc looks for memory to use again, which is a tenth of what it does over torch's headers.
 GCC_HEAP = ("--param=ggc-min-expand=400", "--param=ggc-min-heapsize=524288")
@@ -128,7 +132,9 @@ class Recipe:
             return [*self.device_compiler, "-c", str(unit), "-o", str(result)]
         level = next((level for end, level in LEVEL_OF_UNIT.items() if unit.stem.endswith(end)), "-O3")
         at = self.compile_flags.index("-O3")
-        passes = level.split() if GCC_HEAP[0] in self.compiler else level.split()[:1]  # they have gcc's names
+        passes = level.split()
+        if len(passes) > 1 and GCC_HEAP[0] not in self.compiler:  # the passes have gcc's names
+            passes = ["-O2"]
         flags = (*self.compile_flags[:at], *passes, *self.compile_flags[at + 1 :])
         return [*self.compiler, *flags, "-c", str(unit), "-o", str(result)]
 

@@ -222,7 +222,8 @@ struct GradientCell {
     }
   }
 
-  void unpack() const {
+  // One copy of it for all its callers: it is long.
+  [[gnu::noinline]] void unpack() const {
     const int64_t height = shape.kernel_h, width = shape.kernel_w;
     if constexpr (std::is_same_v<A, Number<T>>) {
       if (strides[1] == 1) return write_inputs();
