@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from block_cases import ACTIVATIONS, case_of, make_input, make_pair, name_of
-from pairwise import SEEDS, Case, covering, design_factors
+from pairwise import SEEDS, Case, covering
 from simulator import ORDERS, blocks, counting, fenced, load, order, quick_float16, unasked
 from torch import Tensor, nn
 
@@ -50,12 +50,7 @@ def possible(case: Case) -> bool:
 
 # With batch norms in training the programs are others.
 COUPLED = FACTORS | {"norm": ("batch", "batch_bare", "batch_cumulative"), "dtype": (torch.bfloat16,)}
-CASES = [
-    case
-    for factors in (FACTORS, COUPLED)
-    for seed in SEEDS
-    for case in covering(design_factors(factors, seed), seed=seed, possible=possible)
-]
+CASES = [case for factors in (FACTORS, COUPLED) for case in covering(factors, seed=SEEDS[0], possible=possible)]
 
 
 @pytest.fixture(autouse=True)

@@ -37,7 +37,7 @@ class LinearField:
     ) -> Call:
         """A call of a block around this field, as an engine is asked about it."""
         program = None if self.reason else self._linear(autocast_dtype(inputs[0]) if inputs else None)
-        return Call(family, variant, program, self.tensors, inputs, self.reason, stages, exact)
+        return Call(family, variant, program, self.tensors, inputs, self.reason, stages, exact=exact)
 
     def _linear(self, lower: torch.dtype | None) -> Linear:
         """The constants under autocast to `lower`."""

@@ -59,18 +59,17 @@ def key_of(block: nn.Module) -> int:
     return len(_copies) - 1
 
 
-Numbers = tuple[tuple[str, tuple[tuple[str, float | None], ...]], ...]
+Numbers = tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]
 
 
 def numbers_of(block: nn.Module) -> Numbers:
-    """The numbers among the attributes of a block's modules: of each that has some its path, their names and values.
+    """The floats among the attributes of a block's modules: of each that has some its path, their names and values.
 
-    None is one of them: it stands where a number may be, as a norm's momentum does.
+    A norm's momentum is among them also where it is None or an integer: nothing else reads it while it is traced.
     """
     found = []
     for path, module in block.named_modules():
-        attributes = [(name, value) for name, value in vars(module).items() if not name.startswith("_")]
-        numbers = tuple([each for each in attributes if type(each[1]) in (float, int, type(None))])
+        numbers = tuple([each for each in vars(module).items() if type(each[1]) is float or each[0] == "momentum"])
         if numbers:
             found.append((path, numbers))
     return tuple(found)

@@ -55,7 +55,7 @@ class Field:
     ) -> Call:
         """A call of a block around this field, as an engine is asked about it."""
         program = None if self.reason else self.pair(autocast_dtype(inputs[0]) if inputs else None)
-        return Call(family, variant, program, self.tensors, inputs, self.reason, stages, exact)
+        return Call(family, variant, program, self.tensors, inputs, self.reason, stages, exact=exact)
 
     def pair(self, lower: torch.dtype | None) -> Pair:
         """The constants under autocast to `lower`."""
