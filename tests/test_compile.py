@@ -460,7 +460,7 @@ def test_what_changes_after_an_exact_step_was_traced_is_seen() -> None:
 
 def test_the_operator_of_a_solve_is_one_by_pytorchs_own_checks() -> None:
     (_, block, _) = adaptive_model("solver")
-    tensors = [tensor.detach().requires_grad_() for tensor in opaque.tensors_of(block)[0]]
+    tensors = [tensor.detach().requires_grad_() for tensor in block.parameters()]
     x = sample_input(2, 3, 6, 6).requires_grad_()
     given = (x, tensors, opaque.key_of(block), (2, 8, 6, 6), None, 0, False)
     torch.library.opcheck(opaque._solution, (*given, [False] * (1 + len(tensors))))

@@ -75,11 +75,6 @@ def numbers_of(block: nn.Module) -> Numbers:
     return tuple(found)
 
 
-def tensors_of(block: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """The block's parameters and its buffers."""
-    return list(block.parameters()), list(block.buffers())
-
-
 def run(block: nn.Module, key: int, x: Tensor, shape: Sequence[int], moves: bool) -> Tensor:
     """The block on x as the operator, while it is traced.
 
@@ -90,9 +85,9 @@ def run(block: nn.Module, key: int, x: Tensor, shape: Sequence[int], moves: bool
         shape: of its output.
         moves: whether it changes its buffers.
     """
-    parameters, buffers = tensors_of(block)
+    buffers = list(block.buffers())
     # Of those that move copies, because a backward reads them after the block's own have moved.
-    tensors = [*parameters, *([buffer.clone() for buffer in buffers] if moves else buffers)]
+    tensors = [*block.parameters(), *([buffer.clone() for buffer in buffers] if moves else buffers)]
     buffers = buffers if moves else []
     # Without a gradient, and on a card, where it was not measured, there is no ticket.
     keep = torch.is_grad_enabled() and x.device.type == "cpu"
