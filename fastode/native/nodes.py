@@ -178,7 +178,7 @@ def recipe(root: Path) -> Recipe:
     if sys.platform == "darwin":
         link_flags += ("-undefined", "dynamic_lookup")
     facts = {
-        "sources": toolchain.source_hash(root / toolchain.AUTOGRAD),
+        "sources": _source_hash(root),
         "torch": torch.__version__,
         "python": f"{platform.python_implementation()} {platform.python_version()} {platform.machine()}",
         "compiler": f"{shlex.join(command)}\n{version}",
@@ -186,6 +186,11 @@ def recipe(root: Path) -> Recipe:
     }
     compile_flags = (*FLAGS, f"-I{root}", "-isystem", headers, *includes, *extra)
     return Recipe(root, units, command, facts, compile_flags, link_flags, name="the autograd nodes")
+
+
+def _source_hash(root: Path) -> str:
+    """Of the nodes' own sources and of the headers that they share with the operators."""
+    return toolchain.source_hash(root, toolchain.CUDA, "cpu", "ops.cpp")
 
 
 def _import(path: Path) -> Any:
@@ -202,7 +207,7 @@ def _import(path: Path) -> Any:
 
 def prebuilt_name(root: Path) -> str:
     """The file name of a prebuilt library: it names its sources, torch and Python, and serves no other."""
-    hashed = toolchain.source_hash(root / toolchain.AUTOGRAD)[:16]
+    hashed = _source_hash(root)[:16]
     return f"libfastode-nodes-{hashed}-torch-{torch.__version__}{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 

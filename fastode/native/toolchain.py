@@ -166,7 +166,7 @@ def source_hash(root: Path, *without: str) -> str:
 
     Args:
         root: the directory.
-        without: the folders in it whose sources other libraries are built from.
+        without: the folders and files in it that only other libraries are built from.
     """
     digest = hashlib.sha256()
     for path in sorted(p for p in root.rglob("*") if p.is_file() and p.suffix not in _NOT_SOURCES):
