@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 from collections.abc import Generator, Iterator
@@ -61,6 +62,23 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Genera
             terminalreporter.write_line(f"{count} tests were left out because they need {what}")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _quick_to_seed_and_to_trace() -> Iterator[None]:
+    """Two habits of PyTorch that cost a tenth of the tests' time: for each device that is not there a seed keeps the
+    call's stack, and a tracer forgets the code of all but the last 128 functions, where a block's has more.
+    """
+    patch = pytest.MonkeyPatch()
+    for device in (torch.cuda, torch.mtia, torch.xpu):
+        if not device.is_available():
+            patch.setattr(device, "manual_seed_all", lambda seed: None)
+    from torch._dynamo import bytecode_transformation as tracer
+
+    kept = functools.cache(tracer._cached_cleaned_instructions.__wrapped__)
+    patch.setattr(tracer, "_cached_cleaned_instructions", kept)
+    yield
+    patch.undo()
+
+
 @pytest.fixture(autouse=True)
 def _same_start(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The same random numbers for a test whatever ran before it, no test's thread count or twins for the next, and no
@@ -75,6 +93,15 @@ def _same_start(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         del registry._twins[kind]
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def small_roofline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let benchmarks measure the machine by calls that take no time."""
+    from benchmarks import timing
+
+    x = torch.ones(64, 64)
+    monkeypatch.setattr(timing, "machine", lambda *_: timing.Machine(lambda: x @ x, lambda: x.clone(), 1.0, 1.0))
 
 
 @pytest.fixture

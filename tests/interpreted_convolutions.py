@@ -1,4 +1,4 @@
-"""The fused convolutions in Triton's interpreter: what test_triton_convolution.py runs in a process."""
+"""The fused convolutions in Triton's interpreter: what test_triton.py runs in a process."""
 
 from __future__ import annotations
 

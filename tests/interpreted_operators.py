@@ -86,13 +86,18 @@ def large(case: Case) -> bool:
     return case["norm"] in ("group", "batch") and case["size"] in ((7, 7), (17, 9)) and case["batch"] > 0
 
 
+def smaller(case: Case) -> Case:
+    """A case of few channels, or on a map that still takes several of the small tiles."""
+    return case | {"size": (9, 5)} if case["size"] == (17, 9) and case["channels"] > 8 else case
+
+
 def combining(case: Case) -> bool:
     return case["terms"] == 4 and case["batch"] > 0 and case["size"] == (3, 5)
 
 
 PLANS = (
     [(three_launches, case) for case in PAIRWISE if large(case) and case["norm"] == "group"]
-    + [(plans, case) for plans in (small_tiles, small_chunks) for case in PAIRWISE if large(case)][::4]
+    + [(plans, smaller(case)) for plans in (small_tiles, small_chunks) for case in PAIRWISE if large(case)][::4]
     + [(learned_coefficients, case) for case in PAIRWISE if combining(case)]
 )
 

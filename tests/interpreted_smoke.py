@@ -1,4 +1,4 @@
-"""The table of kernels of `benchmarks.gpu` without a card: test_gpu_rows.py runs this in a process that interprets.
+"""The table of kernels of `benchmarks.gpu` without a card: test_triton.py runs this in a process that interprets.
 
 Every row is run on Triton's operators with the launches written down and not made: together they must be all kernels.
 One row at a small shape is launched for good, and judged.

@@ -24,7 +24,6 @@ from benchmarks import (
     run,
     suites,
     targets,
-    timing,
     workloads,
 )
 from fastode import reference
@@ -117,9 +116,8 @@ def test_adversarial_steps_are_those_of_the_library_from_the_same_start() -> Non
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True) if one is not None)
 
 
-def test_under_autocast_all_contenders_are_and_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = torch.ones(8, 8)
-    monkeypatch.setattr(timing, "machine", lambda *_: timing.Machine(lambda: x @ x, lambda: x.clone(), 1.0, 1.0))
+@pytest.mark.usefixtures("small_roofline")
+def test_under_autocast_all_contenders_are_and_are_judged() -> None:
     seen = set()
     real = bench_nets.work
 
@@ -156,13 +154,12 @@ def test_a_compiled_network_stays_what_it_is() -> None:
     assert torch.equal(pinned(*TWO), tiny_again(network)(*TWO))
 
 
-def test_a_fused_network_takes_part_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = torch.ones(8, 8)
-    monkeypatch.setattr(timing, "machine", lambda *_: timing.Machine(lambda: x @ x, lambda: x.clone(), 1.0, 1.0))
+@pytest.mark.usefixtures("small_roofline")
+def test_a_fused_network_takes_part_compiled() -> None:
     rivals = [name for name in suites.COMPILED if name.startswith("fused")]
-    item = suites.Item(workload(blocks), "train", "float32", ())
+    item = suites.Item(workload(blocks), "forward", "float32", ())
     taking_part, _ = run.contenders_of(item, CPU, ["eager-cl", "fused:auto", *rivals])
-    rows = measure.measure(item.workload, "train", "float32", CPU, taking_part, seconds=0.0, rounds=(1, 1))
+    rows = measure.measure(item.workload, "forward", "float32", CPU, taking_part, seconds=0.0, rounds=(1, 1))
     assert [row["errors"] for row in rows] == [""] * 3 and rows[2]["engine"] == "auto-compiled"
     assert [row["ratio_to_uncompiled"] is None for row in rows] == [True, True, False]
     assert rows[2]["ratio_to_uncompiled"]["than"] == "fused:auto" and rows[2]["equality"]["ok"]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -34,7 +32,6 @@ from benchmarks import (
     workloads,
 )
 from benchmarks.contenders import Contender
-from benchmarks.header import ROOT
 from fastode import nets, reference, testing
 
 CPU = torch.device("cpu")
@@ -134,8 +131,8 @@ def test_counts_of_an_adaptive_solve_are_those_of_its_steps(name: str) -> None:
 
 
 def test_counts_of_samples_that_step_alone_add_up() -> None:
-    block = reference.SOBlock(reference.SkewPair(3, 8), per_sample=True, rtol=1e-4, atol=1e-4)
-    x = data.feature_maps(3, 3, 8) * torch.tensor([0.1, 1.0, 10.0]).view(3, 1, 1, 1)
+    block = reference.SOBlock(reference.SkewPair(3, 8), per_sample=True, rtol=1e-2, atol=1e-2)
+    x = data.feature_maps(2, 3, 8) * torch.tensor([0.1, 10.0]).view(2, 1, 1, 1)
     with fastode.record_steps() as log:
         block(x)
     assert len({solve.evaluations for solve in log}) > 1
@@ -225,6 +222,7 @@ def refuses(module: nn.Module, inputs: workloads.Inputs) -> nn.Module:
     raise RuntimeError("no such kernel")
 
 
+@pytest.mark.usefixtures("small_roofline")
 def test_a_contender_that_is_not_equal_has_no_speed() -> None:
     wrong = Contender("fused", "wrong", True, False, lambda module, inputs: Wrong(module))
     fails = Contender("compile", None, True, False, refuses)
@@ -302,6 +300,7 @@ def test_a_second_judgement_begins_where_the_first_did() -> None:
     assert seen == [0.0, 0.0] and not row["ok"] and "2 of allowed by 4 runs" in row["note"]
 
 
+@pytest.mark.usefixtures("small_roofline")
 def test_the_project_takes_part_and_is_equal() -> None:
     item = suites.Item(small(lambda: ie_skip(8), 8), "train", "float32", ())
     taking_part, _ = run.contenders_of(item, CPU, ())
@@ -377,6 +376,7 @@ def test_a_record_has_no_path_of_the_machine() -> None:
     assert timing.message(OSError(told)) == "OSError: in `torch/compiler/__init__.py` and (fastode/nn.py)"
 
 
+@pytest.mark.usefixtures("small_roofline")
 def test_a_compiled_contender_with_a_graph_break_is_reported_as_failed() -> None:
     def breaking(module: nn.Module, inputs: workloads.Inputs) -> nn.Module:
         class Breaks(nn.Module):
@@ -455,22 +455,18 @@ def test_pgd_stays_within_its_radius_and_raises_the_loss() -> None:
     assert loss(network(attacked), labels) > loss(network(images), labels)
 
 
-def test_without_a_terminal_there_are_plain_lines_only() -> None:
-    wanted = ["--only", "ie", "--variants", "k1", "--shapes", "128@4", "--modes", "forward"]
-    arguments = [*wanted, "--contenders", "eager,eager-cl", "--seconds", "0"]
-    code = (
-        "import sys, torch\n"
-        "from benchmarks import run, timing\n"
-        "x = torch.ones(64, 64)\n"
-        "timing.machine = lambda *_: timing.Machine(lambda: x @ x, lambda: x.clone(), 1.0, 1.0)\n"  # a small roofline
-        f"sys.exit(run.main({arguments!r}))"
-    )
-    command = [sys.executable, "-c", code]
-    found = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=True, timeout=300)
-    lines = found.stdout.decode().split("\n")
+@pytest.mark.usefixtures("small_roofline")
+def test_without_a_terminal_there_are_plain_lines_only(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "keep_freed_memory", lambda: None)  # of this process, which has other tests
+    wanted = ["--only", "ie", "--variants", "k1", "--shapes", "128@4", "--modes", "forward", "--batch", "2"]
+    assert run.main([*wanted, "--contenders", "eager,eager-cl", "--seconds", "0"]) == 0
+    found = "".join(capfd.readouterr())
+    lines = found.split("\n")
     assert [line.split()[:4] for line in lines[1:3]] == [["ie", "k1", "128@4", "forward"]] * 2
     # No bar, no colour, no frame.
-    assert not {"\r", "\x1b", "|", "━", "│"} & set(found.stdout.decode()) and len(lines) == 5 and not lines[-1]
+    assert not {"\r", "\x1b", "|", "━", "│"} & set(found) and len(lines) == 5 and not lines[-1]
 
 
 def test_two_processors_of_one_model_name_have_folders_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

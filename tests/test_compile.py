@@ -192,8 +192,8 @@ def stem(block: nn.Module) -> nn.Module:
 
 
 TRANSFORMED: dict[str, Callable[[], nn.Module]] = {
-    "residual block": lambda: reference.ResBlock(reference.PreActBranch(3, norm="none", activation="tanh")),
-    "IE-Skip": lambda: reference.IESkip(reference.PreActBranch(3, norm="none", activation="tanh")),
+    "residual block": lambda: reference.ResBlock(nn.Sequential(nn.Tanh(), nn.Conv2d(3, 3, 3, padding=1))),
+    "IE-Skip": lambda: reference.IESkip(nn.Sequential(nn.Tanh(), nn.Conv2d(3, 3, 3, padding=1))),
     "equal steps": lambda: reference.ODEBlock(nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.Tanh()), solver="rk4"),
 }
 

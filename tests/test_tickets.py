@@ -108,10 +108,14 @@ def same(found: list[Tensor], expected: list[Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_a_compiled_backward_uses_what_forward_has_kept(name: str) -> None:
+def test_a_compiled_backward_uses_what_forward_has_kept_and_a_second_computes_it_again(name: str) -> None:
     block = fused(name)
     twin = copy.deepcopy(block)
-    assert same(gradients(twin, compiled(twin)), gradients(block, block))
+    call, x = compiled(twin), sample_input(3, 8, 6, 6).requires_grad_()
+    y = call(x)
+    first = pulled(twin, y, x, retain=True)
+    assert same(first, gradients(block, block))
+    assert same(pulled(twin, y, x), first)
     # A backward that computes everything again does so from another x.
     kept = gradients(block, block, 0.5)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
@@ -120,16 +124,7 @@ def test_a_compiled_backward_uses_what_forward_has_kept(name: str) -> None:
         assert not same(again, kept)
     if name == "steps by error":  # whose graph has a copy of x
         kept = gradients(block, block)
-    assert same(gradients(twin, compiled(twin), 0.5), kept)
-
-
-@pytest.mark.parametrize("name", BLOCKS)
-def test_a_second_backward_computes_everything_again(name: str) -> None:
-    block = fused(name)
-    call, x = compiled(block), sample_input(3, 8, 6, 6).requires_grad_()
-    y = call(x)
-    first = pulled(block, y, x, retain=True)
-    assert same(pulled(block, y, x), first)
+    assert same(gradients(twin, call, 0.5), kept)
 
 
 @pytest.mark.parametrize("name", ["ie", "ssp3, batch norm", "a block that halves", "steps by error"])

@@ -23,17 +23,15 @@ CASES = test_operators.CASES
 METHODS = sorted(name for name in vars(test_operators.TestOperators) if name.startswith("test_"))
 HERE = Path(__file__).parent
 SOURCE = HERE.parent / "csrc" / "ops.cpp"
-# Each in a process of its own, because one that interprets cannot compile.
-INTERPRETED = {
-    "operators": "interpreted_operators.py",
-    "blocks": "interpreted_blocks.py",
-}
+# In processes of their own, because one that interprets cannot compile.
+INTERPRETED = {"operators": ("operators",), "blocks": ("blocks", "convolutions", "pairs", "smoke")}
 GROUP, BATCH, NONE = kernels.DEFAULTS
 
 
-@pytest.mark.parametrize("file", INTERPRETED.values(), ids=INTERPRETED)
-def test_interpreted(file: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / file)]
+@pytest.mark.parametrize("names", INTERPRETED.values(), ids=INTERPRETED)
+def test_interpreted(names: tuple[str, ...]) -> None:
+    files = [str(HERE / f"interpreted_{name}.py") for name in names]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +26,6 @@ from fastode.tableau import SSP3
 from fastode.testing import assert_blocks_equal
 
 HERE = Path(__file__).parent
-
-
-def test_interpreted() -> None:
-    files = [str(HERE / f"interpreted_{name}.py") for name in ("convolutions", "pairs")]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
 
 
 @pytest.mark.parametrize(
