@@ -4,11 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import checks
 
 Rows = tuple[tuple[float, ...], ...]
+Places = tuple[tuple[int, ...], ...]
+
+
+class Parts(NamedTuple):
+    """A table as blocks run it, made once: a tracer would make it again for every block.
+
+    Attributes:
+        rows: α and β as square matrices.
+        alpha: for each stage the k at which α is not zero.
+        beta: likewise of β.
+        words: where they are not zero, in words.
+    """
+
+    rows: tuple[Rows, Rows]
+    alpha: Places
+    beta: Places
+    words: str
+
+
+def parts_of(alpha: Rows, beta: Rows) -> Parts:
+    """The parts of a table with these rows."""
+    stages = len(alpha)
+    square_a, square_b = (tuple([(*row, *(0.0,) * (stages - len(row))) for row in rows]) for rows in (alpha, beta))
+    places_a, places_b = (
+        tuple([tuple([k for k, entry in enumerate(row) if entry != 0]) for row in rows]) for rows in (alpha, beta)
+    )
+    return Parts((square_a, square_b), places_a, places_b, in_words(places_a, places_b))
+
+
+def in_words(alpha: Places, beta: Places) -> str:
+    """Where the coefficients of a scheme are not zero."""
+    pairs = zip(alpha, beta, strict=True)
+    return " ".join(["".join([f"{k}" for k in (*alphas, "/", *betas)]) for alphas, betas in pairs])
 
 
 @dataclass(frozen=True)
@@ -46,6 +79,13 @@ class LinearTable:
         # Lists are taken too, but what is kept must be hashable: it travels through torch.compile as a constant.
         object.__setattr__(self, "alpha", alpha)
         object.__setattr__(self, "beta", beta)
+        object.__setattr__(self, "_parts", parts_of(alpha, beta))
+
+    @property
+    def parts(self) -> Parts:
+        """The table as blocks run it."""
+        found: Parts = self._parts  # type: ignore[attr-defined]
+        return found
 
     @property
     def stages(self) -> int:

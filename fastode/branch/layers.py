@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +15,7 @@ TENSORS_PER_UNIT = 6
 Sides = tuple[tuple[int, int, int, int], tuple[int, int, int, int]]
 
 
-@dataclass(frozen=True)
-class Norm:
+class Norm(NamedTuple):
     """A normalisation of `channels` channels: over groups of each sample, over the batch, or by fixed statistics.
 
     Instance norm on the input's own statistics is "group" with one channel a group; `instance` tells it apart only
@@ -35,8 +33,7 @@ class Norm:
         return self.groups > 1 and channels < 16 * self.groups
 
 
-@dataclass(frozen=True)
-class Activation:
+class Activation(NamedTuple):
     """A pointwise map; leaky_relu: p = slope; softplus: p = beta, q = threshold; elu: p = alpha;
     gelu: p = 1 for the form with tanh.
     """
@@ -46,8 +43,7 @@ class Activation:
     q: float = 0.0
 
 
-@dataclass(frozen=True)
-class Conv:
+class Conv(NamedTuple):
     """A convolution, or a mean over a window of each channel.
 
     In a branch that keeps the shape it is a convolution of stride 1 whose padding keeps the size. One that sees the
@@ -77,11 +73,9 @@ class Conv:
 
     def size_after(self, height: int, width: int) -> tuple[int, int]:
         """The size of its output for an input of this size; below one where the input is too small."""
-        sides = [
-            (side + 2 * self.padding[i] - self.dilation[i] * (self.kernel[i] - 1) - 1) // self.stride[i] + 1
-            for i, side in enumerate((height, width))
-        ]
-        return sides[0], sides[1]
+        height += 2 * self.padding[0] - self.dilation[0] * (self.kernel[0] - 1) - 1
+        width += 2 * self.padding[1] - self.dilation[1] * (self.kernel[1] - 1) - 1
+        return height // self.stride[0] + 1, width // self.stride[1] + 1
 
 
 NORM, ACTIVATION, CONV = 0, 1, 2

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,7 @@ _CONV_WEIGHT = 4  # where it stands among the tensors of a unit
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True)
-class Unit:
+class Unit(NamedTuple):
     """Norm, activation and convolution, applied in this order, each of them optional."""
 
     norm: Norm | None
@@ -139,9 +138,10 @@ def _read_layers(name: str, layers: list[_Layer], keeps_shape: bool, timed: bool
         elif slot == CONV:
             geometry.append(note)
             kind = type(layer).__name__
-            if keeps_shape and not uneven and not _keeps_size(note, part):
-                uneven = f"{path} ({kind}) has a stride or a padding that changes the size, or pads unevenly."
-            if not uneven and not _pads_evenly(note, part):
+            if keeps_shape:
+                if not uneven and not _keeps_size(note, part):
+                    uneven = f"{path} ({kind}) has a stride or a padding that changes the size, or pads unevenly."
+            elif not uneven and not _pads_evenly(note, part):
                 uneven = f"{path} ({kind}) pads unevenly."
     units.append(Unit(parts[0], parts[1], parts[2]))
     tensors += row

@@ -204,7 +204,8 @@ def run(
     rerun = None
     if found is not None and found.snapshot is not None and torch.is_grad_enabled():
         rerun = Rerun(partial(_as_it_was, found.snapshot.past, reading), 1, reading.tensors)
-    y, *statistics = function.call(chosen.chain, (chain, rerun), (x, *reading.tensors))
+    made = function.call(chosen.chain, (chain, rerun), (x, *reading.tensors))
+    y, *statistics = chosen.apart(made, chain.plans)
     if statistics:
         _update(reading, statistics, x)
     return _behind(y, module, found, reading, engine)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..branch.read import Reading, channels, convolves, read
 from ..branch.snapshot import Past
+from ..linear_table import LinearTable, Parts, Places, Rows, in_words, parts_of
 from ..ops import function
 from ..ops.engine import Call, Engine, autocast_dtype
 from ..ops.plan import MaybeTensors, Plan
@@ -22,13 +23,11 @@ from ..ops.schemes.implicit_euler.descent import Descent
 from ..ops.schemes.implicit_euler.exact import Exact
 from ..ops.schemes.runge_kutta.stages import Scheme
 from ..reference.blocks import by_stages
-from ..tableau import LinearTable
 from . import bare, choice
 from .engines import AUTO, NAMES, REFERENCE
 from .known import kind_of_call, known, remembered
 from .running import update_running
 
-Rows = tuple[tuple[tuple[float, ...], ...], ...]
 Table = Callable[[], Tensor]
 
 
@@ -84,7 +83,8 @@ class DescentStep:
     def apply(
         self, engine: Engine, plan: Plan, rerun: Rerun | None, x: Tensor, tensors: MaybeTensors, table: Table | None
     ) -> Any:
-        return function.call(engine.ie_skip, (plan, self.descent, rerun), (x, *tensors))
+        made = function.call(engine.ie_skip, (plan, self.descent, rerun), (x, *tensors))
+        return engine.apart(made, [plan], self.descent)
 
     def plain(self, branch: bare.Function) -> None:
         return None
@@ -115,7 +115,7 @@ class SchemeStep:
     """An explicit scheme; `rows` are its square α and β, empty where they are learned."""
 
     scheme: Scheme
-    rows: Rows
+    rows: tuple[Rows, Rows] | tuple[()]
     variant: str
     family: str = "shu_osher"
     traceable: bool = True
@@ -132,7 +132,8 @@ class SchemeStep:
         self, engine: Engine, plan: Plan, rerun: Rerun | None, x: Tensor, tensors: MaybeTensors, table: Table | None
     ) -> Any:
         given = table() if table is not None else constant_table(self)
-        return function.call(engine.shu_osher, (plan, self.scheme, rerun), (x, given, *tensors))
+        made = function.call(engine.shu_osher, (plan, self.scheme, rerun), (x, given, *tensors))
+        return engine.apart(made, [plan], self.scheme)
 
     def plain(self, branch: bare.Function) -> bare.Function | None:
         return partial(by_stages, alpha=self.rows[0], beta=self.rows[1], evaluate=branch) if self.rows else None
@@ -169,31 +170,23 @@ def exact_step(tol: float, max_iterations: int, block: str) -> ExactStep:
 @remembered
 def tableau_step(tableau: LinearTable) -> SchemeStep:
     """The step of a scheme with a fixed tableau or table."""
-    rows = tuple(
-        tuple(tuple(row) + (0.0,) * (tableau.stages - len(row)) for row in rows)
-        for rows in (tableau.alpha, tableau.beta)
-    )
-    return fixed_step(rows)
+    return _step_of(tableau.parts)
 
 
 @remembered
 def euler_step(step_size: float) -> SchemeStep:
     """The step of a residual block: x + h f(x)."""
     refuse_tensor(step_size, checks.step_size)
-    return fixed_step((((1.0,),), ((step_size,),)))
+    return _step_of(parts_of(((1.0,),), ((step_size,),)))
 
 
-def fixed_step(rows: Rows) -> SchemeStep:
-    """The step of a scheme with these square α and β."""
-    alpha, beta = (tuple(tuple(k for k, entry in enumerate(row) if entry != 0) for row in part) for part in rows)
-    return scheme_step(Scheme(alpha, beta), rows)
+def learned_step(alpha: Places, beta: Places) -> SchemeStep:
+    """The step of a scheme whose coefficients at these places are learned."""
+    return SchemeStep(Scheme(alpha, beta), (), in_words(alpha, beta))
 
 
-def scheme_step(scheme: Scheme, rows: Rows = ()) -> SchemeStep:
-    """The step of a scheme; without rows its coefficients are learned."""
-    pairs = zip(scheme.alpha, scheme.beta, strict=True)
-    variant = " ".join(["".join([f"{k}" for k in (*alpha, "/", *beta)]) for alpha, beta in pairs])
-    return SchemeStep(scheme, rows, variant)
+def _step_of(parts: Parts) -> SchemeStep:
+    return SchemeStep(Scheme(parts.alpha, parts.beta), parts.rows, parts.words)
 
 
 _tables: WeakKeyDictionary[SchemeStep, Tensor] = WeakKeyDictionary()
@@ -295,7 +288,8 @@ def _decide(
     if reading.units is not None:
         checks.feature_map("x", x, channels(reading.units))
         check_kind(x, reading.tensors)
-        checks.enough_values(reading, x.shape)
+        if x.shape[2] * x.shape[3] == 1:  # the branch keeps the size
+            checks.enough_values(reading, x.shape)
     else:
         checks.tensor("x", x)
         if x.dim() == 4:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from ..branch.read import Unit
 from ..native import cuda, operators
 from .plan import MaybeTensors, Plan
 from .schemes.chain.chain import Chain
+from .schemes.implicit_euler.descent import Descent
+from .schemes.runge_kutta.stages import Scheme
 from .schemes.skew_pair.linear import Linear
 from .schemes.skew_pair.pair import Pair
 
@@ -205,6 +207,16 @@ class Engine:
         """
         return self._lacks("the solution of a field of two matrix products")
 
+    def apart(self, results: Any, plans: Sequence[Plan], rule: Descent | Scheme | None = None) -> Any:
+        """(y, *statistics) from what a Function returns, which may have packed what batch norms have met.
+
+        Args:
+            results: of a call of `ie_skip`, `shu_osher` or `chain`.
+            plans: the block's branch, or a chain's.
+            rule: the block's, None for a chain.
+        """
+        return results
+
     def _lacks(self, family: str) -> NoReturn:
         raise TypeError(f"the engine {self.name} has no function for {family}, which its why_not has to say")
 
@@ -284,10 +296,12 @@ def cannot_take(call: Call) -> str:
     if lower is not None and lower not in STORAGE[device]:
         return f"there are no {DEVICE_NAMES[device]} kernels for autocast to {lower}"
     dtype = call.inputs[0].dtype
-    if any(tensor.dtype not in (dtype, torch.float32) for tensor in present):
-        return "its parameters are neither float32 nor of the input's dtype"
-    if lower is None and isinstance(call.program, Plan | Chain) and any(tensor.dtype != dtype for tensor in present):
-        return "its parameters are not of the input's dtype, and autocast is off"
+    for tensor in present:
+        if tensor.dtype != dtype:
+            if tensor.dtype != torch.float32:
+                return "its parameters are neither float32 nor of the input's dtype"
+            if lower is None and isinstance(call.program, Plan | Chain):
+                return "its parameters are not of the input's dtype, and autocast is off"
     if is_transformed([*call.inputs, *present]):
         return "a torch.func transform or forward-mode differentiation is at work"
     return ""

@@ -53,6 +53,7 @@ class HandedOver:
     kept: Sequence[Tensor] = ()
     slopes: Sequence[Tensor] = ()
     signs = 0
+    code: Any = None  # what a forward leaves to its backward of constants as its operator takes them
 
     def __init__(
         self, constants: Sequence[Any], given: tuple[MaybeTensor, ...], owed: tuple[bool, ...], kept_all: bool

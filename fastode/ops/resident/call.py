@@ -33,13 +33,23 @@ def encode(plan: Plan, tensors: MaybeTensors) -> Branch:
     return present, *code
 
 
+def encode_again(ctx: Any, tensors: MaybeTensors) -> Branch:
+    """`encode` in the backward of a Function, whose forward may have left the integers and the numbers."""
+    if ctx.code is None:
+        return encode(ctx.plan, tensors)
+    return [tensor for tensor in tensors if tensor is not None], *ctx.code
+
+
 def encode_units(units: Sequence[Unit], tensors: MaybeTensors) -> tuple[list[int], list[float]]:
     """The integers and the numbers of units."""
     integers: list[int] = []
     numbers: list[float] = []
     for index, unit in enumerate(units):
-        row = tensors[index * TENSORS_PER_UNIT :][:TENSORS_PER_UNIT]
-        bits = sum(bit for bit, tensor in zip(_PRESENT, row, strict=True) if tensor is not None)
+        bits, at = 0, index * TENSORS_PER_UNIT
+        for bit in _PRESENT:
+            if bit and tensors[at] is not None:
+                bits += bit
+            at += 1
         conv = unit.conv
         mode, groups, eps = norm_codes(unit.norm)
         kind, p, q = activation_codes(unit.activation)
@@ -48,44 +58,39 @@ def encode_units(units: Sequence[Unit], tensors: MaybeTensors) -> tuple[list[int
     return integers, numbers
 
 
-def decode_statistics(
-    plan: Plan, tensors: MaybeTensors, flat: Tensor, channels: int, used: Sequence[bool]
-) -> list[Tensor]:
-    """Mean and variance [2, C] of every tracked batch norm, evaluation by evaluation: of those that are `used`."""
-    return Met(flat, places_of([plan], channels, used)).apart()
+def tracks(plans: Sequence[Plan]) -> bool:
+    """Whether a norm of them updates running statistics."""
+    return any(True in plan.tracked for plan in plans)
 
 
-def places_of(plans: Sequence[Plan], channels: int, used: Sequence[bool] = (True,)) -> Places:
+def places_of(plans: Sequence[Plan], used: Sequence[bool] = (True,)) -> Places:
     """Where an operator writes what the tracked batch norms meet, in each evaluation that is `used`.
 
     Args:
         plans: one, or a chain's lead, branch and shortcut.
-        channels: of the input.
         used: of each evaluation that the operator makes, whether the block makes it.
     """
-    places = Places()
-    if not any(True in plan.tracked for plan in plans):
-        return places
-    at = 0
-    for keep in used:
-        start = channels
-        for index, plan in enumerate(plans):
-            width = start
-            for unit, tracks in zip(plan.units, plan.tracked, strict=True):
-                if unit.norm is not None and unit.norm.mode == "batch":
-                    if keep and tracks:
-                        places.append((at, width))
-                    at += 2 * width
-                width = width if unit.conv is None else unit.conv.channels_after(width) or 0
-            start = width if index == 0 else start
-    return places
+    row, size = [], 0
+    for plan in plans:
+        for unit, tracked in zip(plan.units, plan.tracked, strict=True):
+            if unit.norm is not None and unit.norm.mode == "batch":
+                width = unit.norm.channels or 0
+                if tracked:
+                    row.append((size, width))
+                size += 2 * width
+    return Places([(index * size + at, width) for index, keep in enumerate(used) if keep for at, width in row])
 
 
-def met_by(plans: Sequence[Plan], memo: dict[str, Any], flat: Tensor, channels: int, used: Sequence[bool]) -> list[Met]:
+def apart(plans: Sequence[Plan], flat: Tensor, used: Sequence[bool] = (True,)) -> list[Tensor]:
+    """Mean and variance [2, C] of every tracked batch norm; the arguments are those of `places_of`, and its vector."""
+    return Met(flat, places_of(plans, used)).apart()
+
+
+def met_by(plans: Sequence[Plan], memo: dict[str, Any], flat: Tensor, used: Sequence[bool] = (True,)) -> list[Met]:
     """What the tracked batch norms have met, in one entry; none where there are none. Its places are kept in a memo."""
     places = memo.get(_PLACES)
     if places is None:
-        places = memo[_PLACES] = places_of(plans, channels, used)
+        places = memo[_PLACES] = places_of(plans, used)
     return [Met(flat, places)] if places else []
 
 

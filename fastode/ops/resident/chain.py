@@ -17,13 +17,12 @@ from ...native import nodes
 from ...native.constants import KEEP_NOTHING
 from ..function import NodeFunction, gradients
 from ..maps import cast, last_of, lowered
-from ..met import Met
 from ..plan import MaybeTensor, MaybeTensors, Plan, activation_codes
 from ..rerun import Rerun
 from ..schemes.chain.chain import Chain
 from . import bfloat16, rule
-from .call import beside, encode_units, met_by, places_of
-from .functions import keeps_beside, save, take_kept
+from .call import beside, encode_units, met_by
+from .functions import keeps_beside, packed, save, take_kept
 
 # In a chain's memo.
 _CODE, _RESULT, _PROGRAM = "resident chain", "resident chain's result", "resident chain's node"
@@ -35,6 +34,8 @@ _FEWEST = 16
 MOST_ALONE = 1 << 17
 SLOWER = "it was measured to be slower than plain PyTorch"
 
+_Map = tuple[int, int, int]
+_Convolution = tuple[Conv, _Map, _Map]  # with its input and its output
 Code = tuple[list[int], list[float], list[int], list[int], float, int, float, float]
 
 
@@ -84,8 +85,9 @@ def slower(x: Tensor, chain: Chain) -> str:
     if not any(unit.conv is not None and not unit.conv.mean for unit in chain.units):
         return f"without a convolution {SLOWER}"
     coupled = any(unit.norm is not None and unit.norm.mode == "batch" for unit in chain.units)
+    found = _convolutions(chain, x)
     entries, largest, widest, uneven, untiled = 0, 0, 0, False, 0
-    for channels, height, width in maps_of(chain, x):
+    for channels, height, width in [(x.shape[1], x.shape[2], x.shape[3]), *[after for _, _, after in found]]:
         if channels * height * width > entries:
             entries, largest = channels * height * width, channels
         widest = max(widest, channels)
@@ -93,7 +95,7 @@ def slower(x: Tensor, chain: Chain) -> str:
         untiled = untiled if bfloat16.fills_tiles(width) else max(untiled, channels)
     pixels = -(-entries // widest)
     if x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and chain.lower is not None):
-        if bfloat16.is_filtered_whole(x, [(conv, before[1], before[2]) for conv, before, _ in _convolutions(chain, x)]):
+        if bfloat16.is_filtered_whole(x, [(conv, before[1], before[2]) for conv, before, _ in found]):
             return ""
         normed = any(unit.norm is not None for unit in chain.units)
         convs = [unit.conv for unit in chain.units if unit.conv is not None and not unit.conv.mean]
@@ -110,13 +112,12 @@ def slower(x: Tensor, chain: Chain) -> str:
         )
         return f"{beyond} {SLOWER}"
     # The bound on channels is of the widest map, that on memory of the largest.
-    family = "chain3" if _is_even(chain, x) else "chain"
+    family = "chain3" if _is_even(found) else "chain"
     return rule.slower_than_eager(x, coupled, widest, pixels, family=family)
 
 
-def _is_even(chain: Chain, x: Tensor) -> bool:
+def _is_even(found: Sequence[_Convolution]) -> bool:
     """Whether it has two convolutions at least, all of them 3×3 of stride 1, in no few channels and over even sides."""
-    found = _convolutions(chain, x)
     return len(found) > 1 and all(
         not conv.mean
         and conv.kernel == (3, 3)
@@ -156,12 +157,7 @@ def of_few_channels(convs: Sequence[Conv]) -> tuple[int, int]:
     return fewest, len(convs) if simple else 0
 
 
-def maps_of(chain: Chain, x: Tensor) -> list[tuple[int, int, int]]:
-    """Channels, height and width of x and of every unit's output."""
-    return [(x.shape[1], x.shape[2], x.shape[3]), *[after for _, _, after in _convolutions(chain, x)]]
-
-
-def _convolutions(chain: Chain, x: Tensor) -> list[tuple[Conv, tuple[int, int, int], tuple[int, int, int]]]:
+def _convolutions(chain: Chain, x: Tensor) -> list[_Convolution]:
     """Every convolution, or mean, with the channels, height and width of its input and of its output."""
     found = []
     start = (x.shape[1], x.shape[2], x.shape[3])
@@ -197,10 +193,18 @@ def _find_result(chain: Chain, x: Tensor) -> list[int]:
     return [count, height, width]
 
 
-def _encode(chain: Chain, tensors: MaybeTensors, channels: int) -> tuple[list[Tensor], Code]:
-    """The tensors that are present, and the constants as the operators take them (csrc/cpu/resident/chain.h)."""
+def _encode(chain: Chain, tensors: MaybeTensors, channels: int, code: Code | None = None) -> tuple[list[Tensor], Code]:
+    """The tensors that are present, and the constants as the operators take them (csrc/cpu/resident/chain.h).
+
+    Args:
+        chain: of units.
+        tensors: of the units.
+        channels: of the input.
+        code: the constants, where they are known.
+    """
     present = [tensor for tensor in tensors if tensor is not None]
-    code: Code | None = None if torch.compiler.is_compiling() else chain.memo.get(_CODE)
+    if code is None and not torch.compiler.is_compiling():
+        code = chain.memo.get(_CODE)
     if code is None:
         integers, numbers = encode_units(chain.units, tensors)
         strides: list[int] = []
@@ -244,18 +248,16 @@ class ResidentChainFunction(NodeFunction):
         found = nodes.module.chain(program, (cls, chain, rerun), given, _result(chain, x))
         if type(found) is not tuple:
             return found if found is NotImplemented else (found,)
-        return (found[0], *met_by(chain.plans, memo, found[1], x.shape[1], (True,)))
+        return (found[0], *met_by(chain.plans, memo, found[1]))
 
     @staticmethod
     def forward(ctx: Any, chain: Chain, rerun: Rerun | None, x: Tensor, *tensors: MaybeTensor) -> Any:
-        y, flat, kept = _forward(chain, x, tensors, keeps_beside(ctx, x))
-        statistics = Met(flat, places_of(chain.plans, x.shape[1])).apart()
+        present, code = _encode(chain, tensors, x.shape[1])
+        y, flat, kept = _forward(chain, x, tensors, present, code, keeps_beside(ctx, x))
         save(ctx, (x, *tensors), kept, [y] if _reads_result(chain) else [])
-        ctx.chain, ctx.rerun = chain, rerun
+        ctx.chain, ctx.rerun, ctx.code = chain, rerun, code
         ctx.set_materialize_grads(False)
-        if statistics:
-            ctx.mark_non_differentiable(*statistics)
-        return (y, *statistics)
+        return packed(ctx, y, flat, chain.plans)
 
     @staticmethod
     def backward(ctx: Any, y_bar: MaybeTensor, *_: None) -> tuple[MaybeTensor, ...]:
@@ -264,10 +266,10 @@ class ResidentChainFunction(NodeFunction):
 
         def pull(bars: Sequence[MaybeTensor], wanted: Sequence[bool]) -> list[MaybeTensor]:
             (bar,), (x, *tensors) = bars, given
-            present, code = _encode(chain, tensors, x.shape[1])
+            present, code = _encode(chain, tensors, x.shape[1], ctx.code)
             y = x
             if _reads_result(chain):  # which a node in C++ does not hand over
-                y = after[0] if after else _forward(chain, x, tensors, KEEP_NOTHING)[0]
+                y = after[0] if after else _forward(chain, x, tensors, present, code, KEEP_NOTHING)[0]
             x_bar, found = torch.ops.fastode.resident_chain_backward.default(
                 lowered(chain.lower, x), y, bar, take_kept(ctx, wanted), present, *code, wanted[0], any(wanted[1:])
             )
@@ -281,8 +283,9 @@ def _reads_result(chain: Chain) -> bool:
     return chain.activation is not None and chain.activation.kind == "relu"
 
 
-def _forward(chain: Chain, x: Tensor, tensors: MaybeTensors, keep: int) -> tuple[Tensor, Tensor, list[Tensor]]:
-    present, code = _encode(chain, tensors, x.shape[1])
+def _forward(
+    chain: Chain, x: Tensor, tensors: MaybeTensors, present: list[Tensor], code: Code, keep: int
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     made: tuple[Tensor, Tensor, list[Tensor]] = torch.ops.fastode.resident_chain_forward.default(
         lowered(chain.lower, x), present, *code, _result(chain, x), keep, last_of(x, tensors)
     )

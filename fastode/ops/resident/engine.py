@@ -6,6 +6,7 @@ README.md beside this file says how it works and what it stores.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,12 +14,16 @@ from torch import Tensor
 from ...native import cuda_library
 from ...native.constants import MOST_PAIR_CHANNELS
 from ..engine import NO_EXACT_IE, NO_ODE_SOLUTION, ODE_SOLUTION, Call, OperatorEngine
+from ..met import Met
 from ..plan import MaybeTensors, Plan
 from ..schemes.chain.chain import Chain
+from ..schemes.implicit_euler.descent import Descent
 from ..schemes.ode import solution
+from ..schemes.runge_kutta.stages import Scheme
 from ..schemes.skew_pair.linear import Linear
 from ..schemes.skew_pair.pair import Pair
 from . import bfloat16, card, chain, functions, head, linear, pairs, rule, skew, small, solve
+from .call import apart
 from .field import ResidentField
 
 
@@ -39,6 +44,11 @@ class Resident(OperatorEngine):
     linear_solution = linear.ResidentLinearSolveFunction
     solution_from_x = True
     steps_inside = True
+
+    def apart(self, results: Any, plans: Sequence[Plan], rule: Descent | Scheme | None = None) -> Any:
+        if len(results) == 1 or type(results[1]) is Met:
+            return results
+        return (results[0], *apart(plans, results[1], (True,) if rule is None else functions.used(rule)))
 
     def refuses(self, call: Call) -> str:
         if call.family == "exact_ie":
@@ -187,9 +197,11 @@ def _refuses_linear(linear: Linear, tensors: MaybeTensors, x: Tensor | None) -> 
 
 def _refuses_dtypes(lower: torch.dtype | None, tensors: MaybeTensors, x: Tensor | None) -> str:
     # Autocast leaves float64 alone; of other maps it takes parameters in either dtype, as the operators do.
-    mixed = lower is not None and x is not None and x.dtype != torch.float64
-    if x is not None and not mixed and any(tensor is not None and tensor.dtype != x.dtype for tensor in tensors):
-        return "its parameters are not of the input's dtype"
+    if x is None or (lower is not None and x.dtype != torch.float64):
+        return ""
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype != x.dtype:
+            return "its parameters are not of the input's dtype"
     return ""
 
 

@@ -21,7 +21,7 @@ from ..plan import MaybeTensor, MaybeTensors, Plan
 from ..rerun import Rerun
 from ..schemes.implicit_euler.descent import Descent
 from ..schemes.runge_kutta.stages import Scheme
-from .call import beside, decode_statistics, encode, met_by
+from .call import beside, encode, encode_again, met_by, tracks
 
 LESS_MEMORY = "FASTODE_LESS_MEMORY"
 _PROGRAM = "resident node"  # in a plan's memo
@@ -105,16 +105,25 @@ def _arguments(
     return program, (cls, *constants), given
 
 
-def _results(found: Any, plan: Plan, given: MaybeTensors, inputs: int, rule: Descent | Scheme) -> Any:
-    """What forward returns, from what such a call returned."""
+def _of_node(found: Any, plan: Plan, rule: Descent | Scheme) -> Any:
+    """The results of a Function from what such a call returned."""
     if type(found) is not tuple:
         return found if found is NotImplemented else (found,)
-    y, flat = found
-    assert given[0] is not None
-    return (y, *met_by([plan], plan.memo, flat, given[0].shape[1], _used(rule)))
+    return (found[0], *met_by([plan], plan.memo, found[1], used(rule)))
 
 
-def _used(rule: Descent | Scheme) -> list[bool]:
+def packed(ctx: Any, y: Tensor, flat: Tensor, plans: Sequence[Plan]) -> tuple[Tensor, ...]:
+    """What a forward returns: with y what its norms have met, where their running statistics are to be moved.
+
+    In one tensor, because each that a Function returns costs a tracer a look at all that it was given.
+    """
+    if not tracks(plans):
+        return (y,)
+    ctx.mark_non_differentiable(flat)
+    return y, flat
+
+
+def used(rule: Descent | Scheme) -> list[bool]:
     """Of each evaluation that the operator makes, whether the block makes it: a scheme where a coefficient asks."""
     if isinstance(rule, Descent):
         return [True] * (rule.steps + 1)
@@ -130,22 +139,18 @@ class ResidentIESkipFunction(NodeFunction):
     def through_node(cls, plan: Plan, descent: Descent, rerun: Rerun | None, given: MaybeTensors) -> Any:
         rule = (descent.steps, descent.step_size, descent.theta, descent.detach)
         found = nodes.module.descent(*_arguments(cls, (plan, descent, rerun), given, 1), *rule)
-        return _results(found, plan, given, 1, descent)
+        return _of_node(found, plan, descent)
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, descent: Descent, rerun: Rerun | None, x: Tensor, *tensors: MaybeTensor) -> Any:
         rule = (descent.steps, descent.step_size, descent.theta)
         keep, everything = KEEP_NOTHING if descent.detach else keeps_beside(ctx, x), keeps_all(ctx, tensors)
-        y, flat, kept = torch.ops.fastode.resident_ie_forward.default(
-            x, *encode(plan, tensors), *rule, keep, everything
-        )
-        statistics = decode_statistics(plan, tensors, flat, x.shape[1], _used(descent))
+        present, *code = encode(plan, tensors)
+        y, flat, kept = torch.ops.fastode.resident_ie_forward.default(x, present, *code, *rule, keep, everything)
         save(ctx, (x, *tensors), kept)
-        ctx.plan, ctx.descent, ctx.rerun, ctx.kept_all = plan, descent, rerun, everything
+        ctx.plan, ctx.descent, ctx.rerun, ctx.kept_all, ctx.code = plan, descent, rerun, everything, code
         ctx.set_materialize_grads(False)
-        if statistics:
-            ctx.mark_non_differentiable(*statistics)
-        return (like_reference(y, x), *statistics)
+        return packed(ctx, like_reference(y, x), flat, [plan])
 
     @staticmethod
     def backward(ctx: Any, y_bar: MaybeTensor, *_: None) -> tuple[MaybeTensor, ...]:
@@ -155,7 +160,7 @@ class ResidentIESkipFunction(NodeFunction):
         def pull(bars: Sequence[MaybeTensor], wanted: Sequence[bool]) -> list[MaybeTensor]:
             x, *tensors = given
             x_bar, found = torch.ops.fastode.resident_ie_backward.default(
-                x, bars[0], take_kept(ctx, wanted), *encode(ctx.plan, tensors), *rule, any(wanted[1:]), ctx.kept_all
+                x, bars[0], take_kept(ctx, wanted), *encode_again(ctx, tensors), *rule, any(wanted[1:]), ctx.kept_all
             )
             return [x_bar, *beside(tensors, found)]
 
@@ -173,23 +178,21 @@ class ResidentShuOsherFunction(NodeFunction):
     @classmethod
     def through_node(cls, plan: Plan, scheme: Scheme, rerun: Rerun | None, given: MaybeTensors) -> Any:
         found = nodes.module.scheme(*_arguments(cls, (plan, scheme, rerun), given, 2))
-        return _results(found, plan, given, 2, scheme)
+        return _of_node(found, plan, scheme)
 
     @staticmethod
     def forward(
         ctx: Any, plan: Plan, scheme: Scheme, rerun: Rerun | None, x: Tensor, table: Tensor, *tensors: MaybeTensor
     ) -> Any:
         everything = keeps_all(ctx, (table, *tensors))
+        present, *code = encode(plan, tensors)
         y, flat, kept = torch.ops.fastode.resident_rk_forward.default(
-            x, *encode(plan, tensors), table.contiguous(), keeps_beside(ctx, x), everything
+            x, present, *code, table.contiguous(), keeps_beside(ctx, x), everything
         )
-        statistics = decode_statistics(plan, tensors, flat, x.shape[1], _used(scheme))
         save(ctx, (x, table, *tensors), kept)
-        ctx.plan, ctx.rerun, ctx.kept_all = plan, rerun, everything
+        ctx.plan, ctx.rerun, ctx.kept_all, ctx.code = plan, rerun, everything, code
         ctx.set_materialize_grads(False)
-        if statistics:
-            ctx.mark_non_differentiable(*statistics)
-        return (like_reference(y, x), *statistics)
+        return packed(ctx, like_reference(y, x), flat, [plan])
 
     @staticmethod
     def backward(ctx: Any, y_bar: MaybeTensor, *_: None) -> tuple[MaybeTensor, ...]:
@@ -198,7 +201,7 @@ class ResidentShuOsherFunction(NodeFunction):
         def pull(bars: Sequence[MaybeTensor], wanted: Sequence[bool]) -> list[MaybeTensor]:
             x, table, *tensors = given
             x_bar, found, table_bar = torch.ops.fastode.resident_rk_backward.default(
-                x, bars[0], take_kept(ctx, wanted), *encode(ctx.plan, tensors), table.contiguous(), any(wanted[2:]),
+                x, bars[0], take_kept(ctx, wanted), *encode_again(ctx, tensors), table.contiguous(), any(wanted[2:]),
                 wanted[1], ctx.kept_all,
             )  # fmt: skip
             table_bar = table_bar.view(table.shape).to(table.dtype) if wanted[1] else None

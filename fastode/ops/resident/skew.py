@@ -36,12 +36,23 @@ def encode(pair: Pair, tensors: MaybeTensors) -> PairCode:
     kind, p, q = activation_codes(pair.activation)
     integers, numbers = [pair.stride, kind], [pair.gamma, p, q]
     for which, norm in enumerate(pair.norms):
-        row = tensors[1 + which * TENSORS_PER_NORM :][:TENSORS_PER_NORM]
-        bits = sum(bit for bit, tensor in zip(_PRESENT, row, strict=True) if tensor is not None)
+        bits, at = 0, 1 + which * TENSORS_PER_NORM
+        for bit in _PRESENT:
+            if bit and tensors[at] is not None:
+                bits += bit
+            at += 1
         mode, groups, eps = norm_codes(norm)
         integers += [mode, groups, bits]
         numbers.append(eps)
     return [tensor for tensor in tensors if tensor is not None], integers, numbers
+
+
+def _encode_again(ctx: Any, tensors: MaybeTensors) -> Any:
+    """What a backward's operator takes of a pair, or of its solution by a march; its forward may have left the code."""
+    if ctx.code is not None:
+        return [tensor for tensor in tensors if tensor is not None], *ctx.code
+    march = getattr(ctx, "march", None)
+    return *encode(ctx.pair, tensors), *(() if march is None else _march_code(march, ctx.pair))
 
 
 def _norms_used(pair: Pair, slope_y: bool, slope_z: bool) -> list[bool]:
@@ -97,13 +108,14 @@ class ResidentSkewFunction(NodeFunction):
         assert weight is not None
         # The memory formats that PyTorch's convolution and its transpose give the slopes.
         last = [is_channels_last(x) or is_channels_last(weight) for x in (z, y)]
+        present, *code = encode(pair, tensors)
         dy, dz, kept, signs = torch.ops.fastode.resident_skew_forward.default(
-            y, z, *encode(pair, tensors), keeps(ctx, y), keeps_beside(ctx, y) == KEEP_PIECES, last[0], last[1]
+            y, z, present, *code, keeps(ctx, y), keeps_beside(ctx, y) == KEEP_PIECES, last[0], last[1]
         )
         # Signs are read beside the slopes. These are the user's, who may write to them, and so no saved tensors.
         ctx.slopes = [dy.detach(), dz.detach()] if signs else []
         ctx.save_for_backward(y, z, *tensors, *signs, *kept)
-        ctx.pair, ctx.rerun, ctx.count, ctx.signs = pair, rerun, 2 + len(tensors), len(signs)
+        ctx.pair, ctx.rerun, ctx.count, ctx.signs, ctx.code = pair, rerun, 2 + len(tensors), len(signs), code
         ctx.set_materialize_grads(False)
         return dy, dz
 
@@ -127,7 +139,7 @@ class ResidentSkewFunction(NodeFunction):
                 with_leaves(kept, tensors, asked),
                 list(signs),
                 slopes,
-                *encode(ctx.pair, tensors),
+                *_encode_again(ctx, tensors),
                 *ends,
                 asked[0],
                 any(asked[1:]),
@@ -151,11 +163,13 @@ class ResidentMarchFunction(NodeFunction):
     def forward(
         ctx: Any, pair: Pair, march: March, rerun: Rerun | None, x: Tensor, *tensors: MaybeTensor
     ) -> tuple[Tensor]:
+        present, *code = encode(pair, tensors)
+        code += _march_code(march, pair)
         end, kept = torch.ops.fastode.resident_march_forward.default(
-            x, *encode(pair, tensors), *_march_code(march, pair), keeps(ctx, x), is_channels_last(x)
+            x, present, *code, keeps(ctx, x), is_channels_last(x)
         )
         ctx.save_for_backward(x, *tensors, *kept)
-        ctx.pair, ctx.march, ctx.rerun, ctx.count = pair, march, rerun, 1 + len(tensors)
+        ctx.pair, ctx.march, ctx.rerun, ctx.count, ctx.code = pair, march, rerun, 1 + len(tensors), code
         ctx.set_materialize_grads(False)
         return (end,)
 
@@ -166,13 +180,13 @@ class ResidentMarchFunction(NodeFunction):
 
         def pull(bars: Sequence[MaybeTensor], wanted: Sequence[bool]) -> list[MaybeTensor]:
             x, *tensors = given
-            slopes = [both for step in ctx.march.used(ctx.pair.gamma != 0) for both in step]
-            used = _norms_used(ctx.pair, any(y for y, _ in slopes), any(z for _, z in slopes))
+            code = _encode_again(ctx, tensors)
+            slopes = code[-1]
+            used = _norms_used(ctx.pair, 1 in slopes[::2], 1 in slopes[1::2])
             asked = of_tensors(used, wanted[1:])
             x_bar, found = torch.ops.fastode.resident_march_backward.default(
-                x, bars[0], with_leaves(kept, tensors, asked), *encode(ctx.pair, tensors),
-                *_march_code(ctx.march, ctx.pair), asked[0], any(asked[1:]),
-            )  # fmt: skip
+                x, bars[0], with_leaves(kept, tensors, asked), *code, asked[0], any(asked[1:])
+            )
             return [x_bar, *only(beside(tensors, found), asked)]
 
         return gradients(ctx, given, [end_bar], pull)

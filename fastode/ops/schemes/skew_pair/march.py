@@ -40,9 +40,10 @@ class March:
     def used(self, damped: bool) -> list[list[tuple[bool, bool]]]:
         """For each step and stage, whether y(t₁) depends on the slope of y and on that of z."""
         stages = len(self.b)
-        used = []
+        used: list[list[tuple[bool, bool]]] = []
         live_y, live_z = True, False
-        for _ in range(self.steps):
+        while len(used) < self.steps:
+            before = live_y, live_z
             slopes_y = [live_y and weight != 0 for weight in self.b]
             slopes_z = [live_z and weight != 0 for weight in self.b]
             for i in range(stages - 1, -1, -1):
@@ -54,6 +55,8 @@ class March:
                     slopes_y[j] = slopes_y[j] or (reads_y and coefficient != 0)
                     slopes_z[j] = slopes_z[j] or (reads_z and coefficient != 0)
             used.append(list(zip(slopes_y, slopes_z, strict=True)))
+            if (live_y, live_z) == before:  # as it will be for all earlier steps
+                used += [used[-1]] * (self.steps - len(used))
         return used[::-1]
 
 
