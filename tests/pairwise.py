@@ -13,6 +13,7 @@ SEEDS = (1,) if os.environ.get("FASTODE_ONE_DESIGN") else (1, 2)
 
 Case = dict[str, Any]
 Pair = tuple[tuple[str, Any], tuple[str, Any]]
+Partners = dict[tuple[str, Any], set[tuple[str, Any]]]  # of a factor's value those that it has not met yet
 
 
 def design_factors(factors: Mapping[str, Sequence[Any]], seed: int) -> dict[str, Sequence[Any]]:
@@ -58,18 +59,24 @@ def covering(
     missing = sorted(all_pairs(factors), key=repr)
     generator.shuffle(missing)
     uncovered = dict.fromkeys(missing)
+    partners: Partners = {}
+    for one, other in missing:
+        partners.setdefault(one, set()).add(other)
+        partners.setdefault(other, set()).add(one)
     cases: list[Case] = []
     while uncovered:
         wanted = next(iter(uncovered))
-        grown = (_grow(factors, wanted, uncovered, generator) for _ in range(candidates))
+        grown = (_grow(factors, wanted, partners, generator) for _ in range(candidates))
         best = max((c for c in grown if possible(c)), key=lambda c: _gain(c, uncovered), default=None)
         if best is None:
             best = _search(factors, wanted, possible, generator)
+        for pair in [wanted] if best is None else pairs_of(best):
+            if pair in uncovered:
+                del uncovered[pair]
+                partners[pair[0]].remove(pair[1])
+                partners[pair[1]].remove(pair[0])
         if best is None:
-            del uncovered[wanted]
             continue
-        for pair in pairs_of(best):
-            uncovered.pop(pair, None)
         cases.append({name: best[name] for name in factors})
     return cases
 
@@ -78,23 +85,16 @@ def _gain(case: Case, uncovered: Mapping[Pair, None]) -> int:
     return sum(pair in uncovered for pair in pairs_of(case))
 
 
-def _grow(
-    factors: Mapping[str, Sequence[Any]], wanted: Pair, uncovered: Mapping[Pair, None], generator: random.Random
-) -> Case:
+def _grow(factors: Mapping[str, Sequence[Any]], wanted: Pair, partners: Partners, generator: random.Random) -> Case:
     case: Case = dict(wanted)
     names = [name for name in factors if name not in case]
     generator.shuffle(names)
     for name in names:
         values = list(factors[name])
         generator.shuffle(values)
-        case[name] = max(values, key=lambda value: _new_pairs(case, name, value, uncovered))
+        held = case.items()
+        case[name] = max(values, key=lambda value: len(held & partners.get((name, value), ())))
     return case
-
-
-def _new_pairs(case: Case, name: str, value: Any, uncovered: Mapping[Pair, None]) -> int:
-    new = (name, value)
-    pairs = ((new, old) if name < old[0] else (old, new) for old in case.items())
-    return sum(pair in uncovered for pair in pairs)
 
 
 def _search(

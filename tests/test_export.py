@@ -15,7 +15,7 @@ from fastode.testing import compare_tensors, sample_input
 
 NETS = {
     "ie_resnet18": lambda: nets.ie_resnet18(width=4),
-    "sspnet": lambda: nets.sspnet("ssp3", width=4),
+    "sspnet": lambda: nets.sspnet("ssp3", n=1, width=4),
     "batch norm": lambda: nets.ie_resnet18(width=4, norm="batch"),
     "sonet": lambda: nets.sonet(width=8, solver="euler"),
 }

@@ -24,12 +24,14 @@ FAMILIES = [family for family in drawn.FAMILIES if family not in (*drawn.BY_ERRO
 
 
 def float64_cases(count: int) -> list[drawn.Case]:
-    found = (drawn.draw_case(2, index) for index in range(1000))
-    fitting = (case for case in found if case.inputs[0].dtype is torch.float64 and "mish" not in case.text)
     by_family: dict[str, list[drawn.Case]] = {family: [] for family in FAMILIES}
-    for case in fitting:
-        if case.family in by_family and len(by_family[case.family]) < count:
-            by_family[case.family].append(case)
+    for index in range(1000):
+        case = drawn.draw_case(2, index)
+        cases = by_family.get(case.family)
+        if cases is not None and len(cases) < count and case.inputs[0].dtype is torch.float64:
+            cases += [] if "mish" in case.text else [case]
+            if all(len(cases) == count for cases in by_family.values()):
+                break
     return [case for cases in by_family.values() for case in cases]
 
 
