@@ -15,6 +15,7 @@ the package fastode.reference, or a block of it, and so it is in __all__.
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,9 +35,15 @@ _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
+@functools.cache
+def _words(text: str) -> list[str]:
+    return [word.lower() for word in _WORD.findall(text)]
+
+
+@functools.cache
 def _contains(text: str, name: str) -> bool:
     """Whether the words of a name stand in a text, one after the other."""
-    words, wanted = ([word.lower() for word in _WORD.findall(each)] for each in (text, name))
+    words, wanted = _words(text), _words(name)
     return any(words[at : at + len(wanted)] == wanted for at in range(len(words)))
 
 
