@@ -118,7 +118,13 @@ def _on_docstring(app: Any, what: str, name: str, thing: Any, options: Any, line
     lines[:] = plain(lines)
 
 
+def _leave_fields_to_the_class(app: Any, what: str, name: str, member: Any, skip: bool, options: Any) -> bool | None:
+    """A named tuple's fields say nothing but their numbers, and its docstring says the rest."""
+    return True if type(member).__name__ == "_tuplegetter" else None
+
+
 def setup(app: Any) -> None:
-    """Connect the two changes: of a page's source, and of a docstring before napoleon reads it."""
+    """Connect what is left out and what is changed: a page's source, and a docstring before napoleon reads it."""
+    app.connect("autodoc-skip-member", _leave_fields_to_the_class)
     app.connect("source-read", _on_page)
     app.connect("autodoc-process-docstring", _on_docstring, priority=100)
