@@ -20,8 +20,8 @@ from fastode.native import cuda, toolchain
 CHECKOUT = Path(__file__).resolve().parent.parent
 SOURCES = CHECKOUT / "tests" / "simt"
 DEVICE = CHECKOUT / "csrc" / "cuda"
-# The last -O counts; what -O3 adds to -O2 is compile time.
-FLAGS = (*toolchain.FLAGS, "-O2", *toolchain.NATIVE, *toolchain.STABLE_ABI)
+# The last -O counts: with -O2 a build takes 70 s in place of 50, and the programs' tests a twelfth less.
+FLAGS = (*toolchain.FLAGS, "-O1", *toolchain.NATIVE, *toolchain.STABLE_ABI)
 KINDS = (
     "launch",
     "block_barrier",
