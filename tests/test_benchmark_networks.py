@@ -157,9 +157,9 @@ def test_a_compiled_network_stays_what_it_is() -> None:
 @pytest.mark.usefixtures("small_roofline")
 def test_a_fused_network_takes_part_compiled() -> None:
     rivals = [name for name in suites.COMPILED if name.startswith("fused")]
-    item = suites.Item(workload(blocks), "forward", "float32", ())
+    item = suites.Item(workload(blocks), "train", "float32", ())
     taking_part, _ = run.contenders_of(item, CPU, ["eager-cl", "fused:auto", *rivals])
-    rows = measure.measure(item.workload, "forward", "float32", CPU, taking_part, seconds=0.0, rounds=(1, 1))
+    rows = measure.measure(item.workload, "train", "float32", CPU, taking_part, seconds=0.0, rounds=(1, 1))
     assert [row["errors"] for row in rows] == [""] * 3 and rows[2]["engine"] == "auto-compiled"
     assert [row["ratio_to_uncompiled"] is None for row in rows] == [True, True, False]
     assert rows[2]["ratio_to_uncompiled"]["than"] == "fused:auto" and rows[2]["equality"]["ok"]

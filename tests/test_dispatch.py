@@ -159,9 +159,9 @@ for i in range(15):
 
 
 def test_processes_that_write_at_once_lose_nothing(bench: Bench) -> None:
-    writers = [subprocess.Popen([sys.executable, "-c", WRITER, name], cwd=ROOT) for name in "ab"]
-    assert [writer.wait(timeout=300) for writer in writers] == [0, 0]
-    assert sorted(bench.decisions) == sorted(f"{name} {i}" for name in "ab" for i in range(15))
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, name], cwd=ROOT) for name in "abc"]
+    assert [writer.wait(timeout=300) for writer in writers] == [0, 0, 0]
+    assert sorted(bench.decisions) == sorted(f"{name} {i}" for name in "abc" for i in range(15))
     assert {path.name for path in decisions.path().parent.iterdir()} == {"decisions.json", "decisions.lock"}
 
 

@@ -19,7 +19,6 @@ from fastode import reference
 from fastode.testing import sample_input
 
 CPU = torch.device("cpu")
-HERE = Path(__file__).parent
 
 # A worker of the protocol that computes nothing: what it does is what the item says.
 WORKER = """

@@ -17,7 +17,7 @@ MEASURES = (Clean(), Attacked("FGSM", "fgsm", {"eps": 0.04}))  # at the recipe's
 def shorter(plan: Plan) -> Plan:
     """One network of the quick size, on fewer images."""
     networks = tuple(network for network in plan.networks if network.name == "SSP-3")
-    training = replace(plan.training, epochs=4, batch=16, images=250)
+    training = replace(plan.training, epochs=4, batch=16, images=500)
     return replace(plan, networks=networks, training=training, tables=(Table("Table 1", "", MEASURES),), images=200)
 
 
@@ -32,4 +32,4 @@ def test_fused_and_reference_blocks_give_the_same_table_within_seed_noise(tmp_pa
         one, other = ([float(value) for value in values_of(each, "SSP-3", column)] for each in found)
         doubt = 2 * ((statistics.variance(one) + statistics.variance(other)) / plan.seeds) ** 0.5
         assert abs(statistics.fmean(one) - statistics.fmean(other)) <= doubt, (column, one, other)
-        assert column != "natural" or min(*one, *other) > 40, f"it has not learned: {one}, {other}"
+        assert column != "natural" or min(*one, *other) > 50, f"it has not learned: {one}, {other}"

@@ -205,13 +205,11 @@ def test_nothing_is_kept_where_no_backward_can_come(name: str) -> None:
         torch.compile(block, fullgraph=True, backend=aot_autograd(fw_compiler=see))(x)
         return kept
 
+    assert traced(x) == [KEEP_TICKET]
     with torch.no_grad():
         assert traced(x) == [KEEP_NOTHING]
-    if name == "ie":  # the others' Functions ask by the same function
-        assert traced(x) == [KEEP_TICKET]
-        block.requires_grad_(False)
-        assert traced(x) == [KEEP_NOTHING]
     block.requires_grad_(False)
+    assert traced(x) == [KEEP_NOTHING]
     assert traced(x.requires_grad_()) == [KEEP_TICKET]
 
 

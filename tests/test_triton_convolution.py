@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,8 +23,6 @@ from fastode.ops.schemes.skew_pair.pair import Pair
 from fastode.ops.triton import convolution
 from fastode.tableau import SSP3
 from fastode.testing import assert_blocks_equal
-
-HERE = Path(__file__).parent
 
 
 @pytest.mark.parametrize(
