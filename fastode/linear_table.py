@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from . import checks
@@ -53,6 +53,9 @@ class LinearTable:
         alpha: row i-1 holds α_i0 … α_i,i-1.
         beta: rows of the same lengths; of each row of alpha and beta together, some entry is not zero.
 
+    Attributes:
+        parts: the table as blocks run it.
+
     Raises:
         TypeError: an argument is of the wrong kind.
         ValueError: rows of the wrong length, coefficients that are not finite, or a stage without any.
@@ -67,6 +70,7 @@ class LinearTable:
     name: str
     alpha: Rows
     beta: Rows
+    parts: Parts = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -79,13 +83,7 @@ class LinearTable:
         # Lists are taken too, but what is kept must be hashable: it travels through torch.compile as a constant.
         object.__setattr__(self, "alpha", alpha)
         object.__setattr__(self, "beta", beta)
-        object.__setattr__(self, "_parts", parts_of(alpha, beta))
-
-    @property
-    def parts(self) -> Parts:
-        """The table as blocks run it."""
-        found: Parts = self._parts  # type: ignore[attr-defined]
-        return found
+        object.__setattr__(self, "parts", parts_of(alpha, beta))
 
     @property
     def stages(self) -> int:

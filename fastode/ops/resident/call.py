@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,11 +33,27 @@ def encode(plan: Plan, tensors: MaybeTensors) -> Branch:
     return present, *code
 
 
-def encode_again(ctx: Any, tensors: MaybeTensors) -> Branch:
-    """`encode` in the backward of a Function, whose forward may have left the integers and the numbers."""
+def encode_again(ctx: Any, tensors: MaybeTensors, encode: Callable[[], Sequence[Any]]) -> Sequence[Any]:
+    """What a backward's operator takes of its constants, behind the tensors that are present.
+
+    Args:
+        ctx: the Function's context, in whose `code` forward may have left what follows these tensors.
+        tensors: the block's.
+        encode: makes both anew.
+    """
     if ctx.code is None:
-        return encode(ctx.plan, tensors)
+        return encode()
     return [tensor for tensor in tensors if tensor is not None], *ctx.code
+
+
+def present_bits(tensors: MaybeTensors, at: int, count: int) -> int:
+    """The bits of those of a unit's first `count` tensors that are present; the unit's begin at `at`."""
+    bits = 0
+    for bit in _PRESENT[:count]:
+        if bit and tensors[at] is not None:
+            bits += bit
+        at += 1
+    return bits
 
 
 def encode_units(units: Sequence[Unit], tensors: MaybeTensors) -> tuple[list[int], list[float]]:
@@ -45,11 +61,7 @@ def encode_units(units: Sequence[Unit], tensors: MaybeTensors) -> tuple[list[int
     integers: list[int] = []
     numbers: list[float] = []
     for index, unit in enumerate(units):
-        bits, at = 0, index * TENSORS_PER_UNIT
-        for bit in _PRESENT:
-            if bit and tensors[at] is not None:
-                bits += bit
-            at += 1
+        bits = present_bits(tensors, index * TENSORS_PER_UNIT, TENSORS_PER_UNIT)
         conv = unit.conv
         mode, groups, eps = norm_codes(unit.norm)
         kind, p, q = activation_codes(unit.activation)
@@ -79,11 +91,6 @@ def places_of(plans: Sequence[Plan], used: Sequence[bool] = (True,)) -> Places:
                     row.append((size, width))
                 size += 2 * width
     return Places([(index * size + at, width) for index, keep in enumerate(used) if keep for at, width in row])
-
-
-def apart(plans: Sequence[Plan], flat: Tensor, used: Sequence[bool] = (True,)) -> list[Tensor]:
-    """Mean and variance [2, C] of every tracked batch norm; the arguments are those of `places_of`, and its vector."""
-    return Met(flat, places_of(plans, used)).apart()
 
 
 def met_by(plans: Sequence[Plan], memo: dict[str, Any], flat: Tensor, used: Sequence[bool] = (True,)) -> list[Met]:

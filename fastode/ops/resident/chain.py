@@ -21,7 +21,7 @@ from ..plan import MaybeTensor, MaybeTensors, Plan, activation_codes
 from ..rerun import Rerun
 from ..schemes.chain.chain import Chain
 from . import bfloat16, rule
-from .call import beside, encode_units, met_by
+from .call import beside, encode_again, encode_units, met_by
 from .functions import keeps_beside, packed, save, take_kept
 
 # In a chain's memo.
@@ -193,18 +193,10 @@ def _find_result(chain: Chain, x: Tensor) -> list[int]:
     return [count, height, width]
 
 
-def _encode(chain: Chain, tensors: MaybeTensors, channels: int, code: Code | None = None) -> tuple[list[Tensor], Code]:
-    """The tensors that are present, and the constants as the operators take them (csrc/cpu/resident/chain.h).
-
-    Args:
-        chain: of units.
-        tensors: of the units.
-        channels: of the input.
-        code: the constants, where they are known.
-    """
+def _encode(chain: Chain, tensors: MaybeTensors, channels: int) -> tuple[Any, ...]:
+    """The tensors that are present, and the constants as the operators take them (csrc/cpu/resident/chain.h)."""
     present = [tensor for tensor in tensors if tensor is not None]
-    if code is None and not torch.compiler.is_compiling():
-        code = chain.memo.get(_CODE)
+    code: Code | None = None if torch.compiler.is_compiling() else chain.memo.get(_CODE)
     if code is None:
         integers, numbers = encode_units(chain.units, tensors)
         strides: list[int] = []
@@ -226,7 +218,7 @@ def _encode(chain: Chain, tensors: MaybeTensors, channels: int, code: Code | Non
         code = (integers, numbers, strides, lengths, chain.step_size, *activation_codes(chain.activation))
         if not torch.compiler.is_compiling():
             chain.memo[_CODE] = code
-    return present, code
+    return present, *code
 
 
 class ResidentChainFunction(NodeFunction):
@@ -243,7 +235,7 @@ class ResidentChainFunction(NodeFunction):
             given = (x, *given[1:])
         program = memo.get(_PROGRAM)
         if program is None:
-            code = _encode(chain, given[1:], x.shape[1])[1]
+            code = _encode(chain, given[1:], x.shape[1])[1:]
             program = memo[_PROGRAM] = nodes.module.chain_program(*code, _reads_result(chain))
         found = nodes.module.chain(program, (cls, chain, rerun), given, _result(chain, x))
         if type(found) is not tuple:
@@ -252,10 +244,10 @@ class ResidentChainFunction(NodeFunction):
 
     @staticmethod
     def forward(ctx: Any, chain: Chain, rerun: Rerun | None, x: Tensor, *tensors: MaybeTensor) -> Any:
-        present, code = _encode(chain, tensors, x.shape[1])
-        y, flat, kept = _forward(chain, x, tensors, present, code, keeps_beside(ctx, x))
+        encoded = _encode(chain, tensors, x.shape[1])
+        y, flat, kept = _forward(chain, x, tensors, encoded, keeps_beside(ctx, x))
         save(ctx, (x, *tensors), kept, [y] if _reads_result(chain) else [])
-        ctx.chain, ctx.rerun, ctx.code = chain, rerun, code
+        ctx.chain, ctx.rerun, ctx.code = chain, rerun, encoded[1:]
         ctx.set_materialize_grads(False)
         return packed(ctx, y, flat, chain.plans)
 
@@ -266,12 +258,12 @@ class ResidentChainFunction(NodeFunction):
 
         def pull(bars: Sequence[MaybeTensor], wanted: Sequence[bool]) -> list[MaybeTensor]:
             (bar,), (x, *tensors) = bars, given
-            present, code = _encode(chain, tensors, x.shape[1], ctx.code)
+            encoded = encode_again(ctx, tensors, lambda: _encode(chain, tensors, x.shape[1]))
             y = x
             if _reads_result(chain):  # which a node in C++ does not hand over
-                y = after[0] if after else _forward(chain, x, tensors, present, code, KEEP_NOTHING)[0]
+                y = after[0] if after else _forward(chain, x, tensors, encoded, KEEP_NOTHING)[0]
             x_bar, found = torch.ops.fastode.resident_chain_backward.default(
-                lowered(chain.lower, x), y, bar, take_kept(ctx, wanted), present, *code, wanted[0], any(wanted[1:])
+                lowered(chain.lower, x), y, bar, take_kept(ctx, wanted), *encoded, wanted[0], any(wanted[1:])
             )
             return [cast(x_bar, x.dtype) if wanted[0] else None, *beside(tensors, found)]
 
@@ -284,9 +276,9 @@ def _reads_result(chain: Chain) -> bool:
 
 
 def _forward(
-    chain: Chain, x: Tensor, tensors: MaybeTensors, present: list[Tensor], code: Code, keep: int
+    chain: Chain, x: Tensor, tensors: MaybeTensors, encoded: Sequence[Any], keep: int
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     made: tuple[Tensor, Tensor, list[Tensor]] = torch.ops.fastode.resident_chain_forward.default(
-        lowered(chain.lower, x), present, *code, _result(chain, x), keep, last_of(x, tensors)
+        lowered(chain.lower, x), *encoded, _result(chain, x), keep, last_of(x, tensors)
     )
     return made

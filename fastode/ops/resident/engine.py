@@ -23,7 +23,7 @@ from ..schemes.runge_kutta.stages import Scheme
 from ..schemes.skew_pair.linear import Linear
 from ..schemes.skew_pair.pair import Pair
 from . import bfloat16, card, chain, functions, head, linear, pairs, rule, skew, small, solve
-from .call import apart
+from .call import places_of
 from .field import ResidentField
 
 
@@ -48,7 +48,8 @@ class Resident(OperatorEngine):
     def apart(self, results: Any, plans: Sequence[Plan], rule: Descent | Scheme | None = None) -> Any:
         if len(results) == 1 or type(results[1]) is Met:
             return results
-        return (results[0], *apart(plans, results[1], (True,) if rule is None else functions.used(rule)))
+        places = places_of(plans, (True,) if rule is None else functions.used(rule))
+        return (results[0], *Met(results[1], places).apart())
 
     def refuses(self, call: Call) -> str:
         if call.family == "exact_ie":

@@ -159,8 +159,9 @@ class ResidentIESkipFunction(NodeFunction):
 
         def pull(bars: Sequence[MaybeTensor], wanted: Sequence[bool]) -> list[MaybeTensor]:
             x, *tensors = given
+            code = encode_again(ctx, tensors, lambda: encode(ctx.plan, tensors))
             x_bar, found = torch.ops.fastode.resident_ie_backward.default(
-                x, bars[0], take_kept(ctx, wanted), *encode_again(ctx, tensors), *rule, any(wanted[1:]), ctx.kept_all
+                x, bars[0], take_kept(ctx, wanted), *code, *rule, any(wanted[1:]), ctx.kept_all
             )
             return [x_bar, *beside(tensors, found)]
 
@@ -200,10 +201,10 @@ class ResidentShuOsherFunction(NodeFunction):
 
         def pull(bars: Sequence[MaybeTensor], wanted: Sequence[bool]) -> list[MaybeTensor]:
             x, table, *tensors = given
+            code = encode_again(ctx, tensors, lambda: encode(ctx.plan, tensors))
             x_bar, found, table_bar = torch.ops.fastode.resident_rk_backward.default(
-                x, bars[0], take_kept(ctx, wanted), *encode_again(ctx, tensors), table.contiguous(), any(wanted[2:]),
-                wanted[1], ctx.kept_all,
-            )  # fmt: skip
+                x, bars[0], take_kept(ctx, wanted), *code, table.contiguous(), any(wanted[2:]), wanted[1], ctx.kept_all
+            )
             table_bar = table_bar.view(table.shape).to(table.dtype) if wanted[1] else None
             return [x_bar, table_bar, *beside(tensors, found)]
 

@@ -13,18 +13,15 @@ import torch
 from torch import Tensor
 
 from ...native import nodes
-from ...native.constants import BIAS, KEEP_PIECES, RUNNING, WEIGHT
+from ...native.constants import KEEP_PIECES
 from ..function import NodeFunction, gradients
 from ..maps import is_channels_last
 from ..plan import TENSORS_PER_NORM, MaybeTensor, MaybeTensors, activation_codes, norm_codes
 from ..rerun import Rerun
 from ..schemes.skew_pair.march import March
 from ..schemes.skew_pair.pair import Pair
-from .call import beside
+from .call import beside, encode_again, present_bits
 from .functions import keeps, keeps_beside, with_leaves
-
-# The bit of each of a norm's tensors; running mean and variance come together.
-_PRESENT = (WEIGHT, BIAS, RUNNING, 0)
 
 _PROGRAM = "resident node"  # in a pair's memo
 
@@ -36,23 +33,11 @@ def encode(pair: Pair, tensors: MaybeTensors) -> PairCode:
     kind, p, q = activation_codes(pair.activation)
     integers, numbers = [pair.stride, kind], [pair.gamma, p, q]
     for which, norm in enumerate(pair.norms):
-        bits, at = 0, 1 + which * TENSORS_PER_NORM
-        for bit in _PRESENT:
-            if bit and tensors[at] is not None:
-                bits += bit
-            at += 1
+        bits = present_bits(tensors, 1 + which * TENSORS_PER_NORM, TENSORS_PER_NORM)
         mode, groups, eps = norm_codes(norm)
         integers += [mode, groups, bits]
         numbers.append(eps)
     return [tensor for tensor in tensors if tensor is not None], integers, numbers
-
-
-def _encode_again(ctx: Any, tensors: MaybeTensors) -> Any:
-    """What a backward's operator takes of a pair, or of its solution by a march; its forward may have left the code."""
-    if ctx.code is not None:
-        return [tensor for tensor in tensors if tensor is not None], *ctx.code
-    march = getattr(ctx, "march", None)
-    return *encode(ctx.pair, tensors), *(() if march is None else _march_code(march, ctx.pair))
 
 
 def _norms_used(pair: Pair, slope_y: bool, slope_z: bool) -> list[bool]:
@@ -139,7 +124,7 @@ class ResidentSkewFunction(NodeFunction):
                 with_leaves(kept, tensors, asked),
                 list(signs),
                 slopes,
-                *_encode_again(ctx, tensors),
+                *encode_again(ctx, tensors, lambda: encode(ctx.pair, tensors)),
                 *ends,
                 asked[0],
                 any(asked[1:]),
@@ -163,8 +148,7 @@ class ResidentMarchFunction(NodeFunction):
     def forward(
         ctx: Any, pair: Pair, march: March, rerun: Rerun | None, x: Tensor, *tensors: MaybeTensor
     ) -> tuple[Tensor]:
-        present, *code = encode(pair, tensors)
-        code += _march_code(march, pair)
+        present, *code = _encode_march(pair, march, tensors)
         end, kept = torch.ops.fastode.resident_march_forward.default(
             x, present, *code, keeps(ctx, x), is_channels_last(x)
         )
@@ -180,7 +164,7 @@ class ResidentMarchFunction(NodeFunction):
 
         def pull(bars: Sequence[MaybeTensor], wanted: Sequence[bool]) -> list[MaybeTensor]:
             x, *tensors = given
-            code = _encode_again(ctx, tensors)
+            code = encode_again(ctx, tensors, lambda: _encode_march(ctx.pair, ctx.march, tensors))
             slopes = code[-1]
             used = _norms_used(ctx.pair, 1 in slopes[::2], 1 in slopes[1::2])
             asked = of_tensors(used, wanted[1:])
@@ -190,6 +174,11 @@ class ResidentMarchFunction(NodeFunction):
             return [x_bar, *only(beside(tensors, found), asked)]
 
         return gradients(ctx, given, [end_bar], pull)
+
+
+def _encode_march(pair: Pair, march: March, tensors: MaybeTensors) -> tuple[Any, ...]:
+    """A solution by a march as its operators take it."""
+    return *encode(pair, tensors), *_march_code(march, pair)
 
 
 def _march_code(march: March, pair: Pair) -> tuple[list[float], int, list[int]]:
