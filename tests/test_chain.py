@@ -189,6 +189,32 @@ def test_tiles_of_every_width_and_height(stride: int, kernel: int, dtype: torch.
         assert_blocks_equal(block, twin, x, mode=("train",))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("channels", [3, 13, 24, 50])
+def test_the_weight_gradient_of_a_single_tap(channels: int, stride: int, dtype: torch.dtype) -> None:
+    """By six inputs, which may be of two blocks, and by four; more samples than a tile takes, and few."""
+    torch.manual_seed(1)
+    block = reference.Chain(nn.Conv2d(channels, 16, 1, stride), nn.Tanh()).to(dtype)
+    block.to(memory_format=torch.channels_last)
+    twin = copy.deepcopy(block)
+    fastode.fuse(twin, engine="resident")
+    for batch in (3, 17):
+        assert_blocks_equal(block, twin, sample_input(batch, channels, 5, 7, dtype=dtype), mode=("train",))
+
+
+@pytest.mark.parametrize("out", [40, 64])  # an odd number of vectors, and an even one
+@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (3, 1), (5, 1), (1, 2), (3, 2)])
+def test_large_maps_are_taken_in_bands(kernel: int, stride: int, out: int) -> None:
+    """A megabyte of input and several groups of outputs are two bands on any CPU; odd sides are not filtered."""
+    torch.manual_seed(1)
+    block = reference.Chain(nn.Conv2d(8, out, kernel, stride, kernel // 2), nn.Tanh())
+    block.to(memory_format=torch.channels_last)
+    twin = copy.deepcopy(block)
+    fastode.fuse(twin, engine="resident")
+    assert_blocks_equal(block, twin, sample_input(1, 8, 133, 131), mode=("train",))
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_sum_of_x_itself_with_an_activation_behind(engine: str) -> None:
     torch.manual_seed(1)

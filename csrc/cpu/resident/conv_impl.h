@@ -44,6 +44,42 @@ inline constexpr int kInputs = std::min(kLanes<A>, kRegisters / 4);
 
 inline constexpr int64_t kPairs = 16;  // pairs handled while a gradient tile stays in registers
 
+// Of a kernel of one tap and an even number of output vectors, from cotangents of `height` and `width` whose inputs lie
+// `step` apart: twelve input channels by two tiles of six, and what is left by tiles of four.
+template <class A>
+void sum_of_one_tap(int64_t height, int64_t width, int64_t step, const ConvShape& shape, const GradientPair<A>* pairs,
+                    int64_t count, A* gradient) {
+  constexpr int64_t lanes = kLanes<A>;
+  const int64_t channels = blocks_of<A>(shape.in_channels) * lanes;
+  GradientTile<A> tiles[kPairs];
+  for (int64_t out = 0; out < shape.out_channels; out += 2 * lanes)
+    for (int64_t in = 0, inputs; in < channels; in += inputs) {
+      inputs = in % 12 == 6 || channels - in >= 12 ? 6 : kInputs<A>;
+      const auto from_first = [&](int64_t channel, int64_t block) {
+        return (channel / lanes - in / lanes) * block + channel % lanes - in % lanes;
+      };
+      for (int64_t n = 0; n < count; ++n) {
+        const View<A>&input = pairs[n].in, &cotangent = pairs[n].cotangent;
+        tiles[n] = {input.pixel_at(in / lanes, 0, 0) + in % lanes,
+                    cotangent.pixel_at(out / lanes, 0, 0),
+                    height,
+                    width,
+                    step * input.row,
+                    step * lanes,
+                    cotangent.row,
+                    cotangent.block,
+                    from_first(in + 2, input.block),
+                    from_first(in + 4, input.block)};
+      }
+      const auto to = [&](int64_t channel) { return gradient + gradient_index<A>(shape, out, channel, 0, 0); };
+      const int64_t vector_stride = channels * lanes;
+      if (inputs == 6)
+        gradient_tile_of_pairs<A>(tiles, count, {to(in), to(in + 2), to(in + 4)}, lanes, vector_stride);
+      else
+        gradient_tile<A, 2, kInputs<A>>(tiles, count, to(in), lanes, vector_stride);
+    }
+}
+
 template <class A>
 void weight_gradient(const Plane<A>& plane, const ConvShape& shape, const GradientPair<A>* pairs, int64_t count,
                      A* gradient) {
@@ -55,6 +91,10 @@ void weight_gradient(const Plane<A>& plane, const ConvShape& shape, const Gradie
   const bool three = taps_of(shape) == 3;
   const int64_t out_blocks = blocks_of<A>(shape.out_channels), in_blocks = blocks_of<A>(shape.in_channels);
   const int64_t vectors = three ? 1 : vectors_of<A>(shape.out_channels);
+  if constexpr (kRegisters == 16) {
+    if (shape.kernel_h == 1 && shape.kernel_w == 1 && vectors == 2)
+      return sum_of_one_tap(plane.height, plane.width, 1, shape, pairs, count, gradient);
+  }
   const int64_t pad_y = shape.kernel_h / 2, pad_x = shape.kernel_w / 2;
   const int64_t vector_stride = in_blocks * lanes * lanes * shape.kernel_h * shape.kernel_w;
   GradientTile<A> tiles[kPairs];

@@ -67,51 +67,59 @@ void convolve_tile(const TileArguments<A>& k) {
   const A* weights = k.weights;
   const A* block = k.in;
   const char* ahead = k.ahead;
-  for (int64_t remaining = k.in_channels; remaining > 0; remaining -= lanes, block += k.in_block) {
+  // Row r's input x meets tap t of output (x - t) / step.
+  const auto meets = [](int x, int t) { return x >= t && (x - t) % step == 0 && (x - t) / step < pixels; };
+  const auto multiply = [&](const A* in) __attribute__((always_inline)) {
+    __builtin_prefetch(ahead, 0, 2);
+    ahead += k.ahead_step;
+    if constexpr (together) {
+      V w[taps][vectors];
+      FASTODE_UNROLL for (int t = 0; t < taps; ++t) {
+        FASTODE_UNROLL for (int v = 0; v < vectors; ++v) w[t][v] =
+            in_register(load<V>(weights + (t * vectors + v) * lanes));
+      }
+      FASTODE_UNROLL for (int r = 0; r < rows; ++r) {
+        FASTODE_UNROLL for (int x = left; x < right; ++x) {
+          const V value = in_register(splat<V>(in[r * next + x * lanes]));
+          FASTODE_UNROLL for (int t = 0; t < taps; ++t) {
+            if (meets(x, t)) {
+              FASTODE_UNROLL for (int v = 0; v < vectors; ++v) sums[r][(x - t) / step][v] += value * w[t][v];
+            }
+          }
+        }
+      }
+    } else {
+      FASTODE_UNROLL for (int t = 0; t < taps; ++t) {
+        const A* from = unshared(in);
+        V w[vectors];
+        FASTODE_UNROLL for (int v = 0; v < vectors; ++v) w[v] =
+            in_register(load<V>(weights + (t * vectors + v) * lanes));
+        FASTODE_UNROLL for (int r = 0; r < rows; ++r) {
+          FASTODE_UNROLL for (int x = left; x < right; ++x) {
+            if (meets(x, t)) {
+              const V value = in_register(splat<V>(from[r * next + x * lanes]));
+              FASTODE_UNROLL for (int v = 0; v < vectors; ++v) sums[r][(x - t) / step][v] += value * w[v];
+            }
+          }
+        }
+      }
+    }
+    weights += taps * vectors * lanes;
+  };
+  int64_t remaining = k.in_channels;
+  if constexpr (taps == 1) {  // of a kernel of one tap nothing but channels is gone over
+    if (k.kernel_h * k.tap_sets == 1)
+      for (; remaining >= lanes; remaining -= lanes, block += k.in_block)
+        for (int64_t c = 0; c < lanes; ++c) multiply(block + c);
+  }
+  for (; remaining > 0; remaining -= lanes, block += k.in_block) {
     const int64_t channels = remaining < lanes ? remaining : lanes;
     const int64_t kernel_row = k.tap_sets * channels * taps * vectors * lanes;
     weights += k.first * kernel_row;
     for (int64_t ky = k.first; ky < k.last; ++ky) {
       for (int64_t set = 0; set < k.tap_sets; ++set) {
         const A* in = block + ky * row + set * taps * lanes;
-        for (int64_t c = 0; c < channels; ++c, ++in, weights += taps * vectors * lanes) {
-          __builtin_prefetch(ahead, 0, 2);
-          ahead += k.ahead_step;
-          // Row r's input x meets tap t of output (x - t) / step.
-          const auto meets = [](int x, int t) { return x >= t && (x - t) % step == 0 && (x - t) / step < pixels; };
-          if constexpr (together) {
-            V w[taps][vectors];
-            FASTODE_UNROLL for (int t = 0; t < taps; ++t) {
-              FASTODE_UNROLL for (int v = 0; v < vectors; ++v) w[t][v] =
-                  in_register(load<V>(weights + (t * vectors + v) * lanes));
-            }
-            FASTODE_UNROLL for (int r = 0; r < rows; ++r) {
-              FASTODE_UNROLL for (int x = left; x < right; ++x) {
-                const V value = in_register(splat<V>(in[r * next + x * lanes]));
-                FASTODE_UNROLL for (int t = 0; t < taps; ++t) {
-                  if (meets(x, t)) {
-                    FASTODE_UNROLL for (int v = 0; v < vectors; ++v) sums[r][(x - t) / step][v] += value * w[t][v];
-                  }
-                }
-              }
-            }
-          } else {
-            FASTODE_UNROLL for (int t = 0; t < taps; ++t) {
-              const A* from = unshared(in);
-              V w[vectors];
-              FASTODE_UNROLL for (int v = 0; v < vectors; ++v) w[v] =
-                  in_register(load<V>(weights + (t * vectors + v) * lanes));
-              FASTODE_UNROLL for (int r = 0; r < rows; ++r) {
-                FASTODE_UNROLL for (int x = left; x < right; ++x) {
-                  if (meets(x, t)) {
-                    const V value = in_register(splat<V>(from[r * next + x * lanes]));
-                    FASTODE_UNROLL for (int v = 0; v < vectors; ++v) sums[r][(x - t) / step][v] += value * w[v];
-                  }
-                }
-              }
-            }
-          }
-        }
+        for (int64_t c = 0; c < channels; ++c) multiply(in + c);
       }
     }
     weights += (k.kernel_h - k.last) * kernel_row;
@@ -245,7 +253,10 @@ void place(TileArguments<A>& tile, const ConvPlan<A>& plan, const View<A>& in, i
   tile.ahead = soon ? soon : reinterpret_cast<const char*>(tile.in), tile.ahead_step = soon ? Ahead::line : 0;
 }
 
-// One slice of the weights for all jobs, then the next.
+// Of a band of inputs: a quarter of a core's own cache, which is small where registers are few.
+inline constexpr int64_t kBandBytes = kRegisters == 32 ? 1 << 19 : 1 << 17;
+
+// One slice of the weights for all jobs, or for a band of rows of one job where its map is large, then the next.
 template <class A, int vectors, int taps, int step>
 void run_plan(const ConvPlan<A>& plan, const ConvJob<A>* jobs, int64_t count, Ahead* ahead = nullptr) {
   constexpr int lanes = kLanes<A>;
@@ -268,41 +279,55 @@ void run_plan(const ConvPlan<A>& plan, const ConvJob<A>* jobs, int64_t count, Ah
       f(pixels);
     }
   };
+  // Rows that stay in the cache while all groups of outputs read them.
+  constexpr int64_t least_rows = kBySix<vectors> ? 3 : 4;
+  const int64_t row_bytes = step * jobs->in.row * blocks_of<A>(plan.in_channels) * static_cast<int64_t>(sizeof(A));
+  const int64_t band = std::max<int64_t>(1, kBandBytes / (row_bytes * least_rows)) * least_rows;
+  const bool banded = plan.out_blocks > vectors && plan.out_height >= 2 * band;
   // A tile over one row of several samples leaves out what one over several rows cannot.
   const int width = static_cast<int>(plan.out_width);
   const bool narrow = kBySix<vectors> ? width == 4 || width <= 2 : kArea<vectors> % width == 0;
   const bool fours = kFours<vectors, taps, step> && width == 4;
-  const bool stacks = plan.in_height > 0 && narrow && count > 1 && evenly_apart(jobs, count);
+  const bool stacks = !banded && plan.in_height > 0 && narrow && count > 1 && evenly_apart(jobs, count);
   const int stacked = kBySix<vectors> ? std::min(2, width) : width;
   const int most = full_rows<vectors>(stacked), least = fours ? most : 2;
-  for (tile.b = 0; tile.b < plan.out_blocks; tile.b += vectors) {
-    const ConvJob<A>*job = jobs, *end = jobs + count;
-    for (int many; stacks && (many = next_rows<vectors>(most, end - job)) >= least; job += many)
-      for (int64_t y = 0; y < plan.out_height; ++y) {
-        const ConvJob<A> row = across(job, y);
-        tile.y = 0, tile.out = &row.out, tile.combine = &row.combine;
-        each_tile(stacked, [&](int pixels) {
-          place(tile, plan, job->in, y, 1, step, ahead);
-          tile.in_step = row.in.row;
-          kernel(pixels, many)(tile);
+  const auto visit = [&](const ConvJob<A>* first, const ConvJob<A>* end, int64_t top, int64_t bottom) {
+    tile.weights = plan.packed, tile.bias = plan.bias;
+    for (tile.b = 0; tile.b < plan.out_blocks; tile.b += vectors) {
+      const ConvJob<A>* job = first;
+      for (int many; stacks && (many = next_rows<vectors>(most, end - job)) >= least; job += many)
+        for (int64_t y = top; y < bottom; ++y) {
+          const ConvJob<A> row = across(job, y);
+          tile.y = 0, tile.out = &row.out, tile.combine = &row.combine;
+          each_tile(stacked, [&](int pixels) {
+            place(tile, plan, job->in, y, 1, step, ahead);
+            tile.in_step = row.in.row;
+            kernel(pixels, many)(tile);
+          });
+        }
+      for (; job < end; ++job) {
+        tile.out = &job->out, tile.combine = &job->combine;
+        each_tile(fours ? 4 : kArea<vectors>, [&](int pixels) {
+          const int full = full_rows<vectors>(pixels);
+          int64_t rows;
+          for (tile.y = top; tile.y < bottom; tile.y += rows) {
+            const int64_t left = bottom - tile.y;
+            rows = full == 3 && left == 4 ? 2 : next_rows<vectors>(full, left);  // four as two and two
+            place(tile, plan, job->in, tile.y, rows, step, ahead);
+            kernel(pixels, static_cast<int>(rows))(tile);
+          }
         });
       }
-    for (; job < end; ++job) {
-      tile.out = &job->out, tile.combine = &job->combine;
-      each_tile(fours ? 4 : kArea<vectors>, [&](int pixels) {
-        const int full = full_rows<vectors>(pixels);
-        int64_t rows;
-        for (tile.y = 0; tile.y < plan.out_height; tile.y += rows) {
-          const int64_t left = plan.out_height - tile.y;
-          rows = full == 3 && left == 4 ? 2 : next_rows<vectors>(full, left);  // four as two and two
-          place(tile, plan, job->in, tile.y, rows, step, ahead);
-          kernel(pixels, static_cast<int>(rows))(tile);
-        }
-      });
+      tile.weights += plan.group_weights;
+      if (tile.bias) tile.bias += vectors * lanes;
     }
-    tile.weights += plan.group_weights;
-    if (tile.bias) tile.bias += vectors * lanes;
-  }
+  };
+  if (!banded) return visit(jobs, jobs + count, 0, plan.out_height);
+  for (int64_t n = 0; n < count; ++n)
+    for (int64_t top = 0, bottom; top < plan.out_height; top = bottom) {
+      bottom = plan.out_height - top < 2 * band ? plan.out_height : top + band;
+      visit(jobs + n, jobs + n + 1, top, bottom);
+    }
 }
 
 // Weight gradient of `taps` horizontal taps x `inputs` input channels x `vectors` output vectors, over all pixels.
@@ -311,6 +336,7 @@ struct GradientTile {
   const A* in;         // input under output (first_row, 0)'s first tap, at the first input channel
   const A* cotangent;  // output (first_row, 0)
   int64_t rows, width, in_row, in_pixel, cotangent_row, cotangent_plane;
+  int64_t second = 0, third = 0;  // from the first pair of input channels to the others, of a tile of three pairs
 };
 
 // One pass per output pixel: `taps` broadcasts per input channel.
@@ -346,6 +372,44 @@ void gradient_tile(const GradientTile<A>* tiles, int64_t count, A* gradient, int
       store<V>(to, load<V>(to) + sums[i][v]);
     }
   }
+}
+
+// One tap of three pairs of input channels, the pairs of two blocks perhaps, and two vectors: twelve sums, where four
+// inputs leave eight, which wait for each other. Pair p's gradient is at gradient[p].
+template <class A>
+void gradient_tile_of_pairs(const GradientTile<A>* tiles, int64_t count, A* const (&gradient)[3], int64_t input_stride,
+                            int64_t vector_stride) {
+  using V = Vec<A>;
+  constexpr int lanes = kLanes<A>, vectors = 2;
+  const auto each_sum = [&](const auto& f) {
+    FASTODE_UNROLL for (int p = 0; p < 3; ++p) {
+      FASTODE_UNROLL for (int i = 0; i < 2; ++i) {
+        FASTODE_UNROLL for (int v = 0; v < vectors; ++v) f(p, i, v, gradient[p] + i * input_stride + v * vector_stride);
+      }
+    }
+  };
+  each_sum([](int, int, int, const A* at) { __builtin_prefetch(at, 1); });  // wanted at the end
+  V sums[3][2][vectors] = {};
+  for (int64_t n = 0; n < count; ++n) {
+    const GradientTile<A>& k = tiles[n];
+    for (int64_t y = 0; y < k.rows; ++y) {
+      const A* in[3] = {k.in + y * k.in_row};
+      in[1] = in[0] + k.second, in[2] = in[0] + k.third;
+      const A* cotangent = k.cotangent + y * k.cotangent_row;
+      for (int64_t x = 0; x < k.width; ++x, cotangent += lanes) {
+        V g[vectors];
+        FASTODE_UNROLL for (int v = 0; v < vectors; ++v) g[v] = in_register(load<V>(cotangent + v * k.cotangent_plane));
+        FASTODE_UNROLL for (int p = 0; p < 3; ++p) {
+          FASTODE_UNROLL for (int i = 0; i < 2; ++i) {
+            const V value = in_register(splat<V>(in[p][i]));
+            FASTODE_UNROLL for (int v = 0; v < vectors; ++v) sums[p][i][v] += value * g[v];
+          }
+          in[p] += k.in_pixel;
+        }
+      }
+    }
+  }
+  each_sum([&](int p, int i, int v, A* to) { store<V>(to, load<V>(to) + sums[p][i][v]); });
 }
 
 // The three taps of a kernel's row at any stride, `inputs` input channels and `vectors` output vectors.

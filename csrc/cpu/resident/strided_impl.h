@@ -96,6 +96,10 @@ void sum_strided(int64_t height, int64_t width, const ConvShape& shape, int64_t 
   const int64_t out_blocks = blocks_of<A>(shape.out_channels), in_blocks = blocks_of<A>(shape.in_channels);
   const int64_t vectors = vectors_of<A>(shape.out_channels);
   const int64_t vector_stride = in_blocks * lanes * lanes * shape.kernel_h * shape.kernel_w;
+  if constexpr (kRegisters == 16) {
+    if (shape.kernel_h == 1 && shape.kernel_w == 1 && vectors == 2)
+      return sum_of_one_tap(height, width, 2, shape, pairs, count, gradient);
+  }
   const bool row = kRegisters == 16 && shape.kernel_w == 3;  // a kernel's row at once
   const int inputs = !row ? kInputs<A> : vectors == 2 ? kRowInputs<A, 2> : kRowInputs<A, 1>;
   GradientTile<A> tiles[kPairs];
