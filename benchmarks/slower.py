@@ -36,7 +36,7 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
     "none": lambda channels: nn.Identity(),
     "batch": nn.BatchNorm2d,
     "layer": lambda channels: nn.GroupNorm(1, channels),
-    "group": lambda channels: nn.GroupNorm(channels // 8, channels),
+    "group": lambda channels: nn.GroupNorm(max(channels // 8, 1), channels),
     "instance": lambda channels: nn.InstanceNorm2d(channels, affine=True),
 }
 
@@ -80,6 +80,17 @@ def _behind(channels: int, out: int, norm: Layers, stride: int) -> list[nn.Modul
     ]
 
 
+def _bottleneck(channels: int, norm: Layers, stride: int) -> nn.Module:
+    """A residual block with an activation behind its sum, of a 1×1, a 3×3 and a 1×1 convolution; stride 2 halves."""
+    inner, out = max(channels // 4, 4), channels * stride
+    branch = nn.Sequential(
+        *(nn.Conv2d(channels, inner, 1), *norm(inner), nn.Conv2d(inner, inner, 3, stride, 1), *norm(inner)),
+        *(nn.Conv2d(inner, out, 1), *norm(out)[:-1]),
+    )
+    shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, stride), *norm(out)[:-1]) if stride > 1 else None
+    return reference.ResBlock(branch, shortcut=shortcut, post_activation=nn.ReLU())
+
+
 FAMILIES: dict[str, Callable[[int, Layers, bool], nn.Module]] = {
     "IESkip": lambda c, norm, bias: reference.IESkip(_before(c, norm, bias)),
     "SSP2": lambda c, norm, bias: reference.SSP2(_before(c, norm, bias)),
@@ -88,6 +99,8 @@ FAMILIES: dict[str, Callable[[int, Layers, bool], nn.Module]] = {
     "halving ResBlock": lambda c, norm, bias: reference.ResBlock(
         nn.Sequential(*_behind(c, 2 * c, norm, 2)[:-1]), shortcut=nn.Conv2d(c, 2 * c, 1, 2), post_activation=nn.ReLU()
     ),
+    "bottleneck": lambda c, norm, bias: _bottleneck(4 * c, norm, 1),
+    "halving bottleneck": lambda c, norm, bias: _bottleneck(4 * c, norm, 2),
     "Chain": lambda c, norm, bias: reference.Chain(*_behind(c, c, norm, 1)),
     "stem": lambda c, norm, bias: reference.Chain(nn.Conv2d(3, c, 3, padding=1), *norm(c)),
 }
@@ -106,9 +119,10 @@ def draw_case(seed: int, index: int, dtypes: Sequence[str] = DTYPES) -> Case:
     while True:
         channels, side, batch = draw.choice(CHANNELS), draw.choice(SIDES), draw.choice(BATCHES)
         # Of fewer channels PyTorch's own shortcut writes beside its memory (docs/pytorch-faults.md, 4).
-        if family == "halving ResBlock" and channels < 16:
+        if family.startswith("halving") and channels < 16:
             continue
-        if channels * side * side * batch <= MOST_ENTRIES and channels * side < 256 * 16:
+        wide = 4 * channels if family.endswith("bottleneck") else channels
+        if wide * side * side * batch <= MOST_ENTRIES and channels * side < 256 * 16:
             break
     torch.manual_seed(seed)
     if family in PAIRS:
@@ -121,9 +135,9 @@ def draw_case(seed: int, index: int, dtypes: Sequence[str] = DTYPES) -> Case:
     block.to(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
     if layout == "channels_last":
         block.to(memory_format=torch.channels_last)
-    width, count = 3 if family == "stem" else channels, 2 if family == "SkewPair" else 1
+    width, count = 3 if family == "stem" else wide, 2 if family == "SkewPair" else 1
     inputs = tuple(sample_input(batch, width, side, side, dtype=given, layout=layout, seed=i) for i in range(count))
-    words = f"{family}, {norm} norm, {activation}, {channels}@{side}, batch {batch}, {layout}, {dtype}"
+    words = f"{family}, {norm} norm, {activation}, {wide}@{side}, batch {batch}, {layout}, {dtype}"
     return Case(words, Lowered(block) if dtype.startswith("autocast") else block, inputs)
 
 

@@ -20,13 +20,13 @@ from ..maps import cast, last_of, lowered
 from ..plan import MaybeTensor, MaybeTensors, Plan, activation_codes
 from ..rerun import Rerun
 from ..schemes.chain.chain import Chain
-from . import bfloat16, rule
+from . import bfloat16, one_evaluation, rule
 from .call import beside, encode_again, encode_units, met_by
 from .functions import keeps_beside, packed, save, take_kept
+from .one_evaluation import FEWEST, Convolution
 
 # In a chain's memo.
 _CODE, _RESULT, _PROGRAM = "resident chain", "resident chain's result", "resident chain's node"
-_FEWEST = 16
 
 # One convolution of an image in contiguous memory, with more entries behind it than this, two threads of an AMD EPYC,
 # 2026-11-29, 250 random stems from 7x7 to 32x32, 2 to 64 samples, in the slowest mode (forward, attack's and training
@@ -34,8 +34,6 @@ _FEWEST = 16
 MOST_ALONE = 1 << 17
 SLOWER = "it was measured to be slower than plain PyTorch"
 
-_Map = tuple[int, int, int]
-_Convolution = tuple[Conv, _Map, _Map]  # with its input and its output
 Code = tuple[list[int], list[float], list[int], list[int], float, int, float, float]
 
 
@@ -84,6 +82,7 @@ def slower(x: Tensor, chain: Chain) -> str:
     """Why the engine is taken to be slower than plain PyTorch; empty where it is not."""
     if not any(unit.conv is not None and not unit.conv.mean for unit in chain.units):
         return f"without a convolution {SLOWER}"
+    normed = any(unit.norm is not None for unit in chain.units)
     coupled = any(unit.norm is not None and unit.norm.mode == "batch" for unit in chain.units)
     found = _convolutions(chain, x)
     entries, largest, widest, uneven, untiled = 0, 0, 0, False, 0
@@ -97,14 +96,13 @@ def slower(x: Tensor, chain: Chain) -> str:
     if x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and chain.lower is not None):
         if bfloat16.is_filtered_whole(x, [(conv, before[1], before[2]) for conv, before, _ in found]):
             return ""
-        normed = any(unit.norm is not None for unit in chain.units)
         convs = [unit.conv for unit in chain.units if unit.conv is not None and not unit.conv.mean]
         fewest, count = of_few_channels(convs)
         known = bfloat16.OneEvaluation(fewest, widest, pixels, untiled, count, normed, coupled)
         return bfloat16.slower_chain(x, known, casts=chain.lower is not None)
     # Every sample's maps are read at each batch norm, and those of few channels are kept as wide as a vector.
-    if coupled and largest < _FEWEST:
-        return f"with batch norms of fewer than {_FEWEST} channels {SLOWER}"
+    if coupled and largest < FEWEST:
+        return f"with batch norms of fewer than {FEWEST} channels {SLOWER}"
     if x.dtype == torch.float32 and uneven:
         wide, even = rule.UNEVEN
         beyond = (
@@ -112,21 +110,7 @@ def slower(x: Tensor, chain: Chain) -> str:
         )
         return f"{beyond} {SLOWER}"
     # The bound on channels is of the widest map, that on memory of the largest.
-    family = "chain3" if _is_even(found) else "chain"
-    return rule.slower_than_eager(x, coupled, widest, pixels, family=family)
-
-
-def _is_even(found: Sequence[_Convolution]) -> bool:
-    """Whether it has two convolutions at least, all of them 3×3 of stride 1, in no few channels and over even sides."""
-    return len(found) > 1 and all(
-        not conv.mean
-        and conv.kernel == (3, 3)
-        and conv.stride == (1, 1)
-        and min(before[0], after[0]) >= _FEWEST
-        and before[1] % 2 == 0
-        and before[2] % 2 == 0
-        for conv, before, after in found
-    )
+    return one_evaluation.slower(x, found, normed, coupled, widest, pixels)
 
 
 def slower_alone(x: Tensor, chain: Chain) -> str:
@@ -143,21 +127,21 @@ def slower_alone(x: Tensor, chain: Chain) -> str:
         return ""
     normed = any(unit.norm is not None for unit in chain.units)
     gelu = any(unit.activation is not None and unit.activation.kind == "gelu" for unit in chain.units)
-    if channels >= _FEWEST and (normed or not gelu):
+    if channels >= FEWEST and (normed or not gelu):
         return ""
-    what = f"of fewer than {_FEWEST} channels" if channels < _FEWEST else "with GELU and no norm"
+    what = f"of fewer than {FEWEST} channels" if channels < FEWEST else "with GELU and no norm"
     return f"for one convolution {what} and more than {MOST_ALONE} entries not in channels_last, {SLOWER}"
 
 
 def of_few_channels(convs: Sequence[Conv]) -> tuple[int, int]:
     """The channels of the narrowest map that a convolution reads, and `OneEvaluation.convolutions`."""
-    narrow = [conv for conv in convs if conv.in_channels < _FEWEST]
+    narrow = [conv for conv in convs if conv.in_channels < FEWEST]
     simple = all(max(conv.kernel) <= 3 and conv.stride == (1, 1) for conv in narrow)
-    fewest = min([conv.in_channels for conv in convs]) if convs else _FEWEST  # a tracer knows no `default`
+    fewest = min([conv.in_channels for conv in convs]) if convs else FEWEST  # a tracer knows no `default`
     return fewest, len(convs) if simple else 0
 
 
-def _convolutions(chain: Chain, x: Tensor) -> list[_Convolution]:
+def _convolutions(chain: Chain, x: Tensor) -> list[Convolution]:
     """Every convolution, or mean, with the channels, height and width of its input and of its output."""
     found = []
     start = (x.shape[1], x.shape[2], x.shape[3])

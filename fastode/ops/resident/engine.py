@@ -22,7 +22,7 @@ from ..schemes.ode import solution
 from ..schemes.runge_kutta.stages import Scheme
 from ..schemes.skew_pair.linear import Linear
 from ..schemes.skew_pair.pair import Pair
-from . import bfloat16, card, chain, functions, head, linear, pairs, rule, skew, small, solve
+from . import bfloat16, card, chain, functions, head, linear, one_evaluation, pairs, rule, skew, small, solve
 from .call import places_of
 from .field import ResidentField
 
@@ -112,7 +112,14 @@ class Resident(OperatorEngine):
                 return bfloat16.slower_chain(x, _one_evaluation(program, x), casts=program.lower is not None)
             if call.is_single and x.dtype != torch.bfloat16:
                 few = rule.FEW_OF_STEPS if coupled else (0, 0)
-                return rule.slower_than_eager(x, coupled, widest, x.shape[2] * x.shape[3], few)
+                height, width = x.shape[2:]
+                found = [
+                    (unit.conv, (unit.conv.in_channels, height, width), (unit.conv.out_channels, height, width))
+                    for unit in program.units
+                    if unit.conv is not None
+                ]
+                normed = any(unit.norm is not None for unit in program.units)
+                return one_evaluation.slower(x, found, normed, coupled, widest, height * width, few)
         else:
             assert program is not None and call.tensors[0] is not None
             coupled = any(norm is not None and norm.mode == "batch" for norm in program.norms)

@@ -328,6 +328,11 @@ def multiplies_widened() -> bool:
     return not _has_wide_registers and not _tiles and not _products and "chain sample bfloat16" in _rule.lines
 
 
+def filters_early() -> bool:
+    """Whether 3×3 convolutions are filtered as CPUs without AVX-512 do, and the rule has lines for chains of them."""
+    return not _has_wide_registers and "chain3 batch float32" in _rule.lines
+
+
 def is_large_contiguous(x: torch.Tensor, entries: int) -> bool:
     """Whether x has more entries than that, and is not in channels_last."""
     known = samples(x) is not None
@@ -337,6 +342,14 @@ def is_large_contiguous(x: torch.Tensor, entries: int) -> bool:
 # Of steps of one evaluation with batch norms: samples and pixels for each thread, below both of which PyTorch was
 # faster, on one thread of an AMD EPYC, 2026-11-27. In a network such a block packs its weights anew.
 FEW_OF_STEPS = (8, 512)
+
+
+def too_few(x: torch.Tensor, few: tuple[int, int]) -> str:
+    """That there are neither so many samples nor pixels for each thread, as the start of a sentence; else empty."""
+    batch, (least, pixels) = samples(x), few
+    if batch is None or batch >= least * threads() or batch * x.shape[2] * x.shape[3] >= pixels * threads():
+        return ""
+    return f"with fewer than {least} samples and {pixels} pixels for each thread"
 
 
 def slower_than_eager(
@@ -357,12 +370,7 @@ def slower_than_eager(
         few: how many samples or pixels for each thread are enough; one sample at least is, as threads take samples.
         family: "chain" or "chain3".
     """
-    batch = samples(x)
-    beyond = few_for_threads(batch)
-    if not beyond and batch is not None:
-        places = batch * x.shape[2] * x.shape[3]
-        if batch < few[0] * threads() and places < few[1] * threads():
-            beyond = f"with fewer than {few[0]} samples and {few[1]} pixels for each thread"
+    beyond = few_for_threads(samples(x)) or too_few(x, few)
     if beyond:
         return f"{beyond} it was measured to be slower than plain PyTorch"
     return slower(family, coupled, x, channels, pixels, " than plain PyTorch")
