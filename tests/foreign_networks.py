@@ -158,6 +158,13 @@ def _two_branches(block: Around, x: Tensor) -> Tensor:
     return x + block.last(x)
 
 
+class AlwaysDropout(nn.Dropout):
+    """Drops in eval mode, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.p)
+
+
 # What must be refused, and the reason.
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "state": (lambda: Around(_counting), "its forward changes calls, which its next call may see."),
@@ -176,13 +183,25 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "another skip": (lambda: Around(_other_skip), "its forward calls flip, which is neither a layer nor a sum."),
     "a skip from within": (lambda: Around(_middle), "its forward returns a sum of 3 maps, where two are read."),
     "two in one": (lambda: Around(_two_branches), "its forward applies different chains at its stages."),
-    "dropout": (
-        lambda: Around(lambda b, x: x + b.part(b.branch(x)), nn.Dropout(0.1)),
-        "branch.part (Dropout) is of a type the reader does not know.",
+    "dropout in both modes": (
+        lambda: Around(lambda b, x: x + F.dropout(b.branch(x), 0.1)),
+        "its forward draws random numbers in training (dropout).",
     ),
-    "dropout by a function": (
-        lambda: Around(lambda b, x: x + F.dropout(b.branch(x), 0.1, b.training)),
-        "its forward calls dropout, which is neither a layer nor a sum.",
+    "dropout of a class of theirs": (
+        lambda: Around(lambda b, x: x + b.part(b.branch(x)), AlwaysDropout(0.1)),
+        "its forward draws random numbers in training (dropout).",
+    ),
+    "dropout by a number of its own": (
+        lambda: Around(lambda b, x: x + F.dropout(b.branch(x), training=1)),  # type: ignore[arg-type]
+        "its forward calls dropout with arguments that are not followed.",
+    ),
+    "a layer of each call": (
+        lambda: Around(lambda b, x: x + nn.Conv2d(4, 4, 1)(b.branch(x))),
+        "its forward makes a Conv2d of its own at each call.",
+    ),
+    "a gate of something else": (
+        lambda: Around(lambda b, x: x + b.branch(x) * b.branch(x).sigmoid()),
+        "its forward multiplies by something else than a number (mul).",
     ),
     "squeeze-excite": (
         lambda: Around(lambda b, x: x + b.part(b.branch(x)), SqueezeExcite()),

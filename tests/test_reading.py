@@ -89,6 +89,95 @@ def test_a_layer_that_is_made_at_the_first_call_is_refused_before_it() -> None:
     assert fastode.fuse(block, read=True).rows[0].meaning is fastode.nn.ResBlock
 
 
+class Dropping(nn.Module):
+    """A residual block with dropout, as wide ResNets have it."""
+
+    def __init__(self, p: float, by_function: bool) -> None:
+        super().__init__()
+        self.norm, self.conv, self.last = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+        self.drop, self.by_function = nn.Dropout(p), by_function
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(F.relu(self.norm(x)))
+        y = F.dropout(y, self.drop.p, training=self.training) if self.by_function else self.drop(y)
+        return x + self.last(F.relu(y))
+
+
+@pytest.mark.parametrize("by_function", [False, True])
+def test_dropout_is_followed_where_it_drops_nothing(by_function: bool) -> None:
+    plain = Dropping(0.3, by_function)
+    fused = nn.Sequential(copy.deepcopy(plain))
+    block, x = fused[0], sample_input(3, 4, 6, 5)
+    (row,) = fastode.fuse(fused, example=x, read=True).rows
+    name = "dropout" if by_function else "drop"
+    drawn = f"its forward draws random numbers in training ({name})."
+    assert row.engines == ("reference",) and drawn in row.reason
+    assert block.why_not("staged", x) == drawn and engine_of(block, x) == "reference"  # type: ignore[operator]
+    torch.manual_seed(3)
+    with_its_own = block(x)
+    torch.manual_seed(3)
+    assert torch.equal(with_its_own, plain(x))
+    block.load_state_dict(plain.state_dict())
+    block.engine = "staged"  # type: ignore[assignment]
+    assert_blocks_equal(plain.eval(), block.eval(), x)
+    assert engine_of(block, x) == "staged"
+    plain.train().drop.p = block.train().drop.p = 0.0  # type: ignore[union-attr]
+    if by_function:  # whose arguments are part of the program
+        with pytest.raises(ValueError, match="fuse it again"):
+            block(x)
+        return
+    assert_blocks_equal(plain, block, x)
+    assert engine_of(block, x) == "staged"
+    block.drop.p = 0.5  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="draws random numbers in training"):
+        block(x)
+
+
+@pytest.mark.parametrize("mean", [False, True], ids=["a chain", "a sum"])
+def test_x_times_its_sigmoid_is_silu(mean: bool) -> None:
+    """Written out, by a module, and as a function of its own with a backward of its own."""
+
+    class Swish(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x * torch.sigmoid(x)
+
+        @staticmethod
+        def backward(ctx: Any, y_bar: Tensor) -> Tensor:
+            (x,) = ctx.saved_tensors
+            gate = torch.sigmoid(x)
+            return y_bar * (gate * (1 + x * (1 - gate)))
+
+    ways: list[Callable[[Tensor], Tensor]] = [
+        *(lambda x: x * torch.sigmoid(x), lambda x: x.sigmoid().mul(x), Swish.apply),  # type: ignore[list-item]
+        lambda x: gate(x) * x,
+    ]
+    gate = nn.Sigmoid()
+    for swish in ways:
+
+        def forward(block: Any, x: Tensor, swish: Callable[[Tensor], Tensor] = swish) -> Tensor:
+            return swish(x + block.conv(x)) if mean else x + block.conv(swish(x))
+
+        plain = theirs.Around(forward)
+        fused = nn.Sequential(copy.deepcopy(plain))
+        (row,) = fastode.fuse(fused, engine="staged", read=True).rows
+        assert row.meaning is fastode.nn.ResBlock, row.reason
+        x = sample_input(2, 4, 5, 6)
+        assert_blocks_equal(plain, fused[0], x)
+        assert engine_of(fused[0], x) == "staged"
+
+
+def test_an_activation_that_is_made_at_each_call_is_followed() -> None:
+    plain = theirs.Around(lambda b, x: nn.ReLU(inplace=True)(x + b.conv(nn.LeakyReLU(0.2)(x))))
+    fused = nn.Sequential(copy.deepcopy(plain))
+    (row,) = fastode.fuse(fused, engine="staged", read=True).rows
+    assert row.meaning is fastode.nn.ResBlock, row.reason
+    x = sample_input(2, 4, 5, 6)
+    assert_blocks_equal(plain, fused[0], x)
+    assert engine_of(fused[0], x) == "staged"
+
+
 def coefficients(name: str) -> tuple[tuple[tuple[float, ...], ...], ...]:
     found: Any = read_forward(Stages(theirs.SCHEMES[name]))[0]
     return found.tableau.alpha, found.tableau.beta

@@ -23,6 +23,10 @@ class Unreadable(Exception):
     """Why a forward cannot be read, in a sentence that begins with "its forward"."""
 
 
+class Draws(Unreadable):
+    """It draws random numbers in the present mode, and may be readable in the other one."""
+
+
 # What makes numbers for Python of a tensor's.
 _NUMBERS = {torch.equal, torch.allclose, torch.is_nonzero, Tensor.equal, Tensor.allclose, Tensor.is_nonzero}
 _NUMBERS |= {Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.data_ptr, Tensor.__array__, Tensor.__contains__}
@@ -62,6 +66,14 @@ class _Tracer(fx.Tracer):
         if m is self._block:
             return False
         return not self._inside or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """As the base has it, but for a module that the forward makes: without tensors it is what its forward calls."""
+        if any(m is each for each in self.root.modules()):
+            return super().call_module(m, forward, args, kwargs)
+        if next(m.parameters(), None) is not None or next(m.buffers(), None) is not None:
+            raise Unreadable(f"its forward makes a {type(m).__name__} of its own at each call.")
+        return forward(*args, **kwargs)
 
 
 def copy_of(block: nn.Module, stand_in: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> nn.Module:

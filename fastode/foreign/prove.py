@@ -17,7 +17,7 @@ from ..ops.plan import Plan
 from ..ops.schemes.chain.chain import Chain
 from ..testing import Comparison, Rule, moved, sample_input
 from ..testing.compare import run
-from .graph import Unreadable, Watch, copy_of
+from .graph import Draws, Unreadable, Watch, copy_of
 from .reading import read_forward
 from .state import state_of
 from .twin import PROVEN, as_twins, twin_for
@@ -37,7 +37,8 @@ def prove(block: nn.Module) -> tuple[str, ...]:
         block: theirs; nothing of it changes.
 
     Returns:
-        The programs that were proven, of train and of eval mode.
+        The programs that were proven, of train and of eval mode; of one of them where the block draws random numbers in
+        the other, which then runs as it is.
 
     Raises:
         Unreadable: it cannot be read, or the two differ, with the reason.
@@ -46,7 +47,14 @@ def prove(block: nn.Module) -> tuple[str, ...]:
         raise Unreadable("it is on the meta device, where nothing can be proven.")
     # Whatever the program that calls this has set for its own tensors.
     with torch.device("cpu"), torch.autocast("cpu", enabled=False), torch.inference_mode(False), torch.enable_grad():
-        programs = [_proven(_in_float64(block).train(training)) for training in (True, False)]
+        programs, drawn = [], []
+        for training in (True, False):
+            try:
+                programs.append(_proven(_in_float64(block).train(training)))
+            except Draws as error:
+                drawn.append(error)
+    if not programs:
+        raise drawn[0]
     return tuple(dict.fromkeys(programs))
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from .graph import ROOT, Unreadable
+from .graph import ROOT, Draws, Unreadable
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ _LINEAR: Mapping[Any, str] = {
     **dict.fromkeys((operator.truediv, operator.itruediv, torch.div, torch.divide, "div", "div_"), _DIVIDE),
     **dict.fromkeys((operator.neg, torch.neg, "neg", "neg_"), _NEGATE),
 }
+_DROPOUTS = (F.dropout, F.dropout2d)
 SUMS = tuple(target for target, kind in _LINEAR.items() if kind in (_ADD, _SUBTRACT))
 
 
@@ -121,6 +122,9 @@ class Values:
     def _of(self, node: fx.Node) -> Terms:
         if node.op == "placeholder":
             return {self.start: 1.0}
+        swished = self._swished(node)
+        if swished is not None:
+            return self._behind(self._value(swished), Layer(("silu",), "silu", nn.SiLU), node)
         if node.target in _LINEAR and node.op != "call_module":
             terms = {atom: c for atom, c in self._linear(node).items() if c != 0}
             if not terms:
@@ -128,16 +132,35 @@ class Values:
             return self._pointed(node, terms)
         layer = self._layer(node)
         before = self._value(node.args[0] if node.args else None)
-        if layer is None:
-            return before
+        return before if layer is None else self._behind(before, layer, node)
+
+    def _behind(self, before: Terms, layer: Layer, node: fx.Node) -> Terms:
         ((atom, _),) = before.items()
         if isinstance(atom, Chain):
             return {Chain(atom.base, (*atom.layers, layer), (*atom.calls, node)): 1.0}
         return {Chain(atom, (layer,), (node,)): 1.0}
 
+    def _swished(self, node: fx.Node) -> fx.Node | None:
+        """What x is where a node is x * sigmoid(x), as SiLU is often written; None where it is none."""
+        if node.op == "call_module" or _LINEAR.get(node.target) != _MULTIPLY or not _of_two(node) or node.kwargs:
+            return None
+        first, second = cast(tuple[fx.Node, fx.Node], node.args)
+        if self._is_sigmoid(second, first):
+            return first
+        return second if self._is_sigmoid(first, second) else None
+
+    def _is_sigmoid(self, node: fx.Node, x: fx.Node) -> bool:
+        if len(node.args) != 1 or node.args[0] is not x or node.kwargs:
+            return False
+        if node.op == "call_module":
+            return type(self._block.get_submodule(str(node.target).removeprefix(f"{ROOT}."))) is nn.Sigmoid
+        return _ACTIVATIONS.get(node.target, ("",))[0] == "sigmoid"
+
     def _pointed(self, node: fx.Node, terms: Terms) -> Terms:
         """The value of a sum, as one term where something else than a sum goes on from it."""
-        ends = all(user.op == "output" or user.target in _LINEAR for user in node.users)
+        ends = all(
+            user.op == "output" or (user.target in _LINEAR and self._swished(user) is None) for user in node.users
+        )
         if ends or (len(terms) == 1 and 1.0 in terms.values()):
             return terms
         point = Point(terms)
@@ -185,7 +208,13 @@ class Values:
                 raise Unreadable(f"its forward calls {path} with more than one argument.")
             if type(module) is nn.Identity:
                 return None
+            if type(module) in (nn.Dropout, nn.Dropout2d):
+                _check_drops_nothing(path, module.p, module.training)
+                return None
             return Layer(("module", path), path.replace(".", "_"), lambda: module)
+        if node.op == "call_function" and node.target in _DROPOUTS:
+            _check_drops_nothing(_called(node), *node.args[1:], **node.kwargs)
+            return None
         found = _ACTIVATIONS.get(node.target) if node.op in ("call_function", "call_method") else None
         if found is None:
             raise Unreadable(f"its forward calls {_called(node)}, which is neither a layer nor a sum.")
@@ -196,6 +225,18 @@ class Values:
         except TypeError as error:
             raise Unreadable(f"its forward calls {_called(node)} with arguments that are not followed.") from error
         return Layer((name, repr(more)), name, lambda: activation)
+
+
+def _check_drops_nothing(name: str, p: Any = 0.5, training: Any = True, inplace: Any = False) -> None:
+    """Dropout that drops nothing hands its input on.
+
+    Raises:
+        Draws: it drops.
+    """
+    if not isinstance(training, bool) or not _is_number(p):
+        raise Unreadable(f"its forward calls {name} with arguments that are not followed.")
+    if training and p > 0:
+        raise Draws(f"its forward draws random numbers in training ({name}).")
 
 
 def _scaled(terms: Terms, by: float) -> Terms:
