@@ -203,6 +203,26 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: Around(lambda b, x: x + b.branch(x) * b.branch(x).sigmoid()),
         "its forward multiplies by something else than a number (mul).",
     ),
+    "an uneven padding": (
+        lambda: Around(lambda b, x: x + b.part(F.pad(b.branch(x), (0, 2, 0, 2))), nn.Conv2d(4, 4, 3)),
+        "its forward pads otherwise than with as many zeros on each side of a map.",
+    ),
+    "a padding by ones": (
+        lambda: Around(lambda b, x: x + b.part(F.pad(b.branch(x), (1, 1, 1, 1), value=1.0)), nn.Conv2d(4, 4, 3)),
+        "its forward pads otherwise than with as many zeros on each side of a map.",
+    ),
+    "a padding before a padding": (
+        lambda: Around(lambda b, x: x + b.part(F.pad(b.branch(x), [1] * 4)), nn.Conv2d(4, 4, 5, padding=1)),
+        "its forward pads what part takes, which is no convolution without padding.",
+    ),
+    "a padding before a function": (
+        lambda: Around(lambda b, x: x + b.part(F.relu(F.pad(b.branch(x), [1] * 4))), nn.Conv2d(4, 4, 3)),
+        "its forward pads what it does not convolve then.",
+    ),
+    "a padding beside a sum": (
+        lambda: Around(lambda b, x: b.part(F.pad(x, [1] * 4)) + b.part(F.pad(x, [1] * 4) * 2), nn.Conv2d(4, 4, 3)),
+        "its forward uses pad otherwise than as a map.",
+    ),
     "squeeze-excite": (
         lambda: Around(lambda b, x: x + b.part(b.branch(x)), SqueezeExcite()),
         "its forward calls mean, which is neither a layer nor a sum.",

@@ -122,6 +122,26 @@ def test_shares_and_gains_are_those_that_were_planted(clock: Clock) -> None:
     ]
 
 
+class Normalising(nn.Module):
+    """Theirs, with a sum of its own around a block that cannot be read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = kept(3)
+        self.register_buffer("mean", torch.zeros(1, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.body(x - self.mean)
+        return found
+
+
+def test_what_holds_other_blocks_is_not_what_would_help(clock: Clock) -> None:
+    report = fastode.fuse(nn.Sequential(Normalising()), example=MAP, read=True)
+    outer, inner = report.rows
+    assert [outer.name, inner.name] == ["0", "0.body"] and outer.share == inner.share == 1
+    assert report.advice.startswith("to fuse 0.body (SSP2), 100 % of the forward: ")
+
+
 def test_the_clock_is_the_real_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CLOCK, "real", True)
     report = fastode.fuse(nn.Sequential(Own(6, 1), kept(3)), example=MAP)

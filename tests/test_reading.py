@@ -168,6 +168,28 @@ def test_x_times_its_sigmoid_is_silu(mean: bool) -> None:
         assert engine_of(fused[0], x) == "staged"
 
 
+def test_zeros_around_a_map_are_padding_of_the_convolution_behind() -> None:
+    def forward(block: Any, x: Tensor) -> Tensor:
+        y = F.relu(block.norm(x))
+        return x + block.part(F.pad(y, (1, 1, 1, 1)))
+
+    plain = theirs.Around(forward, nn.Conv2d(4, 4, 3))
+    fused = nn.Sequential(copy.deepcopy(plain))
+    block: Any = fused[0]
+    (row,) = fastode.fuse(fused, engine="staged", read=True).rows
+    assert row.meaning is fastode.nn.ResBlock, row.reason
+    x = sample_input(2, 4, 5, 6)
+    assert_blocks_equal(plain, block, x, mode=("train", "input_grad"))
+    # Of the same tensors, whichever they come to be, and not of other settings.
+    new = nn.Parameter(torch.randn(4, 4, 3, 3))
+    plain.part.weight, block.part.weight = new, nn.Parameter(new.detach().clone())
+    assert_blocks_equal(plain.double(), block.double(), x.double())
+    assert engine_of(block, x.double()) == "staged" and block.part.padding == (0, 0)
+    block.part.padding = (1, 1)
+    with pytest.raises(ValueError, match="which is no convolution without padding"):
+        block(x.double())
+
+
 def test_an_activation_that_is_made_at_each_call_is_followed() -> None:
     plain = theirs.Around(lambda b, x: nn.ReLU(inplace=True)(x + b.conv(nn.LeakyReLU(0.2)(x))))
     fused = nn.Sequential(copy.deepcopy(plain))

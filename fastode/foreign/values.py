@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
@@ -108,6 +109,7 @@ class Values:
     def __init__(self, block: nn.Module, graph: fx.Graph) -> None:
         self._block = block
         self._terms: dict[fx.Node, Terms] = {}
+        self._pads: dict[fx.Node, tuple[fx.Node, int]] = {}  # what is padded, and by how much on each side
         self.start = Start()
         self.points: list[Point] = []  # in the order of their evaluation
         self.result: Terms = {}
@@ -116,6 +118,8 @@ class Values:
                 self.result = self._value(node.args[0])
             elif not node.users:
                 raise Unreadable(f"its forward computes what it does not return ({_called(node)}).")
+            elif _pads(node):
+                self._pads[node] = _padding(node)
             else:
                 self._terms[node] = self._of(node)
 
@@ -130,6 +134,9 @@ class Values:
             if not terms:
                 raise Unreadable("its forward has a sum that is always zero.")
             return self._pointed(node, terms)
+        padded = self._pads.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
+        if padded is not None:
+            return self._behind(self._value(padded[0]), self._padded(node, padded[1]), node)
         layer = self._layer(node)
         before = self._value(node.args[0] if node.args else None)
         return before if layer is None else self._behind(before, layer, node)
@@ -199,6 +206,22 @@ class Values:
             total[atom] = total.get(atom, 0.0) + c
         return total
 
+    def _padded(self, node: fx.Node, by: int) -> Layer:
+        """A convolution of a map with so many zeros on each side, as one that pads by itself."""
+        if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
+            raise Unreadable("its forward pads what it does not convolve then.")
+        path = str(node.target).removeprefix(f"{ROOT}.")
+        module = self._block.get_submodule(path)
+        if type(module) is not nn.Conv2d or module.padding != (0, 0):
+            raise Unreadable(f"its forward pads what {path} takes, which is no convolution without padding.")
+
+        def make() -> nn.Module:
+            made = copy.copy(module)  # of the same tensors: its dictionary of parameters is theirs
+            made.padding, made._reversed_padding_repeated_twice = (by, by), [by] * 4
+            return made
+
+        return Layer(("padded", path, by), path.replace(".", "_"), make)
+
     def _layer(self, node: fx.Node) -> Layer | None:
         """What a node applies to its first argument; None where it hands that on."""
         if node.op == "call_module":
@@ -225,6 +248,21 @@ class Values:
         except TypeError as error:
             raise Unreadable(f"its forward calls {_called(node)} with arguments that are not followed.") from error
         return Layer((name, repr(more)), name, lambda: activation)
+
+
+def _pads(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target is F.pad
+
+
+def _padding(node: fx.Node) -> tuple[fx.Node, int]:
+    """What F.pad is called with, where it puts as many zeros on each side."""
+    given = dict(zip(("input", "pad", "mode", "value"), node.args, strict=False)) | node.kwargs
+    source, pad = given.get("input"), given.get("pad")
+    by = pad[0] if isinstance(pad, tuple | list) and len(pad) == 4 and len({*pad}) == 1 else None
+    plain = given.get("mode", "constant") == "constant" and given.get("value") in (None, 0)
+    if not isinstance(source, fx.Node) or not isinstance(by, int) or by < 0 or not plain:
+        raise Unreadable("its forward pads otherwise than with as many zeros on each side of a map.")
+    return source, by
 
 
 def _check_drops_nothing(name: str, p: Any = 0.5, training: Any = True, inplace: Any = False) -> None:

@@ -72,10 +72,14 @@ def _saves(share: float, gain: float | None) -> float:
 def _of_blocks(
     blocks: Sequence[Block], used: dict[nn.Module, Seen], times: Measured, gain: float | None
 ) -> list[Change]:
-    """A change for each thing that keeps blocks from a fused engine; those that PyTorch runs faster need none."""
+    """A change for each thing that keeps blocks from a fused engine; those that PyTorch runs faster need none.
+
+    What holds other blocks is none: of most of its time these tell.
+    """
     groups: dict[str, list[Block]] = {}
     for row, block in blocks:
-        if row.share and not row.is_fused:
+        inside = {*block.modules()} - {block}
+        if row.share and not row.is_fused and not any(other in inside for _, other in blocks):
             text = _cure(row, block, used.get(block))
             if text:
                 groups.setdefault(text, []).append((row, block))
