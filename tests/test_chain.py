@@ -191,9 +191,9 @@ def test_tiles_of_every_width_and_height(stride: int, kernel: int, dtype: torch.
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("channels", [3, 13, 24, 50])
+@pytest.mark.parametrize("channels", [3, 8, 13, 24, 50])
 def test_the_weight_gradient_of_a_single_tap(channels: int, stride: int, dtype: torch.dtype) -> None:
-    """By six inputs, which may be of two blocks, and by four; more samples than a tile takes, and few."""
+    """By six inputs, which may be of two blocks, and by fewer; more samples than a tile takes, and few."""
     torch.manual_seed(1)
     block = reference.Chain(nn.Conv2d(channels, 16, 1, stride), nn.Tanh()).to(dtype)
     block.to(memory_format=torch.channels_last)

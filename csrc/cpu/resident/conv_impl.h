@@ -45,16 +45,16 @@ inline constexpr int kInputs = std::min(kLanes<A>, kRegisters / 4);
 inline constexpr int64_t kPairs = 16;  // pairs handled while a gradient tile stays in registers
 
 // Of a kernel of one tap and an even number of output vectors, from cotangents of `height` and `width` whose inputs lie
-// `step` apart: twelve input channels by two tiles of six, and what is left by tiles of four.
+// `step` apart: twelve input channels by two tiles of six, and what is left by smaller ones.
 template <class A>
 void sum_of_one_tap(int64_t height, int64_t width, int64_t step, const ConvShape& shape, const GradientPair<A>* pairs,
                     int64_t count, A* gradient) {
   constexpr int64_t lanes = kLanes<A>;
-  const int64_t channels = blocks_of<A>(shape.in_channels) * lanes;
+  const int64_t channels = blocks_of<A>(shape.in_channels) * lanes, by_six = channels / 12 * 12;
   GradientTile<A> tiles[kPairs];
   for (int64_t out = 0; out < shape.out_channels; out += 2 * lanes)
     for (int64_t in = 0, inputs; in < channels; in += inputs) {
-      inputs = in % 12 == 6 || channels - in >= 12 ? 6 : kInputs<A>;
+      inputs = in < by_six ? 6 : kInputs<A>;
       const auto from_first = [&](int64_t channel, int64_t block) {
         return (channel / lanes - in / lanes) * block + channel % lanes - in % lanes;
       };
