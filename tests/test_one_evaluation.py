@@ -13,6 +13,7 @@ import fastode
 from fastode import reference
 from fastode.ops.resident import one_evaluation
 from fastode.ops.resident import rule as measured
+from fastode.ops.resident.engine import Resident
 from fastode.ops.resident.rule import Line, Rule
 
 WIDE = Line(most_channels=640, most_kb=1024)
@@ -108,6 +109,15 @@ def test_what_has_nothing_to_filter_is_left_sooner() -> None:
     assert told(chain(64, 1, 2), 2, 64, 18, 18) == most + "a feature map of one sample of more than 64 KB"
     pointwise = nn.Sequential(nn.Conv2d(130, 130, 1), nn.BatchNorm2d(130), nn.ReLU(), nn.Conv2d(130, 130, 1))
     assert told(reference.ResBlock(pointwise), 4, 130, 16, 16) == most + "more than 128 channels"
+
+
+def test_the_bounds_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = dict(one_evaluation.in_words())
+    assert words["halving bottleneck float32"] == "at most 128 channels"
+    assert words["3×3 of a chain float32"].startswith("with more than 160 channels, 256 where")
+    assert all(any(f"  {name} " in row for row in Resident().rule_in_words()) for name in words)
+    monkeypatch.setattr(measured, "_has_wide_registers", True)
+    assert one_evaluation.in_words() == []
 
 
 def test_other_dtypes_and_cpus_keep_their_bounds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,7 +138,8 @@ class Resident(OperatorEngine):
         return cuda_library.available() if device == "cuda" else super().describe(device)
 
     def rule_in_words(self) -> list[str]:
-        bounds = [*bfloat16.in_words(), *pairs.in_words(), ("small calls", small.in_words())]
+        bounds = [*one_evaluation.in_words(), *bfloat16.in_words(), *pairs.in_words()]
+        bounds.append(("small calls", small.in_words()))
         return [*rule.in_words(), *[f"  {name:<32}{words}" for name, words in bounds]]
 
 

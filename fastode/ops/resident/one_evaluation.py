@@ -82,6 +82,20 @@ def slower(
     return rule.slower(family, coupled, x, widest, pixels, " than plain PyTorch")
 
 
+def in_words() -> list[tuple[str, str]]:
+    """The bounds in words, each with what it is of."""
+    if not rule.filters_early():
+        return []
+    filtered = f"with more than {NARROW} channels, {NARROW_HALVING} where the size is halved, only filtered"
+    return [
+        ("3×3 of a chain float32", filtered),
+        ("bottleneck float32", BOTTLENECK.describe()),
+        ("halving bottleneck float32", HALVING_BOTTLENECK.describe()),
+        ("1×1 and norm float32", POINTWISE.describe()),
+        ("1×1 float32", BARE_POINTWISE.describe()),
+    ]
+
+
 def is_even(found: Sequence[Convolution]) -> bool:
     """Whether there are two convolutions at least, all of them 3×3 of stride 1, in no few channels, over even sides."""
     return len(found) > 1 and all(_may_be_filtered(each) for each in found)
