@@ -60,7 +60,7 @@ def test_the_bound_on_samples_is_the_one_that_the_engine_filters_by() -> None:
     text = WINOGRAD.read_text()
     assert re.search(rf"kVectorBytes == 64 \? worth : {one_evaluation.WORTH};", text)
     assert "(3 * height - 2) * (3 * width - 2) - 4 * height * width" in text
-    assert one_evaluation.saved(4, 4) == 36 and one_evaluation.saved(8, 6) == 22 * 16 - 4 * 48
+    assert measured.saved_products(4, 4) == 36 and measured.saved_products(8, 6) == 22 * 16 - 4 * 48
 
 
 def test_wide_convolutions_are_left_until_they_have_samples_enough_to_be_filtered() -> None:

@@ -24,6 +24,7 @@ from fastode.dispatch.registry import _twins
 from fastode.foreign import prove, twin
 from fastode.foreign.reading import read_forward
 from fastode.testing import assert_blocks_equal, sample_input
+from fastode.testing.compare import Mode
 
 pytestmark = pytest.mark.usefixtures("few_are_enough")
 
@@ -133,8 +134,19 @@ def test_dropout_is_followed_where_it_drops_nothing(by_function: bool) -> None:
         block(x)
 
 
-@pytest.mark.parametrize("mean", [False, True], ids=["a chain", "a sum"])
-def test_x_times_its_sigmoid_is_silu(mean: bool) -> None:
+def assert_read(plain: nn.Module, modes: tuple[Mode, ...] = ("train",)) -> Any:
+    """A block is read as a residual block and equals itself; the fused one."""
+    fused = nn.Sequential(copy.deepcopy(plain))
+    (row,) = fastode.fuse(fused, engine="staged", read=True).rows
+    assert row.meaning is fastode.nn.ResBlock, row.reason
+    x = sample_input(2, 4, 5, 6)
+    assert_blocks_equal(plain, fused[0], x, mode=modes)
+    assert engine_of(fused[0], x) == "staged"
+    return fused[0]
+
+
+@pytest.mark.parametrize("summed", [False, True], ids=["a chain", "a sum"])
+def test_x_times_its_sigmoid_is_silu(summed: bool) -> None:
     """Written out, by a module, and as a function of its own with a backward of its own."""
 
     class Swish(torch.autograd.Function):
@@ -157,15 +169,9 @@ def test_x_times_its_sigmoid_is_silu(mean: bool) -> None:
     for swish in ways:
 
         def forward(block: Any, x: Tensor, swish: Callable[[Tensor], Tensor] = swish) -> Tensor:
-            return swish(x + block.conv(x)) if mean else x + block.conv(swish(x))
+            return swish(x + block.conv(x)) if summed else x + block.conv(swish(x))
 
-        plain = theirs.Around(forward)
-        fused = nn.Sequential(copy.deepcopy(plain))
-        (row,) = fastode.fuse(fused, engine="staged", read=True).rows
-        assert row.meaning is fastode.nn.ResBlock, row.reason
-        x = sample_input(2, 4, 5, 6)
-        assert_blocks_equal(plain, fused[0], x)
-        assert engine_of(fused[0], x) == "staged"
+        assert_read(theirs.Around(forward))
 
 
 def test_zeros_around_a_map_are_padding_of_the_convolution_behind() -> None:
@@ -174,12 +180,8 @@ def test_zeros_around_a_map_are_padding_of_the_convolution_behind() -> None:
         return x + block.part(F.pad(y, (1, 1, 1, 1)))
 
     plain = theirs.Around(forward, nn.Conv2d(4, 4, 3))
-    fused = nn.Sequential(copy.deepcopy(plain))
-    block: Any = fused[0]
-    (row,) = fastode.fuse(fused, engine="staged", read=True).rows
-    assert row.meaning is fastode.nn.ResBlock, row.reason
-    x = sample_input(2, 4, 5, 6)
-    assert_blocks_equal(plain, block, x, mode=("train", "input_grad"))
+    block, x = assert_read(plain, ("train", "input_grad")), sample_input(2, 4, 5, 6)
+    block.load_state_dict(plain.state_dict())  # it was called once more
     # Of the same tensors, whichever they come to be, and not of other settings.
     new = nn.Parameter(torch.randn(4, 4, 3, 3))
     plain.part.weight, block.part.weight = new, nn.Parameter(new.detach().clone())
@@ -191,13 +193,7 @@ def test_zeros_around_a_map_are_padding_of_the_convolution_behind() -> None:
 
 
 def test_an_activation_that_is_made_at_each_call_is_followed() -> None:
-    plain = theirs.Around(lambda b, x: nn.ReLU(inplace=True)(x + b.conv(nn.LeakyReLU(0.2)(x))))
-    fused = nn.Sequential(copy.deepcopy(plain))
-    (row,) = fastode.fuse(fused, engine="staged", read=True).rows
-    assert row.meaning is fastode.nn.ResBlock, row.reason
-    x = sample_input(2, 4, 5, 6)
-    assert_blocks_equal(plain, fused[0], x)
-    assert engine_of(fused[0], x) == "staged"
+    assert_read(theirs.Around(lambda b, x: nn.ReLU(inplace=True)(x + b.conv(nn.LeakyReLU(0.2)(x)))))
 
 
 def coefficients(name: str) -> tuple[tuple[tuple[float, ...], ...], ...]:

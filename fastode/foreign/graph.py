@@ -69,7 +69,7 @@ class _Tracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """As the base has it, but for a module that the forward makes: without tensors it is what its forward calls."""
-        if any(m is each for each in self.root.modules()):
+        if m in (self.submodule_paths or ()):
             return super().call_module(m, forward, args, kwargs)
         if next(m.parameters(), None) is not None or next(m.buffers(), None) is not None:
             raise Unreadable(f"its forward makes a {type(m).__name__} of its own at each call.")

@@ -118,7 +118,7 @@ class Values:
                 self.result = self._value(node.args[0])
             elif not node.users:
                 raise Unreadable(f"its forward computes what it does not return ({_called(node)}).")
-            elif _pads(node):
+            elif node.op == "call_function" and node.target is F.pad:
                 self._pads[node] = _padding(node)
             else:
                 self._terms[node] = self._of(node)
@@ -160,7 +160,7 @@ class Values:
         if len(node.args) != 1 or node.args[0] is not x or node.kwargs:
             return False
         if node.op == "call_module":
-            return type(self._block.get_submodule(str(node.target).removeprefix(f"{ROOT}."))) is nn.Sigmoid
+            return type(self._block.get_submodule(_path(node))) is nn.Sigmoid
         return _ACTIVATIONS.get(node.target, ("",))[0] == "sigmoid"
 
     def _pointed(self, node: fx.Node, terms: Terms) -> Terms:
@@ -210,7 +210,7 @@ class Values:
         """A convolution of a map with so many zeros on each side, as one that pads by itself."""
         if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
             raise Unreadable("its forward pads what it does not convolve then.")
-        path = str(node.target).removeprefix(f"{ROOT}.")
+        path = _path(node)
         module = self._block.get_submodule(path)
         if type(module) is not nn.Conv2d or module.padding != (0, 0):
             raise Unreadable(f"its forward pads what {path} takes, which is no convolution without padding.")
@@ -225,7 +225,7 @@ class Values:
     def _layer(self, node: fx.Node) -> Layer | None:
         """What a node applies to its first argument; None where it hands that on."""
         if node.op == "call_module":
-            path = str(node.target).removeprefix(f"{ROOT}.")
+            path = _path(node)
             module = self._block.get_submodule(path)
             if len(node.args) != 1 or node.kwargs:
                 raise Unreadable(f"its forward calls {path} with more than one argument.")
@@ -248,10 +248,6 @@ class Values:
         except TypeError as error:
             raise Unreadable(f"its forward calls {_called(node)} with arguments that are not followed.") from error
         return Layer((name, repr(more)), name, lambda: activation)
-
-
-def _pads(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target is F.pad
 
 
 def _padding(node: fx.Node) -> tuple[fx.Node, int]:
@@ -285,10 +281,15 @@ def _is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _path(node: fx.Node) -> str:
+    """The path, in the block, of what a node names."""
+    return str(node.target).removeprefix(f"{ROOT}.")
+
+
 def _called(node: fx.Node) -> str:
     """What a node calls, as a user knows it."""
     if node.op == "call_function" and node.target is getattr:
         return f"x.{node.args[1]}"
     if node.op in ("call_module", "get_attr"):
-        return str(node.target).removeprefix(f"{ROOT}.")
+        return _path(node)
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))

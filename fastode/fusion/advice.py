@@ -78,8 +78,7 @@ def _of_blocks(
     """
     groups: dict[str, list[Block]] = {}
     for row, block in blocks:
-        inside = {*block.modules()} - {block}
-        if row.share and not row.is_fused and not any(other in inside for _, other in blocks):
+        if row.share and not row.is_fused and not _holds_another(block, blocks):
             text = _cure(row, block, used.get(block))
             if text:
                 groups.setdefault(text, []).append((row, block))
@@ -91,6 +90,11 @@ def _of_blocks(
             names = _names(first.name, first.reference.__name__, len(group) - 1)
             changes.append(Change(_saves(share, gain), text.format(names=names, share=percent(share))))
     return changes
+
+
+def _holds_another(block: nn.Module, blocks: Sequence[Block]) -> bool:
+    inside = {*block.modules()}
+    return any(other in inside for _, other in blocks if other is not block)
 
 
 def _of_slow_blocks(blocks: Sequence[Block]) -> list[Change]:

@@ -118,7 +118,7 @@ def slower(family: str, x: torch.Tensor, channels: int) -> str:
     odd = x.shape[2] % 2 > 0 or x.shape[3] % 2 > 0
     if not beyond and x.dtype == torch.float32 and family == "shu_osher" and channels >= FROM_ODD and odd:
         beyond = f"with {FROM_ODD} channels and more and an odd side"
-    return f"{why}{beyond} it was measured to be slower than plain PyTorch" if beyond else ""
+    return f"{why}{beyond} {rule.SLOWER}" if beyond else ""
 
 
 def slower_scheme(x: torch.Tensor, channels: int, narrow_groups: bool, products: int) -> str:
@@ -136,7 +136,7 @@ def slower_scheme(x: torch.Tensor, channels: int, narrow_groups: bool, products:
     if rule.samples(x) is None or products <= most * min(rule.threads(), 2):
         return ""
     beyond = f"with {wide} channels and more of widths that are no multiple of 16 and do not divide 32, and more than"
-    return f"{beyond} {most} multiply-adds for each thread, it was measured to be slower than plain PyTorch"
+    return f"{beyond} {most} multiply-adds for each thread, {rule.SLOWER}"
 
 
 @dataclass(frozen=True)
@@ -172,11 +172,10 @@ def is_filtered(conv: Conv, height: int, width: int, samples: int) -> bool:
         samples: of the batch.
     """
     channels = min(conv.in_channels, conv.out_channels)
-    if conv.mean or conv.kernel != (3, 3) or conv.stride != (1, 1) or height % 2 or width % 2 or channels <= 16:
+    if channels <= 16 or not rule.may_be_filtered(conv, height, width):
         return False
     counted = channels * channels // 32 if channels < 32 else min(channels, 64)
-    saved = samples * ((3 * height - 2) * (3 * width - 2) - 4 * height * width)
-    return saved * counted >= 100_000
+    return samples * rule.saved_products(height, width) * counted >= 100_000
 
 
 def is_filtered_whole(x: torch.Tensor, convs: Sequence[tuple[Conv, int, int]]) -> bool:
@@ -220,7 +219,7 @@ def slower_chain(x: torch.Tensor, chain: OneEvaluation, *, casts: bool = False) 
     beyond = _few_for_threads(batch, chain) or _of_few_channels(x, least, chain) or ("" if "" in over else over[-1])
     if not beyond and not rule.on_tiles():
         beyond = _of_little_gain(chain)
-    return f"on bfloat16 maps {beyond} it was measured to be slower than plain PyTorch" if beyond else ""
+    return f"on bfloat16 maps {beyond} {rule.SLOWER}" if beyond else ""
 
 
 def _paired_lines(x: torch.Tensor, chain: OneEvaluation, line: Line, *, casts: bool) -> list[Line]:
@@ -236,9 +235,7 @@ def _paired_lines(x: torch.Tensor, chain: OneEvaluation, line: Line, *, casts: b
 
 def _few_for_threads(batch: int | None, chain: OneEvaluation) -> str:
     """`rule.few_for_threads`, but for what is as fast with half of the threads."""
-    threads, tiles = rule.threads(), rule.on_tiles()
-    half_is_fast = any(not line.beyond(chain.widest, chain.pixels, 4, None, threads) for line in HALF_IDLE)
-    if half_is_fast and batch is not None and 2 * batch >= threads and not tiles:
+    if not rule.on_tiles() and rule.half_is_fast(batch, HALF_IDLE, chain.widest, chain.pixels):
         return ""
     return rule.few_for_threads(batch)
 

@@ -23,7 +23,8 @@ from ..schemes.chain.chain import Chain
 from . import bfloat16, one_evaluation, rule
 from .call import beside, encode_again, encode_units, met_by
 from .functions import keeps_beside, packed, save, take_kept
-from .one_evaluation import FEWEST, Convolution
+from .one_evaluation import FEWEST, convolutions
+from .rule import SLOWER
 
 # In a chain's memo.
 _CODE, _RESULT, _PROGRAM = "resident chain", "resident chain's result", "resident chain's node"
@@ -32,7 +33,6 @@ _CODE, _RESULT, _PROGRAM = "resident chain", "resident chain's result", "residen
 # 2026-11-29, 250 random stems from 7x7 to 32x32, 2 to 64 samples, in the slowest mode (forward, attack's and training
 # step): of 8 channels 0.69 to 1.4 of eager's speed; with GELU and no norm 0.80 to 1.1; others 0.98 to 2.5, median 1.5.
 MOST_ALONE = 1 << 17
-SLOWER = "it was measured to be slower than plain PyTorch"
 
 Code = tuple[list[int], list[float], list[int], list[int], float, int, float, float]
 
@@ -84,7 +84,7 @@ def slower(x: Tensor, chain: Chain) -> str:
         return f"without a convolution {SLOWER}"
     normed = any(unit.norm is not None for unit in chain.units)
     coupled = any(unit.norm is not None and unit.norm.mode == "batch" for unit in chain.units)
-    found = _convolutions(chain, x)
+    found = convolutions(chain.plans, x)
     entries, largest, widest, uneven, untiled = 0, 0, 0, False, 0
     for channels, height, width in [(x.shape[1], x.shape[2], x.shape[3]), *[after for _, _, after in found]]:
         if channels * height * width > entries:
@@ -122,7 +122,7 @@ def slower_alone(x: Tensor, chain: Chain) -> str:
     samples, last = rule.samples(x), x.is_contiguous(memory_format=torch.channels_last)
     if len(convs) != 1 or chain.branch is not None or samples is None or last or not rule.multiplies_pairs():
         return ""
-    ((channels, height, width),) = [after for conv, _, after in _convolutions(chain, x) if not conv.mean]
+    ((channels, height, width),) = [after for conv, _, after in convolutions(chain.plans, x) if not conv.mean]
     if samples * channels * height * width <= MOST_ALONE:
         return ""
     normed = any(unit.norm is not None for unit in chain.units)
@@ -139,22 +139,6 @@ def of_few_channels(convs: Sequence[Conv]) -> tuple[int, int]:
     simple = all(max(conv.kernel) <= 3 and conv.stride == (1, 1) for conv in narrow)
     fewest = min([conv.in_channels for conv in convs]) if convs else FEWEST  # a tracer knows no `default`
     return fewest, len(convs) if simple else 0
-
-
-def _convolutions(chain: Chain, x: Tensor) -> list[Convolution]:
-    """Every convolution, or mean, with the channels, height and width of its input and of its output."""
-    found = []
-    start = (x.shape[1], x.shape[2], x.shape[3])
-    for index, plan in enumerate(chain.plans):
-        now = start
-        for unit in plan.units:
-            if unit.conv is not None:
-                before, (height, width) = now, unit.conv.size_after(now[1], now[2])
-                now = (unit.conv.channels_after(before[0]) or 0, height, width)
-                found.append((unit.conv, before, now))
-        if index == 0:
-            start = now
-    return found
 
 
 def _result(chain: Chain, x: Tensor) -> list[int]:

@@ -112,14 +112,9 @@ class Resident(OperatorEngine):
                 return bfloat16.slower_chain(x, _one_evaluation(program, x), casts=program.lower is not None)
             if call.is_single and x.dtype != torch.bfloat16:
                 few = rule.FEW_OF_STEPS if coupled else (0, 0)
-                height, width = x.shape[2:]
-                found = [
-                    (unit.conv, (unit.conv.in_channels, height, width), (unit.conv.out_channels, height, width))
-                    for unit in program.units
-                    if unit.conv is not None
-                ]
+                found, pixels = one_evaluation.convolutions((program,), x), x.shape[2] * x.shape[3]
                 normed = any(unit.norm is not None for unit in program.units)
-                return one_evaluation.slower(x, found, normed, coupled, widest, height * width, few)
+                return one_evaluation.slower(x, found, normed, coupled, widest, pixels, few)
         else:
             assert program is not None and call.tensors[0] is not None
             coupled = any(norm is not None and norm.mode == "batch" for norm in program.norms)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...branch.layers import Conv
+from ..plan import Plan
 from . import rule
 from .rule import Line
 
@@ -42,6 +43,22 @@ POINTWISE = Line(most_channels=128)
 BARE_POINTWISE = Line(most_channels=64, most_kb=64)
 
 
+def convolutions(plans: Sequence[Plan], x: Tensor) -> list[Convolution]:
+    """Every convolution, or mean, of a branch, or of a chain's plans: all but the first begin where that ends."""
+    found = []
+    start = (x.shape[1], x.shape[2], x.shape[3])
+    for index, plan in enumerate(plans):
+        now = start
+        for unit in plan.units:
+            if unit.conv is not None:
+                before, (height, width) = now, unit.conv.size_after(now[1], now[2])
+                now = (unit.conv.channels_after(before[0]) or 0, height, width)
+                found.append((unit.conv, before, now))
+        if index == 0:
+            start = now
+    return found
+
+
 def slower(
     x: Tensor,
     found: Sequence[Convolution],
@@ -62,11 +79,11 @@ def slower(
         pixels: of a map of so many channels that is as large as the largest.
         few: how many samples or pixels for each thread are enough where these bounds do not say more.
     """
-    family = "chain3" if is_even(found) else "chain"
+    family = "chain3" if _is_even(found) else "chain"
     if x.dtype != torch.float32 or not rule.filters_early():
         return rule.slower_than_eager(x, coupled, widest, pixels, few, family)
-    batch, bounds = rule.samples(x), line_of(found, normed)
-    beyond = "" if _half_is_fast(batch, widest, pixels) else rule.few_for_threads(batch)
+    batch, bounds = rule.samples(x), _line_of(found, normed)
+    beyond = "" if rule.half_is_fast(batch, (HALF_IDLE,), widest, pixels) else rule.few_for_threads(batch)
     narrow = NARROW_HALVING if _halves(found) else NARROW
     if not beyond and widest > narrow:
         beyond = _unfiltered(batch, found, narrow)
@@ -76,7 +93,7 @@ def slower(
         over = bounds.beyond(widest, pixels, 4, batch, rule.threads())
         beyond = f"with so many 1×1 or halving convolutions {over}" if over else ""
     if beyond:
-        return f"{beyond} it was measured to be slower than plain PyTorch"
+        return f"{beyond} {rule.SLOWER}"
     if bounds is BOTTLENECK:
         return ""
     return rule.slower(family, coupled, x, widest, pixels, " than plain PyTorch")
@@ -96,12 +113,12 @@ def in_words() -> list[tuple[str, str]]:
     ]
 
 
-def is_even(found: Sequence[Convolution]) -> bool:
+def _is_even(found: Sequence[Convolution]) -> bool:
     """Whether there are two convolutions at least, all of them 3×3 of stride 1, in no few channels, over even sides."""
     return len(found) > 1 and all(_may_be_filtered(each) for each in found)
 
 
-def line_of(found: Sequence[Convolution], normed: bool) -> Line | None:
+def _line_of(found: Sequence[Convolution], normed: bool) -> Line | None:
     """The bounds of what has little to filter; None of what keeps the rule's lines."""
     points = sum(conv.kernel == (1, 1) for conv, _, _ in found)
     halving = _halves(found)
@@ -110,11 +127,6 @@ def line_of(found: Sequence[Convolution], normed: bool) -> Line | None:
     if 2 * points < len(found):
         return None
     return HALVING_BOTTLENECK if halving else BOTTLENECK
-
-
-def saved(height: int, width: int) -> int:
-    """Products that filtering saves for each pair of channels, of one sample of even sides."""
-    return (3 * height - 2) * (3 * width - 2) - 4 * height * width
 
 
 def _halves(found: Sequence[Convolution]) -> bool:
@@ -126,25 +138,17 @@ def _unfiltered(batch: int | None, found: Sequence[Convolution], narrow: int) ->
     for each in found:
         _, (inputs, height, width), (outputs, _, _) = each
         if batch is not None and max(inputs, outputs) > narrow and _saves(each):
-            needed = -(-WORTH // saved(height, width))
+            needed = -(-WORTH // rule.saved_products(height, width))
             if batch < needed:
                 return f"with more than {narrow} channels and fewer than {needed} samples of {height}×{width}"
     return ""
 
 
-def _half_is_fast(batch: int | None, widest: int, pixels: int) -> bool:
-    """Whether half of the threads, if no more than that are idle, are as fast."""
-    if batch is None or 2 * batch < rule.threads():
-        return False
-    return not HALF_IDLE.beyond(widest, pixels, 4, None, rule.threads())
-
-
 def _may_be_filtered(each: Convolution) -> bool:
     conv, (inputs, height, width), (outputs, _, _) = each
-    kind = not conv.mean and conv.kernel == (3, 3) and conv.stride == (1, 1)
-    return kind and min(inputs, outputs) >= FEWEST and height % 2 == 0 and width % 2 == 0
+    return min(inputs, outputs) >= FEWEST and rule.may_be_filtered(conv, height, width)
 
 
 def _saves(each: Convolution) -> bool:
     """Whether filtering saves products: of maps of 2×2 it saves none."""
-    return _may_be_filtered(each) and saved(*each[1][1:]) > 0
+    return _may_be_filtered(each) and rule.saved_products(*each[1][1:]) > 0

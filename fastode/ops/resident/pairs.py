@@ -62,7 +62,7 @@ def slower(call: Call, pair: Pair) -> str | None:
     if not beyond:
         return beyond
     where = "under autocast " if pair.lower is not None else ""
-    return f"{where}{beyond} it was measured to be slower than plain PyTorch"
+    return f"{where}{beyond} {rule.SLOWER}"
 
 
 def in_words() -> list[tuple[str, str]]:

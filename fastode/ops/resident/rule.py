@@ -10,13 +10,14 @@ from __future__ import annotations
 import itertools
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ...branch.layers import Conv
 from ...native.toolchain import kernel_features
 from ...tracing import is_exporting
 from ..engine import ODE_SOLUTION
@@ -115,6 +116,7 @@ class Line:
         return ", ".join([*own, *[few.describe() for few in self.few]]) or "always"
 
 
+SLOWER = "it was measured to be slower than plain PyTorch"  # the end of a sentence
 NEVER = Line(most_channels=0)
 # Past 128 channels a convolution's weights no longer stay in 2 MB of L2; past 256 KB the maps of a backward do not.
 DEFAULT = Line(most_channels=128, most_kb=256)
@@ -254,6 +256,13 @@ def samples(x: torch.Tensor) -> int | None:
     return None if is_exporting() else x.shape[0]
 
 
+def half_is_fast(batch: int | None, lines: Sequence[Line], channels: int, pixels: int) -> bool:
+    """Whether a call within one of some lines is as fast though threads are idle, half of them at most."""
+    if batch is None or 2 * batch < threads():
+        return False
+    return any(not line.beyond(channels, pixels, 4, None, threads()) for line in lines)
+
+
 def few_for_threads(batch: int | None) -> str:
     """That threads are left without a sample, as the start of a sentence; empty where they are not."""
     return "with fewer samples than threads" if batch is not None and batch < threads() else ""
@@ -311,6 +320,17 @@ def is_uneven(channels: int, height: int, width: int) -> bool:
     if channels < wide or pixels <= even or pixels % even == 0 or (pixels == sevens and channels <= widest):
         return False
     return height % 2 > 0 or width % 2 > 0 or pixels < FLAT
+
+
+def may_be_filtered(conv: Conv, height: int, width: int) -> bool:
+    """Whether a convolution of inputs of these sides is 3×3 of stride 1 over even ones, as filtering asks."""
+    kind = not conv.mean and conv.kernel == (3, 3) and conv.stride == (1, 1)
+    return kind and height % 2 == 0 and width % 2 == 0
+
+
+def saved_products(height: int, width: int) -> int:
+    """Products that filtering saves for each pair of channels, in one sample: `winograd_saves` of csrc/cpu."""
+    return (3 * height - 2) * (3 * width - 2) - 4 * height * width
 
 
 def on_tiles() -> bool:
@@ -372,7 +392,7 @@ def slower_than_eager(
     """
     beyond = few_for_threads(samples(x)) or too_few(x, few)
     if beyond:
-        return f"{beyond} it was measured to be slower than plain PyTorch"
+        return f"{beyond} {SLOWER}"
     return slower(family, coupled, x, channels, pixels, " than plain PyTorch")
 
 

@@ -12,7 +12,7 @@ from ..engine import Call
 from ..plan import Plan
 from ..schemes.chain.chain import Chain
 from ..schemes.skew_pair.pair import Pair
-from . import rule
+from . import one_evaluation, rule
 
 PRODUCTS = 10_000_000  # multiply-adds of an evaluation, for each of one or two threads
 MOST_CHANNELS = 64  # of the widest map: weights of more are packed, and their gradients added up, for too little
@@ -65,16 +65,8 @@ def products(call: Call) -> int:
         return 2 * weight.numel() * x.shape[0] * x.shape[2] * x.shape[3] // program.stride**2
     assert isinstance(program, Chain | Plan)
     plans = program.plans if isinstance(program, Chain) else (program,)
-    total, start = 0, (x.shape[2], x.shape[3])
-    for index, plan in enumerate(plans):
-        height, width = start
-        for unit in plan.units:
-            conv = unit.conv
-            if conv is None:
-                continue
-            height, width = conv.size_after(height, width)
-            if not conv.mean:
-                total += conv.in_channels * conv.out_channels * conv.kernel[0] * conv.kernel[1] * height * width
-        if index == 0 and isinstance(program, Chain):
-            start = (height, width)
+    total = 0
+    for conv, _, (_, height, width) in one_evaluation.convolutions(plans, x):
+        if not conv.mean:
+            total += conv.in_channels * conv.out_channels * conv.kernel[0] * conv.kernel[1] * height * width
     return total * x.shape[0]
